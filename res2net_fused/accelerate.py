@@ -1,0 +1,119 @@
+"""`accelerate(model)`: the Res2Net blocks that a model already has made to run fused, in place, by swapping their class.
+
+A block's class becomes a generated subclass with `FusedForward` in front, so that isinstance, state_dict, hooks and the
+block's own forward stay. The subclass pickles as (mixin, original class) and is generated again where it is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from torch import nn
+
+from .chain import BACKENDS
+from .fused_block import STATE, BlockState, FusedForward, conv_geometry, fold_detached
+from .recognition import looks_like_a_block, recognise
+
+REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
+
+
+def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
+    """Makes every recognised Res2Net block of `model` run fused, in place, and returns the model.
+
+    backend: of `hierarchical_conv2d`, for all blocks. Blocks that are no Res2Net blocks, or compute something else than their
+    class promises, are left alone; `explain(model)` lists them with the reason. `restore(model)` takes it back.
+    Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    for module in model.modules():
+        if isinstance(module, FusedForward):
+            getattr(module, STATE).backend = backend
+            getattr(module, STATE).drop()
+        elif looks_like_a_block(module):
+            config, reason = recognise(module)
+            module.__dict__.pop(REFUSAL, None)
+            if config is None:
+                module.__dict__[REFUSAL] = reason
+                continue
+            module.__dict__[STATE] = BlockState(config, backend, conv_geometry(module))
+            module.__class__ = fused_class(type(module))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives accelerated blocks their original classes back, in place; classes that others put on top later stay on top."""
+    for module in model.modules():
+        module.__dict__.pop(REFUSAL, None)
+        generated = next((c for c in type(module).__mro__ if c in _originals), None)
+        if generated is None:
+            continue  # never accelerated; a Bottle2neck is fused by its own class
+        module.__class__ = _without(type(module), generated)
+        del module.__dict__[STATE]
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Folds and packs every fused block's weights now and keeps them, also under torch.compile, until `refresh`.
+
+    For inference with parameters that no longer change: frozen blocks are not checked for changed weights. `train()`, `.to()`
+    and `load_state_dict` thaw them. Raises RuntimeError for a block whose BatchNorm is in training mode.
+    """
+    for name, block in fused_blocks(model):
+        if any(bn.training for bn in (block.bn1, *block.bns, block.bn3)):
+            raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
+    for _, block in fused_blocks(model):
+        state = getattr(block, STATE)
+        state.frozen = fold_detached(block, block.conv1.weight.dtype, state.backend)
+    return model
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Drops all kept weights: needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`."""
+    for _, block in fused_blocks(model):
+        getattr(block, STATE).drop()
+    return model
+
+
+def fused_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every block of the model that has the fused forward, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, FusedForward):
+            yield name, module
+
+
+# Generated classes ----------------------------------------------------------------------------------------------------
+
+_originals: dict[type, type] = {}  # generated class -> the class it stands in front of
+
+
+@functools.cache
+def fused_class(original: type) -> type:
+    """The subclass of `original` whose forward runs fused; the same one for every call."""
+    body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
+    generated = type(f"Fused{original.__name__}", (FusedForward, original), body)
+    _originals[generated] = original
+    return generated
+
+
+def _reduce(self: nn.Module, protocol: int):
+    """As the original class would, but with a constructor that generates the class again."""
+    generated = next(c for c in type(self).__mro__ if c in _originals)
+    _, (_, *arguments), *state = super(generated, self).__reduce_ex__(protocol)
+    return _rebuild, (_originals[generated], *arguments), *state
+
+
+def _rebuild(original: type, *arguments: object) -> nn.Module:
+    generated = fused_class(original)
+    return generated.__new__(generated, *arguments)
+
+
+def _without(cls: type, generated: type) -> type:
+    """The class without the generated one: the original, or what others derived, derived anew from the original."""
+    if cls is generated:
+        return _originals[generated]
+    bases = tuple(_without(base, generated) if issubclass(base, generated) else base for base in cls.__bases__)
+    return type(cls.__name__, bases, {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})

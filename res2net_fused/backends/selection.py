@@ -1,0 +1,101 @@
+"""The one place where a backend is chosen, and where its reasons come from.
+
+Order: the `backend` argument, then RES2NET_FUSED_BACKEND, then "auto": the first of AUTO_ORDER that can run the call. An
+explicit choice that cannot run raises with the reason; auto moves on, and logs once for each reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..chain import BACKENDS, ChainConfig, ChainProblem
+
+ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
+AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_MODULES = {"reference": "aten", "triton": "triton_backend", "cpu": "native_cpu", "cuda": "native_cuda"}
+_log = logging.getLogger("res2net_fused")
+
+
+class Backend(Protocol):
+    """What each module in this folder offers."""
+
+    def why_not(self, problem: ChainProblem) -> str | None:
+        """None where the call can run, else the reason: first of the machine, then of the problem."""
+
+    def forward(
+        self,
+        problem: ChainProblem,
+        x: Tensor,  # (N, s*w, H, W), any strides
+        weights: Sequence[Tensor],  # each (w, w/groups, 3, 3)
+        biases: Sequence[Tensor] | None,  # each (w,), the weights' dtype or fp32
+        packed: Sequence[Tensor] | None,  # what `pack` returned for these weights, or None
+    ) -> Tensor:
+        """A new tensor (N, s*w, H/stride, W/stride) in the memory format that `chain.memory_format(x)` names."""
+
+    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
+        """The weights in this backend's own layout; empty where it reads them as they are."""
+
+    def plan(self, problem: ChainProblem) -> str:
+        """One line for `explain`: how this call would run."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend for one problem, and for every backend asked before it the reason against it."""
+
+    name: str
+    rejected: tuple[tuple[str, str], ...] = ()
+    requested_by: str = "auto"
+
+    @property
+    def reason(self) -> str:
+        if self.requested_by != "auto":
+            return f"asked for by {self.requested_by}"
+        return "; ".join(f"{name}: {why}" for name, why in self.rejected) or "first choice on this device"
+
+
+@functools.cache
+def get_backend(name: str) -> Backend:
+    return importlib.import_module(f"{__package__}.{_MODULES[name]}")  # type: ignore[return-value]
+
+
+def requested(backend: str) -> tuple[str, str]:
+    """The backend asked for and by whom: ("auto", "auto") if by nobody."""
+    name, source = backend, f"backend={backend!r}"
+    if backend == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto"
+        source = f"{ENVIRONMENT_VARIABLE}={name}"
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: allowed are {', '.join(map(repr, BACKENDS))}")
+    return name, "auto" if name == "auto" else source
+
+
+def choose(problem: ChainProblem, backend: str = "auto") -> Choice:
+    """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it."""
+    name, source = requested(backend)
+    if name != "auto":
+        why = get_backend(name).why_not(problem)
+        if why is not None:
+            raise RuntimeError(f"{source} cannot run {problem}: {why}")
+        return Choice(name, requested_by=source)
+    rejected = []
+    for candidate in AUTO_ORDER.get(problem.device.type, ("reference",)):
+        why = get_backend(candidate).why_not(problem)
+        if why is None:
+            return Choice(candidate, tuple(rejected))
+        rejected.append((candidate, why))
+        _log_once(candidate, why)
+    raise RuntimeError(f"no backend can run {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
+
+
+@functools.cache
+def _log_once(candidate: str, why: str) -> None:
+    _log.info("backend %s is not used: %s", candidate, why)

@@ -1,0 +1,95 @@
+"""The chain's gradients by PyTorch's own operators, from x, the output and the incoming gradient alone.
+
+With u_i = x_i + y_{i-1} and y_i = act(K_i u_i + b_i), from the last group to the first:
+
+    dy_i = dout_i + du_{i+1},   dz_i = dy_i * act'(y_i),   du_i = K_i^T dz_i = dx_i,   dK_i = u_i (*) dz_i,   db_i = sum dz_i
+
+u_i is formed again from x and out, and act' is read off y_i, so nothing else has to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .chain import ChainConfig, memory_format
+
+
+def chain_backward(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    config: ChainConfig,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of (x, weights, biases), flat, and of these only what `needed` names.
+
+    grad, out: (N, s*w, H/stride, W/stride), any strides; x: (N, s*w, H, W).
+    """
+    need_x, need_weights, need_biases = needed
+    width, steps = weights[0].shape[0], len(weights)
+    groups, outputs, grads = (list(t.split(width, 1)) for t in (x, out, grad))
+    scale = config.scale(steps)
+    grad_x: list[Tensor] = [grad] * scale
+    grad_weights: list[Tensor] = [grad] * steps
+    grad_biases: list[Tensor] = [grad] * steps
+    into_previous: Tensor | None = None  # du_{i+1}, where group i+1 added y_i
+    for i in reversed(range(scale)):
+        dy = grads[i] if into_previous is None else grads[i] + into_previous
+        into_previous = None
+        if i == config.passed_group(scale):
+            grad_x[i] = _pool_backward(dy, groups[i], config)
+            continue
+        k = i - config.first_convolved
+        dz = _activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(out))
+        u = groups[i] + outputs[i - 1] if config.adds(i) else groups[i]
+        need_u = need_x or _feeds_a_convolution(config, i)
+        du, grad_weights[k], grad_biases[k] = torch.ops.aten.convolution_backward(
+            dz,
+            u,
+            weights[k],
+            [width] if need_biases else None,
+            [config.stride] * 2,
+            [config.dilation] * 2,
+            [config.dilation] * 2,
+            False,
+            [0, 0],
+            config.groups,
+            [need_u, need_weights, need_biases],
+        )
+        grad_x[i] = du
+        if config.adds(i):
+            into_previous = du
+    results = []
+    if need_x:
+        results.append(torch.cat(grad_x, 1).to(x.dtype).contiguous(memory_format=memory_format(x)))
+    if need_weights:
+        results += [g.contiguous() for g in grad_weights]
+    if need_biases and biases is not None:
+        results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
+    return results
+
+
+def _feeds_a_convolution(config: ChainConfig, group: int) -> bool:
+    """Whether du of this group reaches an earlier convolution."""
+    return config.adds(group) and group - 1 >= config.first_convolved
+
+
+def _activation_backward(dy: Tensor, y: Tensor, activation: str) -> Tensor:
+    if activation == "none":
+        return dy
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dy, y, 0)
+    return torch.ops.aten.hardtanh_backward(dy, y, 0, 20)
+
+
+def _pool_backward(dy: Tensor, x: Tensor, config: ChainConfig) -> Tensor:
+    if config.pool is None:
+        return dy
+    return torch.ops.aten.avg_pool2d_backward(
+        dy, x, [3, 3], [config.stride] * 2, [1, 1], False, config.pool == "avg3", None
+    )

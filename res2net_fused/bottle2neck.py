@@ -1,0 +1,67 @@
+"""The drop-in block: `Bottle2neck`, with the published signature, attribute names and state_dict keys."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .chain import BACKENDS
+from .fused_block import STATE, BlockState, FusedForward, conv_geometry
+from .reference import ReferenceBottle2neck
+
+# What timm's ResNet passes to every block besides; only values that change nothing are accepted.
+_NEUTRAL = {"reduce_first": 1, "aa_layer": None, "drop_block": None, "drop_path": None, "device": None, "dtype": None}
+
+
+class Bottle2neck(FusedForward, ReferenceBottle2neck):
+    """The Res2Net bottleneck, running fused in eval mode.
+
+    inplanes: channels of x; the output has planes * 4. stride: of the 3x3 convolutions (stype='stage' only).
+    downsample: the module of the shortcut, or None. baseWidth: w = floor(planes * baseWidth / 64) * cardinality.
+    scale: s, the number of groups. stype: 'normal', or 'stage' (no adds, pooled pass-through).
+    cardinality, dilation: groups and dilation of the 3x3 convolutions.
+    passthrough: the group without a convolution, "last", "none", "first" or "first_added".
+    backend: of `hierarchical_conv2d`.
+    timm_keywords: base_width, first_dilation, act_layer, norm_layer, attn_layer, as timm's block takes them. timm decides
+        for itself which block is 'stage' (stride > 1 or a downsample), and so does this one where base_width is given.
+
+    forward: (N, inplanes, H, W) -> (N, planes * 4, ceil(H/stride), ceil(W/stride)).
+    Raises ValueError or TypeError, naming the argument, for values that do not fit.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        baseWidth: int = 26,
+        scale: int = 4,
+        stype: str = "normal",
+        *,
+        cardinality: int = 1,
+        dilation: int = 1,
+        passthrough: str = "last",
+        backend: str = "auto",
+        **timm_keywords,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+        if "base_width" in timm_keywords:
+            baseWidth = timm_keywords.pop("base_width")
+            stype = "stage" if stride > 1 or downsample is not None else "normal"
+        dilation = timm_keywords.pop("first_dilation", None) or dilation
+        layers = {
+            name: timm_keywords.pop(name)
+            for name in ("act_layer", "norm_layer", "attn_layer")
+            if timm_keywords.get(name) is not None
+        }
+        for name, value in timm_keywords.items():
+            if name not in _NEUTRAL and name not in ("attn_layer", "norm_layer", "act_layer"):
+                raise TypeError(f"Bottle2neck has no argument {name!r}")
+            if value != _NEUTRAL.get(name):
+                raise ValueError(f"{name} is {value!r}; only {_NEUTRAL.get(name)!r} is supported")
+        super().__init__(
+            inplanes, planes, stride, downsample, baseWidth, scale, stype,
+            cardinality=cardinality, dilation=dilation, passthrough=passthrough, **layers,
+        )  # fmt: skip
+        setattr(self, STATE, BlockState(self.chain_config, backend, conv_geometry(self)))

@@ -1,0 +1,223 @@
+"""What a chain is: its settings, the shapes that follow from them, and every check of a caller's arguments.
+
+The settings come from the tables of published blocks; the recurrence itself stands in `reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format  # the Python twin of ATen's, used by torch's own fakes
+
+PASSTHROUGHS = ("last", "none", "first", "first_added")
+POOLS = (None, "avg3", "avg3_nopad")
+ACTIVATIONS = ("relu", "none", "hardtanh20")
+BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def _at_least_one(name: str, value: object) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """Settings of `hierarchical_conv2d`, without the tensors.
+
+    stride, dilation, groups: of every 3x3 convolution; padding is `dilation`.
+    hierarchical: whether y_{i-1} is added to x_i (False in a 'stage' block).
+    passthrough: which group skips its convolution: "last", "none", "first", or "first_added" (the first skips and is
+        also added to the second).
+    pool: what the pass-through applies: None, "avg3" (AvgPool2d(3, stride, 1)) or "avg3_nopad" (padding not counted).
+    activation: behind each convolution: "relu", "none" or "hardtanh20" (clamp to 0 ... 20).
+    """
+
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    hierarchical: bool = True
+    passthrough: str = "last"
+    pool: str | None = None
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        _at_least_one("stride", self.stride)
+        _at_least_one("dilation", self.dilation)
+        _at_least_one("groups", self.groups)
+        _one_of("passthrough", self.passthrough, PASSTHROUGHS)
+        _one_of("pool", self.pool, POOLS)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        if self.pool is not None and self.passthrough == "none":
+            raise ValueError(f"pool is {self.pool!r} but passthrough is 'none': there is no group to pool")
+        if self.passthrough == "first_added" and not self.hierarchical:
+            raise ValueError("passthrough is 'first_added' but hierarchical is False, which adds nothing; use 'first'")
+        if self.stride > 1 and self.pool is None and self.passthrough != "none":
+            raise ValueError(
+                f"stride is {self.stride} but pool is None: the passed-through group would keep its size; "
+                "use pool='avg3' or 'avg3_nopad', or passthrough='none'"
+            )
+
+    def scale(self, convolutions: int) -> int:
+        """s, the number of groups, for so many convolutions."""
+        return convolutions + (self.passthrough != "none")
+
+    @property
+    def first_convolved(self) -> int:
+        """The group that the first convolution reads: 1 where the first group passes through, else 0."""
+        return int(self.passthrough in ("first", "first_added"))
+
+    def passed_group(self, scale: int) -> int | None:
+        """The group without a convolution, or None."""
+        return None if self.passthrough == "none" else 0 if self.first_convolved else scale - 1
+
+    def adds(self, group: int) -> bool:
+        """Whether the convolved `group` reads x_i + y_{i-1} rather than x_i."""
+        first = self.first_convolved
+        return self.hierarchical and (group > first or (group == 1 and self.passthrough == "first_added"))
+
+    def output_size(self, size: int) -> int:
+        """Rows (or columns) of the output for `size` rows of x; the same for the convolutions and for the pool."""
+        return (size - 1) // self.stride + 1
+
+
+@dataclass(frozen=True)
+class ChainProblem:
+    """One call of the operator, without its data: what a backend is chosen and a launch is planned by.
+
+    width is the number of channels of a group; steps the number of convolutions.
+    """
+
+    config: ChainConfig
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    height: int
+    width_pixels: int
+    width: int
+    steps: int
+    channels_last: bool
+
+    @property
+    def scale(self) -> int:
+        return self.config.scale(self.steps)
+
+    @property
+    def output_height(self) -> int:
+        return self.config.output_size(self.height)
+
+    @property
+    def output_width(self) -> int:
+        return self.config.output_size(self.width_pixels)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of all convolutions."""
+        pixels = self.batch * self.output_height * self.output_width
+        return 2 * 9 * pixels * self.steps * self.width * self.width // self.config.groups
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return (
+            f"({self.batch}, {self.scale}x{self.width}, {self.height}, {self.width_pixels}) "
+            f"{str(self.dtype).removeprefix('torch.')} {layout} {self.device}"
+        )
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that x suggests and that the output keeps: channels-last or contiguous, as ATen decides it."""
+    return suggest_memory_format(x)
+
+
+def describe(tensor: object) -> str:
+    if isinstance(tensor, Tensor):
+        return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+    return type(tensor).__name__
+
+
+def check_types(x: object, weights: object, biases: object) -> None:
+    """TypeErrors for what is no tensor at all; shapes and dtypes are checked inside the operator."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {describe(x)}; a Tensor of shape (N, s*w, H, W) is needed")
+    for name, values in (("weights", weights), ("biases", biases)):
+        if name == "biases" and values is None:
+            continue
+        if isinstance(values, Tensor) or not isinstance(values, Sequence):
+            raise TypeError(f"{name} is a {describe(values)}; a list of Tensors, one per convolution, is needed")
+        for i, value in enumerate(values):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}[{i}] is a {describe(value)}; a Tensor is needed")
+
+
+def check_weights(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> int:
+    """Checks the weights among themselves; returns w, the channels of a group."""
+    if len(weights) == 0:
+        raise ValueError("weights is empty; one tensor of shape (w, w/groups, 3, 3) per convolution is needed")
+    first = weights[0]
+    if first.dim() != 4 or tuple(first.shape[2:]) != (3, 3):
+        raise ValueError(f"weights[0] is {describe(first)}; the shape must be (w, w/groups, 3, 3)")
+    width = first.shape[0]
+    if width < 1 or width % config.groups or first.shape[1] * config.groups != width:
+        raise ValueError(
+            f"weights[0] is {describe(first)}; with groups={config.groups} the shape must be (w, w/groups, 3, 3)"
+        )
+    if first.dtype not in DTYPES:
+        raise TypeError(f"weights[0] is {describe(first)}; allowed dtypes are {', '.join(map(str, DTYPES))}")
+    for i, weight in enumerate(weights):
+        if weight.shape != first.shape:
+            raise ValueError(f"weights[{i}] is {describe(weight)}; it must match weights[0], {describe(first)}")
+        if weight.dtype != first.dtype or weight.device != first.device:
+            raise ValueError(f"weights[{i}] is {describe(weight)}; dtype and device must match weights[0], {describe(first)}")
+    if biases is not None:
+        if len(biases) != len(weights):
+            raise ValueError(f"biases holds {len(biases)} tensors; weights holds {len(weights)}, and both must match")
+        for i, bias in enumerate(biases):
+            if tuple(bias.shape) != (width,):
+                raise ValueError(f"biases[{i}] is {describe(bias)}; the shape must be ({width},)")
+            if bias.device != first.device:
+                raise ValueError(f"biases[{i}] is on {bias.device}; weights are on {first.device}")
+            if bias.dtype not in (first.dtype, torch.float32):
+                raise TypeError(f"biases[{i}] is {bias.dtype}; allowed are {first.dtype} (as weights) and torch.float32")
+    return width
+
+
+def check_arguments(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig
+) -> ChainProblem:
+    """Raises ValueError or TypeError naming the argument, what came and what is allowed; else describes the call."""
+    width = check_weights(weights, biases, config)
+    if x.dim() != 4:
+        raise ValueError(f"x is {describe(x)}; four dimensions (N, s*w, H, W) are needed")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; allowed dtypes are {', '.join(map(str, DTYPES))}")
+    if x.device != weights[0].device:
+        raise ValueError(f"x is on {x.device} but weights[0] is on {weights[0].device}; both must be on one device")
+    if x.dtype != weights[0].dtype:
+        raise TypeError(f"x is {x.dtype} but weights[0] is {weights[0].dtype}; both must have one dtype")
+    steps = len(weights)
+    scale = config.scale(steps)
+    if x.shape[1] != scale * width:
+        raise ValueError(
+            f"x has {x.shape[1]} channels; {steps} weights of width {width} with passthrough={config.passthrough!r} "
+            f"need s*w = {scale}*{width} = {scale * width}"
+        )
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"x is {describe(x)}; H and W must be at least 1")
+    if config.stride > 1 and any(config.adds(config.first_convolved + i) for i in range(steps)):
+        raise ValueError(
+            f"stride is {config.stride} with hierarchical=True: y_(i-1) is smaller than x_i and cannot be added to it; "
+            "use hierarchical=False"
+        )
+    return ChainProblem(
+        config, x.device, x.dtype, x.shape[0], x.shape[2], x.shape[3], width, steps, memory_format(x) == torch.channels_last
+    )

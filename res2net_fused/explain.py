@@ -1,0 +1,85 @@
+"""`explain(model)`: for every Res2Net block, whether it runs fused, on which backend, how, and if not, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .accelerate import REFUSAL
+from .backends.selection import choose, get_backend
+from .fused_block import STATE, BlockState, FusedForward
+from .recognition import looks_like_a_block
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block. name: in the model. fused: whether its last call (or the example's) ran fused; None if not run yet.
+
+    backend: of that call, or "". reason: for the backend, or against fusing. plan: how the backend runs these shapes.
+    """
+
+    name: str
+    fused: bool | None
+    backend: str
+    reason: str
+    plan: str = ""
+
+
+class BlockReports(list):
+    """A list of BlockReport that prints as a table."""
+
+    def __str__(self) -> str:
+        head = ("block", "fused", "backend", "plan", "reason")
+        words = {True: "yes", False: "no", None: "?"}
+        rows = [(r.name or "(model)", words[r.fused], r.backend, r.plan, r.reason) for r in self]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) + "  " + row[4] for row in (head, *rows)]
+        fused = sum(r.fused is True for r in self)
+        return "\n".join(line.rstrip() for line in lines) + f"\n{fused} of {len(self)} blocks fused"
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
+    """Reports on every Res2Net block of `model`.
+
+    With example inputs the model is run on them once, without gradients; its buffers, mode and the random state are left as
+    they were. Without, the report is about each block's last call.
+    """
+    if example_inputs:
+        _run_unnoticed(model, example_inputs)
+    return BlockReports(
+        _report(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, FusedForward) or looks_like_a_block(module)
+    )
+
+
+def _report(name: str, module: nn.Module) -> BlockReport:
+    if not isinstance(module, FusedForward):
+        reason = module.__dict__.get(REFUSAL, "accelerate(model) has not been called since this block was added")
+        return BlockReport(name, False, "", reason)
+    state: BlockState = getattr(module, STATE)
+    if state.last_refusal is not None:
+        return BlockReport(name, False, "", state.last_refusal)
+    problem = state.last_problem
+    if problem is None:
+        return BlockReport(name, None, "", "not run yet")
+    try:
+        choice = choose(problem, state.backend)
+    except RuntimeError as error:
+        return BlockReport(name, False, "", str(error))
+    plan = f"{problem}: {get_backend(choice.name).plan(problem)}"
+    return BlockReport(name, True, choice.name, choice.reason, plan)
+
+
+def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model(*inputs)
+        for name, buffer in model.named_buffers():
+            if not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])

@@ -1,0 +1,110 @@
+"""BatchNorm folded into the convolution before it, and the rules by which a folded block may be kept.
+
+In eval mode BatchNorm is the affine map y = (z - mean) * weight / sqrt(var + eps) + bias, so that
+bn(conv(x)) = conv'(x) + b' with conv' = conv * scale and b' = (conv.bias - mean) * scale + bias.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .packing import PackedWeights, pack_weights
+
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
+_epoch = 0  # advanced by every optimizer step: fused optimizers write parameters without bumping `_version`
+
+
+def _advance_epoch(*_: object) -> None:
+    global _epoch
+    _epoch += 1
+
+
+register_optimizer_step_post_hook(_advance_epoch)
+
+
+@dataclass
+class FoldedBlock:
+    """A block's convolutions with their BatchNorms folded in; `chain` is packed, or plain lists while gradients flow."""
+
+    conv1_weight: Tensor  # (s*w, inplanes, 1, 1)
+    conv1_bias: Tensor  # (s*w,)
+    chain: PackedWeights | list[Tensor]  # each (w, w/groups, 3, 3)
+    chain_biases: list[Tensor] | None  # each (w,); None where `chain` is packed
+    conv3_weight: Tensor  # (planes * 4, s*w, 1, 1)
+    conv3_bias: Tensor  # (planes * 4,)
+
+
+def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """conv' in `dtype` and b' in fp32 (fp64 for an fp64 block); differentiable. Half-precision factors multiply in fp32."""
+    wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+    scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(wide)
+    mean = bn.running_mean.to(wide)
+    bias = -mean * scale if conv.bias is None else (conv.bias.to(wide) - mean) * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias.to(wide)
+    weight = conv.weight.to(wide) * scale.reshape(-1, 1, 1, 1)
+    return weight.to(dtype), bias
+
+
+def fold_block(block: nn.Module, dtype: torch.dtype, backend: str, packed: bool) -> FoldedBlock:
+    """Folds conv1, convs and conv3. With `packed`, the chain's weights are packed for the backend as well."""
+    conv1_weight, conv1_bias = fold(block.conv1, block.bn1, dtype)
+    folded = [fold(conv, bn, dtype) for conv, bn in zip(block.convs, block.bns, strict=True)]
+    conv3_weight, conv3_bias = fold(block.conv3, block.bn3, dtype)
+    chain: PackedWeights | list[Tensor] = [weight for weight, _ in folded]
+    biases: list[Tensor] | None = [bias for _, bias in folded]
+    if packed:
+        conv = block.convs[0]
+        geometry = {"stride": conv.stride[0], "dilation": conv.dilation[0], "groups": conv.groups}
+        chain, biases = pack_weights(chain, biases, **geometry, backend=backend), None
+    return FoldedBlock(conv1_weight, conv1_bias.to(dtype), chain, biases, conv3_weight, conv3_bias.to(dtype))
+
+
+def block_tensors(block: nn.Module) -> list[Tensor]:
+    """Everything that folding reads, and each num_batches_tracked, which tells when running statistics moved."""
+    tensors = []
+    for conv, bn in zip((block.conv1, *block.convs, block.conv3), (block.bn1, *block.bns, block.bn3), strict=True):
+        tensors += [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def cacheable(tensors: Iterable[Tensor]) -> bool:
+    """Whether folded tensors may outlive this call: not while something traces, captures or wraps tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return all(type(tensor) in _PLAIN_TYPES and not tensor.is_inference() for tensor in tensors)
+
+
+class CacheKey:
+    """Tells whether a block's tensors are the ones that were folded, unchanged as far as PyTorch can tell."""
+
+    def __init__(self, tensors: list[Tensor], settings: tuple[object, ...]) -> None:
+        self.settings = settings
+        self.epoch = _epoch
+        self.references = [weakref.ref(tensor) for tensor in tensors]
+        self.fingerprints = [_fingerprint(tensor) for tensor in tensors]
+
+    def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
+        if self.epoch != _epoch or self.settings != settings or len(tensors) != len(self.references):
+            return False
+        for tensor, reference, fingerprint in zip(tensors, self.references, self.fingerprints, strict=True):
+            if reference() is not tensor or _fingerprint(tensor) != fingerprint:
+                return False
+        return True
+
+
+def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version

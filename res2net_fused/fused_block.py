@@ -1,0 +1,172 @@
+"""How a Res2Net block runs fused: the mixin that stands in front of a block class's own forward.
+
+`Bottle2neck` has it by inheritance, the blocks of other libraries get it from `accelerate`. In eval mode it folds the
+BatchNorms, keeps the folded and packed weights, and calls the operator; whatever cannot run fused runs the class's own forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backends.selection import requested
+from .chain import ChainConfig, ChainProblem, memory_format
+from .folding import CacheKey, FoldedBlock, block_tensors, cacheable, fold_block
+from .operator import hierarchical_conv2d
+from .reference import apply_optional, finish_bottle2neck
+
+STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
+
+
+@dataclass
+class BlockState:
+    """What a fused block knows about itself; of this only config, backend and geometry are copied and pickled."""
+
+    config: ChainConfig
+    backend: str
+    geometry: tuple[object, ...]  # of the convolutions when they were recognised: `conv_geometry`
+    key: CacheKey | None = field(default=None, repr=False)
+    folded: FoldedBlock | None = field(default=None, repr=False)
+    frozen: FoldedBlock | None = field(default=None, repr=False)
+    last_problem: ChainProblem | None = None  # of the last fused call
+    last_refusal: str | None = None  # why the last call ran the class's own forward
+
+    def drop(self, frozen: bool = True) -> None:
+        self.key = self.folded = None
+        if frozen:
+            self.frozen = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"config": self.config, "backend": self.backend, "geometry": self.geometry}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class FusedForward:
+    """Mixin before an nn.Module class of the Res2Net kind; its instances carry a BlockState."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        state: BlockState = getattr(self, STATE)
+        refusal = why_not_fused(self, x, args, kwargs)
+        if not torch.compiler.is_compiling():
+            state.last_refusal = refusal
+        if refusal is not None:
+            if any(bn.training for bn in (self.bn1, *self.bns, self.bn3)):
+                state.drop()  # running statistics change without a trace
+            return super().forward(x, *args, **kwargs)
+        return run_fused(self, x, state)
+
+    def train(self, mode: bool = True):
+        getattr(self, STATE).drop(frozen=mode)
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        getattr(self, STATE).drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        getattr(self, STATE).drop()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+
+def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
+    """The block in eval mode: conv1 + ReLU, the chain, conv3, shortcut + ReLU; (N, inplanes, H, W) as the class's own."""
+    folded = folded_weights(block, x, state)
+    out = F.conv2d(x, folded.conv1_weight, folded.conv1_bias).relu_()  # (N, s*w, H, W)
+    config = state.config
+    if not torch.compiler.is_compiling():
+        state.last_problem = ChainProblem(
+            config, out.device, out.dtype, out.shape[0], out.shape[2], out.shape[3],
+            block.convs[0].in_channels, len(block.convs), memory_format(out) == torch.channels_last,
+        )  # fmt: skip
+    out = hierarchical_conv2d(
+        out,
+        folded.chain,
+        folded.chain_biases,
+        stride=config.stride,
+        dilation=config.dilation,
+        groups=config.groups,
+        hierarchical=config.hierarchical,
+        passthrough=config.passthrough,
+        pool=config.pool,
+        activation=config.activation,
+        backend=state.backend,
+    )  # (N, s*w, H/stride, W/stride)
+    out = apply_optional(block, "drop_block", out)
+    return finish_bottle2neck(block, F.conv2d(out, folded.conv3_weight, folded.conv3_bias), x)
+
+
+def folded_weights(block: nn.Module, x: Tensor, state: BlockState) -> FoldedBlock:
+    """The frozen weights, the cached ones if nothing changed, or newly folded ones: differentiable if gradients flow."""
+    dtype = compute_dtype(block, x)
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+        return fold_block(block, dtype, state.backend, packed=False)
+    if state.frozen is not None and state.frozen.conv1_weight.dtype == dtype:
+        return state.frozen
+    if torch.compiler.is_compiling():
+        return fold_block(block, dtype, state.backend, packed=False)
+    tensors = block_tensors(block)
+    if not cacheable(tensors):
+        return fold_block(block, dtype, state.backend, packed=False)
+    settings = (dtype, requested(state.backend))
+    key, folded = state.key, state.folded
+    if key is None or folded is None or not key.matches(tensors, settings):
+        key = CacheKey(tensors, settings)  # before folding: a write meanwhile must show as a mismatch
+        folded = fold_detached(block, dtype, state.backend)
+        state.folded, state.key = folded, key
+    return folded
+
+
+def fold_detached(block: nn.Module, dtype: torch.dtype, backend: str) -> FoldedBlock:
+    """Folded and packed for keeping: ordinary tensors outside autograd, also when called in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return fold_block(block, dtype, backend, packed=True)
+
+
+def compute_dtype(block: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype in which the block's convolutions run: autocast's where it is on, else the weights' own."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and block.conv1.weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return block.conv1.weight.dtype
+
+
+# Eligibility: cheap, at every call, since users hook, replace and parametrize submodules at any time ------------------
+
+
+def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs: dict[str, object]) -> str | None:
+    """None if this call may run fused, else the reason."""
+    if any(argument is not None for argument in (*args, *kwargs.values())):
+        return "called with more than x"
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        return "x is not a 4-D floating-point tensor"
+    for bn in (block.bn1, *block.bns, block.bn3):
+        if type(bn) is not nn.BatchNorm2d:
+            return f"norm layer {type(bn).__name__} cannot be folded"
+        if bn.training:
+            return "BatchNorm is in training mode: batch statistics cannot be folded"
+        if bn.running_mean is None or bn.running_var is None:
+            return "BatchNorm has no running statistics to fold"
+    if type(block.relu) is not nn.ReLU:
+        return f"activation {type(block.relu).__name__} is not fused"
+    if conv_geometry(block) != getattr(block, STATE).geometry:
+        return "a convolution was replaced, parametrized or given another geometry since it was recognised"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks must see every submodule's call"
+    for module in (block.conv1, block.bn1, *block.convs, *block.bns, block.conv3, block.bn3, block.relu):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"a hook on a {type(module).__name__} inside the block must see its call"
+    return None
+
+
+def conv_geometry(block: nn.Module) -> tuple[object, ...]:
+    """All of the block's convolutions that change the result beyond their tensors, comparable at every call."""
+    return tuple(
+        (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+         conv.groups, conv.padding_mode)
+        for conv in (block.conv1, *block.convs, block.conv3)
+    )  # fmt: skip

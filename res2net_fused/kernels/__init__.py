@@ -1,0 +1,1 @@
+"""Triton kernels, one file each, with their launch plans beside them."""

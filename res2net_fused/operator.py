@@ -1,0 +1,211 @@
+"""The operator `res2net_fused::hierarchical_conv2d`: the one place where it is registered with PyTorch.
+
+Schema, kernel (any device), fake, autograd with a backward operator of its own, autocast and flop formulas. The kernel's body
+checks the arguments and asks `backends.selection` for a backend; nothing of that happens while a graph is traced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .backends.selection import choose, get_backend
+from .backward import chain_backward
+from .chain import ChainConfig, ChainProblem, check_arguments, check_types, memory_format
+from .packing import PackedWeights
+
+_SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_library = torch.library.Library("res2net_fused", "DEF")
+_library.define(
+    "hierarchical_conv2d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? packed, str layout, "
+    f"{_SETTINGS}, str backend) -> Tensor",
+    tags=_TAGS,
+)
+_library.define(
+    "hierarchical_conv2d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, Tensor[]? biases, "
+    f"{_SETTINGS}, bool[] needed) -> Tensor[]",
+    tags=_TAGS,
+)
+
+_config = functools.lru_cache(ChainConfig)
+
+
+def hierarchical_conv2d(
+    x: Tensor,
+    weights: Sequence[Tensor] | PackedWeights,
+    biases: Sequence[Tensor] | None = None,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    hierarchical: bool = True,
+    passthrough: str = "last",
+    pool: str | None = None,
+    activation: str = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """The add-then-convolve chain of Res2Net (arXiv:1904.01169, equation 1) in one operator.
+
+    x: (N, s*w, H, W), fp32, fp64, fp16 or bf16; channels-last is the native memory format.
+    weights: one tensor (w, w/groups, 3, 3) for each convolution, or what `pack_weights` returned (for inference; it
+        carries biases, stride, dilation and groups with it). One for each group but the passed one.
+    biases: None, or one tensor (w,) for each convolution, of x's dtype or fp32.
+    stride, dilation, groups: of the 3x3 convolutions, whose padding is `dilation`.
+    hierarchical: whether y_{i-1} is added to x_i; False in a 'stage' block, which alone may have a stride.
+    passthrough: the group without a convolution: "last", "none", "first", or "first_added" (added to the next as well).
+    pool: on the pass-through: None, "avg3" (AvgPool2d(3, stride, padding=1)) or "avg3_nopad" (padding not counted).
+    activation: behind each convolution: "relu", "none", "hardtanh20" (clamp to 0 ... 20).
+    backend: "auto", "reference", "triton", "cpu" or "cuda"; with "auto" the variable RES2NET_FUSED_BACKEND decides.
+
+    Returns (N, s*w, ceil(H/stride), ceil(W/stride)) in x's dtype and suggested memory format.
+    Raises ValueError or TypeError for arguments that do not fit, RuntimeError where an explicit backend cannot run.
+    """
+    packed, layout = None, "plain"
+    if isinstance(weights, PackedWeights):
+        check_types(x, weights.weights, None)
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("weights is packed, which is for inference only, but x requires grad; pass a list of tensors")
+        settings = weights.settings(biases=biases, stride=stride, dilation=dilation, groups=groups)
+        stride, dilation, groups = settings
+        packed, layout = weights.packed, weights.layout
+        weights, biases = weights.weights, weights.biases
+    else:
+        check_types(x, weights, biases)
+    return torch.ops.res2net_fused.hierarchical_conv2d.default(
+        x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
+    )
+
+
+# Kernel ---------------------------------------------------------------------------------------------------------------
+
+
+def _output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
+    return problem.batch, problem.scale * problem.width, problem.output_height, problem.output_width
+
+
+@functools.partial(_library.impl, "hierarchical_conv2d", dispatch_key="CompositeExplicitAutograd")
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+    layout: str,
+    *settings: object,
+) -> Tensor:
+    *chain, backend = settings
+    problem = check_arguments(x, weights, biases, _config(*chain))
+    name = choose(problem, backend).name
+    if problem.batch == 0:
+        return x.new_empty(_output_shape(problem))
+    return get_backend(name).forward(problem, x, weights, biases, packed if layout == name else None)
+
+
+@torch.library.register_fake("res2net_fused::hierarchical_conv2d", lib=_library)
+def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, packed: object, layout: str, *settings):
+    *chain, _ = settings
+    problem = check_arguments(x, weights, biases, _config(*chain))
+    return torch.empty(_output_shape(problem), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(_library.impl, "hierarchical_conv2d_backward", dispatch_key="CompositeExplicitAutograd")
+def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
+    *chain, needed = settings
+    return chain_backward(grad, x, out, weights, biases, _config(*chain), needed)
+
+
+@torch.library.register_fake("res2net_fused::hierarchical_conv2d_backward", lib=_library)
+def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
+    need_x, need_weights, need_biases = settings[-1]
+    results = []
+    if need_x:
+        results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
+    if need_weights:
+        results += [weight.new_empty(weight.shape) for weight in weights]
+    if need_biases:
+        results += [bias.new_empty(bias.shape) for bias in biases]
+    return results
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, weights, biases, _, _, *settings = inputs
+    ctx.settings = settings[:-1]
+    ctx.counts = len(weights), 0 if biases is None else len(biases)
+    ctx.save_for_backward(x, output, *weights, *(biases or ()))
+
+
+def _backward(ctx, grad):
+    x, out, *rest = ctx.saved_tensors
+    steps, bias_count = ctx.counts
+    weights, biases = rest[:steps], rest[steps:] or None
+    needs = ctx.needs_input_grad
+    needed = [needs[0], _any(needs[1]), bias_count > 0 and _any(needs[2])]
+    results = iter(
+        torch.ops.res2net_fused.hierarchical_conv2d_backward.default(grad, x, out, weights, biases, *ctx.settings, needed)
+    )
+    grad_x = next(results) if needed[0] else None
+    grad_weights = [next(results) if needed[1] else None for _ in range(steps)]
+    grad_biases = [next(results) if needed[2] else None for _ in range(bias_count)]
+    return grad_x, grad_weights, grad_biases if bias_count else None, *[None] * (2 + len(ctx.settings) + 1)
+
+
+def _any(needs: bool | Sequence[bool]) -> bool:
+    return needs if isinstance(needs, bool) else any(needs)
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "hierarchical_conv2d has no second derivative; compute it with res2net_fused.reference.hierarchical_conv2d"
+    )
+
+
+torch.library.register_autograd(
+    "res2net_fused::hierarchical_conv2d", _backward, setup_context=_save_for_backward, lib=_library
+)
+torch.library.register_autograd("res2net_fused::hierarchical_conv2d_backward", _no_double_backward, lib=_library)
+
+
+# Autocast: x and the convolution weights only; biases stay as they are ------------------------------------------------
+
+
+def _autocast(device_type: str, key: str) -> Callable[..., Tensor]:
+    def kernel(x, weights, biases, packed, layout, *settings):
+        dtype = torch.get_autocast_dtype(device_type)
+        if any(t.dtype == torch.float64 or not t.is_floating_point() for t in (x, *weights)):
+            dtype = None  # as for ATen's convolutions: left alone
+        if dtype is not None and weights[0].dtype != dtype:
+            weights, packed, layout = [weight.to(dtype) for weight in weights], None, "plain"
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return torch.ops.res2net_fused.hierarchical_conv2d.default(
+                x if dtype is None else x.to(dtype), weights, biases, packed, layout, *settings
+            )
+
+    return kernel
+
+
+_library.impl("hierarchical_conv2d", _autocast("cpu", "AutocastCPU"), "AutocastCPU")
+_library.impl("hierarchical_conv2d", _autocast("cuda", "AutocastCUDA"), "AutocastCUDA")
+
+
+# FLOPs ----------------------------------------------------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d)
+def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    batch, _, height, width = out_shape
+    out_channels, in_channels, rows, columns = weight_shapes[0]
+    return 2 * batch * height * width * len(weight_shapes) * out_channels * in_channels * rows * columns
+
+
+@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d_backward)
+def _backward_flops(grad_shape, x_shape, out_shape_, weight_shapes, biases, *settings, out_shape=None, **kwargs) -> int:
+    need_x, need_weights, _ = settings[-1]
+    return (need_x + need_weights) * _forward_flops(x_shape, weight_shapes, out_shape=out_shape_)

@@ -1,0 +1,82 @@
+"""Weights in the layout of the backend that will read them, packed once for many calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from .backends.selection import choose, get_backend
+from .chain import ChainConfig, ChainProblem, check_types, check_weights
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """What `pack_weights` returns: the plain tensors, one backend's layout of them, and the settings they were packed for.
+
+    Made for inference: the tensors are detached. A pytree, so `torch.utils._pytree.tree_map` reaches its tensors. A backend
+    whose layout this is not packs again from the plain weights.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor] | None
+    packed: list[Tensor]
+    layout: str
+    stride: int
+    dilation: int
+    groups: int
+
+    def settings(self, *, biases: object, stride: int, dilation: int, groups: int) -> tuple[int, int, int]:
+        """(stride, dilation, groups) of the pack; ValueError where the call says something else."""
+        if biases is not None:
+            raise ValueError("biases is given beside packed weights, which carry their own; pass biases to pack_weights")
+        for name, given in (("stride", stride), ("dilation", dilation), ("groups", groups)):
+            own = getattr(self, name)
+            if given not in (1, own):
+                raise ValueError(f"{name} is {given} but the weights were packed for {name}={own}")
+        return self.stride, self.dilation, self.groups
+
+
+_CONTEXT = ("layout", "stride", "dilation", "groups")
+_pytree.register_pytree_node(
+    PackedWeights,
+    lambda p: ([p.weights, p.biases, p.packed], tuple(getattr(p, name) for name in _CONTEXT)),
+    lambda children, context: PackedWeights(*children, *context),
+    serialized_type_name="res2net_fused.PackedWeights",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)
+
+
+def pack_weights(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> PackedWeights:
+    """Packs weights (w, w/groups, 3, 3) and biases (w,) for `hierarchical_conv2d`; arguments and errors as there.
+
+    With backend "auto" the layout is that of the first backend that can run on the weights' device. While a graph is
+    traced nothing is packed: the operator then packs inside its own body.
+    """
+    check_types(torch.empty(0), weights, biases)
+    config = ChainConfig(stride=stride, dilation=dilation, groups=groups, passthrough="none")
+    width = check_weights(weights, biases, config)
+    weights = [weight.detach() for weight in weights]
+    biases = None if biases is None else [bias.detach() for bias in biases]
+    layout, packed = "plain", []
+    if not torch.compiler.is_compiling():
+        layout = choose(_nominal_problem(weights, width, config), backend).name
+        packed = get_backend(layout).pack(weights, biases, config)
+    return PackedWeights(weights, biases, packed, layout, stride, dilation, groups)
+
+
+def _nominal_problem(weights: Sequence[Tensor], width: int, config: ChainConfig) -> ChainProblem:
+    """A call with these weights: backends state their reasons for whole problems, and x is not known yet."""
+    return ChainProblem(config, weights[0].device, weights[0].dtype, 1, 14, 14, width, len(weights), True)

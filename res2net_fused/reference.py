@@ -1,0 +1,172 @@
+"""The mathematics of Res2Net, stated once, in plain PyTorch and in any floating dtype (float64 for the ground truth).
+
+Res2Net: A New Multi-scale Backbone Architecture (Gao et al., arXiv:1904.01169), equation 1. The s groups x_1 ... x_s of a
+feature map pass a chain of 3x3 convolutions K_i, each followed by BatchNorm and ReLU:
+
+    y_1 = x_1,   y_2 = K_2(x_2),   y_i = K_i(x_i + y_{i-1})  for 2 < i <= s
+
+The published code lets the last group pass instead of the first, which only renames the groups:
+
+    y_i = K_i(x_i + y_{i-1})  for i < s,   y_s = x_s
+
+and in the first block of a stage nothing is added, the convolutions stride and the passed group is average-pooled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .chain import ChainConfig
+
+
+def hierarchical_chain(
+    groups: Sequence[Tensor], convolution: Callable[[int, Tensor], Tensor], config: ChainConfig
+) -> list[Tensor]:
+    """The recurrence. `groups` are x_1 ... x_s; `convolution(k, u)` is the k-th convolution with all that follows it."""
+    scale = len(groups)
+    passed = config.passed_group(scale)
+    outputs: list[Tensor] = []
+    for i, x in enumerate(groups):
+        if i == passed:
+            outputs.append(pool_passthrough(x, config))
+        else:
+            u = x + outputs[i - 1] if config.adds(i) else x
+            outputs.append(convolution(i - config.first_convolved, u))
+    return outputs
+
+
+def pool_passthrough(x: Tensor, config: ChainConfig) -> Tensor:
+    """What the group without a convolution goes through; (N, w, H, W) -> (N, w, H/stride, W/stride)."""
+    if config.pool is None:
+        return x
+    return F.avg_pool2d(x, 3, config.stride, padding=1, count_include_pad=config.pool == "avg3")
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    if activation == "none":
+        return y
+    return y.relu() if activation == "relu" else F.hardtanh(y, 0, 20)
+
+
+def hierarchical_conv2d(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig
+) -> Tensor:
+    """The chain with BatchNorm folded into weights (w, w/groups, 3, 3) and biases (w,); x is (N, s*w, H, W)."""
+
+    def convolution(k: int, u: Tensor) -> Tensor:
+        bias = None if biases is None else biases[k].to(u.dtype)
+        y = F.conv2d(u, weights[k], bias, config.stride, config.dilation, config.dilation, config.groups)
+        return activate(y, config.activation)
+
+    return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
+
+
+def bottle2neck(block: nn.Module, x: Tensor, config: ChainConfig) -> Tensor:
+    """The whole bottleneck by the block's own submodules: conv1, the chain, conv3, attention, shortcut.
+
+    `block` has conv1, bn1, convs, bns, conv3, bn3 and relu, and may have drop_block, se, drop_path and downsample.
+    """
+
+    def convolution(k: int, u: Tensor) -> Tensor:
+        return block.relu(block.bns[k](block.convs[k](u)))
+
+    out = block.relu(block.bn1(block.conv1(x)))  # (N, s*w, H, W)
+    out = torch.cat(hierarchical_chain(out.split(block.convs[0].in_channels, 1), convolution, config), 1)
+    out = apply_optional(block, "drop_block", out)
+    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x)
+
+
+def finish_bottle2neck(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """What follows bn3: attention, stochastic depth, the shortcut from x, and the last activation."""
+    out = apply_optional(block, "drop_path", apply_optional(block, "se", out))
+    downsample = getattr(block, "downsample", None)
+    out += x if downsample is None else downsample(x)  # in place: under autocast the result keeps out's dtype
+    return block.relu(out)
+
+
+def apply_optional(block: nn.Module, name: str, out: Tensor) -> Tensor:
+    module = getattr(block, name, None)
+    return out if module is None else module(out)
+
+
+class ReferenceBottle2neck(nn.Module):
+    """The Res2Net bottleneck in plain PyTorch, with the attribute names and state_dict keys of the published code.
+
+    inplanes: channels of x. planes: the stage's base; the output has planes * 4 channels.
+    stride: of the 3x3 convolutions of a 'stage' block. downsample: the module of the shortcut, or None.
+    baseWidth, scale: w = floor(planes * baseWidth / 64) * cardinality channels in each of `scale` groups.
+    stype: 'normal', or 'stage' (no adds, pooled pass-through).
+    cardinality, dilation: groups and dilation of the 3x3 convolutions. passthrough: as in `ChainConfig`.
+    forward: (N, inplanes, H, W) -> (N, planes * 4, H/stride, W/stride).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        baseWidth: int = 26,
+        scale: int = 4,
+        stype: str = "normal",
+        *,
+        cardinality: int = 1,
+        dilation: int = 1,
+        passthrough: str = "last",
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        attn_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("inplanes", inplanes), ("planes", planes), ("scale", scale), ("cardinality", cardinality)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if stype not in ("normal", "stage"):
+            raise ValueError(f"stype is {stype!r}; allowed are 'normal', 'stage'")
+        if stype == "normal" and stride != 1:
+            raise ValueError(f"stride is {stride} in a 'normal' block, which adds groups of one size; use stype='stage'")
+        width = math.floor(planes * (baseWidth / 64.0)) * cardinality
+        if width < 1:
+            raise ValueError(f"baseWidth is {baseWidth}; with planes={planes} a group would have no channel")
+        stage = stype == "stage"
+        if scale == 1:
+            passthrough = "none"
+        if stage and passthrough == "first_added":
+            passthrough = "first"  # a 'stage' block adds nothing
+        self.chain_config = ChainConfig(
+            stride=stride,
+            dilation=dilation,
+            groups=cardinality,
+            hierarchical=not stage,
+            passthrough=passthrough,
+            pool="avg3" if stage and passthrough != "none" else None,
+        )
+        self.nums = max(1, scale - (passthrough != "none"))
+        self.stype, self.scale, self.width = stype, scale, width
+        self.conv1 = nn.Conv2d(inplanes, width * scale, kernel_size=1, bias=False)
+        self.bn1 = norm_layer(width * scale)
+        if stage:
+            self.pool = nn.AvgPool2d(kernel_size=3, stride=stride, padding=1)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, 3, stride, dilation, dilation, groups=cardinality, bias=False)
+            for _ in range(self.nums)
+        )
+        self.bns = nn.ModuleList(norm_layer(width) for _ in range(self.nums))
+        self.conv3 = nn.Conv2d(width * scale, planes * self.expansion, kernel_size=1, bias=False)
+        self.bn3 = norm_layer(planes * self.expansion)
+        if attn_layer is not None:
+            self.se = attn_layer(planes * self.expansion)
+        self.relu = act_layer(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bottle2neck(self, x, self.chain_config)
