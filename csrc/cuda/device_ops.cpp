@@ -1,0 +1,45 @@
+// torch.ops.res2net_fused_native.cuda_build_info and .device_limits: what the CUDA library was compiled with, and what
+// a device offers to a kernel's plan.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "common/build_info.h"
+#include "cuda/device.h"
+
+namespace {
+
+std::string cuda_build_info() {
+  res2net_fused::BuildInfo info = res2net_fused::build_info();
+  info.cuda_version = res2net_fused_nvcc_version();
+  return res2net_fused::to_json(info);
+}
+
+// In the order of DeviceLimits in res2net_fused/native.py.
+std::vector<int64_t> device_limits(int64_t device) {
+  STD_TORCH_CHECK(device >= 0 && device <= std::numeric_limits<int>::max(),
+                  "device: expected the index of a CUDA device, got ", device);
+  res2net_fused_device_limits limits;
+  const int error = res2net_fused_query_device(static_cast<int>(device), &limits);
+  STD_TORCH_CHECK(error == 0, "device: CUDA device ", device, " cannot be queried: ", res2net_fused_cuda_error(error));
+  return {limits.capability_major,          limits.capability_minor,
+          limits.multiprocessors,           limits.shared_per_block_optin,
+          limits.shared_per_multiprocessor, limits.registers_per_multiprocessor,
+          limits.l2_bytes};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
+  m.def("cuda_build_info() -> str");
+  m.def("device_limits(int device) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build_info", TORCH_BOX(&cuda_build_info));
+  m.impl("device_limits", TORCH_BOX(&device_limits));
+}

@@ -1,0 +1,208 @@
+"""Installing from source: with and without what the native extension needs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_SETTINGS = {"CXX", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"}  # variables that steer a build
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the native extension is built on Linux only")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy with nothing built and the kernels left out: what is tested is how setup.py builds, and that quickly.
+
+    The real tree stays untouched; the tests share one build folder, so most of them compile nothing.
+    """
+    root = tmp_path_factory.mktemp("checkout") / "res2net-fused"
+    root.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy2(ROOT / name, root)
+    for folder, pattern in (("common", "*"), ("python", "*"), ("cpu", "build_info_op.cpp"), ("cuda", "device*")):
+        (root / "csrc" / folder).mkdir(parents=True)
+        for source in (ROOT / "csrc" / folder).glob(pattern):
+            shutil.copy2(source, root / "csrc" / folder)
+    ignored = shutil.ignore_patterns("*.so", "build.json", "__pycache__")
+    shutil.copytree(ROOT / "res2net_fused", root / "res2net_fused", ignore=ignored)
+    return root
+
+
+def environment(compiler_on_path=True, **extra):
+    """This environment without settings of its own; without a compiler, PATH holds this Python's tools only."""
+    env = {k: v for k, v in os.environ.items() if k not in BUILD_SETTINGS and not k.startswith("RES2NET_FUSED_")}
+    if not compiler_on_path:
+        env["PATH"] = sysconfig.get_path("scripts")
+        found = [tool for tool in ("c++", "g++", "clang++", "nvcc") if shutil.which(tool, path=env["PATH"])]
+        if found:
+            pytest.skip(f"{found} lie beside this Python's own tools")
+    return env | {"RES2NET_FUSED_CUDA_ARCHS": "none"} | extra
+
+
+def build(checkout, target, env):
+    """setup.py's build_ext alone, into `target`; returns the finished process and the record it left."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    record = target / "res2net_fused" / "lib" / "build.json"
+    return done, json.loads(record.read_text()) if record.exists() else None
+
+
+def need_compiler():
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+
+
+def libraries_in(folder):
+    return sorted(path.name for path in folder.rglob("*.so"))
+
+
+def pip_install(checkout, site, env):
+    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
+    return subprocess.run([*pip, "--target", str(site), str(checkout)], env=env, capture_output=True, text=True)
+
+
+def loaded_from(site, tmp_path):
+    """The CPU library's status in a fresh process that imports the package from `site`."""
+    code = (
+        "import dataclasses, json, res2net_fused; from res2net_fused import native\n"
+        "status = native.cpu_library()\n"
+        "print(json.dumps([res2net_fused.__file__, status.loaded, status.reason, native.build_information()]))"
+    )
+    env = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    file, loaded, reason, information = json.loads(done.stdout.splitlines()[-1])
+    assert Path(file).is_relative_to(site)
+    return loaded, reason, information
+
+
+def test_install_without_a_compiler(checkout, tmp_path):
+    site = tmp_path / "site"
+    done = pip_install(checkout, site, environment(compiler_on_path=False))
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert "cpu: NOT BUILT: no C++ compiler found (looked for c++, g++, clang++)" in output
+    assert "apt-get install g++" in output
+    assert libraries_in(site) == []
+    loaded, reason, information = loaded_from(site, tmp_path)
+    assert not loaded and "no C++ compiler found" in reason
+    assert information["source"] == "build.json" and not any(p["built"] for p in information["parts"].values())
+
+
+def test_install_with_a_compiler(checkout, tmp_path):
+    need_compiler()
+    site = tmp_path / "site"
+    done = pip_install(checkout, site, environment(RES2NET_FUSED_BUILD="require"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "libres2net_fused_cpu.so" in libraries_in(site)
+    assert (site / "bin" / "res2net-fused").exists()
+    loaded, reason, information = loaded_from(site, tmp_path)
+    assert loaded, reason
+    assert information["source"] == "_build_info" and information["cuda_version"] is None
+
+
+def test_require_fails_without_a_compiler(checkout, tmp_path):
+    env = environment(compiler_on_path=False, RES2NET_FUSED_BUILD="require")
+    done, record = build(checkout, tmp_path, env)
+    assert done.returncode != 0 and record is None
+    assert "RES2NET_FUSED_BUILD=require, cpu: no C++ compiler found" in done.stderr
+
+
+def test_compiler_that_fails(checkout, tmp_path):
+    done, record = build(checkout, tmp_path, environment(CXX=shutil.which("false")))
+    assert done.returncode == 0 and "compiling the cpu part failed" in done.stderr
+    assert not record["parts"]["cpu"]["built"] and "GCC >= 11" in record["parts"]["cpu"]["reason"]
+    done, _ = build(checkout, tmp_path, environment(CXX="no-such-compiler", RES2NET_FUSED_BUILD="require"))
+    assert done.returncode != 0 and "looked for CXX=no-such-compiler" in done.stderr
+
+
+def test_off_builds_nothing_and_removes_what_an_earlier_build_left(checkout, tmp_path):
+    need_compiler()
+    done, record = build(checkout, tmp_path, environment())
+    assert done.returncode == 0 and record["parts"]["cpu"]["built"], done.stderr
+    assert not record["parts"]["cuda"]["built"] and "RES2NET_FUSED_CUDA_ARCHS=none" in record["parts"]["cuda"]["reason"]
+    done, record = build(checkout, tmp_path, environment(RES2NET_FUSED_BUILD="off"))
+    assert done.returncode == 0 and "RES2NET_FUSED_BUILD=off" in record["parts"]["cpu"]["reason"]
+    assert libraries_in(tmp_path) == []
+
+
+def test_wrong_settings_are_named(checkout, tmp_path):
+    done, _ = build(checkout, tmp_path, environment(RES2NET_FUSED_BUILD="maybe"))
+    assert done.returncode != 0 and "expected 'auto', 'require' or 'off', got 'maybe'" in done.stderr
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed: the architectures are not looked at")
+    done, _ = build(checkout, tmp_path, environment(RES2NET_FUSED_CUDA_ARCHS="17"))
+    assert done.returncode != 0 and "RES2NET_FUSED_CUDA_ARCHS: '17'" in done.stderr
+
+
+def test_without_torch_the_build_says_so(checkout, tmp_path):
+    need_compiler()
+    # An isolated build environment has no torch; hiding it from find_spec is the same to setup.py.
+    code = (
+        "import importlib.util as util, runpy, sys\n"
+        "real = util.find_spec\n"
+        "util.find_spec = lambda name, *a: None if name == 'torch' else real(name, *a)\n"
+        "sys.argv = ['setup.py', 'build_ext', '--build-lib', sys.argv[1]]\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=checkout, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cpu: NOT BUILT: torch is not installed in the build environment" in done.stderr
+    assert "pip install --no-build-isolation" in done.stderr
+
+
+def test_cuda_library_builds_without_a_gpu(checkout, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    done, record = build(checkout, tmp_path, environment(RES2NET_FUSED_CUDA_ARCHS="90a"))
+    assert done.returncode == 0 and record["parts"]["cuda"]["built"], done.stderr
+    assert record["info"]["cuda_architectures"] == ["90a"]
+    assert "libres2net_fused_cuda.so" in libraries_in(tmp_path)
+
+
+def test_kernels_of_every_instruction_set_reach_the_library(checkout, tmp_path, request):
+    need_compiler()
+    kernel = checkout / "csrc" / "cpu" / "kernels" / "probe.cpp"
+    operator = checkout / "csrc" / "cpu" / "probe_op.cpp"
+    request.addfinalizer(lambda: (kernel.unlink(), operator.unlink()))
+    kernel.parent.mkdir()
+    kernel.write_text(
+        "namespace res2net_fused::RES2NET_FUSED_ISA {\n"
+        "extern const int probe_lanes;\n"
+        "__attribute__((used)) extern const int probe_lanes =\n"
+        "#if defined(__AVX512F__)\n  16;\n#elif defined(__AVX2__)\n  8;\n#else\n  4;\n#endif\n}\n"
+    )
+    operator.write_text(
+        "#include <torch/csrc/stable/library.h>\n"
+        "namespace res2net_fused {\n"
+        "namespace portable { extern const int probe_lanes; }\n"
+        "#ifdef RES2NET_FUSED_HAVE_AVX2\nnamespace avx2 { extern const int probe_lanes; }\n#endif\n"
+        "#ifdef RES2NET_FUSED_HAVE_AVX512\nnamespace avx512 { extern const int probe_lanes; }\n#endif\n"
+        "static std::vector<int64_t> lanes() {\n"
+        "  std::vector<int64_t> found = {portable::probe_lanes};\n"
+        "#ifdef RES2NET_FUSED_HAVE_AVX2\n  found.push_back(avx2::probe_lanes);\n#endif\n"
+        "#ifdef RES2NET_FUSED_HAVE_AVX512\n  found.push_back(avx512::probe_lanes);\n#endif\n"
+        "  return found;\n}\n}\n"
+        'STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) { m.def("probe_lanes() -> int[]"); }\n'
+        "STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CompositeExplicitAutograd, m) {\n"
+        '  m.impl("probe_lanes", TORCH_BOX(&res2net_fused::lanes));\n}\n'
+    )
+    done, record = build(checkout, tmp_path, environment(RES2NET_FUSED_BUILD="require"))
+    assert done.returncode == 0, done.stderr
+    code = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.res2net_fused_native.probe_lanes())"
+    library = tmp_path / "res2net_fused" / record["parts"]["cpu"]["file"]
+    done = subprocess.run([sys.executable, "-c", code, str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = {"portable": 4, "avx2": 8, "avx512": 16}
+    assert json.loads(done.stdout) == [expected[name] for name in record["info"]["instruction_sets"]]
+    assert record["info"]["instruction_sets"][0] == "portable"
+
