@@ -1,0 +1,116 @@
+"""Backend `triton`: one launch per convolution on GPUs from sm_80 on, or the same kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..chain import ChainConfig, ChainProblem
+from ..kernels.step_plan import MAX_PIXELS, StepPlan, padded_lanes, plan_steps
+
+MINIMUM_TRITON = (3, 6)
+MINIMUM_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why Triton cannot be used at all, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < MINIMUM_TRITON:
+        return f"Triton is {triton.__version__}; at least {'.'.join(map(str, MINIMUM_TRITON))} is needed"
+    return None
+
+
+def _interpreted() -> bool:
+    from ..kernels import conv3x3_step
+
+    return conv3x3_step.interpreted()
+
+
+def why_not(problem: ChainProblem) -> str | None:
+    missing = _missing()
+    if missing is not None:
+        return missing
+    device = problem.device
+    if problem.dtype == torch.float64:
+        return "x is torch.float64; allowed are torch.float32, torch.float16 and torch.bfloat16"
+    if device.type == "cpu":
+        if not _interpreted():
+            return "x is on the CPU; it must be on a CUDA device, or TRITON_INTERPRET=1 be set before Triton is imported"
+        if problem.dtype == torch.bfloat16:
+            return "x is torch.bfloat16, in which Triton's interpreter multiplies wrongly; use torch.float16"
+    elif device.type != "cuda":
+        return f"x is on {device}; it must be on a CUDA device"
+    elif torch.version.hip is not None:
+        return "x is on an AMD GPU; an NVIDIA GPU is needed"
+    elif _capability(device) < MINIMUM_CAPABILITY:
+        found = "{}.{}".format(*_capability(device))
+        return f"{device} has compute capability {found}; at least 8.0 is needed"
+    if problem.output_height * problem.output_width > MAX_PIXELS:
+        return f"an image has {problem.output_height}x{problem.output_width} output pixels; at most {MAX_PIXELS} are allowed"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
+    """[(steps, groups, 9, w/groups, w/groups padded), biases (steps, w) in fp32]."""
+    from ..kernels.conv3x3_step import pack_weights
+
+    width = weights[0].shape[0]
+    packed = pack_weights(list(weights), config.groups, padded_lanes(width // config.groups))
+    if biases is None:
+        return [packed, torch.zeros(len(weights), width, dtype=torch.float32, device=packed.device)]
+    return [packed, torch.stack([bias.detach().float() for bias in biases])]
+
+
+def _plan(problem: ChainProblem) -> StepPlan:
+    capability = _capability(problem.device) if problem.device.type == "cuda" else MINIMUM_CAPABILITY
+    return plan_steps(problem, capability, tf32=convolutions_use_tf32())
+
+
+def convolutions_use_tf32() -> bool:
+    """Whether cuDNN's convolutions may round float32 to TF32; reading `allow_tf32` can raise, this does not."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def plan(problem: ChainProblem) -> str:
+    return _plan(problem).describe(problem)
+
+
+def forward(
+    problem: ChainProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+) -> Tensor:
+    shape = (problem.batch, x.shape[1], problem.output_height, problem.output_width)
+    wanted = torch.channels_last if problem.channels_last else torch.contiguous_format
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=wanted)
+    if problem.batch == 0:
+        return out
+    from ..kernels.conv3x3_step import Slots, chain_calls
+
+    packed_weights, bias = packed if packed else pack(weights, biases, problem.config)
+    # The kernels read and write channels side by side; every other stride may be what it is.
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    direct = out if out.stride(1) == 1 or x.shape[1] == 1 else torch.empty_like(out, memory_format=torch.channels_last)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        x_slots = Slots(x, problem.width, problem.width)
+        out_slots = Slots(direct, problem.width, problem.width)
+        for call in chain_calls(problem, _plan(problem), x_slots, out_slots, packed_weights, bias):
+            call.run()
+    return out if direct is out else out.copy_(direct)
