@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .chain import BACKENDS
-from .fused_block import STATE, BlockState, FusedForward, conv_geometry, fold_detached
+from .fused_block import STATE, BlockState, FusedForward, conv_geometry, fold_and_pack
 from .recognition import looks_like_a_block, recognise
 
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
@@ -67,7 +67,7 @@ def freeze(model: nn.Module) -> nn.Module:
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
-        state.frozen = fold_detached(block, block.conv1.weight.dtype, state.backend)
+        state.frozen = fold_and_pack(block, block.conv1.weight.dtype, state)
     return model
 
 

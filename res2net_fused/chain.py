@@ -68,6 +68,18 @@ class ChainConfig:
                 "use pool='avg3' or 'avg3_nopad', or passthrough='none'"
             )
 
+    def settings(self) -> dict[str, object]:
+        """As keyword arguments of `hierarchical_conv2d`, in the order of the operator's schema."""
+        return {
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "hierarchical": self.hierarchical,
+            "passthrough": self.passthrough,
+            "pool": self.pool,
+            "activation": self.activation,
+        }
+
     def scale(self, convolutions: int) -> int:
         """s, the number of groups, for so many convolutions."""
         return convolutions + (self.passthrough != "none")

@@ -35,9 +35,9 @@ class BlockReports(list):
         words = {True: "yes", False: "no", None: "?"}
         rows = [(r.name or "(model)", words[r.fused], r.backend, r.plan, r.reason) for r in self]
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) + "  " + row[4] for row in (head, *rows)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in (head, *rows)]
         fused = sum(r.fused is True for r in self)
-        return "\n".join(line.rstrip() for line in lines) + f"\n{fused} of {len(self)} blocks fused"
+        return "\n".join(lines) + f"\n{fused} of {len(self)} blocks fused"
 
     __repr__ = __str__
 

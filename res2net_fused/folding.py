@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .packing import PackedWeights, pack_weights
-
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 _epoch = 0  # advanced by every optimizer step: fused optimizers write parameters without bumping `_version`
 
@@ -31,14 +29,16 @@ register_optimizer_step_post_hook(_advance_epoch)
 
 @dataclass
 class FoldedBlock:
-    """A block's convolutions with their BatchNorms folded in; `chain` is packed, or plain lists while gradients flow."""
+    """A block's convolutions with their BatchNorms folded in, and, where kept for many calls, one backend's layout of them."""
 
     conv1_weight: Tensor  # (s*w, inplanes, 1, 1)
-    conv1_bias: Tensor  # (s*w,)
-    chain: PackedWeights | list[Tensor]  # each (w, w/groups, 3, 3)
-    chain_biases: list[Tensor] | None  # each (w,); None where `chain` is packed
+    conv1_bias: Tensor  # (s*w,), fp32 (fp64 for an fp64 block), as all biases here
+    weights: list[Tensor]  # each (w, w/groups, 3, 3)
+    biases: list[Tensor]  # each (w,)
     conv3_weight: Tensor  # (planes * 4, s*w, 1, 1)
     conv3_bias: Tensor  # (planes * 4,)
+    packed: list[Tensor] | None = None
+    layout: str = "plain"
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -55,18 +55,11 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tenso
     return weight.to(dtype), bias
 
 
-def fold_block(block: nn.Module, dtype: torch.dtype, backend: str, packed: bool) -> FoldedBlock:
-    """Folds conv1, convs and conv3. With `packed`, the chain's weights are packed for the backend as well."""
-    conv1_weight, conv1_bias = fold(block.conv1, block.bn1, dtype)
+def fold_block(block: nn.Module, dtype: torch.dtype) -> FoldedBlock:
+    """Folds conv1, convs and conv3 into weights of `dtype`; differentiable."""
     folded = [fold(conv, bn, dtype) for conv, bn in zip(block.convs, block.bns, strict=True)]
-    conv3_weight, conv3_bias = fold(block.conv3, block.bn3, dtype)
-    chain: PackedWeights | list[Tensor] = [weight for weight, _ in folded]
-    biases: list[Tensor] | None = [bias for _, bias in folded]
-    if packed:
-        conv = block.convs[0]
-        geometry = {"stride": conv.stride[0], "dilation": conv.dilation[0], "groups": conv.groups}
-        chain, biases = pack_weights(chain, biases, **geometry, backend=backend), None
-    return FoldedBlock(conv1_weight, conv1_bias.to(dtype), chain, biases, conv3_weight, conv3_bias.to(dtype))
+    weights, biases = [weight for weight, _ in folded], [bias for _, bias in folded]
+    return FoldedBlock(*fold(block.conv1, block.bn1, dtype), weights, biases, *fold(block.conv3, block.bn3, dtype))
 
 
 def block_tensors(block: nn.Module) -> list[Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .backends.selection import requested
 from .chain import ChainConfig, ChainProblem, memory_format
 from .folding import CacheKey, FoldedBlock, block_tensors, cacheable, fold_block
-from .operator import hierarchical_conv2d
+from .operator import fused_bottle2neck, hierarchical_conv2d
+from .packing import pack_block
 from .reference import apply_optional, finish_bottle2neck
 
 STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
@@ -74,57 +75,63 @@ class FusedForward:
 
 
 def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
-    """The block in eval mode: conv1 + ReLU, the chain, conv3, shortcut + ReLU; (N, inplanes, H, W) as the class's own."""
-    folded = folded_weights(block, x, state)
-    out = F.conv2d(x, folded.conv1_weight, folded.conv1_bias).relu_()  # (N, s*w, H, W)
-    config = state.config
-    if not torch.compiler.is_compiling():
-        state.last_problem = ChainProblem(
-            config, out.device, out.dtype, out.shape[0], out.shape[2], out.shape[3],
-            block.convs[0].in_channels, len(block.convs), memory_format(out) == torch.channels_last,
-        )  # fmt: skip
-    out = hierarchical_conv2d(
-        out,
-        folded.chain,
-        folded.chain_biases,
-        stride=config.stride,
-        dilation=config.dilation,
-        groups=config.groups,
-        hierarchical=config.hierarchical,
-        passthrough=config.passthrough,
-        pool=config.pool,
-        activation=config.activation,
-        backend=state.backend,
-    )  # (N, s*w, H/stride, W/stride)
-    out = apply_optional(block, "drop_block", out)
-    return finish_bottle2neck(block, F.conv2d(out, folded.conv3_weight, folded.conv3_bias), x)
-
-
-def folded_weights(block: nn.Module, x: Tensor, state: BlockState) -> FoldedBlock:
-    """The frozen weights, the cached ones if nothing changed, or newly folded ones: differentiable if gradients flow."""
+    """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts while gradients flow."""
     dtype = compute_dtype(block, x)
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
-        return fold_block(block, dtype, state.backend, packed=False)
+    x_in = x.to(dtype)
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+    if not torch.compiler.is_compiling():
+        state.last_problem = _problem(block, x_in, state.config)
+    if differentiable or not _is_identity(block, "drop_block"):
+        folded = fold_block(block, dtype)
+        out = F.conv2d(x_in, folded.conv1_weight, folded.conv1_bias.to(dtype)).relu_()  # (N, s*w, H, W)
+        out = hierarchical_conv2d(out, folded.weights, folded.biases, **state.config.settings(), backend=state.backend)
+        out = apply_optional(block, "drop_block", out)
+        out = F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
+        return finish_bottle2neck(block, out, x)
+    folded = folded_weights(block, dtype, state)
+    fuse_end = _is_identity(block, "se") and _is_identity(block, "drop_path")  # else the shortcut comes behind them
+    shortcut = None
+    if fuse_end:
+        shortcut = x if block.downsample is None else block.downsample(x)
+    out = fused_bottle2neck(x_in, shortcut, folded, fuse_end, state.config, state.backend)
+    return out if fuse_end else finish_bottle2neck(block, out, x)
+
+
+def _is_identity(block: nn.Module, name: str) -> bool:
+    module = getattr(block, name, None)
+    return module is None or type(module) is nn.Identity
+
+
+def _problem(block: nn.Module, x: Tensor, config: ChainConfig) -> ChainProblem:
+    batch, _, height, width = x.shape
+    last = memory_format(x) == torch.channels_last
+    return ChainProblem(
+        config, x.device, x.dtype, batch, height, width, block.convs[0].in_channels, len(block.convs), last
+    )
+
+
+def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
+    """The frozen weights, the cached ones if nothing changed, or newly folded ones."""
     if state.frozen is not None and state.frozen.conv1_weight.dtype == dtype:
         return state.frozen
     if torch.compiler.is_compiling():
-        return fold_block(block, dtype, state.backend, packed=False)
+        return fold_block(block, dtype)
     tensors = block_tensors(block)
     if not cacheable(tensors):
-        return fold_block(block, dtype, state.backend, packed=False)
+        return fold_block(block, dtype)
     settings = (dtype, requested(state.backend))
     key, folded = state.key, state.folded
     if key is None or folded is None or not key.matches(tensors, settings):
         key = CacheKey(tensors, settings)  # before folding: a write meanwhile must show as a mismatch
-        folded = fold_detached(block, dtype, state.backend)
+        folded = fold_and_pack(block, dtype, state)
         state.folded, state.key = folded, key
     return folded
 
 
-def fold_detached(block: nn.Module, dtype: torch.dtype, backend: str) -> FoldedBlock:
+def fold_and_pack(block: nn.Module, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
     """Folded and packed for keeping: ordinary tensors outside autograd, also when called in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
-        return fold_block(block, dtype, backend, packed=True)
+        return pack_block(fold_block(block, dtype), state.config, state.backend)
 
 
 def compute_dtype(block: nn.Module, x: Tensor) -> torch.dtype:

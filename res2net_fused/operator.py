@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .backends.block import run_block
 from .backends.selection import choose, get_backend
 from .backward import chain_backward
-from .chain import ChainConfig, ChainProblem, check_arguments, check_types, memory_format
+from .chain import ChainConfig, ChainProblem, check_arguments, check_types, check_weights, describe, memory_format
+from .folding import FoldedBlock
 from .packing import PackedWeights
 
 _SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
@@ -30,6 +32,12 @@ _library.define(
 _library.define(
     "hierarchical_conv2d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, Tensor[]? biases, "
     f"{_SETTINGS}, bool[] needed) -> Tensor[]",
+    tags=_TAGS,
+)
+
+_library.define(
+    "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
+    f"Tensor conv3_weight, Tensor conv3_bias, Tensor[]? packed, str layout, bool relu, {_SETTINGS}, str backend) -> Tensor",
     tags=_TAGS,
 )
 
@@ -111,6 +119,61 @@ def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None,
     *chain, _ = settings
     problem = check_arguments(x, weights, biases, _config(*chain))
     return torch.empty(_output_shape(problem), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+# The whole block, for inference -----------------------------------------------------------------------------------------
+
+
+def fused_bottle2neck(
+    x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool, config: ChainConfig, backend: str
+) -> Tensor:
+    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; (N, inplanes, H, W) -> (N, planes * 4, H', W')."""
+    f = folded
+    return torch.ops.res2net_fused.bottle2neck.default(
+        x, shortcut, f.conv1_weight, f.conv1_bias, f.weights, f.biases, f.conv3_weight, f.conv3_bias, f.packed, f.layout,
+        relu, *config.settings().values(), backend,
+    )  # fmt: skip
+
+
+def _block_problem(x: Tensor, conv1_weight: Tensor, weights: Sequence[Tensor], biases, config) -> ChainProblem:
+    """Checks conv1 against x and the chain against conv1, and describes the chain inside."""
+    if x.dim() != 4 or conv1_weight.dim() != 4 or x.shape[1] != conv1_weight.shape[1]:
+        raise ValueError(
+            f"x is {describe(x)} and conv1_weight is {describe(conv1_weight)}; (N, C, H, W) and (s*w, C, 1, 1) are needed"
+        )
+    width = check_weights(weights, biases, config)
+    if conv1_weight.shape[0] != config.scale(len(weights)) * width:
+        raise ValueError(f"conv1_weight is {describe(conv1_weight)}; {len(weights)} weights of width {width} follow it")
+    batch, _, height, columns = x.shape
+    last = memory_format(x) == torch.channels_last
+    return ChainProblem(config, x.device, x.dtype, batch, height, columns, width, len(weights), last)
+
+
+@functools.partial(_library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
+def _block_forward(x, shortcut, *rest):
+    *tensors, packed, layout, relu = rest[:9]
+    *chain, backend = rest[9:]
+    folded = FoldedBlock(*tensors)
+    problem = _block_problem(x, folded.conv1_weight, folded.weights, folded.biases, _config(*chain))
+    name = choose(problem, backend).name
+    if layout == name:
+        folded.packed, folded.layout = packed, layout
+    return run_block(get_backend(name), problem, x, shortcut, folded, relu)
+
+
+@torch.library.register_fake("res2net_fused::bottle2neck", lib=_library)
+def _block_fake(x, shortcut, conv1_weight, conv1_bias, weights, biases, conv3_weight, *rest):
+    *chain, _ = rest[4:]
+    problem = _block_problem(x, conv1_weight, weights, biases, _config(*chain))
+    shape = problem.batch, conv3_weight.shape[0], problem.output_height, problem.output_width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _no_backward(ctx, *grads):
+    raise NotImplementedError("res2net_fused::bottle2neck is for inference; with gradients on, the block runs its parts")
+
+
+torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=_library)
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------
@@ -203,6 +266,13 @@ def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> i
     batch, _, height, width = out_shape
     out_channels, in_channels, rows, columns = weight_shapes[0]
     return 2 * batch * height * width * len(weight_shapes) * out_channels * in_channels * rows * columns
+
+
+@register_flop_formula(torch.ops.res2net_fused.bottle2neck)
+def _block_flops(x_shape, shortcut, conv1, conv1_bias, weight_shapes, biases, conv3, *args, out_shape=None, **kwargs) -> int:
+    batch, out_channels, height, width = out_shape
+    pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * conv3[0] * conv3[1])
+    return 2 * pointwise + _forward_flops(x_shape, weight_shapes, out_shape=out_shape)
 
 
 @register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d_backward)

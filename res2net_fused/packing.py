@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.utils import _pytree
 
 from .backends.selection import choose, get_backend
 from .chain import ChainConfig, ChainProblem, check_types, check_weights
+from .folding import FoldedBlock
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ def pack_weights(
         layout = choose(_nominal_problem(weights, width, config), backend).name
         packed = get_backend(layout).pack(weights, biases, config)
     return PackedWeights(weights, biases, packed, layout, stride, dilation, groups)
+
+
+def pack_block(folded: FoldedBlock, config: ChainConfig, backend: str) -> FoldedBlock:
+    """The folded block with its weights also in the layout of the backend that will run it."""
+    layout = choose(_nominal_problem(folded.weights, folded.weights[0].shape[0], config), backend).name
+    module = get_backend(layout)
+    pack = getattr(module, "pack_block", None)
+    packed = module.pack(folded.weights, folded.biases, config) if pack is None else pack(folded, config)
+    return replace(folded, packed=packed, layout=layout)
 
 
 def _nominal_problem(weights: Sequence[Tensor], width: int, config: ChainConfig) -> ChainProblem:

@@ -120,7 +120,7 @@ def _confirm(block: nn.Module) -> tuple[ChainConfig | None, str]:
 
 
 def _random_twin(block: nn.Module) -> nn.Module:
-    """A float64 copy on the CPU without hooks, with random parameters and statistics (a zero weight would hide a difference)."""
+    """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
     twin = copy.deepcopy(block)
     if any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers())):
         twin = twin.to_empty(device="cpu")
