@@ -1,0 +1,170 @@
+"""What several test files need: errors and bounds, random chains and modules, the backends of this machine, timm."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from res2net_fused.backends.selection import get_backend
+from res2net_fused.chain import BACKENDS, ChainConfig, ChainProblem, memory_format
+
+# ||out - ref64|| / ||ref64|| of one operator or block
+BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+HALVES = (torch.float16, torch.bfloat16)
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+NAMED_BACKENDS = [name for name in BACKENDS if name != "auto"]
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """||out - reference|| / ||reference|| in float64; NaN anywhere gives NaN, which is below no bound."""
+    assert out.shape == reference.shape, f"{tuple(out.shape)} instead of {tuple(reference.shape)}"
+    out, reference = out.detach().double(), reference.detach().double()
+    return ((out - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+def assert_close(out: Tensor, reference: Tensor, bound: float | None = None) -> None:
+    bound = BOUNDS[out.dtype] if bound is None else bound
+    error = relative_error(out, reference)
+    assert error <= bound, f"relative error {error:.3g}; at most {bound:.3g} is allowed"
+
+
+# Chains ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Settings and sizes of one call of `hierarchical_conv2d`."""
+
+    settings: dict[str, object] = field(default_factory=dict)
+    steps: int = 3
+    width: int = 4
+    amplitude: float = 1.0  # of x
+
+    @property
+    def config(self) -> ChainConfig:
+        return ChainConfig(**self.settings)
+
+    @property
+    def channels(self) -> int:
+        return self.config.scale(self.steps) * self.width
+
+    def tensors(self, shape=(2, 7, 9), dtype=torch.float64, device="cpu", seed=1, bias=True):
+        """Random x (N, s*w, H, W), weights and biases; of one seed the same in every dtype, up to rounding."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+        groups = self.settings.get("groups", 1)
+        fan_in = self.width // groups * 9
+        x = self.amplitude * random(shape[0], self.channels, *shape[1:])
+        weights = [random(self.width, self.width // groups, 3, 3) * (2 / fan_in) ** 0.5 for _ in range(self.steps)]
+        biases = [0.3 * random(self.width) for _ in range(self.steps)] if bias else None
+        return (
+            x.to(device, dtype),
+            [w.to(device, dtype) for w in weights],
+            None if biases is None else [b.to(device, dtype) for b in biases],
+        )
+
+
+STAGE = {"hierarchical": False, "pool": "avg3"}
+CHAINS = {
+    "last": Chain(),
+    "none": Chain({"passthrough": "none"}),
+    "first": Chain({"passthrough": "first"}),
+    "first_added": Chain({"passthrough": "first_added"}),
+    "s1": Chain({"passthrough": "none"}, steps=1),
+    "s2": Chain(steps=1),
+    "s2_first": Chain({"passthrough": "first"}, steps=1),
+    "s2_first_added": Chain({"passthrough": "first_added"}, steps=1),
+    "s8": Chain(steps=7, width=3),
+    "width1": Chain(width=1),
+    "width13": Chain(width=13),
+    "pooled": Chain({"pool": "avg3"}),
+    "pooled_nopad": Chain({"pool": "avg3_nopad"}),
+    "first_added_pooled": Chain({"passthrough": "first_added", "pool": "avg3"}),
+    "dilated": Chain({"dilation": 2}),
+    "dilated3_groups": Chain({"dilation": 3, "groups": 2}),
+    "groups": Chain({"groups": 2}),
+    "depthwise": Chain({"groups": 4}),
+    "linear": Chain({"activation": "none"}),
+    "hardtanh": Chain({"activation": "hardtanh20"}, amplitude=15),
+    "stage": Chain(STAGE),
+    "stage_identity": Chain({"hierarchical": False}),
+    "stage_stride2": Chain(STAGE | {"stride": 2}),
+    "stage_stride2_nopad": Chain({"hierarchical": False, "stride": 2, "pool": "avg3_nopad"}),
+    "stage_stride3_dilated": Chain(STAGE | {"stride": 3, "dilation": 2}),
+    "stage_first_stride2": Chain(STAGE | {"stride": 2, "passthrough": "first"}),
+    "stage_none_stride2_groups": Chain({"hierarchical": False, "stride": 2, "passthrough": "none", "groups": 2}),
+    "s1_stride2": Chain({"passthrough": "none", "stride": 2, "hierarchical": False}, steps=1),
+}
+chains = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
+
+
+def why_not(backend: str, chain: Chain, x: Tensor) -> str | None:
+    """Why `backend` cannot run this call here, or None."""
+    last = memory_format(x) == torch.channels_last
+    batch, _, height, width = x.shape
+    problem = ChainProblem(chain.config, x.device, x.dtype, batch, height, width, chain.width, chain.steps, last)
+    return get_backend(backend).why_not(problem)
+
+
+def runnable_backends(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that run an ordinary chain on this device."""
+    x = CHAINS["last"].tensors(dtype=dtype, device=device)[0]
+    return [name for name in NAMED_BACKENDS if why_not(name, CHAINS["last"], x) is None]
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values in every parameter and statistic, so that no weight that starts at zero or one hides a difference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            if name.endswith("running_var"):
+                value = 0.5 + torch.rand(tensor.shape, generator=generator)
+            elif tensor.dim() > 1:
+                value = torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
+            elif name.endswith("weight"):
+                value = 0.5 + torch.rand(tensor.shape, generator=generator)
+            else:
+                value = 0.3 * torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(value)
+    return module
+
+
+@functools.cache
+def import_timm():
+    """The module `timm`; the test is skipped where it is not installed.
+
+    timm imports torchvision, whose C++ operators do not load beside a CPU-only torch of another build; torchvision then
+    needs only that the two it registers fakes for exist.
+    """
+    if importlib.util.find_spec("timm") is None:
+        return None
+    if not torch.cuda.is_available():
+        for name in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+                     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
+            try:
+                torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
+            except RuntimeError:
+                pass  # torchvision has loaded its own
+    import timm
+
+    return timm
+
+
+def timm_or_skip():
+    timm = import_timm()
+    if timm is None:
+        pytest.skip("timm is not installed (pip install --no-deps timm torchvision)")
+    return timm
