@@ -44,7 +44,7 @@ def why_not(problem: ChainProblem) -> str | None:
         return "x is torch.float64; allowed are torch.float32, torch.float16 and torch.bfloat16"
     if device.type == "cpu":
         if not _interpreted():
-            return "x is on the CPU; it must be on a CUDA device, or TRITON_INTERPRET=1 be set before Triton is imported"
+            return "x is on the CPU, which needs TRITON_INTERPRET=1 set before Triton is imported; else a CUDA device"
         if problem.dtype == torch.bfloat16:
             return "x is torch.bfloat16, in which Triton's interpreter multiplies wrongly; use torch.float16"
     elif device.type != "cuda":
@@ -55,7 +55,8 @@ def why_not(problem: ChainProblem) -> str | None:
         found = "{}.{}".format(*_capability(device))
         return f"{device} has compute capability {found}; at least 8.0 is needed"
     if problem.output_height * problem.output_width > MAX_PIXELS:
-        return f"an image has {problem.output_height}x{problem.output_width} output pixels; at most {MAX_PIXELS} are allowed"
+        found = f"{problem.output_height}x{problem.output_width}"
+        return f"an image has {found} output pixels; at most {MAX_PIXELS} are allowed"
     return None
 
 
@@ -76,8 +77,9 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 
 
 def _plan(problem: ChainProblem) -> StepPlan:
-    capability = _capability(problem.device) if problem.device.type == "cuda" else MINIMUM_CAPABILITY
-    return plan_steps(problem, capability, tf32=convolutions_use_tf32())
+    if problem.device.type == "cuda":
+        return plan_steps(problem, _capability(problem.device), tf32=convolutions_use_tf32())
+    return plan_steps(problem, MINIMUM_CAPABILITY)  # the interpreter, which has no TF32
 
 
 def convolutions_use_tf32() -> bool:

@@ -12,10 +12,10 @@ One program of the step kernel computes a tile of one convolution as an implicit
         source: x's slot or scratch                                           |      |
                                                     out's slot of group i <---+      +---> + x_{i+1} -> scratch, u_{i+1}
 
-x and out hold s slots of channels side by side, one per group of the scale; `groups` are those of the convolution, inside
-a slot. The sum u_{i+1} is formed once, behind step i, since forming it in front of step i + 1 would load both its terms
-nine times. Grid, fastest first: channel tile, pixel tile, convolution group, step; a last "step" copies or pools the slot
-that passes through.
+x and out hold s slots of channels side by side, one per group of the scale; `groups` are those of the convolution,
+inside a slot. The sum u_{i+1} is formed once, behind step i, since forming it in front of step i + 1 would load both its
+terms nine times. Grid, fastest first: channel tile, pixel tile, convolution group, step; a last "step" copies or pools
+the slot that passes through.
 """
 
 from __future__ import annotations
@@ -73,12 +73,13 @@ def _pass_through(
     else:
         value = tl.zeros((row.shape[0], columns.shape[0]), tl.float32)
         count = tl.zeros((row.shape[0],), tl.float32)
-        for tap in tl.static_range(9):
+        for tap in tl.range(9, num_stages=1):  # unrolled, its loads would take all registers at once
             in_row = row * STRIDE + tap // 3 - 1
             in_column = column * STRIDE + tap % 3 - 1
             inside = exists & (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
             pointers = x_base + in_row.to(tl.int64) * row_stride + in_column.to(tl.int64) * pixel_stride
-            value += tl.load(pointers[:, None] + columns[None, :], mask=inside[:, None] & lane_ok, other=0.0).to(tl.float32)
+            pixel = tl.load(pointers[:, None] + columns[None, :], mask=inside[:, None] & lane_ok, other=0.0)
+            value += pixel.to(tl.float32)
             count += inside.to(tl.float32)
         if POOL == "avg3":
             value = value / 9.0
@@ -105,7 +106,7 @@ def conv3x3_step(
 ):  # fmt: skip
     """`steps` convolutions (one, unless nothing is added) and, with PASSES, the group that passes through.
 
-    *_LANES: channels of a slot (scratch: of a convolution group) that are read or written; those beyond CHANNELS are exact
+    *_LANES: channels of a slot (scratch: of a convolution group) that are read or written; beyond CHANNELS they are exact
     zeros. SOURCE_GROUP: channels from one convolution group to the next. pixels: of the output, in all images.
     """
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
@@ -125,8 +126,9 @@ def conv3x3_step(
         if passing:
             x_base = x + (image * x_image + pass_slot_x) * X_VEC + group * CHANNELS
             value = _pass_through(
-                x_base, x_row * X_VEC, x_pixel * X_VEC, exists, row, column, columns, height, width, CHANNELS, STRIDE, POOL
-            )
+                x_base, x_row * X_VEC, x_pixel * X_VEC, exists, row, column, columns, height, width,
+                CHANNELS, STRIDE, POOL,
+            )  # fmt: skip
             out_base = out + (out_pixels + pass_slot_out) * OUT_VEC + group * CHANNELS
             tl.store(out_base[:, None] + columns[None, :], value.to(out.dtype.element_ty), mask=out_ok)
             return
@@ -134,8 +136,9 @@ def conv3x3_step(
     k_blocks: tl.constexpr = (SOURCE_LANES + BLOCK_K - 1) // BLOCK_K
     first_row = row * STRIDE - DILATION
     first_column = column * STRIDE - DILATION
-    source_pixels = image * source_image + first_row.to(tl.int64) * source_row + first_column.to(tl.int64) * source_pixel
-    source_base = source + (source_pixels + source_slot + step * source_slot_step) * SOURCE_VEC + group * SOURCE_GROUP
+    source_offset = image * source_image + source_slot + step * source_slot_step
+    source_offset += first_row.to(tl.int64) * source_row + first_column.to(tl.int64) * source_pixel
+    source_base = source + source_offset * SOURCE_VEC + group * SOURCE_GROUP
     weight_base = weights + (step * GROUPS + group).to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, 9 * k_blocks):
@@ -185,7 +188,7 @@ def prepare_first_u(
     X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_LANES: tl.constexpr, SCRATCH_LANES: tl.constexpr,
     POOL: tl.constexpr, PASSES: tl.constexpr, ADDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The u of the first convolution into scratch: its x alone (for alignment), or with ADDS the passed y added to it."""
+    """The u of the first convolution into scratch: its x alone (for alignment), or with ADDS the passed y added."""
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     m_tiles = (pixels + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
@@ -216,8 +219,8 @@ def prepare_first_u(
 class Slots:
     """x or out as the kernels see it: s slots of channels, `pitch` apart.
 
-    data: (N, >= s*pitch, H, W), channel stride 1, any other strides. lanes: channels of a slot that are read or written: w,
-    or more where the padding up to there holds, or is to hold, exact zeros (one convolution group only).
+    data: (N, >= s*pitch, H, W), channel stride 1, any other strides. lanes: channels of a slot that are read or written:
+    w, or more where the padding up to there holds, or is to hold, exact zeros (one convolution group only).
     """
 
     data: Tensor

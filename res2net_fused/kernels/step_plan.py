@@ -1,7 +1,7 @@
 """How a chain is cut into launches of the Triton step kernel, and into tiles within a launch. Pure Python, no Triton.
 
-A chain that adds needs one launch per convolution, since convolution i + 1 reads what convolution i formed; a chain that
-adds nothing is one launch. The group that passes through rides along as extra programs of a launch that exists anyway.
+A chain that adds needs one launch per convolution, since convolution i + 1 reads what convolution i formed; a chain
+that adds nothing is one launch. The group that passes through rides along as extra programs of an existing launch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class StepPlan:
         return tasks * _tiles(problem, self.tile.block_m, self.tile.block_n, images)
 
     def describe(self, problem: ChainProblem) -> str:
-        chunks = max(1, -(-problem.batch // self.images))
+        chunks = -(-problem.batch // max(1, self.images))
         tile = self.tile
         return (
             f"Triton, {len(self.launches) * chunks} launches"
@@ -81,68 +81,70 @@ class StepPlan:
         )
 
 
-def plan_steps(problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False) -> StepPlan:
-    """The launches and tiles for one call; `tf32` says whether float32 products may be rounded to TF32."""
+def plan_steps(
+    problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False, pitch: int | None = None
+) -> StepPlan:
+    """The launches and tiles for one call.
+
+    tf32: whether float32 products may be rounded to TF32. pitch: channels from one slot of x to the next, if not w.
+    """
     precision = "tf32" if tf32 and problem.dtype == torch.float32 else "ieee"
-    channels = problem.width // problem.config.groups
-    lanes = padded_lanes(channels)
-    per_image = 4 * problem.height * problem.width_pixels * problem.config.groups * lanes * problem.dtype.itemsize
+    lanes = padded_lanes(problem.width // problem.config.groups)
     pixels_per_image = problem.output_height * problem.output_width
-    fitting = min(max(1, CHUNK_BYTES // per_image), max(1, MAX_PIXELS // pixels_per_image))
-    chunks = max(1, -(-problem.batch // fitting))
-    images = max(1, -(-problem.batch // chunks))
+    fitting = MAX_PIXELS // pixels_per_image
+    if not _independent(problem):
+        traffic = 4 * pixels_per_image * problem.config.groups * lanes * problem.dtype.itemsize
+        fitting = min(fitting, CHUNK_BYTES // traffic)
+    chunks = -(-problem.batch // max(1, fitting))
+    images = -(-problem.batch // max(1, chunks))
     tile = default_tile(problem, capability, precision, images)
-    return StepPlan(tile, _launches(problem, pixels_per_image * images), images, lanes, precision)
+    launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize)
+    return StepPlan(tile, launches, images, lanes, precision)
 
 
 def padded_lanes(channels: int) -> int:
-    """Channels of a convolution group once padded: a multiple of 16 (of 8 below that), as strides are hinted by 16."""
+    """Channels of a convolution group once padded: 8, for 16-byte loads of half types, or a multiple of 16, K of one mma."""
     return -(-channels // 8) * 8 if channels <= 8 else -(-channels // 16) * 16
 
 
-def _launches(problem: ChainProblem, pixels: int) -> tuple[Launch, ...]:
+def _independent(problem: ChainProblem) -> bool:
+    """Whether no convolution reads another's output."""
+    config = problem.config
+    return not any(config.adds(config.first_convolved + i) for i in range(problem.steps))
+
+
+def _launches(problem: ChainProblem, pixels: int, slot_bytes: int) -> tuple[Launch, ...]:
     config, steps = problem.config, problem.steps
     passes = config.passthrough != "none"
-    if not any(config.adds(config.first_convolved + i) for i in range(steps)):
+    if _independent(problem):
         return (Launch(0, steps, reads_u=False, forms_next=False, passes=passes),)
-    slot_bytes = problem.width * problem.dtype.itemsize
     prepare = config.adds(config.first_convolved) or (pixels >= ALIGN_FIRST_PIXELS and slot_bytes % 8 != 0)
     launches = [Launch(0, 0, reads_u=False, forms_next=True, passes=passes)] if prepare else []
     for i in range(steps):
         last = i == steps - 1
-        launches.append(Launch(i, 1, reads_u=i > 0 or prepare, forms_next=not last, passes=last and passes and not prepare))
+        own_pass = last and passes and not prepare
+        launches.append(Launch(i, 1, reads_u=i > 0 or prepare, forms_next=not last, passes=own_pass))
     return tuple(launches)
 
 
 def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: str, images: int) -> Tile:
-    """Hand-made defaults: the largest tile of a list that still gives every multiprocessor a program.
-
-    A measured table replaces them by replacing this function's answer; the launches stay.
-    """
+    """Hand-made defaults: the largest tile of a list that still gives every multiprocessor a program."""
     channels = problem.width // problem.config.groups
-    block_n = max(16, 1 << (channels - 1).bit_length())
-    # Multiples of 64 channels are cut exactly; anything else wastes less in one wide tile, read once.
-    block_n = min(block_n, 64 if channels > 128 else 128)
-    block_k = 16 if channels <= 16 else 64 if -(-channels // 64) * 64 == -(-channels // 32) * 32 else 32
-    floating = problem.dtype.itemsize * 8
-    if floating == 32:
-        block_k = min(block_k, 32 if precision == "tf32" else 16)
-        block_n = min(block_n, 64)
-    shapes = [(128, block_n), (64, block_n)]
-    shapes += [(64, n) for n in (64, 32) if n < block_n] + [(32, n) for n in (32, 16) if n <= block_n] + [(16, 16)]
-    if precision == "ieee" and floating == 32:
-        shapes = [shape for shape in shapes if shape[0] <= 64]
-    wanted = _MULTIPROCESSORS.get(capability, 108)
-    tasks = problem.steps if _independent(problem) else 1
-    for block_m, block_n in shapes:  # noqa: B007
-        if tasks * _tiles(problem, block_m, block_n, images) >= wanted:
-            break
-    warps = 8 if block_m * block_n >= 128 * 128 else 4 if block_m >= 64 else 2 if block_m * block_n >= 32 * 32 else 1
-    return Tile(block_m, block_n, block_k, warps, 4 if block_k <= 32 else 3)
-
-
-def _independent(problem: ChainProblem) -> bool:
-    return len(_launches(problem, 0)) == 1
+    single = problem.dtype.itemsize == 4
+    scalar = single and precision == "ieee"  # no tensor cores: both operands live in registers
+    # One tile spans up to 128 channels, so that u is read once; beyond, tiles of 64 leave less of the last one empty.
+    block_n = max(16, 1 << (channels - 1).bit_length()) if channels <= 128 else 64
+    block_n = min(block_n, 64) if single else block_n
+    block_k = 16 if channels <= 16 else 32 if -(-channels // 32) % 2 else 64
+    block_k = min(block_k, 16 if scalar else 32) if single else block_k
+    shapes = [(128, block_n), (64, block_n), (64, min(block_n, 32)), (32, min(block_n, 32)), (32, 16), (16, 16)]
+    shapes = shapes[1:] if scalar else shapes
+    wanted = _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[8, 0])
+    steps = problem.steps if _independent(problem) else 1
+    enough = (shape for shape in shapes if steps * _tiles(problem, *shape, images) >= wanted)
+    block_m, block_n = next(enough, shapes[-1])
+    warps = next(warps for warps, area in ((8, 8192), (4, 1024), (2, 512), (1, 0)) if block_m * block_n >= area)
+    return Tile(block_m, block_n, block_k, warps, 3 if block_k == 64 else 4)
 
 
 def _tiles(problem: ChainProblem, block_m: int, block_n: int, images: int) -> int:

@@ -1,0 +1,169 @@
+"""The Triton backend seen from a process without the interpreter, which runs its own tests in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from res2net_fused.backends import triton_backend
+from res2net_fused.chain import ChainConfig, ChainProblem
+from res2net_fused.kernels.step_plan import CHUNK_BYTES, plan_steps
+
+HERE = Path(__file__).parent
+SM90 = (9, 0)
+
+
+def problem(config: ChainConfig | None = None, **changes) -> ChainProblem:
+    """26w4s in the first stage at batch 32, on the GPU unless the changes say otherwise."""
+    fields = {
+        "config": config or ChainConfig(),
+        "device": torch.device("cuda", 0),
+        "dtype": torch.bfloat16,
+        "batch": 32,
+        "height": 56,
+        "width_pixels": 56,
+        "width": 26,
+        "steps": 3,
+        "channels_last": True,
+    }
+    return ChainProblem(**{**fields, **changes})
+
+
+def test_interpreter_suite() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreter")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert passed and int(passed[1]) > 100
+    assert "skipped" not in done.stdout
+
+
+@pytest.fixture
+def fresh_import_of_triton():
+    triton_backend._missing.cache_clear()
+    yield
+    triton_backend._missing.cache_clear()
+
+
+def test_reason_without_triton(monkeypatch, fresh_import_of_triton) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton cannot be imported" in triton_backend.why_not(problem())
+
+
+def test_reason_with_an_old_triton(monkeypatch, fresh_import_of_triton) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert "3.5.1; at least 3.6" in triton_backend.why_not(problem())
+
+
+def test_backend_imports_without_triton() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "from res2net_fused.backends import triton_backend\n"
+        "from res2net_fused.kernels import step_plan\n"
+        "assert 'cannot be imported' in triton_backend.why_not(None)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
+
+
+@pytest.mark.parametrize(
+    "changes, capability, reason",
+    [
+        ({"dtype": torch.float64}, SM90, "float64"),
+        ({"device": torch.device("meta")}, SM90, "must be on a CUDA device"),
+        ({}, (7, 5), "compute capability 7.5; at least 8.0"),
+        ({"height": 2**16, "width_pixels": 2**16}, SM90, "65536x65536 output pixels"),
+        ({}, SM90, None),
+        ({"dtype": torch.float32}, (8, 0), None),
+    ],
+)
+def test_reasons(monkeypatch, changes, capability, reason) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_backend, "_capability", lambda device: capability)
+    why = triton_backend.why_not(problem(**changes))
+    assert why is None if reason is None else reason in why
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
+def test_reason_on_the_cpu() -> None:
+    pytest.importorskip("triton")
+    assert "TRITON_INTERPRET=1" in triton_backend.why_not(problem(device=torch.device("cpu")))
+
+
+def test_tf32_follows_cudnn_convolutions() -> None:
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for setting in ("ieee", "tf32"):
+            conv.fp32_precision = setting
+            assert triton_backend.convolutions_use_tf32() == (setting == "tf32")
+    finally:
+        conv.fp32_precision = before
+
+
+def test_tf32_follows_the_old_flag_too() -> None:
+    # A process of its own: once the new setting was written, PyTorch refuses to answer for the old one.
+    code = (
+        "import torch\n"
+        "from res2net_fused.backends.triton_backend import convolutions_use_tf32 as tf32\n"
+        "for flag in (False, True):\n"
+        "    torch.backends.cudnn.allow_tf32 = flag\n"
+        "    assert tf32() == flag\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_precision_of_the_plan(tf32) -> None:
+    assert plan_steps(problem(dtype=torch.float32), SM90, tf32=tf32).precision == ("tf32" if tf32 else "ieee")
+    assert plan_steps(problem(), SM90, tf32=tf32).precision == "ieee"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_a_chain_is_one_launch_per_convolution(steps) -> None:
+    plan = plan_steps(problem(width=32, steps=steps), SM90)
+    assert [launch.steps for launch in plan.launches] == [1] * steps
+    assert [launch.passes for launch in plan.launches] == [False] * (steps - 1) + [True]
+    assert [launch.forms_next for launch in plan.launches] == [True] * (steps - 1) + [False]
+    assert [launch.reads_u for launch in plan.launches] == [False] + [True] * (steps - 1)
+
+
+def test_a_stage_block_is_one_launch() -> None:
+    stage = ChainConfig(stride=2, pool="avg3", hierarchical=False)
+    plan = plan_steps(problem(stage, batch=256), SM90)
+    assert [(launch.steps, launch.passes) for launch in plan.launches] == [(3, True)]
+    assert plan.images == 256 and plan.scratch_buffers == 0
+
+
+def test_badly_aligned_first_group_is_aligned_once_where_that_pays() -> None:
+    assert len(plan_steps(problem(), SM90).launches) == 4
+    assert len(plan_steps(problem(batch=1), SM90).launches) == 3
+    assert len(plan_steps(problem(), SM90, pitch=32).launches) == 3
+    assert len(plan_steps(problem(width=104), SM90).launches) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 31, 32, 33, 256])
+def test_chunks_stay_in_the_cache_and_cover_the_batch(batch) -> None:
+    plan = plan_steps(problem(batch=batch), SM90)
+    assert plan.images * 4 * 56 * 56 * plan.lanes * 2 <= CHUNK_BYTES
+    chunks = -(-batch // plan.images)
+    assert (chunks - 1) * plan.images < batch <= chunks * plan.images
+    assert (f"{4 * chunks} launches" if batch > 1 else "3 launches") in plan.describe(problem(batch=batch))
+
+
+@pytest.mark.parametrize("capability, wanted", [((8, 0), 108), ((9, 0), 132), ((10, 0), 148)])
+@pytest.mark.parametrize("size, width", [(56, 26), (28, 52), (14, 104)])
+def test_every_multiprocessor_has_work_at_batch_32(capability, wanted, size, width) -> None:
+    large = problem(height=size, width_pixels=size, width=width)
+    plan = plan_steps(large, capability)
+    middle = next(launch for launch in plan.launches if launch.steps and not launch.passes)
+    assert plan.programs(large, middle, plan.images) >= wanted

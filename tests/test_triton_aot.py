@@ -1,0 +1,222 @@
+"""Every kernel configuration for the published shapes, compiled for three architectures with no GPU.
+
+Read from the results: shared memory, register spills (ptxas itself; Triton's own count needs a driver), tensor-core
+instructions and 16-byte copies. A default run compiles a rotation, one dtype, batch and architecture per shape;
+`-m ''` the full product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from res2net_fused.chain import ChainConfig, ChainProblem  # noqa: E402
+from res2net_fused.kernels.conv3x3_step import (  # noqa: E402
+    KernelCall,
+    Slots,
+    chain_calls,
+    conv3x3_step,
+    interpreted,
+    pack_weights,
+)
+from res2net_fused.kernels.step_plan import padded_lanes, plan_steps  # noqa: E402
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")
+
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+CAPABILITIES = tuple(SHARED_LIMIT)
+PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True))
+BATCHES = (32, 1, 256)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One stage of a published network; `stage` for its first block. size is that of x."""
+
+    network: str
+    width: int
+    scale: int
+    size: int
+    groups: int = 1
+    stage: bool = False
+    pitch: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.network}-{self.size}" + "-stage" * self.stage + f"-pitch{self.pitch}" * bool(self.pitch)
+
+    @property
+    def config(self) -> ChainConfig:
+        if not self.stage:
+            return ChainConfig(groups=self.groups)
+        stride = 1 if self.size == 56 and self.width == _width(self.network, 0) else 2
+        return ChainConfig(stride=stride, groups=self.groups, hierarchical=False, pool="avg3")
+
+
+NETWORKS = {"26w4s": (26, 4, 1), "14w8s": (14, 8, 1), "48w2s": (48, 2, 1), "26w8s": (26, 8, 1), "4x8": (4, 4, 8)}
+
+
+def _width(network: str, stage: int) -> int:
+    base, _, groups = NETWORKS[network]
+    return base * groups * 2**stage
+
+
+def _shapes() -> list[Shape]:
+    shapes = []
+    for network, (_, scale, groups) in NETWORKS.items():
+        for stage in range(4):
+            width, size = _width(network, stage), 56 >> stage
+            shapes.append(Shape(network, width, scale, size, groups))
+            shapes.append(Shape(network, width, scale, min(56, 2 * size), groups, stage=True))
+            if width % 8:  # the layout in which every slot is padded to a multiple of 8
+                shapes.append(Shape(network, width, scale, size, groups, pitch=padded_lanes(width)))
+    return shapes
+
+
+SHAPES = _shapes()
+
+
+def calls(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int], batch: int) -> list[KernelCall]:
+    """The distinct launches of one chain, on tensors without memory."""
+    config = shape.config
+    steps = shape.scale - 1
+    problem = ChainProblem(
+        config, torch.device("cuda"), dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True
+    )
+    pitch = shape.pitch or shape.width
+    plan = plan_steps(problem, capability, tf32=tf32, pitch=pitch)
+
+    def slots(height: int, width: int) -> Slots:
+        data = torch.empty(batch, shape.scale * pitch, height, width, dtype=dtype, device="meta")
+        return Slots(data.to(memory_format=torch.channels_last), pitch, pitch)
+
+    x, out = slots(shape.size, shape.size), slots(problem.output_height, problem.output_width)
+    weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
+    weights = pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))
+    bias = torch.empty(steps, shape.width, device="meta")
+    distinct = {}
+    for call in chain_calls(problem, plan, x, out, weights, bias):
+        distinct.setdefault(_key(call), call)
+    return list(distinct.values())
+
+
+def _key(call: KernelCall) -> tuple:
+    """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype."""
+    constants = [call.arguments[p.name] for p in call.kernel.params if p.is_constexpr]
+    return (call.kernel.__name__, *constants, *sorted(call.options.items()))
+
+
+def source(call: KernelCall) -> ASTSource:
+    """As Triton would compile the call: pointers from PyTorch's allocator are divisible by 16, integers are opaque."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(call.kernel.params):
+        value = call.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32"
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def spilled_bytes(ptx: str, folder: Path) -> int:
+    arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
+    binary = "ptxas-blackwell" if arch.startswith("sm_10") else "ptxas"
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / binary
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [ptxas, "-v", f"-arch={arch}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    assert len(found) == 2, report
+    return sum(map(int, found))
+
+
+def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) -> None:
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    compiled = triton.compile(source(call), target=target, options=call.options)
+    ptx = compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+    assert spilled_bytes(ptx, folder) == 0
+    if call.kernel is conv3x3_step:
+        check_tensor_cores(call, ptx, capability)
+        check_wide_copies(call, ptx)
+
+
+def check_tensor_cores(call: KernelCall, ptx: str, capability: tuple[int, int]) -> None:
+    found = {name: name in ptx for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma")}
+    arguments = call.arguments
+    if arguments["out"].dtype == torch.float32 and arguments["PRECISION"] == "ieee":
+        assert not any(found.values()), "an exact float32 product cannot come from tensor cores"
+    elif capability >= (9, 0) and arguments["BLOCK_M"] >= 64 and call.options["num_warps"] >= 4:
+        assert found["wgmma.mma_async" if capability == (9, 0) else "tcgen05.mma"], found
+    else:
+        assert found["mma.sync"], found
+
+
+def check_wide_copies(call: KernelCall, ptx: str) -> None:
+    """Scratch (or an aligned x) and the weights travel 16 bytes at a time, in every stage of the pipeline."""
+    arguments = call.arguments
+    bytes_per_element = arguments["out"].element_size()
+    if arguments["SOURCE_VEC"] * bytes_per_element < 16 or arguments["SOURCE_GROUP"] * bytes_per_element % 16:
+        return
+    threads = 32 * call.options["num_warps"]
+    copies = 0
+    for rows in (arguments["BLOCK_M"], arguments["BLOCK_N"]):
+        # A tile with less than 16 bytes per thread is spread over all threads in narrower copies.
+        copies += rows * arguments["BLOCK_K"] * bytes_per_element // (16 * threads)
+    wide = len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", ptx))
+    assert copies > 0 and wide >= copies * call.options["num_stages"], (wide, copies)
+
+
+def _rotation() -> list[tuple]:
+    """One combination per shape, such that neighbours differ in all of dtype, architecture and batch."""
+    turns = zip(itertools.cycle(PRECISIONS), itertools.cycle(CAPABILITIES), itertools.cycle(BATCHES[:2]), strict=False)
+    return [(shape, *precision, capability, batch) for shape, (precision, capability, batch) in zip(SHAPES, turns)]  # noqa: B905
+
+
+def _name(value: object) -> str:
+    return f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("shape, dtype, tf32, capability, batch", _rotation(), ids=_name)
+def test_rotation(shape, dtype, tf32, capability, batch, tmp_path) -> None:
+    for call in calls(shape, dtype, tf32, capability, batch):
+        check_compiled(call, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=_name)
+@pytest.mark.parametrize("dtype, tf32", PRECISIONS, ids=_name)
+def test_every_configuration(dtype, tf32, capability, tmp_path) -> None:
+    seen = {}
+    for shape, batch in itertools.product(SHAPES, BATCHES):
+        for call in calls(shape, dtype, tf32, capability, batch):
+            seen.setdefault(_key(call), (call, shape, batch))
+    assert len(seen) > len(SHAPES)
+    for call, shape, batch in seen.values():
+        try:
+            check_compiled(call, capability, tmp_path)
+        except AssertionError as error:
+            raise AssertionError(f"{call.kernel.__name__} of {shape} at batch {batch}: {error}") from error
+
+
+def test_new_sizes_compile_nothing() -> None:
+    """H, W and batch are opaque to the compiler: only the tile, chosen by the plan, may differ."""
+    first = calls(Shape("26w4s", 26, 4, 56), torch.bfloat16, False, (9, 0), 16)
+    second = calls(Shape("26w4s", 26, 4, 57), torch.bfloat16, False, (9, 0), 17)
+    assert [_key(call) for call in first] == [_key(call) for call in second]
+    integers = [p for p in conv3x3_step.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
+    assert len(integers) > 15 and all(p.do_not_specialize for p in integers)
