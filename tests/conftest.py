@@ -16,11 +16,8 @@ def same_conditions(monkeypatch):
 @pytest.fixture
 def poisoned_memory():
     """torch.empty and its kin give NaN: what a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(before)
+    from res2net_fused.parity import poisoned_allocations
+
+    with poisoned_allocations():
+        assert torch.empty(3).isnan().all()
+        yield
