@@ -1,0 +1,50 @@
+# make bench | check | test | test-full | lint | clean
+# VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
+# such as make bench ARGS="--quick --batch 1".
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+BIN := $(VENV)/bin
+
+DEPENDENCIES := $(VENV)/.dependencies
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
+
+.PHONY: bench check test test-full lint clean setup
+
+setup: $(INSTALLED)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m res2net_fused bench $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/python -m res2net_fused check $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+# An empty marker expression selects the slow tests too.
+test-full: $(INSTALLED)
+	$(BIN)/python -m pytest -m '' $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+
+# torch and triton are pinned for development only, so that everybody's tests and figures mean the same; the package itself
+# takes any version from torch 2.11 on. timm and torchvision come without dependencies: they would change torch.
+$(DEPENDENCIES): Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0 triton==3.7.1
+	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja pybind11 ruff
+	$(BIN)/python -m pip install --no-deps timm torchvision==0.28.0 safetensors pyyaml huggingface_hub
+	touch $@
+
+# Editable, so that Python sources need no installing again; native code is built anew (by ninja, only what changed).
+$(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --no-build-isolation -e '.[bench,test]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis $(INSTALLED)
+	rm -f res2net_fused/*.so res2net_fused/lib/*.so res2net_fused/lib/*.json
+	find res2net_fused tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

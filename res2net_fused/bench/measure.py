@@ -1,0 +1,145 @@
+"""Timing: interleaved repeats on CPU or CUDA, medians and percentiles, and peak memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one contender: milliseconds per call, how many runs they come from, and MB that one call allocates at its peak."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    peak_mb: float
+
+
+class Contender:
+    """A model that is called with each of its inputs in turn, in inference mode."""
+
+    calls = 1  # calls of the model in one run
+
+    def __init__(self, model: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> None:
+        self.model, self.inputs = model, inputs
+        self._next = itertools.cycle(inputs)
+
+    def run(self) -> object:
+        with torch.inference_mode():
+            return self.model(next(self._next))
+
+
+class GraphedContender(Contender):
+    """A CUDA graph of one call for each input, replayed as a whole: no time of the host is in it."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> None:
+        super().__init__(model, inputs)
+        self.calls = len(inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, tunes and packs outside the capture
+                super().run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(self._graph):
+            for x in inputs:
+                self.model(x)
+
+    def run(self) -> object:
+        return self._graph.replay()
+
+
+def measure(
+    contenders: Mapping[str, Contender],
+    device: str,
+    *,
+    seconds: float,
+    min_repeats: int = 5,
+    max_repeats: int = 200,
+    warm_up: int = 2,
+) -> dict[str, Timing]:
+    """Times all contenders in turn, round after round, so that drifts of the machine meet all of them alike.
+
+    seconds: for all contenders together, after warm-up; at least `min_repeats` rounds are run, at most `max_repeats`.
+    """
+    peaks = {name: peak_mb(contender, device) for name, contender in contenders.items()}
+    for contender in contenders.values():
+        for _ in range(warm_up):
+            contender.run()
+    once = _cuda_ms if torch.device(device).type == "cuda" else _wall_ms
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    start = time.perf_counter()
+    for repeat in range(max_repeats):
+        if repeat >= min_repeats and time.perf_counter() - start > seconds:
+            break
+        first = repeat % len(names)  # nobody always follows the same neighbour's cache contents
+        for name in names[first:] + names[:first]:
+            samples[name].append(once(contenders[name]))
+    return {name: _timing(values, peaks[name]) for name, values in samples.items()}
+
+
+def _timing(samples: list[float], peak: float) -> Timing:
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0], 1, peak)
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples), peak)
+
+
+def _wall_ms(contender: Contender) -> float:
+    start = time.perf_counter()
+    contender.run()
+    return (time.perf_counter() - start) * 1e3 / contender.calls
+
+
+def _cuda_ms(contender: Contender) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    contender.run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / contender.calls
+
+
+def peak_mb(contender: Contender, device: str) -> float:
+    """MB (10^6 bytes) of tensors that one call holds at once beyond its input and weights, after a first call."""
+    with torch.inference_mode():
+        contender.model(contender.inputs[0])  # compiles and packs
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode():
+            contender.model(contender.inputs[0])
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return _cpu_peak_mb(contender)
+
+
+def _cpu_peak_mb(contender: Contender) -> float:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.inference_mode():
+        contender.model(contender.inputs[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    return max(itertools.accumulate((e["args"]["Bytes"] for e in events), initial=0)) / 1e6

@@ -1,0 +1,251 @@
+"""The command `res2net-fused`: info, check and bench."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import __version__, native
+from .bench.workloads import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, Config, cases
+from .chain import BACKENDS
+
+_DTYPES = tuple(name for name in TORCH_DTYPES if name != "float64")
+_DEFAULT_BATCH = {"cpu": 8, "cuda": 32}
+_SMALL_BATCH = 2
+_VARIABLES = (
+    "RES2NET_FUSED_BACKEND",
+    "RES2NET_FUSED_BUILD",
+    "RES2NET_FUSED_CUDA_ARCHS",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 1 for a red parity gate, or 2 for a request that cannot be met."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    options.arguments = arguments
+    try:
+        return options.run(options)
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"res2net-fused {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="res2net-fused", description="Res2Net blocks that run fused.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,bench}")
+
+    info = _command(commands, "info", _info, "print versions, devices, backends and how the native code was built")
+    _add_device(info)
+
+    check = _command(
+        commands,
+        "check",
+        _check,
+        "compare every backend with float64 at the shapes that bench times",
+        "res2net-fused check\n  res2net-fused check --quick\n  res2net-fused check --dtype float16,bfloat16 --configs 26w4s",
+    )
+    _add_shapes(check)
+    check.add_argument("--dtype", type=_dtypes, help=f"of {', '.join(_DTYPES)}, separated by commas (default: by device)")
+    check.add_argument("--backend", choices=BACKENDS, help="check this one (default: every one that can run here)")
+    check.add_argument("--quick", action="store_true", help="batch 2, and 26w4s and 14w8s only")
+    check.add_argument("--no-network", action="store_true", help="leave out Res2Net-50 on two photographs")
+
+    bench = _command(
+        commands,
+        "bench",
+        _bench,
+        "check, then time scale s against latency beside eager PyTorch and torch.compile",
+        "res2net-fused bench\n  res2net-fused bench --quick --no-network\n"
+        "  res2net-fused bench --scales 1-8 --batch 1,8 --out results/scales",
+    )
+    _add_shapes(bench)
+    bench.add_argument("--dtype", choices=_DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
+    bench.add_argument("--backend", choices=BACKENDS, default="auto", help="of ours (default: auto)")
+    bench.add_argument(
+        "--peers",
+        choices=("default", "all"),
+        default="default",
+        help="default: eager, eager in channels-last, and for blocks torch.compile; all: every way to compile, everywhere",
+    )
+    bench.add_argument("--quick", action="store_true", help="batch 2, 26w4s and 14w8s, fewer repeats, no torch.compile")
+    bench.add_argument("--no-network", action="store_true", help="leave out Res2Net-50 on two photographs")
+    bench.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON and PNG (default: results)")
+    return parser
+
+
+def _command(commands, name: str, run, summary: str, examples: str | None = None) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n  {examples or f'res2net-fused {name}'}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_device, help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads of PyTorch (default: PyTorch's own choice)")
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--configs", type=_configs, help="such as 26w4s,14w8s (default: 64w1s,48w2s,26w4s,14w8s)")
+    which.add_argument("--scales", type=_scales, help="such as 1-8 or 2,4: each at the width that keeps FLOPs equal")
+    parser.add_argument("--batch", type=_batches, help="one or several, such as 1,8 (default: 8 on CPU, 32 on CUDA)")
+    _add_device(parser)
+
+
+# Types of arguments: argparse prints the message of an ArgumentTypeError ----------------------------------------------
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _configs(text: str) -> tuple[Config, ...]:
+    try:
+        return tuple(Config.parse(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _scales(text: str) -> tuple[Config, ...]:
+    scales: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        scales += range(_positive(first), _positive(last or first) + 1)
+    if not scales:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no scale; such as 1-8 or 2,4 is needed")
+    return tuple(Config.of_scale(scale) for scale in scales)
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in _DTYPES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no dtype to check; allowed are {', '.join(_DTYPES)}")
+    return names
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    if device.type not in _DEFAULT_BATCH:
+        raise argparse.ArgumentTypeError(f"device is {text!r}; allowed are cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"device is {text!r}; this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return text
+
+
+def _resolve(options: argparse.Namespace) -> None:
+    """Fills in what depends on the machine."""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.command == "info":
+        return
+    options.kind = torch.device(options.device).type
+    quick = (Config.of_scale(4), Config.of_scale(8))
+    options.configs = options.configs or options.scales or (quick if options.quick else DEFAULT_CONFIGS)
+    options.batches = options.batch or ((_SMALL_BATCH,) if options.quick else (_DEFAULT_BATCH[options.kind],))
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .bench.results import environment
+    from .parity import unavailable_backends
+
+    _resolve(options)
+    facts = environment(options.device, "")
+    del facts["command"]
+    _section(f"res2net-fused {__version__}", facts)
+    unavailable = unavailable_backends(options.device)
+    _section(
+        f"backends for {options.device}",
+        {name: unavailable.get(name, "can run") for name in BACKENDS if name != "auto"},
+    )
+    built = native.build_information()
+    parts = built.pop("parts")
+    for name, part in parts.items():
+        built[f"{name} part"] = f"built, {part['file']}" if part["built"] else f"not built: {part['reason']}"
+    for status in (native.cpu_library(), native.cuda_library()):
+        built[f"{status.name} library"] = "loaded" if status.loaded else f"not loaded: {status.reason}"
+    _section("native extension", built)
+    _section("environment variables", {name: os.environ.get(name, "(not set)") for name in _VARIABLES})
+    return 0
+
+
+def _section(title: str, facts: dict[str, object]) -> None:
+    print(f"{title}:")
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"  {name.ljust(width)}  {'none' if text is None or text == '' else text}")
+    print()
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .bench.sweep import prepare_network, progress
+    from .parity import check_cases, unavailable_backends
+
+    _resolve(options)
+    dtypes = options.dtype or {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32", "tf32")}[options.kind]
+    todo = []
+    for dtype in dtypes:
+        # Half types are slow on CPUs without instructions for them.
+        slow = options.kind == "cpu" and dtype != "float32" and options.batch is None
+        batches = (_SMALL_BATCH,) if slow else options.batches
+        todo += cases(("chain", "block"), options.configs, batches, dtype, options.device, VARIANTS)
+    with progress("parity against float64", len(todo)) as advance:
+        report = check_cases(todo, options.backend, advance)
+    if not options.no_network:
+        print("Res2Net-50 on two photographs against float64", flush=True)
+        for dtype in dtypes:
+            report += prepare_network(dtype, options.device, options.backend or "auto").parity
+    print(f"\n{report}\n")
+    if options.backend is None:
+        for name, reason in unavailable_backends(options.device).items():
+            print(f"not checked, backend {name}: {reason}")
+    print(f"{len(report)} comparisons, {len(report.misses)} misses")
+    return 0 if report.ok else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench.sweep import Settings, command_line, run_sweep
+
+    _resolve(options)
+    settings = Settings(
+        configs=options.configs,
+        batches=options.batches,
+        dtype=options.dtype or ("bfloat16" if options.kind == "cuda" else "float32"),
+        device=options.device,
+        backend=options.backend,
+        peers=options.peers,
+        quick=options.quick,
+        network=not options.no_network,
+    )
+    return run_sweep(settings, options.out, command_line(options.arguments))

@@ -1,0 +1,202 @@
+"""The parity gate: every result that a benchmark would time, first compared with float64.
+
+Outputs are poisoned: while a tested path runs, PyTorch fills every tensor it allocates with NaN, so that an element that
+nobody writes makes the error NaN, which is no pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .backends.selection import choose, get_backend
+from .bench.workloads import STAGES, Case, fused
+from .chain import BACKENDS, ChainConfig, ChainProblem
+from .explain import explain
+from .models.res2net import Res2Net
+from .tables import format_table
+from .tolerances import forward_bound, network_bound
+
+NAMED_BACKENDS = tuple(name for name in BACKENDS if name != "auto")
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One comparison. error, eager_error: ||out - ref64|| / ||ref64|| of the tested path and of eager PyTorch."""
+
+    workload: str
+    config: str
+    stage: str
+    batch: int
+    backend: str
+    dtype: str
+    error: float
+    eager_error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+
+class ParityReport(list):
+    """A list of ParityRow that prints as a table."""
+
+    @property
+    def ok(self) -> bool:
+        return bool(self) and all(row.ok for row in self)
+
+    @property
+    def misses(self) -> ParityReport:
+        return ParityReport(row for row in self if not row.ok)
+
+    def worst(self) -> ParityReport:
+        """Of each workload, backend and dtype the row that is nearest to its bound, or furthest beyond it."""
+        worst: dict[tuple[str, str, str], ParityRow] = {}
+        for row in self:
+            key = (row.workload, row.backend, row.dtype)
+            if key not in worst or _badness(row) > _badness(worst[key]):
+                worst[key] = row
+        return ParityReport(worst.values())
+
+    def __str__(self) -> str:
+        head = ("workload", "config", "stage", "backend", "dtype", "batch", "error", "eager", "bound", "")
+        rows = [
+            (r.workload, r.config, r.stage, r.backend, r.dtype, str(r.batch), f"{r.error:.1e}", f"{r.eager_error:.1e}",
+             f"{r.bound:.1e}", "ok" if r.ok else "MISS")
+            for r in self
+        ]  # fmt: skip
+        return format_table(head, rows, left=5)
+
+
+def _badness(row: ParityRow) -> float:
+    return row.error / row.bound if row.error == row.error and row.bound > 0 else float("inf")
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """||out - reference|| / ||reference|| in float64, also across devices; NaN where shapes differ."""
+    if out.shape != reference.shape:
+        return float("nan")
+    reference = reference.double()
+    norm = reference.norm()
+    return float((out.to(reference.device).double() - reference).norm() / norm) if norm > 0 else float("nan")
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Every tensor that PyTorch allocates without a value holds NaN (or the largest integer)."""
+    mode, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operators without a deterministic form: only the filling is wanted
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def convolution_precision(dtype: str) -> Iterator[None]:
+    """For "tf32" CUDA's fp32 convolutions and products may round to TF32, for all other dtypes they may not."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def unavailable_backends(device: str) -> dict[str, str]:
+    """Of the backends that cannot run a plain fp32 chain on this device, the reason."""
+    problem = ChainProblem(ChainConfig(), torch.device(device), torch.float32, 1, 14, 14, 26, 3, True)
+    return {name: why for name in NAMED_BACKENDS if (why := get_backend(name).why_not(problem)) is not None}
+
+
+def check_case(case: Case, backend: str | None = None) -> ParityReport:
+    """Compares one chain or block in channels-last with float64.
+
+    backend: as for `accelerate`; None for each backend that can run the case. RuntimeError where a backend that was asked
+    for cannot, or where the block would not run fused.
+    """
+    module = case.module()
+    (x,) = case.inputs()
+    x = x.contiguous(memory_format=torch.channels_last)
+    problem = case.problem(module)
+    if backend is None:
+        chosen = [name for name in NAMED_BACKENDS if get_backend(name).why_not(problem) is None]
+    else:
+        chosen = [choose(problem, backend).name]
+    stage = f"{case.stage} {case.variant}"
+    rows = ParityReport()
+    with torch.inference_mode(), convolution_precision(case.dtype):
+        expected = copy.deepcopy(module).double()(x.double())
+        eager_error = relative_error(module(x), expected)
+        bound = forward_bound(case.dtype, eager_error)
+        for name in chosen:
+            model = fused(module, name)
+            with poisoned_allocations():
+                error = relative_error(model(x), expected)
+            for block in explain(model) if isinstance(model, nn.Module) else ():
+                if not block.fused:
+                    raise RuntimeError(f"{case} did not run fused: {block.reason}")
+            rows.append(
+                ParityRow(case.workload, str(case.config), stage, case.batch, name, case.dtype, error, eager_error, bound)
+            )
+    return rows
+
+
+def check_cases(
+    cases: Iterable[Case], backend: str | None = None, advance: Callable[[], object] = lambda: None
+) -> ParityReport:
+    """The gate over many cases; `advance` is called after each of them."""
+    report = ParityReport()
+    for case in cases:
+        report += check_case(case, backend)
+        advance()
+    return report
+
+
+def check_network(
+    network: Res2Net, model: Res2Net, images: Tensor, config: str, dtype: str
+) -> tuple[ParityReport, dict[str, float]]:
+    """Compares an accelerated copy `model` of `network` with float64, at every stage's features and the logits.
+
+    images: (N, 3, H, W), channels-last. Also returns the largest absolute difference between `model` and `network` at each
+    place. RuntimeError where a block of `model` would not run fused.
+    """
+    names = [*(f"{stage} features" for stage in STAGES), "logits"]
+    rows, largest = ParityReport(), {}
+    with torch.inference_mode(), convolution_precision(dtype):
+        expected = _features(copy.deepcopy(network).double(), images.double())
+        eager = _features(network, images)
+        with poisoned_allocations():
+            ours = _features(model, images)
+    blocks = explain(model)
+    for block in blocks:
+        if not block.fused:
+            raise RuntimeError(f"block {block.name} of {config} did not run fused: {block.reason}")
+    backend = ", ".join(sorted({block.backend for block in blocks}))
+    for name, a, b, c in zip(names, expected, eager, ours, strict=True):
+        eager_error = relative_error(b, a)
+        bound = network_bound(eager_error)
+        error = relative_error(c, a)
+        rows.append(ParityRow("network", config, name, images.shape[0], backend, dtype, error, eager_error, bound))
+        largest[name] = float((c.double() - b.double()).abs().max())
+    return rows, largest
+
+
+def _features(network: Res2Net, images: Tensor) -> list[Tensor]:
+    stages = network.stages(images)
+    return [*stages, network.classify(stages[-1])]

@@ -1,0 +1,43 @@
+"""How far a result may be from float64: the one table of bounds, with the measured worst case beside each.
+
+Errors are relative in the Frobenius norm, ||out - ref|| / ||ref||, with ref the float64 result for the same rounded inputs and
+weights. Gradients have the same bounds, against a float64 backward that uses the tested path's own ReLU masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The largest error allowed, and the largest one that `res2net-fused check` met (None where not measured yet)."""
+
+    limit: float
+    measured: float | None
+    where: str
+
+
+FORWARD = {
+    "float64": Bound(1e-13, 2.2e-15, "reference on CPU, block 14w8s, stage 4"),
+    "float32": Bound(5e-6, 8.1e-7, "reference on CPU, block 14w8s, stage 4"),
+    "tf32": Bound(1e-3, None, "CUDA only"),
+    "float16": Bound(2e-3, 7.1e-4, "reference on CPU, block 14w8s, stage 2"),
+    "bfloat16": Bound(1.5e-2, 6.3e-3, "reference on CPU, block 14w8s, stage 2"),
+}
+# A half type may also not be worse than this many times PyTorch's own eager path in the same type on the same input.
+HALF_TYPES = ("float16", "bfloat16")
+HALF_OVER_EAGER = 2.0
+# Whole networks accumulate the errors of all their layers, so only eager's own error is a yardstick.
+NETWORK_OVER_EAGER = 4.0
+
+
+def forward_bound(dtype: str, eager_error: float) -> float:
+    """The bound on one chain or block; `dtype` is a key of FORWARD, `eager_error` eager's own error on the same input."""
+    limit = FORWARD[dtype].limit
+    return min(limit, HALF_OVER_EAGER * eager_error) if dtype in HALF_TYPES else limit
+
+
+def network_bound(eager_error: float) -> float:
+    """The bound on the features and logits of a whole network."""
+    return NETWORK_OVER_EAGER * eager_error
