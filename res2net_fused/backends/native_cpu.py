@@ -1,13 +1,119 @@
-"""Backend `cpu`: the place of the native CPU kernels. This version ships none, so it always says why it cannot run."""
+"""Backend `cpu`: the native CPU kernels of `csrc/cpu`, a fused Winograd chain with direct convolution beside it.
+
+Environment, read at every call:
+
+* RES2NET_FUSED_CPU_ARITHMETIC: "auto" (default), "winograd" (wherever it can run) or "direct" (its rounding everywhere).
+* RES2NET_FUSED_CPU_ISA: "portable", "avx2" or "avx512" instead of the best instruction set of this processor.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from .. import native
-from ..chain import ChainProblem
+from ..chain import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig, ChainProblem
+
+ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
+ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
+
+# The codes are those of csrc/cpu/chain_plan.h and csrc/cpu/dispatch.h.
+ARITHMETICS = {"auto": 0, "winograd": 1, "direct": 2}
+INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
+
+_operators = torch.ops.res2net_fused_native
 
 
 def why_not(problem: ChainProblem) -> str | None:
     if problem.device.type != "cpu":
         return f"x is on {problem.device}; this backend runs on cpu tensors"
     status = native.cpu_library()
-    return status.reason or "this version has no native CPU kernel for the chain"
+    if not status.loaded:
+        return status.reason
+    if problem.dtype == torch.float64:
+        return "x is torch.float64; allowed are torch.float32, torch.float16 and torch.bfloat16"
+    return None
+
+
+def available_instruction_sets() -> list[str]:
+    """Those that this build and this processor have, the best last; empty without the native library."""
+    if not native.cpu_library().loaded:
+        return []
+    return [name for name, code in INSTRUCTION_SETS.items() if code >= 0 and _operators.cpu_has_instruction_set(code)]
+
+
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
+    """[Winograd weights (steps, 36 * w * w padded), direct weights (steps, 9 * w/groups * w padded), biases], in fp32.
+
+    The first is empty where Winograd does not cover the configuration.
+    """
+    covered = config.stride == config.dilation == config.groups == 1
+    return _pack(weights, biases, config, covered)
+
+
+def plan(problem: ChainProblem) -> str:
+    sizes = (problem.batch, problem.height, problem.width_pixels)
+    return _operators.cpu_plan(*sizes, *_settings(problem), _arithmetic(), _instruction_set())
+
+
+def forward(
+    problem: ChainProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+) -> Tensor:
+    arithmetic, isa = _arithmetic(), _instruction_set()
+    if not packed:
+        packed = pack(weights, biases, problem.config)
+    winograd, direct, bias = packed
+    return _operators.cpu_chain_forward.default(
+        x, winograd, direct, bias, *_settings(problem), problem.channels_last, arithmetic, isa
+    )
+
+
+def _pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig, winograd: bool) -> list[Tensor]:
+    with torch.no_grad():
+        return _operators.cpu_pack.default(list(weights), list(biases or ()), config.groups, winograd, _instruction_set())
+
+
+def _settings(problem: ChainProblem) -> tuple[int | bool, ...]:
+    return problem.width, problem.steps, *_config_codes(problem.config)
+
+
+@functools.lru_cache
+def _config_codes(config: ChainConfig) -> tuple[int | bool, ...]:
+    """As the operators take it: enumerations by their place in the tables of `chain`."""
+    return (
+        config.stride,
+        config.dilation,
+        config.groups,
+        config.hierarchical,
+        PASSTHROUGHS.index(config.passthrough),
+        POOLS.index(config.pool),
+        ACTIVATIONS.index(config.activation),
+    )
+
+
+def _arithmetic() -> int:
+    return _code(ARITHMETIC_VARIABLE, ARITHMETICS)
+
+
+def _instruction_set() -> int:
+    code = _code(ISA_VARIABLE, INSTRUCTION_SETS)
+    if code > 0 and not _operators.cpu_has_instruction_set(code):
+        name = os.environ[ISA_VARIABLE]
+        available = ", ".join(map(repr, available_instruction_sets()))
+        raise RuntimeError(f"{ISA_VARIABLE}={name!r}: this machine has no {name} kernels; it has {available}")
+    return code
+
+
+def _code(variable: str, codes: dict[str, int]) -> int:
+    name = os.environ.get(variable) or "auto"
+    if name not in codes:
+        raise ValueError(f"{variable}={name!r}: allowed are {', '.join(map(repr, codes))}")
+    return codes[name]

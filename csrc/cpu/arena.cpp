@@ -1,0 +1,102 @@
+#include "cpu/arena.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace res2net_fused {
+namespace {
+
+constexpr size_t kCacheLimit = size_t{128} << 20;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+struct CachedBlock {
+  float* data;
+  size_t bytes;
+};
+
+// Blocks nobody uses, least recently used first.
+class Cache {
+ public:
+  // The smallest block that fits without wasting more than it gives, or a null one.
+  CachedBlock take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t best = blocks_.size();
+    for (size_t i = 0; i < blocks_.size(); i++) {
+      const bool fits = blocks_[i].bytes >= bytes && blocks_[i].bytes / 4 <= bytes;
+      if (fits && (best == blocks_.size() || blocks_[i].bytes < blocks_[best].bytes)) best = i;
+    }
+    if (best == blocks_.size()) return {nullptr, 0};
+    const CachedBlock found = blocks_[best];
+    blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(best));
+    held_ -= found.bytes;
+    return found;
+  }
+
+  void give(CachedBlock block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks_.push_back(block);
+    held_ += block.bytes;
+    shrink(kCacheLimit);
+  }
+
+  int64_t held(bool release) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (release) shrink(0);
+    return static_cast<int64_t>(held_);
+  }
+
+ private:
+  void shrink(size_t limit) {
+    while (held_ > limit) {
+      held_ -= blocks_.front().bytes;
+      std::free(blocks_.front().data);
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+  std::mutex mutex_;
+  std::vector<CachedBlock> blocks_;
+  size_t held_ = 0;
+};
+
+Cache& cache() {
+  static Cache* const instance = new Cache;  // never destroyed: threads may outlive static objects
+  return *instance;
+}
+
+CachedBlock allocate(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  void* data = std::aligned_alloc(alignment, bytes);
+  if (data == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // fewer TLB misses; no matter if refused
+#endif
+  return {static_cast<float*>(data), bytes};
+}
+
+}  // namespace
+
+Scratch::Scratch(int64_t floats) {
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  CachedBlock block = cache().take(bytes);
+  if (block.data == nullptr) block = allocate(bytes);
+  data_ = block.data;
+  bytes_ = block.bytes;
+  const char* poison = std::getenv("RES2NET_FUSED_CPU_POISON");
+  if (poison != nullptr && std::strcmp(poison, "1") == 0) {
+    for (size_t i = 0; i < bytes_ / sizeof(float); i++) data_[i] = std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+Scratch::~Scratch() { cache().give({data_, bytes_}); }
+
+int64_t cached_scratch_bytes(bool release) { return cache().held(release); }
+
+}  // namespace res2net_fused

@@ -1,0 +1,27 @@
+// Scratch memory for one call, from a bounded cache of blocks. Safe for concurrent calls: a block has one owner at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace res2net_fused {
+
+class Scratch {
+ public:
+  // Throws std::bad_alloc. The contents are whatever the last owner left; RES2NET_FUSED_CPU_POISON=1 fills them with NaN.
+  explicit Scratch(int64_t floats);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+  size_t bytes_;
+};
+
+// Bytes that the cache holds now; with `release` it frees them first.
+int64_t cached_scratch_bytes(bool release);
+
+}  // namespace res2net_fused

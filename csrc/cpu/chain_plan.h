@@ -1,0 +1,40 @@
+// How a call runs: arithmetic, tiles, and what the threads share out among themselves.
+#pragma once
+
+#include <string>
+
+#include "cpu/chain_problem.h"
+
+namespace res2net_fused {
+
+// In the order of the codes that Python passes: res2net_fused/backends/native_cpu.py.
+enum class ArithmeticChoice : int64_t { automatic = 0, winograd = 1, direct = 2 };
+
+enum class Schedule {
+  images,    // each thread takes images through the whole chain; no barrier
+  tiles,     // one convolution at a time, its tiles (or rows) over the threads
+  channels,  // one convolution at a time, its output channels over the threads: where weights are most of the traffic
+};
+
+struct ChainPlan {
+  bool winograd;
+  Schedule schedule;
+  TileGrid grid;          // Winograd only
+  int64_t block_tiles;    // Winograd only: tiles transformed and multiplied together, at most
+  int64_t images;         // Schedule::images: taken through the chain together by one thread
+  int64_t parts;          // the work is cut into; one thread each
+  bool copies_source;     // Winograd only: groups that nothing is added to are copied between zero borders first
+};
+
+// Whether Winograd can run the problem at all.
+bool winograd_covers(const ChainProblem& problem);
+
+// Whether it should, for weights that are packed already.
+bool winograd_pays(const ChainProblem& problem);
+
+ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, int64_t threads);
+
+// One line for people.
+std::string describe(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels);
+
+}  // namespace res2net_fused

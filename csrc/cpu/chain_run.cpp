@@ -1,0 +1,301 @@
+#include "cpu/chain_run.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/arena.h"
+
+namespace res2net_fused {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // floats: one cache line
+
+// The sources u of some images: (images, H + 2*border, W + 2*border, padded w), the border zero. Two of them take turns.
+class Sources {
+ public:
+  Sources(const ChainProblem& problem, int64_t images) : problem_(problem), images_(images) {
+    pixel_ = problem.padded();
+    row_ = (problem.width + 2 * problem.dilation) * pixel_;
+    image_ = (problem.height + 2 * problem.dilation) * row_;
+  }
+
+  int64_t floats() const { return 2 * one(); }
+
+  void place(float* memory) { memory_ = memory; }
+
+  void zero_borders() const {
+    const int64_t b = problem_.dilation;
+    for (int64_t i = 0; i < 2 * images_; i++) {
+      float* image = memory_ + (i / images_) * one() + (i % images_) * image_;
+      clear(image, b * row_);
+      clear(image + (problem_.height + b) * row_, b * row_);
+      for (int64_t y = b; y < problem_.height + b; y++) {
+        clear(image + y * row_, b * pixel_);
+        clear(image + y * row_ + (problem_.width + b) * pixel_, b * pixel_);
+      }
+    }
+  }
+
+  // The source of convolution i, from its first pixel inside the border.
+  View view(int64_t i) const {
+    return {memory_ + (i % 2) * one() + problem_.dilation * (row_ + pixel_), image_, row_, pixel_};
+  }
+
+ private:
+  static void clear(float* from, int64_t floats) { std::memset(from, 0, static_cast<size_t>(floats) * sizeof(float)); }
+  int64_t one() const { return round_up(images_ * image_, kAlignment); }
+
+  const ChainProblem& problem_;
+  int64_t images_, pixel_, row_, image_;
+  float* memory_ = nullptr;
+};
+
+ConstView constant(View view) { return {view.data, view.image, view.row, view.pixel}; }
+
+class Run {
+ public:
+  Run(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels)
+      : problem_(problem), plan_(plan), data_(data), kernels_(kernels) {}
+
+  void images() const;
+  void tiles() const;
+  void channels() const;
+
+ private:
+  // Scratch of one thread for Winograd blocks.
+  struct BlockScratch {
+    float *v, *m, *patch;
+  };
+
+  int64_t v_floats(int64_t tiles) const { return kPoints * point_pitch(tiles, problem_.padded()); }
+  int64_t m_floats(int64_t tiles) const {
+    const int64_t width = std::min(problem_.padded(), kernels_.panels_per_pass * kPanel + kUnit);
+    return kPoints * point_pitch(tiles, width);
+  }
+  int64_t patch_floats() const { return round_up(kPoints * problem_.channels, kAlignment); }
+  int64_t group_of(int64_t step) const { return problem_.first_convolved() + step; }
+  bool needs_copy(int64_t step) const {
+    if (plan_.winograd && !plan_.copies_source && !problem_.adds(group_of(step))) return false;
+    return step == 0 || !problem_.adds(group_of(step));
+  }
+
+  Step step(int64_t i, const Sources& sources, int64_t first_image) const;
+  void copy_source(int64_t i, const Sources& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
+  void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
+  void winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const;
+  void image_group(const Sources& sources, int64_t first_image, int64_t images, const BlockScratch& scratch) const;
+
+  ConstView x_group(int64_t group, int64_t first_image) const {
+    ConstView view = data_.x;
+    view.data += first_image * view.image + group * problem_.channels;
+    return view;
+  }
+  View out_group(int64_t group, int64_t first_image) const {
+    View view = data_.out;
+    view.data += first_image * view.image + group * problem_.channels;
+    return view;
+  }
+
+  // Calls f(part) for every part, shared out over torch's threads.
+  template <class F>
+  void for_each_part(const F& f) const {
+    torch::stable::parallel_for(0, plan_.parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; part++) f(part);
+    });
+  }
+  int64_t share(int64_t total, int64_t part) const { return total * part / plan_.parts; }
+
+  const ChainProblem& problem_;
+  const ChainPlan& plan_;
+  const ChainData& data_;
+  const Kernels& kernels_;
+};
+
+Step Run::step(int64_t i, const Sources& sources, int64_t first_image) const {
+  const ChainProblem& p = problem_;
+  const int64_t group = group_of(i);
+  const bool from_x = plan_.winograd && !plan_.copies_source && !p.adds(group);
+  Step step{};
+  step.in_height = p.height;
+  step.in_width = p.width;
+  step.height = p.out_height();
+  step.width = p.out_width();
+  step.channels = p.channels;
+  step.groups = p.groups;
+  step.stride = p.stride;
+  step.dilation = p.dilation;
+  step.activation = p.activation;
+  step.source = from_x ? x_group(group, first_image) : constant(sources.view(i));
+  step.source_has_border = !from_x;
+  step.source_full_vectors = !from_x || p.full_vectors(group);
+  if (i + 1 < p.steps && p.adds(group + 1)) {
+    step.addend = x_group(group + 1, first_image);
+    step.addend_full_vectors = p.full_vectors(group + 1);
+    step.next = sources.view(i + 1);
+  }
+  step.out = out_group(group, first_image);
+  step.out_full_vectors = p.full_vectors(group);
+  if (plan_.winograd) step.winograd = data_.winograd + i * winograd_floats(p.channels);
+  step.direct = data_.direct + i * p.groups * direct_group_floats(p.channels / p.groups);
+  step.bias = data_.bias + i * bias_floats(p.channels);
+  return step;
+}
+
+void Run::copy_source(
+    int64_t i, const Sources& sources, int64_t first_image, int64_t first_row, int64_t last_row) const {
+  const int64_t group = group_of(i);
+  // Only the first convolution of "first_added" comes here with something to add: the passed group.
+  const ConstView plus = problem_.adds(group) ? constant(out_group(group - 1, first_image)) : ConstView{};
+  kernels_.copy_rows(
+      x_group(group, first_image), plus, sources.view(i), problem_.height, problem_.width, problem_.channels, first_row,
+      last_row);
+}
+
+void Run::pass(int64_t first_image, int64_t first_row, int64_t last_row) const {
+  const int64_t group = problem_.passed_group();
+  kernels_.pass_rows(
+      x_group(group, first_image), problem_.height, problem_.width, out_group(group, first_image), problem_.out_height(),
+      problem_.out_width(), problem_.channels, problem_.stride, problem_.pool, first_row, last_row);
+}
+
+// Tiles first ... last of the step's images, in blocks of nearly equal size.
+void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const {
+  const int64_t blocks = (last - first + plan_.block_tiles - 1) / plan_.block_tiles;
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t from = first + (last - first) * b / blocks, to = first + (last - first) * (b + 1) / blocks;
+    const Block block{from, to - from};
+    kernels_.winograd_input(step, plan_.grid, block, scratch.v, 0, problem_.padded());
+    kernels_.winograd_output(
+        step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels));
+  }
+}
+
+void Run::image_group(
+    const Sources& sources, int64_t first_image, int64_t images, const BlockScratch& scratch) const {
+  const bool passes = problem_.passthrough != Passthrough::none, passes_first = passes && problem_.passed_group() == 0;
+  const int64_t out_rows = images * problem_.out_height();
+  if (passes_first) pass(first_image, 0, out_rows);
+  for (int64_t i = 0; i < problem_.steps; i++) {
+    if (needs_copy(i)) copy_source(i, sources, first_image, 0, images * problem_.height);
+    const Step step = this->step(i, sources, first_image);
+    if (plan_.winograd) {
+      winograd_tiles(step, 0, images * plan_.grid.per_image(), scratch);
+    } else {
+      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+      kernels_.direct_rows(step, 0, out_rows, 0, panels);
+    }
+  }
+  if (passes && !passes_first) pass(first_image, 0, out_rows);  // last: the slot before it spills into it
+}
+
+void Run::images() const {
+  Sources shape(problem_, plan_.images);
+  const int64_t tiles = plan_.winograd ? std::min(plan_.block_tiles, plan_.images * plan_.grid.per_image()) : 0;
+  const int64_t v = plan_.winograd ? v_floats(tiles) : 0, m = plan_.winograd ? m_floats(tiles) : 0;
+  const int64_t each = round_up(shape.floats() + v + m + patch_floats(), 1024) + kAlignment;
+  const Scratch scratch(each * plan_.parts);
+  for_each_part([&](int64_t part) {
+    float* memory = scratch.data() + part * each;
+    Sources sources(problem_, plan_.images);
+    sources.place(memory);
+    sources.zero_borders();
+    memory += sources.floats();
+    const BlockScratch block{memory, memory + v, memory + v + m};
+    const int64_t last = share(problem_.batch, part + 1);
+    for (int64_t n = share(problem_.batch, part); n < last; n += plan_.images) {
+      image_group(sources, n, std::min(plan_.images, last - n), block);
+    }
+  });
+}
+
+void Run::tiles() const {
+  Sources sources(problem_, problem_.batch);
+  const int64_t all_tiles = plan_.winograd ? problem_.batch * plan_.grid.per_image() : 0;
+  const int64_t block_tiles = plan_.winograd ? std::min(plan_.block_tiles, all_tiles / plan_.parts + 1) : 0;
+  const int64_t v = plan_.winograd ? v_floats(block_tiles) : 0, m = plan_.winograd ? m_floats(block_tiles) : 0;
+  const int64_t each = round_up(v + m + patch_floats(), 1024) + kAlignment;
+  const Scratch scratch(sources.floats() + each * plan_.parts);
+  sources.place(scratch.data());
+  sources.zero_borders();
+  float* const blocks = scratch.data() + sources.floats();
+
+  const bool passes = problem_.passthrough != Passthrough::none, passes_first = passes && problem_.passed_group() == 0;
+  const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
+  const auto pass_all = [&] {
+    for_each_part([&](int64_t part) { pass(0, share(out_rows, part), share(out_rows, part + 1)); });
+  };
+  if (passes_first) pass_all();
+  for (int64_t i = 0; i < problem_.steps; i++) {
+    if (needs_copy(i)) {
+      for_each_part([&](int64_t part) { copy_source(i, sources, 0, share(rows, part), share(rows, part + 1)); });
+    }
+    const Step step = this->step(i, sources, 0);
+    for_each_part([&](int64_t part) {
+      if (plan_.winograd) {
+        float* memory = blocks + part * each;
+        winograd_tiles(step, share(all_tiles, part), share(all_tiles, part + 1), {memory, memory + v, memory + v + m});
+        return;
+      }
+      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+      if (out_rows >= 4 * plan_.parts) {
+        kernels_.direct_rows(step, share(out_rows, part), share(out_rows, part + 1), 0, panels);
+      } else {
+        kernels_.direct_rows(step, 0, out_rows, share(panels, part), share(panels, part + 1));
+      }
+    });
+  }
+  if (passes && !passes_first) pass_all();
+}
+
+// Each part transforms, multiplies and writes its own channels. What it writes is what it transforms for the next step, so
+// that one barrier a step is enough; V takes turns between two buffers.
+void Run::channels() const {
+  Sources sources(problem_, problem_.batch);
+  const int64_t tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(problem_.channels);
+  const int64_t v = round_up(v_floats(tiles), kAlignment), m = round_up(m_floats(tiles), kAlignment);
+  const int64_t each = round_up(m + patch_floats(), 1024) + kAlignment;
+  const Scratch scratch(sources.floats() + 2 * v + each * plan_.parts);
+  sources.place(scratch.data());
+  sources.zero_borders();
+  float* const transformed = scratch.data() + sources.floats();
+  float* const blocks = transformed + 2 * v;
+
+  const bool passes = problem_.passthrough != Passthrough::none, passes_first = passes && problem_.passed_group() == 0;
+  const int64_t out_rows = problem_.batch * problem_.out_height();
+  if (passes_first) pass(0, 0, out_rows);
+  if (needs_copy(0)) copy_source(0, sources, 0, 0, problem_.batch * problem_.height);
+  const Block block{0, tiles};
+  const auto transform = [&](int64_t i, int64_t part) {
+    const int64_t first = share(panels, part) * kPanel, last = std::min(share(panels, part + 1) * kPanel, problem_.padded());
+    kernels_.winograd_input(step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v, first, last);
+  };
+  for_each_part([&](int64_t part) { transform(0, part); });
+  for (int64_t i = 0; i < problem_.steps; i++) {
+    for_each_part([&](int64_t part) {
+      float* memory = blocks + part * each;
+      kernels_.winograd_output(
+          step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v, memory, memory + m, share(panels, part),
+          share(panels, part + 1));
+      if (i + 1 < problem_.steps) transform(i + 1, part);
+    });
+  }
+  if (passes && !passes_first) pass(0, 0, out_rows);
+}
+
+}  // namespace
+
+void run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels) {
+  const Run run(problem, plan, data, kernels);
+  switch (plan.schedule) {
+    case Schedule::images:
+      return run.images();
+    case Schedule::tiles:
+      return run.tiles();
+    case Schedule::channels:
+      return run.channels();
+  }
+}
+
+}  // namespace res2net_fused

@@ -1,0 +1,105 @@
+// Direct 3x3 convolution, any stride, dilation and number of groups, over a source with zero borders.
+//
+//   source rows y*stride + ty*dilation            a run: pixels of one output row
+//   +---+---+---+---+---+---+---+
+//   |   |###|   |###|   |###|   |  ty = 0         P sums x panels stay in registers while nine taps
+//   +---+---+---+---+---+---+---+                 pass by, each with `depth` rows of weights
+//   |   |###|   |###|   |###|   |  ty = 1
+//   +---+---+---+---+---+---+---+                 (drawn: one pixel's taps, dilation 2)
+//   |   |###|   |###|   |###|   |  ty = 2
+//   +---+---+---+---+---+---+---+
+#include "direct_run.h"
+
+namespace res2net_fused::RES2NET_FUSED_ISA {
+namespace {
+
+template <class V>
+R2N_INLINE void finish(const PixelRun& run, const Epilogue& activate, V sum, int64_t pixel, int64_t channel) {
+  const int64_t lanes = run.channels - channel;
+  if (lanes <= 0) return;
+  const bool part = lanes < kLanes<V>;
+  float* out = run.out + pixel * run.out_pixel + channel;
+  const V y = activate(sum + load<V>(run.bias + channel));
+  part ? store_first(out, y, lanes) : store(out, y);
+  if (run.addend != nullptr) {
+    const float* addend = run.addend + pixel * run.addend_pixel + channel;
+    float* next = run.next + pixel * run.next_pixel + channel;
+    const V u = y + (part ? load_first<V>(addend, lanes) : load<V>(addend));
+    part ? store_first(next, u, lanes) : store(next, u);
+  }
+}
+
+template <int P, int Panels, bool HalfPanel>
+__attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
+  Sums<P, Panels, HalfPanel> sums;
+  clear(sums);
+  const float* source = run.source + first * run.source_pixel;
+  const float* weights = run.weights;
+  const int64_t panel_pitch = 9 * run.depth * kPanel;
+  for (int ty = 0; ty < 3; ty++) {
+    for (int tx = 0; tx < 3; tx++) {
+      const int64_t tap = ty * 3 + tx;
+      accumulate(
+          sums, source + ty * run.tap_row + tx * run.tap_column, run.source_pixel, weights + tap * run.depth * kPanel,
+          weights + Panels * panel_pitch + tap * run.depth * kUnit, panel_pitch, run.depth);
+    }
+  }
+  const Epilogue activate = Epilogue::of(run.activation);
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++) {
+#pragma GCC unroll 8
+    for (int f = 0; f < sums.kFull; f++) finish(run, activate, sums.full[p][f], first + p, f * kLanes<Full>);
+    if constexpr (sums.kHalf) finish(run, activate, sums.half[p][0], first + p, Panels * kPanel);
+  }
+}
+
+}  // namespace
+
+void direct_run(const PixelRun& run, PanelPass pass) {
+  with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() {
+    constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
+    const Passes passes = Passes::of(run.count, kMost);
+    for (int64_t i = 0, first = 0; i < passes.count; i++) {
+      with_rows<kMost>(passes.rows(i), [&]<int P>() { run_pass<P, Panels, HalfPanel>(run, first); });
+      first += passes.rows(i);
+    }
+  });
+}
+
+void direct_rows(const Step& step, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
+  const int64_t group_channels = step.channels / step.groups, group_panels = panel_count(group_channels);
+  const int64_t border = step.dilation;
+  PixelRun run{};
+  run.source_pixel = step.stride * step.source.pixel;
+  run.tap_row = step.dilation * step.source.row;
+  run.tap_column = step.dilation * step.source.pixel;
+  run.depth = group_channels;
+  run.out_pixel = step.out.pixel;
+  run.addend_pixel = step.addend.pixel;
+  run.next_pixel = step.next.pixel;
+  run.count = step.width;
+  run.activation = step.activation;
+  for (int64_t group = first_panel / group_panels; group * group_panels < last_panel; group++) {
+    const int64_t skipped = group * group_panels;  // panels of the groups before
+    const int64_t from = first_panel > skipped ? first_panel - skipped : 0;
+    const int64_t to = smaller(last_panel - skipped, group_panels);
+    const float* weights = step.direct + group * direct_group_floats(group_channels);
+    for_each_pass(group_channels, from, to, [&](PanelPass pass) {
+      const int64_t channel = group * group_channels + pass.first * kPanel;
+      run.weights = weights + pass.first * 9 * group_channels * kPanel;
+      run.bias = step.bias + channel;
+      run.channels = smaller(group_channels - pass.first * kPanel, pass.width());
+      for (int64_t row = first; row < last; row++) {
+        const int64_t n = row / step.height, y = row % step.height;
+        run.source = step.source.at(n, y * step.stride - border, -border) + group * group_channels;
+        run.out = step.out.at(n, y, 0) + channel;
+        const bool adds = step.next.data != nullptr;
+        run.addend = adds ? step.addend.at(n, y, 0) + channel : nullptr;
+        run.next = adds ? step.next.at(n, y, 0) + channel : nullptr;
+        direct_run(run, pass);
+      }
+    });
+  }
+}
+
+}  // namespace res2net_fused::RES2NET_FUSED_ISA

@@ -1,0 +1,129 @@
+// What the kernels of every instruction set offer to the rest of the library. Plain C++: no torch header, and nothing
+// inline with external linkage, since a copy compiled for AVX-512 must never serve portable code.
+#pragma once
+
+#include <cstdint>
+
+#define R2N_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace res2net_fused {
+
+constexpr int64_t kUnit = 8;     // channels of a group are padded to multiples of this in scratch and packed weights
+constexpr int64_t kPanel = 16;   // output channels that packed weights keep side by side
+constexpr int64_t kPoints = 36;  // of F(4x4, 3x3)
+
+static constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+enum class Activation : int64_t { relu = 0, none = 1, hardtanh20 = 2 };
+enum class Pool : int64_t { none = 0, avg3 = 1, avg3_nopad = 2 };
+
+// Pixels with their channels side by side; strides in floats.
+struct ConstView {
+  const float* data = nullptr;
+  int64_t image = 0, row = 0, pixel = 0;
+
+  R2N_INLINE_MEMBER const float* at(int64_t n, int64_t y, int64_t x) const { return data + n * image + y * row + x * pixel; }
+};
+
+struct View {
+  float* data = nullptr;
+  int64_t image = 0, row = 0, pixel = 0;
+
+  R2N_INLINE_MEMBER float* at(int64_t n, int64_t y, int64_t x) const { return data + n * image + y * row + x * pixel; }
+};
+
+// One convolution of the chain. Every view starts at channel 0 of its group in the first pixel of the first image.
+struct Step {
+  int64_t in_height, in_width, height, width;
+  int64_t channels;  // of a group, w
+  int64_t groups, stride, dilation;
+  Activation activation;
+  ConstView source;          // what is convolved: u between its zero borders, or a group of x
+  bool source_has_border;    // `dilation` zero pixels may be read around it
+  bool source_full_vectors;  // channels behind the group, up to a multiple of kUnit, may be read as well
+  ConstView addend;          // the next group of x, and
+  View next;                 // where its sum with y goes; data is null where the next step adds nothing
+  bool addend_full_vectors;
+  View out;
+  bool out_full_vectors;  // channels behind the slot are written later: stores may spill into them
+  const float* winograd;  // [point][panel][w][16], the last panel [w][8] where at most 8 channels are left
+  const float* direct;    // [group][panel][tap][w/groups][16], the last panel 8 wide likewise
+  const float* bias;      // (w padded,)
+};
+
+// Tiles along one dimension: `big_count` of `big` outputs, then `small_count` of `small`; big > small. A tile size is 2, 3
+// or 4 and stands for F(size, 3).
+struct Split {
+  int64_t big = 0, big_count = 0, small = 0, small_count = 0;
+
+  R2N_INLINE_MEMBER int64_t count() const { return big_count + small_count; }
+};
+
+struct TileGrid {
+  Split rows, columns;
+
+  R2N_INLINE_MEMBER int64_t per_image() const { return rows.count() * columns.count(); }
+};
+
+constexpr int64_t kMaxBlockTiles = 64;
+
+// Consecutive tiles of the batch that are transformed and multiplied together; at most kMaxBlockTiles.
+struct Block {
+  int64_t first, count;
+};
+
+// Floats between two points of V and M: 64 bytes more than they hold, against addresses that share a cache set.
+static constexpr int64_t point_pitch(int64_t tiles, int64_t channels) { return tiles * channels + 16; }
+
+struct Kernels {
+  const char* name;
+  // Panels that one micro-kernel pass takes at most (with a half panel behind them).
+  int64_t panels_per_pass;
+
+  // V[point][tile][channel] of a block, for channels first ... last (multiples of kUnit).
+  void (*winograd_input)(const Step&, const TileGrid&, Block, float* v, int64_t first, int64_t last);
+  // Multiplies by the panels, transforms back, and writes out and next. m: point_pitch(tiles, 16 * panels_per_pass + 8) for
+  // each point. patch: 36 * w floats, for tiles that are not finite and therefore computed directly.
+  void (*winograd_output)(
+      const Step&, const TileGrid&, Block, const float* v, float* m, float* patch, int64_t first_panel, int64_t last_panel);
+  // Output rows first ... last, counted over all images, by direct convolution; panels counted over all groups.
+  void (*direct_rows)(const Step&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
+  // target = source (+ plus, where plus.data is not null), rows first ... last.
+  void (*copy_rows)(
+      ConstView source, ConstView plus, View target, int64_t height, int64_t width, int64_t channels, int64_t first,
+      int64_t last);
+  // The pass-through: copied, or averaged over 3x3 windows. Output rows first ... last.
+  void (*pass_rows)(
+      ConstView source, int64_t in_height, int64_t in_width, View target, int64_t height, int64_t width, int64_t channels,
+      int64_t stride, Pool, int64_t first, int64_t last);
+  // weights (w, w/groups, 3, 3) of one convolution into the layouts of Step; panels counted over all groups.
+  void (*pack_winograd)(const float* weights, int64_t channels, float* packed, int64_t first_panel, int64_t last_panel);
+  void (*pack_direct)(
+      const float* weights, int64_t channels, int64_t groups, float* packed, int64_t first_panel, int64_t last_panel);
+};
+
+static constexpr int64_t panel_count(int64_t channels) { return (round_up(channels, kUnit) + kPanel - 1) / kPanel; }
+
+// Floats of the packed weights: one convolution, and one group of it.
+static constexpr int64_t winograd_floats(int64_t channels) { return kPoints * channels * round_up(channels, kUnit); }
+static constexpr int64_t direct_group_floats(int64_t group_channels) {
+  return 9 * group_channels * round_up(group_channels, kUnit);
+}
+
+// Of the bias of one convolution: whole vectors are read from any channel on.
+static constexpr int64_t bias_floats(int64_t channels) { return round_up(channels, kUnit) + kPanel; }
+
+// The kernels of one instruction set; null where this library was not compiled for it.
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace res2net_fused

@@ -1,0 +1,23 @@
+// The kernels of this instruction set, gathered for the dispatcher.
+#include "interface.h"
+#include "micro_gemm.h"
+
+#define R2N_NAME_OF(isa) #isa
+#define R2N_NAME(isa) R2N_NAME_OF(isa)
+
+namespace res2net_fused::RES2NET_FUSED_ISA {
+
+void winograd_input(const Step&, const TileGrid&, Block, float*, int64_t, int64_t);
+void winograd_output(const Step&, const TileGrid&, Block, const float*, float*, float*, int64_t, int64_t);
+void direct_rows(const Step&, int64_t, int64_t, int64_t, int64_t);
+void copy_rows(ConstView, ConstView, View, int64_t, int64_t, int64_t, int64_t, int64_t);
+void pass_rows(ConstView, int64_t, int64_t, View, int64_t, int64_t, int64_t, int64_t, Pool, int64_t, int64_t);
+void pack_winograd(const float*, int64_t, float*, int64_t, int64_t);
+void pack_direct(const float*, int64_t, int64_t, float*, int64_t, int64_t);
+
+const Kernels kernels = {
+    R2N_NAME(RES2NET_FUSED_ISA), kMaxPanels, winograd_input, winograd_output, direct_rows, copy_rows, pass_rows,
+    pack_winograd, pack_direct,
+};
+
+}  // namespace res2net_fused::RES2NET_FUSED_ISA

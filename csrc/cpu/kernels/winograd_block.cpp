@@ -1,0 +1,298 @@
+// One convolution of the chain over a block of tiles, by Winograd.
+//
+//   source             V[36 points][tiles][w]       M[36 points][tiles][one pass of panels]        out, next
+//   +--------+  B^T d B   +--------+                    +-----+                A^T m A        +----+ y = act(. + bias)
+//   | 6x6    | ---------> |+-------+-+  x U[point]      |+----+-+  --------------------------> | 4x4| -> its slot of out
+//   |  pixels|            ||tile x w| |  ------------>  ||      | |                            +----+
+//   +--------+            +| matrix | |  36 products    +|      | |                           y + x_next -> next source
+//                          +--------+-+                  +------+-+
+//
+// V, M and one pass of U stay in the L2 cache. A tile whose result is not finite is computed again directly: Winograd mixes
+// a tile's inputs, spreads one Inf or NaN over all of it, and overflows earlier than a convolution does.
+#include "direct_run.h"
+#include "panels.h"
+#include "winograd_transforms.h"
+
+namespace res2net_fused::RES2NET_FUSED_ISA {
+namespace {
+
+struct Tile {
+  int64_t image, y, x;  // first output pixel
+};
+
+// A block's tiles, sorted so that those which use a point follow each other, whatever the point. With two sizes in each
+// dimension (rows x columns): class 0 is big x small, 1 big x big, 2 small x big, 3 small x small.
+struct SortedTiles {
+  Tile tile[kMaxBlockTiles];
+  int64_t bound[5];  // class c is bound[c] ... bound[c + 1]
+};
+
+R2N_INLINE int64_t class_of(bool big_row, bool big_column) { return big_row ? (big_column ? 1 : 0) : (big_column ? 2 : 3); }
+
+R2N_INLINE int64_t tile_start(const Split& split, int64_t i) {
+  return i < split.big_count ? i * split.big : split.big_count * split.big + (i - split.big_count) * split.small;
+}
+
+void sort_tiles(const TileGrid& grid, Block block, SortedTiles& sorted) {
+  const int64_t columns = grid.columns.count(), per_image = grid.per_image();
+  uint8_t classes[kMaxBlockTiles];
+  Tile tiles[kMaxBlockTiles];
+  int64_t counts[4] = {};
+  int64_t image = block.first / per_image, row = block.first % per_image / columns, column = block.first % columns;
+  for (int64_t t = 0; t < block.count; t++) {
+    tiles[t] = {image, tile_start(grid.rows, row), tile_start(grid.columns, column)};
+    classes[t] = static_cast<uint8_t>(class_of(row < grid.rows.big_count, column < grid.columns.big_count));
+    counts[classes[t]]++;
+    if (++column == columns) {
+      column = 0;
+      if (++row == grid.rows.count()) {
+        row = 0;
+        image++;
+      }
+    }
+  }
+  int64_t at[4];
+  sorted.bound[0] = 0;
+  for (int c = 0; c < 4; c++) {
+    at[c] = sorted.bound[c];
+    sorted.bound[c + 1] = sorted.bound[c] + counts[c];
+  }
+  for (int64_t t = 0; t < block.count; t++) sorted.tile[at[classes[t]]++] = tiles[t];
+}
+
+R2N_INLINE bool size_uses_point(int64_t size, int64_t i) { return size == 4 || i < 3 || i == 5 || (size == 3 && i == 3); }
+
+struct TileRange {
+  int64_t first, last;
+};
+
+// The sorted tiles that use point (i, j).
+TileRange tiles_of_point(const TileGrid& grid, const SortedTiles& sorted, int64_t i, int64_t j) {
+  TileRange range{0, 0};
+  for (int c = 0; c < 4; c++) {
+    const int64_t rows = c < 2 ? grid.rows.big : grid.rows.small;
+    const int64_t columns = c == 1 || c == 2 ? grid.columns.big : grid.columns.small;
+    if (sorted.bound[c] == sorted.bound[c + 1] || !size_uses_point(rows, i) || !size_uses_point(columns, j)) continue;
+    if (range.last == 0) range.first = sorted.bound[c];
+    range.last = sorted.bound[c + 1];
+  }
+  return range;
+}
+
+// Calls f.operator()<Rows, Columns>(tile, its place in V and M) for every tile.
+template <class F>
+R2N_INLINE void for_each_tile(const TileGrid& grid, const SortedTiles& sorted, const F& f) {
+  for (int c = 0; c < 4; c++) {
+    const int64_t rows = c < 2 ? grid.rows.big : grid.rows.small;
+    const int64_t columns = c == 1 || c == 2 ? grid.columns.big : grid.columns.small;
+    for (int64_t t = sorted.bound[c]; t < sorted.bound[c + 1]; t++) {
+      const Tile& tile = sorted.tile[t];
+      switch (rows * 8 + columns) {
+#define R2N_TILE(R, C)                      \
+  case R * 8 + C:                           \
+    f.template operator()<R, C>(tile, t); \
+    break;
+        R2N_TILE(4, 4)
+        R2N_TILE(4, 3)
+        R2N_TILE(3, 4)
+        R2N_TILE(3, 3)
+        R2N_TILE(4, 2)
+        R2N_TILE(2, 4)
+        R2N_TILE(3, 2)
+        R2N_TILE(2, 3)
+        R2N_TILE(2, 2)
+#undef R2N_TILE
+      }
+    }
+  }
+}
+
+// Copies a tile's source pixels, zeros where there are none, into patch[pixel][channel] for `lanes` channels from `channel`.
+template <bool Part, class V>
+R2N_INLINE void gather(
+    const Step& step, const Tile& tile, int64_t rows, int64_t columns, int64_t channel, int64_t lanes, float* patch,
+    int64_t patch_pixel) {
+  for (int64_t i = 0; i < rows + 2; i++) {
+    for (int64_t j = 0; j < columns + 2; j++) {
+      const int64_t y = tile.y - 1 + i, x = tile.x - 1 + j;
+      const bool inside = step.source_has_border || (y >= 0 && y < step.in_height && x >= 0 && x < step.in_width);
+      V v{};
+      if (inside) v = load_some<Part, V>(step.source.at(tile.image, y, x) + channel, lanes);
+      store_some<Part>(patch + (i * (columns + 2) + j) * patch_pixel, v, lanes);
+    }
+  }
+}
+
+template <int Rows, int Columns>
+__attribute__((noinline)) void tile_input(
+    const Step& step, const Tile& tile, float* v, int64_t point, int64_t first, int64_t last) {
+  const bool inside = step.source_has_border || (tile.y >= 1 && tile.x >= 1 && tile.y + Rows < step.in_height &&
+                                                 tile.x + Columns < step.in_width);
+  for_each_vector(first, last, step.channels, [&](auto kind, int64_t channel, int64_t lanes) R2N_LAMBDA_INLINE {
+    using V = decltype(kind);
+    const bool part = lanes < kLanes<V> && !step.source_full_vectors;
+    if (inside && !part) {
+      const float* d = step.source.at(tile.image, tile.y - 1, tile.x - 1) + channel;
+      transform_input<Rows, Columns, V>(d, step.source.row, step.source.pixel, v + channel, point);
+    } else {
+      float patch[kPoints * kLanes<V>] = {};
+      if (part) {
+        gather<true, V>(step, tile, Rows, Columns, channel, lanes, patch, kLanes<V>);
+      } else {
+        gather<false, V>(step, tile, Rows, Columns, channel, lanes, patch, kLanes<V>);
+      }
+      transform_input<Rows, Columns, V>(patch, (Columns + 2) * kLanes<V>, kLanes<V>, v + channel, point);
+    }
+  });
+}
+
+template <int Rows, int Columns, bool Part, bool Adds, class V>
+R2N_INLINE bool vector_output(
+    const Step& step, const Tile& tile, const Epilogue& activate, const float* m, int64_t point, int64_t channel,
+    int64_t lanes) {
+  const V bias = load<V>(step.bias + channel);
+  float* out = step.out.at(tile.image, tile.y, tile.x) + channel;
+  const float* addend = Adds ? step.addend.at(tile.image, tile.y, tile.x) + channel : nullptr;
+  float* next = Adds ? step.next.at(tile.image, tile.y, tile.x) + channel : nullptr;
+  V total{};  // finite only if every output is
+  transform_output<Rows, Columns, V>(m, point, [&](int i, const V* outputs) R2N_LAMBDA_INLINE {
+#pragma GCC unroll 4
+    for (int j = 0; j < Columns; j++) {
+      total += outputs[j];
+      const V y = activate(outputs[j] + bias);
+      store_some<Part>(out + i * step.out.row + j * step.out.pixel, y, lanes);
+      if constexpr (Adds) {
+        const V x = load_some<Part, V>(addend + i * step.addend.row + j * step.addend.pixel, lanes);
+        store(next + i * step.next.row + j * step.next.pixel, y + x);
+      }
+    }
+  });
+  return all_finite(total);
+}
+
+template <int Rows, int Columns>
+__attribute__((noinline)) bool tile_output(
+    const Step& step, const Tile& tile, const Epilogue& activate, const float* m, int64_t point, PanelPass pass) {
+  const int64_t first = pass.first * kPanel;
+  const bool adds = step.next.data != nullptr;
+  bool finite = true;
+  for_each_vector(first, first + pass.width(), step.channels, [&](auto kind, int64_t channel, int64_t lanes) R2N_LAMBDA_INLINE {
+    using V = decltype(kind);
+    const bool part = lanes < kLanes<V> && !(step.out_full_vectors && (!adds || step.addend_full_vectors));
+    const float* from = m + (channel - first);
+    if (part) {
+      finite &= adds ? vector_output<Rows, Columns, true, true, V>(step, tile, activate, from, point, channel, lanes)
+                     : vector_output<Rows, Columns, true, false, V>(step, tile, activate, from, point, channel, lanes);
+    } else {
+      finite &= adds ? vector_output<Rows, Columns, false, true, V>(step, tile, activate, from, point, channel, lanes)
+                     : vector_output<Rows, Columns, false, false, V>(step, tile, activate, from, point, channel, lanes);
+    }
+  });
+  return finite;
+}
+
+// The tile's outputs of one pass by direct convolution.
+__attribute__((noinline, cold)) void repair_tile(
+    const Step& step, const Tile& tile, int64_t rows, int64_t columns, PanelPass pass, float* patch) {
+  const int64_t w = step.channels;
+  for_each_vector(0, round_up(w, kUnit), w, [&](auto kind, int64_t channel, int64_t lanes) {
+    using V = decltype(kind);
+    if (lanes < kLanes<V>) {
+      gather<true, V>(step, tile, rows, columns, channel, lanes, patch + channel, w);
+    } else {
+      gather<false, V>(step, tile, rows, columns, channel, lanes, patch + channel, w);
+    }
+  });
+  const int64_t channel = pass.first * kPanel;
+  const bool adds = step.next.data != nullptr;
+  for (int64_t i = 0; i < rows; i++) {
+    PixelRun run{};
+    run.source = patch + i * (columns + 2) * w;
+    run.source_pixel = run.tap_column = run.depth = w;
+    run.tap_row = (columns + 2) * w;
+    run.weights = step.direct + pass.first * 9 * w * kPanel;
+    run.bias = step.bias + channel;
+    run.out = step.out.at(tile.image, tile.y + i, tile.x) + channel;
+    run.out_pixel = step.out.pixel;
+    if (adds) {
+      run.addend = step.addend.at(tile.image, tile.y + i, tile.x) + channel;
+      run.addend_pixel = step.addend.pixel;
+      run.next = step.next.at(tile.image, tile.y + i, tile.x) + channel;
+      run.next_pixel = step.next.pixel;
+    }
+    run.count = columns;
+    run.channels = smaller(w - channel, pass.width());
+    run.activation = step.activation;
+    direct_run(run, pass);
+  }
+}
+
+template <int P, int Panels, bool HalfPanel>
+__attribute__((noinline)) void multiply_rows(
+    const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch) {
+  Sums<P, Panels, HalfPanel> sums;
+  clear(sums);
+  accumulate(sums, a, a_pitch, b, b + Panels * depth * kPanel, depth * kPanel, depth);
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++) {
+#pragma GCC unroll 8
+    for (int f = 0; f < sums.kFull; f++) store(c + p * c_pitch + f * kLanes<Full>, sums.full[p][f]);
+    if constexpr (sums.kHalf) store(c + p * c_pitch + Panels * kPanel, sums.half[p][0]);
+  }
+}
+
+// M = V * U for one pass of panels, point by point.
+template <int Panels, bool HalfPanel>
+R2N_INLINE void multiply_points(
+    const Step& step, const TileGrid& grid, const SortedTiles& sorted, Block block, const float* v, float* m, PanelPass pass) {
+  constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
+  const int64_t w = step.channels, padded = round_up(w, kUnit), width = pass.width();
+  const int64_t v_point = point_pitch(block.count, padded), m_point = point_pitch(block.count, width);
+  const float* weights = step.winograd + pass.first * kPanel * w;
+  for (int64_t point = 0; point < kPoints; point++) {
+    const TileRange range = tiles_of_point(grid, sorted, point / 6, point % 6);
+    if (range.first == range.last) continue;
+    const Passes passes = Passes::of(range.last - range.first, kMost);
+    int64_t tile = range.first;
+    for (int64_t i = 0; i < passes.count; i++) {
+      const float* a = v + point * v_point + tile * padded;
+      float* c = m + point * m_point + tile * width;
+      with_rows<kMost>(passes.rows(i), [&]<int P>() R2N_LAMBDA_INLINE {
+        multiply_rows<P, Panels, HalfPanel>(a, padded, weights + point * w * padded, w, c, width);
+      });
+      tile += passes.rows(i);
+    }
+  }
+}
+
+}  // namespace
+
+void winograd_input(const Step& step, const TileGrid& grid, Block block, float* v, int64_t first, int64_t last) {
+  SortedTiles sorted;
+  sort_tiles(grid, block, sorted);
+  const int64_t padded = round_up(step.channels, kUnit), point = point_pitch(block.count, padded);
+  for_each_tile(grid, sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
+    tile_input<Rows, Columns>(step, tile, v + t * padded, point, first, last);
+  });
+}
+
+void winograd_output(
+    const Step& step, const TileGrid& grid, Block block, const float* v, float* m, float* patch, int64_t first_panel,
+    int64_t last_panel) {
+  SortedTiles sorted;
+  sort_tiles(grid, block, sorted);
+  const Epilogue activate = Epilogue::of(step.activation);
+  for_each_pass(step.channels, first_panel, last_panel, [&](PanelPass pass) {
+    with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() R2N_LAMBDA_INLINE {
+      multiply_points<Panels, HalfPanel>(step, grid, sorted, block, v, m, pass);
+    });
+    const int64_t width = pass.width(), point = point_pitch(block.count, width);
+    for_each_tile(grid, sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
+      if (!tile_output<Rows, Columns>(step, tile, activate, m + t * width, point, pass)) {
+        repair_tile(step, tile, Rows, Columns, pass, patch);
+      }
+    });
+  });
+}
+
+}  // namespace res2net_fused::RES2NET_FUSED_ISA
