@@ -131,16 +131,26 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if not tensor.is_floating_point():
                 continue
-            if name.endswith("running_var"):
-                value = 0.5 + torch.rand(tensor.shape, generator=generator)
-            elif tensor.dim() > 1:
-                value = torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
-            elif name.endswith("weight"):
-                value = 0.5 + torch.rand(tensor.shape, generator=generator)
+            value = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if tensor.dim() > 1:
+                value *= (2 / tensor[0].numel()) ** 0.5
+            elif name.endswith(("running_var", "weight")):
+                value = 0.5 + value.abs()
             else:
-                value = 0.3 * torch.randn(tensor.shape, generator=generator)
+                value *= 0.3
             tensor.copy_(value)
     return module
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention: x * sigmoid(conv(mean(x)))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(x.mean((2, 3), keepdim=True)).sigmoid()
 
 
 @functools.cache
