@@ -1,0 +1,267 @@
+"""The benchmark's parts: what it times, how it counts memory, and the files it writes. Nothing here is timed."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from res2net_fused.bench import measure, photographs, plot, providers, results, sweep, workloads
+from res2net_fused.bench.workloads import Case, Config
+from res2net_fused.models import Res2Net
+from res2net_fused.reference import ReferenceBottle2neck
+
+# Workloads ------------------------------------------------------------------------------------------------------------
+
+
+def multiply_adds(config: Config) -> int:
+    """Of a normal block of stage 1 at one pixel."""
+    w, s = config.width, config.scale
+    return 256 * w * s + 9 * w * w * max(1, s - 1) + w * s * 256
+
+
+@pytest.mark.parametrize("scale", range(1, 9))
+def test_scales_have_equal_flops(scale):
+    target = multiply_adds(Config(64, 1))
+    assert multiply_adds(Config.of_scale(scale)) == pytest.approx(target, rel=0.03)
+
+
+def test_published_configs():
+    assert [str(config) for config in workloads.DEFAULT_CONFIGS] == ["64w1s", "48w2s", "26w4s", "14w8s"]
+    assert Config.parse("26w_4s") == Config.parse("26w4s") == Config(26, 4)
+
+
+@pytest.mark.parametrize("text", ["", "26", "w4s", "26w0s", "0w4s", "26w4s,14w8s", "-26w4s"])
+def test_bad_config(text):
+    with pytest.raises(ValueError, match="26w4s"):
+        Config.parse(text)
+
+
+@pytest.mark.parametrize("workload", ["chain", "block"])
+@pytest.mark.parametrize("variant", workloads.VARIANTS)
+@pytest.mark.parametrize("stage", workloads.STAGES)
+def test_every_case_runs_at_its_stage(workload, variant, stage):
+    case = Case(workload, Config(14, 4), stage, 1, "float32", "cpu", variant)
+    module, inputs = case.module(), case.inputs(2)
+    out = module(inputs[0])
+    size = (56, 28, 14, 7)[stage - 1]
+    planes = (64, 128, 256, 512)[stage - 1]
+    assert tuple(out.shape) == (1, 4 * (14 * planes // 64) if workload == "chain" else 4 * planes, size, size)
+    assert not torch.equal(*inputs)
+    assert torch.equal(case.module()(inputs[0]), out)  # the same parameters at every call
+    ours = workloads.fused(module, "reference")(inputs[0])
+    assert (ours - out).norm() <= 1e-5 * out.norm()
+    assert case.problem(module).width == 14 * planes // 64
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns():
+    calls = []
+    inputs = [torch.full((1,), float(i)) for i in range(3)]
+    contenders = {
+        name: measure.Contender(lambda x, name=name: calls.append((name, x.item())), inputs) for name in ("a", "b")
+    }
+    timings = measure.measure(contenders, "cpu", seconds=0, min_repeats=6, warm_up=0)
+    assert all(timing.repeats == 6 for timing in timings.values())
+    rounds = calls[-12:]
+    assert [name for name, _ in rounds] == ["a", "b", "b", "a"] * 3
+    assert sorted(x for name, x in rounds if name == "a") == [0, 0, 1, 1, 2, 2]
+
+
+def test_runs_are_bounded():
+    contenders = {"a": measure.Contender(lambda x: x, [torch.ones(1)])}
+    timing = measure.measure(contenders, "cpu", seconds=1e9, max_repeats=7)["a"]
+    assert timing.repeats == 7
+    assert 0 <= timing.p20_ms <= timing.median_ms <= timing.p80_ms
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    def model(x):
+        for _ in range(5):
+            y = torch.empty(1000, dtype=torch.float64)  # one after the other, freed in between
+            del y
+        a, b = torch.empty(10_000), torch.empty(10_000)
+        return a + b
+
+    contender = measure.Contender(model, [torch.ones(1_000_000)])
+    assert measure.peak_mb(contender, "cpu") == pytest.approx(3 * 40_000 / 1e6, rel=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("provider", ["ours", "ours_graph"])
+def test_graphs_replay_the_same_results(provider):
+    case = Case("block", Config(14, 8), 4, 2, "float16", "cuda")
+    contender = providers.contender(provider, case.module(), case.inputs(3))
+    timing = measure.measure({provider: contender}, "cuda", seconds=0)[provider]
+    assert timing.peak_mb > 0
+
+
+# Providers ------------------------------------------------------------------------------------------------------------
+
+
+def test_selection_of_peers():
+    assert providers.select("cpu", "chain", "default") == ["eager", "eager_channels_last", "ours"]
+    assert providers.select("cpu", "block", "default") == ["eager", "eager_channels_last", "compile", "ours"]
+    assert "compile" not in providers.select("cpu", "block", "default", quick=True)
+    assert "compile_max_autotune" in providers.select("cuda", "chain", "all")
+    assert "compile_max_autotune" not in providers.select("cpu", "chain", "all")
+    assert set(providers.PROVIDERS) <= set(results.PROVIDERS)
+
+
+@pytest.mark.parametrize("workload", ["chain", "block"])
+@pytest.mark.parametrize("name", ["eager", "eager_channels_last", "ours"])
+def test_providers_compute_the_same_and_change_nothing(workload, name):
+    case = Case(workload, Config(14, 8), 4, 2, "float32", "cpu")
+    module, (x,) = case.module(), case.inputs()
+    before = copy.deepcopy(module.state_dict())
+    expected = module(x)
+    contender = providers.contender(name, module, [x])
+    assert (contender.run() - expected).norm() <= 1e-5 * expected.norm()
+    channels_last = contender.inputs[0].is_contiguous(memory_format=torch.channels_last)
+    assert channels_last == (name != "eager")
+    assert x.is_contiguous()
+    assert type(module) in (ReferenceBottle2neck, workloads.ReferenceChain)
+    after = module.state_dict()
+    assert all(torch.equal(before[key], after[key]) and before[key].stride() == after[key].stride() for key in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", ["chain", "block"])
+@pytest.mark.parametrize("name", ["compile", "compile_freezing"])
+def test_compiled_providers(workload, name):
+    case = Case(workload, Config(14, 4), 4, 2, "float32", "cpu")
+    module, (x,) = case.module(), case.inputs()
+    providers.forget_compiled()
+    out = providers.contender(name, module, [x]).run()
+    assert (out - module(x)).norm() <= 1e-5 * out.norm()
+
+
+# Results and plot -----------------------------------------------------------------------------------------------------
+
+
+def example_row(**changes):
+    row = {"workload": "block", "config": "26w4s", "stage": 1, "batch": 8, "dtype": "float32", "device": "cpu"}
+    row |= {"provider": "eager", "median_ms": 2.0, "p20_ms": 1.5, "p80_ms": 3, "peak_mb": 4.0}
+    return row | changes
+
+
+def example_file():
+    rows = [
+        example_row(workload=workload, config=config, stage=stage, provider=provider, median_ms=ms)
+        for workload in ("chain", "block")
+        for stage in (1, 2, 3, 4)
+        for config, ms in (("48w2s", 2.0), ("26w4s", 2.5), ("14w8s", 4.0))
+        for provider in ("eager", "ours")
+    ]
+    rows.append(example_row(workload="network", config="res2net50_26w4s", stage=None))
+    return {"environment": results.environment("cpu", "res2net-fused bench"), "rows": rows}
+
+
+def test_results_round_trip(tmp_path):
+    data = example_file()
+    path = tmp_path / "new folder" / "results.json"
+    results.write(path, data["environment"], data["rows"])
+    assert results.read(path) == data
+    assert data["environment"]["torch"] == torch.__version__
+    assert data["environment"]["device"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"median_ms": float("nan")}, "median_ms"),
+        ({"median_ms": -1.0}, "median_ms"),
+        ({"p80_ms": "3"}, "p80_ms"),
+        ({"stage": "1"}, "stage"),
+        ({"batch": True}, "batch"),
+        ({"workload": "blocks"}, "allowed are 'chain'"),
+        ({"provider": "magic"}, "allowed are 'eager'"),
+        ({"peak_mb": None}, "peak_mb"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path, change, message):
+    data = example_file()
+    data["rows"][3] |= change
+    with pytest.raises(ValueError, match=rf"rows\[3\].*{message}"):
+        results.write(tmp_path / "results.json", data["environment"], data["rows"])
+    assert not (tmp_path / "results.json").exists()
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"bad\.json is no result file"):
+        results.read(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"environment": {}, "rows": []}', '{"environment": 1, "rows": {}}'])
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json is no result file"):
+        results.read(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("field", [*results.ROW_FIELDS])
+def test_missing_fields_are_named(field):
+    data = example_file()
+    del data["rows"][0][field]
+    with pytest.raises(ValueError, match=field):
+        results.validate(data)
+
+
+def test_plot_is_a_picture(tmp_path):
+    plot.plot(example_file(), tmp_path / "plot.png")
+    picture = (tmp_path / "plot.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(picture) > 10_000
+
+
+def test_plot_of_networks_alone_is_refused(tmp_path):
+    data = example_file()
+    data["rows"] = data["rows"][-1:]
+    with pytest.raises(ValueError, match="no chain"):
+        plot.plot(data, tmp_path / "plot.png")
+
+
+def test_table_compares_our_best_with_the_best_peer():
+    rows = [
+        example_row(provider=provider, median_ms=ms)
+        for provider, ms in (("ours_graph", 1.0), ("eager", 9.0), ("compile", 3.0), ("ours", 2.0))
+    ]
+    head, _, line = sweep.outcome_table(rows).splitlines()
+    assert line.split() == ["block", "26w4s", "1", "8", "float32", "9", "3", "2", "1", "3.00x", "compile"]
+    assert head.split()[5:9] == ["eager", "compile", "ours", "ours_graph"]
+
+
+# Photographs ----------------------------------------------------------------------------------------------------------
+
+
+def test_photographs():
+    images = photographs.photographs()
+    assert tuple(images.shape) == (2, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert images.min() >= -2.2 and images.max() <= 2.7  # of (0 ... 1 - mean) / deviation
+    assert images.std() > 0.5
+    assert not torch.equal(images[0], images[1])
+    assert images[0, 2, :60].mean() > images[0, 2, 150:].mean()  # china.jpg: the sky is above
+
+
+def test_calibration_takes_the_statistics_of_the_images():
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, momentum=0.3))
+    images = torch.randn(2, 3, 20, 20) * 3 + 1
+    assert photographs.calibrate(network, images) is network
+    assert not network.training
+    assert network[1].momentum == 0.3
+    out = network(images)
+    assert out.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (out.std((0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+@pytest.mark.slow
+def test_network_on_photographs():
+    case = sweep.prepare_network("float32", "cpu", "reference")
+    assert isinstance(case.network, Res2Net)
+    assert case.parity.ok, f"\n{case.parity}"
+    assert [row.stage for row in case.parity] == ["1 features", "2 features", "3 features", "4 features", "logits"]
+    assert {row.backend for row in case.parity} == {"reference"}
+    assert set(case.differences) == {row.stage for row in case.parity}
+    assert all(0 <= difference < 1 for difference in case.differences.values())

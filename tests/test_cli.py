@@ -1,0 +1,150 @@
+"""The command line, through a subprocess where its whole way matters and in-process where something must go wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from res2net_fused import cli
+from res2net_fused.backends import aten
+from res2net_fused.bench import results
+
+SMALL = ["--batch", "1", "--device", "cpu", "--no-network", "--threads", "1"]
+SPEED_UP = re.compile(r"\d\.\d\dx")
+
+
+def run(*arguments, cwd=None):
+    command = [sys.executable, "-m", "res2net_fused", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+def test_info():
+    done = run("info", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    for name in ("reference", "triton", "cpu", "cuda"):
+        assert re.search(rf"^  {name} +\S", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^  reference +can run$", done.stdout, re.MULTILINE)
+    assert "RES2NET_FUSED_BACKEND" in done.stdout
+    assert "native extension" in done.stdout
+
+
+def test_check():
+    done = run("check", "--quick", *SMALL, "--configs", "14w4s", "--dtype", "float32,bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.endswith(" ok")]
+    for dtype in ("float32", "bfloat16"):
+        for workload in ("chain", "block"):
+            for stage in (1, 2, 3, 4):
+                for variant in ("normal", "stage"):
+                    pattern = rf"{workload} +14w4s +{stage} {variant} +reference +{dtype} "
+                    assert sum(re.match(pattern, row) is not None for row in rows) == 1
+    assert f"{len(rows)} comparisons, 0 misses" in done.stdout
+    assert "not checked, backend cuda: " in done.stdout
+
+
+def test_bench_writes_results_and_a_plot(tmp_path):
+    done = run("bench", "--quick", *SMALL, "--scales", "4,8", "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert SPEED_UP.search(done.stdout)
+    data = results.read(tmp_path / "results" / "bench-cpu.json")
+    assert data["environment"]["command"].startswith("res2net-fused bench --quick --batch 1")
+    seen = {(r["workload"], r["config"], r["stage"], r["provider"]) for r in data["rows"]}
+    providers = ("eager", "eager_channels_last", "ours")
+    assert seen == {
+        (workload, config, stage, provider)
+        for workload in ("chain", "block")
+        for config in ("26w4s", "14w8s")
+        for stage in (1, 2, 3, 4)
+        for provider in providers
+    }
+    assert len(data["rows"]) == len(seen)
+    assert (tmp_path / "results" / "bench-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_bench_with_everything(tmp_path):
+    done = run("bench", "--batch", "1", "--device", "cpu", "--configs", "14w8s", "--peers", "all", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = results.read(tmp_path / "bench-cpu.json")
+    for workload in ("chain", "block", "network"):
+        providers = {row["provider"] for row in data["rows"] if row["workload"] == workload}
+        assert providers == {"eager", "eager_channels_last", "compile", "compile_freezing", "ours"}
+    assert "logits" in done.stdout
+
+
+def wrong_last_group(monkeypatch):
+    right = aten.forward
+
+    def forward(problem, x, *rest):
+        out = right(problem, x, *rest)
+        out[:, -1] += 0.01
+        return out
+
+    monkeypatch.setattr(aten, "forward", forward)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_no_speed_up_on_a_red_gate(monkeypatch, capsys, tmp_path, threads):
+    wrong_last_group(monkeypatch)
+    arguments = ["bench", "--quick", *SMALL, "--configs", "14w8s", "--backend", "reference", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "MISS" in printed
+    assert "speed-up" not in printed
+    assert not SPEED_UP.search(printed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_fails_on_a_miss(monkeypatch, capsys, threads):
+    wrong_last_group(monkeypatch)
+    arguments = ["check", "--quick", *SMALL, "--configs", "14w8s", "--backend", "reference", "--dtype", "float32"]
+    assert cli.main(arguments) == 1
+    assert re.search(r"16 comparisons, 16 misses", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["check", "--configs", "26"], "26w4s"),
+        (["check", "--configs", "26w4s", "--scales", "4"], "not allowed with"),
+        (["check", "--dtype", "int8"], "int8"),
+        (["check", "--backend", "magic"], "magic"),
+        (["bench", "--batch", "0"], "'0'"),
+        (["bench", "--scales", "3-2"], "holds no scale"),
+        (["bench", "--scales", "0-2"], "'0'"),
+        (["bench", "--device", "cuda:99"], "cuda:99"),
+        (["bench", "--device", "mps"], "allowed are cpu and cuda"),
+        (["bench", "--threads", "none"], "'none'"),
+        (["bench", "--peers", "none"], "none"),
+        ([], "required"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_backend_that_cannot_run_is_an_error(command, capsys, threads, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "--quick", *SMALL, "--backend", "cuda"]) == 2
+    assert "backend='cuda' cannot run" in capsys.readouterr().err
+
+
+def test_help_shows_examples(capsys):
+    for command in ("info", "check", "bench"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert f"examples:\n  res2net-fused {command}" in capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""The parity gate: it passes what is right and catches what is wrong, unwritten or not a number."""
+
+import pytest
+import torch
+
+from res2net_fused import parity, tolerances
+from res2net_fused.backends import aten
+from res2net_fused.bench.workloads import VARIANTS, Case, Config, cases
+
+CASE = Case("chain", Config(14, 8), 4, 2, "float32", "cpu")
+
+
+@pytest.mark.parametrize("case", cases(("chain", "block"), [Config(14, 4)], [2], "float32", "cpu", VARIANTS), ids=str)
+def test_gate_is_green_on_every_backend_here(case):
+    report = parity.check_case(case)
+    assert report.ok, f"\n{report}"
+    assert "reference" in {row.backend for row in report}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_other_dtypes(dtype):
+    report = parity.check_case(Case("block", Config(14, 8), 4, 1, dtype, "cpu"))
+    assert report.ok, f"\n{report}"
+    assert all(row.dtype == dtype for row in report)
+
+
+def test_convolution_of_one_group():
+    assert parity.check_case(Case("block", Config.of_scale(1), 4, 1, "float32", "cpu", "stage"), "reference").ok
+
+
+def break_backend(monkeypatch, damage):
+    right = aten.forward
+
+    def forward(problem, x, *rest):
+        return damage(right(problem, x, *rest), problem)
+
+    monkeypatch.setattr(aten, "forward", forward)
+
+
+def unwritten_slot(out, problem):
+    """As a kernel that forgets the passed group."""
+    result = torch.empty_like(out)
+    result[:, : -problem.width] = out[:, : -problem.width]
+    return result
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda out, problem: out * 1.001, id="scaled"),
+        pytest.param(lambda out, problem: out.roll(problem.width, 1), id="groups in another order"),
+        pytest.param(unwritten_slot, id="a slot unwritten"),
+        pytest.param(lambda out, problem: out[:, :, 1:], id="a row too few"),
+        pytest.param(lambda out, problem: torch.zeros_like(out), id="zeros"),
+    ],
+)
+def test_wrong_results_are_misses(monkeypatch, damage):
+    break_backend(monkeypatch, damage)
+    report = parity.check_case(CASE, "reference")
+    assert not report.ok
+    assert len(report.misses) == 1
+    assert "MISS" in str(report)
+    assert report.worst()[0] in report.misses
+
+
+def test_explicit_backend_that_cannot_run_raises():
+    with pytest.raises(RuntimeError, match="cuda"):
+        parity.check_case(CASE, "cuda")
+
+
+def test_a_block_that_runs_its_own_forward_is_no_pass(monkeypatch):
+    from res2net_fused import fused_block
+
+    monkeypatch.setattr(fused_block, "why_not_fused", lambda *_: "because of the test")
+    with pytest.raises(RuntimeError, match="because of the test"):
+        parity.check_case(Case("block", Config(14, 8), 4, 1, "float32", "cpu"), "reference")
+
+
+def test_an_empty_report_is_no_pass():
+    assert not parity.ParityReport().ok
+
+
+def test_poisoned_allocations_and_what_they_leave_behind():
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), parity.poisoned_allocations():
+        assert torch.empty(1000).isnan().all()
+        assert torch.ones(3).new_empty(1000).isnan().all()
+        assert torch.empty_like(torch.ones(7, 9, dtype=torch.bfloat16)).isnan().all()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_convolution_precision_is_given_back():
+    before = torch.backends.cudnn.conv.fp32_precision
+    with parity.convolution_precision("tf32"):
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    with parity.convolution_precision("float32"):
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_relative_error():
+    ones = torch.ones(4, 5)
+    assert parity.relative_error(ones * 1.5, ones) == pytest.approx(0.5)
+    assert parity.relative_error(ones, ones) == 0
+    for out, reference in ((ones[:3], ones), (ones * float("nan"), ones), (ones, ones * 0)):
+        error = parity.relative_error(out, reference)
+        assert error != error
+
+
+def test_bounds():
+    assert tolerances.forward_bound("float32", 1.0) == 5e-6
+    assert tolerances.forward_bound("tf32", 1.0) == 1e-3
+    assert tolerances.forward_bound("float16", 1.0) == 2e-3
+    assert tolerances.forward_bound("bfloat16", 1.0) == 1.5e-2
+    assert tolerances.forward_bound("bfloat16", 3e-3) == 6e-3
+    assert tolerances.network_bound(2e-6) == 8e-6
+    for bound in tolerances.FORWARD.values():
+        assert bound.where
+        assert bound.measured is None or bound.measured < bound.limit
