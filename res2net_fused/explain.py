@@ -11,6 +11,7 @@ from .accelerate import REFUSAL
 from .backends.selection import choose, get_backend
 from .fused_block import STATE, BlockState, FusedForward
 from .recognition import looks_like_a_block
+from .tables import format_table
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,8 @@ class BlockReports(list):
         head = ("block", "fused", "backend", "plan", "reason")
         words = {True: "yes", False: "no", None: "?"}
         rows = [(r.name or "(model)", words[r.fused], r.backend, r.plan, r.reason) for r in self]
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in (head, *rows)]
         fused = sum(r.fused is True for r in self)
-        return "\n".join(lines) + f"\n{fused} of {len(self)} blocks fused"
+        return format_table(head, rows, left=len(head)) + f"\n{fused} of {len(self)} blocks fused"
 
     __repr__ = __str__
 

@@ -6,6 +6,7 @@ bn(conv(x)) = conv'(x) + b' with conv' = conv * scale and b' = (conv.bias - mean
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,10 +65,15 @@ def fold_block(block: nn.Module, dtype: torch.dtype) -> FoldedBlock:
 
 def block_tensors(block: nn.Module) -> list[Tensor]:
     """Everything that folding reads, and each num_batches_tracked, which tells when running statistics moved."""
-    tensors = []
-    for conv, bn in zip((block.conv1, *block.convs, block.conv3), (block.bn1, *block.bns, block.bn3), strict=True):
-        tensors += [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked]
-    return [tensor for tensor in tensors if tensor is not None]
+    modules = block._modules  # dictionaries, not attributes: nn.Module.__getattr__ would be most of a cached call's cost
+    parts = (modules[name] for name in ("conv1", "bn1", "conv3", "bn3"))
+    lists = (modules[name]._modules.values() for name in ("convs", "bns"))
+    return [
+        tensor
+        for module in itertools.chain(parts, *lists)
+        for tensor in itertools.chain(module._parameters.values(), module._buffers.values())
+        if tensor is not None
+    ]
 
 
 def cacheable(tensors: Iterable[Tensor]) -> bool:

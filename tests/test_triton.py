@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused.backends import triton_backend
+from res2net_fused.backends import triton_backend, triton_settings
 from res2net_fused.chain import ChainConfig, ChainProblem
 from res2net_fused.kernels.step_plan import CHUNK_BYTES, plan_steps
 
@@ -88,7 +88,7 @@ def test_backend_imports_without_triton() -> None:
 )
 def test_reasons(monkeypatch, changes, capability, reason) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(triton_backend, "_capability", lambda device: capability)
+    monkeypatch.setattr(triton_backend, "capability", lambda device: capability)
     why = triton_backend.why_not(problem(**changes))
     assert why is None if reason is None else reason in why
 
@@ -105,7 +105,7 @@ def test_tf32_follows_cudnn_convolutions() -> None:
     try:
         for setting in ("ieee", "tf32"):
             conv.fp32_precision = setting
-            assert triton_backend.convolutions_use_tf32() == (setting == "tf32")
+            assert triton_settings.convolutions_use_tf32() == (setting == "tf32")
     finally:
         conv.fp32_precision = before
 
@@ -114,7 +114,7 @@ def test_tf32_follows_the_old_flag_too() -> None:
     # A process of its own: once the new setting was written, PyTorch refuses to answer for the old one.
     code = (
         "import torch\n"
-        "from res2net_fused.backends.triton_backend import convolutions_use_tf32 as tf32\n"
+        "from res2net_fused.backends.triton_settings import convolutions_use_tf32 as tf32\n"
         "for flag in (False, True):\n"
         "    torch.backends.cudnn.allow_tf32 = flag\n"
         "    assert tf32() == flag\n"

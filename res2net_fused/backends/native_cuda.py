@@ -1,13 +1,221 @@
-"""Backend `cuda`: the place of the native CUDA kernels. This version ships none, so it always says why it cannot run."""
+"""Backend `cuda`: the whole chain in one launch of a native CUDA kernel, inference, fp16 and bf16, from sm_80 on.
+
+The launch plan comes from a C++ function of the CPU library (csrc/plan), so `plan_chain` works on machines with no GPU.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
 from .. import native
-from ..chain import ChainProblem
+from ..chain import ChainConfig, ChainProblem
+
+# (lower, upper) bound of y
+CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
+POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_arguments.h
+INSTANCE_NAMES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
+_INSTANCE_DEPTHS_COLUMNS = ((1, 2), (2, 4), (3, 6), (4, 7), (0, 6), (0, 7), (0, 4))
+
+# What a plan needs to know of a device without having it, in the order of native.DeviceLimits.
+LIMITS = {
+    "sm_80": native.DeviceLimits(8, 0, 108, 166912, 167936, 65536, 40 * 2**20),
+    "sm_86": native.DeviceLimits(8, 6, 84, 101376, 102400, 65536, 6 * 2**20),
+    "sm_89": native.DeviceLimits(8, 9, 128, 101376, 102400, 65536, 72 * 2**20),
+    "sm_90": native.DeviceLimits(9, 0, 132, 232448, 233472, 65536, 50 * 2**20),
+    "sm_100": native.DeviceLimits(10, 0, 148, 232448, 233472, 65536, 126 * 2**20),
+}
+
+
+class Plan(NamedTuple):
+    """How one call is launched, in the order in which csrc/plan/chain_plan.h gives its numbers."""
+
+    instance: int
+    rows: int  # output pixels of a CTA
+    columns: int
+    images: int  # of a CTA
+    whole: int  # 1: whole images, without a halo
+    warps_m: int  # along the pixels
+    warps_n: int  # along the output channels
+    slices: int  # of 16 input channels of one tap, held by one stage of the weight pipeline
+    stages: int
+    ctas: int
+    threads: int
+    shared_bytes: int
+    ctas_per_multiprocessor: int
+    packed_columns: int  # output channels in units of 8, padded
+    dram_bytes: int  # x, weights and out once
+    loaded_bytes: int  # by all CTAs, halos and repeated weights included
+    flops: int
+    mma_flops: int  # with halos and padding
+    nanoseconds: int  # predicted
+    steps_nanoseconds: int  # predicted for one launch per convolution
 
 
 def why_not(problem: ChainProblem) -> str | None:
-    if problem.device.type != "cuda":
-        return f"x is on {problem.device}; this backend runs on cuda tensors"
-    status = native.cuda_library()
-    return status.reason or "this version has no native CUDA kernel for the chain"
+    device = problem.device
+    if device.type != "cuda":
+        return f"x is on {device}; this backend runs on cuda tensors"
+    for status in (native.cuda_library(), native.cpu_library()):  # the plan comes from the latter
+        if not status.loaded:
+            return status.reason
+    if torch.version.hip is not None:
+        return "x is on an AMD GPU; an NVIDIA GPU is needed"
+    return unsupported(problem) or _planned(_problem_numbers(problem), device_limits(device))[1] or None
+
+
+def unsupported(problem: ChainProblem) -> str | None:
+    """What of this call no instance of the kernel does, on any device, or None."""
+    config = problem.config
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {problem.dtype}; this backend runs torch.float16 and torch.bfloat16"
+    if config.groups != 1:
+        return f"groups is {config.groups}; this backend runs groups=1"
+    if config.passthrough == "first_added":
+        return "passthrough is 'first_added'; this backend runs 'last', 'first' and 'none'"
+    return None
+
+
+def why_not_auto(problem: ChainProblem) -> str | None:
+    """Why `auto` should rather try the next backend, for a call that could run here."""
+    plan = plan_chain(problem, device_limits(problem.device))
+    if plan.nanoseconds <= plan.steps_nanoseconds:
+        return None
+    return (
+        f"one launch is predicted to take {plan.nanoseconds / 1000:.0f} us, "
+        f"one per convolution {plan.steps_nanoseconds / 1000:.0f} us"
+    )
+
+
+@functools.cache
+def device_limits(device: torch.device) -> native.DeviceLimits:
+    """What the CUDA device offers; needs the CUDA library."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return native.DeviceLimits(*torch.ops.res2net_fused_native.device_limits(index))
+
+
+def plan_chain(problem: ChainProblem, limits: native.DeviceLimits) -> Plan:
+    """How this call would be launched on a device with these limits. Needs the CPU library, but no GPU.
+
+    Raises RuntimeError where the library is not built, ValueError with the reason where no plan fits.
+    """
+    status = native.cpu_library()
+    if not status.loaded:
+        raise RuntimeError(status.reason)
+    reason = unsupported(problem)
+    found = None
+    if reason is None:
+        found, reason = _planned(_problem_numbers(problem), limits)
+    if found is None:
+        raise ValueError(reason)
+    return found
+
+
+def _problem_numbers(problem: ChainProblem) -> tuple[int, ...]:
+    c = problem.config
+    return (
+        max(1, problem.batch), problem.height, problem.width_pixels, problem.width, problem.steps, c.stride, c.dilation,
+        int(c.hierarchical), int(c.passthrough != "none"),
+    )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _planned(numbers: tuple[int, ...], limits: native.DeviceLimits) -> tuple[Plan | None, str]:
+    ops = torch.ops.res2net_fused_native
+    found = ops.cuda_chain_plan(list(numbers), list(limits))
+    return (Plan(*found), "") if found else (None, ops.cuda_chain_refusal(list(numbers), list(limits)))
+
+
+def describe(plan: Plan) -> str:
+    """One line: how the work is cut and what the model predicts. The predicted time is no measurement."""
+    if plan.whole:
+        part = f"{plan.images} whole image{'s' * (plan.images > 1)}"
+    else:
+        part = f"{plan.rows}x{plan.columns} pixels"
+    return (
+        f"CUDA, 1 launch, {INSTANCE_NAMES[plan.instance]}, {plan.ctas} CTAs of {part}, {plan.warps_m}x{plan.warps_n} warps, "
+        f"{plan.shared_bytes / 1024:.0f} KiB shared, {plan.ctas_per_multiprocessor} per SM; predicted "
+        f"{plan.nanoseconds / 1000:.0f} us, per step {plan.steps_nanoseconds / 1000:.0f} us"
+    )
+
+
+def plan(problem: ChainProblem) -> str:
+    return describe(plan_chain(problem, device_limits(problem.device)))
+
+
+def forward(
+    problem: ChainProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+) -> Tensor:
+    shape = (problem.batch, x.shape[1], problem.output_height, problem.output_width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if problem.batch:
+        weight, bias = packed if packed else pack(weights, biases, problem.config)
+        pitch = pixel_pitch(x)
+        if pitch is None:
+            x = x.clone(memory_format=torch.channels_last)
+            pitch = x.shape[1]
+        c, scale = problem.config, problem.scale
+        passed = c.passed_group(scale)
+        settings = [
+            problem.width, problem.steps, c.stride, c.dilation, int(c.hierarchical), c.first_convolved,
+            -1 if passed is None else passed, POOLS[c.pool], pitch, problem.width, x.shape[1], problem.width,
+        ]  # fmt: skip
+        launch = plan_chain(problem, device_limits(x.device))
+        torch.ops.res2net_fused_native.cuda_chain(x, weight, bias, out, list(launch[:9]), settings, *CLAMPS[c.activation])
+    return out if problem.channels_last else out.contiguous()
+
+
+def pixel_pitch(x: Tensor) -> int | None:
+    """Elements from one pixel of x (N, C, H, W) to the next, where the kernel can read x as it lies, else None.
+
+    It needs channels side by side, in pairs aligned to 4 bytes, and pixels in order; a slice of a wider channels-last tensor will do.
+    """
+    batch, channels, height, columns = x.shape
+    strides = (x.stride(3), x.stride(2), x.stride(0))
+    sizes = (columns, height, batch)
+    # The stride of a dimension of size 1 says nothing.
+    pitch = next((stride for stride, size in zip(strides, sizes, strict=True) if size > 1), channels)
+    expected = (pitch, pitch * columns, pitch * columns * height)
+    dense = all(size == 1 or stride == want for size, stride, want in zip(sizes, strides, expected, strict=True))
+    if x.stride(1) != 1 or not dense or pitch < channels or pitch % 2 or x.data_ptr() % 4:
+        return None
+    return pitch
+
+
+def packed_columns(width: int) -> int:
+    """Output channels in units of 8, padded to whole warps of the instance that runs this width (csrc/plan/chain_plan.cpp)."""
+    columns, depths = -(-width // 8), -(-width // 16)
+    for instance_depths, instance_columns in _INSTANCE_DEPTHS_COLUMNS:
+        if instance_depths == depths and columns <= instance_columns:
+            return instance_columns
+    return min(-(-columns // c) * c for depths, c in _INSTANCE_DEPTHS_COLUMNS if depths == 0)
+
+
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
+    """[weights in the order in which the lanes of a warp read them, biases (steps, columns * 8) in fp32].
+
+    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 4) of the weights' dtype. mma.m16n8k16 wants of its 16 x 8 operand
+    B, in lane l: rows 2 * (l % 4) + {0, 1} and the same + 8, of column l / 4. Rows are input channels, columns output channels;
+    what pads them is zero.
+    """
+    width = weights[0].shape[0]
+    depths, columns, steps = -(-width // 16), packed_columns(width), len(weights)
+    padded = weights[0].new_zeros(steps, 9, depths * 16, columns * 8)
+    for step, weight in enumerate(weights):
+        padded[step, :, :width, :width] = weight.detach().permute(2, 3, 1, 0).reshape(9, width, width)
+    # input channel = depth, half, lane % 4, pair; output channel = column, lane / 4
+    split = padded.reshape(steps, 9, depths, 2, 4, 2, columns, 8)
+    packed = split.permute(0, 1, 2, 6, 7, 4, 3, 5).reshape(steps, 9 * depths, columns, 32, 4).contiguous()
+    bias = torch.zeros(steps, columns * 8, dtype=torch.float32, device=packed.device)
+    if biases is not None:
+        bias[:, :width] = torch.stack([b.detach().float() for b in biases])
+    return [packed, bias]

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ..chain import ChainConfig, ChainProblem
-from ..kernels.step_plan import MAX_PIXELS, StepPlan, padded_lanes, plan_steps
+from ..kernels.step_plan import MAX_PIXELS, padded_lanes
+from .triton_block import block_forward, pack_block
+from .triton_settings import MINIMUM_CAPABILITY, capability, plan_for
+
+__all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "why_not"]
 
 MINIMUM_TRITON = (3, 6)
-MINIMUM_CAPABILITY = (8, 0)
 
 
 @functools.cache
@@ -51,18 +54,13 @@ def why_not(problem: ChainProblem) -> str | None:
         return f"x is on {device}; it must be on a CUDA device"
     elif torch.version.hip is not None:
         return "x is on an AMD GPU; an NVIDIA GPU is needed"
-    elif _capability(device) < MINIMUM_CAPABILITY:
-        found = "{}.{}".format(*_capability(device))
+    elif capability(device) < MINIMUM_CAPABILITY:
+        found = "{}.{}".format(*capability(device))
         return f"{device} has compute capability {found}; at least 8.0 is needed"
     if problem.output_height * problem.output_width > MAX_PIXELS:
         found = f"{problem.output_height}x{problem.output_width}"
         return f"an image has {found} output pixels; at most {MAX_PIXELS} are allowed"
     return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
@@ -76,19 +74,8 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
     return [packed, torch.stack([bias.detach().float() for bias in biases])]
 
 
-def _plan(problem: ChainProblem) -> StepPlan:
-    if problem.device.type == "cuda":
-        return plan_steps(problem, _capability(problem.device), tf32=convolutions_use_tf32())
-    return plan_steps(problem, MINIMUM_CAPABILITY)  # the interpreter, which has no TF32
-
-
-def convolutions_use_tf32() -> bool:
-    """Whether cuDNN's convolutions may round float32 to TF32; reading `allow_tf32` can raise, this does not."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
 def plan(problem: ChainProblem) -> str:
-    return _plan(problem).describe(problem)
+    return plan_for(problem).describe(problem)
 
 
 def forward(
@@ -113,6 +100,6 @@ def forward(
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         x_slots = Slots(x, problem.width, problem.width)
         out_slots = Slots(direct, problem.width, problem.width)
-        for call in chain_calls(problem, _plan(problem), x_slots, out_slots, packed_weights, bias):
+        for call in chain_calls(problem, plan_for(problem), x_slots, out_slots, packed_weights, bias):
             call.run()
     return out if direct is out else out.copy_(direct)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -221,11 +221,13 @@ class Slots:
 
     data: (N, >= s*pitch, H, W), channel stride 1, any other strides. lanes: channels of a slot that are read or written:
     w, or more where the padding up to there holds, or is to hold, exact zeros (one convolution group only).
+    first: the slot of group 0 where it is not slot 0; the other groups always lie in the slots of their numbers.
     """
 
     data: Tensor
     pitch: int
     lanes: int
+    first: int = 0
 
     @property
     def vec(self) -> int:
@@ -240,8 +242,16 @@ class Slots:
         image, row, pixel = (stride // self.vec for stride in self._strides())
         return {f"{name}_image": image, f"{name}_row": row, f"{name}_pixel": pixel}
 
-    def offset(self, slot: int) -> int:
-        return slot * self.pitch // self.vec
+    @property
+    def step(self) -> int:
+        """From one slot to the next."""
+        return self.pitch // self.vec
+
+    def offset(self, group: int) -> int:
+        return (group or self.first) * self.step
+
+    def images(self, start: int, count: int) -> Slots:
+        return replace(self, data=self.data[start : start + count])
 
 
 @dataclass(frozen=True)
@@ -279,8 +289,7 @@ def chain_calls(
     shape = (pixels, problem.config.groups * plan.lanes)
     buffers = [torch.empty(shape, dtype=problem.dtype, device=x.data.device) for _ in range(plan.scratch_buffers)]
     for start in range(0, problem.batch, images):
-        x_chunk = Slots(x.data[start : start + images], x.pitch, x.lanes)
-        out_chunk = Slots(out.data[start : start + images], out.pitch, out.lanes)
+        x_chunk, out_chunk = x.images(start, images), out.images(start, images)
         turns, written = itertools.cycle(buffers), None
         for launch in plan.launches:
             source = written if launch.reads_u else None
@@ -336,7 +345,7 @@ def _call(
         "bias": bias[launch.first_step : launch.first_step + launch.steps],
         "x_slot": x.offset(slot + 1) if launch.forms_next else 0,
         "out_slot": out.offset(slot),
-        "out_slot_step": out.offset(1),
+        "out_slot_step": out.step,
         "STEPS": launch.steps,
         "STRIDE": config.stride,
         "DILATION": config.dilation,
@@ -358,7 +367,7 @@ def _source(problem: ChainProblem, plan: StepPlan, x: Slots, scratch: Tensor | N
             "source": x.data,
             **x.arguments("source"),
             "source_slot": x.offset(slot),
-            "source_slot_step": x.offset(1),
+            "source_slot_step": x.step,
             "SOURCE_VEC": x.vec,
             "SOURCE_LANES": lanes,
             "SOURCE_GROUP": problem.width // groups,

@@ -82,11 +82,12 @@ class StepPlan:
 
 
 def plan_steps(
-    problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False, pitch: int | None = None
+    problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False, pitch: int | None = None, in_place: bool = False
 ) -> StepPlan:
     """The launches and tiles for one call.
 
     tf32: whether float32 products may be rounded to TF32. pitch: channels from one slot of x to the next, if not w.
+    in_place: the group that passes through already lies where it belongs, so that nothing copies it.
     """
     precision = "tf32" if tf32 and problem.dtype == torch.float32 else "ieee"
     lanes = padded_lanes(problem.width // problem.config.groups)
@@ -98,7 +99,8 @@ def plan_steps(
     chunks = -(-problem.batch // max(1, fitting))
     images = -(-problem.batch // max(1, chunks))
     tile = default_tile(problem, capability, precision, images)
-    launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize)
+    passes = problem.config.passthrough != "none" and not in_place
+    launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
     return StepPlan(tile, launches, images, lanes, precision)
 
 
@@ -113,9 +115,8 @@ def _independent(problem: ChainProblem) -> bool:
     return not any(config.adds(config.first_convolved + i) for i in range(problem.steps))
 
 
-def _launches(problem: ChainProblem, pixels: int, slot_bytes: int) -> tuple[Launch, ...]:
+def _launches(problem: ChainProblem, pixels: int, slot_bytes: int, passes: bool) -> tuple[Launch, ...]:
     config, steps = problem.config, problem.steps
-    passes = config.passthrough != "none"
     if _independent(problem):
         return (Launch(0, steps, reads_u=False, forms_next=False, passes=passes),)
     prepare = config.adds(config.first_convolved) or (pixels >= ALIGN_FIRST_PIXELS and slot_bytes % 8 != 0)
@@ -139,12 +140,17 @@ def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: 
     block_k = min(block_k, 16 if scalar else 32) if single else block_k
     shapes = [(128, block_n), (64, block_n), (64, min(block_n, 32)), (32, min(block_n, 32)), (32, 16), (16, 16)]
     shapes = shapes[1:] if scalar else shapes
-    wanted = _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[8, 0])
+    wanted = multiprocessors(capability)
     steps = problem.steps if _independent(problem) else 1
     enough = (shape for shape in shapes if steps * _tiles(problem, *shape, images) >= wanted)
     block_m, block_n = next(enough, shapes[-1])
     warps = next(warps for warps, area in ((8, 8192), (4, 1024), (2, 512), (1, 0)) if block_m * block_n >= area)
     return Tile(block_m, block_n, block_k, warps, 3 if block_k == 64 else 4)
+
+
+def multiprocessors(capability: tuple[int, int]) -> int:
+    """Of the usual GPU of a compute capability; a plan wants at least as many programs."""
+    return _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[8, 0])
 
 
 def _tiles(problem: ChainProblem, block_m: int, block_n: int, images: int) -> int:

@@ -1,0 +1,108 @@
+"""The whole block on Triton: conv1, the chain and conv3 in s + 1 launches, in an inner layout that the block owns.
+
+Slots of w = 26 channels begin at odd multiples of 52 bytes, which no GPU loads well. Between conv1 and conv3 the slots
+therefore lie `pitch` channels apart, a multiple of 16 bytes, and the padding holds exact zeros. Where the chain adds and
+the last group passes, x and y share one buffer, so that the passing group is never copied:
+
+    slot        0     1     ...   s-2     s-1     s
+    conv1       .    x_1    ...  x_{s-2} x_{s-1}  x_0      (slot 0 is free)
+    chain      y_0   y_1    ...  y_{s-2} x_{s-1}  x_0      (y_i replaces x_i, which u_i has already taken in)
+    conv3 reads slots 0 ... s-1
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from ..chain import ChainConfig, ChainProblem
+from ..folding import FoldedBlock
+from ..kernels.step_plan import Tile, multiprocessors, padded_lanes
+from .triton_settings import capability, plan_for
+
+
+def slot_pitch(width: int, groups: int, itemsize: int) -> int:
+    """Channels from one slot to the next: a multiple of 16 bytes; grouped convolutions keep their channels dense."""
+    per_load = 16 // itemsize
+    return width if groups > 1 else -(-width // per_load) * per_load
+
+
+def in_place(config: ChainConfig, scale: int) -> bool:
+    """Whether y may replace x: not where the pass-through is pooled or first, nor where nothing is added."""
+    return config.passthrough == "last" and config.pool is None and config.hierarchical and config.stride == 1 and scale > 1
+
+
+def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
+    """[conv1 (s*pitch, inplanes), its bias, the chain's weights and biases, conv3 (planes * 4, s*pitch), its bias]."""
+    from ..kernels.conv3x3_step import pack_weights
+
+    weight = folded.weights[0]
+    width, dtype = weight.shape[0], weight.dtype
+    scale = config.scale(len(folded.weights))
+    pitch = slot_pitch(width, config.groups, dtype.itemsize)
+
+    def pad_slots(t: Tensor) -> Tensor:  # (s*w, ...) -> (s*pitch, ...)
+        slots = t.detach().reshape(scale, width, -1)
+        if in_place(config, scale):
+            slots = slots.roll(-1, 0)  # x_1 ... x_{s-1}, x_0
+        return torch.nn.functional.pad(slots, (0, 0, 0, pitch - width)).reshape(scale * pitch, -1)
+
+    conv1 = pad_slots(folded.conv1_weight.flatten(1)).contiguous()
+    conv1_bias = pad_slots(folded.conv1_bias.float()).reshape(-1)
+    conv3 = folded.conv3_weight.detach().reshape(-1, scale, width)
+    conv3 = torch.nn.functional.pad(conv3, (0, pitch - width)).reshape(-1, scale * pitch).contiguous()
+    chain = pack_weights(folded.weights, config.groups, padded_lanes(width // config.groups))
+    biases = torch.stack([bias.detach().float() for bias in folded.biases])
+    return [conv1, conv1_bias, chain, biases, conv3, folded.conv3_bias.detach().float()]
+
+
+def block_forward(
+    problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool
+) -> Tensor:
+    from ..kernels.conv3x3_step import Slots, chain_calls
+    from ..kernels.pointwise import Pixels, pointwise_tile, run_pointwise
+
+    conv1, conv1_bias, weights, biases, conv3, conv3_bias = folded.packed or pack_block(folded, problem.config)
+    x = x.contiguous(memory_format=torch.channels_last)
+    config, scale, width = problem.config, problem.scale, problem.width
+    pitch = slot_pitch(width, config.groups, x.dtype.itemsize)
+    lanes = scale * pitch
+    inner = problem.batch * problem.height * problem.width_pixels  # pixels before the stride
+    outer = problem.batch * problem.output_height * problem.output_width
+    shared = in_place(config, scale)
+    plan = plan_for(problem, pitch=pitch, in_place=shared)
+    tensor_cores = x.dtype != torch.float32 or plan.precision == "tf32"
+    programs = multiprocessors(capability(x.device))
+
+    def buffer(slots: int, height: int, columns: int) -> Tensor:
+        shape = problem.batch, slots * pitch, height, columns
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def tile(pixels: int, out_lanes: int, in_lanes: int) -> Tile:
+        return pointwise_tile(pixels, out_lanes, in_lanes, x.dtype.itemsize, tensor_cores, programs)
+
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        u = buffer(scale + shared, problem.height, problem.width_pixels)
+        run_pointwise(
+            Pixels(x, x.shape[1], x.shape[1]), conv1, conv1_bias, None, Pixels(u, lanes, u.shape[1], pitch * shared),
+            inner, (pitch, width), True, plan.precision, tile(inner, lanes, x.shape[1]),
+        )  # fmt: skip
+        y = u if shared else buffer(scale, problem.output_height, problem.output_width)
+        x_slots = Slots(u, pitch, pitch, scale * shared)
+        for call in chain_calls(problem, plan, x_slots, Slots(y, pitch, pitch), weights, biases):
+            call.run()
+        planes = conv3.shape[0]
+        out = torch.empty(
+            (problem.batch, planes, problem.output_height, problem.output_width),
+            dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
+        )  # fmt: skip
+        added = None
+        if shortcut is not None:
+            added = Pixels(shortcut.contiguous(memory_format=torch.channels_last), planes, planes)
+        run_pointwise(
+            Pixels(y, lanes, y.shape[1]), conv3, conv3_bias, added, Pixels(out, planes, planes),
+            outer, (planes, planes), relu, plan.precision, tile(outer, planes, lanes),
+        )  # fmt: skip
+    return out if problem.channels_last else out.contiguous()

@@ -1,0 +1,28 @@
+"""What the device and PyTorch's settings say to a plan of the Triton path."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..chain import ChainProblem
+from ..kernels.step_plan import StepPlan, plan_steps
+
+MINIMUM_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; the oldest supported one stands for the interpreter on a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else MINIMUM_CAPABILITY
+
+
+def convolutions_use_tf32() -> bool:
+    """Whether cuDNN's convolutions may round float32 to TF32; reading `allow_tf32` can raise, this does not."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def plan_for(problem: ChainProblem, *, pitch: int | None = None, in_place: bool = False) -> StepPlan:
+    tf32 = problem.device.type == "cuda" and convolutions_use_tf32()  # the interpreter has none
+    return plan_steps(problem, capability(problem.device), tf32=tf32, pitch=pitch, in_place=in_place)

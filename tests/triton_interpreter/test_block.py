@@ -1,0 +1,111 @@
+"""The whole block on Triton against the reference block in float64, in its padded inner layout."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from res2net_fused import Bottle2neck
+from res2net_fused.backends import triton_block
+from res2net_fused.kernels import conv3x3_step, pointwise
+from res2net_fused.reference import ReferenceBottle2neck
+
+BOUND = {torch.float32: 5e-6, torch.float16: 2e-3}
+
+# name: arguments of the block (widths that need padding and such that do not), whether it has a downsample
+BLOCKS = {
+    "w6s4": (dict(inplanes=48, planes=12, baseWidth=32, scale=4), False),
+    "w8s3": (dict(inplanes=32, planes=8, baseWidth=64, scale=3), False),
+    "w5s2": (dict(inplanes=20, planes=5, baseWidth=64, scale=2), False),
+    "w7s1": (dict(inplanes=28, planes=7, baseWidth=64, scale=1), False),
+    "stage_stride2": (dict(inplanes=20, planes=12, baseWidth=32, scale=4, stype="stage", stride=2), True),
+    "stage_stride1": (dict(inplanes=20, planes=12, baseWidth=32, scale=3, stype="stage"), True),
+    "grouped": (dict(inplanes=32, planes=8, baseWidth=32, scale=3, cardinality=2), False),
+    "dilated": (dict(inplanes=48, planes=12, baseWidth=32, scale=3, dilation=2), False),
+    "first": (dict(inplanes=48, planes=12, baseWidth=32, scale=3, passthrough="first"), False),
+    "first_added": (dict(inplanes=48, planes=12, baseWidth=32, scale=3, passthrough="first_added"), False),
+    "none": (dict(inplanes=48, planes=12, baseWidth=32, scale=3, passthrough="none"), False),
+}
+
+
+def make_block(name: str, dtype: torch.dtype) -> Bottle2neck:
+    arguments, downsamples = BLOCKS[name]
+    arguments = dict(arguments)
+    if downsamples:
+        planes, stride = arguments["planes"] * 4, arguments.get("stride", 1)
+        arguments["downsample"] = nn.Sequential(nn.Conv2d(arguments["inplanes"], planes, 1, stride, bias=False))
+    block = Bottle2neck(**arguments, backend="triton").eval()
+    for key, value in block.state_dict().items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 2)
+        elif value.is_floating_point():
+            value.normal_().mul_(1 / value[0].numel() ** 0.5 if value.dim() > 1 else 0.5)
+    return block.to(dtype)
+
+
+def in_float64(block: Bottle2neck, x: torch.Tensor) -> torch.Tensor:
+    return ReferenceBottle2neck.forward(copy.deepcopy(block).double(), x.double())
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_block(name: str, dtype: torch.dtype, poisoned_memory) -> None:
+    torch.manual_seed(3)
+    block = make_block(name, dtype)
+    x = torch.randn(2, block.conv1.in_channels, 5, 3, dtype=dtype)
+    before = x.clone()
+    out = block(x)
+    expected = in_float64(block, x)
+    assert out.shape == expected.shape and out.dtype == dtype and out.is_contiguous()
+    assert (out.double() - expected).norm() <= BOUND[dtype] * expected.norm()
+    assert torch.equal(x, before)
+    last = block(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert (last.double() - expected).norm() <= BOUND[dtype] * expected.norm()  # ATen's shortcut may round differently
+
+
+@torch.no_grad()
+def test_attention_and_its_shortcut_stay_outside(poisoned_memory) -> None:
+    torch.manual_seed(4)
+    block = make_block("w6s4", torch.float32)
+    block.se = nn.Hardsigmoid()  # in the place of an attention: not linear, so it must come before the shortcut
+    x = torch.randn(1, 48, 4, 4)
+    expected = in_float64(block, x)
+    assert (block(x).double() - expected).norm() <= BOUND[torch.float32] * expected.norm()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@torch.no_grad()
+def test_an_infinite_input_spreads_no_further_than_in_the_reference(value: float, poisoned_memory) -> None:
+    """An Inf leaves NaN in padded channels (Inf * 0) unless they are set to zero; conv3 would carry it to every channel."""
+    torch.manual_seed(5)
+    block = make_block("w6s4", torch.float32)
+    block.conv1.weight.abs_()  # no Inf - Inf: what is finite in the reference must stay finite
+    x = torch.randn(1, 48, 7, 7)
+    x[0, 3, 2, 4] = value
+    expected, out = ReferenceBottle2neck.forward(block, x), block(x)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    assert (out[finite] - expected[finite]).norm() <= BOUND[torch.float32] * expected[finite].norm()
+
+
+@pytest.mark.parametrize(("name", "launches"), [("w6s4", 3 + 2), ("w8s3", 3 + 1), ("w5s2", 3), ("stage_stride2", 3)])
+@torch.no_grad()
+def test_launches(name: str, launches: int, monkeypatch) -> None:
+    """A normal block is 3 + (s - 2) launches: conv1, s - 1 steps, conv3; a stage block is three."""
+    counted = []
+    run = conv3x3_step.KernelCall.run
+    monkeypatch.setattr(conv3x3_step.KernelCall, "run", lambda self: (counted.append(self.kernel), run(self)))
+    pointwise_launch = pointwise.run_pointwise
+    monkeypatch.setattr(pointwise, "run_pointwise", lambda *a: (counted.append("1x1"), pointwise_launch(*a)))
+    block = make_block(name, torch.float32)
+    block(torch.randn(1, block.conv1.in_channels, 4, 4))
+    assert len(counted) == launches
+
+
+def test_published_slots_are_multiples_of_16_bytes() -> None:
+    pitches = {width: triton_block.slot_pitch(width, 1, 2) for width in (14, 26, 28, 48, 52, 104, 208)}
+    assert pitches == {14: 16, 26: 32, 28: 32, 48: 48, 52: 56, 104: 104, 208: 208}
+    assert triton_block.slot_pitch(26, 1, 4) == 28
