@@ -31,17 +31,18 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 
 # torch and triton are pinned for development only, so that everybody's tests and figures mean the same; the package itself
-# takes any version from torch 2.11 on. timm and torchvision come without dependencies: they would change torch.
+# takes any version from torch 2.11 on.
 $(DEPENDENCIES): Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0 triton==3.7.1
 	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja pybind11 ruff
-	$(BIN)/python -m pip install --no-deps timm torchvision==0.28.0 safetensors pyyaml huggingface_hub
 	touch $@
 
 # Editable, so that Python sources need no installing again; native code is built anew (by ninja, only what changed).
+# timm and torchvision come without their dependencies, which would change torch.
 $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --no-build-isolation -e '.[bench,test]'
+	$(BIN)/python -m pip install --no-deps timm torchvision==0.28.0 safetensors pyyaml huggingface_hub
 	touch $@
 
 clean:

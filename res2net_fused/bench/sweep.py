@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..models.res2net import Res2Net, res2net50
@@ -67,6 +67,10 @@ def prepare_network(dtype: str, device: str, backend: str) -> NetworkCase:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = res2net50(NETWORK.width, NETWORK.scale, block=ReferenceBottle2neck)
+    for module in network.modules():
+        if isinstance(module, ReferenceBottle2neck):
+            # Small beside the shortcut, as in trained networks: else every block would amplify the rounding of the last.
+            nn.init.constant_(module.bn3.weight, 0.25)
     network = calibrate(network, images).requires_grad_(False).to(device, TORCH_DTYPES[dtype])
     images = images.to(device, TORCH_DTYPES[dtype])
     model = accelerate(copy.deepcopy(network), backend).to(memory_format=torch.channels_last)
