@@ -75,9 +75,7 @@ CachedBlock allocate(size_t bytes) {
   bytes = (bytes + alignment - 1) / alignment * alignment;
   void* data = std::aligned_alloc(alignment, bytes);
   if (data == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (alignment == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // fewer TLB misses; no matter if refused
-#endif
+  ask_for_huge_pages(data, static_cast<int64_t>(bytes));
   return {static_cast<float*>(data), bytes};
 }
 
@@ -96,6 +94,14 @@ Scratch::Scratch(int64_t floats) {
 }
 
 Scratch::~Scratch() { cache().give({data_, bytes_}); }
+
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // no matter if refused
+#endif
+}
 
 int64_t cached_scratch_bytes(bool release) { return cache().held(release); }
 

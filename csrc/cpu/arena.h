@@ -21,6 +21,10 @@ class Scratch {
   size_t bytes_;
 };
 
+// Asks for huge pages under `bytes` of fresh memory: weights of many MB are read from end to end, and with small pages the
+// address translations alone take longer than the products.
+void ask_for_huge_pages(void* data, int64_t bytes);
+
 // Bytes that the cache holds now; with `release` it frees them first.
 int64_t cached_scratch_bytes(bool release);
 

@@ -125,6 +125,7 @@ std::vector<Tensor> pack(
   const int64_t panels = panel_count(channels), direct_panels = groups * panel_count(group_channels);
   float* const u = static_cast<float*>(winograd.mutable_data_ptr());
   float* const d = static_cast<float*>(direct.mutable_data_ptr());
+  ask_for_huge_pages(u, winograd.numel() * static_cast<int64_t>(sizeof(float)));
   torch::stable::parallel_for(0, steps * direct_panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; item++) {
       const int64_t step = item / direct_panels, panel = item % direct_panels;

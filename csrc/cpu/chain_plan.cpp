@@ -6,21 +6,34 @@
 namespace res2net_fused {
 namespace {
 
+// Reading one weight from the L3 cache, in multiplications that take as long.
+constexpr int64_t kMatrixCost = 8;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `size` (at least 2) as fours and threes, or as 3 + 2 or a single small tile where it is too short for that.
-Split split_fours(int64_t size) {
-  if (size < 4) return {size, 1, 0, 0};
-  if (size == 5) return {3, 1, 2, 1};
-  const int64_t tiles = divide_up(size, 4), threes = 4 * tiles - size;
-  if (threes == tiles) return {3, tiles, 0, 0};
-  return {4, tiles - threes, 3, threes};
+// `length` (at least 2) as fours and threes, or as 3 + 2 or a single tile where it is too short for that.
+Split split_fours(int64_t length) {
+  if (length < 4) return {length, length, 1, 0, 0};
+  if (length == 5) return {length, 3, 1, 2, 1};
+  const int64_t tiles = divide_up(length, 4), threes = 4 * tiles - length;
+  if (threes == tiles) return {length, 3, tiles, 0, 0};
+  return {length, 4, tiles - threes, 3, threes};
 }
 
-// `size` (at least 2) as twos, with one three where it is odd.
-Split split_twos(int64_t size) {
-  if (size % 2 == 0) return {2, size / 2, 0, 0};
-  return {3, 1, 2, (size - 3) / 2};
+// `length` (at least 2) as twos, the last one moved back where the length is odd: fewer points than with a three.
+Split split_twos(int64_t length) { return {length, 2, divide_up(length, 2), 0, 0}; }
+
+int64_t points_of(int64_t size) { return size + 2; }
+
+// Products of one image with a w x w matrix, and matrices that are read for them.
+struct Work {
+  int64_t products, matrices;
+};
+
+Work work_of(const TileGrid& grid) {
+  const auto sum = [](const Split& s) { return s.big_count * points_of(s.big) + s.small_count * points_of(s.small); };
+  const int64_t rows = points_of(grid.rows.big), columns = points_of(grid.columns.big);
+  return {sum(grid.rows) * sum(grid.columns), rows * columns};
 }
 
 }  // namespace
@@ -46,19 +59,33 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
   plan.images = 1;
   if (!plan.winograd) return plan;
 
-  const int64_t per_image = split_fours(problem.height).count() * split_fours(problem.width).count();
-  const int64_t all_tiles = problem.batch * per_image;
-  plan.grid = {split_fours(problem.height), split_fours(problem.width)};
+  const TileGrid fours{split_fours(problem.height), split_fours(problem.width)};
+  const int64_t per_image = fours.per_image(), all_tiles = problem.batch * per_image;
+  plan.grid = fours;
   plan.block_tiles = problem.channels <= 64 ? 24 : 16;
+  int64_t together = std::min(plan.block_tiles, all_tiles);  // tiles that share one reading of the weights
   if (plan.schedule == Schedule::images) {
     plan.images = std::min(divide_up(plan.block_tiles, per_image), rounds);
+    together = std::min(together, plan.images * per_image);
   } else if (all_tiles <= 32 && problem.channels >= 96) {
     plan.schedule = Schedule::channels;
-    plan.block_tiles = kMaxBlockTiles;
   }
-  if (plan.schedule == Schedule::channels && per_image == 4 && problem.batch == 1) {
-    plan.grid = {split_twos(problem.height), split_twos(problem.width)};
+  // F(2x2) multiplies more and reads less than half of the weights. Its tiles overlap where a length is odd, so that one
+  // thread must have them all.
+  const bool may_overlap = plan.schedule == Schedule::channels || (plan.schedule == Schedule::images && plan.images == 1);
+  if (may_overlap && together <= 16) {
+    const TileGrid twos{split_twos(problem.height), split_twos(problem.width)};
+    const int64_t images = divide_up(together, per_image);
+    const auto cost = [&](const TileGrid& grid) {
+      const Work work = work_of(grid);
+      return work.products * images + kMatrixCost * work.matrices;
+    };
+    if (cost(twos) < cost(fours)) {
+      plan.grid = twos;
+      plan.block_tiles = std::max(plan.block_tiles, images * twos.per_image());
+    }
   }
+  if (plan.schedule == Schedule::channels) plan.block_tiles = kMaxBlockTiles;
   plan.copies_source = plan.schedule == Schedule::images && problem.height * problem.width <= 14 * 14;
   plan.parts = std::min(plan.parts, plan.schedule == Schedule::images  ? problem.batch
                                     : plan.schedule == Schedule::tiles ? all_tiles

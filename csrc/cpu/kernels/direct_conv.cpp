@@ -39,9 +39,9 @@ __attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
   for (int ty = 0; ty < 3; ty++) {
     for (int tx = 0; tx < 3; tx++) {
       const int64_t tap = ty * 3 + tx;
-      accumulate(
+      accumulate<false>(
           sums, source + ty * run.tap_row + tx * run.tap_column, run.source_pixel, weights + tap * run.depth * kPanel,
-          weights + Panels * panel_pitch + tap * run.depth * kUnit, panel_pitch, run.depth);
+          weights + Panels * panel_pitch + tap * run.depth * kUnit, panel_pitch, run.depth, nullptr);
     }
   }
   const Epilogue activate = Epilogue::of(run.activation);

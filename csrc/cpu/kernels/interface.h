@@ -53,10 +53,10 @@ struct Step {
   const float* bias;      // (w padded,)
 };
 
-// Tiles along one dimension: `big_count` of `big` outputs, then `small_count` of `small`; big > small. A tile size is 2, 3
-// or 4 and stands for F(size, 3).
+// Tiles along a dimension of `length` outputs: `big_count` of `big`, then `small_count` of `small`; big > small. A tile size
+// is 2, 3 or 4 and stands for F(size, 3). Where they are all big, the last one may reach back over the one before it.
 struct Split {
-  int64_t big = 0, big_count = 0, small = 0, small_count = 0;
+  int64_t length = 0, big = 0, big_count = 0, small = 0, small_count = 0;
 
   R2N_INLINE_MEMBER int64_t count() const { return big_count + small_count; }
 };

@@ -52,11 +52,11 @@ R2N_INLINE void clear(Sums<P, Panels, HalfPanel>& sums) {
 }
 
 // sums += A (P rows, `row_pitch` floats apart) * B (depth rows; full panels at b, `panel_pitch` floats apart; half one at
-// half).
-template <int P, int Panels, bool HalfPanel>
+// half). With Prefetch, asks for as many floats at `soon` as the panels at b hold.
+template <bool Prefetch, int P, int Panels, bool HalfPanel>
 R2N_INLINE void accumulate(
     Sums<P, Panels, HalfPanel>& sums, const float* a, int64_t row_pitch, const float* b, const float* half,
-    int64_t panel_pitch, int64_t depth) {
+    int64_t panel_pitch, int64_t depth, const float* soon) {
   constexpr int kFull = Sums<P, Panels, HalfPanel>::kFull;
   const float* rows[(P + 2) / 3];  // every third row: the two behind it are reached by the addressing mode
 #pragma GCC unroll 8
@@ -84,6 +84,11 @@ R2N_INLINE void accumulate(
     }
 #pragma GCC unroll 8
     for (int i = 0; i < (P + 2) / 3; i++) rows[i]++;
+    if constexpr (Prefetch) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Panels; i++) __builtin_prefetch(soon + i * panel_pitch, 0, 2);
+      soon += kPanel;
+    }
     b += kPanel;
     half += kUnit;
   }

@@ -17,7 +17,8 @@ namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {
 
 struct Tile {
-  int64_t image, y, x;  // first output pixel
+  int64_t image, y, x;    // first output pixel
+  int64_t rows, columns;  // of output pixels
 };
 
 // A block's tiles, sorted so that those which use a point follow each other, whatever the point. With two sizes in each
@@ -30,7 +31,8 @@ struct SortedTiles {
 R2N_INLINE int64_t class_of(bool big_row, bool big_column) { return big_row ? (big_column ? 1 : 0) : (big_column ? 2 : 3); }
 
 R2N_INLINE int64_t tile_start(const Split& split, int64_t i) {
-  return i < split.big_count ? i * split.big : split.big_count * split.big + (i - split.big_count) * split.small;
+  if (i >= split.big_count) return split.big_count * split.big + (i - split.big_count) * split.small;
+  return smaller(i * split.big, split.length - split.big);
 }
 
 void sort_tiles(const TileGrid& grid, Block block, SortedTiles& sorted) {
@@ -40,8 +42,11 @@ void sort_tiles(const TileGrid& grid, Block block, SortedTiles& sorted) {
   int64_t counts[4] = {};
   int64_t image = block.first / per_image, row = block.first % per_image / columns, column = block.first % columns;
   for (int64_t t = 0; t < block.count; t++) {
-    tiles[t] = {image, tile_start(grid.rows, row), tile_start(grid.columns, column)};
-    classes[t] = static_cast<uint8_t>(class_of(row < grid.rows.big_count, column < grid.columns.big_count));
+    const bool big_row = row < grid.rows.big_count, big_column = column < grid.columns.big_count;
+    tiles[t] = {
+        image, tile_start(grid.rows, row), tile_start(grid.columns, column), big_row ? grid.rows.big : grid.rows.small,
+        big_column ? grid.columns.big : grid.columns.small};
+    classes[t] = static_cast<uint8_t>(class_of(big_row, big_column));
     counts[classes[t]]++;
     if (++column == columns) {
       column = 0;
@@ -81,28 +86,24 @@ TileRange tiles_of_point(const TileGrid& grid, const SortedTiles& sorted, int64_
 
 // Calls f.operator()<Rows, Columns>(tile, its place in V and M) for every tile.
 template <class F>
-R2N_INLINE void for_each_tile(const TileGrid& grid, const SortedTiles& sorted, const F& f) {
-  for (int c = 0; c < 4; c++) {
-    const int64_t rows = c < 2 ? grid.rows.big : grid.rows.small;
-    const int64_t columns = c == 1 || c == 2 ? grid.columns.big : grid.columns.small;
-    for (int64_t t = sorted.bound[c]; t < sorted.bound[c + 1]; t++) {
-      const Tile& tile = sorted.tile[t];
-      switch (rows * 8 + columns) {
-#define R2N_TILE(R, C)                      \
-  case R * 8 + C:                           \
+R2N_INLINE void for_each_tile(const SortedTiles& sorted, const F& f) {
+  for (int64_t t = 0; t < sorted.bound[4]; t++) {
+    const Tile& tile = sorted.tile[t];
+    switch (tile.rows * 8 + tile.columns) {
+#define R2N_TILE(R, C)                    \
+  case R * 8 + C:                         \
     f.template operator()<R, C>(tile, t); \
     break;
-        R2N_TILE(4, 4)
-        R2N_TILE(4, 3)
-        R2N_TILE(3, 4)
-        R2N_TILE(3, 3)
-        R2N_TILE(4, 2)
-        R2N_TILE(2, 4)
-        R2N_TILE(3, 2)
-        R2N_TILE(2, 3)
-        R2N_TILE(2, 2)
+      R2N_TILE(4, 4)
+      R2N_TILE(4, 3)
+      R2N_TILE(3, 4)
+      R2N_TILE(3, 3)
+      R2N_TILE(4, 2)
+      R2N_TILE(2, 4)
+      R2N_TILE(3, 2)
+      R2N_TILE(2, 3)
+      R2N_TILE(2, 2)
 #undef R2N_TILE
-      }
     }
   }
 }
@@ -110,15 +111,14 @@ R2N_INLINE void for_each_tile(const TileGrid& grid, const SortedTiles& sorted, c
 // Copies a tile's source pixels, zeros where there are none, into patch[pixel][channel] for `lanes` channels from `channel`.
 template <bool Part, class V>
 R2N_INLINE void gather(
-    const Step& step, const Tile& tile, int64_t rows, int64_t columns, int64_t channel, int64_t lanes, float* patch,
-    int64_t patch_pixel) {
-  for (int64_t i = 0; i < rows + 2; i++) {
-    for (int64_t j = 0; j < columns + 2; j++) {
+    const Step& step, const Tile& tile, int64_t channel, int64_t lanes, float* patch, int64_t patch_pixel) {
+  for (int64_t i = 0; i < tile.rows + 2; i++) {
+    for (int64_t j = 0; j < tile.columns + 2; j++) {
       const int64_t y = tile.y - 1 + i, x = tile.x - 1 + j;
       const bool inside = step.source_has_border || (y >= 0 && y < step.in_height && x >= 0 && x < step.in_width);
       V v{};
       if (inside) v = load_some<Part, V>(step.source.at(tile.image, y, x) + channel, lanes);
-      store_some<Part>(patch + (i * (columns + 2) + j) * patch_pixel, v, lanes);
+      store_some<Part>(patch + (i * (tile.columns + 2) + j) * patch_pixel, v, lanes);
     }
   }
 }
@@ -137,9 +137,9 @@ __attribute__((noinline)) void tile_input(
     } else {
       float patch[kPoints * kLanes<V>] = {};
       if (part) {
-        gather<true, V>(step, tile, Rows, Columns, channel, lanes, patch, kLanes<V>);
+        gather<true, V>(step, tile, channel, lanes, patch, kLanes<V>);
       } else {
-        gather<false, V>(step, tile, Rows, Columns, channel, lanes, patch, kLanes<V>);
+        gather<false, V>(step, tile, channel, lanes, patch, kLanes<V>);
       }
       transform_input<Rows, Columns, V>(patch, (Columns + 2) * kLanes<V>, kLanes<V>, v + channel, point);
     }
@@ -151,20 +151,32 @@ R2N_INLINE bool vector_output(
     const Step& step, const Tile& tile, const Epilogue& activate, const float* m, int64_t point, int64_t channel,
     int64_t lanes) {
   const V bias = load<V>(step.bias + channel);
-  float* out = step.out.at(tile.image, tile.y, tile.x) + channel;
-  const float* addend = Adds ? step.addend.at(tile.image, tile.y, tile.x) + channel : nullptr;
-  float* next = Adds ? step.next.at(tile.image, tile.y, tile.x) + channel : nullptr;
+  // Copies: what `step` refers to could change with every store, as far as the compiler knows.
+  const View out = step.out, next = step.next;
+  const ConstView addend = step.addend;
+  float* out_row = out.at(tile.image, tile.y, tile.x) + channel;
+  const float* addend_row = Adds ? addend.at(tile.image, tile.y, tile.x) + channel : nullptr;
+  float* next_row = Adds ? next.at(tile.image, tile.y, tile.x) + channel : nullptr;
   V total{};  // finite only if every output is
   transform_output<Rows, Columns, V>(m, point, [&](int i, const V* outputs) R2N_LAMBDA_INLINE {
+    V x[Columns];
+#pragma GCC unroll 4
+    for (int j = 0; j < Columns; j++) {
+      // All loads before the stores: x and out often lie equally in their pages, and a load that seems to follow a store
+      // to its place waits for it.
+      if constexpr (Adds) x[j] = load_some<Part, V>(addend_row + j * addend.pixel, lanes);
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; j++) {
       total += outputs[j];
       const V y = activate(outputs[j] + bias);
-      store_some<Part>(out + i * step.out.row + j * step.out.pixel, y, lanes);
-      if constexpr (Adds) {
-        const V x = load_some<Part, V>(addend + i * step.addend.row + j * step.addend.pixel, lanes);
-        store(next + i * step.next.row + j * step.next.pixel, y + x);
-      }
+      store_some<Part>(out_row + j * out.pixel, y, lanes);
+      if constexpr (Adds) store(next_row + j * next.pixel, y + x[j]);
+    }
+    out_row += out.row;
+    if constexpr (Adds) {
+      addend_row += addend.row;
+      next_row += next.row;
     }
   });
   return all_finite(total);
@@ -193,23 +205,23 @@ __attribute__((noinline)) bool tile_output(
 
 // The tile's outputs of one pass by direct convolution.
 __attribute__((noinline, cold)) void repair_tile(
-    const Step& step, const Tile& tile, int64_t rows, int64_t columns, PanelPass pass, float* patch) {
+    const Step& step, const Tile& tile, PanelPass pass, float* patch) {
   const int64_t w = step.channels;
   for_each_vector(0, round_up(w, kUnit), w, [&](auto kind, int64_t channel, int64_t lanes) {
     using V = decltype(kind);
     if (lanes < kLanes<V>) {
-      gather<true, V>(step, tile, rows, columns, channel, lanes, patch + channel, w);
+      gather<true, V>(step, tile, channel, lanes, patch + channel, w);
     } else {
-      gather<false, V>(step, tile, rows, columns, channel, lanes, patch + channel, w);
+      gather<false, V>(step, tile, channel, lanes, patch + channel, w);
     }
   });
   const int64_t channel = pass.first * kPanel;
   const bool adds = step.next.data != nullptr;
-  for (int64_t i = 0; i < rows; i++) {
+  for (int64_t i = 0; i < tile.rows; i++) {
     PixelRun run{};
-    run.source = patch + i * (columns + 2) * w;
+    run.source = patch + i * (tile.columns + 2) * w;
     run.source_pixel = run.tap_column = run.depth = w;
-    run.tap_row = (columns + 2) * w;
+    run.tap_row = (tile.columns + 2) * w;
     run.weights = step.direct + pass.first * 9 * w * kPanel;
     run.bias = step.bias + channel;
     run.out = step.out.at(tile.image, tile.y + i, tile.x) + channel;
@@ -220,24 +232,49 @@ __attribute__((noinline, cold)) void repair_tile(
       run.next = step.next.at(tile.image, tile.y + i, tile.x) + channel;
       run.next_pixel = step.next.pixel;
     }
-    run.count = columns;
+    run.count = tile.columns;
     run.channels = smaller(w - channel, pass.width());
     run.activation = step.activation;
     direct_run(run, pass);
   }
 }
 
-template <int P, int Panels, bool HalfPanel>
+template <bool Prefetch, int P, int Panels, bool HalfPanel>
 __attribute__((noinline)) void multiply_rows(
-    const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch) {
+    const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch, const float* soon) {
   Sums<P, Panels, HalfPanel> sums;
   clear(sums);
-  accumulate(sums, a, a_pitch, b, b + Panels * depth * kPanel, depth * kPanel, depth);
+  accumulate<Prefetch>(sums, a, a_pitch, b, b + Panels * depth * kPanel, depth * kPanel, depth, soon);
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
     for (int f = 0; f < sums.kFull; f++) store(c + p * c_pitch + f * kLanes<Full>, sums.full[p][f]);
     if constexpr (sums.kHalf) store(c + p * c_pitch + Panels * kPanel, sums.half[p][0]);
+  }
+}
+
+// Asks for the cache lines of `channels` floats at p.
+R2N_INLINE void prefetch(const float* p, int64_t channels) {
+  const char* line = reinterpret_cast<const char*>(p);
+  const char* last = line + channels * static_cast<int64_t>(sizeof(float)) - 1;
+  for (; line < last; line += 64) __builtin_prefetch(line);
+  __builtin_prefetch(last);
+}
+
+// Asks for what the output of one pass reads and writes, the pixels of tiles first ... last. Their lines lie s*w floats
+// apart, too scattered for the processor to foresee: without this the output transform waits for memory.
+void prefetch_output(const Step& step, const SortedTiles& sorted, TileRange tiles, PanelPass pass) {
+  const int64_t channel = pass.first * kPanel, channels = smaller(pass.width(), step.channels - channel);
+  for (int64_t t = tiles.first; t < tiles.last; t++) {
+    const Tile& tile = sorted.tile[t];
+    for (int64_t i = 0; i < tile.rows; i++) {
+      for (int64_t j = 0; j < tile.columns; j++) {
+        prefetch(step.out.at(tile.image, tile.y + i, tile.x + j) + channel, channels);
+        if (step.next.data != nullptr) {
+          prefetch(step.addend.at(tile.image, tile.y + i, tile.x + j) + channel, channels);
+        }
+      }
+    }
   }
 }
 
@@ -249,19 +286,31 @@ R2N_INLINE void multiply_points(
   const int64_t w = step.channels, padded = round_up(w, kUnit), width = pass.width();
   const int64_t v_point = point_pitch(block.count, padded), m_point = point_pitch(block.count, width);
   const float* weights = step.winograd + pass.first * kPanel * w;
-  for (int64_t point = 0; point < kPoints; point++) {
-    const TileRange range = tiles_of_point(grid, sorted, point / 6, point % 6);
-    if (range.first == range.last) continue;
+  TileRange range = tiles_of_point(grid, sorted, 0, 0);  // every tile uses point 0
+  for (int64_t point = 0; point < kPoints;) {
+    TileRange next_range{};
+    int64_t next = point + 1;
+    for (; next < kPoints; next++) {
+      next_range = tiles_of_point(grid, sorted, next / 6, next % 6);
+      if (next_range.first < next_range.last) break;
+    }
+    prefetch_output(step, sorted, {block.count * point / kPoints, block.count * next / kPoints}, pass);
+    // The weights of the next point, and after the last one of the next pass.
+    const float* soon = weights + (next < kPoints ? next * w * padded : width * w);
     const Passes passes = Passes::of(range.last - range.first, kMost);
     int64_t tile = range.first;
     for (int64_t i = 0; i < passes.count; i++) {
       const float* a = v + point * v_point + tile * padded;
+      const float* b = weights + point * w * padded;
       float* c = m + point * m_point + tile * width;
       with_rows<kMost>(passes.rows(i), [&]<int P>() R2N_LAMBDA_INLINE {
-        multiply_rows<P, Panels, HalfPanel>(a, padded, weights + point * w * padded, w, c, width);
+        i == 0 ? multiply_rows<true, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon)
+               : multiply_rows<false, P, Panels, HalfPanel>(a, padded, b, w, c, width, nullptr);
       });
       tile += passes.rows(i);
     }
+    point = next;
+    range = next_range;
   }
 }
 
@@ -271,7 +320,7 @@ void winograd_input(const Step& step, const TileGrid& grid, Block block, float* 
   SortedTiles sorted;
   sort_tiles(grid, block, sorted);
   const int64_t padded = round_up(step.channels, kUnit), point = point_pitch(block.count, padded);
-  for_each_tile(grid, sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
+  for_each_tile(sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
     tile_input<Rows, Columns>(step, tile, v + t * padded, point, first, last);
   });
 }
@@ -287,9 +336,9 @@ void winograd_output(
       multiply_points<Panels, HalfPanel>(step, grid, sorted, block, v, m, pass);
     });
     const int64_t width = pass.width(), point = point_pitch(block.count, width);
-    for_each_tile(grid, sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
+    for_each_tile(sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
       if (!tile_output<Rows, Columns>(step, tile, activate, m + t * width, point, pass)) {
-        repair_tile(step, tile, Rows, Columns, pass, patch);
+        repair_tile(step, tile, pass, patch);
       }
     });
   });
