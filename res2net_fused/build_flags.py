@@ -9,6 +9,8 @@ The pieces under `csrc/`:
 * `cpu/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells a dispatcher which kernels exist.
 * `cpu/kernels/*.cpp`: once per instruction set, into the CPU library. `RES2NET_FUSED_ISA` is the name of the set
   (`portable`, `avx2`, `avx512`): put the code into `namespace res2net_fused::RES2NET_FUSED_ISA`.
+* `plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
+  those that register no operator (`*_op.cpp`) into the CUDA library too.
 * `cuda/**/*.cpp`, `cuda/**/*.cu`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
 * `python/*.cpp`: the pybind11 module, with `common/build_info.cpp`.
 """
@@ -109,7 +111,7 @@ def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) ->
     shared = (*CXX_FLAGS, _short_paths(root), *TORCH_DEFINES, *_includes(root, torch_root))
     sets = instruction_sets(machine)
     have = tuple(f"-DRES2NET_FUSED_HAVE_{s.name.upper()}=1" for s in sets)
-    units = [_unit(root, s, (*shared, *have), facts) for s in _sources(root, "common/*.cpp", "cpu/*.cpp")]
+    units = [_unit(root, s, (*shared, *have), facts) for s in _sources(root, "common/*.cpp", "plan/*.cpp", "cpu/*.cpp")]
     # The linker keeps the first copy of an inline function. Objects that need no special instructions come first, so a
     # copy compiled for AVX-512 never serves portable code.
     for isa in sets:
@@ -123,7 +125,8 @@ def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     """The CUDA operator library for `facts.cuda_architectures`. Needs nvcc, but neither a GPU nor a CUDA torch."""
     device = (*NVCC_FLAGS, *gencode_flags(facts.cuda_architectures))
     flags = (*device, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
-    sources = _sources(root, "common/*.cpp", "cuda/**/*.cpp", "cuda/**/*.cu")
+    plans = [s for s in _sources(root, "plan/*.cpp") if not s.name.endswith("_op.cpp")]
+    sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, "cuda/**/*.cpp", "cuda/**/*.cu")]
     units = tuple(_unit(root, s, flags, facts) for s in sources)
     # libtorch.so pulls in libtorch_cuda.so where torch has CUDA; linking it by name would need such a torch here.
     # One -Xlinker list, since nvcc moves -l options.

@@ -177,7 +177,8 @@ def forward(
 def pixel_pitch(x: Tensor) -> int | None:
     """Elements from one pixel of x (N, C, H, W) to the next, where the kernel can read x as it lies, else None.
 
-    It needs channels side by side, in pairs aligned to 4 bytes, and pixels in order; a slice of a wider channels-last tensor will do.
+    It needs channels side by side, in pairs aligned to 4 bytes, and pixels in order; a slice of a wider channels-last tensor
+    will do.
     """
     batch, channels, height, columns = x.shape
     strides = (x.stride(3), x.stride(2), x.stride(0))
@@ -203,9 +204,9 @@ def packed_columns(width: int) -> int:
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
     """[weights in the order in which the lanes of a warp read them, biases (steps, columns * 8) in fp32].
 
-    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 4) of the weights' dtype. mma.m16n8k16 wants of its 16 x 8 operand
-    B, in lane l: rows 2 * (l % 4) + {0, 1} and the same + 8, of column l / 4. Rows are input channels, columns output channels;
-    what pads them is zero.
+    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 4) of the weights' dtype. mma.m16n8k16 wants of its 16 x 8
+    operand B, in lane l: rows 2 * (l % 4) + {0, 1} and the same + 8, of column l / 4. Rows are input channels, columns output
+    channels; what pads them is zero.
     """
     width = weights[0].shape[0]
     depths, columns, steps = -(-width // 16), packed_columns(width), len(weights)

@@ -25,7 +25,11 @@ _log = logging.getLogger("res2net_fused")
 
 
 class Backend(Protocol):
-    """What each module in this folder offers."""
+    """What each module in this folder offers.
+
+    One may also offer `why_not_auto(problem) -> str | None`: why auto should rather take a later backend for a call that can
+    run here; if only the last one, the reference, is left, it runs here nevertheless.
+    """
 
     def why_not(self, problem: ChainProblem) -> str | None:
         """None where the call can run, else the reason: first of the machine, then of the problem."""
@@ -86,9 +90,16 @@ def choose(problem: ChainProblem, backend: str = "auto") -> Choice:
         if why is not None:
             raise RuntimeError(f"{source} cannot run {problem}: {why}")
         return Choice(name, requested_by=source)
-    rejected = []
-    for candidate in AUTO_ORDER.get(problem.device.type, ("reference",)):
-        why = get_backend(candidate).why_not(problem)
+    rejected, postponed = [], None
+    order = AUTO_ORDER.get(problem.device.type, ("reference",))
+    for candidate in order:
+        module = get_backend(candidate)
+        why = module.why_not(problem)
+        if why is None and postponed is not None and candidate == order[-1]:
+            return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
+        if why is None and hasattr(module, "why_not_auto"):
+            why = module.why_not_auto(problem)
+            postponed = None if why is None else candidate
         if why is None:
             return Choice(candidate, tuple(rejected))
         rejected.append((candidate, why))

@@ -1,0 +1,33 @@
+// One instance of the chain kernel with its launcher, for both half types: what every instance_*.cu consists of.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "chain_kernel.cuh"
+#include "chain_launch.h"
+
+namespace res2net_fused::chain {
+
+template <class Element, int DEPTHS, int COLUMNS, int TILES, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS, 1) chain_kernel(const __grid_constant__ ChainArguments arguments) {
+  ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments).run();
+}
+
+template <class Element, int DEPTHS, int COLUMNS, int TILES, int WARPS>
+cudaError_t launch(const ChainArguments& arguments, cudaStream_t stream) {
+  const auto kernel = chain_kernel<Element, DEPTHS, COLUMNS, TILES, WARPS>;
+  const ChainGeometry& g = arguments.geometry;
+  if (g.threads() > 32 * WARPS) return cudaErrorInvalidConfiguration;
+  // Cheap, and a matter of the current context: not worth remembering per device.
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, g.shared_bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<g.ctas(), g.threads(), g.shared_bytes, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+#define RES2NET_CHAIN_LAUNCHER(name, DEPTHS, COLUMNS, TILES, WARPS)                                            \
+  extern "C" int res2net_fused_launch_##name(const ChainArguments* arguments, int is_bf16, void* stream) {      \
+    const auto function = is_bf16 ? launch<bf16, DEPTHS, COLUMNS, TILES, WARPS> : launch<fp16, DEPTHS, COLUMNS, TILES, WARPS>; \
+    return function(*arguments, static_cast<cudaStream_t>(stream));                                            \
+  }
+
+}  // namespace res2net_fused::chain

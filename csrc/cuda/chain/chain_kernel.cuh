@@ -1,0 +1,352 @@
+// The Res2Net chain in one launch, inference, channels-last, in half precision:
+//     y_i = clamp(conv3x3_i(u_i) + bias_i),   u_i = x_i + y_{i-1}  (or x_i alone),   and one group passes through.
+// A CTA owns a part of the output (see plan/chain_geometry.h) and keeps u_i of that part and its halo in shared memory: step i
+// reads strip i % 2. Meanwhile x_{i+1} arrives in the other strip, where the step's end adds y_i to it.
+#pragma once
+#include "cuda/chain/hardware.h"
+#include "plan/chain_arguments.h"
+#include "plan/instances.h"
+
+namespace res2net_fused::chain {
+
+template <int BYTES>
+struct VectorOf;
+template <>
+struct VectorOf<4> {
+  using type = Bytes4;
+};
+template <>
+struct VectorOf<8> {
+  using type = Bytes8;
+};
+template <>
+struct VectorOf<16> {
+  using type = Bytes16;
+};
+
+// DEPTHS, COLUMNS and TILES as in plan/instances.h.
+template <class Element, int DEPTHS, int COLUMNS, int TILES>
+struct ChainCta {
+  const ChainArguments& a;
+  const ChainGeometry& g;
+  const unsigned char* x;  // of the first image of this CTA
+  unsigned char* out;
+  SharedPtr shared;
+  int thread, lane, warp_m, warp_n, threads;
+  int first_image, first_row, first_column;  // image, row and column that line 0 and column 0 of the strip stand for
+
+  DEVICE explicit ChainCta(const ChainArguments& arguments)
+      : a(arguments), g(arguments.geometry), shared(shared_memory()), thread(thread_index()), lane(thread % 32) {
+    warp_n = thread / 32 % g.warps_n;
+    warp_m = thread / 32 / g.warps_n;
+    threads = 32 * g.warps_m * g.warps_n;
+    const int block = block_index();
+    const int column_block = block % g.column_blocks;
+    const int row_block = block / g.column_blocks % g.row_blocks;
+    first_image = block / g.column_blocks / g.row_blocks * g.tile_images;
+    first_row = row_block * g.rows * g.stride - g.lead;
+    first_column = column_block * g.columns * g.stride - g.halo_columns;
+    x = static_cast<const unsigned char*>(a.x) + int64_t(first_image) * g.height * g.width * a.x_slots.pixel * 2;
+    out = static_cast<unsigned char*>(a.out) + int64_t(first_image) * g.out_height * g.out_width * a.out_slots.pixel * 2;
+  }
+
+  // ---- where things are ----
+
+  DEVICE int depths() const {
+    if constexpr (DEPTHS > 0)
+      return DEPTHS;
+    else
+      return g.depths;
+  }
+  DEVICE int depths_divide(int slice) const {
+    if constexpr (DEPTHS > 0)
+      return slice / DEPTHS;
+    else
+      return g.by_depths.divide(slice);
+  }
+  DEVICE int slot_bytes() const {
+    if constexpr (DEPTHS > 0)
+      return slot_bytes_of(DEPTHS, DEPTHS);
+    else
+      return g.slot_bytes;
+  }
+  DEVICE SharedPtr strip(int step) const {
+    return shared.part(step % 2 * g.strip_bytes, g.strip_bytes, step % 2 ? "strip 1" : "strip 0");
+  }
+  DEVICE SharedPtr stage(int index) const {
+    return shared.part(g.strips * g.strip_bytes + index * g.stage_bytes, g.stage_bytes, "weights");
+  }
+  DEVICE int slot_of(int line, int column) const { return g.dilation + line * g.pitch + column; }
+  DEVICE int chunk_offset(int slot, int chunk) const {
+    if constexpr (swizzled(DEPTHS)) chunk ^= unsigned(slot) / (8 / (2 * DEPTHS)) % (2 * DEPTHS);
+    return slot * slot_bytes() + chunk * 16;
+  }
+  DEVICE int channel_offset(int slot, int channel) const { return chunk_offset(slot, channel / 8) + channel % 8 * 2; }
+
+  // A pixel of the strip: its slot, and the pixel of x it stands for.
+  struct Pixel {
+    int line, column;              // of the strip
+    int image, row, image_column;  // image: counted from the CTA's first
+    bool valid;                    // inside an image
+  };
+  DEVICE Pixel pixel_at(int line, int column) const {
+    Pixel p{line, column, g.by_period.divide(line), 0, first_column + column, false};
+    p.row = first_row + line - p.image * g.period;
+    p.valid = p.row >= 0 && p.row < g.height && first_image + p.image < g.images && column < g.stored &&
+              p.image_column >= 0 && p.image_column < g.width;
+    return p;
+  }
+  DEVICE int x_offset(const Pixel& p) const {  // bytes
+    return ((p.image * g.height + p.row) * g.width + p.image_column) * a.x_slots.pixel * 2;
+  }
+  DEVICE int out_offset(const Pixel& p) const {
+    const int row = g.stride == 1 ? p.row : p.row / g.stride;
+    const int column = g.stride == 1 ? p.image_column : p.image_column / g.stride;
+    return ((p.image * g.out_height + row) * g.out_width + column) * a.out_slots.pixel * 2;
+  }
+  DEVICE bool owned(const Pixel& p) const {
+    return p.valid && p.line >= g.owned_line && p.line < g.owned_line_end && p.column >= g.owned_column &&
+           p.column < g.owned_column_end;
+  }
+  // The pixel in the middle of the window of an output position.
+  DEVICE Pixel pixel_of(int step, int position) const {
+    const int line = g.by_work_pitch.divide(position);
+    const int column = position - line * g.work_pitch;
+    return pixel_at(g.work_line(step) + line * g.stride, g.work_column + column * g.stride);
+  }
+
+  // ---- data into shared memory ----
+
+  DEVICE void clear_strips() const {
+    for (int chunk = thread; chunk < g.strips * g.strip_bytes / 16; chunk += threads) shared_store(shared + chunk * 16, Bytes16{});
+  }
+
+  // Starts copying x of the group that step `step` convolves: all lines of which that step reads anything.
+  DEVICE void start_group(int step) const {
+    if (a.load_bytes == 16)
+      start_group_by<16>(step);
+    else if (a.load_bytes == 8)
+      start_group_by<8>(step);
+    else
+      start_group_by<4>(step);
+  }
+  template <int BYTES>
+  DEVICE void start_group_by(int step) const {
+    const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * 2;
+    const SharedPtr to = strip(step);
+    const int pieces = int(a.by_load_pieces.divisor);
+    const int first_line = step * g.shrink;
+    const int end = (g.lines - 2 * first_line) * g.stored * pieces;
+    for (int i = thread; i < end; i += threads) {
+      const int stored = a.by_load_pieces.divide(i);
+      const int piece = i - stored * pieces;
+      const int line = g.by_stored.divide(stored);
+      const Pixel p = pixel_at(first_line + line, stored - line * g.stored);
+      if (!p.valid) continue;
+      const int left = 2 * g.channels - piece * BYTES;
+      copy_async<BYTES>(to + channel_offset(slot_of(p.line, p.column), piece * (BYTES / 2)), from + x_offset(p) + piece * BYTES,
+                        left < BYTES ? left : BYTES);
+    }
+  }
+
+  // The order in which chunks of weights are used: for every step, for every pass over the pixels, all chunks; a chunk that holds
+  // a whole convolution stays for all passes.
+  struct ChunkCursor {
+    int step = 0, pass = 0, chunk = 0, stage = 0;
+  };
+  DEVICE void advance(ChunkCursor& cursor) const {
+    if (++cursor.stage == g.stages) cursor.stage = 0;
+    if (++cursor.chunk < g.chunks) return;
+    cursor.chunk = 0;
+    if (g.chunks > 1 && ++cursor.pass < g.passes(cursor.step, TILES)) return;
+    cursor.pass = 0;
+    cursor.step++;
+  }
+  DEVICE void start_weights(const ChunkCursor& cursor) const {
+    if (cursor.step >= g.steps) return;
+    const SharedPtr to = stage(cursor.stage);
+    const auto from =
+        static_cast<const unsigned char*>(a.weight) + (int64_t(cursor.step) * g.chunks + cursor.chunk) * g.stage_bytes;
+    for (int chunk = thread; chunk < g.stage_bytes / 16; chunk += threads) copy_async<16>(to + chunk * 16, from + chunk * 16);
+  }
+
+  // ---- the group that passes through ----
+
+  DEVICE void pass_group() const {
+    if (a.passed_group < 0) return;
+    if (a.pool != NO_POOL)
+      pool_group();
+    else if (a.copy_bytes == 16)
+      copy_group<16>();
+    else if (a.copy_bytes == 8)
+      copy_group<8>();
+    else
+      copy_group<4>();
+  }
+  DEVICE int owned_pixels() const { return g.tile_images * g.rows * g.columns; }
+  // The pixel of x at the middle of the window of an owned output pixel, all of which are numbered image by image.
+  DEVICE Pixel owned_pixel(int index) const {
+    const int row = index / g.columns;
+    const int image = row / g.rows;
+    const int line = g.lead + image * g.period + (row - image * g.rows) * g.stride;
+    return pixel_at(line, g.owned_column + (index - row * g.columns) * g.stride);
+  }
+  template <int BYTES>
+  DEVICE void copy_group() const {
+    using Vector = typename VectorOf<BYTES>::type;
+    const int pieces = int(a.by_copy_pieces.divisor);
+    for (int i = thread; i < owned_pixels() * pieces; i += threads) {
+      const int index = a.by_copy_pieces.divide(i);
+      const Pixel p = owned_pixel(index);
+      if (!p.valid) continue;
+      const int channel_bytes = (i - index * pieces) * BYTES;
+      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * 2 + channel_bytes,
+                   global_load<Vector>(x + x_offset(p) + a.passed_group * a.x_slots.slot * 2 + channel_bytes));
+    }
+  }
+  DEVICE void pool_group() const {  // 3x3 average, padding 1
+    const int pieces = int(a.by_copy_pieces.divisor);
+    for (int i = thread; i < owned_pixels() * pieces; i += threads) {
+      const int index = a.by_copy_pieces.divide(i);
+      const Pixel p = owned_pixel(index);
+      if (!p.valid) continue;
+      const int channel_bytes = (i - index * pieces) * 4;
+      Float2 sum{0, 0};
+      int count = 0;
+      for (int dy = -1; dy <= 1; dy++) {
+        for (int dx = -1; dx <= 1; dx++) {
+          const int row = p.row + dy, column = p.image_column + dx;
+          if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
+          const int offset = x_offset(p) + (dy * g.width + dx) * a.x_slots.pixel * 2;
+          const auto pair = global_load<Bytes4>(x + offset + a.passed_group * a.x_slots.slot * 2 + channel_bytes);
+          const Float2 values = unpack_pair<Element>(pair.word[0]);
+          sum.x += values.x, sum.y += values.y, count++;
+        }
+      }
+      const float divisor = a.pool == AVERAGE ? 9.0f : float(count);
+      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * 2 + channel_bytes,
+                   Bytes4{{pack_pair<Element>(sum.x / divisor, sum.y / divisor)}});
+    }
+  }
+
+  // ---- one pass: 16 * TILES positions of a warp, all K slices ----
+
+  // sums += the products of one chunk of K slices; base: the slots of this lane's rows of the mma's A.
+  DEVICE void multiply_chunk(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
+                             int first_slice) const {
+    const SharedPtr source = strip(step);
+    SharedPtr weight = weights + (warp_n * COLUMNS * 32 + lane) * int(sizeof(FragmentB));
+#pragma unroll 1
+    for (int slice = first_slice; slice < first_slice + g.chunk_slices; slice += RES2NET_CHAIN_UNROLL) {
+#pragma unroll
+      for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
+        FragmentB b[COLUMNS];
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) b[j] = shared_load<FragmentB>(weight + j * 32 * int(sizeof(FragmentB)));
+        weight = weight + g.packed_columns * 32 * int(sizeof(FragmentB));
+        const int tap = depths_divide(slice + k);
+        const int depth = slice + k - tap * depths();
+        const int shift = ((tap / 3 - 1) * g.pitch + tap % 3 - 1) * g.dilation;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const FragmentA matrix = load_matrix(source + chunk_offset(base[tile] + shift, 2 * depth + lane / 16));
+          multiply<Element>(sums[tile], matrix, b);
+        }
+      }
+    }
+  }
+
+  // One position, this thread's channels: y to `out`, and y + x to where x of the next group is.
+  DEVICE void finish(const Accumulator (&sums)[COLUMNS], int half, int step, int position) const {
+    const Pixel p = pixel_of(step, position);
+    if (!p.valid) return;  // a slot that stays zero, as padding of the next convolution
+    const bool store = owned(p);
+    const bool add = g.adds && step + 1 < g.steps;
+    unsigned char* to = out + out_offset(p) + (a.first_group + step) * a.out_slots.slot * 2;
+    const int slot = slot_of(p.line, p.column);
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+      const int channel = (warp_n * COLUMNS + j) * 8 + lane % 4 * 2;
+      if (channel >= g.channels) continue;
+      const auto bias = global_load<Float2>(a.bias + step * g.packed_columns * 8 + channel);
+      const uint32_t y = pack_pair<Element>(clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
+                                            clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
+      if (store) global_store(to + channel * 2, Bytes4{{y}});
+      if (add) {
+        const SharedPtr u = strip(step + 1) + channel_offset(slot, channel);
+        shared_store(u, Bytes4{{add_pair<Element>(y, shared_load<Bytes4>(u).word[0])}});
+      }
+    }
+  }
+
+  DEVICE void run() const {
+    ChunkCursor fetch;  // the next chunk of weights to start copying
+    start_weights(fetch);
+    clear_strips();
+    sync_cta();  // cleared before the copies land
+    start_group(0);
+    for (int ahead = 1; ahead < g.stages; ahead++) {
+      copy_async_commit();
+      advance(fetch);
+      if (ahead + 1 < g.stages) start_weights(fetch);
+    }
+    pass_group();
+
+    int stage_in_use = g.stages - 1;  // advanced before its first use
+    int since_group = g.stages;       // chunks taken into use since a copy of x was committed
+#pragma unroll 1
+    for (int step = 0; step < g.steps; step++) {
+      const int end = g.positions(step);
+      const int passes = g.passes(step, TILES);
+      const bool more = step + 1 < g.steps;
+#pragma unroll 1
+      for (int pass = 0; pass < passes; pass++) {
+        const int first = (pass * g.warps_m + warp_m) * 16 * TILES;
+        Accumulator sums[TILES][COLUMNS];
+        int base[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          // Rows beyond the last position repeat it: their sums are dropped.
+          const int position = first + tile * 16 + lane % 16;
+          const Pixel p = pixel_of(step, position < end ? position : end - 1);
+          base[tile] = slot_of(p.line, p.column);
+#pragma unroll
+          for (int j = 0; j < COLUMNS; j++) sums[tile][j] = Accumulator{};
+        }
+#pragma unroll 1
+        for (int chunk = 0; chunk < g.chunks; chunk++) {
+          if (g.chunks > 1 || pass == 0) {
+            copy_async_wait(g.stages - 2 + (since_group < g.stages ? 1 : 0));
+            sync_cta();  // this chunk and this step's strip are there; nobody reads the chunk before, or the other strip
+            start_weights(fetch);
+            copy_async_commit();
+            advance(fetch);
+            if (++stage_in_use >= g.stages) stage_in_use = 0;
+            since_group++;
+            if (more && pass == 0 && chunk == 0) {
+              start_group(step + 1);
+              copy_async_commit();
+              since_group = 1;
+            }
+          }
+          if (first < end) multiply_chunk(sums, base, step, stage(stage_in_use), chunk * g.chunk_slices);
+        }
+        if (more && pass == 0) {
+          copy_async_wait(g.chunks - 1);
+          sync_cta();  // x of the next group is there, for y to be added
+        }
+        if (first >= end) continue;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const int position = first + tile * 16 + half * 8 + lane / 4;
+            if (position < end) finish(sums[tile], half, step, position);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace res2net_fused::chain

@@ -1,0 +1,94 @@
+// torch.ops.res2net_fused_native.cuda_chain: launches the chain kernel on the current stream. No synchronisation and no
+// allocation, so that it can be captured into a CUDA graph.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "cuda/chain/chain_launch.h"
+#include "cuda/device.h"
+#include "plan/chain_plan.h"
+
+namespace {
+
+using namespace res2net_fused::chain;
+using torch::stable::Tensor;
+
+#define RES2NET_LAUNCHER(name, ...) res2net_fused_launch_##name,
+int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)};
+#undef RES2NET_LAUNCHER
+
+int narrow(const char* name, int64_t value) {
+  STD_TORCH_CHECK(value >= -1 && value <= std::numeric_limits<int>::max(), name, ": ", value, " is out of range");
+  return int(value);
+}
+
+// plan: the first nine numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group, passed
+// group or -1, pool, then the pixel and slot pitch of x and of out, in elements.
+void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<int64_t> plan, std::vector<int64_t> settings,
+                double lower, double upper) {
+  STD_TORCH_CHECK(plan.size() >= 9, "plan: expected at least 9 numbers, got ", plan.size());
+  STD_TORCH_CHECK(settings.size() == 12, "settings: expected 12 numbers, got ", settings.size());
+  STD_TORCH_CHECK(x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: expected four dimensions");
+  const auto dtype = x.scalar_type();
+  const bool is_bf16 = dtype == torch::headeronly::ScalarType::BFloat16;
+  STD_TORCH_CHECK(is_bf16 || dtype == torch::headeronly::ScalarType::Half, "x: expected float16 or bfloat16");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype && out.scalar_type() == dtype, "weight, out: expected the dtype of x");
+  STD_TORCH_CHECK(bias.scalar_type() == torch::headeronly::ScalarType::Float, "bias: expected float32");
+
+  ChainWork work;
+  work.images = x.size(0);
+  work.height = narrow("height", x.size(2)), work.width = narrow("width", x.size(3));
+  work.channels = narrow("channels", settings[0]), work.steps = narrow("steps", settings[1]);
+  work.stride = narrow("stride", settings[2]), work.dilation = narrow("dilation", settings[3]), work.adds = settings[4] != 0;
+  const int index = narrow("instance", plan[0]);
+  STD_TORCH_CHECK(work.channels >= 2 && work.channels % 2 == 0 && index == instance_for(work.channels),
+                  "plan: instance ", index, " does not run groups of ", work.channels, " channels");
+  ChainTile tile;
+  tile.rows = narrow("rows", plan[1]), tile.columns = narrow("columns", plan[2]), tile.images = narrow("images", plan[3]);
+  tile.whole = plan[4] != 0;
+  tile.warps_m = narrow("warps_m", plan[5]), tile.warps_n = narrow("warps_n", plan[6]);
+  tile.slices = narrow("slices", plan[7]), tile.stages = narrow("stages", plan[8]);
+
+  ChainArguments a{};
+  a.geometry = make_geometry(work, tile, INSTANCE_TABLE[index].depths, INSTANCE_TABLE[index].columns);
+  STD_TORCH_CHECK(weight.numel() == int64_t(work.steps) * work.slices() * a.geometry.packed_columns * 128,
+                  "weight: ", weight.numel(), " elements are not the packed weights of this plan");
+  STD_TORCH_CHECK(bias.numel() == int64_t(work.steps) * a.geometry.packed_columns * 8, "bias: not the packed biases of this plan");
+  STD_TORCH_CHECK(out.size(0) == work.images && out.size(2) == work.out_height() && out.size(3) == work.out_width(),
+                  "out: its size does not fit x");
+  a.x = x.data_ptr(), a.weight = weight.data_ptr(), a.out = out.data_ptr();
+  a.bias = static_cast<const float*>(bias.data_ptr());
+  a.first_group = narrow("first group", settings[5]), a.passed_group = narrow("passed group", settings[6]);
+  a.pool = narrow("pool", settings[7]);
+  a.x_slots = {narrow("x pixel pitch", settings[8]), narrow("x slot pitch", settings[9])};
+  a.out_slots = {narrow("out pixel pitch", settings[10]), narrow("out slot pitch", settings[11])};
+  a.lower = float(lower), a.upper = float(upper);
+  STD_TORCH_CHECK((reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out)) % 4 == 0 &&
+                      (settings[8] | settings[9] | settings[10] | settings[11]) % 2 == 0,
+                  "x, out: expected channels in pairs that are aligned to 4 bytes");
+  set_moves(a);
+
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
+  const int error = LAUNCHERS[index](&a, is_bf16, stream);
+  STD_TORCH_CHECK(error == 0, "the chain kernel could not be launched: ", res2net_fused_cuda_error(error));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
+  m.def(
+      "cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, int[] plan, int[] settings, float lower, float upper) -> "
+      "()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CUDA, m) { m.impl("cuda_chain", TORCH_BOX(&cuda_chain)); }

@@ -1,0 +1,176 @@
+// The hardware as the chain kernel sees it. The kernel uses nothing of CUDA but what is named here, so the same source
+// compiles with nvcc (this file) and with a host compiler (tests/emulator/emulator.h), where every access is checked.
+#pragma once
+#include <cstdint>
+
+struct bf16 {
+  static constexpr bool IS_BF16 = true;
+  uint16_t bits;
+};
+struct fp16 {
+  static constexpr bool IS_BF16 = false;
+  uint16_t bits;
+};
+
+// What one thread moves at once; sizeof(T) is the width of the memory instruction.
+struct alignas(4) Bytes4 {
+  uint32_t word[1];
+};
+struct alignas(8) Bytes8 {
+  uint32_t word[2];
+};
+struct alignas(16) Bytes16 {
+  uint32_t word[4];
+};
+struct alignas(8) Float2 {
+  float x, y;
+};
+
+// Register fragments of mma.m16n8k16: one thread's share of a matrix held by a warp.
+struct FragmentA {  // 16 x 16, bf16 or fp16
+  uint32_t word[4];
+};
+struct alignas(8) FragmentB {  // 16 x 8, bf16 or fp16
+  uint32_t word[2];
+};
+struct Accumulator {  // 16 x 8, fp32
+  float value[4];
+};
+
+#if !defined(__CUDACC__)
+#include "emulator.h"
+#else
+#define DEVICE __device__ __forceinline__
+
+// Bytes of the CTA's shared memory. `part` names a region; only the host build checks its bounds.
+struct SharedPtr {
+  unsigned char* bytes;
+  DEVICE SharedPtr operator+(int offset) const { return {bytes + offset}; }
+  DEVICE SharedPtr part(int offset, int /*size*/, const char* /*name*/) const { return {bytes + offset}; }
+  DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(bytes)); }
+};
+
+DEVICE SharedPtr shared_memory() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  return {dynamic_shared_memory};
+}
+
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_index() { return blockIdx.x; }
+
+DEVICE void sync_cta() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+template <class T>
+DEVICE T shared_load(SharedPtr from) {
+  return *reinterpret_cast<const T*>(from.bytes);
+}
+template <class T>
+DEVICE void shared_store(SharedPtr to, T value) {
+  *reinterpret_cast<T*>(to.bytes) = value;
+}
+template <class T>
+DEVICE T global_load(const void* from) {
+  return *static_cast<const T*>(from);
+}
+template <class T>
+DEVICE void global_store(void* to, T value) {
+  *static_cast<T*>(to) = value;
+}
+
+// cp.async: global to shared, finished only after copy_async_wait, and for other threads after a barrier as well. Of BYTES
+// bytes `valid` are read, the rest of the destination becomes zero.
+template <int BYTES>
+DEVICE void copy_async(SharedPtr to, const void* from, int valid = BYTES) {
+  const auto global = __cvta_generic_to_global(from);
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(global), "r"(valid) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(global), "n"(BYTES), "r"(valid)
+                 : "memory");
+}
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `pending` of this thread's committed groups are unfinished. The instruction takes a constant; beyond 3
+// it waits for more than it must, never for less.
+DEVICE void copy_async_wait(int pending) {
+  switch (pending) {
+    case 0:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+  }
+}
+
+// ldmatrix.x4: lane i names row i % 16 of the 16 x 16 matrix, columns 8 * (i / 16) onwards (16 bytes).
+DEVICE FragmentA load_matrix(SharedPtr row) {
+  FragmentA a;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a.word[0]), "=r"(a.word[1]), "=r"(a.word[2]), "=r"(a.word[3])
+               : "r"(row.address())
+               : "memory");
+  return a;
+}
+
+// c[j] += a * b[j]
+template <class Element, int COLUMNS>
+DEVICE void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS]) {
+#define RES2NET_MMA(TYPE)                                                                                       \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                           \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
+               : "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3])             \
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b[j].word[0]), "r"(b[j].word[1]))
+#pragma unroll
+  for (int j = 0; j < COLUMNS; j++) {
+    if constexpr (Element::IS_BF16)
+      RES2NET_MMA("bf16");
+    else
+      RES2NET_MMA("f16");
+  }
+#undef RES2NET_MMA
+}
+
+// A pair of elements in 32 bits: `low` is the channel with the lower index.
+template <class Element>
+DEVICE uint32_t pack_pair(float low, float high) {
+  uint32_t pair;
+  if constexpr (Element::IS_BF16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <class Element>
+DEVICE Float2 unpack_pair(uint32_t pair) {
+  if constexpr (Element::IS_BF16) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  } else {
+    Float2 values;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(values.x), "=f"(values.y)
+        : "r"(pair));
+    return values;
+  }
+}
+template <class Element>
+DEVICE uint32_t add_pair(uint32_t left, uint32_t right) {  // one rounding
+  uint32_t sum;
+  if constexpr (Element::IS_BF16)  // sm_80 has no plain add
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(left), "r"(0x3f803f80u), "r"(right));
+  else
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(left), "r"(right));
+  return sum;
+}
+DEVICE float clamp(float value, float lower, float upper) {  // keeps NaN, as torch does; fmaxf would turn it into a number
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(value), "f"(lower));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(result), "f"(upper));
+  return result;
+}
+#endif

@@ -1,0 +1,247 @@
+#include "plan/chain_plan.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "plan/device_model.h"
+
+namespace res2net_fused::chain {
+namespace {
+
+constexpr int MMA_FLOPS = 2 * 16 * 8 * 16;
+constexpr int64_t MAX_IMAGE_ELEMENTS = int64_t(1) << 29;  // offsets within an image are ints, in bytes
+constexpr int MAX_POSITIONS = 1 << 15;                    // keeps FastDivisor exact
+
+// Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
+constexpr double COPY_INSTRUCTIONS = 26;     // one cp.async with its index arithmetic
+constexpr double FINISH_PER_ROW = 45;        // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 16;     // and of each pair of channels in it
+constexpr double BARRIER_CYCLES = 60;        // per chunk of weights
+constexpr double STEP_CYCLES = 900;          // filling and draining the pipelines around a convolution
+constexpr double START_CYCLES = 2600;        // first loads and their latency
+
+// Of the tensor cores' and shared memory's peak, what a main loop reaches with so many warps per scheduler to hide latencies.
+double overlap(int warps_per_scheduler) { return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55; }
+
+double cycles_of_cta(const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int copies_per_pixel,
+                     int resident) {
+  const int warps = g.warps_m * g.warps_n;
+  const int per_scheduler = divide_up(resident * warps, 4);
+  const double slices = 9.0 * g.depths;
+  const double mma_per_slice = double(instance.tiles) * instance.columns;
+  double cycles = START_CYCLES;
+  for (int step = 0; step < g.steps; step++) {
+    const int tiles = divide_up(g.positions(step), 16 * instance.tiles);  // of a warp's size
+    const int passes = divide_up(tiles, g.warps_m);
+    const double all = double(tiles) * g.warps_n;  // warp tiles that are computed
+    // One CTA alone is bound by its busiest tensor core; several share all four.
+    const double alone = double(passes) * divide_up(warps, 4) * slices * mma_per_slice * 4 * rates.mma_cycles;
+    const double together = resident * all * slices * mma_per_slice * rates.mma_cycles;
+    const double shared = resident * all * slices * (instance.columns * 256.0 + instance.tiles * 512.0) / 128;
+    const double main_loop = std::max({alone, together, shared}) / overlap(per_scheduler);
+    const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
+    const double finish = resident * all * instance.tiles * 2 * (FINISH_PER_ROW + FINISH_PER_COLUMN * instance.columns) / busy;
+    const bool more = step + 1 < g.steps;
+    const double loads = more ? resident * double(g.lines) * g.stored * copies_per_pixel / 32 * COPY_INSTRUCTIONS / busy : 0;
+    // Part of the epilogue and of the loads hides behind other warps' products.
+    const double exposed = per_scheduler >= 3 ? 0.4 : per_scheduler == 2 ? 0.6 : 1;
+    cycles += main_loop + exposed * (finish + loads) + STEP_CYCLES + BARRIER_CYCLES * g.chunks * (g.chunks > 1 ? passes : 1);
+  }
+  return cycles;
+}
+
+int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
+
+int resident_ctas(const ChainGeometry& g, const Instance& instance, const DeviceLimits& device) {
+  const int by_shared = device.shared_per_multiprocessor / (g.shared_bytes + 1024);  // the driver keeps 1 KiB of each
+  const int by_registers = device.registers_per_multiprocessor / (registers_of(instance) * g.threads());
+  const int by_threads = (device.major == 8 && device.minor > 0 ? 1536 : 2048) / g.threads();
+  return std::min({by_shared, by_registers, by_threads});
+}
+
+// Predicts the tile's time; false if it does not fit the device.
+bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, ChainPlan& plan) {
+  const Instance& instance = INSTANCE_TABLE[index];
+  const ChainGeometry g = make_geometry(work, tile, instance.depths, instance.columns);
+  if (g.shared_bytes > device.shared_per_block || g.threads() > 32 * instance.warps) return false;
+  if (g.lines * g.pitch > MAX_POSITIONS) return false;
+  const int resident = resident_ctas(g, instance, device);
+  if (resident < 1) return false;
+  const DeviceRates rates = rates_of(device.major, device.minor);
+
+  plan.instance = index;
+  plan.tile = tile;
+  plan.ctas = g.ctas();
+  plan.threads = g.threads();
+  plan.shared_bytes = g.shared_bytes;
+  plan.ctas_per_multiprocessor = resident;
+  plan.packed_columns = g.packed_columns;
+  const int64_t in = work.images * work.height * work.width * work.channels * 2;
+  const int64_t out = work.images * work.out_height() * work.out_width() * work.channels * 2;
+  const int64_t weights = int64_t(work.steps) * work.slices() * g.packed_columns * 256;
+  plan.dram_bytes = (work.steps + passes) * (in + out) + weights;
+  plan.flops = 2 * 9 * work.images * work.out_height() * work.out_width() * work.steps * work.channels * int64_t(work.channels);
+  plan.loaded_bytes = 0;
+  plan.mma_flops = 0;
+  for (int step = 0; step < work.steps; step++) {
+    const int tiles = divide_up(g.positions(step), 16 * instance.tiles);
+    const int64_t lines = g.lines - 2 * step * g.shrink;
+    const int weight_reads = g.chunks > 1 ? g.passes(step, instance.tiles) : 1;
+    plan.loaded_bytes += plan.ctas * (lines * g.stored * work.channels * 2 + int64_t(weight_reads) * g.chunks * g.stage_bytes);
+    plan.mma_flops +=
+        int64_t(plan.ctas) * tiles * instance.tiles * g.packed_columns * work.slices() * MMA_FLOPS;
+  }
+  const int concurrent = resident * device.multiprocessors;
+  const int full = plan.ctas / concurrent, rest = plan.ctas % concurrent;
+  // Groups are dense in memory in the usual call: this is then the widest copy.
+  const int group_bytes = 2 * work.channels;
+  const int copies = divide_up(group_bytes, group_bytes % 16 == 0 ? 16 : group_bytes % 8 == 0 ? 8 : 4);
+  double cycles = full * cycles_of_cta(g, instance, rates, copies, resident);
+  if (rest > 0) cycles += cycles_of_cta(g, instance, rates, copies, divide_up(rest, device.multiprocessors));
+  const double memory = std::max(plan.dram_bytes / rates.dram, (plan.loaded_bytes + (work.steps + passes) * out) / rates.l2);
+  plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory));
+  return true;
+}
+
+std::vector<int> distinct_parts(int size, int most) {
+  std::vector<int> parts;
+  for (int count = 1; count <= std::min(size, most); count++) {
+    const int part = divide_up(size, count);
+    if (parts.empty() || parts.back() != part) parts.push_back(part);
+  }
+  return parts;
+}
+
+}  // namespace
+
+int instance_for(int channels) {
+  const int columns = divide_up(channels, 8), depths = divide_up(channels, 16);
+  int best = -1, best_columns = 0;
+  for (int i = 0; i < INSTANCES_COUNT; i++) {
+    const Instance& instance = INSTANCE_TABLE[i];
+    const int warps_n = divide_up(columns, instance.columns);
+    if (instance.depths != 0 ? instance.depths != depths || warps_n > 1 : warps_n > instance.warps) continue;
+    const int padded = warps_n * instance.columns;
+    // An instance made for this number of channels wins, then the least padding, then the wider one.
+    const bool better = best < 0 || (INSTANCE_TABLE[best].depths == 0 &&
+                                     (instance.depths != 0 || padded < best_columns ||
+                                      (padded == best_columns && instance.columns > INSTANCE_TABLE[best].columns)));
+    if (better) best = i, best_columns = padded;
+  }
+  return best;
+}
+
+int packed_columns_for(int channels) {
+  const int columns = INSTANCE_TABLE[instance_for(channels)].columns;
+  return divide_up(divide_up(channels, 8), columns) * columns;
+}
+
+ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason) {
+  reason.clear();
+  if (device.major < 8) {
+    reason = "the device has compute capability " + std::to_string(device.major) + "." + std::to_string(device.minor) +
+             "; at least 8.0 is needed";
+    return {};
+  }
+  if (work.channels % 2 != 0) {
+    reason = "a group has " + std::to_string(work.channels) + " channels; an even number is needed";
+    return {};
+  }
+  if (work.images < 1 || work.images > (int64_t(1) << 30) || work.height > MAX_POSITIONS || work.width > (1 << 20)) {
+    reason = "the image or the batch is too large";
+    return {};
+  }
+  if (int64_t(work.height) * work.width * work.channels * (work.steps + passes) > MAX_IMAGE_ELEMENTS) {
+    reason = "an image has more than " + std::to_string(MAX_IMAGE_ELEMENTS) + " elements";
+    return {};
+  }
+  const int index = instance_for(work.channels);
+  if (index < 0) {
+    reason = "a group has " + std::to_string(work.channels) + " channels; at most 512 are allowed";
+    return {};
+  }
+  const Instance& instance = INSTANCE_TABLE[index];
+  const int depths = work.depths();
+  ChainTile tile;
+  tile.warps_n = packed_columns_for(work.channels) / instance.columns;
+  ChainPlan best, candidate;
+  best.microseconds = 1e30;
+  const auto try_all = [&] {
+    for (int slices : {9 * depths, 3 * depths, 9, 3}) {
+      for (int stages = 2; stages <= 4; stages++) {
+        for (int warps_m = 1; warps_m * tile.warps_n <= instance.warps; warps_m++) {
+          tile.slices = slices, tile.stages = stages, tile.warps_m = warps_m;
+          if (evaluate(work, passes, device, index, tile, candidate) && candidate.microseconds < best.microseconds) best = candidate;
+        }
+        if (slices == 9 * depths) break;  // a whole convolution in each of two stages is prefetch enough
+      }
+    }
+  };
+  tile.whole = true, tile.rows = work.out_height(), tile.columns = work.out_width();
+  for (int images : {1, 2, 3, 4, 6, 8}) {
+    if (images > work.images || (images > 1 && work.stride > 1)) break;
+    tile.images = images;
+    try_all();
+  }
+  tile.whole = false, tile.images = 1;
+  for (int columns : distinct_parts(work.out_width(), 1 << 12)) {
+    tile.columns = columns;
+    if (columns < std::min(work.out_width(), 8)) break;
+    bool fits = false;
+    for (int rows : distinct_parts(work.out_height(), 1 << 12)) {
+      if (int64_t(rows) * columns > MAX_POSITIONS) continue;
+      tile.rows = rows;
+      const double before = best.microseconds;
+      try_all();
+      fits = fits || best.microseconds < before;
+    }
+    if (best.microseconds < 1e30 && !fits) break;  // narrower parts only add halo
+  }
+  if (best.microseconds == 1e30)
+    reason = "no part of an image with its halo fits the " + std::to_string(device.shared_per_block) +
+             " bytes of shared memory that a block may have";
+  else
+    best.ctas = std::max(best.ctas, 1);
+  return best;
+}
+
+double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& device) {
+  const DeviceRates rates = rates_of(device.major, device.minor);
+  const double pixels = double(work.images) * work.out_height() * work.out_width();
+  int padded = 16;
+  while (padded < work.channels && padded < 128) padded *= 2;
+  padded = divide_up(work.channels, padded) * padded;
+  // A tap's pixels come from L2 each time, padded or not: nine reads of u by every tile of output channels.
+  const double column_tiles = divide_up(work.channels, 128);
+  const double weight_reads = pixels / 128 * padded * padded * 9 * 2;
+  const double l2 = (pixels * work.stride * 9 * padded * 2 * column_tiles + weight_reads) / rates.l2;
+  const double tensor = pixels * 9 * double(padded) * padded / 2048 * rates.mma_cycles / (0.75 * rates.clock * device.multiprocessors);
+  const double group = double(work.images) * work.height * work.width * work.channels * 2;
+  const double dram = (work.adds ? 4 : 2) * group / rates.dram;
+  const double latency = 3.0e-6;  // of a small launch: loads, products, stores one after the other
+  const double step = std::max({l2, tensor, dram});
+  const double pass = passes ? 2 * group / rates.dram : 0;
+  if (!work.adds) return 1e6 * (rates.launch + latency + work.steps * step + pass);  // one launch
+  return 1e6 * (rates.launch + work.steps * (latency + step) + (work.steps - 1) * 1.0e-6 + pass);
+}
+
+std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size) {
+  ChainWork work;
+  work.images = problem[0];
+  work.height = int(problem[1]), work.width = int(problem[2]), work.channels = int(problem[3]), work.steps = int(problem[4]);
+  work.stride = int(problem[5]), work.dilation = int(problem[6]), work.adds = problem[7] != 0;
+  const bool passes = problem[8] != 0;
+  const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
+                            int(device[4]), int(device[5]), int(device[6])};
+  std::string reason;
+  const ChainPlan plan = plan_chain(work, passes, limits, reason);
+  std::snprintf(text, size, "%s", reason.c_str());
+  if (!reason.empty()) return {};
+  const ChainTile& t = plan.tile;
+  return {plan.instance, t.rows, t.columns, t.images, t.whole, t.warps_m, t.warps_n, t.slices, t.stages,
+          plan.ctas, plan.threads, plan.shared_bytes, plan.ctas_per_multiprocessor, plan.packed_columns,
+          plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops, int64_t(1000 * plan.microseconds),
+          int64_t(1000 * predict_steps(work, passes, limits))};
+}
+
+}  // namespace res2net_fused::chain

@@ -1,0 +1,21 @@
+// The compiled forms of the chain kernel, stated once for the plan, the CUDA build and the emulator.
+#pragma once
+
+// X(name, DEPTHS, COLUMNS, TILES, WARPS)
+//   DEPTHS   input channels of a group in units of 16, the K of one mma; 0: known at run time only
+//   COLUMNS  output channels of a warp in units of 8, the N of one mma
+//   TILES    pixels of a warp in units of 16, the M of one mma
+//   WARPS    most warps of a CTA: bounds the registers of a thread to 65536 / (32 * WARPS)
+// The widths they are meant for: 14 and 16 | 26, 28 and 32 | 48 | 52 and 56 | 96, 192, 384 | 104, 112, 208 | any other.
+#define RES2NET_CHAIN_INSTANCES(X) \
+  X(d1c2t4, 1, 2, 4, 16)           \
+  X(d2c4t4, 2, 4, 4, 12)           \
+  X(d3c6t4, 3, 6, 4, 8)            \
+  X(d4c7t4, 4, 7, 4, 8)            \
+  X(d0c6t2, 0, 6, 2, 16)           \
+  X(d0c7t2, 0, 7, 2, 12)           \
+  X(d0c4t2, 0, 4, 2, 16)
+
+// K slices (one tap, 16 input channels) that the inner loop multiplies between two tests of its end. It divides the 9 * depths
+// slices of every convolution, so there is no remainder, and the number of tensor-core instructions is known.
+#define RES2NET_CHAIN_UNROLL 3

@@ -1,0 +1,89 @@
+// The host build: the chain kernel's own source, run by the emulator, with a C interface for ctypes.
+#include <cstdio>
+#include <cstring>
+
+#include "cuda/chain/chain_kernel.cuh"
+#include "plan/chain_plan.h"
+
+using namespace res2net_fused::chain;
+
+namespace {
+// Sizes of one call, as tests/emulator/harness.py fills them.
+struct Call {
+    const void* x;
+    const void* weight;
+    const float* bias;
+    void* out;
+    int images, height, width, channels, steps, stride, dilation, adds;
+    int x_pixel, x_slot, out_pixel, out_slot, first_group, passed_group, pool;
+    float lower, upper;
+    int instance, is_bf16;
+    int rows, columns, tile_images, whole, warps_m, warps_n, slices, stages;  // rows 0: as the plan says
+    uint64_t seed;
+    int checks;
+};
+
+template <class Element, int DEPTHS, int COLUMNS, int TILES> void run_chain(const ChainArguments& arguments) {
+    ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments).run();
+}
+
+struct Entry {
+    int columns, depths;
+    void (*run[2])(const ChainArguments&);
+};
+
+#ifndef INSTANCES  // a build may choose its own
+#define INSTANCES(X) RES2NET_CHAIN_INSTANCES(X)
+#endif
+#define ENTRY(name, DEPTHS, COLUMNS, TILES, WARPS) \
+    if (std::strcmp(wanted, #name) == 0) return {COLUMNS, DEPTHS, {run_chain<fp16, DEPTHS, COLUMNS, TILES>, run_chain<bf16, DEPTHS, COLUMNS, TILES>}};
+
+Entry find(const char* wanted) {
+    INSTANCES(ENTRY)
+    return {0, 0, {nullptr, nullptr}};
+}
+}  // namespace
+
+extern "C" {
+// Writes "kind|count|first finding" per line, and {bank ways, multiplies, switches, ctas, shared bytes}; -1: instance not built.
+int run_call(const Call* call, char* text, int size, int64_t* statistics) {
+    const Entry entry = find(INSTANCE_TABLE[call->instance].name);
+    if (!entry.run[0]) return -1;
+    const ChainWork work{call->images, call->height, call->width, call->channels, call->steps, call->stride, call->dilation, call->adds != 0};
+    const ChainTile tile{call->rows, call->columns, call->tile_images, call->whole != 0, call->warps_m, call->warps_n, call->slices, call->stages};
+    ChainArguments a{};
+    a.x = call->x, a.weight = call->weight, a.bias = call->bias, a.out = call->out;
+    a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};
+    a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool;
+    a.lower = call->lower, a.upper = call->upper;
+    a.geometry = make_geometry(work, tile, entry.depths, entry.columns);
+    set_moves(a);
+    const ChainGeometry& g = a.geometry;
+    const size_t pixels = size_t(work.images) * work.height * work.width;
+    const size_t out_pixels = size_t(work.images) * work.out_height() * work.out_width();
+    const emulator::Launch launch{
+        g.ctas(), g.threads(), g.shared_bytes, call->seed, call->checks != 0,
+        {{"x", a.x, pixels * a.x_slots.pixel * 2, false},
+         {"weight", a.weight, size_t(g.steps) * g.chunks * g.stage_bytes, false},
+         {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false},
+         {"out", a.out, out_pixels * a.out_slots.pixel * 2, true}}};
+    const emulator::Report report = emulator::run(launch, [&] { entry.run[call->is_bf16](a); });
+    int used = 0;
+    text[0] = 0;
+    for (int kind = 0; kind < emulator::KINDS; kind++)
+        if (report.count[kind] && used < size)
+            used += std::snprintf(text + used, size - used, "%s|%lld|%s\n", emulator::KIND_NAMES[kind], (long long)report.count[kind],
+                                  report.first[kind].c_str());
+    const int64_t values[] = {report.bank_ways, report.multiplies, report.switches, g.ctas(), g.shared_bytes};
+    std::memcpy(statistics, values, sizeof values);
+    return 0;
+}
+
+// The plan for a device with these limits; 0, or why there is none as text.
+int plan_call(const int64_t* problem, const int64_t* device, int64_t* plan, char* text, int size) {
+    const std::vector<int64_t> found = plan_as_numbers(problem, device, text, size);
+    if (found.empty()) return -1;
+    std::memcpy(plan, found.data(), found.size() * sizeof(int64_t));
+    return 0;
+}
+}

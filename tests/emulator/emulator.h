@@ -1,0 +1,119 @@
+// The host build of csrc/cuda/chain/hardware.h: every thread of a CTA is a fiber, picked in a seeded random order, and every access to
+// shared or global memory, every barrier and every warp-wide instruction is checked.
+#pragma once
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#define DEVICE inline
+using Where = std::source_location;  // of the kernel's statement, for the reports
+
+// A byte of shared memory and the bounds of the region it belongs to.
+struct SharedPtr {
+    int offset, begin, end;
+    const char* region;
+    SharedPtr operator+(int bytes) const { return {offset + bytes, begin, end, region}; }
+    SharedPtr part(int from, int size, const char* name) const { return {offset + from, offset + from, offset + from + size, name}; }
+};
+
+namespace emulator {
+enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, KINDS };
+inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race", "in-flight", "divergence"};
+
+struct Buffer { const char* name; const void* begin; size_t bytes; bool writable; };
+
+struct Launch {
+    int blocks, threads, shared_bytes;
+    uint64_t seed;
+    bool checks;  // false: only compute, for speed
+    std::vector<Buffer> buffers;
+};
+
+struct Report {
+    int64_t count[KINDS] = {};
+    std::string first[KINDS];  // the first finding of each kind, in words
+    int bank_ways = 1;         // worst bank conflict of a matrix load; 1: none
+    int64_t multiplies = 0, switches = 0;
+};
+
+Report run(const Launch& launch, const std::function<void()>& kernel);
+
+// What the functions of hardware.h do on the host.
+int thread_index();
+int block_index();
+SharedPtr shared_memory();
+void read_shared(SharedPtr from, void* to, int bytes, const Where& where);
+void write_shared(SharedPtr to, const void* from, int bytes, const Where& where);
+void read_global(const void* from, void* to, int bytes, const Where& where);
+void write_global(void* to, const void* from, int bytes, const Where& where);
+void start_copy(SharedPtr to, const void* from, int bytes, int valid, const Where& where);
+void commit_copies();
+void wait_copies(int pending);
+void sync_cta(const Where& where);
+void sync_warp(const Where& where);
+void load_matrix(SharedPtr row, FragmentA* a, const Where& where);
+void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, bool is_bf16, const Where& where);
+uint16_t round_to_bf16(float value);
+uint16_t round_to_fp16(float value);
+float widen_fp16(uint32_t bits);
+inline float widen_bf16(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+}  // namespace emulator
+
+inline SharedPtr shared_memory() { return emulator::shared_memory(); }
+inline int thread_index() { return emulator::thread_index(); }
+inline int block_index() { return emulator::block_index(); }
+
+inline void sync_cta(Where where = Where::current()) { emulator::sync_cta(where); }
+inline void sync_warp(Where where = Where::current()) { emulator::sync_warp(where); }
+
+template <class T> T shared_load(SharedPtr from, Where where = Where::current()) {
+    T value;
+    emulator::read_shared(from, &value, sizeof(T), where);
+    return value;
+}
+template <class T> void shared_store(SharedPtr to, T value, Where where = Where::current()) {
+    emulator::write_shared(to, &value, sizeof(T), where);
+}
+template <class T> T global_load(const void* from, Where where = Where::current()) {
+    T value;
+    emulator::read_global(from, &value, sizeof(T), where);
+    return value;
+}
+template <class T> void global_store(void* to, T value, Where where = Where::current()) {
+    emulator::write_global(to, &value, sizeof(T), where);
+}
+
+template <int BYTES> void copy_async(SharedPtr to, const void* from, int valid = BYTES, Where where = Where::current()) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+    emulator::start_copy(to, from, BYTES, valid, where);
+}
+inline void copy_async_commit() { emulator::commit_copies(); }
+inline void copy_async_wait(int pending) { emulator::wait_copies(pending); }
+
+inline FragmentA load_matrix(SharedPtr row, Where where = Where::current()) {
+    FragmentA a;
+    emulator::load_matrix(row, &a, where);
+    return a;
+}
+template <class Element, int COLUMNS>
+void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS], Where where = Where::current()) {
+    emulator::multiply(c, &a, b, COLUMNS, Element::IS_BF16, where);
+}
+
+template <class Element> uint32_t pack_pair(float low, float high) {
+    if constexpr (Element::IS_BF16) return emulator::round_to_bf16(low) | uint32_t(emulator::round_to_bf16(high)) << 16;
+    return emulator::round_to_fp16(low) | uint32_t(emulator::round_to_fp16(high)) << 16;
+}
+template <class Element> Float2 unpack_pair(uint32_t pair) {
+    if constexpr (Element::IS_BF16) return {emulator::widen_bf16(pair & 0xffff), emulator::widen_bf16(pair >> 16)};
+    return {emulator::widen_fp16(pair & 0xffff), emulator::widen_fp16(pair >> 16)};
+}
+template <class Element> uint32_t add_pair(uint32_t left, uint32_t right) {
+    const Float2 a = unpack_pair<Element>(left), b = unpack_pair<Element>(right);
+    return pack_pair<Element>(a.x + b.x, a.y + b.y);
+}
+inline float clamp(float value, float lower, float upper) { return value < lower ? lower : value > upper ? upper : value; }

@@ -1,0 +1,164 @@
+// Does the emulator see what it should, and nothing else? Tiny kernels, each with a known verdict.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+
+#include "cuda/chain/hardware.h"
+
+namespace {
+int failures = 0;
+alignas(16) uint32_t global_words[64];
+
+// Runs a kernel of one CTA in six orders; `verdict` is the name of the only kind of finding, "" or "any".
+template <class Kernel> void expect(const char* title, const char* verdict, int threads, Kernel kernel) {
+    for (uint64_t seed = 0; seed < 6; seed++) {
+        const emulator::Report report =
+            emulator::run({1, threads, 1024, seed, true, {{"words", global_words, sizeof global_words, true}}}, kernel);
+        std::string kinds;
+        for (int kind = 0; kind < emulator::KINDS; kind++)
+            if (report.count[kind]) kinds += emulator::KIND_NAMES[kind];
+        if (verdict == std::string("any") ? kinds.empty() : kinds != verdict) {
+            std::printf("%s, seed %d: found '%s', expected '%s'\n", title, int(seed), kinds.c_str(), verdict);
+            failures++;
+        }
+    }
+}
+
+SharedPtr word(int index) { return shared_memory() + index * 4; }
+void store(int index) { shared_store(word(index), uint32_t(index)); }
+void load(int index) { if (shared_load<uint32_t>(word(index)) != uint32_t(index)) failures++; }
+int next_lane() { return thread_index() / 32 * 32 + (thread_index() + 1) % 32; }
+
+template <class Element> void matrix_product() {
+    static float expected[16][8];
+    const int lane = thread_index();
+    if (lane == 0)
+        for (int row = 0; row < 16; row++)
+            for (int column = 0; column < 8; column++) {
+                expected[row][column] = 0.5f;
+                for (int k = 0; k < 16; k++) expected[row][column] += float((row * 3 + k) % 5) * float((k + column * 7) % 3);
+            }
+    for (int k = lane / 16 * 8; k < lane / 16 * 8 + 8; k += 2)  // A in rows of 32 bytes
+        shared_store(word(lane % 16 * 8 + k / 2), pack_pair<Element>(float((lane % 16 * 3 + k) % 5), float((lane % 16 * 3 + k + 1) % 5)));
+    sync_warp();
+    const FragmentA a = load_matrix(word(lane % 16 * 8 + lane / 16 * 4));
+    FragmentB b[1];
+    for (int half = 0; half < 2; half++) {
+        const int k = lane % 4 * 2 + half * 8, column = lane / 4;
+        b[0].word[half] = pack_pair<Element>(float((k + column * 7) % 3), float((k + 1 + column * 7) % 3));
+    }
+    Accumulator c[1] = {{{0.5f, 0.5f, 0.5f, 0.5f}}};
+    multiply<Element>(c, a, b);
+    for (int i = 0; i < 4; i++)
+        if (c[0].value[i] != expected[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]) failures++;
+}
+
+// Every finite fp16 number survives, and what lies between two goes to the nearer one, to the even one at equal distance.
+void half_precision_round_trip() {
+    for (uint32_t bits = 0; bits < 0x7c00; bits++) {
+        const float value = emulator::widen_fp16(bits), next = emulator::widen_fp16(bits + 1);
+        if (emulator::round_to_fp16(value) != bits || emulator::round_to_fp16(-value) != (bits | 0x8000)) failures++;
+        if (bits == 0x7bff) break;
+        const float middle = (value + next) / 2;
+        if (emulator::round_to_fp16(middle) != bits + bits % 2) failures++;
+        if (emulator::round_to_fp16(std::nextafter(middle, next)) != bits + 1) failures++;
+    }
+    if (emulator::round_to_fp16(65519.0f) != 0x7bff || emulator::round_to_fp16(65520.0f) != 0x7c00) failures++;
+    if (emulator::widen_fp16(0x3c00) != 1.0f || emulator::widen_fp16(0xc500) != -5.0f || emulator::widen_fp16(1) != 0x1p-24f) failures++;
+    if (emulator::round_to_bf16(1.00390625f) != 0x3f80 || emulator::round_to_bf16(1.01171875f) != 0x3f82) failures++;
+}
+
+void clamping() {
+    const float infinity = std::numeric_limits<float>::infinity();
+    if (clamp(-1, 0, 20) != 0 || clamp(21, 0, 20) != 20 || clamp(3, 0, infinity) != 3 || clamp(-3, -infinity, infinity) != -3) failures++;
+    const float nan = clamp(std::nanf(""), 0, 20);
+    if (nan == nan) failures++;
+}
+}  // namespace
+
+int main() {
+    using enum emulator::Kind;
+    const auto name = [](emulator::Kind kind) { return emulator::KIND_NAMES[kind]; };
+    expect("own word", "", 64, [] { store(thread_index()); load(thread_index()); });
+    expect("neighbour's word after a barrier", "", 64, [] { store(thread_index()); sync_cta(); load(63 - thread_index()); });
+    expect("lane's word after a warp barrier", "", 64, [] { store(thread_index()); sync_warp(); load(next_lane()); });
+    expect("other warp's word after a warp barrier", name(RACE), 64, [] {
+        if (thread_index() < 32) store(thread_index());
+        sync_cta();
+        if (thread_index() < 32) store(thread_index());
+        sync_warp();
+        if (thread_index() >= 32) load(thread_index() - 32);
+    });
+    expect("overwritten after being read, no barrier", name(RACE), 64, [] {
+        store(thread_index());
+        sync_cta();
+        load(63 - thread_index());
+        store(thread_index());
+    });
+    expect("overwritten after being read, warp barrier", "", 32, [] {
+        store(thread_index());
+        sync_warp();
+        load(next_lane());
+        sync_warp();
+        store(thread_index());
+    });
+    expect("never written", name(UNINITIALISED), 32, [] { shared_load<uint32_t>(word(thread_index())); });
+    expect("past the end", name(OUT_OF_BOUNDS), 32, [] { store(1024 / 4 + thread_index()); });
+    expect("past a region", name(OUT_OF_BOUNDS), 32, [] { shared_store(shared_memory().part(0, 64, "part") + thread_index() * 4, 0u); });
+    expect("16 bytes at 8", name(MISALIGNED), 32, [] { if (thread_index() == 3) shared_store(word(2), Bytes16{}); });
+    expect("past a buffer", name(OUT_OF_BOUNDS), 96, [] { global_store(global_words + thread_index(), 0u); });
+    expect("two threads store one word", name(RACE), 64, [] { global_store(global_words + thread_index() / 2, 0u); });
+    expect("copy, wait", "", 32, [] {
+        copy_async<4>(word(thread_index()), global_words + thread_index());
+        copy_async_commit();
+        copy_async_wait(0);
+        shared_load<uint32_t>(word(thread_index()));
+    });
+    expect("copy, wait for the older group only", name(IN_FLIGHT), 32, [] {
+        for (int i = 0; i < 2; i++) {
+            copy_async<4>(word(thread_index() + 32 * i), global_words + thread_index());
+            copy_async_commit();
+        }
+        copy_async_wait(1);
+        shared_load<uint32_t>(word(thread_index()));
+        shared_load<uint32_t>(word(thread_index() + 32));
+        copy_async_wait(0);
+    });
+    expect("copy, no wait before the end", name(IN_FLIGHT), 32, [] { copy_async<4>(word(thread_index()), global_words + thread_index()); });
+    expect("another thread's copy, no barrier", "any", 64, [] {  // which finding depends on the order
+        copy_async<4>(word(thread_index()), global_words + thread_index());
+        copy_async_commit();
+        copy_async_wait(0);
+        shared_load<uint32_t>(word(63 - thread_index()));
+    });
+    expect("barriers of different statements", name(DIVERGENCE), 64, [] {
+        if (thread_index() < 32)
+            sync_cta();
+        else
+            sync_cta();
+    });
+    expect("half a warp ends before a warp barrier", name(DIVERGENCE), 64, [] { if (thread_index() % 2) sync_warp(); });
+    expect("copy cut short", "", 32, [] {
+        copy_async<16>(word(thread_index() * 4), global_words, 8);
+        copy_async_commit();
+        copy_async_wait(0);
+        const auto found = shared_load<Bytes16>(word(thread_index() * 4));
+        if (found.word[1] != global_words[1] || found.word[2] != 0 || found.word[3] != 0) failures++;
+    });
+    expect("copy past a buffer, cut short before its end", "", 32, [] {
+        copy_async<16>(word(thread_index() * 4), global_words + 60, 16);
+        copy_async_commit();
+        copy_async_wait(0);
+    });
+    expect("copy past a buffer", name(OUT_OF_BOUNDS), 32, [] {
+        copy_async<8>(word(thread_index() * 2), global_words + 64);
+        copy_async_commit();
+        copy_async_wait(0);
+    });
+    expect("matrix product, bf16", "", 32, matrix_product<bf16>);
+    expect("matrix product, fp16", "", 32, matrix_product<fp16>);
+    half_precision_round_trip();
+    clamping();
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+}

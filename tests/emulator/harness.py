@@ -1,0 +1,242 @@
+"""Builds the chain kernel for the host, runs it under the emulator and compares it with PyTorch in float64.
+
+Needs g++ 12 or newer, and no built extension. Objects are cached under build/emulator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import subprocess
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from res2net_fused import reference
+from res2net_fused.backends import native_cuda
+from res2net_fused.chain import ChainConfig
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "emulator"
+KERNEL = pathlib.Path("cuda/chain/chain_kernel.cuh")  # under csrc/
+FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas -ftrivial-auto-var-init=pattern".split()
+# Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster.
+KERNEL_FLAGS = ("-O1",)
+INSTANCES = [name for name, *_ in re.findall(r"X\((d\w+), (\d+)", (ROOT / "csrc/plan/instances.h").read_text())]
+
+
+def includes(csrc: pathlib.Path) -> list[str]:
+    return [f"-I{csrc}", f"-I{csrc / KERNEL.parent}", f"-I{HERE}"]
+
+
+def compile_cached(sources: list[pathlib.Path], flags: list[str], csrc: pathlib.Path, suffix: str) -> pathlib.Path:
+    """Compiles `sources` into one file named after everything that goes into it, unless that file is there already."""
+    digest = hashlib.sha256(" ".join(flags).replace(str(csrc), "").encode())
+    used = [HERE.glob("*.h"), HERE.glob("*.cpp"), csrc.glob("plan/*"), csrc.glob("cuda/chain/*")]
+    for path in sorted(path for paths in used for path in paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    target = BUILD / f"{sources[0].stem}-{digest.hexdigest()[:16]}{suffix}"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(f".{os.getpid()}.new")
+        command = [os.environ.get("CXX", "g++"), *FLAGS, *includes(csrc), *flags, "-o", str(fresh), *map(str, sources)]
+        subprocess.run(command, check=True)
+        os.replace(fresh, target)
+    return target
+
+
+@functools.cache
+def emulator_object() -> pathlib.Path:
+    return compile_cached([HERE / "emulator.cpp"], ["-O2", "-c"], ROOT / "csrc", ".o")
+
+
+@functools.cache
+def plan_object() -> pathlib.Path:
+    return compile_cached([ROOT / "csrc/plan/chain_plan.cpp"], ["-O2", "-c"], ROOT / "csrc", ".o")
+
+
+@functools.cache
+def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str, ...] = KERNEL_FLAGS) -> ctypes.CDLL:
+    """The emulated kernel of one instance, from the sources under `csrc`."""
+    row = re.search(rf"X\(({instance}, [^)]*)\)", (csrc / "plan/instances.h").read_text())
+    sources = [HERE / "chain_host.cpp", emulator_object(), plan_object()]
+    return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", f"-DINSTANCES(X)=X({row[1]})"], csrc, ".so")))
+
+
+_INTS = (
+    "images height width channels steps stride dilation adds x_pixel x_slot out_pixel out_slot first_group passed_group pool"
+).split()
+_TILE = "instance is_bf16 rows columns tile_images whole warps_m warps_n slices stages".split()
+
+
+class Call(ctypes.Structure):  # as in chain_host.cpp
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")]
+        + [(name, ctypes.c_int) for name in _INTS]
+        + [("lower", ctypes.c_float), ("upper", ctypes.c_float)]
+        + [(name, ctypes.c_int) for name in _TILE]
+        + [("seed", ctypes.c_uint64), ("checks", ctypes.c_int)]
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call and how it is cut. width: channels of a group; height, columns: of x. tile: fields of `native_cuda.Tile`.
+
+    pad: channels by which every slot of x and out is wider than the group.
+    """
+
+    width: int
+    scale: int = 4
+    images: int = 1
+    height: int = 7
+    columns: int = 7
+    dtype: torch.dtype = torch.bfloat16
+    settings: dict[str, object] = field(default_factory=dict)
+    pad: int = 0
+    tile: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ChainConfig:
+        return ChainConfig(**self.settings)
+
+    @property
+    def steps(self) -> int:
+        return self.scale - (self.config.passthrough != "none")
+
+    def __str__(self) -> str:
+        words = [f"w{self.width}s{self.scale}", f"{self.images}x{self.height}x{self.columns}", str(self.dtype)[6:]]
+        words += [f"{k}={v}" for k, v in (self.settings | self.tile).items()] + [f"pad{self.pad}"] * bool(self.pad)
+        return "-".join(words)
+
+
+@dataclass
+class Run:
+    out: Tensor  # (N, H', W', s*w)
+    untouched: bool  # whether padding channels of out kept what was in them
+    findings: dict[str, tuple[int, str]]  # kind -> (count, first finding)
+    bank_ways: int
+    multiplies: int
+    switches: int
+    ctas: int
+    shared_bytes: int
+
+
+def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -> native_cuda.Plan:
+    """The plan that the shipped chooser makes for this call on such a device."""
+    lib = library("d1c2t4")  # every library holds the plan
+    c = case.config
+    problem = (ctypes.c_int64 * 9)(
+        case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
+        c.passthrough != "none",
+    )  # fmt: skip
+    numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
+    if lib.plan_call(problem, (ctypes.c_int64 * 7)(*device), numbers, text, len(text)):
+        raise ValueError(text.value.decode())
+    return native_cuda.Plan(*numbers)
+
+
+def make_tensors(case: Case, integers: bool, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x (N, H, W, s*w), weights and biases, all representable in the case's dtype. With small integers and sparse weights
+    every sum is exact in fp32, in any order, so the result is known to the bit."""
+    rng = np.random.default_rng(seed)
+    w, steps = case.width, case.steps
+    shape = (case.images, case.height, case.columns, case.scale * w)
+    if integers:
+        x = rng.integers(-3, 4, shape).astype(float)
+        weight = rng.choice([-1.0, 0, 1], (steps, w, w, 3, 3), p=[0.5 / w, 1 - 1.2 / w, 0.7 / w])
+        bias = rng.integers(-4, 5, (steps, w)).astype(float)
+    else:
+        x = rng.standard_normal(shape)
+        weight = rng.standard_normal((steps, w, w, 3, 3)) / (3 * w**0.5)
+        bias = rng.standard_normal((steps, w))
+    x, weight, bias = (torch.from_numpy(values).to(case.dtype) for values in (x, weight, bias))
+    return x, list(weight), list(bias)
+
+
+def expected_of(case: Case, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """float64, rounded where the kernel rounds to the half type: each y, and each u = x + y."""
+    c = case.config
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.to(case.dtype).double()
+
+    def convolution(k: int, u: Tensor) -> Tensor:
+        weight, bias = weights[k].double(), biases[k].double()
+        y = torch.nn.functional.conv2d(rounded(u), weight, bias, c.stride, c.dilation, c.dilation)
+        return rounded(reference.activate(y, c.activation))
+
+    groups = x.double().permute(0, 3, 1, 2).split(case.width, 1)
+    return torch.cat([rounded(y) for y in reference.hierarchical_chain(groups, convolution, c)], 1).permute(0, 2, 3, 1)
+
+
+def emulate(
+    case: Case,
+    integers: bool = True,
+    seed: int = 0,
+    csrc: pathlib.Path = ROOT / "csrc",
+    flags: tuple[str, ...] = KERNEL_FLAGS,
+    tensors: tuple[Tensor, list[Tensor], list[Tensor]] | None = None,
+) -> Run:
+    """Runs the kernel once. seed: of the order in which threads run."""
+    x, weights, biases = tensors or make_tensors(case, integers, 1)
+    c = case.config
+    plan = plan_of(case)
+    plan = plan._replace(**case.tile)
+    instance = INSTANCES[plan.instance]
+    pitch = case.width + case.pad
+    # Padding of x is NaN: whoever reads it spoils the result. The output is NaN: an element that nobody writes shows.
+    padded = torch.full((*x.shape[:3], case.scale, pitch), torch.nan, dtype=case.dtype)
+    padded[..., : case.width] = x.unflatten(3, (case.scale, case.width))
+    shape = case.images, c.output_size(case.height), c.output_size(case.columns), case.scale, pitch
+    out = torch.full(shape, torch.nan, dtype=case.dtype)
+    weight, bias = native_cuda.pack(weights, biases, c)
+    lower, upper = native_cuda.CLAMPS[c.activation]
+    passed = c.passed_group(case.scale)
+    call = Call(
+        padded.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), case.images, case.height, case.columns,
+        case.width, case.steps, c.stride, c.dilation, c.hierarchical, case.scale * pitch, pitch, case.scale * pitch, pitch,
+        c.first_convolved, -1 if passed is None else passed, native_cuda.POOLS[c.pool], lower, upper, plan.instance,
+        case.dtype == torch.bfloat16, plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n,
+        plan.slices, plan.stages, seed, 1,
+    )  # fmt: skip
+    text, statistics = ctypes.create_string_buffer(1 << 14), (ctypes.c_int64 * 5)()
+    if library(instance, csrc, flags).run_call(ctypes.byref(call), text, len(text), statistics):
+        raise AssertionError(f"{instance} is not in this build")
+    rows = [line.split("|", 2) for line in text.value.decode().splitlines()]
+    findings = {kind: (int(count), first) for kind, count, first in rows}
+    untouched = bool(out[..., case.width :].isnan().all())
+    return Run(out[..., : case.width].flatten(3), untouched, findings, *statistics)
+
+
+def check(case: Case, integers: bool = True, seed: int = 0, **options) -> dict[str, str]:
+    """What is wrong with one run: kind -> what was found. Empty where the kernel is right.
+
+    Kinds are the emulator's, and "wrong" (other numbers than float64 gives), "conflicts" (of banks), "padding" (written).
+    """
+    tensors = make_tensors(case, integers, 1)
+    run = emulate(case, integers, seed, **options)
+    red = {kind: first for kind, (_, first) in run.findings.items()}
+    expected = expected_of(case, *tensors)
+    error = float((run.out.double() - expected).norm() / expected.norm())
+    if not error <= (0 if integers else TOLERANCES[case.dtype]):
+        red["wrong"] = f"relative error {error:.2g}"
+    if run.bank_ways > (2 if case.config.stride > 1 else 1):
+        red["conflicts"] = f"{run.bank_ways} ways"
+    if not run.untouched:
+        red["padding"] = "channels between the groups were written"
+    return red
+
+
+# Beside each the measured worst: fp32 sums that round to the neighbouring half, then spread by the chain.
+TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4}
+
+
+__all__ = ["Case", "Run", "check", "emulate", "expected_of", "make_tensors", "plan_of", "replace", "INSTANCES", "TOLERANCES"]

@@ -1,0 +1,186 @@
+"""The launch plan of the native CUDA backend and the choice it leads to; no GPU needed."""
+
+import itertools
+
+import pytest
+import torch
+
+from res2net_fused import native
+from res2net_fused.backends import native_cuda, selection
+from res2net_fused.backends.native_cuda import LIMITS, plan_chain
+from res2net_fused.chain import ChainConfig, ChainProblem
+
+needs_library = pytest.mark.skipif(not native.cpu_library().loaded, reason=native.cpu_library().reason or "loaded")
+CONFIGS = {"26w4s": (26, 4), "14w8s": (14, 8), "48w2s": (48, 2)}
+STAGES = ((0, 56), (1, 28), (2, 14), (3, 7))
+ODD = [(2, 2, 1, 1, 1), (30, 3, 5, 1, 999), (64, 4, 1, 333, 3), (128, 8, 3, 17, 31), (256, 2, 2, 9, 9), (384, 4, 1, 7, 7)]
+
+
+def problem(batch, width, scale, height, columns, dtype=torch.bfloat16, device="cuda", **settings):
+    config = ChainConfig(**settings)
+    steps = scale - (config.passthrough != "none")
+    return ChainProblem(config, torch.device(device), dtype, batch, height, columns, width, steps, True)
+
+
+def published(batches=(1, 32, 256)):
+    for (width, scale), (stage, size), batch in itertools.product(CONFIGS.values(), STAGES, batches):
+        yield problem(batch, width << stage, scale, size, size)
+
+
+def limits_hold(plan, limits):
+    instance_warps = {"d1c2t4": 16, "d2c4t4": 12, "d3c6t4": 8, "d4c7t4": 8, "d0c7t2": 12}
+    warps = instance_warps.get(native_cuda.INSTANCE_NAMES[plan.instance], 16)
+    assert 32 <= plan.threads <= 32 * warps and plan.threads == 32 * plan.warps_m * plan.warps_n
+    assert 0 < plan.shared_bytes <= limits.shared_per_block_optin
+    resident = plan.ctas_per_multiprocessor
+    assert resident >= 1
+    assert resident * (plan.shared_bytes + 1024) <= limits.shared_per_multiprocessor
+    registers = min(255, 65536 // (32 * warps) // 8 * 8)
+    assert resident * plan.threads * registers <= limits.registers_per_multiprocessor
+    assert plan.slices % 3 == 0 and 2 <= plan.stages <= 4
+    assert 1 <= plan.ctas < 2**31
+
+
+@needs_library
+@pytest.mark.parametrize("device", LIMITS)
+def test_every_plan_fits_the_device(device):
+    limits = LIMITS[device]
+    for p in published():
+        plan = plan_chain(p, limits)
+        limits_hold(plan, limits)
+        assert plan.ctas * plan.images * plan.rows * plan.columns >= p.batch * p.output_height * p.output_width
+        assert 9 * -(-p.width // 16) % plan.slices == 0
+        assert plan.flops == p.flops and plan.mma_flops >= plan.flops
+        assert plan.loaded_bytes * 1.01 >= p.steps * p.batch * p.height * p.width_pixels * p.width * 2
+        assert plan.nanoseconds > 2000 and plan.steps_nanoseconds > 2000
+
+
+@needs_library
+@pytest.mark.parametrize("device", LIMITS)
+def test_odd_shapes_get_a_plan_or_a_reason(device):
+    for width, scale, batch, height, columns in ODD:
+        try:
+            plan = plan_chain(problem(batch, width, scale, height, columns), LIMITS[device])
+        except ValueError as error:
+            assert "shared memory" in str(error)
+        else:
+            limits_hold(plan, LIMITS[device])
+
+
+@needs_library
+def test_bytes_and_flops_are_those_of_the_tensors():
+    p = problem(32, 26, 4, 56, 56)
+    plan = plan_chain(p, LIMITS["sm_90"])
+    tensor = 32 * 56 * 56 * 104 * 2
+    weights = 3 * 9 * 2 * 4 * 256  # steps, taps, depths, columns, bytes of a fragment
+    assert plan.dram_bytes == 2 * tensor + weights
+    assert plan.flops == 2 * 9 * 26 * 26 * 3 * 32 * 56 * 56
+
+
+@needs_library
+def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
+    assert not plan_chain(problem(256, 26, 4, 56, 56), LIMITS["sm_90"]).whole
+    small = plan_chain(problem(256, 208, 4, 7, 7), LIMITS["sm_90"])
+    assert small.whole
+    wide = plan_chain(problem(1, 104, 4, 64, 4096), LIMITS["sm_90"])
+    assert wide.columns < 4096
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"width": 27}, "27 channels; an even number"),
+        ({"width": 1024}, "1024 channels; at most 512"),
+        ({"dtype": torch.float32}, "torch.float32; this backend runs torch.float16 and torch.bfloat16"),
+        ({"groups": 2}, "groups is 2"),
+        ({"passthrough": "first_added"}, "first_added"),
+        ({"height": 20000, "columns": 20000}, "an image has more than"),
+        ({"dilation": 4000}, "shared memory"),
+    ],
+)
+def test_what_cannot_run_says_why(changed, reason):
+    arguments = {"batch": 1, "width": 26, "scale": 4, "height": 14, "columns": 14} | changed
+    with pytest.raises(ValueError, match=reason):
+        plan_chain(problem(**arguments), LIMITS["sm_90"])
+
+
+@needs_library
+def test_old_devices_are_refused():
+    with pytest.raises(ValueError, match=r"7\.5; at least 8\.0"):
+        plan_chain(problem(1, 26, 4, 14, 14), LIMITS["sm_80"]._replace(capability_major=7, capability_minor=5))
+
+
+@needs_library
+@pytest.mark.parametrize("width", range(2, 514, 2))
+def test_python_packs_for_the_instance_that_the_plan_chooses(width):
+    plan = plan_chain(problem(1, width, 2, 4, 4), LIMITS["sm_90"])
+    assert native_cuda.packed_columns(width) == plan.packed_columns
+
+
+def test_python_names_the_instances_of_the_table():
+    import re
+    from pathlib import Path
+
+    table = Path(__file__).parents[1] / "csrc/plan/instances.h"
+    rows = re.findall(r"X\((d\w+), (\d+), (\d+), (\d+), (\d+)\)", table.read_text())
+    assert tuple(row[0] for row in rows) == native_cuda.INSTANCE_NAMES
+    assert tuple((int(row[1]), int(row[2])) for row in rows) == native_cuda._INSTANCE_DEPTHS_COLUMNS
+
+
+def test_the_line_for_explain_names_the_cut_and_the_prediction():
+    plan = native_cuda.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000)
+    line = native_cuda.describe(plan)
+    assert "d2c4t4" in line and "128 CTAs of 14x56 pixels" in line and "predicted 27 us, per step 63 us" in line
+
+
+# The choice between backends
+
+
+class Stub:
+    def __init__(self, why=None, rather=None):
+        self.why, self.rather = why, rather
+
+    def why_not(self, problem):
+        return self.why
+
+    def why_not_auto(self, problem):
+        return self.rather
+
+
+@pytest.mark.parametrize(
+    "cuda, triton, chosen",
+    [
+        (Stub(), Stub(), "cuda"),
+        (Stub(rather="slower"), Stub(), "triton"),
+        (Stub(rather="slower"), Stub(why="no triton"), "cuda"),  # rather than the reference
+        (Stub(why="no kernel"), Stub(why="no triton"), "reference"),
+        (Stub(why="no kernel"), Stub(), "triton"),
+    ],
+)
+def test_auto_prefers_the_faster_prediction(monkeypatch, cuda, triton, chosen):
+    stubs = {"cuda": cuda, "triton": triton}
+    real = selection.get_backend
+    monkeypatch.setattr(selection, "get_backend", lambda name: stubs.get(name) or real(name))
+    assert selection.choose(problem(1, 26, 4, 56, 56)).name == chosen
+
+
+def test_tensors_elsewhere_are_refused():
+    assert "x is on cpu" in native_cuda.why_not(problem(1, 26, 4, 56, 56, device="cpu"))
+
+
+# Reading x as it lies
+
+
+def test_pixel_pitch_accepts_dense_pixels_and_slices_of_them():
+    x = torch.zeros(2, 104, 5, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    assert native_cuda.pixel_pitch(x) == 104
+    wide = torch.zeros(2, 208, 5, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    assert native_cuda.pixel_pitch(wide[:, 104:]) == 208
+    assert native_cuda.pixel_pitch(wide[:1, :104]) == 208
+    assert native_cuda.pixel_pitch(wide[:, :104, :1]) is None  # a row is missing between two images
+    assert native_cuda.pixel_pitch(wide[:1, :104, :1, :1]) == 104  # one pixel
+    assert native_cuda.pixel_pitch(wide[:, 1:105]) is None  # not aligned to 4 bytes
+    assert native_cuda.pixel_pitch(wide[:, :104, :, ::2]) is None
+    assert native_cuda.pixel_pitch(x.contiguous()) is None
+    assert native_cuda.pixel_pitch(wide[:, :104].expand(2, 104, 5, 7).flip(0)[:, :, :, :6]) is None
