@@ -145,9 +145,9 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 class SqueezeExcite(nn.Module):
     """Channel attention: x * sigmoid(conv(mean(x)))."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, **factory) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1)
+        self.conv = nn.Conv2d(channels, channels, 1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.conv(x.mean((2, 3), keepdim=True)).sigmoid()

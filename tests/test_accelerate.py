@@ -1,4 +1,4 @@
-"""`accelerate` and `restore` on models that know nothing of this package: written by hand in the published style, and timm's."""
+"""`accelerate` and `restore` on models that know nothing of this package: hand-written in the published style, and timm's."""
 
 import copy
 import io
@@ -408,6 +408,10 @@ def test_feature_extraction_by_a_hook_that_changes_the_output():
     assert_close(run(accelerate(model), IMAGES), expected, 5e-6)
 
 
+def circular(conv):
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False, padding_mode="circular")
+
+
 def new_pool(block):
     block.pool = nn.MaxPool2d(3, 2, padding=1)
 
@@ -423,7 +427,7 @@ CHANGES = {
     "one_norm_in_training": (lambda b: b.bns[1].train(), "training"),
     "dropped_statistics": (lambda b: setattr(b.bn3, "running_mean", None) or setattr(b.bn3, "running_var", None), "statistics"),
     "dilation": (lambda b: [setattr(c, "dilation", (2, 2)) or setattr(c, "padding", (2, 2)) for c in b.convs], "geometry"),
-    "padding_mode": (lambda b: b.convs.__setitem__(0, nn.Conv2d(4, 4, 3, 2, 1, bias=False, padding_mode="circular")), "geometry"),
+    "padding_mode": (lambda b: setattr(b, "convs", nn.ModuleList(circular(c) for c in b.convs)), "geometry"),
     "activation": (lambda b: setattr(b, "relu", nn.GELU()), "GELU"),
     "pool": (new_pool, "pool"),
     "pool_settings": (lambda b: setattr(b.pool, "count_include_pad", False), "pool"),

@@ -5,7 +5,17 @@ import inspect
 
 import pytest
 import torch
-from helpers import BOUNDS, DEVICES, HALVES, SqueezeExcite, assert_close, randomize, relative_error, runnable_backends, timm_or_skip
+from helpers import (
+    BOUNDS,
+    DEVICES,
+    HALVES,
+    SqueezeExcite,
+    assert_close,
+    randomize,
+    relative_error,
+    runnable_backends,
+    timm_or_skip,
+)
 from official_style import Bottle2neck as OfficialBottle2neck
 from torch import nn
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 import threading
 
 import pytest
@@ -287,6 +288,19 @@ def test_refresh_reaches_blocks_inside_a_model(folds):
     assert len(folds) == 4
 
 
+def test_weights_that_are_no_parameters():
+    """Plain tensors in a parameter's place, as in DataParallel's replicas, are watched too."""
+    block = make()
+    fused(block)
+    weight = block.convs[1].weight.detach().clone()
+    del block.convs[1].weight
+    for factor in (1.0, 2.0, 3.0):
+        block.convs[1].weight = weight * factor
+        assert_current(block)
+    block.convs[1].weight.mul_(2)
+    assert_current(block)
+
+
 # Backend and dtype ----------------------------------------------------------------------------------------------------
 
 
@@ -481,27 +495,34 @@ def test_kept_tensors_are_not_the_callers():
     assert not own & {t.untyped_storage().data_ptr() for t in kept_tensors(block)}
 
 
-def test_two_threads_with_one_block():
-    """Each thread changes to its own environment of weights through functional_call; no thread gets the other's."""
-    block = make()
-    others = [randomize(copy.deepcopy(block), seed) for seed in (11, 12)]
-    expected = [own_forward(o) for o in others]
-    failures = []
+@pytest.fixture
+def impatient_threads():
+    """The interpreter switches threads as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("impatient_threads")
+def test_replicas_in_threads():
+    """DataParallel's replicas share their attributes, and so what is kept; none may get another's weights."""
+    replicas = [randomize(make(), seed) for seed in (11, 12)]
+    vars(replicas[1])[fused_block.STATE] = vars(replicas[0])[fused_block.STATE]
+    expected = [own_forward(block) for block in replicas]
+    wrong = []
 
     def work(i):
-        twin = copy.copy(others[i])  # shares the other's state, as DataParallel's replicas do
-        for _ in range(30):
-            out = fused(twin)
-            if not torch.allclose(out, expected[i], rtol=1e-10):
-                failures.append(i)
+        for _ in range(40):
+            if not torch.allclose(fused(replicas[i]), expected[i], rtol=1e-10):
+                wrong.append(i)
 
-    vars(others[1])[fused_block.STATE] = vars(others[0])[fused_block.STATE]
     threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures
+    assert not wrong
 
 
 # Freeze ---------------------------------------------------------------------------------------------------------------

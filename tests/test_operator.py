@@ -435,7 +435,8 @@ BAD = {
     "passthrough_none": (dict(passthrough=None), (ValueError, TypeError), ["passthrough is None", "'last'"]),
     "pool": (dict(pool="max"), ValueError, ["pool is 'max'", "'avg3'", "None"]),
     "activation": (dict(activation="gelu"), ValueError, ["activation is 'gelu'", "'relu'", "'hardtanh20'"]),
-    "backend": (dict(backend="cudnn"), ValueError, ["backend='cudnn'", "'reference'", "'triton'"]),
+    "backend": (dict(backend="cudnn"), ValueError, ["backend", "'cudnn'", "'reference'", "'triton'"]),
+    "backend_none": (dict(backend=None), (ValueError, TypeError), ["backend", "None", "'reference'"]),
     "pool_without_passthrough": (
         dict(x=X[:, :12], passthrough="none", pool="avg3"),
         ValueError,
