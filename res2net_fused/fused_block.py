@@ -119,7 +119,7 @@ def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> F
     tensors = block_tensors(block)
     if not cacheable(tensors):
         return fold_block(block, dtype)
-    settings = (dtype, requested(state.backend))
+    settings = (dtype, requested(state.backend), tuple(bn.eps for bn in (block.bn1, *block.bns, block.bn3)))
     key, folded = state.key, state.folded
     if key is None or folded is None or not key.matches(tensors, settings):
         key = CacheKey(tensors, settings)  # before folding: a write meanwhile must show as a mismatch
