@@ -216,13 +216,16 @@ def emulate(
     return Run(out[..., : case.width].flatten(3), untouched, findings, *statistics)
 
 
-def check(case: Case, integers: bool = True, seed: int = 0, **options) -> dict[str, str]:
+def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] | None = None, **options) -> dict[str, str]:
     """What is wrong with one run: kind -> what was found. Empty where the kernel is right.
 
     Kinds are the emulator's, and "wrong" (other numbers than float64 gives), "conflicts" (of banks), "padding" (written).
+    outputs: the bits of the result are added to it.
     """
     tensors = make_tensors(case, integers, 1)
     run = emulate(case, integers, seed, **options)
+    if outputs is not None:
+        outputs.add(run.out.contiguous().view(torch.int16).numpy().tobytes())
     red = {kind: first for kind, (_, first) in run.findings.items()}
     expected = expected_of(case, *tensors)
     error = float((run.out.double() - expected).norm() / expected.norm())

@@ -92,7 +92,8 @@ struct ChainCta {
   DEVICE Pixel pixel_at(int line, int column) const {
     Pixel p{line, column, g.by_period.divide(line), 0, first_column + column, false};
     p.row = first_row + line - p.image * g.period;
-    p.valid = p.row >= 0 && p.row < g.height && first_image + p.image < g.images && column < g.stored &&
+    // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters any more.
+    p.valid = p.row >= 0 && p.row < g.height && first_image + p.image < g.images &&
               p.image_column >= 0 && p.image_column < g.width;
     return p;
   }

@@ -1,0 +1,99 @@
+"""What the compiler made of the CUDA chain kernels: registers, stack and tensor-core instructions of every instance.
+
+Read from compiled code with `cuobjdump`, so neither a GPU nor a CUDA torch is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import build_flags, native
+from .backends import native_cuda
+from .chain import ChainConfig, ChainProblem
+
+_KERNEL = re.compile(r"chain_kernelI4(?P<dtype>bf16|fp16)(?P<numbers>(?:Li\d+E)+)")
+# (w, s) of the published Res2Net-50s at their first stage; w doubles at each of the four stages, of 56, 28, 14 and 7 rows
+PUBLISHED = ((26, 4), (14, 8), (48, 2))
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One instance for one architecture. stack, local: bytes of a thread; both are 0 where nothing spills."""
+
+    architecture: str
+    instance: str
+    dtype: str
+    registers: int
+    stack: int
+    local: int
+
+
+def find_cuobjdump() -> str | None:
+    """The tool from PATH, else the one inside Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(path) if path.is_file() else None
+    return found
+
+
+def instance_of(symbol: str) -> tuple[str, str] | None:
+    """(instance, dtype) of a kernel's mangled name, or None for other functions."""
+    match = _KERNEL.search(symbol)
+    if match is None:
+        return None
+    depths, columns, tiles, _ = re.findall(r"Li(\d+)E", match["numbers"])
+    return f"d{depths}c{columns}t{tiles}", match["dtype"]
+
+
+def compiled_kernels(file: Path, cuobjdump: str) -> list[CompiledKernel]:
+    """Every chain kernel in a library or fat binary, one entry for each architecture it was compiled for."""
+    text = subprocess.run([cuobjdump, "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
+    kernels, architecture = [], "?"
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            symbol = match[1]
+        elif (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line)) and (name := instance_of(symbol)):
+            kernels.append(CompiledKernel(architecture, *name, *map(int, match.groups())))
+    return sorted(kernels, key=lambda k: (int(re.findall(r"\d+", k.architecture)[0]), k.instance, k.dtype))
+
+
+def kernel_table() -> list[tuple[str, ...]]:
+    """Rows for `res2net-fused info --kernels`, the first of them the head.
+
+    Per architecture and instance: registers, stack and local bytes of a thread, and the widths of the published models that the
+    instance runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError where there is nothing to read.
+    """
+    library = Path(__file__).resolve().parent / build_flags.CUDA_LIBRARY
+    if not library.is_file():
+        raise RuntimeError("the CUDA library is not built; `res2net-fused info` says why")
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise RuntimeError("cuobjdump was found neither on PATH nor in Triton's wheel: install triton or the CUDA toolkit")
+    rows = [("architecture", "instance", "dtype", "registers", "stack", "local", "width: shared KiB of a CTA")]
+    shared = _shared_bytes_by_instance() if native.cpu_library().loaded else {}
+    for k in compiled_kernels(library, cuobjdump):
+        widths = ", ".join(f"{w}: {n / 1024:.0f}" for w, n in sorted(shared.get(k.instance, {}).items()))
+        rows.append((k.architecture, k.instance, k.dtype, str(k.registers), str(k.stack), str(k.local), widths))
+    return rows
+
+
+def _shared_bytes_by_instance() -> dict[str, dict[int, int]]:
+    found: dict[str, dict[int, int]] = {}
+    for width, scale in PUBLISHED:
+        for stage, size in enumerate((56, 28, 14, 7)):
+            w = width << stage
+            problem = ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, 32, size, size, w, scale - 1, True)
+            plan = native_cuda.plan_chain(problem, native_cuda.LIMITS["sm_90"])
+            found.setdefault(native_cuda.INSTANCE_NAMES[plan.instance], {})[w] = plan.shared_bytes
+    return found

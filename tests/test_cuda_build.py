@@ -1,0 +1,100 @@
+"""The CUDA kernels through nvcc: nothing spilled, no stack, nothing serialized, and as many tensor-core instructions as the
+source's loops say. Needs nvcc, no GPU."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from res2net_fused import build_flags, cuda_kernels, native
+from res2net_fused.backends import native_cuda
+from res2net_fused.tables import format_table
+
+ROOT = Path(__file__).resolve().parents[1]
+UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/plan/instances.h").read_text())[1])
+ARCHITECTURES = ("80", "90a")
+QUICK = ("d2c4t4", "d0c7t2")  # the others are compiled by the slow tests
+
+
+def find_nvcc():
+    """nvcc of CUDA_HOME, of PATH, or of PyPI's nvidia-cuda-nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [Path(home, "bin", "nvcc")] if home else []
+    candidates += [Path(path) for path in [shutil.which("nvcc")] if path]
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        candidates += sorted(Path(folder).glob("*/bin/nvcc"))
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def tool(found, name, remedy):
+    if found is None:
+        message = f"{name} is not installed: {remedy}"
+        if os.environ.get("CI"):
+            pytest.fail(message)  # continuous integration installs it: a skip there would hide the gate
+        pytest.skip(message)
+    return found
+
+
+def compile_instance(instance, architecture, folder):
+    """(compiled file, the compiler's messages)"""
+    packages = "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
+    nvcc = tool(find_nvcc(), "nvcc", f"install the CUDA toolkit, or `pip install {packages}`")
+    binary = folder / f"{instance}_{architecture}.fatbin"
+    # The flags of the shipped library, but for what is about linking.
+    flags = [f for f in build_flags.NVCC_FLAGS if f not in ("-cudart", "static")]
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    source = ROOT / f"csrc/cuda/chain/instance_{instance}.cu"
+    command = [nvcc, *flags, target, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-fatbin", "-o", str(binary), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return binary, done.stdout + done.stderr
+
+
+def marked():
+    for instance in native_cuda.INSTANCE_NAMES:
+        for architecture in ARCHITECTURES:
+            marks = [] if instance in QUICK else [pytest.mark.slow]
+            yield pytest.param(instance, architecture, marks=marks, id=f"{instance}-sm_{architecture}")
+
+
+@pytest.mark.parametrize("instance, architecture", list(marked()))
+def test_instance_compiles_without_spills(instance, architecture, tmp_path):
+    cuobjdump = tool(cuda_kernels.find_cuobjdump(), "cuobjdump", "install triton")
+    binary, messages = compile_instance(instance, architecture, tmp_path)
+    assert "serialized" not in messages and "warning" not in messages, messages
+    assert messages.count("Compiling entry function") == 2  # bf16 and fp16
+    assert messages.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2, messages
+    kernels = cuda_kernels.compiled_kernels(binary, cuobjdump)
+    assert [(k.instance, k.dtype) for k in kernels] == [(instance, "bf16"), (instance, "fp16")]
+    assert all(k.stack == k.local == 0 for k in kernels)
+    assert all(k.architecture == f"sm_{architecture}" for k in kernels)
+
+    sass = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, re.S))
+    columns, tiles = map(int, re.fullmatch(r"d\d+c(\d+)t(\d+)", instance).groups())
+    for symbol, text in functions.items():
+        _, dtype = cuda_kernels.instance_of(symbol)
+        assert not re.search(r"\b(STL|LDL)\b", text)
+        kind = "HMMA.16816.F32.BF16" if dtype == "bf16" else r"HMMA.16816.F32 "
+        assert text.count(kind) == text.count("HMMA") == UNROLL * columns * tiles
+        assert text.count("LDSM.16.M88.4") == UNROLL * tiles
+    assert len(functions) == 2
+
+
+def test_the_table_lists_every_instance_of_the_built_library():
+    tool(cuda_kernels.find_cuobjdump(), "cuobjdump", "install triton")
+    record = native.NativeLibraries(Path(native.__file__).parent).record()["parts"].get("cuda", {})
+    if not record.get("built"):
+        pytest.skip(f"the CUDA library is not built: {record.get('reason')}")
+    head, *rows = cuda_kernels.kernel_table()
+    architectures = {row[0] for row in rows}
+    assert {(row[1], row[2]) for row in rows} == {(i, d) for i in native_cuda.INSTANCE_NAMES for d in ("bf16", "fp16")}
+    assert len(rows) == 2 * len(native_cuda.INSTANCE_NAMES) * len(architectures)
+    assert all(16 < int(row[3]) <= 255 and row[4] == row[5] == "0" for row in rows)
+    assert "26: " in next(row[6] for row in rows if row[1] == "d2c4t4")
+    assert len(format_table(head, rows).splitlines()) == len(rows) + 2

@@ -1,0 +1,94 @@
+"""Breaks the chain kernel in one place at a time; the named checks have to turn red."""
+
+import pytest
+from emulator import breaks, mutate
+
+KERNEL, GEOMETRY = "cuda/chain/chain_kernel.cuh", "plan/chain_geometry.h"
+# name, case, file, its text, the replacement, checks that must turn red
+BREAKS = [
+    ("nothing broken", "strips", KERNEL, "// cleared before", "// cleared before", ""),
+    ("waits for one group too few", "strips", KERNEL, "wait(g.stages - 2 +", "wait(g.stages - 1 +", "in-flight wrong"),
+    ("waits too little for x", "strips", KERNEL, "wait(g.chunks - 1)", "wait(g.chunks)", "in-flight wrong"),
+    ("one stage for all weights", "strips", KERNEL, "index * g.stage_bytes", "0 * index * g.stage_bytes", "in-flight wrong"),
+    ("weights not advanced", "stream", KERNEL, "advance(fetch);\n            if", "if", "wrong"),
+    ("barrier in one warp only", "strips", KERNEL, "    pass_group();\n", "if (thread / 32 == 1) sync_cta();\n", "divergence"),
+    (
+        "a lane skips the matrix load",
+        "strips",
+        KERNEL,
+        "          const FragmentA matrix = load",
+        "if (lane == 5) continue;\nconst FragmentA matrix = load",
+        "divergence",
+    ),
+    ("strips not cleared", "strips", KERNEL, "    clear_strips();\n", "\n", "uninitialised wrong"),
+    ("sums not cleared", "strips", KERNEL, "sums[tile][j] = Accumulator{};", ";", "wrong"),
+    ("tap one column off", "strips", KERNEL, "tap % 3 - 1) * g", "tap % 3) * g", "wrong"),
+    (
+        "no slot for the left padding",
+        "strips",
+        KERNEL,
+        "return g.dilation + line * g.pitch",
+        "return line * g.pitch",
+        "out-of-bounds",
+    ),
+    ("rows behind the last are computed", "strips", KERNEL, "position < end ? position : end - 1", "position", "out-of-bounds"),
+    (
+        "columns right of the image get values",
+        "strips",
+        KERNEL,
+        "\n              p.image_column >= 0 && p.image_column < g.width;",
+        " p.image_column >= 0;",
+        "wrong",
+    ),
+    ("rows outside the image get values", "strips", KERNEL, "p.row >= 0 && p.row < g.height && ", "", "out-of-bounds"),
+    ("images behind the last are read", "images", KERNEL, "first_image + p.image < g.images &&", "", "out-of-bounds"),
+    ("one row too many owned", "strips", KERNEL, "p.line < g.owned_line_end", "p.line <= g.owned_line_end", "race"),
+    ("one column too many owned", "stream", KERNEL, "p.column < g.owned_column_end", "p.column <= g.owned_column_end", "race"),
+    ("slot pitch not a multiple of 16", "strips", GEOMETRY, "return 16 * (swizzled", "return 8 + 16 * (swizzled", "misaligned"),
+    ("swizzle that leaves its pixel", "w14", KERNEL, "% (2 * DEPTHS);", "% 8;", "wrong race"),
+    ("no swizzle", "strips", KERNEL, "if constexpr (swizzled(DEPTHS)) chunk", "if (false) chunk", "conflicts"),
+    ("passed group left out", "strips", KERNEL, "    pass_group();\n", "\n", "wrong"),
+    ("bias of another step", "strips", KERNEL, "a.bias + step * g.packed_columns * 8 + channel", "a.bias + channel", "wrong"),
+    ("channels between the groups are read", "padded", KERNEL, "left < BYTES ? left : BYTES", "(void(left), BYTES)", "wrong"),
+    ("channels between the groups are written", "padded", KERNEL, "if (channel >= g.channels) continue;", "", "padding"),
+    ("halo too small", "strips", GEOMETRY, "(work.adds ? work.steps : 1)", "(work.adds ? work.steps - 1 : 1)", "wrong"),
+    (
+        "no zero row between images",
+        "images",
+        GEOMETRY,
+        "tile.whole ? work.height + work.dilation :",
+        "tile.whole ? work.height :",
+        "wrong",
+    ),
+    ("pool reads a column too far", "stage", KERNEL, "column >= g.width) continue", "column > g.width) continue", "wrong"),
+]
+
+
+def _marked():
+    """Each break compiles the kernel anew: every third runs by default, the others with the slow tests."""
+    for i, row in enumerate(BREAKS):
+        yield pytest.param(*row, id=row[0].replace(" ", "-"), marks=[pytest.mark.slow] * (i % 3 > 0))
+
+
+@pytest.mark.parametrize("name, case, file, old, new, expected", list(_marked()))
+def test_emulated_break_is_noticed(name, case, file, old, new, expected, tmp_path):
+    def edit(text):
+        assert text.count(old) == 1, f"{text.count(old)} places match {old!r}"
+        return text.replace(old, new)
+
+    red = breaks.red_checks(breaks.broken_copy(tmp_path, file, edit), (case,))
+    assert set(expected.split()) <= set(red), red
+    assert expected or not red
+
+
+def test_emulated_breaks_cover_every_ordering_statement():
+    found = [removal.statement.partition("(")[0] for removal in breaks.removals()]
+    assert found.count("sync_cta") >= 3 and found.count("copy_async_wait") >= 2 and found.count("copy_async_commit") >= 3
+    seen = {item for start in range(len(found)) for item in mutate.rotated(list(range(len(found))), start)}
+    assert seen == set(range(len(found)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(breaks.removals())))
+def test_emulated_removal_of_an_ordering_statement_is_noticed(index):
+    assert mutate.noticed(breaks.removals()[index])
