@@ -51,7 +51,7 @@ class StepPlan:
     """tile: of every launch. images: per run through `launches`, so that a chunk of the batch stays in L2.
 
     lanes: channels that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
-    precision: of the products, as `tl.dot` names it; only float32 is affected.
+    precision: of the products, as `tl.dot` names it; only float32 is affected. registers: a thread's limit, or None.
     """
 
     tile: Tile
@@ -59,6 +59,7 @@ class StepPlan:
     images: int
     lanes: int
     precision: str
+    registers: int | None = None
 
     @property
     def scratch_buffers(self) -> int:
@@ -101,7 +102,9 @@ def plan_steps(
     tile = default_tile(problem, capability, precision, images)
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
-    return StepPlan(tile, launches, images, lanes, precision)
+    # Left alone, ptxas spills a register on Blackwell to fit one more warp.
+    registers = 255 if capability >= (10, 0) else None
+    return StepPlan(tile, launches, images, lanes, precision, registers)
 
 
 def padded_lanes(channels: int) -> int:
@@ -139,7 +142,7 @@ def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: 
     block_k = 16 if channels <= 16 else 32 if -(-channels // 32) % 2 else 64
     block_k = min(block_k, 16 if scalar else 32) if single else block_k
     shapes = [(128, block_n), (64, block_n), (64, min(block_n, 32)), (32, min(block_n, 32)), (32, 16), (16, 16)]
-    shapes = shapes[1:] if scalar else shapes
+    shapes = shapes[1:] if single else shapes  # 128 rows of float32 spill
     wanted = multiprocessors(capability)
     steps = problem.steps if _independent(problem) else 1
     enough = (shape for shape in shapes if steps * _tiles(problem, *shape, images) >= wanted)
