@@ -7,12 +7,13 @@ block's own forward stay. The subclass pickles as (mixin, original class) and is
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator
 
 from torch import nn
 
-from .chain import BACKENDS
-from .fused_block import STATE, BlockState, FusedForward, conv_geometry, fold_and_pack
+from .chain import BACKENDS, one_of
+from .fused_block import STATE, BlockState, FusedForward, block_geometry, fold_and_pack, why_not_foldable
 from .recognition import looks_like_a_block, recognise
 
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
@@ -27,8 +28,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    one_of("backend", backend, BACKENDS)
     for module in model.modules():
         if isinstance(module, FusedForward):
             getattr(module, STATE).backend = backend
@@ -39,7 +39,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
             if config is None:
                 module.__dict__[REFUSAL] = reason
                 continue
-            module.__dict__[STATE] = BlockState(config, backend, conv_geometry(module))
+            module.__dict__[STATE] = BlockState(config, backend, block_geometry(module))
             module.__class__ = fused_class(type(module))
     return model
 
@@ -66,6 +66,8 @@ def freeze(model: nn.Module) -> nn.Module:
         if any(bn.training for bn in (block.bn1, *block.bns, block.bn3)):
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
+        if why_not_foldable(block) is not None:
+            continue  # it runs its class's own forward; `explain` tells
         state = getattr(block, STATE)
         state.frozen = fold_and_pack(block, block.conv1.weight.dtype, state)
     return model
@@ -102,6 +104,8 @@ def fused_class(original: type) -> type:
 def _reduce(self: nn.Module, protocol: int):
     """As the original class would, but with a constructor that generates the class again."""
     generated = next(c for c in type(self).__mro__ if c in _originals)
+    if type(self) is not generated:
+        return super(generated, self).__reduce_ex__(protocol)  # a class that others put on top is theirs to rebuild
     _, (_, *arguments), *state = super(generated, self).__reduce_ex__(protocol)
     return _rebuild, (_originals[generated], *arguments), *state
 
@@ -111,9 +115,24 @@ def _rebuild(original: type, *arguments: object) -> nn.Module:
     return generated.__new__(generated, *arguments)
 
 
+@functools.cache
 def _without(cls: type, generated: type) -> type:
     """The class without the generated one: the original, or what others derived, derived anew from the original."""
     if cls is generated:
         return _originals[generated]
     bases = tuple(_without(base, generated) if issubclass(base, generated) else base for base in cls.__bases__)
-    return type(cls.__name__, bases, {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})
+    cell = types.CellType()  # what zero-argument super() reads in the methods
+    body = {k: _with_class_cell(v, cell) for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    cell.cell_contents = derived = type(cls)(cls.__name__, bases, body)
+    return derived
+
+
+def _with_class_cell(value: object, cell: types.CellType) -> object:
+    """A method whose `super()` starts from the class in `cell`; everything else as it is."""
+    if not isinstance(value, types.FunctionType) or "__class__" not in value.__code__.co_freevars:
+        return value
+    names = zip(value.__code__.co_freevars, value.__closure__, strict=True)
+    closure = tuple(cell if name == "__class__" else old for name, old in names)
+    method = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+    method.__kwdefaults__ = value.__kwdefaults__
+    return functools.update_wrapper(method, value)

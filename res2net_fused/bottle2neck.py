@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .chain import BACKENDS
-from .fused_block import STATE, BlockState, FusedForward, conv_geometry
+from .chain import BACKENDS, one_of
+from .fused_block import STATE, BlockState, FusedForward, block_geometry
 from .reference import ReferenceBottle2neck
 
 # What timm's ResNet passes to every block besides; only values that change nothing are accepted.
@@ -44,8 +44,7 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
         backend: str = "auto",
         **timm_keywords,
     ) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+        one_of("backend", backend, BACKENDS)
         if "base_width" in timm_keywords:
             baseWidth = timm_keywords.pop("base_width")
             stype = "stage" if stride > 1 or downsample is not None else "normal"
@@ -64,4 +63,4 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
             inplanes, planes, stride, downsample, baseWidth, scale, stype,
             cardinality=cardinality, dilation=dilation, passthrough=passthrough, **layers,
         )  # fmt: skip
-        setattr(self, STATE, BlockState(self.chain_config, backend, conv_geometry(self)))
+        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(self)))

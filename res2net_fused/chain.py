@@ -19,7 +19,7 @@ BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
@@ -55,9 +55,9 @@ class ChainConfig:
         _at_least_one("stride", self.stride)
         _at_least_one("dilation", self.dilation)
         _at_least_one("groups", self.groups)
-        _one_of("passthrough", self.passthrough, PASSTHROUGHS)
-        _one_of("pool", self.pool, POOLS)
-        _one_of("activation", self.activation, ACTIVATIONS)
+        one_of("passthrough", self.passthrough, PASSTHROUGHS)
+        one_of("pool", self.pool, POOLS)
+        one_of("activation", self.activation, ACTIVATIONS)
         if self.pool is not None and self.passthrough == "none":
             raise ValueError(f"pool is {self.pool!r} but passthrough is 'none': there is no group to pool")
         if self.passthrough == "first_added" and not self.hierarchical:
@@ -149,6 +149,15 @@ class ChainProblem:
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that x suggests and that the output keeps: channels-last or contiguous, as ATen decides it."""
     return suggest_memory_format(x)
+
+
+def with_format(out: Tensor, channels_last: bool) -> Tensor:
+    """`out` in that memory format. An image of one pixel has both: its strides then say which is meant."""
+    out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    _, channels, height, width = out.shape
+    if height == width == 1:
+        out = out.as_strided(out.shape, (channels, 1, channels, channels) if channels_last else (channels, 1, 1, 1))
+    return out
 
 
 def describe(tensor: object) -> str:

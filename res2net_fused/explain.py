@@ -78,7 +78,9 @@ def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        model(*inputs)
-        for name, buffer in model.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
+        try:
+            model(*inputs)
+        finally:
+            for name, buffer in model.named_buffers():
+                if not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])

@@ -71,9 +71,16 @@ def block_tensors(block: nn.Module) -> list[Tensor]:
     return [
         tensor
         for module in itertools.chain(parts, *lists)
-        for tensor in itertools.chain(module._parameters.values(), module._buffers.values())
+        for tensor in itertools.chain(module._parameters.values(), module._buffers.values(), _plain_tensors(module))
         if tensor is not None
     ]
+
+
+def _plain_tensors(module: nn.Module) -> Iterable[Tensor]:
+    """Weights that are ordinary attributes, as in DataParallel's replicas and under FSDP."""
+    if "weight" in module._parameters and "bias" in module._parameters:
+        return ()
+    return (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def cacheable(tensors: Iterable[Tensor]) -> bool:

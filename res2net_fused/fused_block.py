@@ -6,6 +6,7 @@ BatchNorms, keeps the folded and packed weights, and calls the operator; whateve
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -28,15 +29,15 @@ class BlockState:
 
     config: ChainConfig
     backend: str
-    geometry: tuple[object, ...]  # of the convolutions when they were recognised: `conv_geometry`
-    key: CacheKey | None = field(default=None, repr=False)
-    folded: FoldedBlock | None = field(default=None, repr=False)
+    geometry: tuple[object, ...]  # of the convolutions and the pool when they were recognised: `block_geometry`
+    # One tuple, read and written at once: DataParallel's replicas share it among threads.
+    kept: tuple[CacheKey, FoldedBlock] | None = field(default=None, repr=False)
     frozen: FoldedBlock | None = field(default=None, repr=False)
     last_problem: ChainProblem | None = None  # of the last fused call
     last_refusal: str | None = None  # why the last call ran the class's own forward
 
     def drop(self, frozen: bool = True) -> None:
-        self.key = self.folded = None
+        self.kept = None
         if frozen:
             self.frozen = None
 
@@ -78,7 +79,9 @@ def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
     """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts while gradients flow."""
     dtype = compute_dtype(block, x)
     x_in = x.to(dtype)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
+    differentiable = torch.is_grad_enabled() and (
+        x.requires_grad or any(t.requires_grad for t in itertools.chain(block.parameters(), block_tensors(block)))
+    )
     if not torch.compiler.is_compiling():
         state.last_problem = _problem(block, x_in, state.config)
     if differentiable or not _is_identity(block, "drop_block"):
@@ -120,12 +123,11 @@ def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> F
     if not cacheable(tensors):
         return fold_block(block, dtype)
     settings = (dtype, requested(state.backend), tuple(bn.eps for bn in (block.bn1, *block.bns, block.bn3)))
-    key, folded = state.key, state.folded
-    if key is None or folded is None or not key.matches(tensors, settings):
+    kept = state.kept
+    if kept is None or not kept[0].matches(tensors, settings):
         key = CacheKey(tensors, settings)  # before folding: a write meanwhile must show as a mismatch
-        folded = fold_and_pack(block, dtype, state)
-        state.folded, state.key = folded, key
-    return folded
+        state.kept = kept = key, fold_and_pack(block, dtype, state)
+    return kept[1]
 
 
 def fold_and_pack(block: nn.Module, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
@@ -151,6 +153,39 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
         return "called with more than x"
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         return "x is not a 4-D floating-point tensor"
+    weight_dtype = block.conv1.weight.dtype
+    castable = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight_dtype)
+    if x.dtype != weight_dtype and not castable:
+        return f"x is {x.dtype} but the weights are {weight_dtype}"
+    if not torch.compiler.is_compiling() and _transformed():
+        return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
+    reason = why_not_foldable(block)
+    if reason is not None:
+        return reason
+    if type(block.relu) is not nn.ReLU:
+        return f"activation {type(block.relu).__name__} is not fused"
+    if block_geometry(block) != getattr(block, STATE).geometry:
+        return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks must see every submodule's call"
+    pool = block._modules.get("pool")
+    for module in (block.conv1, block.bn1, *block.convs, *block.bns, block.conv3, block.bn3, block.relu, pool):
+        if module is None:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"a hook on a {type(module).__name__} inside the block must see its call"
+        if "forward" in vars(module):
+            return f"a {type(module).__name__} inside the block has a forward of its own"
+    return None
+
+
+def _transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) or forward-mode AD is at work, for which the operators have no rules."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def why_not_foldable(block: nn.Module) -> str | None:
+    """None if every norm of the block can be folded now, else the reason."""
     for bn in (block.bn1, *block.bns, block.bn3):
         if type(bn) is not nn.BatchNorm2d:
             return f"norm layer {type(bn).__name__} cannot be folded"
@@ -158,21 +193,17 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
             return "BatchNorm is in training mode: batch statistics cannot be folded"
         if bn.running_mean is None or bn.running_var is None:
             return "BatchNorm has no running statistics to fold"
-    if type(block.relu) is not nn.ReLU:
-        return f"activation {type(block.relu).__name__} is not fused"
-    if conv_geometry(block) != getattr(block, STATE).geometry:
-        return "a convolution was replaced, parametrized or given another geometry since it was recognised"
-    if torch.nn.modules.module._has_any_global_hook():
-        return "global module hooks must see every submodule's call"
-    for module in (block.conv1, block.bn1, *block.convs, *block.bns, block.conv3, block.bn3, block.relu):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"a hook on a {type(module).__name__} inside the block must see its call"
     return None
 
 
-def conv_geometry(block: nn.Module) -> tuple[object, ...]:
-    """All of the block's convolutions that change the result beyond their tensors, comparable at every call."""
-    return tuple(
+_POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
+def block_geometry(block: nn.Module) -> tuple[object, ...]:
+    """All of the block's convolutions and pool that changes the result beyond their tensors, comparable at every call."""
+    pool = block._modules.get("pool")
+    pool_settings = None if pool is None else (type(pool), *(getattr(pool, name, None) for name in _POOL_SETTINGS))
+    return pool_settings, *(
         (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
          conv.groups, conv.padding_mode)
         for conv in (block.conv1, *block.convs, block.conv3)

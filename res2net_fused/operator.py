@@ -16,7 +16,18 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends.block import run_block
 from .backends.selection import choose, get_backend
 from .backward import chain_backward
-from .chain import ChainConfig, ChainProblem, check_arguments, check_types, check_weights, describe, memory_format
+from .chain import (
+    BACKENDS,
+    ChainConfig,
+    ChainProblem,
+    check_arguments,
+    check_types,
+    check_weights,
+    describe,
+    memory_format,
+    one_of,
+    with_format,
+)
 from .folding import FoldedBlock
 from .packing import PackedWeights
 
@@ -85,9 +96,22 @@ def hierarchical_conv2d(
         weights, biases = weights.weights, weights.biases
     else:
         check_types(x, weights, biases)
+    if not torch.compiler.is_compiling():
+        one_of("backend", backend, BACKENDS)
+        ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_tangents((x, *weights, *(biases or ())))
     return torch.ops.res2net_fused.hierarchical_conv2d.default(
         x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
     )
+
+
+def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    """torch.library has no forward-mode rules and would lose the tangents in silence."""
+    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "hierarchical_conv2d has no forward-mode derivative; compute it with res2net_fused.reference.hierarchical_conv2d"
+        )
 
 
 # Kernel ---------------------------------------------------------------------------------------------------------------
@@ -111,7 +135,8 @@ def _forward(
     name = choose(problem, backend).name
     if problem.batch == 0:
         return x.new_empty(_output_shape(problem))
-    return get_backend(name).forward(problem, x, weights, biases, packed if layout == name else None)
+    out = get_backend(name).forward(problem, x, weights, biases, packed if layout == name else None)
+    return with_format(out, problem.channels_last)
 
 
 @torch.library.register_fake("res2net_fused::hierarchical_conv2d", lib=_library)
@@ -158,7 +183,7 @@ def _block_forward(x, shortcut, *rest):
     name = choose(problem, backend).name
     if layout == name:
         folded.packed, folded.layout = packed, layout
-    return run_block(get_backend(name), problem, x, shortcut, folded, relu)
+    return with_format(run_block(get_backend(name), problem, x, shortcut, folded, relu), problem.channels_last)
 
 
 @torch.library.register_fake("res2net_fused::bottle2neck", lib=_library)
@@ -261,21 +286,25 @@ _library.impl("hierarchical_conv2d", _autocast("cuda", "AutocastCUDA"), "Autocas
 # FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
-@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d)
-def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+def _convolution_flops(weight_shapes, out_shape) -> int:
     batch, _, height, width = out_shape
     out_channels, in_channels, rows, columns = weight_shapes[0]
     return 2 * batch * height * width * len(weight_shapes) * out_channels * in_channels * rows * columns
+
+
+@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d)
+def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    return _convolution_flops(weight_shapes, out_shape)
 
 
 @register_flop_formula(torch.ops.res2net_fused.bottle2neck)
 def _block_flops(x_shape, shortcut, conv1, conv1_bias, weight_shapes, biases, conv3, *args, out_shape=None, **kwargs) -> int:
     batch, out_channels, height, width = out_shape
     pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * conv3[0] * conv3[1])
-    return 2 * pointwise + _forward_flops(x_shape, weight_shapes, out_shape=out_shape)
+    return 2 * pointwise + _convolution_flops(weight_shapes, out_shape)
 
 
 @register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d_backward)
 def _backward_flops(grad_shape, x_shape, out_shape_, weight_shapes, biases, *settings, out_shape=None, **kwargs) -> int:
     need_x, need_weights, _ = settings[-1]
-    return (need_x + need_weights) * _forward_flops(x_shape, weight_shapes, out_shape=out_shape_)
+    return (need_x + need_weights) * _convolution_flops(weight_shapes, out_shape_)

@@ -20,6 +20,7 @@ from .reference import bottle2neck
 
 _AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
 _SEED = 20190402
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def looks_like_a_block(module: nn.Module) -> bool:
@@ -76,11 +77,11 @@ def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
 
 def _signature(block: nn.Module) -> tuple[object, ...]:
     """All that a block's forward may depend on, but for the values of its tensors."""
-    attributes = tuple(
-        sorted((k, v) for k, v in vars(block).items() if isinstance(v, (int, float, str, bool)) and k != "training")
-    )
+    ignored = _MODULE_ATTRIBUTES | {"training"}
+    attributes = tuple(sorted((k, repr(v)) for k, v in vars(block).items() if k not in ignored))
     children = tuple((name, type(child), child.extra_repr()) for name, child in block.named_modules() if name)
-    return type(block), attributes, children
+    tensors = tuple(name for name, _ in itertools.chain(block.named_parameters(), block.named_buffers()))
+    return type(block), attributes, children, tensors
 
 
 def _candidates(block: nn.Module) -> Iterator[ChainConfig]:
