@@ -1,0 +1,186 @@
+// Every primitive of csrc/cuda/chain/hardware.h against its definition. nvcc compiles this file for a GPU, a host compiler
+// (-x c++) for the emulator: both forms must pass. Prints one line per failure.
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#define __global__
+#define __host__
+#define __device__
+#endif
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "cuda/chain/hardware.h"
+#include "plan/chain_geometry.h"
+
+namespace {
+int failures = 0;
+
+void expect(const char* what, bool good) {
+  if (good) return;
+  std::printf("%s\n", what);
+  failures++;
+}
+
+// Runs `kernel` with one block; returns the words it wrote.
+template <class Kernel>
+std::vector<uint32_t> run(Kernel kernel, int threads, const std::vector<uint32_t>& input, int outputs) {
+  std::vector<uint32_t> result(outputs, ~0u);
+#if defined(__CUDACC__)
+  uint32_t *in = nullptr, *out = nullptr;
+  cudaMalloc(&in, input.size() * 4);
+  cudaMalloc(&out, outputs * 4);
+  cudaMemcpy(in, input.data(), input.size() * 4, cudaMemcpyHostToDevice);
+  cudaMemcpy(out, result.data(), outputs * 4, cudaMemcpyHostToDevice);
+  kernel<<<1, threads, 4096>>>(in, out);
+  const cudaError_t error = cudaMemcpy(result.data(), out, outputs * 4, cudaMemcpyDeviceToHost);
+  expect(cudaGetErrorString(error), error == cudaSuccess);
+  cudaFree(in);
+  cudaFree(out);
+#else
+  const emulator::Launch launch{1, threads, 4096, 1, true, {{"in", input.data(), input.size() * 4, false}}};
+  const emulator::Report report = emulator::run(launch, [&] { kernel(input.data(), result.data()); });
+  for (const std::string& found : report.first) expect(found.c_str(), found.empty());
+#endif
+  return result;
+}
+
+__host__ __device__ float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+__host__ __device__ uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// Row i of a 16 x 16 matrix is words 8 i ... 8 i + 7 of `in`; B is k + 16 j of 16 x 8. Small integers: every sum is exact.
+template <class Element>
+__global__ void matrix_product(const uint32_t* in, uint32_t* out) {
+  const SharedPtr shared = shared_memory();
+  const int lane = thread_index();
+  for (int i = lane; i < 128; i += 32) shared_store(shared + i * 4, global_load<uint32_t>(in + i));
+  sync_warp();
+  const FragmentA a = load_matrix(shared + (lane % 16 * 8 + lane / 16 * 4) * 4);
+  FragmentB b[2];
+  for (int j = 0; j < 2; j++)
+    for (int half = 0; half < 2; half++) {
+      const int k = lane % 4 * 2 + half * 8, column = j * 8 + lane / 4;
+      b[j].word[half] = pack_pair<Element>(float((k + column * 7) % 3), float((k + 1 + column * 7) % 3));
+    }
+  Accumulator c[2];
+  for (int j = 0; j < 2; j++)
+    for (int i = 0; i < 4; i++) c[j].value[i] = 0.5f;
+  multiply<Element>(c, a, b);
+  for (int j = 0; j < 2; j++)
+    for (int i = 0; i < 4; i++)
+      out[(lane / 4 + i / 2 * 8) * 16 + j * 8 + lane % 4 * 2 + i % 2] = as_bits(c[j].value[i]);
+}
+
+template <class Element>
+void test_matrix_product(uint32_t (*pack)(int, int), const char* what) {
+  std::vector<uint32_t> a(128);
+  for (int row = 0; row < 16; row++)
+    for (int k = 0; k < 16; k += 2) a[row * 8 + k / 2] = pack((row * 3 + k) % 5, (row * 3 + k + 1) % 5);
+  const auto c = run(matrix_product<Element>, 32, a, 256);
+  for (int row = 0; row < 16; row++)
+    for (int column = 0; column < 16; column++) {
+      float sum = 0.5f;
+      for (int k = 0; k < 16; k++) sum += float((row * 3 + k) % 5) * float((k + column * 7) % 3);
+      expect(what, as_float(c[row * 16 + column]) == sum);
+    }
+}
+// Integers 0 ... 4 as bits
+uint32_t pack_bf16(int low, int high) {
+  const uint32_t bits[] = {0, 0x3f80, 0x4000, 0x4040, 0x4080};
+  return bits[low] | bits[high] << 16;
+}
+uint32_t pack_fp16(int low, int high) {
+  const uint32_t bits[] = {0, 0x3c00, 0x4000, 0x4200, 0x4400};
+  return bits[low] | bits[high] << 16;
+}
+
+// Copies of 16, 8 and 4 bytes, whole and cut short, in two groups of which the first is waited for alone.
+__global__ void copies(const uint32_t* in, uint32_t* out) {
+  const SharedPtr shared = shared_memory();
+  const int thread = thread_index();
+  for (int i = 0; i < 12; i++) shared_store(shared + (thread * 12 + i) * 4, 0x12345678u);
+  copy_async<16>(shared + thread * 48, in + thread * 8, 16);
+  copy_async<16>(shared + thread * 48 + 16, in + thread * 8 + 4, 4);
+  copy_async_commit();
+  copy_async<8>(shared + thread * 48 + 32, in + thread * 8, 8);
+  copy_async<4>(shared + thread * 48 + 40, in + thread * 8 + 2, 4);
+  copy_async_commit();
+  copy_async_wait(1);
+  const auto first = shared_load<Bytes16>(shared + thread * 48);
+  copy_async_wait(0);
+  sync_cta();
+  const int other = 63 - thread;  // what another thread copied
+  for (int i = 0; i < 12; i++) out[other * 16 + i] = shared_load<uint32_t>(shared + (other * 12 + i) * 4);
+  for (int i = 0; i < 4; i++) out[thread * 16 + 12 + i] = first.word[i];
+}
+
+void test_copies() {
+  std::vector<uint32_t> in(64 * 8);
+  for (size_t i = 0; i < in.size(); i++) in[i] = uint32_t(i * 2654435761u);
+  const auto out = run(copies, 64, in, 64 * 16);
+  for (int thread = 0; thread < 64; thread++) {
+    const uint32_t *from = &in[thread * 8], *found = &out[thread * 16];
+    expect("copy of 16 bytes", std::memcmp(found, from, 16) == 0);
+    expect("copy of 16 bytes cut to 4", found[4] == from[4] && !found[5] && !found[6] && !found[7]);
+    expect("copy of 8 bytes", std::memcmp(found + 8, from, 8) == 0);
+    expect("copy of 4 bytes", found[10] == from[2] && found[11] == 0x12345678u);
+    expect("first group alone", std::memcmp(found + 12, from, 16) == 0);
+  }
+}
+
+// in: pairs of floats; out: packed, unpacked again, sum of the pair with itself, clamped
+template <class Element>
+__global__ void arithmetic(const uint32_t* in, uint32_t* out) {
+  const int i = thread_index();
+  const float x = as_float(in[2 * i]), y = as_float(in[2 * i + 1]);
+  const uint32_t pair = pack_pair<Element>(x, y);
+  const Float2 back = unpack_pair<Element>(pair);
+  const Float2 sum = unpack_pair<Element>(add_pair<Element>(pair, pack_pair<Element>(1.0f, -y)));
+  out[8 * i] = pair;
+  out[8 * i + 1] = as_bits(back.x), out[8 * i + 2] = as_bits(back.y);
+  out[8 * i + 3] = as_bits(sum.x), out[8 * i + 4] = as_bits(sum.y);
+  out[8 * i + 5] = as_bits(clamp(x, 0.0f, 20.0f)), out[8 * i + 6] = as_bits(clamp(y, -INFINITY, INFINITY));
+  out[8 * i + 7] = uint32_t(res2net_fused::chain::FastDivisor(i + 1).divide(30000 + i));
+}
+
+template <class Element>
+void test_arithmetic(float step, const char* name) {  // step: the distance of numbers just above 1
+  std::vector<uint32_t> in;
+  for (int i = 0; i < 64; i++) {
+    in.push_back(as_bits(i == 63 ? NAN : 1 + i * step / 2));  // every second one lies between two numbers
+    in.push_back(as_bits(i % 2 ? -3.0f * i : 2.0f * i));
+  }
+  const auto out = run(arithmetic<Element>, 64, in, 64 * 8);
+  for (int i = 0; i < 63; i++) {
+    const int even = i % 2 == 0 ? i / 2 : (i / 2 + 1) / 2 * 2;  // ties go to the even one
+    expect(name, as_float(out[8 * i + 1]) == 1 + even * step);
+    expect(name, as_float(out[8 * i + 2]) == as_float(in[2 * i + 1]));
+    const float sum = 2 + even * step;  // the sum is rounded to the doubled distance
+    expect(name, std::fabs(as_float(out[8 * i + 3]) - sum) <= step && as_float(out[8 * i + 4]) == 0);
+    expect("clamp", as_float(out[8 * i + 5]) == as_float(in[2 * i]) && as_float(out[8 * i + 6]) == as_float(in[2 * i + 1]));
+    expect("FastDivisor", int(out[8 * i + 7]) == (30000 + i) / (i + 1));
+  }
+  expect("NaN lost", std::isnan(as_float(out[63 * 8 + 1])) && std::isnan(as_float(out[63 * 8 + 5])));
+}
+}  // namespace
+
+int main() {
+  test_matrix_product<bf16>(pack_bf16, "matrix product, bf16");
+  test_matrix_product<fp16>(pack_fp16, "matrix product, fp16");
+  test_copies();
+  test_arithmetic<bf16>(0x1p-7f, "arithmetic, bf16");
+  test_arithmetic<fp16>(0x1p-10f, "arithmetic, fp16");
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
