@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from res2net_fused.backends.triton_block import block_calls, slot_pitch  # noqa: E402
 from res2net_fused.chain import ChainConfig, ChainProblem  # noqa: E402
 from res2net_fused.kernels.conv3x3_step import (  # noqa: E402
     KernelCall,
@@ -111,6 +112,35 @@ def calls(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, i
     return list(distinct.values())
 
 
+def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int], batch: int) -> list[KernelCall]:
+    """The distinct launches of one whole block, on tensors without memory."""
+    config, steps = shape.config, shape.scale - 1
+    problem = ChainProblem(
+        config, torch.device("cuda"), dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True
+    )
+    planes = 64 * shape.width // _width(shape.network, 0)
+    lanes = shape.scale * slot_pitch(shape.width, shape.groups, dtype.itemsize)
+
+    def pixels(channels: int, height: int) -> torch.Tensor:
+        data = torch.empty(batch, channels, height, height, dtype=dtype, device="meta")
+        return data.to(memory_format=torch.channels_last)
+
+    weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
+    x, out = pixels(planes * 4, shape.size), pixels(planes * 4, problem.output_height)
+    packed = [
+        torch.empty(lanes, planes * 4, dtype=dtype, device="meta"),
+        torch.empty(lanes, device="meta"),
+        pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups)),
+        torch.empty(steps, shape.width, device="meta"),
+        torch.empty(planes * 4, lanes, dtype=dtype, device="meta"),
+        torch.empty(planes * 4, device="meta"),
+    ]
+    distinct = {}
+    for call in block_calls(problem, capability, x, out, packed, True, out):
+        distinct.setdefault(_key(call), call)
+    return list(distinct.values())
+
+
 def _key(call: KernelCall) -> tuple:
     """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype."""
     constants = [call.arguments[p.name] for p in call.kernel.params if p.is_constexpr]
@@ -150,8 +180,9 @@ def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) 
     compiled = compile_for(call, capability)
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
     assert stack_bytes(compiled.asm["cubin"], folder) == 0, "registers are spilled"
-    if call.kernel is conv3x3_step:
+    if "BLOCK_K" in call.arguments:
         check_tensor_cores(call, compiled.asm["ptx"], capability)
+    if call.kernel is conv3x3_step:
         check_wide_copies(call, compiled.asm["ptx"])
 
 
@@ -195,6 +226,31 @@ def _name(value: object) -> str:
 def test_rotation(shape, dtype, tf32, capability, batch, tmp_path) -> None:
     for call in calls(shape, dtype, tf32, capability, batch):
         check_compiled(call, capability, tmp_path)
+
+
+BLOCKS = [shape for shape in SHAPES if shape.pitch is None]
+
+
+def check_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int], batch: int, folder: Path) -> None:
+    compiled = calls_of_block(shape, dtype, capability, batch)
+    assert {call.kernel.__name__ for call in compiled} == {"pointwise", "conv3x3_step"}
+    for call in compiled:
+        check_compiled(call, capability, folder)
+        if call.kernel is conv3x3_step:
+            assert call.arguments["SOURCE_VEC"] * dtype.itemsize == 16 or shape.groups > 1, "the padded layout is aligned"
+
+
+@pytest.mark.parametrize("shape", [BLOCKS[0], BLOCKS[3], BLOCKS[12]], ids=str)
+def test_block(shape, tmp_path) -> None:
+    check_block(shape, torch.bfloat16, (9, 0), 32, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=_name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=_name)
+def test_every_block(dtype, capability, tmp_path) -> None:
+    for shape, batch in itertools.product(BLOCKS, BATCHES):
+        check_block(shape, dtype, capability, batch, tmp_path)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 
 
 def plan(problem: ChainProblem) -> str:
-    return plan_for(problem).describe(problem)
+    return plan_for(problem, capability(problem.device)).describe(problem)
 
 
 def forward(
@@ -100,6 +100,7 @@ def forward(
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         x_slots = Slots(x, problem.width, problem.width)
         out_slots = Slots(direct, problem.width, problem.width)
-        for call in chain_calls(problem, plan_for(problem), x_slots, out_slots, packed_weights, bias):
+        chain = plan_for(problem, capability(problem.device))
+        for call in chain_calls(problem, chain, x_slots, out_slots, packed_weights, bias):
             call.run()
     return out if direct is out else out.copy_(direct)

@@ -13,6 +13,8 @@ the last group passes, x and y share one buffer, so that the passing group is ne
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from ..chain import ChainConfig, ChainProblem
 from ..folding import FoldedBlock
 from ..kernels.step_plan import Tile, multiprocessors, padded_lanes
 from .triton_settings import capability, plan_for
+
+if TYPE_CHECKING:
+    from ..kernels.kernel_call import KernelCall  # imports Triton, which may be missing
 
 
 def slot_pitch(width: int, groups: int, itemsize: int) -> int:
@@ -61,48 +66,59 @@ def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
 def block_forward(
     problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool
 ) -> Tensor:
-    from ..kernels.conv3x3_step import Slots, chain_calls
-    from ..kernels.pointwise import Pixels, pointwise_tile, run_pointwise
-
-    conv1, conv1_bias, weights, biases, conv3, conv3_bias = folded.packed or pack_block(folded, problem.config)
+    packed = folded.packed or pack_block(folded, problem.config)
     x = x.contiguous(memory_format=torch.channels_last)
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    shape = problem.batch, packed[4].shape[0], problem.output_height, problem.output_width
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        for call in block_calls(problem, capability(x.device), x, shortcut, packed, relu, out):
+            call.run()
+    return out if problem.channels_last else out.contiguous()
+
+
+def block_calls(
+    problem: ChainProblem,
+    compute_capability: tuple[int, int],
+    x: Tensor,  # (N, inplanes, H, W), as all tensors here channels-last
+    shortcut: Tensor | None,  # (N, planes * 4, H', W')
+    packed: list[Tensor],  # from `pack_block`
+    relu: bool,
+    out: Tensor,  # (N, planes * 4, H', W')
+) -> Iterator[KernelCall]:
+    """Every launch of the block, in order."""
+    from ..kernels.conv3x3_step import Slots, chain_calls
+    from ..kernels.pointwise import Pixels, pointwise_call, pointwise_tile
+
+    conv1, conv1_bias, weights, biases, conv3, conv3_bias = packed
     config, scale, width = problem.config, problem.scale, problem.width
-    pitch = slot_pitch(width, config.groups, x.dtype.itemsize)
+    pitch, planes = slot_pitch(width, config.groups, x.dtype.itemsize), conv3.shape[0]
     lanes = scale * pitch
     inner = problem.batch * problem.height * problem.width_pixels  # pixels before the stride
     outer = problem.batch * problem.output_height * problem.output_width
     shared = in_place(config, scale)
-    plan = plan_for(problem, pitch=pitch, in_place=shared)
+    plan = plan_for(problem, compute_capability, pitch=pitch, in_place=shared)
     tensor_cores = x.dtype != torch.float32 or plan.precision == "tf32"
-    programs = multiprocessors(capability(x.device))
 
     def buffer(slots: int, height: int, columns: int) -> Tensor:
         shape = problem.batch, slots * pitch, height, columns
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def tile(pixels: int, out_lanes: int, in_lanes: int) -> Tile:
+        programs = multiprocessors(compute_capability)
         return pointwise_tile(pixels, out_lanes, in_lanes, x.dtype.itemsize, tensor_cores, programs)
 
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        u = buffer(scale + shared, problem.height, problem.width_pixels)
-        run_pointwise(
-            Pixels(x, x.shape[1], x.shape[1]), conv1, conv1_bias, None, Pixels(u, lanes, u.shape[1], pitch * shared),
-            inner, (pitch, width), True, plan.precision, tile(inner, lanes, x.shape[1]),
-        )  # fmt: skip
-        y = u if shared else buffer(scale, problem.output_height, problem.output_width)
-        x_slots = Slots(u, pitch, pitch, scale * shared)
-        for call in chain_calls(problem, plan, x_slots, Slots(y, pitch, pitch), weights, biases):
-            call.run()
-        planes = conv3.shape[0]
-        out = torch.empty(
-            (problem.batch, planes, problem.output_height, problem.output_width),
-            dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
-        )  # fmt: skip
-        added = None
-        if shortcut is not None:
-            added = Pixels(shortcut.contiguous(memory_format=torch.channels_last), planes, planes)
-        run_pointwise(
-            Pixels(y, lanes, y.shape[1]), conv3, conv3_bias, added, Pixels(out, planes, planes),
-            outer, (planes, planes), relu, plan.precision, tile(outer, planes, lanes),
-        )  # fmt: skip
-    return out if problem.channels_last else out.contiguous()
+    u = buffer(scale + shared, problem.height, problem.width_pixels)
+    inplanes = x.shape[1]
+    yield pointwise_call(
+        Pixels(x, inplanes, inplanes), conv1, conv1_bias, None, Pixels(u, lanes, u.shape[1], pitch * shared),
+        inner, (pitch, width), True, plan.precision, tile(inner, lanes, inplanes),
+    )  # fmt: skip
+    y = u if shared else buffer(scale, problem.output_height, problem.output_width)
+    x_slots = Slots(u, pitch, pitch, scale * shared)
+    yield from chain_calls(problem, plan, x_slots, Slots(y, pitch, pitch), weights, biases)
+    yield pointwise_call(
+        Pixels(y, lanes, y.shape[1]), conv3, conv3_bias, Pixels(shortcut, planes, planes) if shortcut is not None else None,
+        Pixels(out, planes, planes), outer, (planes, planes), relu, plan.precision, tile(outer, planes, lanes),
+    )  # fmt: skip

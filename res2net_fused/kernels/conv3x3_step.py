@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chain import ChainProblem
+from .kernel_call import KernelCall
 from .step_plan import Launch, StepPlan
 
 # Where alignment matters it travels as a constexpr (`*_VEC`: strides and offsets are counted in units of so many
@@ -252,19 +253,6 @@ class Slots:
 
     def images(self, start: int, count: int) -> Slots:
         return replace(self, data=self.data[start : start + count])
-
-
-@dataclass(frozen=True)
-class KernelCall:
-    """`kernel[grid](**arguments, **options)`."""
-
-    kernel: triton.JITFunction
-    programs: int
-    arguments: dict[str, object]
-    options: dict[str, object]
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def interpreted() -> bool:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel_call import KernelCall
 from .step_plan import Tile
 
 _INTEGERS = ["pixels", "in_pixel", "out_pixel", "shortcut_pixel"]
@@ -112,7 +112,7 @@ def pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, itemsize: int, te
     return Tile(block_m, block_n, block_k, warps, stages)
 
 
-def run_pointwise(
+def pointwise_call(
     source: Pixels,
     weight: Tensor,  # (out.lanes, source.lanes)
     bias: Tensor,  # (out.lanes,), fp32
@@ -123,21 +123,33 @@ def run_pointwise(
     relu: bool,
     precision: str,
     tile: Tile,
-) -> None:
-    """One launch. Writes `out`; everything else is read."""
+) -> KernelCall:
+    """The launch that writes `out`; everything else is read."""
     second = shortcut if shortcut is not None else out
-    grid = (-(-pixels // tile.block_m) * -(-out.lanes // tile.block_n),)
-    pointwise[grid](
-        source.start, weight, bias, second.start, out.start,
-        pixels, source.pitch // source.vec, out.pitch // out.vec, second.pitch // second.vec,
-        IN_VEC=source.vec, OUT_VEC=out.vec, SHORTCUT_VEC=second.vec,
-        IN_LANES=source.lanes, OUT_LANES=out.lanes, OUT_PITCH=slots[0], OUT_WIDTH=slots[1],
-        ADDS=shortcut is not None, RELU=relu, PRECISION=precision,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def pack_pointwise(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(out, in, 1, 1) -> (out, in), dense."""
-    return weight.detach().reshape(weight.shape[0], -1).to(dtype).contiguous()
+    arguments = {
+        "source": source.start,
+        "weight": weight,
+        "bias": bias,
+        "shortcut": second.start,
+        "out": out.start,
+        "pixels": pixels,
+        "in_pixel": source.pitch // source.vec,
+        "out_pixel": out.pitch // out.vec,
+        "shortcut_pixel": second.pitch // second.vec,
+        "IN_VEC": source.vec,
+        "OUT_VEC": out.vec,
+        "SHORTCUT_VEC": second.vec,
+        "IN_LANES": source.lanes,
+        "OUT_LANES": out.lanes,
+        "OUT_PITCH": slots[0],
+        "OUT_WIDTH": slots[1],
+        "ADDS": shortcut is not None,
+        "RELU": relu,
+        "PRECISION": precision,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    programs = -(-pixels // tile.block_m) * -(-out.lanes // tile.block_n)
+    return KernelCall(pointwise, programs, arguments, options)

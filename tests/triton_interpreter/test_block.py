@@ -8,7 +8,7 @@ from torch import nn
 
 from res2net_fused import Bottle2neck
 from res2net_fused.backends import triton_block
-from res2net_fused.kernels import conv3x3_step, pointwise
+from res2net_fused.kernels import kernel_call
 from res2net_fused.reference import ReferenceBottle2neck
 
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3}
@@ -96,10 +96,8 @@ def test_an_infinite_input_spreads_no_further_than_in_the_reference(value: float
 def test_launches(name: str, launches: int, monkeypatch) -> None:
     """A normal block is 3 + (s - 2) launches: conv1, s - 1 steps, conv3; a stage block is three."""
     counted = []
-    run = conv3x3_step.KernelCall.run
-    monkeypatch.setattr(conv3x3_step.KernelCall, "run", lambda self: (counted.append(self.kernel), run(self)))
-    pointwise_launch = pointwise.run_pointwise
-    monkeypatch.setattr(pointwise, "run_pointwise", lambda *a: (counted.append("1x1"), pointwise_launch(*a)))
+    run = kernel_call.KernelCall.run
+    monkeypatch.setattr(kernel_call.KernelCall, "run", lambda self: (counted.append(self.kernel), run(self)))
     block = make_block(name, torch.float32)
     block(torch.randn(1, block.conv1.in_channels, 4, 4))
     assert len(counted) == launches
