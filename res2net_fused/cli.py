@@ -1,4 +1,4 @@
-"""The command `res2net-fused`: info, check and bench."""
+"""The command `res2net-fused`: info, check, bench and tune."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ _DEFAULT_BATCH = {"cpu": 8, "cuda": 32}
 _SMALL_BATCH = 2
 _VARIABLES = (
     "RES2NET_FUSED_BACKEND",
+    "RES2NET_FUSED_CPU_ARITHMETIC",
+    "RES2NET_FUSED_CPU_ISA",
+    "RES2NET_FUSED_TILES",
     "RES2NET_FUSED_BUILD",
     "RES2NET_FUSED_CUDA_ARCHS",
     "CUDA_VISIBLE_DEVICES",
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="res2net-fused", description="Res2Net blocks that run fused.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,bench,tune}")
 
     info = _command(commands, "info", _info, "print versions, devices, backends and how the native code was built")
     _add_device(info)
@@ -81,6 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="batch 2, 26w4s and 14w8s, fewer repeats, no torch.compile")
     bench.add_argument("--no-network", action="store_true", help="leave out Res2Net-50 on two photographs")
     bench.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON and PNG (default: results)")
+
+    tune = _command(
+        commands,
+        "tune",
+        _tune,
+        "measure tiles of the Triton kernels on this GPU and keep the fastest",
+        "res2net-fused tune\n  res2net-fused tune --configs 26w4s --batch 1,32 --dtype bfloat16",
+    )
+    _add_shapes(tune)
+    tune.add_argument("--dtype", type=_dtypes, default=("bfloat16",), help="separated by commas (default: bfloat16)")
+    tune.add_argument("--out", type=Path, help="table to write (default: RES2NET_FUSED_TILES, else in the user's cache folder)")
     return parser
 
 
@@ -168,8 +182,12 @@ def _resolve(options: argparse.Namespace) -> None:
         return
     options.kind = torch.device(options.device).type
     quick = (Config.of_scale(4), Config.of_scale(8))
-    options.configs = options.configs or options.scales or (quick if options.quick else DEFAULT_CONFIGS)
-    options.batches = options.batch or ((_SMALL_BATCH,) if options.quick else (_DEFAULT_BATCH[options.kind],))
+    options.configs = options.configs or options.scales or (quick if _is_quick(options) else DEFAULT_CONFIGS)
+    options.batches = options.batch or ((_SMALL_BATCH,) if _is_quick(options) else (_DEFAULT_BATCH[options.kind],))
+
+
+def _is_quick(options: argparse.Namespace) -> bool:
+    return getattr(options, "quick", False)  # `tune` has no quick form
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -249,3 +267,10 @@ def _bench(options: argparse.Namespace) -> int:
         network=not options.no_network,
     )
     return run_sweep(settings, options.out, command_line(options.arguments))
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from .tuning import run_tune
+
+    _resolve(options)
+    return run_tune(options.configs, options.batches, options.dtype, options.device, options.out)

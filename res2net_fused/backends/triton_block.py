@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..chain import ChainConfig, ChainProblem
 from ..folding import FoldedBlock
-from ..kernels.step_plan import Tile, multiprocessors, padded_lanes
+from ..kernels.step_plan import padded_lanes
+from ..kernels.tile_table import Tile
 from .triton_settings import capability, plan_for
 
 if TYPE_CHECKING:
@@ -99,15 +100,13 @@ def block_calls(
     outer = problem.batch * problem.output_height * problem.output_width
     shared = in_place(config, scale)
     plan = plan_for(problem, compute_capability, pitch=pitch, in_place=shared)
-    tensor_cores = x.dtype != torch.float32 or plan.precision == "tf32"
 
     def buffer(slots: int, height: int, columns: int) -> Tensor:
         shape = problem.batch, slots * pitch, height, columns
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def tile(pixels: int, out_lanes: int, in_lanes: int) -> Tile:
-        programs = multiprocessors(compute_capability)
-        return pointwise_tile(pixels, out_lanes, in_lanes, x.dtype.itemsize, tensor_cores, programs)
+        return pointwise_tile(pixels, out_lanes, in_lanes, x.dtype.itemsize, plan.precision, compute_capability)
 
     u = buffer(scale + shared, problem.height, problem.width_pixels)
     inplanes = x.shape[1]

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .kernel_call import KernelCall
-from .step_plan import Tile
+from .step_plan import multiprocessors
+from .tile_table import Shape, Tile, dtype_class, lookup
 
 _INTEGERS = ["pixels", "in_pixel", "out_pixel", "shortcut_pixel"]
 
@@ -94,19 +95,32 @@ class Pixels:
         return self.data.as_strided((self.data.numel() - self.offset,), (1,), self.data.storage_offset() + self.offset)
 
 
-def pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, itemsize: int, tensor_cores: bool, programs: int) -> Tile:
-    """Hand-made defaults: the largest tile of a list that still gives each of `programs` multiprocessors one."""
+def pointwise_tile(
+    pixels: int, out_lanes: int, in_lanes: int, itemsize: int, precision: str, capability: tuple[int, int]
+) -> Tile:
+    """From the tables of tiles, else by the rule."""
+    kind = dtype_class(itemsize, precision)
+    found = lookup(Shape("pointwise", capability, kind, out_lanes, in_lanes, max(1, pixels)))
+    return found[0] if found else default_pointwise_tile(pixels, out_lanes, in_lanes, kind, capability)
+
+
+def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str, capability: tuple[int, int]) -> Tile:
+    """The rule: the largest tile of a list that still gives every multiprocessor a program."""
     narrow = max(16, 1 << (min(out_lanes, 256) - 1).bit_length())
-    if not tensor_cores:
+    if kind == "ieee":  # no tensor cores: both operands live in registers
         shapes = [(64, 64), (32, 64), (32, 32), (16, 16)]
         block_k, stages = 16, 2
+    elif kind == "tf32":
+        shapes = [(64, 128), (64, 64), (64, 32), (32, 32), (16, 16)]
+        block_k, stages = 32, 3
     else:
         shapes = [(128, 256), (128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16)]
-        block_k, stages = (64, 3) if itemsize == 2 else (32, 3)
+        shapes = shapes if capability >= (9, 0) else shapes[1:]  # 256 accumulators a thread spill without wgmma
+        block_k, stages = 64, 3
     block_k = min(block_k, max(16, 1 << (in_lanes - 1).bit_length()))
     block_m, block_n = shapes[-1]
     for block_m, block_n in shapes:  # noqa: B007
-        if block_n <= narrow and -(-pixels // block_m) * -(-out_lanes // block_n) >= programs:
+        if block_n <= narrow and -(-pixels // block_m) * -(-out_lanes // block_n) >= multiprocessors(capability):
             break
     warps = 8 if block_m * block_n >= 128 * 128 else 4 if block_m * block_n >= 64 * 32 else 1
     return Tile(block_m, block_n, block_k, warps, stages)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..chain import ChainProblem
+from .tile_table import Shape, Tile, dtype_class, lookup
 
 MAX_PIXELS = 2**31 - 2**10  # the kernel counts the output pixels of one launch in int32, and one tile beyond
 # Per step and image: u is read, x_{i+1} read, y_i and u_{i+1} written. So much of it stays in an L2 of 40 MB and up.
@@ -18,17 +19,6 @@ CHUNK_BYTES = 32 * 2**20
 # From so many output pixels on, aligning a badly aligned first group once costs less than nine unaligned reads of it.
 ALIGN_FIRST_PIXELS = 50_000
 _MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One program computes block_m pixels x block_n output channels, block_k products of a tap at a time."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)
@@ -48,13 +38,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """tile: of every launch. images: per run through `launches`, so that a chunk of the batch stays in L2.
+    """tile: of every launch, from `tile_source`. images: per run through `launches`, so that a chunk of the batch stays in L2.
 
     lanes: channels that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
     precision: of the products, as `tl.dot` names it; only float32 is affected. registers: a thread's limit, or None.
     """
 
     tile: Tile
+    tile_source: str
     launches: tuple[Launch, ...]
     images: int
     lanes: int
@@ -78,6 +69,7 @@ class StepPlan:
             f"Triton, {len(self.launches) * chunks} launches"
             + (f" ({chunks} chunks of {self.images} images)" if chunks > 1 else "")
             + f", tile {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.warps} warps, {tile.stages} stages"
+            + f" ({self.tile_source})"
             + (f", {self.precision}" if problem.dtype == torch.float32 else "")
         )
 
@@ -99,12 +91,15 @@ def plan_steps(
         fitting = min(fitting, CHUNK_BYTES // traffic)
     chunks = -(-problem.batch // max(1, fitting))
     images = -(-problem.batch // max(1, chunks))
-    tile = default_tile(problem, capability, precision, images)
+    tile, tile_source = lookup(step_shape(problem, capability, precision, images)) or (
+        default_tile(problem, capability, precision, images),
+        "rule",
+    )
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
     # Left alone, ptxas spills a register on Blackwell to fit one more warp.
     registers = 255 if capability >= (10, 0) else None
-    return StepPlan(tile, launches, images, lanes, precision, registers)
+    return StepPlan(tile, tile_source, launches, images, lanes, precision, registers)
 
 
 def padded_lanes(channels: int) -> int:
@@ -131,8 +126,17 @@ def _launches(problem: ChainProblem, pixels: int, slot_bytes: int, passes: bool)
     return tuple(launches)
 
 
+def step_shape(problem: ChainProblem, capability: tuple[int, int], precision: str, images: int) -> Shape:
+    """What the table of tiles is asked for."""
+    channels = problem.width // problem.config.groups
+    tasks = problem.config.groups * (problem.steps if _independent(problem) else 1)
+    pixels = tasks * images * problem.output_height * problem.output_width
+    kind = dtype_class(problem.dtype.itemsize, precision)
+    return Shape("step", capability, kind, channels, channels, max(1, pixels))
+
+
 def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: str, images: int) -> Tile:
-    """Hand-made defaults: the largest tile of a list that still gives every multiprocessor a program."""
+    """The rule where no table has a near shape: the largest tile of a list that still gives every multiprocessor a program."""
     channels = problem.width // problem.config.groups
     single = problem.dtype.itemsize == 4
     scalar = single and precision == "ieee"  # no tensor cores: both operands live in registers

@@ -1,0 +1,184 @@
+"""Tiles by shape: a table that ships (`tiles.json`) and one that `res2net-fused tune` writes for this machine.
+
+A table is JSON, {"rows": [...]}; a row holds a kernel ("step", "pointwise"), the GPU's compute capability ("9.0"), a class of
+dtypes ("half", "tf32", "ieee"), the shape (width: output channels, inputs: input channels, pixels: of one launch, times its
+independent convolutions) and the tile ([block_m, block_n, block_k, warps, stages]). The row nearest in shape answers, a row
+of the user's table before any that ships; where no row is near, the rule in `step_plan` or `pointwise` decides. Nothing is
+measured at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT_VARIABLE = "RES2NET_FUSED_TILES"
+SHIPPED = Path(__file__).with_name("tiles.json")
+KERNELS = ("step", "pointwise")
+DTYPE_CLASSES = ("half", "tf32", "ieee")
+# Farther apart than these factors, two shapes say nothing about each other.
+_NEAR = {"width": 1.3, "inputs": 2.0, "pixels": 4.0}
+_BLOCKS = (16, 32, 64, 128, 256)
+_log = logging.getLogger("res2net_fused")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program computes block_m pixels x block_n output channels, block_k products of a tap at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k"):
+            if getattr(self, name) not in _BLOCKS:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(str, _BLOCKS))}")
+        if self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"warps is {self.warps!r}; allowed are 1, 2, 4, 8, 16")
+        if self.stages not in range(1, 9):
+            raise ValueError(f"stages is {self.stages!r}; allowed are 1 to 8")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a tile is looked up by; see the top of this file."""
+
+    kernel: str
+    capability: tuple[int, int]
+    dtype: str
+    width: int
+    inputs: int
+    pixels: int
+
+    def distance(self, other: Shape) -> float:
+        """Sum of the logarithms of the ratios; infinite where the kinds differ or a ratio is too large."""
+        if (self.kernel, self.capability, self.dtype) != (other.kernel, other.capability, other.dtype):
+            return math.inf
+        total = 0.0
+        for name, near in _NEAR.items():
+            ratio = abs(math.log(getattr(self, name) / getattr(other, name)))
+            if ratio > math.log(near):
+                return math.inf
+            total += ratio
+        return total
+
+
+@dataclass(frozen=True)
+class Row:
+    shape: Shape
+    tile: Tile
+
+
+def dtype_class(itemsize: int, precision: str) -> str:
+    """Of a dtype's size in bytes and the precision of its products, as `tl.dot` names it."""
+    return "half" if itemsize == 2 else precision
+
+
+@functools.lru_cache(maxsize=4096)
+def lookup(shape: Shape) -> tuple[Tile, str] | None:
+    """The tile of the nearest row and the table that holds it, or None where no row is near."""
+    for name, rows in (("tuned", _user_rows()), ("shipped table", _shipped_rows())):
+        nearest = min(rows, key=lambda row: shape.distance(row.shape), default=None)
+        if nearest is not None and shape.distance(nearest.shape) < math.inf:
+            return nearest.tile, name
+    return None
+
+
+def user_path() -> Path:
+    """The user's table: RES2NET_FUSED_TILES, else below the user's cache folder."""
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "res2net_fused", "tiles.json")
+
+
+def read(path: Path) -> list[Row]:
+    """Reads a table; ValueError naming the file, the row and the field where it is none."""
+    try:
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
+            raise ValueError("an object with 'rows' (a list) is needed")
+        return [_parse(row, i) for i, row in enumerate(data["rows"])]
+    except ValueError as error:
+        remedy = "delete it, or write it anew with `res2net-fused tune`"
+        raise ValueError(f"{path} is no table of tiles: {error}; {remedy}") from None
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a table, a row per line, replacing the file at once so that a reader never sees half of it."""
+    lines = [
+        json.dumps(
+            {
+                "kernel": row.shape.kernel,
+                "capability": "{}.{}".format(*row.shape.capability),
+                "dtype": row.shape.dtype,
+                "width": row.shape.width,
+                "inputs": row.shape.inputs,
+                "pixels": row.shape.pixels,
+                "tile": [row.tile.block_m, row.tile.block_n, row.tile.block_k, row.tile.warps, row.tile.stages],
+            }
+        )
+        for row in rows
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text('{"rows": [\n' + ",\n".join(lines) + "\n]}\n")
+    partial.replace(path)
+    forget()
+
+
+def forget() -> None:
+    """Reads the user's table again at the next look-up."""
+    _user_rows.cache_clear()
+    lookup.cache_clear()
+
+
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """All rows, where both have a shape the new one."""
+    return list({row.shape: row for row in (*old, *new)}.values())
+
+
+def _parse(row: object, i: int) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"rows[{i}] is a {type(row).__name__}, not an object")
+    numbers = [row.get(name) for name in ("width", "inputs", "pixels")]
+    tile, capability = row.get("tile"), row.get("capability")
+    for name, value in zip(("width", "inputs", "pixels"), numbers, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"rows[{i}] has {name}={value!r}; a whole number of at least 1 is needed")
+    if row.get("kernel") not in KERNELS or row.get("dtype") not in DTYPE_CLASSES:
+        raise ValueError(f"rows[{i}] has kernel={row.get('kernel')!r}, dtype={row.get('dtype')!r}")
+    parts = capability.split(".") if isinstance(capability, str) else []
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"rows[{i}] has capability={capability!r}; such as '9.0' is needed")
+    if not isinstance(tile, list) or len(tile) != 5:
+        raise ValueError(f"rows[{i}] has tile={tile!r}; [block_m, block_n, block_k, warps, stages] is needed")
+    try:
+        return Row(Shape(row["kernel"], (int(parts[0]), int(parts[1])), row["dtype"], *numbers), Tile(*tile))
+    except ValueError as error:
+        raise ValueError(f"rows[{i}]: {error}") from None
+
+
+@functools.cache
+def _shipped_rows() -> tuple[Row, ...]:
+    return tuple(read(SHIPPED))
+
+
+@functools.cache
+def _user_rows() -> tuple[Row, ...]:
+    path = user_path()
+    try:
+        return tuple(read(path)) if path.exists() else ()
+    except (OSError, ValueError) as error:
+        _log.warning("tuned tiles are not used: %s", error)
+        return ()
