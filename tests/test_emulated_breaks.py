@@ -50,7 +50,7 @@ BREAKS = [
     ("passed group left out", "strips", KERNEL, "    pass_group();\n", "\n", "wrong"),
     ("bias of another step", "strips", KERNEL, "a.bias + step * g.packed_columns * 8 + channel", "a.bias + channel", "wrong"),
     ("channels between the groups are read", "padded", KERNEL, "left < BYTES ? left : BYTES", "(void(left), BYTES)", "wrong"),
-    ("channels between the groups are written", "padded", KERNEL, "if (channel >= g.channels) continue;", "", "padding"),
+    ("channels between the groups are written", "padded", KERNEL, "if (channel >= a.fill_channels) continue;", "", "padding"),
     ("halo too small", "strips", GEOMETRY, "(work.adds ? work.steps : 1)", "(work.adds ? work.steps - 1 : 1)", "wrong"),
     (
         "no zero row between images",

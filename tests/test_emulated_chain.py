@@ -61,6 +61,8 @@ SETTINGS = [
     Case(26, 4, 1, 7, 9, settings={"activation": "hardtanh20"}),
     Case(26, 4, 1, 7, 9, pad=6),  # 16-byte copies, the last of each slot cut short
     Case(14, 8, 1, 7, 9, pad=2),
+    Case(26, 4, 2, 7, 9, pad=6, fill=True),
+    Case(14, 4, 1, 9, 9, pad=2, fill=True, settings=STAGE | {"stride": 2}),
     Case(28, 4, 1, 7, 9, pad=2),  # 4-byte copies although the groups would allow 8
 ]
 named = {"ids": str}

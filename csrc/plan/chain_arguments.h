@@ -18,6 +18,7 @@ struct ChainArguments {
   const float* bias;   // (steps, packed_columns * 8)
   void* out;           // (N, out_height, out_width, out_slots.pixel); shares no memory with x
   Slots x_slots, out_slots;
+  int fill_channels;  // of a slot of out that are written; those beyond the group become zero, if they are zero in x
   int first_group;   // what the first convolution reads and writes
   int passed_group;  // the group without a convolution, or -1
   int pool;          // on the passed group
@@ -35,12 +36,12 @@ inline int widest_move(uint64_t alignments) { return alignments % 16 == 0 ? 16 :
 inline void set_moves(ChainArguments& a) {
   const uint64_t x = reinterpret_cast<uint64_t>(a.x) | uint64_t(2 * a.x_slots.pixel) | uint64_t(2 * a.x_slots.slot);
   const uint64_t out = reinterpret_cast<uint64_t>(a.out) | uint64_t(2 * a.out_slots.pixel) | uint64_t(2 * a.out_slots.slot);
-  const int group_bytes = 2 * a.geometry.channels;
+  const int group_bytes = 2 * a.geometry.channels, filled_bytes = 2 * a.fill_channels;
   // A load may be cut short (the rest becomes zero), so only the slots' alignment counts.
   a.load_bytes = widest_move(x);
-  a.copy_bytes = a.pool == NO_POOL ? widest_move(x | out | uint64_t(group_bytes)) : 4;
+  a.copy_bytes = a.pool == NO_POOL ? widest_move(x | out | uint64_t(filled_bytes)) : 4;
   a.by_load_pieces = FastDivisor(divide_up(group_bytes, a.load_bytes));
-  a.by_copy_pieces = FastDivisor(group_bytes / a.copy_bytes);
+  a.by_copy_pieces = FastDivisor(filled_bytes / a.copy_bytes);
 }
 
 }  // namespace res2net_fused::chain

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .. import native
 from ..chain import ChainConfig, ChainProblem
+from .native_cuda_block import block_forward, pack_block
+
+__all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "plan_chain", "why_not", "why_not_auto"]
 
 # (lower, upper) bound of y
 CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
@@ -158,20 +161,36 @@ def forward(
     shape = (problem.batch, x.shape[1], problem.output_height, problem.output_width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if problem.batch:
-        weight, bias = packed if packed else pack(weights, biases, problem.config)
         pitch = pixel_pitch(x)
         if pitch is None:
             x = x.clone(memory_format=torch.channels_last)
             pitch = x.shape[1]
-        c, scale = problem.config, problem.scale
-        passed = c.passed_group(scale)
-        settings = [
-            problem.width, problem.steps, c.stride, c.dilation, int(c.hierarchical), c.first_convolved,
-            -1 if passed is None else passed, POOLS[c.pool], pitch, problem.width, x.shape[1], problem.width,
-        ]  # fmt: skip
-        launch = plan_chain(problem, device_limits(x.device))
-        torch.ops.res2net_fused_native.cuda_chain(x, weight, bias, out, list(launch[:9]), settings, *CLAMPS[c.activation])
+        packed = packed or pack(weights, biases, problem.config)
+        launch_chain(problem, Slots(x, pitch, problem.width), Slots(out, x.shape[1], problem.width), packed, problem.width)
     return out if problem.channels_last else out.contiguous()
+
+
+class Slots(NamedTuple):
+    """Groups of a channels-last tensor (N, C, H, W): elements from one pixel to the next, and from one group to the next."""
+
+    data: Tensor
+    pixel: int
+    slot: int
+
+
+def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[Tensor], fill: int) -> None:
+    """The one launch, on the current stream of x's device. packed: from `pack`.
+
+    fill: channels of each slot of `out` that are written; beyond the group's they become zero, provided they are zero in x.
+    """
+    c = problem.config
+    passed = c.passed_group(problem.scale)
+    settings = [
+        problem.width, problem.steps, c.stride, c.dilation, int(c.hierarchical), c.first_convolved,
+        -1 if passed is None else passed, POOLS[c.pool], x.pixel, x.slot, out.pixel, out.slot, fill,
+    ]  # fmt: skip
+    launch = plan_chain(problem, device_limits(x.data.device))
+    torch.ops.res2net_fused_native.cuda_chain(x.data, *packed, out.data, list(launch[:9]), settings, *CLAMPS[c.activation])
 
 
 def pixel_pitch(x: Tensor) -> int | None:

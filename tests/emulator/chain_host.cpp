@@ -15,7 +15,7 @@ struct Call {
     const float* bias;
     void* out;
     int images, height, width, channels, steps, stride, dilation, adds;
-    int x_pixel, x_slot, out_pixel, out_slot, first_group, passed_group, pool;
+    int x_pixel, x_slot, out_pixel, out_slot, fill_channels, first_group, passed_group, pool;
     float lower, upper;
     int instance, is_bf16;
     int rows, columns, tile_images, whole, warps_m, warps_n, slices, stages;  // rows 0: as the plan says
@@ -54,6 +54,7 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     ChainArguments a{};
     a.x = call->x, a.weight = call->weight, a.bias = call->bias, a.out = call->out;
     a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};
+    a.fill_channels = call->fill_channels;
     a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool;
     a.lower = call->lower, a.upper = call->upper;
     a.geometry = make_geometry(work, tile, entry.depths, entry.columns);

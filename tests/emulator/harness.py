@@ -71,7 +71,8 @@ def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str,
 
 
 _INTS = (
-    "images height width channels steps stride dilation adds x_pixel x_slot out_pixel out_slot first_group passed_group pool"
+    "images height width channels steps stride dilation adds "
+    "x_pixel x_slot out_pixel out_slot fill_channels first_group passed_group pool"
 ).split()
 _TILE = "instance is_bf16 rows columns tile_images whole warps_m warps_n slices stages".split()
 
@@ -90,7 +91,7 @@ class Call(ctypes.Structure):  # as in chain_host.cpp
 class Case:
     """One call and how it is cut. width: channels of a group; height, columns: of x. tile: fields of `native_cuda.Tile`.
 
-    pad: channels by which every slot of x and out is wider than the group.
+    pad: channels by which every slot of x and out is wider than the group. fill: whether those of out are written as zeros.
     """
 
     width: int
@@ -101,6 +102,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     settings: dict[str, object] = field(default_factory=dict)
     pad: int = 0
+    fill: bool = False
     tile: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -113,14 +115,18 @@ class Case:
 
     def __str__(self) -> str:
         words = [f"w{self.width}s{self.scale}", f"{self.images}x{self.height}x{self.columns}", str(self.dtype)[6:]]
-        words += [f"{k}={v}" for k, v in (self.settings | self.tile).items()] + [f"pad{self.pad}"] * bool(self.pad)
+        words += (
+            [f"{k}={v}" for k, v in (self.settings | self.tile).items()]
+            + [f"pad{self.pad}"] * bool(self.pad)
+            + ["filled"] * self.fill
+        )
         return "-".join(words)
 
 
 @dataclass
 class Run:
     out: Tensor  # (N, H', W', s*w)
-    untouched: bool  # whether padding channels of out kept what was in them
+    padding_right: bool  # padding channels of out kept what was in them, or are zero if they were to be filled
     findings: dict[str, tuple[int, str]]  # kind -> (count, first finding)
     bank_ways: int
     multiplies: int
@@ -177,43 +183,57 @@ def expected_of(case: Case, x: Tensor, weights: list[Tensor], biases: list[Tenso
     return torch.cat([rounded(y) for y in reference.hierarchical_chain(groups, convolution, c)], 1).permute(0, 2, 3, 1)
 
 
-def emulate(
+def launch(
     case: Case,
-    integers: bool = True,
-    seed: int = 0,
+    plan: native_cuda.Plan,
+    x: native_cuda.Slots,
+    out: native_cuda.Slots,
+    packed: list[Tensor],
+    fill: int,
+    seed: int,
     csrc: pathlib.Path = ROOT / "csrc",
     flags: tuple[str, ...] = KERNEL_FLAGS,
-    tensors: tuple[Tensor, list[Tensor], list[Tensor]] | None = None,
-) -> Run:
-    """Runs the kernel once. seed: of the order in which threads run."""
-    x, weights, biases = tensors or make_tensors(case, integers, 1)
-    c = case.config
-    plan = plan_of(case)
-    plan = plan._replace(**case.tile)
-    instance = INSTANCES[plan.instance]
-    pitch = case.width + case.pad
-    # Padding of x is NaN: whoever reads it spoils the result. The output is NaN: an element that nobody writes shows.
-    padded = torch.full((*x.shape[:3], case.scale, pitch), torch.nan, dtype=case.dtype)
-    padded[..., : case.width] = x.unflatten(3, (case.scale, case.width))
-    shape = case.images, c.output_size(case.height), c.output_size(case.columns), case.scale, pitch
-    out = torch.full(shape, torch.nan, dtype=case.dtype)
-    weight, bias = native_cuda.pack(weights, biases, c)
-    lower, upper = native_cuda.CLAMPS[c.activation]
+) -> tuple[dict[str, tuple[int, str]], list[int]]:
+    """Runs the kernel once, as `native_cuda.launch_chain` would; what the emulator found, and its statistics as in `Run`."""
+    c, instance = case.config, INSTANCES[plan.instance]
     passed = c.passed_group(case.scale)
     call = Call(
-        padded.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), case.images, case.height, case.columns,
-        case.width, case.steps, c.stride, c.dilation, c.hierarchical, case.scale * pitch, pitch, case.scale * pitch, pitch,
-        c.first_convolved, -1 if passed is None else passed, native_cuda.POOLS[c.pool], lower, upper, plan.instance,
-        case.dtype == torch.bfloat16, plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n,
-        plan.slices, plan.stages, seed, 1,
+        x.data.data_ptr(), packed[0].data_ptr(), packed[1].data_ptr(), out.data.data_ptr(),
+        case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
+        x.pixel, x.slot, out.pixel, out.slot, fill, c.first_convolved, -1 if passed is None else passed,
+        native_cuda.POOLS[c.pool], *native_cuda.CLAMPS[c.activation], plan.instance, case.dtype == torch.bfloat16,
+        plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n, plan.slices, plan.stages, seed, 1,
     )  # fmt: skip
     text, statistics = ctypes.create_string_buffer(1 << 14), (ctypes.c_int64 * 5)()
     if library(instance, csrc, flags).run_call(ctypes.byref(call), text, len(text), statistics):
         raise AssertionError(f"{instance} is not in this build")
     rows = [line.split("|", 2) for line in text.value.decode().splitlines()]
-    findings = {kind: (int(count), first) for kind, count, first in rows}
-    untouched = bool(out[..., case.width :].isnan().all())
-    return Run(out[..., : case.width].flatten(3), untouched, findings, *statistics)
+    return {kind: (int(count), first) for kind, count, first in rows}, list(statistics)
+
+
+def emulate(
+    case: Case,
+    integers: bool = True,
+    seed: int = 0,
+    tensors: tuple[Tensor, list[Tensor], list[Tensor]] | None = None,
+    **build: object,
+) -> Run:
+    """Runs the kernel once. seed: of the order in which threads run. build: csrc and flags of `launch`."""
+    x, weights, biases = tensors or make_tensors(case, integers, 1)
+    c, pitch = case.config, case.width + case.pad
+    # Padding of x is NaN: whoever reads it spoils the result. The output is NaN: an element that nobody writes shows.
+    padding = 0.0 if case.fill else torch.nan
+    padded = torch.full((*x.shape[:3], case.scale, pitch), padding, dtype=case.dtype)
+    padded[..., : case.width] = x.unflatten(3, (case.scale, case.width))
+    shape = case.images, c.output_size(case.height), c.output_size(case.columns), case.scale, pitch
+    out = torch.full(shape, torch.nan, dtype=case.dtype)
+    slots = [native_cuda.Slots(t, case.scale * pitch, pitch) for t in (padded, out)]
+    fill = pitch if case.fill else case.width
+    plan = plan_of(case)._replace(**case.tile)
+    findings, statistics = launch(case, plan, *slots, native_cuda.pack(weights, biases, c), fill, seed, **build)
+    rest = out[..., case.width :]
+    padding_right = bool((rest == 0).all() if case.fill else rest.isnan().all())
+    return Run(out[..., : case.width].flatten(3), padding_right, findings, *statistics)
 
 
 def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] | None = None, **options) -> dict[str, str]:
@@ -233,8 +253,8 @@ def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] 
         red["wrong"] = f"relative error {error:.2g}"
     if run.bank_ways > (2 if case.config.stride > 1 else 1):
         red["conflicts"] = f"{run.bank_ways} ways"
-    if not run.untouched:
-        red["padding"] = "channels between the groups were written"
+    if not run.padding_right:
+        red["padding"] = "channels between the groups are " + ("not zero" if case.fill else "written")
     return red
 
 
@@ -242,4 +262,16 @@ def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] 
 TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4}
 
 
-__all__ = ["Case", "Run", "check", "emulate", "expected_of", "make_tensors", "plan_of", "replace", "INSTANCES", "TOLERANCES"]
+__all__ = [
+    "Case",
+    "Run",
+    "check",
+    "emulate",
+    "expected_of",
+    "launch",
+    "make_tensors",
+    "plan_of",
+    "replace",
+    "INSTANCES",
+    "TOLERANCES",
+]

@@ -268,12 +268,14 @@ struct ChainCta {
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
       const int channel = (warp_n * COLUMNS + j) * 8 + lane % 4 * 2;
-      if (channel >= g.channels) continue;
+      if (channel >= a.fill_channels) continue;
+      const bool real = channel < g.channels;
       const auto bias = global_load<Float2>(a.bias + step * g.packed_columns * 8 + channel);
-      const uint32_t y = pack_pair<Element>(clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
-                                            clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
+      uint32_t y = pack_pair<Element>(clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
+                                      clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
+      if (!real) y = 0;  // zero weights give a zero sum, but for Inf and NaN
       if (store) global_store(to + channel * 2, Bytes4{{y}});
-      if (add) {
+      if (add && real) {
         const SharedPtr u = strip(step + 1) + channel_offset(slot, channel);
         shared_store(u, Bytes4{{add_pair<Element>(y, shared_load<Bytes4>(u).word[0])}});
       }

@@ -28,12 +28,12 @@ int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// plan: the first nine numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group, passed
-// group or -1, pool, then the pixel and slot pitch of x and of out, in elements.
+// plan: the first nine numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group,
+// passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, and the channels of a slot to be written.
 void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<int64_t> plan, std::vector<int64_t> settings,
                 double lower, double upper) {
   STD_TORCH_CHECK(plan.size() >= 9, "plan: expected at least 9 numbers, got ", plan.size());
-  STD_TORCH_CHECK(settings.size() == 12, "settings: expected 12 numbers, got ", settings.size());
+  STD_TORCH_CHECK(settings.size() == 13, "settings: expected 13 numbers, got ", settings.size());
   STD_TORCH_CHECK(x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: expected four dimensions");
   const auto dtype = x.scalar_type();
@@ -69,6 +69,10 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   a.pool = narrow("pool", settings[7]);
   a.x_slots = {narrow("x pixel pitch", settings[8]), narrow("x slot pitch", settings[9])};
   a.out_slots = {narrow("out pixel pitch", settings[10]), narrow("out slot pitch", settings[11])};
+  a.fill_channels = narrow("filled channels", settings[12]);
+  STD_TORCH_CHECK(a.fill_channels >= work.channels && a.fill_channels % 2 == 0 && a.fill_channels <= a.geometry.packed_columns * 8 &&
+                      a.fill_channels <= a.out_slots.slot,
+                  "settings: ", a.fill_channels, " channels of a slot cannot be written");
   a.lower = float(lower), a.upper = float(upper);
   STD_TORCH_CHECK((reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out)) % 4 == 0 &&
                       (settings[8] | settings[9] | settings[10] | settings[11]) % 2 == 0,

@@ -1,0 +1,11 @@
+"""The `cuda` backend's block with ATen's 1x1 convolutions; with Triton's see tests/triton_interpreter/test_cuda_block.py."""
+
+import pytest
+import torch
+from emulator.block_case import BLOCKS, relative_error_of_block
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_emulated_block_in_padded_slots(name, dtype, bound, monkeypatch, poisoned_memory):
+    assert relative_error_of_block(name, dtype, monkeypatch) < bound
