@@ -15,6 +15,7 @@ _COLOURS = {  # in the order of the legend
     "compile": "#dd8452",
     "compile_freezing": "#937860",
     "compile_max_autotune": "#8172b3",
+    "jax": "#2f4b4f",
     "ours": "#c44e52",
     "ours_graph": "#55a868",
     "triton": "#64b5cd",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ from .. import native
 WORKLOADS = ("chain", "block", "network", "train_step")
 PROVIDERS = (
     "eager", "eager_channels_last", "compile", "compile_freezing", "compile_max_autotune",
-    "ours", "ours_graph", "triton", "cuda", "cpu",  # the last three: ours on that backend
+    "jax", "ours", "ours_graph", "triton", "cuda", "cpu",  # the last three: ours on that backend
 )  # fmt: skip
 ENVIRONMENT_FIELDS = ("device", "torch", "triton", "cuda", "commit", "command")
 _NUMBER = (int, float)
@@ -86,11 +87,13 @@ def source_commit() -> str:
 
 
 def write(path: Path, environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes a result file; ValueError where `read` would not take it."""
+    """Writes a result file, whole or not at all; ValueError where `read` would not take it."""
     data = {"environment": environment, "rows": rows}
     validate(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(unfinished, path)
 
 
 def read(path: Path) -> dict[str, Any]:
