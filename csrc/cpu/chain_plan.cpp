@@ -9,6 +9,9 @@ namespace {
 // Reading one weight from the L3 cache, in multiplications that take as long.
 constexpr int64_t kMatrixCost = 8;
 
+// Of x and out together, that may well lie in cache when a call begins: 4 MB.
+constexpr int64_t kCachedFloats = 1 << 20;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // `length` (at least 2) as fours and threes, or as 3 + 2 or a single tile where it is too short for that.
@@ -57,6 +60,8 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
   const bool even = rounds * plan.parts * 4 <= problem.batch * 5;
   plan.schedule = even ? Schedule::images : Schedule::tiles;
   plan.images = 1;
+  const int64_t pixels = problem.height * problem.width + problem.out_height() * problem.out_width();
+  plan.brings_near = even && problem.batch * pixels * problem.scale() * problem.channels > kCachedFloats;
   if (!plan.winograd) return plan;
 
   const TileGrid fours{split_fours(problem.height), split_fours(problem.width)};

@@ -48,6 +48,9 @@ struct Step {
   bool addend_full_vectors;
   View out;
   bool out_full_vectors;  // channels behind the slot are written later: stores may spill into them
+  // Winograd's last convolution also copies the group that passes the chain by, while its pixels are in cache; else null.
+  ConstView passed;
+  View passed_out;
   const float* winograd;  // [point][panel][w][16], the last panel [w][8] where at most 8 channels are left
   const float* direct;    // [group][panel][tap][w/groups][16], the last panel 8 wide likewise
   const float* bias;      // (w padded,)

@@ -239,6 +239,24 @@ __attribute__((noinline, cold)) void repair_tile(
   }
 }
 
+// The tile's pixels of the group that passes the chain by. After the last convolution, whose stores spill into it.
+void copy_passed(const Step& step, const Tile& tile) {
+  for (int64_t i = 0; i < tile.rows; i++) {
+    for (int64_t j = 0; j < tile.columns; j++) {
+      const float* from = step.passed.at(tile.image, tile.y + i, tile.x + j);
+      float* to = step.passed_out.at(tile.image, tile.y + i, tile.x + j);
+      for_each_vector(0, round_up(step.channels, kUnit), step.channels, [&](auto kind, int64_t c, int64_t lanes) {
+        using V = decltype(kind);
+        if (lanes < kLanes<V>) {
+          store_first(to + c, load_first<V>(from + c, lanes), lanes);
+        } else {
+          store(to + c, load<V>(from + c));
+        }
+      });
+    }
+  }
+}
+
 template <bool Prefetch, int P, int Panels, bool HalfPanel>
 __attribute__((noinline)) void multiply_rows(
     const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch, const float* soon) {
@@ -250,31 +268,6 @@ __attribute__((noinline)) void multiply_rows(
 #pragma GCC unroll 8
     for (int f = 0; f < sums.kFull; f++) store(c + p * c_pitch + f * kLanes<Full>, sums.full[p][f]);
     if constexpr (sums.kHalf) store(c + p * c_pitch + Panels * kPanel, sums.half[p][0]);
-  }
-}
-
-// Asks for the cache lines of `channels` floats at p.
-R2N_INLINE void prefetch(const float* p, int64_t channels) {
-  const char* line = reinterpret_cast<const char*>(p);
-  const char* last = line + channels * static_cast<int64_t>(sizeof(float)) - 1;
-  for (; line < last; line += 64) __builtin_prefetch(line);
-  __builtin_prefetch(last);
-}
-
-// Asks for what the output of one pass reads and writes, the pixels of tiles first ... last. Their lines lie s*w floats
-// apart, too scattered for the processor to foresee: without this the output transform waits for memory.
-void prefetch_output(const Step& step, const SortedTiles& sorted, TileRange tiles, PanelPass pass) {
-  const int64_t channel = pass.first * kPanel, channels = smaller(pass.width(), step.channels - channel);
-  for (int64_t t = tiles.first; t < tiles.last; t++) {
-    const Tile& tile = sorted.tile[t];
-    for (int64_t i = 0; i < tile.rows; i++) {
-      for (int64_t j = 0; j < tile.columns; j++) {
-        prefetch(step.out.at(tile.image, tile.y + i, tile.x + j) + channel, channels);
-        if (step.next.data != nullptr) {
-          prefetch(step.addend.at(tile.image, tile.y + i, tile.x + j) + channel, channels);
-        }
-      }
-    }
   }
 }
 
@@ -294,7 +287,6 @@ R2N_INLINE void multiply_points(
       next_range = tiles_of_point(grid, sorted, next / 6, next % 6);
       if (next_range.first < next_range.last) break;
     }
-    prefetch_output(step, sorted, {block.count * point / kPoints, block.count * next / kPoints}, pass);
     // The weights of the next point, and after the last one of the next pass.
     const float* soon = weights + (next < kPoints ? next * w * padded : width * w);
     const Passes passes = Passes::of(range.last - range.first, kMost);
@@ -332,14 +324,16 @@ void winograd_output(
   sort_tiles(grid, block, sorted);
   const Epilogue activate = Epilogue::of(step.activation);
   for_each_pass(step.channels, first_panel, last_panel, [&](PanelPass pass) {
+    const int64_t width = pass.width(), point = point_pitch(block.count, width);
+    const bool last_pass = pass.first * kPanel + width >= step.channels;
     with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() R2N_LAMBDA_INLINE {
       multiply_points<Panels, HalfPanel>(step, grid, sorted, block, v, m, pass);
     });
-    const int64_t width = pass.width(), point = point_pitch(block.count, width);
     for_each_tile(sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
       if (!tile_output<Rows, Columns>(step, tile, activate, m + t * width, point, pass)) {
         repair_tile(step, tile, pass, patch);
       }
+      if (last_pass && step.passed.data != nullptr) copy_passed(step, tile);
     });
   });
 }
