@@ -67,7 +67,8 @@ def _report(name: str, module: nn.Module) -> BlockReport:
     if problem is None:
         return BlockReport(name, None, "", "not run yet")
     try:
-        choice = choose(problem, state.backend)
+        folded = state.frozen or (state.kept[1] if state.kept else None)
+        choice = choose(problem, state.backend, folded.layout if folded else "plain")
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))
     plan = f"{problem}: {get_backend(choice.name).plan(problem)}"

@@ -132,7 +132,7 @@ def _forward(
 ) -> Tensor:
     *chain, backend = settings
     problem = check_arguments(x, weights, biases, _config(*chain))
-    name = choose(problem, backend).name
+    name = choose(problem, backend, layout).name
     if problem.batch == 0:
         return x.new_empty(_output_shape(problem))
     out = get_backend(name).forward(problem, x, weights, biases, packed if layout == name else None)
@@ -180,7 +180,7 @@ def _block_forward(x, shortcut, *rest):
     *chain, backend = rest[9:]
     folded = FoldedBlock(*tensors)
     problem = _block_problem(x, folded.conv1_weight, folded.weights, folded.biases, _config(*chain))
-    name = choose(problem, backend).name
+    name = choose(problem, backend, layout).name
     if layout == name:
         folded.packed, folded.layout = packed, layout
     return with_format(run_block(get_backend(name), problem, x, shortcut, folded, relu), problem.channels_last)

@@ -88,5 +88,9 @@ def pack_block(folded: FoldedBlock, config: ChainConfig, backend: str) -> Folded
 
 
 def _nominal_problem(weights: Sequence[Tensor], width: int, config: ChainConfig) -> ChainProblem:
-    """A call with these weights: backends state their reasons for whole problems, and x is not known yet."""
-    return ChainProblem(config, weights[0].device, weights[0].dtype, 1, 14, 14, width, len(weights), True)
+    """A call with these weights: backends state their reasons for whole problems, and x is not known yet.
+
+    In the published models channels x rows is much the same at every stage, 104 x 56 at the first of 26w4s.
+    """
+    size = max(7, 104 * 56 // (config.scale(len(weights)) * width))
+    return ChainProblem(config, weights[0].device, weights[0].dtype, 32, size, size, width, len(weights), True)

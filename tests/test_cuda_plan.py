@@ -165,6 +165,18 @@ def test_auto_prefers_the_faster_prediction(monkeypatch, cuda, triton, chosen):
     assert selection.choose(problem(1, 26, 4, 56, 56)).name == chosen
 
 
+def test_auto_keeps_to_the_backend_that_the_weights_are_packed_for(monkeypatch):
+    stubs = {"cuda": Stub(rather="slower"), "triton": Stub()}
+    real = selection.get_backend
+    monkeypatch.setattr(selection, "get_backend", lambda name: stubs.get(name) or real(name))
+    p = problem(1, 26, 4, 56, 56)
+    assert selection.choose(p, layout="cuda").name == "cuda"
+    assert selection.choose(p, layout="plain").name == "triton"
+    assert selection.choose(p, layout="reference").name == "triton"  # which needs no packing
+    stubs["cuda"].why = "no kernel"
+    assert selection.choose(p, layout="cuda").name == "triton"
+
+
 def test_tensors_elsewhere_are_refused():
     assert "x is on cpu" in native_cuda.why_not(problem(1, 26, 4, 56, 56, device="cpu"))
 

@@ -82,8 +82,12 @@ def requested(backend: str) -> tuple[str, str]:
     return name, "auto" if name == "auto" else source
 
 
-def choose(problem: ChainProblem, backend: str = "auto") -> Choice:
-    """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it."""
+def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") -> Choice:
+    """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it.
+
+    layout: of the call's packed weights. Auto takes the backend that they were packed for where it can run the call: packing
+    anew at each call costs more than the predictions of `why_not_auto` differ.
+    """
     name, source = requested(backend)
     if name != "auto":
         why = get_backend(name).why_not(problem)
@@ -92,6 +96,8 @@ def choose(problem: ChainProblem, backend: str = "auto") -> Choice:
         return Choice(name, requested_by=source)
     rejected, postponed = [], None
     order = AUTO_ORDER.get(problem.device.type, ("reference",))
+    if layout in order[:-1] and get_backend(layout).why_not(problem) is None:
+        return Choice(layout, (("others", "the weights are packed for this one"),))
     for candidate in order:
         module = get_backend(candidate)
         why = module.why_not(problem)
