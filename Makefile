@@ -1,4 +1,4 @@
-# make bench | check | test | test-full | lint | clean
+# make bench | check | record | readme | test | test-full | lint | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1".
 VENV ?= .venv
@@ -10,7 +10,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
 
-.PHONY: bench check test test-full lint clean setup
+.PHONY: bench check record readme test test-full lint clean setup
 
 setup: $(INSTALLED)
 
@@ -19,6 +19,13 @@ bench: $(INSTALLED)
 
 check: $(INSTALLED)
 	$(BIN)/python -m res2net_fused check $(ARGS)
+
+# On a GPU machine nothing is set up or installed: the Python that has its torch will do.
+record:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/record.py $(ARGS)
+
+readme: $(INSTALLED)
+	$(BIN)/python benchmarks/readme_results.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import shlex
 import signal
 import sys
@@ -23,10 +22,10 @@ from pathlib import Path
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ.setdefault("TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED", "0")
 
 import native_build  # noqa: E402
 import torch  # noqa: E402
+import torch._inductor.config  # noqa: E402
 
 from res2net_fused import native  # noqa: E402
 from res2net_fused.bench import contests, jax_cases, results, roofline, schedule  # noqa: E402
@@ -154,6 +153,7 @@ def _measure_all(left: list[Unit], record: Record, budget: Budget, options: argp
     conditions = contests.Conditions(
         options.device, options.backend, options.quick, rates, roofline.l2_bytes(options.device), record.run
     )
+    torch._inductor.config.autotune_num_choices_displayed = 0  # else max-autotune prints a table for every convolution
     timer, passed = contests.Contests(conditions), set()
     for unit in list(left):
         kind = "jax" if unit.contestants[0][0] == "jax" else unit.workload
@@ -171,7 +171,11 @@ def _measure_all(left: list[Unit], record: Record, budget: Budget, options: argp
         if kind == "jax":
             outcome = _time_jax(unit, conditions, budget)
         else:
-            outcome = timer.time(unit)
+            try:
+                outcome = timer.time(unit)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+                outcome = contests.Outcome(failures={failure_name(unit, *who): reason for who in unit.contestants})
         record.add(outcome.rows, outcome.failures)
         budget.note(kind, budget.elapsed - started)
         left.remove(unit)
