@@ -13,6 +13,7 @@ import torch
 from . import __version__, native
 from .bench.workloads import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, Config, cases
 from .chain import BACKENDS
+from .tables import format_table
 
 _DTYPES = tuple(name for name in TORCH_DTYPES if name != "float64")
 _DEFAULT_BATCH = {"cpu": 8, "cuda": 32}
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", _info, "print versions, devices, backends and how the native code was built")
     _add_device(info)
+    info.add_argument("--kernels", action="store_true", help="also the compiled CUDA kernels and their predicted times")
 
     check = _command(
         commands,
@@ -214,6 +216,11 @@ def _info(options: argparse.Namespace) -> int:
         built[f"{status.name} library"] = "loaded" if status.loaded else f"not loaded: {status.reason}"
     _section("native extension", built)
     _section("environment variables", {name: os.environ.get(name, "(not set)") for name in _VARIABLES})
+    if options.kernels:
+        from .cuda_kernels import kernel_table, prediction_table
+
+        for title, (head, *rows) in (("CUDA kernels", kernel_table()), ("predicted, not measured", prediction_table())):
+            print(f"\n{title}\n{format_table(head, rows, left=3)}")
     return 0
 
 

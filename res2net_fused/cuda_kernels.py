@@ -88,12 +88,38 @@ def kernel_table() -> list[tuple[str, ...]]:
     return rows
 
 
+def prediction_table(device: str = "sm_90", batches: tuple[int, ...] = (1, 32, 256)) -> list[tuple[str, ...]]:
+    """Rows, the first of them the head: what the plan's model predicts for the published chains in bf16. None is measured.
+
+    MB: of x, weights and out, each once. device: a key of `native_cuda.LIMITS`.
+    """
+    rows = [
+        ("chain", "rows", "instance", "batch", "CTAs", "CTA's part", "warps", "shared KiB", "us", "per step us", "MB", "GFLOP")
+    ]
+    for width, scale, stage, size in _published():
+        for batch in batches:
+            plan = native_cuda.plan_chain(_problem(batch, width << stage, scale, size), native_cuda.LIMITS[device])
+            part = f"{plan.images} images" if plan.whole else f"{plan.rows}x{plan.columns}"
+            rows.append(
+                (f"{width}w{scale}s", f"{size}", native_cuda.INSTANCE_NAMES[plan.instance], f"{batch}", f"{plan.ctas}", part,
+                 f"{plan.warps_m}x{plan.warps_n}", f"{plan.shared_bytes / 1024:.0f}", f"{plan.nanoseconds / 1000:.0f}",
+                 f"{plan.steps_nanoseconds / 1000:.0f}", f"{plan.dram_bytes / 1e6:.1f}", f"{plan.flops / 1e9:.2f}")
+            )  # fmt: skip
+    return rows
+
+
+def _published() -> list[tuple[int, int, int, int]]:
+    """(w at the first stage, s, stage from 0, rows of the map) of every chain of PUBLISHED."""
+    return [(w, s, stage, size) for w, s in PUBLISHED for stage, size in enumerate((56, 28, 14, 7))]
+
+
+def _problem(batch: int, width: int, scale: int, size: int) -> ChainProblem:
+    return ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, batch, size, size, width, scale - 1, True)
+
+
 def _shared_bytes_by_instance() -> dict[str, dict[int, int]]:
     found: dict[str, dict[int, int]] = {}
-    for width, scale in PUBLISHED:
-        for stage, size in enumerate((56, 28, 14, 7)):
-            w = width << stage
-            problem = ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, 32, size, size, w, scale - 1, True)
-            plan = native_cuda.plan_chain(problem, native_cuda.LIMITS["sm_90"])
-            found.setdefault(native_cuda.INSTANCE_NAMES[plan.instance], {})[w] = plan.shared_bytes
+    for width, scale, stage, size in _published():
+        plan = native_cuda.plan_chain(_problem(32, width << stage, scale, size), native_cuda.LIMITS["sm_90"])
+        found.setdefault(native_cuda.INSTANCE_NAMES[plan.instance], {})[width << stage] = plan.shared_bytes
     return found

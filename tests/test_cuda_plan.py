@@ -97,6 +97,8 @@ def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
         ({"passthrough": "first_added"}, "first_added"),
         ({"height": 20000, "columns": 20000}, "an image has more than"),
         ({"dilation": 4000}, "shared memory"),
+        ({"dilation": 30000, "scale": 9, "columns": 100000, "height": 1}, "shared memory"),
+        ({"dilation": 2**31}, "dilation"),
     ],
 )
 def test_what_cannot_run_says_why(changed, reason):
@@ -196,3 +198,16 @@ def test_pixel_pitch_accepts_dense_pixels_and_slices_of_them():
     assert native_cuda.pixel_pitch(wide[:, :104, :, ::2]) is None
     assert native_cuda.pixel_pitch(x.contiguous()) is None
     assert native_cuda.pixel_pitch(wide[:, :104].expand(2, 104, 5, 7).flip(0)[:, :, :, :6]) is None
+
+
+@needs_library
+def test_the_recorded_predictions_are_those_of_the_plan():
+    """Run `res2net-fused info --kernels` and renew the file after a change to the model or to the search."""
+    from pathlib import Path
+
+    from res2net_fused.cuda_kernels import prediction_table
+    from res2net_fused.tables import format_table
+
+    head, *rows = prediction_table()
+    recorded = Path(__file__).parents[1] / "benchmarks/results/cuda_chain_predictions.txt"
+    assert recorded.read_text().partition("\n\n")[2] == format_table(head, rows, left=3) + "\n"

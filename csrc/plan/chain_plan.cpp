@@ -63,8 +63,8 @@ int resident_ctas(const ChainGeometry& g, const Instance& instance, const Device
 bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, ChainPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
   const ChainGeometry g = make_geometry(work, tile, instance.depths, instance.columns);
+  if (int64_t(g.lines) * g.pitch > MAX_POSITIONS) return false;  // first: the bytes of more would not fit an int
   if (g.shared_bytes > device.shared_per_block || g.threads() > 32 * instance.warps) return false;
-  if (g.lines * g.pitch > MAX_POSITIONS) return false;
   const int resident = resident_ctas(g, instance, device);
   if (resident < 1) return false;
   const DeviceRates rates = rates_of(device.major, device.minor);
@@ -155,6 +155,10 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
     reason = "an image has more than " + std::to_string(MAX_IMAGE_ELEMENTS) + " elements";
     return {};
   }
+  if (work.dilation > MAX_POSITIONS || work.stride > MAX_POSITIONS || work.steps > 1024) {
+    reason = "the stride, the dilation or the number of convolutions is too large";
+    return {};
+  }
   const int index = instance_for(work.channels);
   if (index < 0) {
     reason = "a group has " + std::to_string(work.channels) + " channels; at most 512 are allowed";
@@ -200,8 +204,6 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
   if (best.microseconds == 1e30)
     reason = "no part of an image with its halo fits the " + std::to_string(device.shared_per_block) +
              " bytes of shared memory that a block may have";
-  else
-    best.ctas = std::max(best.ctas, 1);
   return best;
 }
 
@@ -228,8 +230,10 @@ double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& dev
 std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size) {
   ChainWork work;
   work.images = problem[0];
-  work.height = int(problem[1]), work.width = int(problem[2]), work.channels = int(problem[3]), work.steps = int(problem[4]);
-  work.stride = int(problem[5]), work.dilation = int(problem[6]), work.adds = problem[7] != 0;
+  const auto narrow = [](int64_t value) { return int(std::min<int64_t>(value, 1 << 30)); };  // refused either way
+  work.height = narrow(problem[1]), work.width = narrow(problem[2]);
+  work.channels = narrow(problem[3]), work.steps = narrow(problem[4]);
+  work.stride = narrow(problem[5]), work.dilation = narrow(problem[6]), work.adds = problem[7] != 0;
   const bool passes = problem[8] != 0;
   const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
                             int(device[4]), int(device[5]), int(device[6])};
