@@ -1,4 +1,4 @@
-# make bench | check | record | readme | test | test-full | lint | clean
+# make bench | check | record | readme | test | test-full | mutate | lint | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1".
 VENV ?= .venv
@@ -10,7 +10,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
 
-.PHONY: bench check record readme test test-full lint clean setup
+.PHONY: bench check record readme test test-full mutate lint clean setup
 
 setup: $(INSTALLED)
 
@@ -33,6 +33,10 @@ test: $(INSTALLED)
 # An empty marker expression selects the slow tests too.
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -m '' $(ARGS)
+
+# Removes every barrier and wait of the CUDA kernels in turn; each removal must turn a test red.
+mutate: $(INSTALLED)
+	$(BIN)/python tests/emulator/mutate.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
