@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..accelerate import freeze
 from .measure import Contender, GraphedContender
 from .workloads import fused
 
@@ -35,6 +36,10 @@ def _channels_last(module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last)
 
 
+def _frozen(model: Model) -> Model:
+    return freeze(model) if isinstance(model, nn.Module) else model
+
+
 def _compiled(module: nn.Module, **options: object) -> Model:
     return torch.compile(_channels_last(module), fullgraph=True, dynamic=False, **options)
 
@@ -51,7 +56,8 @@ PROVIDERS = {
         lambda module, _: _compiled(module, mode="max-autotune-no-cudagraphs"), devices=("cuda",), slow_start=True, graph=True
     ),
     "ours": Provider(lambda module, backend: fused(_channels_last(module), backend)),
-    "ours_graph": Provider(lambda module, backend: fused(_channels_last(module), backend), devices=("cuda",), graph=True),
+    # Frozen, since a captured block would fold its BatchNorms at every replay.
+    "ours_graph": Provider(lambda module, backend: _frozen(fused(_channels_last(module), backend)), devices=("cuda",), graph=True),
 }
 OURS = ("ours", "ours_graph")
 
