@@ -320,22 +320,20 @@ def test_chains_and_blocks_on_the_cpu(scripts, tmp_path, capsys, few_repeats):
     assert len(results.read(path)["environment"]["runs"]) == 2
 
 
-def test_networks_and_training_on_the_cpu(few_repeats):
-    timer = contests.Contests(conditions())
-    for workload in ("network", "train_step"):
-        (unit,) = schedule.schedule("cpu", [workload], quick=True)
-        assert contests.gate([unit], conditions()).ok
-        outcome = timer.time(unit)
-        assert not outcome.failures
-        found = {(r["config"], r["provider"]): r for r in outcome.rows}
-        assert set(found) == {
-            ("res2net50_26w4s", "ours"), ("res2net50_26w4s", "eager_channels_last"), ("resnet50", "eager_channels_last"),
-        }  # fmt: skip
-        yardstick = found["resnet50", "eager_channels_last"]["median_ms"]
-        assert found["res2net50_26w4s", "ours"]["yardstick_ms"] == yardstick
-        assert ("floor_ms" in found["res2net50_26w4s", "ours"]) == (workload == "network")
-        if workload == "network":
-            assert found["res2net50_26w4s", "ours"]["frozen"] is True
+@pytest.mark.parametrize("workload", ["network", pytest.param("train_step", marks=pytest.mark.slow)])
+def test_networks_on_the_cpu(few_repeats, workload):
+    (unit,) = schedule.schedule("cpu", [workload], quick=True)
+    assert contests.gate([unit], conditions()).ok
+    outcome = contests.Contests(conditions()).time(unit)
+    assert not outcome.failures
+    found = {(r["config"], r["provider"]): r for r in outcome.rows}
+    assert set(found) == {
+        ("res2net50_26w4s", "ours"), ("res2net50_26w4s", "eager_channels_last"), ("resnet50", "eager_channels_last"),
+    }  # fmt: skip
+    yardstick = found["resnet50", "eager_channels_last"]["median_ms"]
+    ours = found["res2net50_26w4s", "ours"]
+    assert ours["yardstick_ms"] == yardstick
+    assert ("floor_ms" in ours) == ("frozen" in ours) == (workload == "network")
 
 
 def test_training_steps_train():
