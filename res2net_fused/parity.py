@@ -106,7 +106,13 @@ def poisoned_allocations() -> Iterator[None]:
 
 @contextmanager
 def convolution_precision(dtype: str) -> Iterator[None]:
-    """For "tf32" CUDA's fp32 convolutions and products may round to TF32, for all other dtypes they may not."""
+    """For "tf32" CUDA's fp32 convolutions and products may round to TF32, for "float32" they may not.
+
+    Half types leave the settings alone: once they are set, Inductor cannot read the older `allow_tf32`, and raises.
+    """
+    if dtype not in ("float32", "tf32"):
+        yield
+        return
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:

@@ -57,7 +57,9 @@ PROVIDERS = {
     ),
     "ours": Provider(lambda module, backend: fused(_channels_last(module), backend)),
     # Frozen, since a captured block would fold its BatchNorms at every replay.
-    "ours_graph": Provider(lambda module, backend: _frozen(fused(_channels_last(module), backend)), devices=("cuda",), graph=True),
+    "ours_graph": Provider(
+        lambda module, backend: _frozen(fused(_channels_last(module), backend)), devices=("cuda",), graph=True
+    ),
 }
 OURS = ("ours", "ours_graph")
 
