@@ -335,6 +335,16 @@ def test_arithmetics_differ():
     assert not torch.equal(outputs["direct"], outputs["winograd"])
 
 
+@pytest.mark.parametrize("size,same", [(9, "direct"), (24, "winograd")])
+def test_plain_weights_are_packed_for_what_pays(size, same, monkeypatch):
+    """Few pixels: transforming the weights for one call would take longer than convolving directly."""
+    chain = Chain(width=26)
+    x, weights, biases = chain.tensors((1, size, size), torch.float32)
+    out = call(chain, x, weights, biases)
+    monkeypatch.setenv(native_cpu.ARITHMETIC_VARIABLE, same)
+    assert torch.equal(out, call(chain, x, weights, biases))
+
+
 @pytest.mark.parametrize("variable", [native_cpu.ARITHMETIC_VARIABLE, native_cpu.ISA_VARIABLE])
 def test_bad_environment_is_refused(variable, monkeypatch):
     monkeypatch.setenv(variable, "fastest")

@@ -52,8 +52,9 @@ bool winograd_pays(const ChainProblem& problem) {
 
 ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, int64_t threads) {
   ChainPlan plan{};
-  plan.winograd = arithmetic == ArithmeticChoice::automatic ? winograd_pays(problem)
-                                                            : arithmetic == ArithmeticChoice::winograd && winograd_covers(problem);
+  plan.winograd = arithmetic == ArithmeticChoice::automatic
+                      ? winograd_pays(problem)
+                      : arithmetic == ArithmeticChoice::winograd && winograd_covers(problem);
   plan.parts = std::max<int64_t>(threads, 1);
   // The slowest thread decides: whole images only where they divide nearly evenly.
   const int64_t rounds = divide_up(problem.batch, plan.parts);

@@ -25,6 +25,9 @@ ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
 ARITHMETICS = {"auto": 0, "winograd": 1, "direct": 2}
 INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
 
+# Winograd's weights cost more to pack than they save in one call with fewer output pixels than this.
+PIXELS_WORTH_PACKING = 320
+
 _operators = torch.ops.res2net_fused_native
 
 
@@ -51,11 +54,11 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 
     The first is empty where Winograd does not cover the configuration.
     """
-    covered = config.stride == config.dilation == config.groups == 1
-    return _pack(weights, biases, config, covered)
+    return _pack(weights, biases, config, _winograd_covers(config))
 
 
 def plan(problem: ChainProblem) -> str:
+    """Of a call with packed weights; one with plain weights and few pixels convolves directly."""
     sizes = (problem.batch, problem.height, problem.width_pixels)
     return _operators.cpu_plan(*sizes, *_settings(problem), _arithmetic(), _instruction_set())
 
@@ -69,11 +72,17 @@ def forward(
 ) -> Tensor:
     arithmetic, isa = _arithmetic(), _instruction_set()
     if not packed:
-        packed = pack(weights, biases, problem.config)
+        pixels = problem.batch * problem.output_height * problem.output_width
+        pays = pixels >= PIXELS_WORTH_PACKING if arithmetic == ARITHMETICS["auto"] else arithmetic == ARITHMETICS["winograd"]
+        packed = _pack(weights, biases, problem.config, pays and _winograd_covers(problem.config))
     winograd, direct, bias = packed
     return _operators.cpu_chain_forward.default(
         x, winograd, direct, bias, *_settings(problem), problem.channels_last, arithmetic, isa
     )
+
+
+def _winograd_covers(config: ChainConfig) -> bool:
+    return config.stride == config.dilation == config.groups == 1
 
 
 def _pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig, winograd: bool) -> list[Tensor]:

@@ -147,7 +147,8 @@ R2N_INLINE void store_some(float* p, V v, int64_t n) {
 template <class V>
 R2N_INLINE V clamp_below(V y, V low) {
 #if defined(__AVX512F__)
-  if constexpr (kLanes<V> == 16) return _mm512_maskz_max_ps(0xffff, low, y);  // (the plain one draws a false warning of GCC 12)
+  // All lanes of the masked form: the plain one draws a false warning of GCC 12.
+  if constexpr (kLanes<V> == 16) return _mm512_maskz_max_ps(0xffff, low, y);
 #endif
 #if defined(__AVX2__)
   if constexpr (kLanes<V> == 8) return _mm256_max_ps(low, y);  // of unordered operands the second

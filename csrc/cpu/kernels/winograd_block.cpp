@@ -188,7 +188,8 @@ __attribute__((noinline)) bool tile_output(
   const int64_t first = pass.first * kPanel;
   const bool adds = step.next.data != nullptr;
   bool finite = true;
-  for_each_vector(first, first + pass.width(), step.channels, [&](auto kind, int64_t channel, int64_t lanes) R2N_LAMBDA_INLINE {
+  const int64_t last = first + pass.width();
+  for_each_vector(first, last, step.channels, [&](auto kind, int64_t channel, int64_t lanes) R2N_LAMBDA_INLINE {
     using V = decltype(kind);
     const bool part = lanes < kLanes<V> && !(step.out_full_vectors && (!adds || step.addend_full_vectors));
     const float* from = m + (channel - first);
@@ -274,7 +275,8 @@ __attribute__((noinline)) void multiply_rows(
 // M = V * U for one pass of panels, point by point.
 template <int Panels, bool HalfPanel>
 R2N_INLINE void multiply_points(
-    const Step& step, const TileGrid& grid, const SortedTiles& sorted, Block block, const float* v, float* m, PanelPass pass) {
+    const Step& step, const TileGrid& grid, const SortedTiles& sorted, Block block, const float* v, float* m,
+    PanelPass pass) {
   constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
   const int64_t w = step.channels, padded = round_up(w, kUnit), width = pass.width();
   const int64_t v_point = point_pitch(block.count, padded), m_point = point_pitch(block.count, width);
