@@ -1,0 +1,140 @@
+"""What lets an accelerated block run fused at each call, and what sends it to its class's own forward."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_close
+from official_models import IMAGES, blocks_of, official, run
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from res2net_fused import accelerate, explain, freeze
+
+
+def fired_by(model, module, x=IMAGES):
+    """How often a forward hook on `module` fires in one call of `model`, and what the model returns."""
+    calls = []
+    handle = module.register_forward_hook(lambda m, i, o: calls.append(m))
+    out = run(model, x)
+    handle.remove()
+    return len(calls), out
+
+
+@pytest.mark.parametrize("where", ["layer1.1", "layer1", "layer1.1.downsample", "layer2.0.downsample"])
+def test_hooks_outside_the_chain_fire_and_keep_it_fused(where):
+    model = official()
+    module = dict(model.named_modules()).get(where)
+    if module is None:
+        pytest.skip("no such module in this block")
+    expected = run(model, IMAGES)
+    accelerate(model)
+    count, out = fired_by(model, module)
+    assert count == 1
+    assert_close(out, expected, 5e-6)
+    assert all(r.fused for r in explain(model))
+
+
+INNER = ["conv1", "bn1", "convs.0", "convs.2", "bns.1", "conv3", "bn3", "relu", "pool"]
+
+
+@pytest.mark.parametrize("where", INNER)
+def test_hooks_inside_the_chain_fire_as_before(where):
+    model = official()
+    module = model.layer2[0].get_submodule(where)
+    expected_count, expected = fired_by(model, module)
+    accelerate(model)
+    run(model, IMAGES)
+    count, out = fired_by(model, module)
+    assert count == expected_count >= 1
+    assert_close(out, expected, 5e-6)
+    run(model, IMAGES)
+    assert all(r.fused for r in explain(model)), "the hook is gone"
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "full_backward", "full_backward_pre"])
+def test_other_hooks_inside_the_chain(kind):
+    model = accelerate(official())
+    calls = []
+    register = getattr(model.layer1[1].convs[1], f"register_{kind}_hook")
+    register(lambda *args: calls.append(1) and None)
+    model(IMAGES).sum().backward()
+    assert calls
+    reports = {r.name: r for r in explain(model)}
+    assert reports["layer1.1"].fused is False and "hook" in reports["layer1.1"].reason
+    assert reports["layer1.0"].fused
+
+
+def test_global_hooks_see_every_module():
+    model = official()
+    accelerate(model)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    try:
+        run(model, IMAGES)
+    finally:
+        handle.remove()
+    assert model.layer1[1].convs[0] in seen
+
+
+def test_feature_extraction_by_a_hook_that_changes_the_output():
+    model = official()
+    change = lambda m, i, o: o * 0  # noqa: E731
+    model.layer1[1].bns[0].register_forward_hook(change)
+    expected = run(model, IMAGES)
+    assert_close(run(accelerate(model), IMAGES), expected, 5e-6)
+
+
+def circular(conv):
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False, padding_mode="circular")
+
+
+def new_pool(block):
+    block.pool = nn.MaxPool2d(3, 2, padding=1)
+
+
+CHANGES = {
+    # what a user may do after accelerate: the change to layer2.0, and a word of the reason
+    "weight_norm": (lambda b: parametrizations.weight_norm(b.convs[0]), "parametrized"),
+    "spectral_norm": (lambda b: parametrizations.spectral_norm(b.conv1), "parametrized"),
+    "pruning": (lambda b: prune.l1_unstructured(b.convs[1], "weight", 0.5), "hook"),
+    "group_norm": (lambda b: setattr(b, "bn1", nn.GroupNorm(1, b.bn1.num_features)), "GroupNorm"),
+    "identity_norm": (lambda b: b.bns.__setitem__(0, nn.Identity()), "Identity"),
+    "sync_norm": (lambda b: nn.SyncBatchNorm.convert_sync_batchnorm(b), "SyncBatchNorm"),
+    "one_norm_in_training": (lambda b: b.bns[1].train(), "training"),
+    "dropped_statistics": (lambda b: setattr(b.bn3, "running_mean", None) or setattr(b.bn3, "running_var", None), "statistics"),
+    "dilation": (lambda b: [setattr(c, "dilation", (2, 2)) or setattr(c, "padding", (2, 2)) for c in b.convs], "geometry"),
+    "padding_mode": (lambda b: setattr(b, "convs", nn.ModuleList(circular(c) for c in b.convs)), "geometry"),
+    "activation": (lambda b: setattr(b, "relu", nn.GELU()), "GELU"),
+    "pool": (new_pool, "pool"),
+    "pool_settings": (lambda b: setattr(b.pool, "count_include_pad", False), "pool"),
+    "instance_forward": (lambda b: setattr(b.convs[0], "forward", lambda u: u[:, :, ::2, ::2] * 2), "forward"),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES.keys())
+def test_what_cannot_run_fused_runs_the_original(change, reason, frozen):
+    model = official()
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    run(model, IMAGES)
+    if frozen:
+        freeze(model)
+    for m in (model, plain):
+        torch.manual_seed(3)
+        change(m.layer2[0])
+    assert_close(run(model, IMAGES), run(plain, IMAGES), 5e-6)
+    report = {r.name: r for r in explain(model)}["layer2.0"]
+    assert report.fused is False and reason in report.reason
+    assert sum(r.fused is True for r in explain(model)) == len(blocks_of(model)) - 1
+
+
+def test_becoming_eligible_again():
+    model = accelerate(official())
+    handle = model.layer1[0].conv1.register_forward_hook(lambda m, i, o: None)
+    run(model, IMAGES)
+    assert not explain(model)[0].fused
+    handle.remove()
+    run(model, IMAGES)
+    assert explain(model)[0].fused
