@@ -323,7 +323,7 @@ def _call(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": plan.registers, "enable_fp_fusion": True}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     programs = plan.programs(problem, launch, images)
     if launch.steps == 0:
         arguments |= {"x_slot": x.offset(slot), "ADDS": config.adds(slot)}

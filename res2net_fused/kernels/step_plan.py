@@ -41,7 +41,7 @@ class StepPlan:
     """tile: of every launch, from `tile_source`. images: per run through `launches`, so that a chunk of the batch stays in L2.
 
     lanes: channels that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
-    precision: of the products, as `tl.dot` names it; only float32 is affected. registers: a thread's limit, or None.
+    precision: of the products, as `tl.dot` names it; only float32 is affected.
     """
 
     tile: Tile
@@ -50,7 +50,6 @@ class StepPlan:
     images: int
     lanes: int
     precision: str
-    registers: int | None = None
 
     @property
     def scratch_buffers(self) -> int:
@@ -97,10 +96,7 @@ def plan_steps(
     )
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
-    # Left alone, ptxas for Blackwell spills a register of these small tiles to fit one more warp; of no others.
-    small = problem.dtype == torch.float32 and precision == "ieee" and tile.block_n <= 16
-    registers = 128 if capability >= (10, 0) and small else None
-    return StepPlan(tile, tile_source, launches, images, lanes, precision, registers)
+    return StepPlan(tile, tile_source, launches, images, lanes, precision)
 
 
 def padded_lanes(channels: int) -> int:
@@ -153,7 +149,9 @@ def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: 
     enough = (shape for shape in shapes if steps * _tiles(problem, *shape, images) >= wanted)
     block_m, block_n = next(enough, shapes[-1])
     warps = next(warps for warps, area in ((8, 8192), (4, 1024), (2, 512), (1, 0)) if block_m * block_n >= area)
-    return Tile(block_m, block_n, block_k, warps, 3 if block_k == 64 else 4)
+    # With more stages in narrow scalar tiles, ptxas for Blackwell spills a register to fit one more warp.
+    stages = 2 if scalar and block_n == 16 else 3 if block_k == 64 else 4
+    return Tile(block_m, block_n, block_k, warps, stages)
 
 
 def multiprocessors(capability: tuple[int, int]) -> int:

@@ -26,7 +26,12 @@ CHAINS = [combo for combo in itertools.product(PASSTHROUGHS, POOLS, (True, False
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in every direction, however small the problem."""
-    monkeypatch.setattr(step_plan, "default_tile", lambda *_: Tile(16, 16, 16, 1, 2))
+    fix_tile(monkeypatch, Tile(16, 16, 16, 1, 2))
+
+
+def fix_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
+    monkeypatch.setattr(step_plan, "lookup", lambda shape: None)
+    monkeypatch.setattr(step_plan, "default_tile", lambda *_: tile)
 
 
 def test_kernels_are_interpreted() -> None:
@@ -99,7 +104,7 @@ def test_many_tiles(monkeypatch, width, hierarchical) -> None:
 
 @pytest.mark.parametrize("block_m, block_n, block_k", [(64, 32, 32), (128, 16, 16), (32, 64, 64)])
 def test_tiles_larger_than_the_problem(monkeypatch, block_m, block_n, block_k) -> None:
-    monkeypatch.setattr(step_plan, "default_tile", lambda *_: Tile(block_m, block_n, block_k, 4, 3))
+    fix_tile(monkeypatch, Tile(block_m, block_n, block_k, 4, 3))
     make_case(width=20, dtype=torch.float16).check()
     make_case(ChainConfig(stride=2, pool="avg3", hierarchical=False), width=9).check()
 
