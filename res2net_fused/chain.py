@@ -120,6 +120,13 @@ class ChainProblem:
     steps: int
     channels_last: bool
 
+    @classmethod
+    def of(cls, x: Tensor, width: int, steps: int, config: ChainConfig) -> ChainProblem:
+        """A call on a tensor with x's batch, size, dtype, device and memory format; its channels are not looked at."""
+        batch, _, height, width_pixels = x.shape
+        last = memory_format(x) == torch.channels_last
+        return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last)
+
     @property
     def scale(self) -> int:
         return self.config.scale(self.steps)
@@ -239,6 +246,4 @@ def check_arguments(
             f"stride is {config.stride} with hierarchical=True: y_(i-1) is smaller than x_i and cannot be added to it; "
             "use hierarchical=False"
         )
-    return ChainProblem(
-        config, x.device, x.dtype, x.shape[0], x.shape[2], x.shape[3], width, steps, memory_format(x) == torch.channels_last
-    )
+    return ChainProblem.of(x, width, steps, config)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.selection import requested
-from .chain import ChainConfig, ChainProblem, memory_format
+from .chain import ChainConfig, ChainProblem
 from .folding import CacheKey, FoldedBlock, block_tensors, cacheable, fold_block
 from .operator import fused_bottle2neck, hierarchical_conv2d
 from .packing import pack_block
@@ -83,7 +83,7 @@ def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
         x.requires_grad or any(t.requires_grad for t in itertools.chain(block.parameters(), block_tensors(block)))
     )
     if not torch.compiler.is_compiling():
-        state.last_problem = _problem(block, x_in, state.config)
+        state.last_problem = ChainProblem.of(x_in, block.convs[0].in_channels, len(block.convs), state.config)
     if differentiable or not _is_identity(block, "drop_block"):
         folded = fold_block(block, dtype)
         out = F.conv2d(x_in, folded.conv1_weight, folded.conv1_bias.to(dtype)).relu_()  # (N, s*w, H, W)
@@ -103,14 +103,6 @@ def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
 def _is_identity(block: nn.Module, name: str) -> bool:
     module = getattr(block, name, None)
     return module is None or type(module) is nn.Identity
-
-
-def _problem(block: nn.Module, x: Tensor, config: ChainConfig) -> ChainProblem:
-    batch, _, height, width = x.shape
-    last = memory_format(x) == torch.channels_last
-    return ChainProblem(
-        config, x.device, x.dtype, batch, height, width, block.convs[0].in_channels, len(block.convs), last
-    )
 
 
 def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> FoldedBlock:

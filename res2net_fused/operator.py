@@ -169,9 +169,7 @@ def _block_problem(x: Tensor, conv1_weight: Tensor, weights: Sequence[Tensor], b
     width = check_weights(weights, biases, config)
     if conv1_weight.shape[0] != config.scale(len(weights)) * width:
         raise ValueError(f"conv1_weight is {describe(conv1_weight)}; {len(weights)} weights of width {width} follow it")
-    batch, _, height, columns = x.shape
-    last = memory_format(x) == torch.channels_last
-    return ChainProblem(config, x.device, x.dtype, batch, height, columns, width, len(weights), last)
+    return ChainProblem.of(x, width, len(weights), config)
 
 
 @functools.partial(_library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
