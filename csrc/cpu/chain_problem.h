@@ -34,8 +34,8 @@ struct ChainProblem {
     return hierarchical &&
            (group > first_convolved() || (group == 1 && passthrough == Passthrough::first_added));
   }
-  // Whether whole vectors from this group on stay inside its pixel.
-  bool full_vectors(int64_t group) const { return group * channels + padded() <= scale() * channels; }
+  // Whether whole vectors from this group on stay inside `room` floats of its pixel.
+  bool full_vectors(int64_t group, int64_t room) const { return group * channels + padded() <= room; }
 };
 
 }  // namespace res2net_fused

@@ -65,6 +65,11 @@ void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, i
 
 ConstView constant(View view) { return {view.data, view.image, view.row, view.pixel}; }
 
+// Scratch of one thread for Winograd blocks.
+struct BlockScratch {
+  float *v, *m, *patch;
+};
+
 class Run {
  public:
   Run(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels)
@@ -74,11 +79,8 @@ class Run {
   void tiles() const;
   void channels() const;
 
- private:
-  // Scratch of one thread for Winograd blocks.
-  struct BlockScratch {
-    float *v, *m, *patch;
-  };
+  // The first `images` images, by one thread.
+  void image_group(const Sources& sources, int64_t images, const BlockScratch& scratch) const;
 
   int64_t v_floats(int64_t tiles) const { return kPoints * point_pitch(tiles, problem_.padded()); }
   int64_t m_floats(int64_t tiles) const {
@@ -86,6 +88,12 @@ class Run {
     return kPoints * point_pitch(tiles, width);
   }
   int64_t patch_floats() const { return round_up(kPoints * problem_.channels, kAlignment); }
+  // Tiles of a block where whole images are worked on.
+  int64_t image_tiles() const {
+    return plan_.winograd ? std::min(plan_.block_tiles, plan_.images * plan_.grid.per_image()) : 0;
+  }
+
+ private:
   int64_t group_of(int64_t step) const { return problem_.first_convolved() + step; }
   bool needs_copy(int64_t step) const {
     if (plan_.winograd && !plan_.copies_source && !problem_.adds(group_of(step))) return false;
@@ -103,7 +111,6 @@ class Run {
   void copy_source(int64_t i, const Sources& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
   void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
   void winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const;
-  void image_group(const Sources& sources, int64_t first_image, int64_t images, const BlockScratch& scratch) const;
 
   ConstView x_group(int64_t group, int64_t first_image) const {
     ConstView view = data_.x;
@@ -147,14 +154,14 @@ Step Run::step(int64_t i, const Sources& sources, int64_t first_image) const {
   step.activation = p.activation;
   step.source = from_x ? x_group(group, first_image) : constant(sources.view(i));
   step.source_has_border = !from_x;
-  step.source_full_vectors = !from_x || p.full_vectors(group);
+  step.source_full_vectors = !from_x || p.full_vectors(group, data_.room);
   if (i + 1 < p.steps && p.adds(group + 1)) {
     step.addend = x_group(group + 1, first_image);
-    step.addend_full_vectors = p.full_vectors(group + 1);
+    step.addend_full_vectors = p.full_vectors(group + 1, data_.room);
     step.next = sources.view(i + 1);
   }
   step.out = out_group(group, first_image);
-  step.out_full_vectors = p.full_vectors(group);
+  step.out_full_vectors = p.full_vectors(group, data_.room);
   if (copies_passed() && i + 1 == p.steps) {
     step.passed = x_group(p.passed_group(), first_image);
     step.passed_out = out_group(p.passed_group(), first_image);
@@ -194,17 +201,16 @@ void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const Bl
   }
 }
 
-void Run::image_group(
-    const Sources& sources, int64_t first_image, int64_t images, const BlockScratch& scratch) const {
+void Run::image_group(const Sources& sources, int64_t images, const BlockScratch& scratch) const {
   const int64_t out_rows = images * problem_.out_height(), channels = problem_.scale() * problem_.channels;
   if (plan_.brings_near) {
-    bring_near(x_group(0, first_image), images, problem_.height, problem_.width, channels);
-    bring_near(constant(out_group(0, first_image)), images, problem_.out_height(), problem_.out_width(), channels);
+    bring_near(x_group(0, 0), images, problem_.height, problem_.width, channels);
+    bring_near(constant(out_group(0, 0)), images, problem_.out_height(), problem_.out_width(), channels);
   }
-  if (passes_first()) pass(first_image, 0, out_rows);
+  if (passes_first()) pass(0, 0, out_rows);
   for (int64_t i = 0; i < problem_.steps; i++) {
-    if (needs_copy(i)) copy_source(i, sources, first_image, 0, images * problem_.height);
-    const Step step = this->step(i, sources, first_image);
+    if (needs_copy(i)) copy_source(i, sources, 0, 0, images * problem_.height);
+    const Step step = this->step(i, sources, 0);
     if (plan_.winograd) {
       winograd_tiles(step, 0, images * plan_.grid.per_image(), scratch);
     } else {
@@ -212,25 +218,20 @@ void Run::image_group(
       kernels_.direct_rows(step, 0, out_rows, 0, panels);
     }
   }
-  if (passes_last()) pass(first_image, 0, out_rows);  // last: the slot before it spills into it
+  if (passes_last()) pass(0, 0, out_rows);  // last: the slot before it spills into it
 }
 
 void Run::images() const {
-  Sources shape(problem_, plan_.images);
-  const int64_t tiles = plan_.winograd ? std::min(plan_.block_tiles, plan_.images * plan_.grid.per_image()) : 0;
-  const int64_t v = plan_.winograd ? v_floats(tiles) : 0, m = plan_.winograd ? m_floats(tiles) : 0;
-  const int64_t each = round_up(shape.floats() + v + m + patch_floats(), 1024) + kAlignment;
+  const int64_t each = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const Scratch scratch(each * plan_.parts);
   for_each_part([&](int64_t part) {
-    float* memory = scratch.data() + part * each;
-    Sources sources(problem_, plan_.images);
-    sources.place(memory);
-    sources.zero_borders();
-    memory += sources.floats();
-    const BlockScratch block{memory, memory + v, memory + v + m};
+    const ImageChain chain(problem_, plan_, kernels_, scratch.data() + part * each);
     const int64_t last = share(problem_.batch, part + 1);
     for (int64_t n = share(problem_.batch, part); n < last; n += plan_.images) {
-      image_group(sources, n, std::min(plan_.images, last - n), block);
+      ChainData data = data_;
+      data.x.data += n * data.x.image;
+      data.out.data += n * data.out.image;
+      chain.run(data, std::min(plan_.images, last - n));
     }
   });
 }
@@ -308,6 +309,30 @@ void Run::channels() const {
 }
 
 }  // namespace
+
+ImageChain::ImageChain(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels, float* scratch)
+    : problem_(problem), plan_(plan), kernels_(kernels), scratch_(scratch) {
+  Sources sources(problem_, plan_.images);
+  sources.place(scratch_);
+  sources.zero_borders();
+}
+
+int64_t ImageChain::scratch_floats(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels) {
+  const Run run(problem, plan, ChainData{}, kernels);
+  const int64_t tiles = run.image_tiles();
+  const int64_t blocks = plan.winograd ? run.v_floats(tiles) + run.m_floats(tiles) : 0;
+  return round_up(Sources(problem, plan.images).floats() + blocks + run.patch_floats(), 1024) + kAlignment;
+}
+
+void ImageChain::run(const ChainData& data, int64_t images) const {
+  const Run run(problem_, plan_, data, kernels_);
+  Sources sources(problem_, plan_.images);
+  sources.place(scratch_);
+  float* const v = scratch_ + sources.floats();
+  float* const m = v + (plan_.winograd ? run.v_floats(run.image_tiles()) : 0);
+  float* const patch = m + (plan_.winograd ? run.m_floats(run.image_tiles()) : 0);
+  run.image_group(sources, images, {v, m, patch});
+}
 
 void run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels) {
   const Run run(problem, plan, data, kernels);

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import native
 from ..chain import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig, ChainProblem
+from ..folding import FoldedBlock
 
 ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
 ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
@@ -60,7 +61,7 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 def plan(problem: ChainProblem) -> str:
     """Of a call with packed weights; one with plain weights and few pixels convolves directly."""
     sizes = (problem.batch, problem.height, problem.width_pixels)
-    return _operators.cpu_plan(*sizes, *_settings(problem), _arithmetic(), _instruction_set())
+    return _operators.cpu_plan(*sizes, _settings(problem), _arithmetic(), _instruction_set())
 
 
 def forward(
@@ -77,8 +78,25 @@ def forward(
         packed = _pack(weights, biases, problem.config, pays and _winograd_covers(problem.config))
     winograd, direct, bias = packed
     return _operators.cpu_chain_forward.default(
-        x, winograd, direct, bias, *_settings(problem), problem.channels_last, arithmetic, isa
+        x, winograd, direct, bias, _settings(problem), problem.channels_last, arithmetic, isa
     )
+
+
+def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
+    """[conv1 (panels of 16 output channels), its biases, conv3, its biases, then what `pack` returns], in fp32."""
+    with torch.no_grad():
+        conv1 = _operators.cpu_pack_pointwise.default(folded.conv1_weight, folded.conv1_bias, _instruction_set())
+        conv3 = _operators.cpu_pack_pointwise.default(folded.conv3_weight, folded.conv3_bias, _instruction_set())
+    return [*conv1, *conv3, *pack(folded.weights, folded.biases, config)]
+
+
+def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool) -> Tensor:
+    """As `block.run_block`, of which this is the `cpu` backend's own form: each image through the whole block in cache."""
+    packed = folded.packed or pack_block(folded, problem.config)
+    return _operators.cpu_block_forward.default(
+        x, shortcut, packed, folded.conv3_weight.shape[0], relu, _settings(problem), problem.channels_last, _arithmetic(),
+        _instruction_set(),
+    )  # fmt: skip
 
 
 def _winograd_covers(config: ChainConfig) -> bool:
@@ -90,18 +108,18 @@ def _pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Ch
         return _operators.cpu_pack.default(list(weights), list(biases or ()), config.groups, winograd, _instruction_set())
 
 
-def _settings(problem: ChainProblem) -> tuple[int | bool, ...]:
-    return problem.width, problem.steps, *_config_codes(problem.config)
+def _settings(problem: ChainProblem) -> list[int]:
+    """As `problem_of` in csrc/cpu/op_arguments.h takes it: enumerations by their place in the tables of `chain`."""
+    return [problem.width, problem.steps, *_config_codes(problem.config)]
 
 
 @functools.lru_cache
-def _config_codes(config: ChainConfig) -> tuple[int | bool, ...]:
-    """As the operators take it: enumerations by their place in the tables of `chain`."""
+def _config_codes(config: ChainConfig) -> tuple[int, ...]:
     return (
         config.stride,
         config.dilation,
         config.groups,
-        config.hierarchical,
+        int(config.hierarchical),
         PASSTHROUGHS.index(config.passthrough),
         POOLS.index(config.pool),
         ACTIVATIONS.index(config.activation),

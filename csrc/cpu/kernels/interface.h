@@ -56,6 +56,23 @@ struct Step {
   const float* bias;      // (w padded,)
 };
 
+// A 1x1 convolution over rows of pixels, counted from the first: out = relu(source * weights + bias + shortcut). Pitches in
+// floats, from one pixel to the next.
+struct Pointwise {
+  const float* source;
+  int64_t source_pitch;
+  int64_t depth;         // input channels
+  const float* weights;  // [panel][depth][16], the last panel [depth][8] where at most 8 output channels are left
+  const float* bias;     // bias_floats(columns)
+  const float* shortcut;  // or null
+  int64_t shortcut_pitch;
+  float* out;
+  int64_t out_pitch;
+  int64_t columns;    // output channels
+  bool full_vectors;  // behind a pixel of `out` (and of shortcut) there is room up to a multiple of kPanel
+  bool relu;
+};
+
 // Tiles along a dimension of `length` outputs: `big_count` of `big`, then `small_count` of `small`; big > small. A tile size
 // is 2, 3 or 4 and stands for F(size, 3). Where they are all big, the last one may reach back over the one before it.
 struct Split {
@@ -101,10 +118,15 @@ struct Kernels {
   void (*pass_rows)(
       ConstView source, int64_t in_height, int64_t in_width, View target, int64_t height, int64_t width, int64_t channels,
       int64_t stride, Pool, int64_t first, int64_t last);
+  // Rows (pixels) first ... last of the output channels of some panels.
+  void (*pointwise_rows)(const Pointwise&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
   // weights (w, w/groups, 3, 3) of one convolution into the layouts of Step; panels counted over all groups.
   void (*pack_winograd)(const float* weights, int64_t channels, float* packed, int64_t first_panel, int64_t last_panel);
   void (*pack_direct)(
       const float* weights, int64_t channels, int64_t groups, float* packed, int64_t first_panel, int64_t last_panel);
+  // weights (columns, depth) into the layout of Pointwise.
+  void (*pack_pointwise)(
+      const float* weights, int64_t columns, int64_t depth, float* packed, int64_t first_panel, int64_t last_panel);
 };
 
 static constexpr int64_t panel_count(int64_t channels) { return (round_up(channels, kUnit) + kPanel - 1) / kPanel; }
@@ -114,6 +136,8 @@ static constexpr int64_t winograd_floats(int64_t channels) { return kPoints * ch
 static constexpr int64_t direct_group_floats(int64_t group_channels) {
   return 9 * group_channels * round_up(group_channels, kUnit);
 }
+
+static constexpr int64_t pointwise_floats(int64_t columns, int64_t depth) { return depth * round_up(columns, kUnit); }
 
 // Of the bias of one convolution: whole vectors are read from any channel on.
 static constexpr int64_t bias_floats(int64_t channels) { return round_up(channels, kUnit) + kPanel; }

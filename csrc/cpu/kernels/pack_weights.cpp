@@ -60,23 +60,39 @@ void pack_winograd(const float* weights, int64_t channels, float* packed, int64_
   }
 }
 
+namespace {
+
+// One panel: `taps` blocks of `depth` rows of `width` output channels, of which `present` exist. from: (output, depth, taps).
+void pack_panel(const float* from, int64_t present, int64_t width, int64_t depth, int64_t taps, float* to) {
+  for (int64_t tap = 0; tap < taps; tap++) {
+    for (int64_t k = 0; k < depth; k++) {
+      for (int64_t lane = 0; lane < width; lane++) {
+        *to++ = lane < present ? from[(lane * depth + k) * taps + tap] : 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace
+
 void pack_direct(
     const float* weights, int64_t channels, int64_t groups, float* packed, int64_t first_panel, int64_t last_panel) {
   const int64_t group_channels = channels / groups, group_panels = panel_count(group_channels);
   const int64_t padded = round_up(group_channels, kUnit);
   for (int64_t i = first_panel; i < last_panel; i++) {
-    const int64_t group = i / group_panels, panel = i % group_panels;
-    const int64_t width = smaller(padded - panel * kPanel, kPanel);
-    const int64_t present = smaller(group_channels - panel * kPanel, width);
-    const float* from = weights + (group * group_channels + panel * kPanel) * group_channels * 9;
-    float* to = packed + group * direct_group_floats(group_channels) + panel * kPanel * 9 * group_channels;
-    for (int64_t tap = 0; tap < 9; tap++) {
-      for (int64_t k = 0; k < group_channels; k++) {
-        for (int64_t lane = 0; lane < width; lane++) {
-          *to++ = lane < present ? from[(lane * group_channels + k) * 9 + tap] : 0.0f;
-        }
-      }
-    }
+    const int64_t group = i / group_panels, output = i % group_panels * kPanel;
+    const float* from = weights + (group * group_channels + output) * group_channels * 9;
+    float* to = packed + group * direct_group_floats(group_channels) + output * 9 * group_channels;
+    pack_panel(from, smaller(group_channels - output, kPanel), smaller(padded - output, kPanel), group_channels, 9, to);
+  }
+}
+
+void pack_pointwise(
+    const float* weights, int64_t columns, int64_t depth, float* packed, int64_t first_panel, int64_t last_panel) {
+  const int64_t padded = round_up(columns, kUnit);
+  for (int64_t output = first_panel * kPanel; output < smaller(last_panel * kPanel, padded); output += kPanel) {
+    const int64_t present = smaller(columns - output, kPanel), width = smaller(padded - output, kPanel);
+    pack_panel(weights + output * depth, present, width, depth, 1, packed + output * depth);
   }
 }
 
