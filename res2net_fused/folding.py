@@ -38,6 +38,10 @@ class FoldedBlock:
     biases: list[Tensor]  # each (w,)
     conv3_weight: Tensor  # (planes * 4, s*w, 1, 1)
     conv3_bias: Tensor  # (planes * 4,)
+    # Of the shortcut, where it is a 1x1 convolution and BatchNorm behind at most a pool; None where there is none to fold.
+    projection_weight: Tensor | None = None  # (planes * 4, inplanes, 1, 1)
+    projection_bias: Tensor | None = None  # (planes * 4,)
+    projection_stride: int = 1
     packed: list[Tensor] | None = None
     layout: str = "plain"
 
@@ -57,16 +61,69 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tenso
 
 
 def fold_block(block: nn.Module, dtype: torch.dtype) -> FoldedBlock:
-    """Folds conv1, convs and conv3 into weights of `dtype`; differentiable."""
+    """Folds conv1, convs and conv3, and the shortcut's projection if it can be, into weights of `dtype`; differentiable."""
     folded = [fold(conv, bn, dtype) for conv, bn in zip(block.convs, block.bns, strict=True)]
     weights, biases = [weight for weight, _ in folded], [bias for _, bias in folded]
-    return FoldedBlock(*fold(block.conv1, block.bn1, dtype), weights, biases, *fold(block.conv3, block.bn3, dtype))
+    result = FoldedBlock(*fold(block.conv1, block.bn1, dtype), weights, biases, *fold(block.conv3, block.bn3, dtype))
+    projection = projection_of(block)
+    if projection is not None:
+        _, conv, bn = projection
+        result.projection_weight, result.projection_bias = fold(conv, bn, dtype)
+        result.projection_stride = conv.stride[0]
+    return result
+
+
+def projection_of(block: nn.Module) -> tuple[nn.Module | None, nn.Conv2d, nn.BatchNorm2d] | None:
+    """(pool or None, 1x1 convolution, norm) of the block's shortcut, or None where it has to run as it is."""
+    if not adds_at_once(block):
+        return None
+    downsample = block._modules.get("downsample")
+    if type(downsample) is not nn.Sequential or len(downsample) not in (2, 3):
+        return None
+    *pool, conv, bn = downsample._modules.values()
+    if type(conv) is not nn.Conv2d or any(why_not_bypassed(module) for module in (downsample, conv, bn)):
+        return None
+    geometry = (conv.kernel_size, conv.padding, conv.groups)
+    if geometry != ((1, 1), (0, 0), 1) or conv.stride[0] != conv.stride[1] or why_not_folded(bn) is not None:
+        return None
+    return (pool[0] if pool else None), conv, bn
+
+
+def adds_at_once(block: nn.Module) -> bool:
+    """Whether nothing comes between conv3 and the addition of the shortcut."""
+    return is_identity(block, "se") and is_identity(block, "drop_path")
+
+
+def is_identity(block: nn.Module, name: str) -> bool:
+    module = getattr(block, name, None)
+    return module is None or type(module) is nn.Identity
+
+
+def why_not_folded(bn: nn.Module) -> str | None:
+    """None if this norm layer can be folded now, else the reason."""
+    if type(bn) is not nn.BatchNorm2d:
+        return f"norm layer {type(bn).__name__} cannot be folded"
+    if bn.training:
+        return "BatchNorm is in training mode: batch statistics cannot be folded"
+    if bn.running_mean is None or bn.running_var is None:
+        return "BatchNorm has no running statistics to fold"
+    return None
+
+
+def why_not_bypassed(module: nn.Module) -> str | None:
+    """None if nobody would miss this module's own call, else the reason."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"a hook on a {type(module).__name__} inside the block must see its call"
+    if "forward" in vars(module):
+        return f"a {type(module).__name__} inside the block has a forward of its own"
+    return None
 
 
 def block_tensors(block: nn.Module) -> list[Tensor]:
     """Everything that folding reads, and each num_batches_tracked, which tells when running statistics moved."""
     modules = block._modules  # dictionaries, not attributes: nn.Module.__getattr__ would be most of a cached call's cost
-    parts = (modules[name] for name in ("conv1", "bn1", "conv3", "bn3"))
+    parts = [modules[name] for name in ("conv1", "bn1", "conv3", "bn3")]
+    parts += (projection_of(block) or ())[1:]
     lists = (modules[name]._modules.values() for name in ("convs", "bns"))
     return [
         tensor

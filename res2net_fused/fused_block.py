@@ -7,7 +7,7 @@ BatchNorms, keeps the folded and packed weights, and calls the operator; whateve
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from .backends.selection import requested
 from .chain import ChainConfig, ChainProblem
-from .folding import CacheKey, FoldedBlock, block_tensors, cacheable, fold_block
+from .folding import (
+    CacheKey,
+    FoldedBlock,
+    adds_at_once,
+    block_tensors,
+    cacheable,
+    fold_block,
+    is_identity,
+    projection_of,
+    why_not_bypassed,
+    why_not_folded,
+)
 from .operator import fused_bottle2neck, hierarchical_conv2d
 from .packing import pack_block
 from .reference import apply_optional, finish_bottle2neck
@@ -84,7 +95,7 @@ def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
     )
     if not torch.compiler.is_compiling():
         state.last_problem = ChainProblem.of(x_in, block.convs[0].in_channels, len(block.convs), state.config)
-    if differentiable or not _is_identity(block, "drop_block"):
+    if differentiable or not is_identity(block, "drop_block"):
         folded = fold_block(block, dtype)
         out = F.conv2d(x_in, folded.conv1_weight, folded.conv1_bias.to(dtype)).relu_()  # (N, s*w, H, W)
         out = hierarchical_conv2d(out, folded.weights, folded.biases, **state.config.settings(), backend=state.backend)
@@ -92,29 +103,39 @@ def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
         out = F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
         return finish_bottle2neck(block, out, x)
     folded = folded_weights(block, dtype, state)
-    fuse_end = _is_identity(block, "se") and _is_identity(block, "drop_path")  # else the shortcut comes behind them
-    shortcut = None
-    if fuse_end:
-        shortcut = x if block.downsample is None else block.downsample(x)
-    out = fused_bottle2neck(x_in, shortcut, folded, fuse_end, state.config, state.backend)
-    return out if fuse_end else finish_bottle2neck(block, out, x)
+    if not adds_at_once(block):
+        out = fused_bottle2neck(x_in, None, folded, False, state.config, state.backend)
+        return finish_bottle2neck(block, out, x)
+    return fused_bottle2neck(x_in, _shortcut(block, x_in, x, folded), folded, True, state.config, state.backend)
 
 
-def _is_identity(block: nn.Module, name: str) -> bool:
-    module = getattr(block, name, None)
-    return module is None or type(module) is nn.Identity
+def _shortcut(block: nn.Module, x_in: Tensor, x: Tensor, folded: FoldedBlock) -> Tensor:
+    """What the operator adds, before the projection that it applies itself."""
+    if block.downsample is None:
+        return x
+    if folded.projection_weight is None:
+        return block.downsample(x)
+    pool = projection_of(block)[0]
+    return x_in if pool is None else pool(x_in)
 
 
 def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
     """The frozen weights, the cached ones if nothing changed, or newly folded ones."""
-    if state.frozen is not None and state.frozen.conv1_weight.dtype == dtype:
-        return state.frozen
+    frozen = state.frozen
+    if frozen is not None and frozen.conv1_weight.dtype == dtype:
+        if frozen.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
+            return replace(frozen, projection_weight=None, packed=None, layout="plain")
+        return frozen
     if torch.compiler.is_compiling():
         return fold_block(block, dtype)
     tensors = block_tensors(block)
     if not cacheable(tensors):
         return fold_block(block, dtype)
-    settings = (dtype, requested(state.backend), tuple(bn.eps for bn in (block.bn1, *block.bns, block.bn3)))
+    projection = projection_of(block)
+    settings = (
+        dtype, requested(state.backend), tuple(bn.eps for bn in (block.bn1, *block.bns, block.bn3)),
+        projection and (projection[1].stride, projection[2].eps),
+    )  # fmt: skip
     kept = state.kept
     if kept is None or not kept[0].matches(tensors, settings):
         key = CacheKey(tensors, settings)  # before folding: a write meanwhile must show as a mismatch
@@ -164,10 +185,9 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
     for module in (block.conv1, block.bn1, *block.convs, *block.bns, block.conv3, block.bn3, block.relu, pool):
         if module is None:
             continue
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"a hook on a {type(module).__name__} inside the block must see its call"
-        if "forward" in vars(module):
-            return f"a {type(module).__name__} inside the block has a forward of its own"
+        reason = why_not_bypassed(module)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -178,14 +198,7 @@ def _transformed() -> bool:
 
 def why_not_foldable(block: nn.Module) -> str | None:
     """None if every norm of the block can be folded now, else the reason."""
-    for bn in (block.bn1, *block.bns, block.bn3):
-        if type(bn) is not nn.BatchNorm2d:
-            return f"norm layer {type(bn).__name__} cannot be folded"
-        if bn.training:
-            return "BatchNorm is in training mode: batch statistics cannot be folded"
-        if bn.running_mean is None or bn.running_var is None:
-            return "BatchNorm has no running statistics to fold"
-    return None
+    return next(filter(None, map(why_not_folded, (block.bn1, *block.bns, block.bn3))), None)
 
 
 _POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")

@@ -48,7 +48,8 @@ _library.define(
 
 _library.define(
     "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
-    f"Tensor conv3_weight, Tensor conv3_bias, Tensor[]? packed, str layout, bool relu, {_SETTINGS}, str backend) -> Tensor",
+    "Tensor conv3_weight, Tensor conv3_bias, Tensor? projection_weight, Tensor? projection_bias, int projection_stride, "
+    f"Tensor[]? packed, str layout, bool relu, {_SETTINGS}, str backend) -> Tensor",
     tags=_TAGS,
 )
 
@@ -152,11 +153,14 @@ def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None,
 def fused_bottle2neck(
     x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool, config: ChainConfig, backend: str
 ) -> Tensor:
-    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; (N, inplanes, H, W) -> (N, planes * 4, H', W')."""
+    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; (N, inplanes, H, W) -> (N, planes * 4, H', W').
+
+    Where `folded` has a projection, `shortcut` is what that reads.
+    """
     f = folded
     return torch.ops.res2net_fused.bottle2neck.default(
-        x, shortcut, f.conv1_weight, f.conv1_bias, f.weights, f.biases, f.conv3_weight, f.conv3_bias, f.packed, f.layout,
-        relu, *config.settings().values(), backend,
+        x, shortcut, f.conv1_weight, f.conv1_bias, f.weights, f.biases, f.conv3_weight, f.conv3_bias, f.projection_weight,
+        f.projection_bias, f.projection_stride, f.packed, f.layout, relu, *config.settings().values(), backend,
     )  # fmt: skip
 
 
@@ -174,8 +178,8 @@ def _block_problem(x: Tensor, conv1_weight: Tensor, weights: Sequence[Tensor], b
 
 @functools.partial(_library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
 def _block_forward(x, shortcut, *rest):
-    *tensors, packed, layout, relu = rest[:9]
-    *chain, backend = rest[9:]
+    *tensors, packed, layout, relu = rest[:12]
+    *chain, backend = rest[12:]
     folded = FoldedBlock(*tensors)
     problem = _block_problem(x, folded.conv1_weight, folded.weights, folded.biases, _config(*chain))
     name = choose(problem, backend, layout).name
@@ -186,7 +190,7 @@ def _block_forward(x, shortcut, *rest):
 
 @torch.library.register_fake("res2net_fused::bottle2neck", lib=_library)
 def _block_fake(x, shortcut, conv1_weight, conv1_bias, weights, biases, conv3_weight, *rest):
-    *chain, _ = rest[4:]
+    *chain, _ = rest[7:]
     problem = _block_problem(x, conv1_weight, weights, biases, _config(*chain))
     shape = problem.batch, conv3_weight.shape[0], problem.output_height, problem.output_width
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -296,9 +300,12 @@ def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> i
 
 
 @register_flop_formula(torch.ops.res2net_fused.bottle2neck)
-def _block_flops(x_shape, shortcut, conv1, conv1_bias, weight_shapes, biases, conv3, *args, out_shape=None, **kwargs) -> int:
+def _block_flops(
+    x_shape, shortcut, conv1, conv1_bias, weight_shapes, biases, conv3, conv3_bias, projection, *args, out_shape=None, **kwargs
+) -> int:
     batch, out_channels, height, width = out_shape
-    pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * conv3[0] * conv3[1])
+    outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
+    pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
     return 2 * pointwise + _convolution_flops(weight_shapes, out_shape)
 
 

@@ -13,12 +13,13 @@ Tensor as_dense_nhwc_floats(const Tensor& x) {
   return torch::stable::contiguous(as_nhwc_floats(x), MemoryFormat::ChannelsLast);
 }
 
-// packed: conv1's weights and biases, conv3's weights and biases, then what cpu_pack returns.
+// packed: conv1's weights and biases, conv3's weights, its biases (with the projection's), the projection's weights or an empty
+// tensor, then what cpu_pack returns. With a projection, shortcut is what it reads, at every projection_stride-th pixel.
 Tensor block_forward(
     const Tensor& x_given, std::optional<Tensor> shortcut_given, const std::vector<Tensor>& packed, int64_t outplanes,
-    bool relu, const std::vector<int64_t>& settings, bool channels_last, int64_t arithmetic, int64_t instruction_set) {
+    int64_t projection_stride, bool relu, const std::vector<int64_t>& settings, bool channels_last, int64_t arithmetic, int64_t instruction_set) {
   STD_TORCH_CHECK(x_given.is_cpu() && x_given.dim() == 4, "x must be a four-dimensional tensor on the CPU");
-  STD_TORCH_CHECK(packed.size() == 7 && outplanes >= 1, "packed must be 7 tensors, not ", packed.size());
+  STD_TORCH_CHECK(packed.size() == 8 && outplanes >= 1, "packed must be 8 tensors, not ", packed.size());
   const Tensor x = as_dense_nhwc_floats(x_given);
   const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), settings);
   const Kernels& kernels = kernels_of(instruction_set);
@@ -32,19 +33,28 @@ Tensor block_forward(
   data.conv1_bias = packed_floats(packed[1], "conv1_bias", bias_floats(middle));
   data.conv3 = packed_floats(packed[2], "conv3", pointwise_floats(outplanes, middle));
   data.conv3_bias = packed_floats(packed[3], "conv3_bias", bias_floats(outplanes));
-  data.winograd = packed_floats(packed[4], "winograd", steps * winograd_floats(channels), true);
-  data.direct = packed_floats(packed[5], "direct", steps * groups * direct_group_floats(channels / groups));
-  data.bias = packed_floats(packed[6], "bias", steps * bias_floats(channels));
+  data.winograd = packed_floats(packed[5], "winograd", steps * winograd_floats(channels), true);
+  data.direct = packed_floats(packed[6], "direct", steps * groups * direct_group_floats(channels / groups));
+  data.bias = packed_floats(packed[7], "bias", steps * bias_floats(channels));
 
   const int64_t height = problem.out_height(), width = problem.out_width();
   Tensor out = empty_nhwc(problem.batch, outplanes, height, width);
   Tensor shortcut;
+  STD_TORCH_CHECK(
+      shortcut_given.has_value() || packed[4].numel() == 0, "shortcut must be given beside a projection's weights");
   if (shortcut_given.has_value()) {
     shortcut = as_dense_nhwc_floats(*shortcut_given);
+    const int64_t planes = shortcut.size(1), stride = projection_stride;
+    const bool projected = packed[4].numel() > 0;
     STD_TORCH_CHECK(
-        shortcut.is_cpu() && shortcut.dim() == 4 && shortcut.size(0) == problem.batch && shortcut.size(1) == outplanes &&
-            shortcut.size(2) == height && shortcut.size(3) == width,
-        "shortcut must be (", problem.batch, ", ", outplanes, ", ", height, ", ", width, ") on the CPU");
+        shortcut.is_cpu() && stride >= 1 && shortcut.size(0) == problem.batch && (projected || planes == outplanes) &&
+            (shortcut.size(2) - 1) / stride + 1 == height && (shortcut.size(3) - 1) / stride + 1 == width,
+        "shortcut must be (", problem.batch, ", ", outplanes, ", ", height, ", ", width, ") on the CPU, after its projection");
+    if (projected) data.projection = packed_floats(packed[4], "projection", pointwise_floats(outplanes, planes));
+    data.shortcut_planes = planes;
+    data.shortcut_height = shortcut.size(2);
+    data.shortcut_width = shortcut.size(3);
+    data.projection_stride = stride;
     data.shortcut = static_cast<const float*>(shortcut.const_data_ptr());
   }
   if (problem.batch > 0) {
@@ -80,8 +90,8 @@ std::vector<Tensor> pack_pointwise(const Tensor& weight, const Tensor& bias, int
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(
-      "cpu_block_forward(Tensor x, Tensor? shortcut, Tensor[] packed, int outplanes, bool relu, int[] settings, "
-      "bool channels_last, int arithmetic, int instruction_set) -> Tensor");
+      "cpu_block_forward(Tensor x, Tensor? shortcut, Tensor[] packed, int outplanes, int projection_stride, "
+      "bool relu, int[] settings, bool channels_last, int arithmetic, int instruction_set) -> Tensor");
   m.def("cpu_pack_pointwise(Tensor weight, Tensor bias, int instruction_set) -> Tensor[]");
 }
 

@@ -18,7 +18,11 @@ def run_block(
 
     A backend with block kernels offers `pack_block(folded, config) -> list[Tensor]` and
     `block_forward(problem, x, shortcut, folded, relu) -> Tensor`; `folded.packed` is what its packing returned, or None.
+    `shortcut` is already projected there, unless the backend says PROJECTS.
     """
+    if shortcut is not None and folded.projection_weight is not None and not getattr(backend, "PROJECTS", False):
+        bias = folded.projection_bias.to(shortcut.dtype)
+        shortcut = F.conv2d(shortcut, folded.projection_weight, bias, folded.projection_stride)
     own = getattr(backend, "block_forward", None)
     if own is not None and problem.batch:
         return own(problem, x, shortcut, folded, relu)

@@ -29,6 +29,8 @@ INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
 # Winograd's weights cost more to pack than they save in one call with fewer output pixels than this.
 PIXELS_WORTH_PACKING = 320
 
+PROJECTS = True  # the shortcut's projection is part of `block_forward`
+
 _operators = torch.ops.res2net_fused_native
 
 
@@ -83,20 +85,30 @@ def forward(
 
 
 def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
-    """[conv1 (panels of 16 output channels), its biases, conv3, its biases, then what `pack` returns], in fp32."""
+    """[conv1 (panels of 16 output channels), its biases, conv3, its biases, projection, then what `pack` returns], in fp32.
+
+    The projection of the shortcut is empty where there is none; its biases are added to conv3's.
+    """
+    projection, bias = folded.conv1_weight.new_empty(0), folded.conv3_bias
     with torch.no_grad():
-        conv1 = _operators.cpu_pack_pointwise.default(folded.conv1_weight, folded.conv1_bias, _instruction_set())
-        conv3 = _operators.cpu_pack_pointwise.default(folded.conv3_weight, folded.conv3_bias, _instruction_set())
-    return [*conv1, *conv3, *pack(folded.weights, folded.biases, config)]
+        if folded.projection_weight is not None:
+            projection, _ = _pack_pointwise(folded.projection_weight, folded.projection_bias)
+            bias = bias + folded.projection_bias
+        conv1, conv3 = _pack_pointwise(folded.conv1_weight, folded.conv1_bias), _pack_pointwise(folded.conv3_weight, bias)
+    return [*conv1, *conv3, projection, *pack(folded.weights, folded.biases, config)]
 
 
 def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool) -> Tensor:
     """As `block.run_block`, of which this is the `cpu` backend's own form: each image through the whole block in cache."""
     packed = folded.packed or pack_block(folded, problem.config)
     return _operators.cpu_block_forward.default(
-        x, shortcut, packed, folded.conv3_weight.shape[0], relu, _settings(problem), problem.channels_last, _arithmetic(),
-        _instruction_set(),
+        x, shortcut, packed, folded.conv3_weight.shape[0], folded.projection_stride, relu, _settings(problem),
+        problem.channels_last, _arithmetic(), _instruction_set(),
     )  # fmt: skip
+
+
+def _pack_pointwise(weight: Tensor, bias: Tensor) -> list[Tensor]:
+    return _operators.cpu_pack_pointwise.default(weight, bias, _instruction_set())
 
 
 def _winograd_covers(config: ChainConfig) -> bool:

@@ -56,20 +56,24 @@ struct Step {
   const float* bias;      // (w padded,)
 };
 
-// A 1x1 convolution over rows of pixels, counted from the first: out = relu(source * weights + bias + shortcut). Pitches in
-// floats, from one pixel to the next.
+// One source of a 1x1 convolution: rows (pixels) of channels side by side, `pitch` floats apart, and the weights they meet.
+struct PointwiseSource {
+  const float* data = nullptr;
+  int64_t pitch = 0;
+  int64_t depth = 0;               // input channels; 0: there is no such source
+  const float* weights = nullptr;  // [panel][depth][16], the last panel [depth][8] where at most 8 output channels are left
+};
+
+// A 1x1 convolution, or the sum of two, over rows of pixels: out = relu(sources * weights + bias + shortcut).
 struct Pointwise {
-  const float* source;
-  int64_t source_pitch;
-  int64_t depth;         // input channels
-  const float* weights;  // [panel][depth][16], the last panel [depth][8] where at most 8 output channels are left
-  const float* bias;     // bias_floats(columns)
+  PointwiseSource sources[2];
+  const float* bias;      // bias_floats(columns)
   const float* shortcut;  // or null
   int64_t shortcut_pitch;
   float* out;
   int64_t out_pitch;
   int64_t columns;    // output channels
-  bool full_vectors;  // behind a pixel of `out` (and of shortcut) there is room up to a multiple of kPanel
+  bool full_vectors;  // behind a pixel of `out` there is room up to a multiple of kPanel; without a shortcut only
   bool relu;
 };
 

@@ -20,24 +20,27 @@ constexpr int64_t kRows = 96;    // of pixels that share one reading of the weig
 constexpr int64_t kDepth = 512;  // of source and weights: with the rows of one micro-kernel call, half of L1
 constexpr int64_t kWidest = kMaxPanels * kPanel + kUnit;
 
-struct Sources {
+// A block of depth, for the rows of one micro-kernel call and one pass of panels.
+struct DepthBlock {
   const float *source, *weights, *half_weights;
-  int64_t depth;
-  float* sums;      // those of the blocks of depth before this one, and then also its own
-  bool first, last;  // block of depth
+  int64_t source_pitch, panel_pitch, depth;
+  float* waiting;    // sums of the blocks before this one, and then also its own
+  bool first, last;
 };
 
-template <bool Part, class V>
+// One vector of a pixel; lanes: of it that are output channels, if not all.
+template <class V>
 R2N_INLINE void finish(const Pointwise& p, V sum, const float* bias, const float* shortcut, float* out, int64_t lanes) {
   V y = sum + load<V>(bias);
-  if (shortcut != nullptr) y += load_some<Part, V>(shortcut, lanes);
+  const bool part = lanes < kLanes<V>;
+  if (shortcut != nullptr) y += part ? load_first<V>(shortcut, lanes) : load<V>(shortcut);
   if (p.relu) y = clamp_below(y, V{});
-  store_some<Part>(out, y, lanes);
+  part ? store_first(out, y, lanes) : store(out, y);
 }
 
 // Rows `row` ... row + P of one pass; channel: the pass's first.
 template <int P, int Panels, bool HalfPanel>
-__attribute__((noinline)) void multiply_rows(const Pointwise& p, const Sources& from, int64_t row, int64_t channel) {
+__attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBlock& from, int64_t row, int64_t channel) {
   constexpr int64_t kWidth = Panels * kPanel + (HalfPanel ? kUnit : 0);
   Sums<P, Panels, HalfPanel> sums;
   if (from.first) {
@@ -46,47 +49,33 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const Sources& 
 #pragma GCC unroll 16
     for (int i = 0; i < P; i++) {
 #pragma GCC unroll 8
-      for (int f = 0; f < sums.kFull; f++) sums.full[i][f] = load<Full>(from.sums + i * kWidth + f * kLanes<Full>);
-      if constexpr (sums.kHalf) sums.half[i][0] = load<Half>(from.sums + i * kWidth + Panels * kPanel);
+      for (int f = 0; f < sums.kFull; f++) sums.full[i][f] = load<Full>(from.waiting + i * kWidth + f * kLanes<Full>);
+      if constexpr (sums.kHalf) sums.half[i][0] = load<Half>(from.waiting + i * kWidth + Panels * kPanel);
     }
   }
   accumulate<false>(
-      sums, from.source, p.source_pitch, from.weights, from.half_weights, p.depth * kPanel, from.depth, nullptr);
+      sums, from.source, from.source_pitch, from.weights, from.half_weights, from.panel_pitch, from.depth, nullptr);
   if (!from.last) {
 #pragma GCC unroll 16
     for (int i = 0; i < P; i++) {
 #pragma GCC unroll 8
-      for (int f = 0; f < sums.kFull; f++) store(from.sums + i * kWidth + f * kLanes<Full>, sums.full[i][f]);
-      if constexpr (sums.kHalf) store(from.sums + i * kWidth + Panels * kPanel, sums.half[i][0]);
+      for (int f = 0; f < sums.kFull; f++) store(from.waiting + i * kWidth + f * kLanes<Full>, sums.full[i][f]);
+      if constexpr (sums.kHalf) store(from.waiting + i * kWidth + Panels * kPanel, sums.half[i][0]);
     }
     return;
   }
   const float* bias = p.bias + channel;
   const float* shortcut = p.shortcut == nullptr ? nullptr : p.shortcut + row * p.shortcut_pitch + channel;
   float* out = p.out + row * p.out_pitch + channel;
-  const int64_t present = p.columns - channel;
-  const bool part = present < kWidth && !p.full_vectors;
+  const int64_t present = p.full_vectors ? kWidth : p.columns - channel;
 #pragma GCC unroll 16
   for (int i = 0; i < P; i++) {
+    const auto vector = [&](auto sum, int64_t at) R2N_LAMBDA_INLINE {
+      if (at < present) finish(p, sum, bias + at, shortcut == nullptr ? nullptr : shortcut + at, out + at, present - at);
+    };
 #pragma GCC unroll 8
-    for (int f = 0; f < sums.kFull; f++) {
-      constexpr int64_t kStep = kLanes<Full>;
-      const int64_t lanes = present - f * kStep;
-      if (part && lanes < kStep) {
-        if (lanes > 0) finish<true>(p, sums.full[i][f], bias + f * kStep, shortcut ? shortcut + f * kStep : nullptr, out + f * kStep, lanes);
-      } else {
-        finish<false>(p, sums.full[i][f], bias + f * kStep, shortcut ? shortcut + f * kStep : nullptr, out + f * kStep, kStep);
-      }
-    }
-    if constexpr (sums.kHalf) {
-      constexpr int64_t kAt = Panels * kPanel;
-      const int64_t lanes = present - kAt;
-      if (part && lanes < kUnit) {
-        if (lanes > 0) finish<true>(p, sums.half[i][0], bias + kAt, shortcut ? shortcut + kAt : nullptr, out + kAt, lanes);
-      } else {
-        finish<false>(p, sums.half[i][0], bias + kAt, shortcut ? shortcut + kAt : nullptr, out + kAt, kUnit);
-      }
-    }
+    for (int f = 0; f < sums.kFull; f++) vector(sums.full[i][f], f * kLanes<Full>);
+    if constexpr (sums.kHalf) vector(sums.half[i][0], Panels * kPanel);
     if (shortcut != nullptr) shortcut += p.shortcut_pitch;
     out += p.out_pitch;
   }
@@ -96,28 +85,34 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const Sources& 
 
 void pointwise_rows(const Pointwise& p, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   alignas(64) float waiting[kRows * kWidest];
-  const Passes depths = Passes::of(p.depth, kDepth);
   for (int64_t block = first; block < last; block += kRows) {
-    const int64_t end = smaller(block + kRows, last);
+    const int64_t rows = smaller(kRows, last - block);
     for_each_pass(p.columns, first_panel, last_panel, [&](PanelPass pass) {
       with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() R2N_LAMBDA_INLINE {
         constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
-        const float* weights = p.weights + pass.first * kPanel * p.depth;
-        int64_t k = 0;
-        for (int64_t d = 0; d < depths.count; d++) {
-          const Passes passes = Passes::of(end - block, kMost);
-          int64_t row = block;
-          for (int64_t i = 0; i < passes.count; i++) {
-            const Sources from{
-                p.source + row * p.source_pitch + k, weights + k * kPanel,
-                weights + Panels * p.depth * kPanel + k * kUnit, depths.rows(d),
-                waiting + (row - block) * kWidest, d == 0, d + 1 == depths.count};
-            with_rows<kMost>(passes.rows(i), [&]<int P>() R2N_LAMBDA_INLINE {
-              multiply_rows<P, Panels, HalfPanel>(p, from, row, pass.first * kPanel);
-            });
-            row += passes.rows(i);
+        const Passes row_passes = Passes::of(rows, kMost);
+        for (int s = 0; s < 2 && p.sources[s].depth > 0; s++) {
+          const PointwiseSource& source = p.sources[s];
+          const bool last_source = s == 1 || p.sources[1].depth == 0;
+          const float* weights = source.weights + pass.first * kPanel * source.depth;
+          const Passes depths = Passes::of(source.depth, kDepth);
+          for (int64_t d = 0, k = 0; d < depths.count; k += depths.rows(d), d++) {
+            DepthBlock from{};
+            from.weights = weights + k * kPanel;
+            from.half_weights = weights + Panels * source.depth * kPanel + k * kUnit;
+            from.source_pitch = source.pitch;
+            from.panel_pitch = source.depth * kPanel;
+            from.depth = depths.rows(d);
+            from.first = s == 0 && d == 0;
+            from.last = last_source && d + 1 == depths.count;
+            for (int64_t i = 0, row = 0; i < row_passes.count; row += row_passes.rows(i), i++) {
+              from.source = source.data + (block + row) * source.pitch + k;
+              from.waiting = waiting + row * kWidest;
+              with_rows<kMost>(row_passes.rows(i), [&]<int P>() R2N_LAMBDA_INLINE {
+                multiply_rows<P, Panels, HalfPanel>(p, from, block + row, pass.first * kPanel);
+              });
+            }
           }
-          k += depths.rows(d);
         }
       });
     });
