@@ -21,3 +21,17 @@ def poisoned_memory():
     with poisoned_allocations():
         assert torch.empty(3).isnan().all()
         yield
+
+
+@pytest.fixture
+def poisoned_scratch(monkeypatch):
+    """The scratch memory of the native CPU kernels holds NaN before every call."""
+    monkeypatch.setenv("RES2NET_FUSED_CPU_POISON", "1")
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from cpu_kernel_cases import ARITHMETICS, INSTRUCTION_SETS, each_kernel
 from helpers import BOUNDS, CHAINS, Chain, assert_close, chains, relative_error
 
 from res2net_fused import hierarchical_conv2d, native, pack_weights, reference
@@ -16,33 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not STATUS.loaded, reason=STATUS.reason),
     pytest.mark.usefixtures("poisoned_memory", "poisoned_scratch"),
 ]
-INSTRUCTION_SETS = native_cpu.available_instruction_sets()
-ARITHMETICS = [name for name in native_cpu.ARITHMETICS if name != "auto"]
 # (w, s, H = W) of the four stages of Res2Net-50 26w4s, 14w8s and 48w2s
 PRODUCTION = [(width << stage, scale, 56 >> stage) for width, scale in ((26, 4), (14, 8), (48, 2)) for stage in range(4)]
-
-
-@pytest.fixture
-def poisoned_scratch(monkeypatch):
-    monkeypatch.setenv("RES2NET_FUSED_CPU_POISON", "1")
-
-
-def each_kernel(arithmetics=ARITHMETICS):
-    """Sets the environment to every instruction set of this machine with every arithmetic in turn; gives a name for it."""
-    for isa in INSTRUCTION_SETS:
-        for arithmetic in arithmetics:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(native_cpu.ISA_VARIABLE, isa)
-                patch.setenv(native_cpu.ARITHMETIC_VARIABLE, arithmetic)
-                yield f"{isa}, {arithmetic}"
-
-
-@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}threads")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def call(chain, x, weights, biases):

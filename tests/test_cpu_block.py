@@ -1,0 +1,207 @@
+"""The native CPU kernel of the whole block against float64: conv1, chain, conv3, shortcut and its projection."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cpu_kernel_cases import each_kernel
+from helpers import BOUNDS, CHAINS, Chain, assert_close, chains, relative_error
+
+from res2net_fused import native, reference
+from res2net_fused.backends import block, native_cpu
+from res2net_fused.chain import ChainProblem
+from res2net_fused.folding import FoldedBlock
+
+STATUS = native.cpu_library()
+pytestmark = [
+    pytest.mark.skipif(not STATUS.loaded, reason=STATUS.reason),
+    pytest.mark.usefixtures("poisoned_memory", "poisoned_scratch"),
+]
+
+
+def make_block(chain: Chain, shape, inplanes=10, outplanes=18, projection=0, seed=3):
+    """x (N, inplanes, H, W), what the shortcut reads, and a folded block with random weights, all in float64.
+
+    projection: the stride of the shortcut's convolution; 0 for none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    batch, height, width = shape
+    _, weights, biases = chain.tensors(shape)
+    folded = FoldedBlock(
+        random(chain.channels, inplanes, 1, 1) / inplanes**0.5, random(chain.channels), weights, biases,
+        random(outplanes, chain.channels, 1, 1) / chain.channels**0.5, random(outplanes),
+    )  # fmt: skip
+    x = random(batch, inplanes, height, width)
+    shortcut = random(batch, outplanes, chain.config.output_size(height), chain.config.output_size(width))
+    if projection:
+        planes = inplanes + 3
+        folded.projection_weight, folded.projection_bias = random(outplanes, planes, 1, 1) / planes**0.5, random(outplanes)
+        folded.projection_stride = projection
+        # The last pixels of a strided row are not all read.
+        sizes = ((size - 1) * projection + 1 + (i if projection > 1 else 0) for i, size in enumerate(shortcut.shape[2:]))
+        shortcut = random(batch, planes, *sizes)
+    return x, shortcut, folded
+
+
+def converted(folded: FoldedBlock, dtype: torch.dtype) -> FoldedBlock:
+    """Weights in `dtype`, biases in fp32, as folding makes them."""
+
+    def weight(t):
+        return None if t is None else t.to(dtype)
+
+    return replace(
+        folded,
+        conv1_weight=weight(folded.conv1_weight), conv1_bias=folded.conv1_bias.float(),
+        weights=[weight(w) for w in folded.weights], biases=[b.float() for b in folded.biases],
+        conv3_weight=weight(folded.conv3_weight), conv3_bias=folded.conv3_bias.float(),
+        projection_weight=weight(folded.projection_weight),
+        projection_bias=None if folded.projection_bias is None else folded.projection_bias.float(),
+    )  # fmt: skip
+
+
+def in_float64(chain, x, shortcut, folded, relu=True):
+    f = folded
+    u = F.conv2d(x.double(), f.conv1_weight.double(), f.conv1_bias.double()).relu()
+    y = reference.hierarchical_conv2d(u, [w.double() for w in f.weights], [b.double() for b in f.biases], chain.config)
+    out = F.conv2d(y, f.conv3_weight.double(), f.conv3_bias.double())
+    if shortcut is not None and f.projection_weight is not None:
+        shortcut = F.conv2d(shortcut.double(), f.projection_weight.double(), f.projection_bias.double(), f.projection_stride)
+    if shortcut is not None:
+        out = out + shortcut.double()
+    return out.relu() if relu else out
+
+
+def problem_of(chain, x):
+    return ChainProblem.of(x, chain.width, chain.steps, chain.config)
+
+
+def check(chain, shape, dtype=torch.float32, arithmetics=("auto",), shortcut=True, relu=True, packed=True, **sizes):
+    x, added, folded = make_block(chain, shape, **sizes)
+    x, folded = x.to(dtype).contiguous(memory_format=torch.channels_last), converted(folded, dtype)
+    added = added.to(dtype).contiguous(memory_format=torch.channels_last) if shortcut else None
+    expected = in_float64(chain, x, added, folded, relu)
+    for kernel in each_kernel(arithmetics):
+        if packed:
+            folded.packed = native_cpu.pack_block(folded, chain.config)
+        out = native_cpu.block_forward(problem_of(chain, x), x, added, folded, relu)
+        error = relative_error(out, expected)
+        assert error <= BOUNDS[dtype], f"{kernel}, {shape}: relative error {error:.3g}"
+        assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+
+
+@chains
+@pytest.mark.parametrize("projection", [0, 1, 2])
+def test_every_chain(chain, projection):
+    check(chain, (2, 7, 9), projection=projection, arithmetics=("winograd", "direct"))
+
+
+@pytest.mark.parametrize("inplanes,outplanes", [(1, 1), (3, 7), (8, 16), (17, 23), (520, 40), (1030, 9), (64, 100)])
+def test_sizes_of_the_pointwise_convolutions(inplanes, outplanes):
+    """Blocks of depth, panels, and tails of vectors."""
+    for projection in (0, 1):
+        check(Chain(width=7), (1, 5, 6), inplanes=inplanes, outplanes=outplanes, projection=projection)
+
+
+@pytest.mark.parametrize("width,scale", [(1, 1), (2, 3), (13, 3), (26, 4), (24, 2), (150, 4)])
+def test_widths_between(width, scale):
+    """conv3's depth, and conv1's columns up to beyond one block of depth."""
+    check(Chain(width=width, steps=scale), (1, 6, 5), outplanes=33)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+@pytest.mark.parametrize("width,size", [(10, 14), (104, 7), (6, 30)])
+def test_batches_and_threads(batch, width, size, threads):
+    for projection in (0, 2):
+        check(Chain(width=width), (batch, size, size), outplanes=40, projection=projection)
+
+
+def test_rows_beyond_one_block():
+    check(Chain(width=5), (1, 23, 31), inplanes=9, outplanes=64)
+    check(Chain(width=5), (2, 1, 97), inplanes=9, outplanes=64)
+
+
+@pytest.mark.parametrize("shortcut,relu", [(False, True), (True, False), (False, False)])
+def test_ends(shortcut, relu):
+    check(Chain(width=9), (2, 8, 7), shortcut=shortcut, relu=relu)
+
+
+def test_packs_in_the_call_what_nobody_packed():
+    check(Chain(width=9), (2, 8, 7), packed=False, projection=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_compute_in_fp32(dtype):
+    check(Chain(width=12), (2, 8, 7), dtype, projection=1)
+
+
+def test_agrees_with_the_block_around_the_chain_alone():
+    chain = Chain(width=26)
+    x, added, folded = make_block(chain, (2, 14, 14), inplanes=64, outplanes=64, projection=1)
+    x, added, folded = x.float(), added.float(), converted(folded, torch.float32)
+
+    class ChainOnly:
+        forward = staticmethod(native_cpu.forward)
+
+    out = block.run_block(native_cpu, problem_of(chain, x), x, added, folded, True)
+    assert_close(out, block.run_block(ChainOnly, problem_of(chain, x), x, added, folded, True))
+
+
+def test_layouts_and_untouched_arguments():
+    chain = Chain(width=10)
+    x, added, folded = make_block(chain, (2, 7, 9))
+    folded = converted(folded, torch.float32)
+    folded.packed = native_cpu.pack_block(folded, chain.config)
+    expected = in_float64(chain, x, added, folded)
+    wide = torch.full((2, 9, 12, 30), torch.nan).permute(0, 3, 1, 2)
+    views = [wide[:, 4:14, 1:8, 2:11], wide[:, 5:15, 2:9, :9]]
+    for layout in (x.float(), x.float().contiguous(memory_format=torch.channels_last), *views):
+        layout.copy_(x)
+        before = layout.clone()
+        for kernel in each_kernel(("auto",)):
+            out = native_cpu.block_forward(problem_of(chain, layout), layout, added.float(), folded, True)
+            assert relative_error(out, expected) <= BOUNDS[torch.float32], kernel
+            assert torch.equal(layout, before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_inputs_stay_in_their_pixels(value):
+    """A ReLU behind conv1 keeps NaN; a wrong pixel or a padding channel would spread it."""
+    chain = Chain({"passthrough": "last"}, steps=2, width=26)
+    x, added, folded = make_block(chain, (2, 16, 13), inplanes=30, outplanes=50)
+    x, added, folded = x.float(), added.float(), converted(folded, torch.float32)
+    x[0, 3, 1, 2] = value
+    added[1, 7, 15, 12] = value
+    expected = in_float64(chain, x, added, folded)
+    for kernel in each_kernel():
+        out = native_cpu.block_forward(problem_of(chain, x), x, added, folded, True)
+        assert torch.equal(out.isfinite(), expected.isfinite()), kernel
+        assert torch.equal(out.isnan(), expected.isnan()), kernel
+        finite = expected.isfinite()
+        assert_close(out[finite], expected[finite])
+
+
+def test_operator_refuses_buffers_that_do_not_fit():
+    chain = CHAINS["last"]
+    x, added, folded = make_block(chain, (1, 5, 5), projection=1)
+    x, added, folded = x.float(), added.float(), converted(folded, torch.float32)
+    packed = native_cpu.pack_block(folded, chain.config)
+    forward = torch.ops.res2net_fused_native.cpu_block_forward
+    settings = (18, 1, True, [chain.width, chain.steps, 1, 1, 1, 1, 0, 0, 0], True, 0, -1)
+    assert_close(forward(x, added, packed, *settings), in_float64(chain, x, added, folded))
+    names = ("conv1", "conv1_bias", "conv3", "conv3_bias", "projection", "winograd", "direct", "bias")
+    for i, name in enumerate(names):
+        short = list(packed)
+        short[i] = short[i].flatten()[:-1]
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
+            forward(x, added, short, *settings)
+    with pytest.raises(RuntimeError, match="shortcut must be given beside"):
+        forward(x, None, packed, *settings)
+    with pytest.raises(RuntimeError, match="shortcut must be"):
+        forward(x, added[..., 1:], packed, *settings)
+    with pytest.raises(RuntimeError, match="packed must be 8 tensors"):
+        forward(x, added, packed[:-1], *settings)
