@@ -1,10 +1,11 @@
-"""The chain's gradients by PyTorch's own operators, from x, the output and the incoming gradient alone.
+"""The chain's gradients from x, the output and the incoming gradient alone.
 
 With u_i = x_i + y_{i-1} and y_i = act(K_i u_i + b_i), from the last group to the first:
 
     dy_i = dout_i + du_{i+1},   dz_i = dy_i * act'(y_i),   du_i = K_i^T dz_i = dx_i,   dK_i = u_i (*) dz_i,   db_i = sum dz_i
 
-u_i is formed again from x and out, and act' is read off y_i, so nothing else has to be saved.
+u_i is formed again from x and out, and act' is read off y_i, so nothing else has to be saved. The operators are PyTorch's own;
+K_i^T dz_i, itself a 3x3 convolution, is a backend's where that one says it is faster.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .chain import ChainConfig, memory_format
+from .backends.selection import choose, get_backend
+from .chain import ChainConfig, ChainProblem, memory_format
 
 
 def chain_backward(
@@ -48,18 +50,8 @@ def chain_backward(
         dz = _activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(out))
         u = groups[i] + outputs[i - 1] if config.adds(i) else groups[i]
         need_u = need_x or _feeds_a_convolution(config, i)
-        du, grad_weights[k], grad_biases[k] = torch.ops.aten.convolution_backward(
-            dz,
-            u,
-            weights[k],
-            [width] if need_biases else None,
-            [config.stride] * 2,
-            [config.dilation] * 2,
-            [config.dilation] * 2,
-            False,
-            [0, 0],
-            config.groups,
-            [need_u, need_weights, need_biases],
+        du, grad_weights[k], grad_biases[k] = _convolution_backward(
+            dz, u, weights[k], config, (need_u, need_weights, need_biases)
         )
         grad_x[i] = du
         if config.adds(i):
@@ -72,6 +64,42 @@ def chain_backward(
     if need_biases and biases is not None:
         results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
     return results
+
+
+def _convolution_backward(
+    dz: Tensor, u: Tensor, weight: Tensor, config: ChainConfig, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (u, weight, bias) where `needed`; dz: (N, w, H', W'), u: (N, w, H, W)."""
+    need_u, need_weight, need_bias = needed
+    du = _own_input_gradient(dz, weight, config) if need_u else None
+    if du is not None and not need_weight and not need_bias:
+        return du, dz, dz
+    gradients = torch.ops.aten.convolution_backward(
+        dz,
+        u,
+        weight,
+        [weight.shape[0]] if need_bias else None,
+        [config.stride] * 2,
+        [config.dilation] * 2,
+        [config.dilation] * 2,
+        False,
+        [0, 0],
+        config.groups,
+        [need_u and du is None, need_weight, need_bias],
+    )
+    return (gradients[0] if du is None else du), gradients[1], gradients[2]
+
+
+def _own_input_gradient(dz: Tensor, weight: Tensor, config: ChainConfig) -> Tensor | None:
+    if config.stride != 1:
+        return None
+    single = ChainConfig(
+        dilation=config.dilation, groups=config.groups, hierarchical=False, passthrough="none", activation="none"
+    )
+    problem = ChainProblem.of(dz, weight.shape[0], 1, single)
+    backend = get_backend(choose(problem).name)
+    own = getattr(backend, "input_gradient", None)
+    return None if own is None else own(problem, dz, weight)
 
 
 def _feeds_a_convolution(config: ChainConfig, group: int) -> bool:

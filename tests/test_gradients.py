@@ -5,6 +5,7 @@ import torch
 from helpers import BOUNDS, CHAINS, DEVICES, HALVES, Chain, assert_close, chains, relative_error, runnable_backends
 
 from res2net_fused import hierarchical_conv2d, reference
+from res2net_fused.backends import native_cpu
 
 devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -98,6 +99,25 @@ def test_against_float64_with_own_masks(chain, device, dtype):
             assert_close(a, b)
             if dtype in HALVES:
                 assert relative_error(a, b) <= max(2 * relative_error(eager[i], eager_expected[i]), BOUNDS[torch.float32])
+
+
+@pytest.mark.skipif("cpu" not in runnable_backends("cpu"), reason="the native CPU kernels are not built")
+@pytest.mark.parametrize("settings", [{}, {"passthrough": "first_added"}, {"hierarchical": False, "pool": "avg3"}], ids=str)
+@pytest.mark.parametrize("width", [8, 13, 26])
+def test_input_gradients_by_the_native_kernels(settings, width, monkeypatch):
+    taken = []
+    own = native_cpu.input_gradient
+    monkeypatch.setattr(native_cpu, "input_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
+    chain = Chain(settings, steps=3, width=width)
+    x, weights, biases = leaves(chain, (2, 9, 14), torch.float32)
+    tensors = [x, *weights, *biases]
+    out = hierarchical_conv2d(x, weights, biases, **settings)
+    grad = torch.randn(out.shape[0], out.shape[2], out.shape[3], out.shape[1]).permute(0, 3, 1, 2)
+    expected = masked_gradients(chain, x, weights, biases, out, grad)
+    for a, b in zip(torch.autograd.grad(out, tensors, grad, retain_graph=True), expected, strict=True):
+        assert_close(a, b)
+    assert len(taken) == 3 and all(t is not None for t in taken)
+    assert_close(torch.autograd.grad(out, x, grad)[0], expected[0])  # without gradients of weights and biases
 
 
 @pytest.mark.parametrize("name", ["last", "first_added", "stage_stride2", "none", "s1"])

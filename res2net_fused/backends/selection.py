@@ -29,6 +29,8 @@ class Backend(Protocol):
 
     One may also offer `why_not_auto(problem) -> str | None`: why auto should rather take a later backend for a call that can
     run here; if only the last one, the reference, is left, it runs here nevertheless.
+
+    One may offer `input_gradient(problem, dz, weight) -> Tensor | None`: du of one convolution, None where ATen is faster.
     """
 
     def why_not(self, problem: ChainProblem) -> str | None:
