@@ -49,7 +49,7 @@ BREAKS = [
     ("no swizzle", "strips", KERNEL, "if constexpr (swizzled(DEPTHS)) chunk", "if (false) chunk", "conflicts"),
     ("passed group left out", "strips", KERNEL, "    pass_group();\n", "\n", "wrong"),
     ("bias of another step", "strips", KERNEL, "a.bias + step * g.packed_columns * 8 + channel", "a.bias + channel", "wrong"),
-    ("channels between the groups are read", "padded", KERNEL, "left < BYTES ? left : BYTES", "(void(left), BYTES)", "wrong"),
+    ("channels between the groups are read", "padded", KERNEL, "left < MOVE ? left : MOVE", "(void(left), MOVE)", "wrong"),
     ("channels between the groups are written", "padded", KERNEL, "if (channel >= a.fill_channels) continue;", "", "padding"),
     ("halo too small", "strips", GEOMETRY, "(work.adds ? work.steps : 1)", "(work.adds ? work.steps - 1 : 1)", "wrong"),
     (

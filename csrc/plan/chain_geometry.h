@@ -11,6 +11,8 @@
 #pragma once
 #include <cstdint>
 
+#include "plan/data_type.h"
+
 #if defined(__CUDACC__)
 #define RES2NET_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -42,10 +44,11 @@ struct ChainWork {
   int steps = 1;              // convolutions
   int stride = 1, dilation = 1;
   bool adds = true;  // u_i = x_i + y_{i-1}; stride is 1 then
+  DataType type = BF16;
 
   int out_height() const { return (height - 1) / stride + 1; }
   int out_width() const { return (width - 1) / stride + 1; }
-  int depths() const { return divide_up(channels, 16); }
+  int depths() const { return divide_up(channels, depth_channels(type)); }
   int slices() const { return 9 * depths(); }  // K slices of one convolution
 };
 

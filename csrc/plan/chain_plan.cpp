@@ -8,8 +8,7 @@
 namespace res2net_fused::chain {
 namespace {
 
-constexpr int MMA_FLOPS = 2 * 16 * 8 * 16;
-constexpr int64_t MAX_IMAGE_ELEMENTS = int64_t(1) << 29;  // offsets within an image are ints, in bytes
+constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;  // offsets within an image are ints
 constexpr int MAX_POSITIONS = 1 << 15;                    // keeps FastDivisor exact
 
 // Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
@@ -76,8 +75,9 @@ bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, in
   plan.shared_bytes = g.shared_bytes;
   plan.ctas_per_multiprocessor = resident;
   plan.packed_columns = g.packed_columns;
-  const int64_t in = work.images * work.height * work.width * work.channels * 2;
-  const int64_t out = work.images * work.out_height() * work.out_width() * work.channels * 2;
+  const int group_bytes = work.channels * bytes_of(work.type);  // of a pixel
+  const int64_t in = work.images * work.height * work.width * group_bytes;
+  const int64_t out = work.images * work.out_height() * work.out_width() * group_bytes;
   const int64_t weights = int64_t(work.steps) * work.slices() * g.packed_columns * 256;
   plan.dram_bytes = (work.steps + passes) * (in + out) + weights;
   plan.flops = 2 * 9 * work.images * work.out_height() * work.out_width() * work.steps * work.channels * int64_t(work.channels);
@@ -87,14 +87,13 @@ bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, in
     const int tiles = divide_up(g.positions(step), 16 * instance.tiles);
     const int64_t lines = g.lines - 2 * step * g.shrink;
     const int weight_reads = g.chunks > 1 ? g.passes(step, instance.tiles) : 1;
-    plan.loaded_bytes += plan.ctas * (lines * g.stored * work.channels * 2 + int64_t(weight_reads) * g.chunks * g.stage_bytes);
+    plan.loaded_bytes += plan.ctas * (lines * g.stored * group_bytes + int64_t(weight_reads) * g.chunks * g.stage_bytes);
     plan.mma_flops +=
-        int64_t(plan.ctas) * tiles * instance.tiles * g.packed_columns * work.slices() * MMA_FLOPS;
+        int64_t(plan.ctas) * tiles * instance.tiles * g.packed_columns * work.slices() * mma_flops(work.type);
   }
   const int concurrent = resident * device.multiprocessors;
   const int full = plan.ctas / concurrent, rest = plan.ctas % concurrent;
   // Groups are dense in memory in the usual call: this is then the widest copy.
-  const int group_bytes = 2 * work.channels;
   const int copies = divide_up(group_bytes, group_bytes % 16 == 0 ? 16 : group_bytes % 8 == 0 ? 8 : 4);
   double cycles = full * cycles_of_cta(g, instance, rates, copies, resident);
   if (rest > 0) cycles += cycles_of_cta(g, instance, rates, copies, divide_up(rest, device.multiprocessors));
@@ -114,12 +113,13 @@ std::vector<int> distinct_parts(int size, int most) {
 
 }  // namespace
 
-int instance_for(int channels) {
-  const int columns = divide_up(channels, 8), depths = divide_up(channels, 16);
+int instance_for(int channels, DataType type) {
+  const int columns = divide_up(channels, 8), depths = divide_up(channels, depth_channels(type));
   int best = -1, best_columns = 0;
   for (int i = 0; i < INSTANCES_COUNT; i++) {
     const Instance& instance = INSTANCE_TABLE[i];
     const int warps_n = divide_up(columns, instance.columns);
+    if (!instance.runs(type)) continue;
     if (instance.depths != 0 ? instance.depths != depths || warps_n > 1 : warps_n > instance.warps) continue;
     const int padded = warps_n * instance.columns;
     // An instance made for this number of channels wins, then the least padding, then the wider one.
@@ -131,8 +131,8 @@ int instance_for(int channels) {
   return best;
 }
 
-int packed_columns_for(int channels) {
-  const int columns = INSTANCE_TABLE[instance_for(channels)].columns;
+int packed_columns_for(int channels, DataType type) {
+  const int columns = INSTANCE_TABLE[instance_for(channels, type)].columns;
   return divide_up(divide_up(channels, 8), columns) * columns;
 }
 
@@ -143,23 +143,24 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
              "; at least 8.0 is needed";
     return {};
   }
-  if (work.channels % 2 != 0) {
-    reason = "a group has " + std::to_string(work.channels) + " channels; an even number is needed";
+  if (work.channels % (4 / bytes_of(work.type)) != 0) {
+    reason = "a group has " + std::to_string(work.channels) + " channels; in half precision an even number is needed";
     return {};
   }
   if (work.images < 1 || work.images > (int64_t(1) << 30) || work.height > MAX_POSITIONS || work.width > (1 << 20)) {
     reason = "the image or the batch is too large";
     return {};
   }
-  if (int64_t(work.height) * work.width * work.channels * (work.steps + passes) > MAX_IMAGE_ELEMENTS) {
-    reason = "an image has more than " + std::to_string(MAX_IMAGE_ELEMENTS) + " elements";
+  const int64_t most = MAX_IMAGE_BYTES / bytes_of(work.type);
+  if (int64_t(work.height) * work.width * work.channels * (work.steps + passes) > most) {
+    reason = "an image has more than " + std::to_string(most) + " elements";
     return {};
   }
   if (work.dilation > MAX_POSITIONS || work.stride > MAX_POSITIONS || work.steps > 1024) {
     reason = "the stride, the dilation or the number of convolutions is too large";
     return {};
   }
-  const int index = instance_for(work.channels);
+  const int index = instance_for(work.channels, work.type);
   if (index < 0) {
     reason = "a group has " + std::to_string(work.channels) + " channels; at most 512 are allowed";
     return {};
@@ -167,7 +168,7 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
   const Instance& instance = INSTANCE_TABLE[index];
   const int depths = work.depths();
   ChainTile tile;
-  tile.warps_n = packed_columns_for(work.channels) / instance.columns;
+  tile.warps_n = packed_columns_for(work.channels, work.type) / instance.columns;
   ChainPlan best, candidate;
   best.microseconds = 1e30;
   const auto try_all = [&] {
@@ -215,10 +216,12 @@ double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& dev
   padded = divide_up(work.channels, padded) * padded;
   // A tap's pixels come from L2 each time, padded or not: nine reads of u by every tile of output channels.
   const double column_tiles = divide_up(work.channels, 128);
-  const double weight_reads = pixels / 128 * padded * padded * 9 * 2;
-  const double l2 = (pixels * work.stride * 9 * padded * 2 * column_tiles + weight_reads) / rates.l2;
-  const double tensor = pixels * 9 * double(padded) * padded / 2048 * rates.mma_cycles / (0.75 * rates.clock * device.multiprocessors);
-  const double group = double(work.images) * work.height * work.width * work.channels * 2;
+  const int bytes = bytes_of(work.type);
+  const double weight_reads = pixels / 128 * padded * padded * 9 * bytes;
+  const double l2 = (pixels * work.stride * 9 * padded * bytes * column_tiles + weight_reads) / rates.l2;
+  const double products = pixels * 9 * double(padded) * padded;
+  const double tensor = 2 * products / mma_flops(work.type) * rates.mma_cycles / (0.75 * rates.clock * device.multiprocessors);
+  const double group = double(work.images) * work.height * work.width * work.channels * bytes;
   const double dram = (work.adds ? 4 : 2) * group / rates.dram;
   const double latency = 3.0e-6;  // of a small launch: loads, products, stores one after the other
   const double step = std::max({l2, tensor, dram});
@@ -235,6 +238,7 @@ std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* devi
   work.channels = narrow(problem[3]), work.steps = narrow(problem[4]);
   work.stride = narrow(problem[5]), work.dilation = narrow(problem[6]), work.adds = problem[7] != 0;
   const bool passes = problem[8] != 0;
+  work.type = DataType(problem[9]);
   const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
                             int(device[4]), int(device[5]), int(device[6])};
   std::string reason;

@@ -11,6 +11,7 @@ namespace res2net_fused::chain {
 struct Instance {
   const char* name;
   int depths, columns, tiles, warps;
+  constexpr bool runs(DataType type) const { return instance_runs(depths, type); }
 };
 #define RES2NET_INSTANCE_ROW(name, DEPTHS, COLUMNS, TILES, WARPS) {#name, DEPTHS, COLUMNS, TILES, WARPS},
 inline constexpr Instance INSTANCE_TABLE[] = {RES2NET_CHAIN_INSTANCES(RES2NET_INSTANCE_ROW)};
@@ -35,10 +36,10 @@ struct ChainPlan {
   double microseconds = 0;   // predicted
 };
 
-// The instance that runs this width. Weights are packed for it, so it depends on the width alone.
-int instance_for(int channels);
+// The instance that runs this width, or -1. Weights are packed for it, so it depends on the width and the type alone.
+int instance_for(int channels, DataType type);
 // Output channels in units of 8, padded to whole warps of the instance.
-int packed_columns_for(int channels);
+int packed_columns_for(int channels, DataType type);
 
 // The launch with the shortest predicted time. `reason` says why there is none; it is empty otherwise.
 ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason);
@@ -47,7 +48,7 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
 double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& device);
 
 // The same in numbers, for callers without these types.
-//   problem: images, height, width, channels, steps, stride, dilation, adds, passes
+//   problem: images, height, width, channels, steps, stride, dilation, adds, passes, type (enum DataType)
 //   device: in the order of DeviceLimits
 //   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, ctas, threads, shared bytes, CTAs per
 //     multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs, nanoseconds, nanoseconds of the per-step path;

@@ -11,11 +11,13 @@
 namespace {
 
 std::vector<int64_t> plan(const std::vector<int64_t>& problem, const std::vector<int64_t>& device, std::string& reason) {
-  STD_TORCH_CHECK(problem.size() == 9, "problem: expected 9 numbers, got ", problem.size());
+  STD_TORCH_CHECK(problem.size() == 10, "problem: expected 10 numbers, got ", problem.size());
   STD_TORCH_CHECK(device.size() == 7, "device: expected 7 numbers, got ", device.size());
-  for (size_t i = 0; i + 2 < problem.size(); i++)
+  for (size_t i = 0; i < 7; i++)
     STD_TORCH_CHECK(problem[i] >= 1 && problem[i] <= int64_t(1) << 40, "problem: number ", i, " is ", problem[i],
                     "; expected 1 or more");
+  STD_TORCH_CHECK(problem[9] >= 0 && problem[9] < res2net_fused::chain::DATA_TYPES, "problem: number 9 is ", problem[9],
+                  "; expected a type from 0 to ", res2net_fused::chain::DATA_TYPES - 1);
   char text[400];
   std::vector<int64_t> found = res2net_fused::chain::plan_as_numbers(problem.data(), device.data(), text, sizeof text);
   reason = text;

@@ -1,8 +1,9 @@
 // The compiled forms of the chain kernel, stated once for the plan, the CUDA build and the emulator.
 #pragma once
+#include "plan/data_type.h"
 
 // X(name, DEPTHS, COLUMNS, TILES, WARPS)
-//   DEPTHS   input channels of a group in units of 16, the K of one mma; 0: known at run time only
+//   DEPTHS   input channels of a group in units of 16, the K of one mma (8 in TF32); 0: known at run time only
 //   COLUMNS  output channels of a warp in units of 8, the N of one mma
 //   TILES    pixels of a warp in units of 16, the M of one mma
 //   WARPS    most warps of a CTA: bounds the registers of a thread to 65536 / (32 * WARPS)
@@ -16,6 +17,11 @@
   X(d0c7t2, 0, 7, 2, 12)           \
   X(d0c4t2, 0, 4, 2, 16)
 
-// K slices (one tap, 16 input channels) that the inner loop multiplies between two tests of its end. It divides the 9 * depths
+namespace res2net_fused::chain {
+// Fixed depths are for half precision; TF32 has the instances whose depths are known at run time.
+constexpr bool instance_runs(int depths, DataType type) { return type != TF32 || depths == 0; }
+}  // namespace res2net_fused::chain
+
+// K slices (one tap, 16 or 8 input channels) that the inner loop multiplies between two tests of its end. It divides the 9 * depths
 // slices of every convolution, so there is no remainder, and the number of tensor-core instructions is known.
 #define RES2NET_CHAIN_UNROLL 3

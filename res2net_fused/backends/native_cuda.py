@@ -1,4 +1,7 @@
-"""Backend `cuda`: the whole chain in one launch of a native CUDA kernel, inference, fp16 and bf16, from sm_80 on.
+"""Backend `cuda`: the whole chain in one launch of a native CUDA kernel, inference, from sm_80 on.
+
+fp16, bf16, and float32 where cuDNN's convolutions may use TF32: the factors of every product are then rounded to TF32, to the
+nearest, sums and results are float32.
 
 The launch plan comes from a C++ function of the CPU library (csrc/plan), so `plan_chain` works on machines with no GPU.
 """
@@ -16,11 +19,13 @@ from torch import Tensor
 from .. import native
 from ..chain import ChainConfig, ChainProblem
 from .native_cuda_block import block_forward, pack_block
+from .triton_settings import convolutions_use_tf32
 
 __all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "plan_chain", "why_not", "why_not_auto"]
 
 # (lower, upper) bound of y
 CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/plan/data_type.h
 POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_arguments.h
 INSTANCE_NAMES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
 _INSTANCE_DEPTHS_COLUMNS = ((1, 2), (2, 4), (3, 6), (4, 7), (0, 6), (0, 7), (0, 4))
@@ -45,7 +50,7 @@ class Plan(NamedTuple):
     whole: int  # 1: whole images, without a halo
     warps_m: int  # along the pixels
     warps_n: int  # along the output channels
-    slices: int  # of 16 input channels of one tap, held by one stage of the weight pipeline
+    slices: int  # of 32 bytes of input channels of one tap, held by one stage of the weight pipeline
     stages: int
     ctas: int
     threads: int
@@ -73,14 +78,17 @@ def why_not(problem: ChainProblem) -> str | None:
 
 
 def unsupported(problem: ChainProblem) -> str | None:
-    """What of this call no instance of the kernel does, on any device, or None."""
+    """What of this call no instance of the kernel does, on any device and under PyTorch's current settings, or None."""
     config = problem.config
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {problem.dtype}; this backend runs torch.float16 and torch.bfloat16"
+    if problem.dtype not in TYPES:
+        return f"x is {problem.dtype}; this backend runs {', '.join(map(str, TYPES))}"
+    if problem.dtype == torch.float32 and not convolutions_use_tf32():
+        return (
+            "x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is "
+            f"{torch.backends.cudnn.conv.fp32_precision!r}; this backend multiplies torch.float32 in TF32 only, which 'tf32' allows"
+        )
     if config.groups != 1:
         return f"groups is {config.groups}; this backend runs groups=1"
-    if config.passthrough == "first_added":
-        return "passthrough is 'first_added'; this backend runs 'last', 'first' and 'none'"
     return None
 
 
@@ -124,6 +132,7 @@ def _problem_numbers(problem: ChainProblem) -> tuple[int, ...]:
     return (
         max(1, problem.batch), problem.height, problem.width_pixels, problem.width, problem.steps, c.stride, c.dilation,
         int(c.hierarchical), int(c.passthrough != "none"),
+        TYPES[problem.dtype],
     )  # fmt: skip
 
 
@@ -134,21 +143,21 @@ def _planned(numbers: tuple[int, ...], limits: native.DeviceLimits) -> tuple[Pla
     return (Plan(*found), "") if found else (None, ops.cuda_chain_refusal(list(numbers), list(limits)))
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: Plan, dtype: torch.dtype) -> str:
     """One line: how the work is cut and what the model predicts. The predicted time is no measurement."""
     if plan.whole:
         part = f"{plan.images} whole image{'s' * (plan.images > 1)}"
     else:
         part = f"{plan.rows}x{plan.columns} pixels"
     return (
-        f"CUDA, 1 launch, {INSTANCE_NAMES[plan.instance]}, {plan.ctas} CTAs of {part}, {plan.warps_m}x{plan.warps_n} warps, "
+        f"CUDA, 1 launch, {INSTANCE_NAMES[plan.instance]}{', tf32' * (dtype == torch.float32)}, {plan.ctas} CTAs of {part}, {plan.warps_m}x{plan.warps_n} warps, "
         f"{plan.shared_bytes / 1024:.0f} KiB shared, {plan.ctas_per_multiprocessor} per SM; predicted "
         f"{plan.nanoseconds / 1000:.0f} us, per step {plan.steps_nanoseconds / 1000:.0f} us"
     )
 
 
 def plan(problem: ChainProblem) -> str:
-    return describe(plan_chain(problem, device_limits(problem.device)))
+    return describe(plan_chain(problem, device_limits(problem.device)), problem.dtype)
 
 
 def forward(
@@ -188,6 +197,7 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
     settings = [
         problem.width, problem.steps, c.stride, c.dilation, int(c.hierarchical), c.first_convolved,
         -1 if passed is None else passed, POOLS[c.pool], x.pixel, x.slot, out.pixel, out.slot, fill,
+        int(c.passthrough == "first_added"),
     ]  # fmt: skip
     launch = plan_chain(problem, device_limits(x.data.device))
     torch.ops.res2net_fused_native.cuda_chain(x.data, *packed, out.data, list(launch[:9]), settings, *CLAMPS[c.activation])
@@ -196,8 +206,8 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
 def pixel_pitch(x: Tensor) -> int | None:
     """Elements from one pixel of x (N, C, H, W) to the next, where the kernel can read x as it lies, else None.
 
-    It needs channels side by side, in pairs aligned to 4 bytes, and pixels in order; a slice of a wider channels-last tensor
-    will do.
+    It needs channels side by side, pixels aligned to 4 bytes, and pixels in order; a slice of a wider channels-last tensor will
+    do.
     """
     batch, channels, height, columns = x.shape
     strides = (x.stride(3), x.stride(2), x.stride(0))
@@ -206,16 +216,21 @@ def pixel_pitch(x: Tensor) -> int | None:
     pitch = next((stride for stride, size in zip(strides, sizes, strict=True) if size > 1), channels)
     expected = (pitch, pitch * columns, pitch * columns * height)
     dense = all(size == 1 or stride == want for size, stride, want in zip(sizes, strides, expected, strict=True))
-    if x.stride(1) != 1 or not dense or pitch < channels or pitch % 2 or x.data_ptr() % 4:
+    if x.stride(1) != 1 or not dense or pitch < channels or pitch * x.itemsize % 4 or x.data_ptr() % 4:
         return None
     return pitch
 
 
-def packed_columns(width: int) -> int:
+def depth_channels(dtype: torch.dtype) -> int:
+    """Input channels that one tensor-core instruction multiplies: 32 bytes."""
+    return 32 // dtype.itemsize
+
+
+def packed_columns(width: int, dtype: torch.dtype) -> int:
     """Output channels in units of 8, padded to whole warps of the instance that runs this width (csrc/plan/chain_plan.cpp)."""
-    columns, depths = -(-width // 8), -(-width // 16)
+    columns, depths = -(-width // 8), -(-width // depth_channels(dtype))
     for instance_depths, instance_columns in _INSTANCE_DEPTHS_COLUMNS:
-        if instance_depths == depths and columns <= instance_columns:
+        if dtype != torch.float32 and instance_depths == depths and columns <= instance_columns:
             return instance_columns
     return min(-(-columns // c) * c for depths, c in _INSTANCE_DEPTHS_COLUMNS if depths == 0)
 
@@ -223,19 +238,28 @@ def packed_columns(width: int) -> int:
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
     """[weights in the order in which the lanes of a warp read them, biases (steps, columns * 8) in fp32].
 
-    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 4) of the weights' dtype. mma.m16n8k16 wants of its 16 x 8
-    operand B, in lane l: rows 2 * (l % 4) + {0, 1} and the same + 8, of column l / 4. Rows are input channels, columns output
-    channels; what pads them is zero.
+    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 8 bytes) of the weights' dtype, float32 rounded to TF32. mma wants
+    of its operand B, 32 bytes x 8, in lane l: the 4 bytes l % 4 and l % 4 + 4 of column l / 4, which hold two rows in half
+    precision, one in float32. Rows are input channels, columns output channels; what pads them is zero.
     """
-    width = weights[0].shape[0]
-    depths, columns, steps = -(-width // 16), packed_columns(width), len(weights)
-    padded = weights[0].new_zeros(steps, 9, depths * 16, columns * 8)
+    width, dtype = weights[0].shape[0], weights[0].dtype
+    per_word = 4 // dtype.itemsize
+    depths, columns, steps = -(-width // depth_channels(dtype)), packed_columns(width, dtype), len(weights)
+    padded = weights[0].new_zeros(steps, 9, depths * depth_channels(dtype), columns * 8)
     for step, weight in enumerate(weights):
         padded[step, :, :width, :width] = weight.detach().permute(2, 3, 1, 0).reshape(9, width, width)
-    # input channel = depth, half, lane % 4, pair; output channel = column, lane / 4
-    split = padded.reshape(steps, 9, depths, 2, 4, 2, columns, 8)
-    packed = split.permute(0, 1, 2, 6, 7, 4, 3, 5).reshape(steps, 9 * depths, columns, 32, 4).contiguous()
+    # input channel = depth, half, lane % 4, place in 4 bytes; output channel = column, lane / 4
+    split = padded.reshape(steps, 9, depths, 2, 4, per_word, columns, 8)
+    packed = split.permute(0, 1, 2, 6, 7, 4, 3, 5).reshape(steps, 9 * depths, columns, 32, 2 * per_word).contiguous()
+    if dtype == torch.float32:
+        packed = round_to_tf32(packed)
     bias = torch.zeros(steps, columns * 8, dtype=torch.float32, device=packed.device)
     if biases is not None:
         bias[:, :width] = torch.stack([b.detach().float() for b in biases])
     return [packed, bias]
+
+
+def round_to_tf32(values: Tensor) -> Tensor:
+    """float32 `values` rounded to the nearest TF32 number, away from zero at equal distance; Inf and NaN stay."""
+    rounded = ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)

@@ -17,7 +17,7 @@ from ..chain import ChainConfig, ChainProblem
 from ..folding import FoldedBlock
 from . import triton_backend
 from .triton_block import slot_pitch
-from .triton_settings import capability
+from .triton_settings import capability, uses_tf32
 
 
 def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
@@ -78,12 +78,14 @@ def _pointwise(
     """out = relu(conv1x1(x) + bias + shortcut)"""
     if triton_backend.why_not(problem) is None:
         from ..kernels.pointwise import Pixels, pointwise_call, pointwise_tile
+        from ..kernels.step_plan import dot_precision
 
         lanes, pixels = out.shape[1], x.numel() // x.shape[1]
-        tile = pointwise_tile(pixels, lanes, x.shape[1], x.dtype.itemsize, "ieee", capability(x.device))
+        precision = dot_precision(x.dtype, uses_tf32(problem))
+        tile = pointwise_tile(pixels, lanes, x.shape[1], x.dtype.itemsize, precision, capability(x.device))
         added = None if shortcut is None else Pixels(shortcut, lanes, lanes)
         source, target = Pixels(x, x.shape[1], x.shape[1]), Pixels(out, lanes, lanes)
-        pointwise_call(source, weight, bias, added, target, pixels, slots, relu, "ieee", tile).run()
+        pointwise_call(source, weight, bias, added, target, pixels, slots, relu, precision, tile).run()
         return
     y = F.conv2d(x, weight[:, :, None, None], bias.to(x.dtype))
     if shortcut is not None:

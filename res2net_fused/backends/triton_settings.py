@@ -23,9 +23,13 @@ def convolutions_use_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
+def uses_tf32(problem: ChainProblem) -> bool:
+    """Whether this call's convolutions may round float32 to TF32; the interpreter has none."""
+    return problem.device.type == "cuda" and convolutions_use_tf32()
+
+
 def plan_for(
     problem: ChainProblem, compute_capability: tuple[int, int], *, pitch: int | None = None, in_place: bool = False
 ) -> StepPlan:
     """`plan_steps` under PyTorch's current settings."""
-    tf32 = problem.device.type == "cuda" and convolutions_use_tf32()  # the interpreter has none
-    return plan_steps(problem, compute_capability, tf32=tf32, pitch=pitch, in_place=in_place)
+    return plan_steps(problem, compute_capability, tf32=uses_tf32(problem), pitch=pitch, in_place=in_place)

@@ -73,6 +73,11 @@ class StepPlan:
         )
 
 
+def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
+    """`input_precision` of tl.dot. tf32: whether float32 products may be rounded to TF32."""
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
+
+
 def plan_steps(
     problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False, pitch: int | None = None, in_place: bool = False
 ) -> StepPlan:
@@ -81,7 +86,7 @@ def plan_steps(
     tf32: whether float32 products may be rounded to TF32. pitch: channels from one slot of x to the next, if not w.
     in_place: the group that passes through already lies where it belongs, so that nothing copies it.
     """
-    precision = "tf32" if tf32 and problem.dtype == torch.float32 else "ieee"
+    precision = dot_precision(problem.dtype, tf32)
     lanes = padded_lanes(problem.width // problem.config.groups)
     pixels_per_image = problem.output_height * problem.output_width
     fitting = MAX_PIXELS // pixels_per_image

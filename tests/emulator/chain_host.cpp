@@ -15,9 +15,9 @@ struct Call {
     const float* bias;
     void* out;
     int images, height, width, channels, steps, stride, dilation, adds;
-    int x_pixel, x_slot, out_pixel, out_slot, fill_channels, first_group, passed_group, pool;
+    int x_pixel, x_slot, out_pixel, out_slot, fill_channels, first_group, passed_group, pool, add_passed;
     float lower, upper;
-    int instance, is_bf16;
+    int instance, type;
     int rows, columns, tile_images, whole, warps_m, warps_n, slices, stages;  // rows 0: as the plan says
     uint64_t seed;
     int checks;
@@ -29,18 +29,26 @@ template <class Element, int DEPTHS, int COLUMNS, int TILES> void run_chain(cons
 
 struct Entry {
     int columns, depths;
-    void (*run[2])(const ChainArguments&);
+    void (*run[DATA_TYPES])(const ChainArguments&);
 };
+
+template <int DEPTHS, int COLUMNS, int TILES> Entry entry() {
+    Entry made{COLUMNS, DEPTHS, {}};
+    made.run[FP16] = run_chain<fp16, DEPTHS, COLUMNS, TILES>;
+    made.run[BF16] = run_chain<bf16, DEPTHS, COLUMNS, TILES>;
+    if constexpr (instance_runs(DEPTHS, TF32)) made.run[TF32] = run_chain<tf32, DEPTHS, COLUMNS, TILES>;
+    return made;
+}
 
 #ifndef INSTANCES  // a build may choose its own
 #define INSTANCES(X) RES2NET_CHAIN_INSTANCES(X)
 #endif
 #define ENTRY(name, DEPTHS, COLUMNS, TILES, WARPS) \
-    if (std::strcmp(wanted, #name) == 0) return {COLUMNS, DEPTHS, {run_chain<fp16, DEPTHS, COLUMNS, TILES>, run_chain<bf16, DEPTHS, COLUMNS, TILES>}};
+    if (std::strcmp(wanted, #name) == 0) return entry<DEPTHS, COLUMNS, TILES>();
 
 Entry find(const char* wanted) {
     INSTANCES(ENTRY)
-    return {0, 0, {nullptr, nullptr}};
+    return {0, 0, {}};
 }
 }  // namespace
 
@@ -48,27 +56,28 @@ extern "C" {
 // Writes "kind|count|first finding" per line, and {bank ways, multiplies, switches, ctas, shared bytes}; -1: instance not built.
 int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     const Entry entry = find(INSTANCE_TABLE[call->instance].name);
-    if (!entry.run[0]) return -1;
-    const ChainWork work{call->images, call->height, call->width, call->channels, call->steps, call->stride, call->dilation, call->adds != 0};
+    const DataType type = DataType(call->type);
+    if (!entry.run[type]) return -1;
+    const ChainWork work{call->images, call->height, call->width, call->channels, call->steps, call->stride, call->dilation, call->adds != 0, type};
     const ChainTile tile{call->rows, call->columns, call->tile_images, call->whole != 0, call->warps_m, call->warps_n, call->slices, call->stages};
     ChainArguments a{};
     a.x = call->x, a.weight = call->weight, a.bias = call->bias, a.out = call->out;
     a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};
     a.fill_channels = call->fill_channels;
-    a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool;
+    a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool, a.add_passed = call->add_passed != 0;
     a.lower = call->lower, a.upper = call->upper;
     a.geometry = make_geometry(work, tile, entry.depths, entry.columns);
-    set_moves(a);
+    set_moves(a, type);
     const ChainGeometry& g = a.geometry;
     const size_t pixels = size_t(work.images) * work.height * work.width;
     const size_t out_pixels = size_t(work.images) * work.out_height() * work.out_width();
     const emulator::Launch launch{
         g.ctas(), g.threads(), g.shared_bytes, call->seed, call->checks != 0,
-        {{"x", a.x, pixels * a.x_slots.pixel * 2, false},
+        {{"x", a.x, pixels * a.x_slots.pixel * bytes_of(type), false},
          {"weight", a.weight, size_t(g.steps) * g.chunks * g.stage_bytes, false},
          {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false},
-         {"out", a.out, out_pixels * a.out_slots.pixel * 2, true}}};
-    const emulator::Report report = emulator::run(launch, [&] { entry.run[call->is_bf16](a); });
+         {"out", a.out, out_pixels * a.out_slots.pixel * bytes_of(type), true}}};
+    const emulator::Report report = emulator::run(launch, [&] { entry.run[type](a); });
     int used = 0;
     text[0] = 0;
     for (int kind = 0; kind < emulator::KINDS; kind++)

@@ -47,7 +47,7 @@ struct Rendezvous {
     const FragmentA* a[32];
     const FragmentB* b[32];
     int columns = 0;
-    bool is_bf16 = true;
+    res2net_fused::chain::DataType type{};
 };
 
 // What is known of GRANULE bytes of shared memory. Epochs count barriers over the whole launch, so an epoch before
@@ -307,9 +307,30 @@ void perform_load(Rendezvous& meeting, int warp) {
         for (int matrix = 0; matrix < 4; matrix++) std::memcpy(&meeting.loaded[lane]->word[matrix], &rows[matrix][lane / 4][lane % 4 * 2], 4);
 }
 
+// m16n8k8 on TF32, which is fp32 without the lowest 13 bits.
+void perform_multiply_tf32(Rendezvous& meeting) {
+    const auto widen = [](uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000); };
+    float a[16][8];
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = widen(meeting.a[lane]->word[i]);
+    for (int j = 0; j < meeting.columns; j++) {
+        float b[8][8], c[16][8];
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 2; i++) b[lane % 4 + i * 4][lane / 4] = widen(meeting.b[lane][j].word[i]);
+            for (int i = 0; i < 4; i++) c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = meeting.c[lane][j].value[i];
+        }
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < 8; k++)
+                for (int column = 0; column < 8; column++) c[row][column] += a[row][k] * b[k][column];
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++) meeting.c[lane][j].value[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    }
+}
+
 void perform_multiply(Rendezvous& meeting) {
     report.multiplies += meeting.columns;
-    const auto widen = meeting.is_bf16 ? +[](uint32_t bits) { return widen_bf16(bits); } : widen_fp16;
+    if (meeting.type == res2net_fused::chain::TF32) return perform_multiply_tf32(meeting);
+    const auto widen = meeting.type == res2net_fused::chain::BF16 ? +[](uint32_t bits) { return widen_bf16(bits); } : widen_fp16;
     float a[16][16];
     for (int lane = 0; lane < 32; lane++)
         for (int i = 0; i < 4; i++) {
@@ -495,14 +516,14 @@ void load_matrix(SharedPtr row, FragmentA* a, const Where& where) {
     meet(meeting, "a matrix load", where);
 }
 
-void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, bool is_bf16, const Where& where) {
+void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::chain::DataType type, const Where& where) {
     Rendezvous& meeting = arrive(Operation::MULTIPLY, where);
     const int lane = current->thread % 32;
     meeting.c[lane] = c;
     meeting.a[lane] = a;
     meeting.b[lane] = b;
     meeting.columns = columns;
-    meeting.is_bf16 = is_bf16;
+    meeting.type = type;
     meet(meeting, "a matrix multiply", where);
 }
 

@@ -56,7 +56,7 @@ void wait_copies(int pending);
 void sync_cta(const Where& where);
 void sync_warp(const Where& where);
 void load_matrix(SharedPtr row, FragmentA* a, const Where& where);
-void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, bool is_bf16, const Where& where);
+void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::chain::DataType type, const Where& where);
 uint16_t round_to_bf16(float value);
 uint16_t round_to_fp16(float value);
 float widen_fp16(uint32_t bits);
@@ -101,7 +101,14 @@ inline FragmentA load_matrix(SharedPtr row, Where where = Where::current()) {
 }
 template <class Element, int COLUMNS>
 void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS], Where where = Where::current()) {
-    emulator::multiply(c, &a, b, COLUMNS, Element::IS_BF16, where);
+    emulator::multiply(c, &a, b, COLUMNS, Element::TYPE, where);
+}
+
+inline uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
+inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t round_to_tf32(uint32_t bits) {
+    const bool number = (bits & 0x7fffffff) <= 0x7f800000;
+    return number ? (bits + 0x1000) & 0xffffe000 : 0x7fffffff;
 }
 
 template <class Element> uint32_t pack_pair(float low, float high) {

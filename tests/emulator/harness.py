@@ -72,9 +72,9 @@ def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str,
 
 _INTS = (
     "images height width channels steps stride dilation adds "
-    "x_pixel x_slot out_pixel out_slot fill_channels first_group passed_group pool"
+    "x_pixel x_slot out_pixel out_slot fill_channels first_group passed_group pool add_passed"
 ).split()
-_TILE = "instance is_bf16 rows columns tile_images whole warps_m warps_n slices stages".split()
+_TILE = "instance type rows columns tile_images whole warps_m warps_n slices stages".split()
 
 
 class Call(ctypes.Structure):  # as in chain_host.cpp
@@ -139,9 +139,9 @@ def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -
     """The plan that the shipped chooser makes for this call on such a device."""
     lib = library("d1c2t4")  # every library holds the plan
     c = case.config
-    problem = (ctypes.c_int64 * 9)(
+    problem = (ctypes.c_int64 * 10)(
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
-        c.passthrough != "none",
+        c.passthrough != "none", native_cuda.TYPES[case.dtype],
     )  # fmt: skip
     numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
     if lib.plan_call(problem, (ctypes.c_int64 * 7)(*device), numbers, text, len(text)):
@@ -168,19 +168,30 @@ def make_tensors(case: Case, integers: bool, seed: int) -> tuple[Tensor, list[Te
 
 
 def expected_of(case: Case, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """float64, rounded where the kernel rounds to the half type: each y, and each u = x + y."""
+    """float64, rounded where the kernel rounds: each y and each u = x + y to the dtype, and float32 factors to TF32."""
     c = case.config
 
     def rounded(t: Tensor) -> Tensor:
         return t.to(case.dtype).double()
 
     def convolution(k: int, u: Tensor) -> Tensor:
-        weight, bias = weights[k].double(), biases[k].double()
-        y = torch.nn.functional.conv2d(rounded(u), weight, bias, c.stride, c.dilation, c.dilation)
+        u, weight, bias = rounded(u), weights[k].double(), biases[k].double()
+        if case.dtype == torch.float32:
+            u, weight = round_to_tf32(u), round_to_tf32(weight)
+        y = torch.nn.functional.conv2d(u, weight, bias, c.stride, c.dilation, c.dilation)
         return rounded(reference.activate(y, c.activation))
 
-    groups = x.double().permute(0, 3, 1, 2).split(case.width, 1)
+    groups = list(x.double().permute(0, 3, 1, 2).split(case.width, 1))
+    if c.passthrough == "first_added":  # what is added is what passes, rounded
+        groups[0], c = rounded(reference.pool_passthrough(groups[0], c)), replace(c, pool=None)
     return torch.cat([rounded(y) for y in reference.hierarchical_chain(groups, convolution, c)], 1).permute(0, 2, 3, 1)
+
+
+def round_to_tf32(values: Tensor) -> Tensor:
+    """float64 to the nearest number of 11 significant bits, away from zero at equal distance."""
+    mantissa, exponent = torch.frexp(values)
+    rounded = torch.ldexp(torch.copysign((mantissa.abs() * 2**11 + 0.5).floor(), values), exponent - 11)
+    return torch.where(values.isfinite(), rounded, values)
 
 
 def launch(
@@ -201,7 +212,8 @@ def launch(
         x.data.data_ptr(), packed[0].data_ptr(), packed[1].data_ptr(), out.data.data_ptr(),
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
         x.pixel, x.slot, out.pixel, out.slot, fill, c.first_convolved, -1 if passed is None else passed,
-        native_cuda.POOLS[c.pool], *native_cuda.CLAMPS[c.activation], plan.instance, case.dtype == torch.bfloat16,
+        native_cuda.POOLS[c.pool], c.passthrough == "first_added", *native_cuda.CLAMPS[c.activation],
+        plan.instance, native_cuda.TYPES[case.dtype],
         plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n, plan.slices, plan.stages, seed, 1,
     )  # fmt: skip
     text, statistics = ctypes.create_string_buffer(1 << 14), (ctypes.c_int64 * 5)()
@@ -259,7 +271,7 @@ def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] 
 
 
 # Beside each the measured worst: fp32 sums that round to the neighbouring half, then spread by the chain.
-TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4}
+TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 1e-4}
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-// One instance of the chain kernel with its launcher, for both half types: what every instance_*.cu consists of.
+// One instance of the chain kernel with its launcher, for every type it runs: what every instance_*.cu consists of.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -24,10 +24,19 @@ cudaError_t launch(const ChainArguments& arguments, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#define RES2NET_CHAIN_LAUNCHER(name, DEPTHS, COLUMNS, TILES, WARPS)                                            \
-  extern "C" int res2net_fused_launch_##name(const ChainArguments* arguments, int is_bf16, void* stream) {      \
-    const auto function = is_bf16 ? launch<bf16, DEPTHS, COLUMNS, TILES, WARPS> : launch<fp16, DEPTHS, COLUMNS, TILES, WARPS>; \
-    return function(*arguments, static_cast<cudaStream_t>(stream));                                            \
+template <int DEPTHS, int COLUMNS, int TILES, int WARPS>
+cudaError_t launch_type(const ChainArguments& arguments, int type, cudaStream_t stream) {
+  if (type == FP16) return launch<fp16, DEPTHS, COLUMNS, TILES, WARPS>(arguments, stream);
+  if (type == BF16) return launch<bf16, DEPTHS, COLUMNS, TILES, WARPS>(arguments, stream);
+  if constexpr (instance_runs(DEPTHS, TF32)) {
+    if (type == TF32) return launch<tf32, DEPTHS, COLUMNS, TILES, WARPS>(arguments, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+#define RES2NET_CHAIN_LAUNCHER(name, DEPTHS, COLUMNS, TILES, WARPS)                                               \
+  extern "C" int res2net_fused_launch_##name(const ChainArguments* arguments, int type, void* stream) {            \
+    return launch_type<DEPTHS, COLUMNS, TILES, WARPS>(*arguments, type, static_cast<cudaStream_t>(stream));        \
   }
 
 }  // namespace res2net_fused::chain

@@ -1,5 +1,6 @@
-// The Res2Net chain in one launch, inference, channels-last, in half precision:
-//     y_i = clamp(conv3x3_i(u_i) + bias_i),   u_i = x_i + y_{i-1}  (or x_i alone),   and one group passes through.
+// The Res2Net chain in one launch, inference, channels-last, in half precision or in float32 with products in TF32:
+//     y_i = clamp(conv3x3_i(u_i) + bias_i),   u_i = x_i + y_{i-1}  (or x_i alone),   and one group passes through
+//     and may be added to u_0.
 // A CTA owns a part of the output (see plan/chain_geometry.h) and keeps u_i of that part and its halo in shared memory: step i
 // reads strip i % 2. Meanwhile x_{i+1} arrives in the other strip, where the step's end adds y_i to it.
 #pragma once
@@ -27,6 +28,10 @@ struct VectorOf<16> {
 // DEPTHS, COLUMNS and TILES as in plan/instances.h.
 template <class Element, int DEPTHS, int COLUMNS, int TILES>
 struct ChainCta {
+  static constexpr int BYTES = Element::BYTES;
+  static constexpr int PER_WORD = 4 / BYTES;  // elements in 4 bytes, the smallest move
+  using Pair = typename VectorOf<2 * BYTES>::type;  // of neighbouring channels
+
   const ChainArguments& a;
   const ChainGeometry& g;
   const unsigned char* x;  // of the first image of this CTA
@@ -46,8 +51,8 @@ struct ChainCta {
     first_image = block / g.column_blocks / g.row_blocks * g.tile_images;
     first_row = row_block * g.rows * g.stride - g.lead;
     first_column = column_block * g.columns * g.stride - g.halo_columns;
-    x = static_cast<const unsigned char*>(a.x) + int64_t(first_image) * g.height * g.width * a.x_slots.pixel * 2;
-    out = static_cast<unsigned char*>(a.out) + int64_t(first_image) * g.out_height * g.out_width * a.out_slots.pixel * 2;
+    x = static_cast<const unsigned char*>(a.x) + int64_t(first_image) * g.height * g.width * a.x_slots.pixel * BYTES;
+    out = static_cast<unsigned char*>(a.out) + int64_t(first_image) * g.out_height * g.out_width * a.out_slots.pixel * BYTES;
   }
 
   // ---- where things are ----
@@ -81,7 +86,10 @@ struct ChainCta {
     if constexpr (swizzled(DEPTHS)) chunk ^= unsigned(slot) / (8 / (2 * DEPTHS)) % (2 * DEPTHS);
     return slot * slot_bytes() + chunk * 16;
   }
-  DEVICE int channel_offset(int slot, int channel) const { return chunk_offset(slot, channel / 8) + channel % 8 * 2; }
+  DEVICE int channel_offset(int slot, int channel) const {
+    constexpr int PER_CHUNK = 16 / BYTES;
+    return chunk_offset(slot, channel / PER_CHUNK) + channel % PER_CHUNK * BYTES;
+  }
 
   // A pixel of the strip: its slot, and the pixel of x it stands for.
   struct Pixel {
@@ -98,12 +106,12 @@ struct ChainCta {
     return p;
   }
   DEVICE int x_offset(const Pixel& p) const {  // bytes
-    return ((p.image * g.height + p.row) * g.width + p.image_column) * a.x_slots.pixel * 2;
+    return ((p.image * g.height + p.row) * g.width + p.image_column) * a.x_slots.pixel * BYTES;
   }
   DEVICE int out_offset(const Pixel& p) const {
     const int row = g.stride == 1 ? p.row : p.row / g.stride;
     const int column = g.stride == 1 ? p.image_column : p.image_column / g.stride;
-    return ((p.image * g.out_height + row) * g.out_width + column) * a.out_slots.pixel * 2;
+    return ((p.image * g.out_height + row) * g.out_width + column) * a.out_slots.pixel * BYTES;
   }
   DEVICE bool owned(const Pixel& p) const {
     return p.valid && p.line >= g.owned_line && p.line < g.owned_line_end && p.column >= g.owned_column &&
@@ -114,6 +122,40 @@ struct ChainCta {
     const int line = g.by_work_pitch.divide(position);
     const int column = position - line * g.work_pitch;
     return pixel_at(g.work_line(step) + line * g.stride, g.work_column + column * g.stride);
+  }
+
+  // ---- 4 bytes: two elements in half precision, one float32 otherwise ----
+
+  static DEVICE Float2 unpack_word(uint32_t word) {
+    if constexpr (BYTES == 2)
+      return unpack_pair<Element>(word);
+    else
+      return {float_of(word), 0};
+  }
+  static DEVICE uint32_t pack_word(float first, float second) {
+    if constexpr (BYTES == 2)
+      return pack_pair<Element>(first, second);
+    else
+      return bits_of(first);
+  }
+  static DEVICE uint32_t add_word(uint32_t left, uint32_t right) {
+    if constexpr (BYTES == 2)
+      return add_pair<Element>(left, right);
+    else
+      return bits_of(float_of(left) + float_of(right));
+  }
+  static DEVICE Pair make_pair(float first, float second) {
+    if constexpr (BYTES == 2)
+      return {{pack_word(first, second)}};
+    else
+      return {{bits_of(first), bits_of(second)}};
+  }
+  // TF32 factors are rounded here, where x and u both pass: the products' hardware would truncate them, which shrinks every one.
+  // Four conversions of a lane beside COLUMNS products of its warp.
+  static DEVICE FragmentA rounded(FragmentA matrix) {
+    if constexpr (Element::TYPE == TF32)
+      for (uint32_t& word : matrix.word) word = round_to_tf32(word);
+    return matrix;
   }
 
   // ---- data into shared memory ----
@@ -131,9 +173,9 @@ struct ChainCta {
     else
       start_group_by<4>(step);
   }
-  template <int BYTES>
+  template <int MOVE>
   DEVICE void start_group_by(int step) const {
-    const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * 2;
+    const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * BYTES;
     const SharedPtr to = strip(step);
     const int pieces = int(a.by_load_pieces.divisor);
     const int first_line = step * g.shrink;
@@ -144,9 +186,9 @@ struct ChainCta {
       const int line = g.by_stored.divide(stored);
       const Pixel p = pixel_at(first_line + line, stored - line * g.stored);
       if (!p.valid) continue;
-      const int left = 2 * g.channels - piece * BYTES;
-      copy_async<BYTES>(to + channel_offset(slot_of(p.line, p.column), piece * (BYTES / 2)), from + x_offset(p) + piece * BYTES,
-                        left < BYTES ? left : BYTES);
+      const int left = BYTES * g.channels - piece * MOVE;
+      copy_async<MOVE>(to + channel_offset(slot_of(p.line, p.column), piece * (MOVE / BYTES)), from + x_offset(p) + piece * MOVE,
+                       left < MOVE ? left : MOVE);
     }
   }
 
@@ -192,18 +234,21 @@ struct ChainCta {
     const int line = g.lead + image * g.period + (row - image * g.rows) * g.stride;
     return pixel_at(line, g.owned_column + (index - row * g.columns) * g.stride);
   }
-  template <int BYTES>
+  template <int MOVE>
   DEVICE void copy_group() const {
-    using Vector = typename VectorOf<BYTES>::type;
+    using Vector = typename VectorOf<MOVE>::type;
     const int pieces = int(a.by_copy_pieces.divisor);
     for (int i = thread; i < owned_pixels() * pieces; i += threads) {
       const int index = a.by_copy_pieces.divide(i);
       const Pixel p = owned_pixel(index);
       if (!p.valid) continue;
-      const int channel_bytes = (i - index * pieces) * BYTES;
-      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * 2 + channel_bytes,
-                   global_load<Vector>(x + x_offset(p) + a.passed_group * a.x_slots.slot * 2 + channel_bytes));
+      const int channel_bytes = (i - index * pieces) * MOVE;
+      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
+                   global_load<Vector>(passed_x(p) + channel_bytes));
     }
+  }
+  DEVICE const unsigned char* passed_x(const Pixel& p) const {
+    return x + x_offset(p) + a.passed_group * a.x_slots.slot * BYTES;
   }
   DEVICE void pool_group() const {  // 3x3 average, padding 1
     const int pieces = int(a.by_copy_pieces.divisor);
@@ -212,21 +257,38 @@ struct ChainCta {
       const Pixel p = owned_pixel(index);
       if (!p.valid) continue;
       const int channel_bytes = (i - index * pieces) * 4;
-      Float2 sum{0, 0};
-      int count = 0;
-      for (int dy = -1; dy <= 1; dy++) {
-        for (int dx = -1; dx <= 1; dx++) {
-          const int row = p.row + dy, column = p.image_column + dx;
-          if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
-          const int offset = x_offset(p) + (dy * g.width + dx) * a.x_slots.pixel * 2;
-          const auto pair = global_load<Bytes4>(x + offset + a.passed_group * a.x_slots.slot * 2 + channel_bytes);
-          const Float2 values = unpack_pair<Element>(pair.word[0]);
-          sum.x += values.x, sum.y += values.y, count++;
-        }
+      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
+                   pooled_word(p, channel_bytes));
+    }
+  }
+  DEVICE uint32_t pooled_word(const Pixel& p, int channel_bytes) const {
+    Float2 sum{0, 0};
+    int count = 0;
+    for (int dy = -1; dy <= 1; dy++) {
+      for (int dx = -1; dx <= 1; dx++) {
+        const int row = p.row + dy, column = p.image_column + dx;
+        if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
+        const int offset = (dy * g.width + dx) * a.x_slots.pixel * BYTES + channel_bytes;
+        const Float2 values = unpack_word(global_load<uint32_t>(passed_x(p) + offset));
+        sum.x += values.x, sum.y += values.y, count++;
       }
-      const float divisor = a.pool == AVERAGE ? 9.0f : float(count);
-      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * 2 + channel_bytes,
-                   Bytes4{{pack_pair<Element>(sum.x / divisor, sum.y / divisor)}});
+    }
+    const float divisor = a.pool == AVERAGE ? 9.0f : float(count);
+    return pack_word(sum.x / divisor, sum.y / divisor);
+  }
+  // Adds what passes to u_0, once x of that group is in its strip.
+  DEVICE void add_passed_group() const {
+    const int pieces = g.channels / PER_WORD;
+    for (int i = thread; i < g.lines * g.stored * pieces; i += threads) {
+      const int stored = i / pieces;
+      const int channel = (i - stored * pieces) * PER_WORD;
+      const int line = g.by_stored.divide(stored);
+      const Pixel p = pixel_at(line, stored - line * g.stored);
+      if (!p.valid) continue;
+      const uint32_t passed =
+          a.pool == NO_POOL ? global_load<uint32_t>(passed_x(p) + channel * BYTES) : pooled_word(p, channel * BYTES);
+      const SharedPtr u = strip(0) + channel_offset(slot_of(line, p.column), channel);
+      shared_store(u, add_word(passed, shared_load<uint32_t>(u)));
     }
   }
 
@@ -250,7 +312,7 @@ struct ChainCta {
         const int shift = ((tap / 3 - 1) * g.pitch + tap % 3 - 1) * g.dilation;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-          const FragmentA matrix = load_matrix(source + chunk_offset(base[tile] + shift, 2 * depth + lane / 16));
+          const FragmentA matrix = rounded(load_matrix(source + chunk_offset(base[tile] + shift, 2 * depth + lane / 16)));
           multiply<Element>(sums[tile], matrix, b);
         }
       }
@@ -263,7 +325,7 @@ struct ChainCta {
     if (!p.valid) return;  // a slot that stays zero, as padding of the next convolution
     const bool store = owned(p);
     const bool add = g.adds && step + 1 < g.steps;
-    unsigned char* to = out + out_offset(p) + (a.first_group + step) * a.out_slots.slot * 2;
+    unsigned char* to = out + out_offset(p) + (a.first_group + step) * a.out_slots.slot * BYTES;
     const int slot = slot_of(p.line, p.column);
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
@@ -271,15 +333,30 @@ struct ChainCta {
       if (channel >= a.fill_channels) continue;
       const bool real = channel < g.channels;
       const auto bias = global_load<Float2>(a.bias + step * g.packed_columns * 8 + channel);
-      uint32_t y = pack_pair<Element>(clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
-                                      clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
-      if (!real) y = 0;  // zero weights give a zero sum, but for Inf and NaN
-      if (store) global_store(to + channel * 2, Bytes4{{y}});
+      Pair y = make_pair(clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
+                         clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
+      if (!real) y = Pair{};  // zero weights give a zero sum, but for Inf and NaN
+      if constexpr (BYTES == 4) {  // in half precision the number of channels is even
+        if (channel + 1 >= g.channels) y.word[1] = 0;
+      }
+      if (store) store_pair(to, channel, y);
       if (add && real) {
         const SharedPtr u = strip(step + 1) + channel_offset(slot, channel);
-        shared_store(u, Bytes4{{add_pair<Element>(y, shared_load<Bytes4>(u).word[0])}});
+        Pair sum = shared_load<Pair>(u);
+        for (int i = 0; i < 2 / PER_WORD; i++) sum.word[i] = add_word(y.word[i], sum.word[i]);
+        shared_store(u, sum);
       }
     }
+  }
+  DEVICE void store_pair(unsigned char* to, int channel, Pair y) const {
+    if constexpr (BYTES == 4) {
+      if (!a.whole_pairs) {
+        global_store(to + channel * BYTES, y.word[0]);
+        if (channel + 1 < a.fill_channels) global_store(to + (channel + 1) * BYTES, y.word[1]);
+        return;
+      }
+    }
+    global_store(to + channel * BYTES, y);
   }
 
   DEVICE void run() const {
@@ -294,6 +371,11 @@ struct ChainCta {
       if (ahead + 1 < g.stages) start_weights(fetch);
     }
     pass_group();
+    if (a.add_passed) {
+      copy_async_wait(g.stages - 2);
+      sync_cta();  // x of the first group is there
+      add_passed_group();
+    }
 
     int stage_in_use = g.stages - 1;  // advanced before its first use
     int since_group = g.stages;       // chunks taken into use since a copy of x was committed

@@ -1,9 +1,9 @@
-// The launchers of all instances, in plain C: they return 0 or a cudaError_t.
+// The launchers of all instances, in plain C: they return 0 or a cudaError_t. type: an enum DataType that the instance runs.
 #pragma once
 #include "plan/chain_arguments.h"
 #include "plan/instances.h"
 
 #define RES2NET_DECLARE_LAUNCHER(name, ...) \
-  extern "C" int res2net_fused_launch_##name(const res2net_fused::chain::ChainArguments* arguments, int is_bf16, void* stream);
+  extern "C" int res2net_fused_launch_##name(const res2net_fused::chain::ChainArguments* arguments, int type, void* stream);
 RES2NET_CHAIN_INSTANCES(RES2NET_DECLARE_LAUNCHER)
 #undef RES2NET_DECLARE_LAUNCHER

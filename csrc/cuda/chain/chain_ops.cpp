@@ -23,22 +23,30 @@ using torch::stable::Tensor;
 int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)};
 #undef RES2NET_LAUNCHER
 
+DataType type_of(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+                  "x: expected float16, bfloat16 or float32");
+  return dtype == ScalarType::Half ? FP16 : dtype == ScalarType::BFloat16 ? BF16 : TF32;
+}
+
 int narrow(const char* name, int64_t value) {
   STD_TORCH_CHECK(value >= -1 && value <= std::numeric_limits<int>::max(), name, ": ", value, " is out of range");
   return int(value);
 }
 
 // plan: the first nine numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group,
-// passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, and the channels of a slot to be written.
+// passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, the channels of a slot to be written, and whether the passed group is added to the first convolved one. float32 is
+// multiplied in TF32.
 void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<int64_t> plan, std::vector<int64_t> settings,
                 double lower, double upper) {
   STD_TORCH_CHECK(plan.size() >= 9, "plan: expected at least 9 numbers, got ", plan.size());
-  STD_TORCH_CHECK(settings.size() == 13, "settings: expected 13 numbers, got ", settings.size());
+  STD_TORCH_CHECK(settings.size() == 14, "settings: expected 14 numbers, got ", settings.size());
   STD_TORCH_CHECK(x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: expected four dimensions");
   const auto dtype = x.scalar_type();
-  const bool is_bf16 = dtype == torch::headeronly::ScalarType::BFloat16;
-  STD_TORCH_CHECK(is_bf16 || dtype == torch::headeronly::ScalarType::Half, "x: expected float16 or bfloat16");
+  const DataType type = type_of(dtype);
+  const int bytes = bytes_of(type), pair = 4 / bytes;  // pair: elements in 4 bytes, the smallest move
   STD_TORCH_CHECK(weight.scalar_type() == dtype && out.scalar_type() == dtype, "weight, out: expected the dtype of x");
   STD_TORCH_CHECK(bias.scalar_type() == torch::headeronly::ScalarType::Float, "bias: expected float32");
 
@@ -47,8 +55,9 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   work.height = narrow("height", x.size(2)), work.width = narrow("width", x.size(3));
   work.channels = narrow("channels", settings[0]), work.steps = narrow("steps", settings[1]);
   work.stride = narrow("stride", settings[2]), work.dilation = narrow("dilation", settings[3]), work.adds = settings[4] != 0;
+  work.type = type;
   const int index = narrow("instance", plan[0]);
-  STD_TORCH_CHECK(work.channels >= 2 && work.channels % 2 == 0 && index == instance_for(work.channels),
+  STD_TORCH_CHECK(work.channels >= 1 && work.channels % pair == 0 && index == instance_for(work.channels, type),
                   "plan: instance ", index, " does not run groups of ", work.channels, " channels");
   ChainTile tile;
   tile.rows = narrow("rows", plan[1]), tile.columns = narrow("columns", plan[2]), tile.images = narrow("images", plan[3]);
@@ -58,7 +67,7 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
 
   ChainArguments a{};
   a.geometry = make_geometry(work, tile, INSTANCE_TABLE[index].depths, INSTANCE_TABLE[index].columns);
-  STD_TORCH_CHECK(weight.numel() == int64_t(work.steps) * work.slices() * a.geometry.packed_columns * 128,
+  STD_TORCH_CHECK(weight.numel() == int64_t(work.steps) * work.slices() * a.geometry.packed_columns * (256 / bytes),
                   "weight: ", weight.numel(), " elements are not the packed weights of this plan");
   STD_TORCH_CHECK(bias.numel() == int64_t(work.steps) * a.geometry.packed_columns * 8, "bias: not the packed biases of this plan");
   STD_TORCH_CHECK(out.size(0) == work.images && out.size(2) == work.out_height() && out.size(3) == work.out_width(),
@@ -70,20 +79,22 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   a.x_slots = {narrow("x pixel pitch", settings[8]), narrow("x slot pitch", settings[9])};
   a.out_slots = {narrow("out pixel pitch", settings[10]), narrow("out slot pitch", settings[11])};
   a.fill_channels = narrow("filled channels", settings[12]);
-  STD_TORCH_CHECK(a.fill_channels >= work.channels && a.fill_channels % 2 == 0 && a.fill_channels <= a.geometry.packed_columns * 8 &&
+  STD_TORCH_CHECK(a.fill_channels >= work.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.geometry.packed_columns * 8 &&
                       a.fill_channels <= a.out_slots.slot,
                   "settings: ", a.fill_channels, " channels of a slot cannot be written");
+  a.add_passed = settings[13] != 0;
+  STD_TORCH_CHECK(!a.add_passed || a.passed_group >= 0, "settings: no group passes that could be added");
   a.lower = float(lower), a.upper = float(upper);
   STD_TORCH_CHECK((reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out)) % 4 == 0 &&
-                      (settings[8] | settings[9] | settings[10] | settings[11]) % 2 == 0,
-                  "x, out: expected channels in pairs that are aligned to 4 bytes");
-  set_moves(a);
+                      (settings[8] | settings[9] | settings[10] | settings[11]) % pair == 0,
+                  "x, out: expected pixels and slots that are aligned to 4 bytes");
+  set_moves(a, type);
 
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
-  const int error = LAUNCHERS[index](&a, is_bf16, stream);
+  const int error = LAUNCHERS[index](&a, type, stream);
   STD_TORCH_CHECK(error == 0, "the chain kernel could not be launched: ", res2net_fused_cuda_error(error));
 }
 

@@ -3,14 +3,18 @@
 #pragma once
 #include <cstdint>
 
-struct bf16 {
-  static constexpr bool IS_BF16 = true;
-  uint16_t bits;
+#include "plan/data_type.h"
+
+// The types of a chain's elements, as template arguments.
+template <res2net_fused::chain::DataType DATA_TYPE>
+struct ElementOf {
+  static constexpr res2net_fused::chain::DataType TYPE = DATA_TYPE;
+  static constexpr int BYTES = res2net_fused::chain::bytes_of(TYPE);
+  static constexpr bool IS_BF16 = TYPE == res2net_fused::chain::BF16;
 };
-struct fp16 {
-  static constexpr bool IS_BF16 = false;
-  uint16_t bits;
-};
+struct fp16 : ElementOf<res2net_fused::chain::FP16> {};
+struct bf16 : ElementOf<res2net_fused::chain::BF16> {};
+struct tf32 : ElementOf<res2net_fused::chain::TF32> {};
 
 // What one thread moves at once; sizeof(T) is the width of the memory instruction.
 struct alignas(4) Bytes4 {
@@ -26,11 +30,11 @@ struct alignas(8) Float2 {
   float x, y;
 };
 
-// Register fragments of mma.m16n8k16: one thread's share of a matrix held by a warp.
-struct FragmentA {  // 16 x 16, bf16 or fp16
+// Register fragments of mma: one thread's share of a matrix held by a warp.
+struct FragmentA {  // 16 x 16, bf16 or fp16; 16 x 8, TF32
   uint32_t word[4];
 };
-struct alignas(8) FragmentB {  // 16 x 8, bf16 or fp16
+struct alignas(8) FragmentB {  // 16 x 8, bf16 or fp16; 8 x 8, TF32
   uint32_t word[2];
 };
 struct Accumulator {  // 16 x 8, fp32
@@ -108,7 +112,8 @@ DEVICE void copy_async_wait(int pending) {
   }
 }
 
-// ldmatrix.x4: lane i names row i % 16 of the 16 x 16 matrix, columns 8 * (i / 16) onwards (16 bytes).
+// ldmatrix.x4: lane i names bytes 16 * (i / 16) onwards of row i % 16 of a matrix of 16 rows of 32 bytes. Lane i receives word i % 4
+// of rows i / 4 and i / 4 + 8, then word i % 4 + 4 of both: the A of m16n8k16 for elements of 2 bytes, of m16n8k8 for those of 4.
 DEVICE FragmentA load_matrix(SharedPtr row) {
   FragmentA a;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -118,25 +123,37 @@ DEVICE FragmentA load_matrix(SharedPtr row) {
   return a;
 }
 
-// c[j] += a * b[j]
+DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// To the nearest TF32 number, away from zero at equal distance; keeps NaN.
+DEVICE uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(float_of(bits)));
+  return rounded;
+}
+
+// c[j] += a * b[j]. In TF32 the hardware ignores the lowest 13 bits of a factor: it truncates.
 template <class Element, int COLUMNS>
 DEVICE void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS]) {
-#define RES2NET_MMA(TYPE)                                                                                       \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                           \
+#define RES2NET_MMA(SHAPE, TYPE)                                                                                \
+  asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE                                          \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
                : "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3])             \
                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b[j].word[0]), "r"(b[j].word[1]))
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {
-    if constexpr (Element::IS_BF16)
-      RES2NET_MMA("bf16");
+    if constexpr (Element::BYTES == 4)
+      RES2NET_MMA("m16n8k8", "tf32");
+    else if constexpr (Element::IS_BF16)
+      RES2NET_MMA("m16n8k16", "bf16");
     else
-      RES2NET_MMA("f16");
+      RES2NET_MMA("m16n8k16", "f16");
   }
 #undef RES2NET_MMA
 }
 
-// A pair of elements in 32 bits: `low` is the channel with the lower index.
+// A pair of half-precision elements in 32 bits: `low` is the channel with the lower index.
 template <class Element>
 DEVICE uint32_t pack_pair(float low, float high) {
   uint32_t pair;
@@ -149,7 +166,7 @@ DEVICE uint32_t pack_pair(float low, float high) {
 template <class Element>
 DEVICE Float2 unpack_pair(uint32_t pair) {
   if constexpr (Element::IS_BF16) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    return {float_of(pair << 16), float_of(pair & 0xffff0000u)};
   } else {
     Float2 values;
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
