@@ -6,6 +6,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := $(VENV)/bin
 
+# The tests of the CUDA kernels need a compiler: PyPI's where no toolkit is installed.
+NVCC_EXTRA := $(shell command -v nvcc >/dev/null || echo ,nvcc)
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
@@ -52,7 +54,7 @@ $(DEPENDENCIES): Makefile
 # Editable, so that Python sources need no installing again; native code is built anew (by ninja, only what changed).
 # timm and torchvision come without their dependencies, which would change torch.
 $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --no-build-isolation -e '.[bench,test]'
+	$(BIN)/python -m pip install --no-build-isolation -e '.[bench,test$(NVCC_EXTRA)]'
 	$(BIN)/python -m pip install --no-deps timm torchvision==0.28.0 safetensors pyyaml huggingface_hub
 	touch $@
 

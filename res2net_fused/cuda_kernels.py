@@ -71,8 +71,8 @@ def compiled_kernels(file: Path, cuobjdump: str) -> list[CompiledKernel]:
 def kernel_table() -> list[tuple[str, ...]]:
     """Rows for `res2net-fused info --kernels`, the first of them the head.
 
-    Per architecture and instance: registers, stack and local bytes of a thread, and the widths of the published models that the
-    instance runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError where there is nothing to read.
+    Per architecture, instance and dtype (tf32: float32 multiplied in TF32): registers, stack and local bytes of a thread, and the
+    widths of the published models that it runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError where there is nothing to read.
     """
     library = Path(__file__).resolve().parent / build_flags.CUDA_LIBRARY
     if not library.is_file():
@@ -81,9 +81,9 @@ def kernel_table() -> list[tuple[str, ...]]:
     if cuobjdump is None:
         raise RuntimeError("cuobjdump was found neither on PATH nor in Triton's wheel: install triton or the CUDA toolkit")
     rows = [("architecture", "instance", "dtype", "registers", "stack", "local", "width: shared KiB of a CTA")]
-    shared = _shared_bytes_by_instance() if native.cpu_library().loaded else {}
+    shared = _shared_bytes_by_kernel() if native.cpu_library().loaded else {}
     for k in compiled_kernels(library, cuobjdump):
-        widths = ", ".join(f"{w}: {n / 1024:.0f}" for w, n in sorted(shared.get(k.instance, {}).items()))
+        widths = ", ".join(f"{w}: {n / 1024:.0f}" for w, n in sorted(shared.get((k.instance, k.dtype), {}).items()))
         rows.append((k.architecture, k.instance, k.dtype, str(k.registers), str(k.stack), str(k.local), widths))
     return rows
 
@@ -113,13 +113,15 @@ def _published() -> list[tuple[int, int, int, int]]:
     return [(w, s, stage, size) for w, s in PUBLISHED for stage, size in enumerate((56, 28, 14, 7))]
 
 
-def _problem(batch: int, width: int, scale: int, size: int) -> ChainProblem:
-    return ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, batch, size, size, width, scale - 1, True)
+def _problem(batch: int, width: int, scale: int, size: int, dtype: torch.dtype = torch.bfloat16) -> ChainProblem:
+    return ChainProblem(ChainConfig(), torch.device("cuda"), dtype, batch, size, size, width, scale - 1, True)
 
 
-def _shared_bytes_by_instance() -> dict[str, dict[int, int]]:
-    found: dict[str, dict[int, int]] = {}
-    for width, scale, stage, size in _published():
-        plan = native_cuda.plan_chain(_problem(32, width << stage, scale, size), native_cuda.LIMITS["sm_90"])
-        found.setdefault(native_cuda.INSTANCE_NAMES[plan.instance], {})[width << stage] = plan.shared_bytes
+def _shared_bytes_by_kernel() -> dict[tuple[str, str], dict[int, int]]:
+    """(instance, dtype) -> width -> bytes"""
+    found: dict[tuple[str, str], dict[int, int]] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("tf32", torch.float32)):
+        for width, scale, stage, size in _published():
+            plan = native_cuda.plan_chain(_problem(32, width << stage, scale, size, dtype), native_cuda.LIMITS["sm_90"])
+            found.setdefault((native_cuda.INSTANCE_NAMES[plan.instance], name), {})[width << stage] = plan.shared_bytes
     return found

@@ -8,9 +8,13 @@ import torch
 def same_conditions(monkeypatch):
     monkeypatch.delenv("RES2NET_FUSED_BACKEND", raising=False)
     torch.manual_seed(0)
-    if torch.cuda.is_available():
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    if not torch.cuda.is_available():
+        yield
+        return
+    from res2net_fused.parity import convolution_precision
+
+    with convolution_precision("float32"):  # monkeypatch cannot restore these attributes: they are not the object's own
+        yield
 
 
 @pytest.fixture

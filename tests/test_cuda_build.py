@@ -16,12 +16,18 @@ from res2net_fused.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/plan/instances.h").read_text())[1])
-ARCHITECTURES = ("80", "90a")
-QUICK = ("d2c4t4", "d0c7t2")  # the others are compiled by the slow tests
+# The others are compiled by the slow tests; d0c7t2 runs every type.
+QUICK = [("d2c4t4", "80"), ("d2c4t4", "90a"), ("d0c7t2", "80"), ("d0c7t2", "90a"), ("d0c7t2", "100")]
+# The opcode of the tensor-core instruction of each type
+PRODUCTS = {"bf16": "HMMA.16816.F32.BF16 ", "fp16": "HMMA.16816.F32 ", "tf32": "HMMA.1688.F32.TF32 "}
+
+
+def types_of(instance):
+    return ["bf16", "fp16"] + ["tf32"] * instance.startswith("d0")
 
 
 def find_nvcc():
-    """nvcc of CUDA_HOME, of PATH, or of PyPI's nvidia-cuda-nvcc."""
+    """nvcc of CUDA_HOME, of PATH, or of PyPI's packages, which the extra `nvcc` of pyproject.toml names."""
     home = os.environ.get("CUDA_HOME")
     candidates = [Path(home, "bin", "nvcc")] if home else []
     candidates += [Path(path) for path in [shutil.which("nvcc")] if path]
@@ -42,8 +48,7 @@ def tool(found, name, remedy):
 
 def compile_instance(instance, architecture, folder):
     """(compiled file, the compiler's messages)"""
-    packages = "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
-    nvcc = tool(find_nvcc(), "nvcc", f"install the CUDA toolkit, or `pip install {packages}`")
+    nvcc = tool(find_nvcc(), "nvcc", "install the CUDA toolkit, or `pip install 'res2net-fused[nvcc]'`")
     binary = folder / f"{instance}_{architecture}.fatbin"
     # The flags of the shipped library, but for what is about linking.
     flags = [f for f in build_flags.NVCC_FLAGS if f not in ("-cudart", "static")]
@@ -57,8 +62,8 @@ def compile_instance(instance, architecture, folder):
 
 def marked():
     for instance in native_cuda.INSTANCE_NAMES:
-        for architecture in ARCHITECTURES:
-            marks = [] if instance in QUICK else [pytest.mark.slow]
+        for architecture in build_flags.DEFAULT_CUDA_ARCHITECTURES:
+            marks = [] if (instance, architecture) in QUICK else [pytest.mark.slow]
             yield pytest.param(instance, architecture, marks=marks, id=f"{instance}-sm_{architecture}")
 
 
@@ -67,10 +72,11 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
     cuobjdump = tool(cuda_kernels.find_cuobjdump(), "cuobjdump", "install triton")
     binary, messages = compile_instance(instance, architecture, tmp_path)
     assert "serialized" not in messages and "warning" not in messages, messages
-    assert messages.count("Compiling entry function") == 2  # bf16 and fp16
-    assert messages.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2, messages
+    types = types_of(instance)
+    assert messages.count("Compiling entry function") == len(types)
+    assert messages.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(types), messages
     kernels = cuda_kernels.compiled_kernels(binary, cuobjdump)
-    assert [(k.instance, k.dtype) for k in kernels] == [(instance, "bf16"), (instance, "fp16")]
+    assert [(k.instance, k.dtype) for k in kernels] == [(instance, dtype) for dtype in types]
     assert all(k.stack == k.local == 0 for k in kernels)
     assert all(k.architecture == f"sm_{architecture}" for k in kernels)
 
@@ -80,10 +86,9 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
     for symbol, text in functions.items():
         _, dtype = cuda_kernels.instance_of(symbol)
         assert not re.search(r"\b(STL|LDL)\b", text)
-        kind = "HMMA.16816.F32.BF16" if dtype == "bf16" else r"HMMA.16816.F32 "
-        assert text.count(kind) == text.count("HMMA") == UNROLL * columns * tiles
+        assert text.count(PRODUCTS[dtype]) == text.count("HMMA") == UNROLL * columns * tiles
         assert text.count("LDSM.16.M88.4") == UNROLL * tiles
-    assert len(functions) == 2
+    assert len(functions) == len(types)
 
 
 def test_the_table_lists_every_instance_of_the_built_library():
@@ -93,8 +98,9 @@ def test_the_table_lists_every_instance_of_the_built_library():
         pytest.skip(f"the CUDA library is not built: {record.get('reason')}")
     head, *rows = cuda_kernels.kernel_table()
     architectures = {row[0] for row in rows}
-    assert {(row[1], row[2]) for row in rows} == {(i, d) for i in native_cuda.INSTANCE_NAMES for d in ("bf16", "fp16")}
-    assert len(rows) == 2 * len(native_cuda.INSTANCE_NAMES) * len(architectures)
+    kernels = {(instance, dtype) for instance in native_cuda.INSTANCE_NAMES for dtype in types_of(instance)}
+    assert {(row[1], row[2]) for row in rows} == kernels and len(rows) == len(kernels) * len(architectures)
     assert all(16 < int(row[3]) <= 255 and row[4] == row[5] == "0" for row in rows)
     assert "26: " in next(row[6] for row in rows if row[1] == "d2c4t4")
+    assert "26: " in next(row[6] for row in rows if row[1:3] == ("d0c4t2", "tf32"))
     assert len(format_table(head, rows).splitlines()) == len(rows) + 2

@@ -9,10 +9,12 @@ from res2net_fused import native
 from res2net_fused.backends import native_cuda, selection
 from res2net_fused.backends.native_cuda import LIMITS, plan_chain
 from res2net_fused.chain import ChainConfig, ChainProblem
+from res2net_fused.parity import convolution_precision
 
 needs_library = pytest.mark.skipif(not native.cpu_library().loaded, reason=native.cpu_library().reason or "loaded")
 CONFIGS = {"26w4s": (26, 4), "14w8s": (14, 8), "48w2s": (48, 2)}
 STAGES = ((0, 56), (1, 28), (2, 14), (3, 7))
+WIDE_FOR_100_KIB = (28, 56, 104, 208, 384)  # of float32: either a long chain with its halo, or wide
 ODD = [(2, 2, 1, 1, 1), (30, 3, 5, 1, 999), (64, 4, 1, 333, 3), (128, 8, 3, 17, 31), (256, 2, 2, 9, 9), (384, 4, 1, 7, 7)]
 
 
@@ -22,9 +24,9 @@ def problem(batch, width, scale, height, columns, dtype=torch.bfloat16, device="
     return ChainProblem(config, torch.device(device), dtype, batch, height, columns, width, steps, True)
 
 
-def published(batches=(1, 32, 256)):
+def published(batches=(1, 32, 256), dtype=torch.bfloat16):
     for (width, scale), (stage, size), batch in itertools.product(CONFIGS.values(), STAGES, batches):
-        yield problem(batch, width << stage, scale, size, size)
+        yield problem(batch, width << stage, scale, size, size, dtype)
 
 
 def limits_hold(plan, limits):
@@ -42,25 +44,32 @@ def limits_hold(plan, limits):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("device", LIMITS)
-def test_every_plan_fits_the_device(device):
+def test_every_plan_fits_the_device(device, dtype):
     limits = LIMITS[device]
-    for p in published():
+    for p in published(dtype=dtype):
+        if dtype == torch.float32 and limits.shared_per_block_optin < 2**17 and p.width in WIDE_FOR_100_KIB:
+            with pytest.raises(ValueError, match="shared memory"):  # two strips and the weights in flight are too much
+                plan_chain(p, limits)
+            continue
         plan = plan_chain(p, limits)
         limits_hold(plan, limits)
         assert plan.ctas * plan.images * plan.rows * plan.columns >= p.batch * p.output_height * p.output_width
-        assert 9 * -(-p.width // 16) % plan.slices == 0
+        assert 9 * -(-p.width * dtype.itemsize // 32) % plan.slices == 0
+        assert dtype != torch.float32 or native_cuda.INSTANCE_NAMES[plan.instance].startswith("d0")
         assert plan.flops == p.flops and plan.mma_flops >= plan.flops
-        assert plan.loaded_bytes * 1.01 >= p.steps * p.batch * p.height * p.width_pixels * p.width * 2
+        assert plan.loaded_bytes * 1.01 >= p.steps * p.batch * p.height * p.width_pixels * p.width * dtype.itemsize
         assert plan.nanoseconds > 2000 and plan.steps_nanoseconds > 2000
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("device", LIMITS)
-def test_odd_shapes_get_a_plan_or_a_reason(device):
+def test_odd_shapes_get_a_plan_or_a_reason(device, dtype):
     for width, scale, batch, height, columns in ODD:
         try:
-            plan = plan_chain(problem(batch, width, scale, height, columns), LIMITS[device])
+            plan = plan_chain(problem(batch, width, scale, height, columns, dtype), LIMITS[device])
         except ValueError as error:
             assert "shared memory" in str(error)
         else:
@@ -78,6 +87,30 @@ def test_bytes_and_flops_are_those_of_the_tensors():
 
 
 @needs_library
+def test_float32_moves_twice_the_bytes_for_the_same_flops():
+    half, single = (plan_chain(problem(32, 26, 4, 56, 56, dtype), LIMITS["sm_90"]) for dtype in (torch.float16, torch.float32))
+    assert single.flops == half.flops
+    tensor, weights = 32 * 56 * 56 * 104 * 4, 3 * 9 * 4 * 4 * 256  # of 8 input channels each: twice the depths
+    assert single.dram_bytes == 2 * tensor + weights
+    assert single.nanoseconds > half.nanoseconds and single.steps_nanoseconds > half.steps_nanoseconds
+
+
+@needs_library
+def test_float32_takes_odd_widths():
+    assert plan_chain(problem(1, 27, 4, 14, 14, torch.float32), LIMITS["sm_90"]).packed_columns == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_float32_follows_the_setting_of_cudnn(dtype):
+    p = problem(1, 26, 4, 56, 56, dtype)
+    with convolution_precision("tf32"):
+        assert native_cuda.precision_refusal(p) is None
+    with convolution_precision("float32"):
+        reason = native_cuda.precision_refusal(p)
+    assert reason is None if dtype == torch.float16 else "cudnn.conv.fp32_precision is 'ieee'" in reason
+
+
+@needs_library
 def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
     assert not plan_chain(problem(256, 26, 4, 56, 56), LIMITS["sm_90"]).whole
     small = plan_chain(problem(256, 208, 4, 7, 7), LIMITS["sm_90"])
@@ -90,11 +123,10 @@ def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
 @pytest.mark.parametrize(
     "changed, reason",
     [
-        ({"width": 27}, "27 channels; an even number"),
+        ({"width": 27}, "27 channels; in half precision an even number"),
         ({"width": 1024}, "1024 channels; at most 512"),
-        ({"dtype": torch.float32}, "torch.float32; this backend runs torch.float16 and torch.bfloat16"),
+        ({"dtype": torch.float64}, "torch.float64; this backend runs torch.float16, torch.bfloat16, torch.float32"),
         ({"groups": 2}, "groups is 2"),
-        ({"passthrough": "first_added"}, "first_added"),
         ({"height": 20000, "columns": 20000}, "an image has more than"),
         ({"dilation": 4000}, "shared memory"),
         ({"dilation": 30000, "scale": 9, "columns": 100000, "height": 1}, "shared memory"),
@@ -114,10 +146,11 @@ def test_old_devices_are_refused():
 
 
 @needs_library
-@pytest.mark.parametrize("width", range(2, 514, 2))
-def test_python_packs_for_the_instance_that_the_plan_chooses(width):
-    plan = plan_chain(problem(1, width, 2, 4, 4), LIMITS["sm_90"])
-    assert native_cuda.packed_columns(width) == plan.packed_columns
+@pytest.mark.parametrize("dtype, odd", [(torch.bfloat16, 0), (torch.float32, 0), (torch.float32, 1)], ids=str)
+def test_python_packs_for_the_instance_that_the_plan_chooses(dtype, odd):
+    for width in range(2 + odd, 513, 2):
+        plan = plan_chain(problem(1, width, 2, 3, 3, dtype), LIMITS["sm_90"])
+        assert native_cuda.packed_columns(width, dtype) == plan.packed_columns, width
 
 
 def test_python_names_the_instances_of_the_table():
@@ -132,7 +165,8 @@ def test_python_names_the_instances_of_the_table():
 
 def test_the_line_for_explain_names_the_cut_and_the_prediction():
     plan = native_cuda.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000)
-    line = native_cuda.describe(plan)
+    assert ", tf32, 128 CTAs" in native_cuda.describe(plan, torch.float32)
+    line = native_cuda.describe(plan, torch.bfloat16)
     assert "d2c4t4" in line and "128 CTAs of 14x56 pixels" in line and "predicted 27 us, per step 63 us" in line
 
 
@@ -196,6 +230,9 @@ def test_pixel_pitch_accepts_dense_pixels_and_slices_of_them():
     assert native_cuda.pixel_pitch(wide[:1, :104, :1, :1]) == 104  # one pixel
     assert native_cuda.pixel_pitch(wide[:, 1:105]) is None  # not aligned to 4 bytes
     assert native_cuda.pixel_pitch(wide[:, :104, :, ::2]) is None
+    odd = torch.zeros(2, 81, 5, 7).contiguous(memory_format=torch.channels_last)
+    assert native_cuda.pixel_pitch(odd) == 81 and native_cuda.pixel_pitch(odd[:, 27:]) == 81
+    assert native_cuda.pixel_pitch(odd.half()) is None
     assert native_cuda.pixel_pitch(x.contiguous()) is None
     assert native_cuda.pixel_pitch(wide[:, :104].expand(2, 104, 5, 7).flip(0)[:, :, :, :6]) is None
 

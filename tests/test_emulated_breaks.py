@@ -1,7 +1,7 @@
 """Breaks the chain kernel in one place at a time; the named checks have to turn red."""
 
 import pytest
-from emulator import breaks, mutate
+from emulator import breaks, harness, mutate
 
 KERNEL, GEOMETRY = "cuda/chain/chain_kernel.cuh", "plan/chain_geometry.h"
 # name, case, file, its text, the replacement, checks that must turn red
@@ -60,6 +60,10 @@ BREAKS = [
         "tile.whole ? work.height :",
         "wrong",
     ),
+    ("passed group not added", "added", KERNEL, "      add_passed_group();\n", "\n", "wrong"),
+    ("passed group added before x is there", "added", KERNEL, "wait(g.stages - 2);", "wait(g.stages - 1);", "in-flight wrong"),
+    ("a depth of half as many channels", "odd", KERNEL, "PER_CHUNK = 16 / BYTES", "PER_CHUNK = 8", "wrong"),
+    ("pairs of channels at odd places", "odd", KERNEL, "if (!a.whole_pairs) {", "if (false) {", "misaligned"),
     ("pool reads a column too far", "stage", KERNEL, "column >= g.width) continue", "column > g.width) continue", "wrong"),
 ]
 
@@ -79,6 +83,16 @@ def test_emulated_break_is_noticed(name, case, file, old, new, expected, tmp_pat
     red = breaks.red_checks(breaks.broken_copy(tmp_path, file, edit), (case,))
     assert set(expected.split()) <= set(red), red
     assert expected or not red
+
+
+@pytest.mark.slow
+def test_emulated_truncation_to_tf32_is_noticed(tmp_path):
+    def edit(text):
+        assert text.count("word = round_to_tf32(word)") == 1
+        return text.replace("word = round_to_tf32(word)", "word = word")
+
+    csrc = breaks.broken_copy(tmp_path, KERNEL, edit)
+    assert "wrong" in harness.check(breaks.CASES["odd"], integers=False, csrc=csrc, flags=breaks.FLAGS)
 
 
 def test_emulated_breaks_cover_every_ordering_statement():

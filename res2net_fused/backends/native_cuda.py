@@ -74,22 +74,28 @@ def why_not(problem: ChainProblem) -> str | None:
             return status.reason
     if torch.version.hip is not None:
         return "x is on an AMD GPU; an NVIDIA GPU is needed"
-    return unsupported(problem) or _planned(_problem_numbers(problem), device_limits(device))[1] or None
+    why = unsupported(problem) or precision_refusal(problem)
+    return why or _planned(_problem_numbers(problem), device_limits(device))[1] or None
 
 
 def unsupported(problem: ChainProblem) -> str | None:
-    """What of this call no instance of the kernel does, on any device and under PyTorch's current settings, or None."""
+    """What of this call no instance of the kernel does, on any device, or None."""
     config = problem.config
     if problem.dtype not in TYPES:
         return f"x is {problem.dtype}; this backend runs {', '.join(map(str, TYPES))}"
-    if problem.dtype == torch.float32 and not convolutions_use_tf32():
-        return (
-            "x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is "
-            f"{torch.backends.cudnn.conv.fp32_precision!r}; this backend multiplies torch.float32 in TF32 only, which 'tf32' allows"
-        )
     if config.groups != 1:
         return f"groups is {config.groups}; this backend runs groups=1"
     return None
+
+
+def precision_refusal(problem: ChainProblem) -> str | None:
+    """Why PyTorch's current settings forbid this call, or None."""
+    if problem.dtype != torch.float32 or convolutions_use_tf32():
+        return None
+    return (
+        f"x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is {torch.backends.cudnn.conv.fp32_precision!r}; "
+        "this backend multiplies torch.float32 in TF32, which 'tf32' (or torch.backends.cudnn.allow_tf32 = True) allows"
+    )
 
 
 def why_not_auto(problem: ChainProblem) -> str | None:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from emulator.harness import TOLERANCES, Case, expected_of, make_tensors
-from test_emulated_chain import HALVES, SETTINGS, WIDTHS
+from test_emulated_chain import HALVES, SETTINGS, SINGLES, WIDTHS
 
 from res2net_fused import hierarchical_conv2d
 from res2net_fused.backends import native_cuda
 from res2net_fused.chain import ChainProblem
+from res2net_fused.parity import convolution_precision
 
 
 def unavailable():
@@ -20,6 +21,7 @@ def unavailable():
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "available")
 ODD = [Case(26, 4, 3, 57, 33), Case(52, 4, 2, 29, 31), Case(104, 4, 5, 15, 13), Case(208, 4, 9, 7, 7), Case(14, 8, 2, 61, 129)]
 PUBLISHED = [Case(w << i, s, 3, 56 >> i, 56 >> i) for w, s in ((26, 4), (14, 8), (48, 2)) for i in range(4)]
+IN_TF32 = [case for case in SINGLES if not case.pad] + [Case(**{**c.__dict__, "dtype": torch.float32}) for c in ODD + PUBLISHED]
 CASES = [case for case in WIDTHS + SETTINGS + ODD + PUBLISHED if not case.pad]
 
 
@@ -52,6 +54,21 @@ def test_close_for_random_numbers(case, dtype, poisoned_memory):
     out = run(case, tensors).permute(0, 2, 3, 1).cpu().double()
     expected = expected_of(case, *tensors)
     assert (out - expected).norm() / expected.norm() < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "random"])
+@pytest.mark.parametrize("case", IN_TF32, ids=str)
+def test_float32_is_multiplied_in_tf32(case, integers, poisoned_memory):
+    tensors = make_tensors(case, integers, 1)
+    with convolution_precision("tf32"):
+        out = run(case, tensors).permute(0, 2, 3, 1).cpu().double()
+    expected = expected_of(case, *tensors)
+    assert (out - expected).norm() <= (0 if integers else TOLERANCES[case.dtype]) * expected.norm()
+
+
+def test_float32_is_refused_where_tf32_is_not_allowed():
+    with convolution_precision("float32"), pytest.raises(RuntimeError, match="fp32_precision is 'ieee'"):
+        run(SINGLES[3], make_tensors(SINGLES[3], True, 1))
 
 
 @pytest.mark.parametrize("case", [ODD[0], ODD[2], SETTINGS[0]], ids=str)

@@ -19,8 +19,10 @@ BLOCKS = {
     "w26s4": dict(inplanes=32, planes=64, baseWidth=26, scale=4),
     "w14s3": dict(inplanes=24, planes=56, baseWidth=16, scale=3),
     "first": dict(inplanes=32, planes=64, baseWidth=26, scale=3, passthrough="first"),
+    "first_added": dict(inplanes=32, planes=64, baseWidth=26, scale=3, passthrough="first_added"),
     "stage": dict(inplanes=32, planes=64, baseWidth=26, scale=4, stype="stage", stride=2),
 }
+ODD_BLOCKS = {"w27": dict(inplanes=32, planes=64, baseWidth=27, scale=3)}  # not in half precision
 
 
 def emulated_launch(problem: ChainProblem, x, out, packed, fill) -> None:
@@ -36,7 +38,7 @@ def emulated_launch(problem: ChainProblem, x, out, packed, fill) -> None:
 def relative_error_of_block(name: str, dtype: torch.dtype, monkeypatch) -> float:
     monkeypatch.setattr(native_cuda, "launch_chain", emulated_launch)
     torch.manual_seed(3)
-    arguments = BLOCKS[name]
+    arguments = (BLOCKS | ODD_BLOCKS)[name]
     planes, stride = arguments["planes"] * 4, arguments.get("stride", 1)
     downsample = nn.Conv2d(arguments["inplanes"], planes, 1, stride, bias=False)
     block = Bottle2neck(**arguments, downsample=downsample).eval().to(dtype)

@@ -68,6 +68,34 @@ void half_precision_round_trip() {
     if (emulator::round_to_bf16(1.00390625f) != 0x3f80 || emulator::round_to_bf16(1.01171875f) != 0x3f82) failures++;
 }
 
+// m16n8k8: A in rows of 32 bytes as well. What lies below a TF32 factor's last bit is ignored.
+void matrix_product_tf32() {
+    const int lane = thread_index();
+    const auto left = [](int row, int k) { return float((row * 3 + k) % 5); };
+    const auto right = [](int k, int column) { return float((k + column * 7) % 3); };
+    const auto longer = [](float value) { return value == 0 ? 0 : bits_of(value) | 0x1fff; };
+    for (int k = lane / 16 * 4; k < lane / 16 * 4 + 4; k++) shared_store(word(lane % 16 * 8 + k), longer(left(lane % 16, k)));
+    sync_warp();
+    const FragmentA a = load_matrix(word(lane % 16 * 8 + lane / 16 * 4));
+    FragmentB b[1];
+    for (int half = 0; half < 2; half++) b[0].word[half] = longer(right(lane % 4 + half * 4, lane / 4));
+    Accumulator c[1] = {{{0.5f, 0.5f, 0.5f, 0.5f}}};
+    multiply<tf32>(c, a, b);
+    for (int i = 0; i < 4; i++) {
+        float expected = 0.5f;
+        for (int k = 0; k < 8; k++) expected += left(lane / 4 + i / 2 * 8, k) * right(k, lane % 4 * 2 + i % 2);
+        if (c[0].value[i] != expected) failures++;
+    }
+}
+
+void rounding_to_tf32() {
+    const auto rounded = [](float value) { return float_of(round_to_tf32(bits_of(value))); };
+    if (rounded(1 + 0x1p-11f) != 1 + 0x1p-10f || rounded(-1 - 0x1p-11f) != -1 - 0x1p-10f) failures++;  // away from zero
+    if (rounded(1 + 0x1.ffep-12f) != 1 || rounded(3) != 3 || rounded(0x1.fffp0f) != 2) failures++;
+    if (rounded(INFINITY) != INFINITY || rounded(std::nanf("")) == rounded(std::nanf(""))) failures++;
+    if (float_of(round_to_tf32(0x7fffffff)) == float_of(round_to_tf32(0x7fffffff))) failures++;  // the GPU's own NaN
+}
+
 void clamping() {
     const float infinity = std::numeric_limits<float>::infinity();
     if (clamp(-1, 0, 20) != 0 || clamp(21, 0, 20) != 20 || clamp(3, 0, infinity) != 3 || clamp(-3, -infinity, infinity) != -3) failures++;
@@ -157,7 +185,9 @@ int main() {
     });
     expect("matrix product, bf16", "", 32, matrix_product<bf16>);
     expect("matrix product, fp16", "", 32, matrix_product<fp16>);
+    expect("matrix product, tf32", "", 32, matrix_product_tf32);
     half_precision_round_trip();
+    rounding_to_tf32();
     clamping();
     std::printf("%d failures\n", failures);
     return failures != 0;

@@ -24,7 +24,7 @@ def rotated(items: list, start: int, count: int = FIVE) -> list:
 
 def noticed(removal: breaks.Removal) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        return breaks.red_checks(breaks.remove(Path(folder), removal), ("strips", "stream"), enough=1)
+        return breaks.red_checks(breaks.remove(Path(folder), removal), ("strips", "stream", "added"), enough=1)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -151,7 +151,7 @@ struct ChainCta {
       return {{bits_of(first), bits_of(second)}};
   }
   // TF32 factors are rounded here, where x and u both pass: the products' hardware would truncate them, which shrinks every one.
-  // Four conversions of a lane beside COLUMNS products of its warp.
+  // Eight instructions beside COLUMNS products of eight or more cycles each.
   static DEVICE FragmentA rounded(FragmentA matrix) {
     if constexpr (Element::TYPE == TF32)
       for (uint32_t& word : matrix.word) word = round_to_tf32(word);
