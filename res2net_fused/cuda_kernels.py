@@ -71,8 +71,9 @@ def compiled_kernels(file: Path, cuobjdump: str) -> list[CompiledKernel]:
 def kernel_table() -> list[tuple[str, ...]]:
     """Rows for `res2net-fused info --kernels`, the first of them the head.
 
-    Per architecture, instance and dtype (tf32: float32 multiplied in TF32): registers, stack and local bytes of a thread, and the
-    widths of the published models that it runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError where there is nothing to read.
+    Per architecture, instance and dtype (tf32: float32 multiplied in TF32): registers, stack and local bytes of a thread, and
+    the widths of the published models that it runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError
+    where there is nothing to read.
     """
     library = Path(__file__).resolve().parent / build_flags.CUDA_LIBRARY
     if not library.is_file():

@@ -155,8 +155,9 @@ def describe(plan: Plan, dtype: torch.dtype) -> str:
         part = f"{plan.images} whole image{'s' * (plan.images > 1)}"
     else:
         part = f"{plan.rows}x{plan.columns} pixels"
+    instance = INSTANCE_NAMES[plan.instance] + ", tf32" * (dtype == torch.float32)
     return (
-        f"CUDA, 1 launch, {INSTANCE_NAMES[plan.instance]}{', tf32' * (dtype == torch.float32)}, {plan.ctas} CTAs of {part}, {plan.warps_m}x{plan.warps_n} warps, "
+        f"CUDA, 1 launch, {instance}, {plan.ctas} CTAs of {part}, {plan.warps_m}x{plan.warps_n} warps, "
         f"{plan.shared_bytes / 1024:.0f} KiB shared, {plan.ctas_per_multiprocessor} per SM; predicted "
         f"{plan.nanoseconds / 1000:.0f} us, per step {plan.steps_nanoseconds / 1000:.0f} us"
     )
@@ -244,8 +245,8 @@ def packed_columns(width: int, dtype: torch.dtype) -> int:
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
     """[weights in the order in which the lanes of a warp read them, biases (steps, columns * 8) in fp32].
 
-    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 8 bytes) of the weights' dtype, float32 rounded to TF32. mma wants
-    of its operand B, 32 bytes x 8, in lane l: the 4 bytes l % 4 and l % 4 + 4 of column l / 4, which hold two rows in half
+    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 8 bytes) of the weights' dtype, float32 rounded to TF32. Of its
+    operand B, 32 bytes x 8, mma wants in lane l the words l % 4 and l % 4 + 4 of column l / 4; a word is two rows in half
     precision, one in float32. Rows are input channels, columns output channels; what pads them is zero.
     """
     width, dtype = weights[0].shape[0], weights[0].dtype

@@ -35,13 +35,14 @@ def test_the_calls_are_tests_of_the_chain():
     assert set(CALLS) <= tests
 
 
-@pytest.mark.skipif(not find_sanitizer(), reason="compute-sanitizer is neither on PATH nor under CUDA_HOME: the CUDA toolkit has it")
+@pytest.mark.skipif(not find_sanitizer(), reason="compute-sanitizer of the CUDA toolkit is not on PATH or under CUDA_HOME")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_sanitizer_finds_nothing(tool):
     # Without torch's cache every tensor is an allocation of its own, whose bounds the tool knows.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [find_sanitizer(), "--tool", tool, *TOOLS[tool], "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", ""]
-    done = subprocess.run([*command, *(f"{FILE}::{call}" for call in CALLS)], env=env, capture_output=True, text=True)
+    sanitizer = [find_sanitizer(), "--tool", tool, *TOOLS[tool], "--error-exitcode", "9"]
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-m", "", *(f"{FILE}::{call}" for call in CALLS)]
+    done = subprocess.run([*sanitizer, *pytest_command], env=env, capture_output=True, text=True)
     text = done.stdout + done.stderr
     assert done.returncode == 0 and f"{len(CALLS)} passed" in text and "SUMMARY: 0 " in text, text

@@ -150,7 +150,7 @@ struct ChainCta {
     else
       return {{bits_of(first), bits_of(second)}};
   }
-  // TF32 factors are rounded here, where x and u both pass: the products' hardware would truncate them, which shrinks every one.
+  // TF32 factors are rounded here, where x and u both pass: the tensor cores would truncate them, which shrinks every one.
   // Eight instructions beside COLUMNS products of eight or more cycles each.
   static DEVICE FragmentA rounded(FragmentA matrix) {
     if constexpr (Element::TYPE == TF32)

@@ -112,7 +112,7 @@ DEVICE void copy_async_wait(int pending) {
   }
 }
 
-// ldmatrix.x4: lane i names bytes 16 * (i / 16) onwards of row i % 16 of a matrix of 16 rows of 32 bytes. Lane i receives word i % 4
+// ldmatrix.x4: lane i names bytes 16 * (i / 16) onwards of row i % 16, of a matrix of 16 rows of 32 bytes, and gets word i % 4
 // of rows i / 4 and i / 4 + 8, then word i % 4 + 4 of both: the A of m16n8k16 for elements of 2 bytes, of m16n8k8 for those of 4.
 DEVICE FragmentA load_matrix(SharedPtr row) {
   FragmentA a;
