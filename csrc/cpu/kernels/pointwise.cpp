@@ -16,7 +16,7 @@
 namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {
 
-constexpr int64_t kRows = 96;    // of pixels that share one reading of the weights: their block of source stays in L2
+constexpr int64_t kRows = 200;   // of pixels that share one reading of the weights: their block of source stays in L2
 constexpr int64_t kDepth = 512;  // of source and weights: with the rows of one micro-kernel call, half of L1
 constexpr int64_t kWidest = kMaxPanels * kPanel + kUnit;
 
@@ -53,6 +53,19 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBloc
       if constexpr (sums.kHalf) sums.half[i][0] = load<Half>(from.waiting + i * kWidth + Panels * kPanel);
     }
   }
+  const float* bias = p.bias + channel;
+  const float* shortcut = p.shortcut == nullptr ? nullptr : p.shortcut + row * p.shortcut_pitch + channel;
+  float* out = p.out + row * p.out_pitch + channel;
+  if (from.last) {
+    // The products hide how long these take to come; out is fetched too, since a part of a pixel is written at a time.
+#pragma GCC unroll 16
+    for (int i = 0; i < P; i++) {
+      for (int64_t at = 0; at < kWidth; at += kPanel) {
+        if (shortcut != nullptr) __builtin_prefetch(shortcut + i * p.shortcut_pitch + at, 0);
+        __builtin_prefetch(out + i * p.out_pitch + at, 1);
+      }
+    }
+  }
   accumulate<false>(
       sums, from.source, from.source_pitch, from.weights, from.half_weights, from.panel_pitch, from.depth, nullptr);
   if (!from.last) {
@@ -64,9 +77,6 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBloc
     }
     return;
   }
-  const float* bias = p.bias + channel;
-  const float* shortcut = p.shortcut == nullptr ? nullptr : p.shortcut + row * p.shortcut_pitch + channel;
-  float* out = p.out + row * p.out_pitch + channel;
   const int64_t present = p.full_vectors ? kWidth : p.columns - channel;
 #pragma GCC unroll 16
   for (int i = 0; i < P; i++) {
@@ -85,8 +95,9 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBloc
 
 void pointwise_rows(const Pointwise& p, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   alignas(64) float waiting[kRows * kWidest];
-  for (int64_t block = first; block < last; block += kRows) {
-    const int64_t rows = smaller(kRows, last - block);
+  const Passes blocks = Passes::of(last - first, kRows);
+  for (int64_t b = 0, block = first; b < blocks.count; block += blocks.rows(b), b++) {
+    const int64_t rows = blocks.rows(b);
     for_each_pass(p.columns, first_panel, last_panel, [&](PanelPass pass) {
       with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() R2N_LAMBDA_INLINE {
         constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
