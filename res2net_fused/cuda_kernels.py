@@ -18,7 +18,7 @@ from . import build_flags, native
 from .backends import native_cuda
 from .chain import ChainConfig, ChainProblem
 
-_KERNEL = re.compile(r"chain_kernelI4(?P<dtype>bf16|fp16|tf32)(?P<numbers>(?:Li\d+E)+)")
+_KERNEL = re.compile(r"(?P<kind>chain|cluster)_kernelI4(?P<dtype>bf16|fp16|tf32)(?P<numbers>(?:Li\d+E)+)")
 # (w, s) of the published Res2Net-50s at their first stage; w doubles at each of the four stages, of 56, 28, 14 and 7 rows
 PUBLISHED = ((26, 4), (14, 8), (48, 2))
 
@@ -50,8 +50,9 @@ def instance_of(symbol: str) -> tuple[str, str] | None:
     match = _KERNEL.search(symbol)
     if match is None:
         return None
-    depths, columns, tiles, _ = re.findall(r"Li(\d+)E", match["numbers"])
-    return f"d{depths}c{columns}t{tiles}", match["dtype"]
+    *depths, columns, tiles, _ = re.findall(r"Li(\d+)E", match["numbers"])
+    head = f"d{depths[0]}" if match["kind"] == "chain" else "cluster_"
+    return f"{head}c{columns}t{tiles}", match["dtype"]
 
 
 def compiled_kernels(file: Path, cuobjdump: str) -> list[CompiledKernel]:
@@ -95,15 +96,17 @@ def prediction_table(device: str = "sm_90", batches: tuple[int, ...] = (1, 32, 2
     MB: of x, weights and out, each once. device: a key of `native_cuda.LIMITS`.
     """
     rows = [
-        ("chain", "rows", "instance", "batch", "CTAs", "CTA's part", "warps", "shared KiB", "us", "per step us", "MB", "GFLOP")
-    ]
+        ("chain", "rows", "instance", "batch", "CTAs", "CTA's part", "parts", "warps", "shared KiB", "us", "per step us", "MB",
+         "GFLOP")
+    ]  # fmt: skip
     for width, scale, stage, size in _published():
         for batch in batches:
             plan = native_cuda.plan_chain(_problem(batch, width << stage, scale, size), native_cuda.LIMITS[device])
             part = f"{plan.images} images" if plan.whole else f"{plan.rows}x{plan.columns}"
             rows.append(
                 (f"{width}w{scale}s", f"{size}", native_cuda.INSTANCE_NAMES[plan.instance], f"{batch}", f"{plan.ctas}", part,
-                 f"{plan.warps_m}x{plan.warps_n}", f"{plan.shared_bytes / 1024:.0f}", f"{plan.nanoseconds / 1000:.0f}",
+                 f"{plan.row_parts}x{plan.channel_parts}", native_cuda.warps(plan), f"{plan.shared_bytes / 1024:.0f}",
+                 f"{plan.nanoseconds / 1000:.0f}",
                  f"{plan.steps_nanoseconds / 1000:.0f}", f"{plan.dram_bytes / 1e6:.1f}", f"{plan.flops / 1e9:.2f}")
             )  # fmt: skip
     return rows

@@ -17,7 +17,7 @@ from res2net_fused.tables import format_table
 ROOT = Path(__file__).resolve().parents[1]
 UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/plan/instances.h").read_text())[1])
 # The others are compiled by the slow tests; d0c7t2 runs every type.
-QUICK = [("d2c4t4", "80"), ("d2c4t4", "90a"), ("d0c7t2", "80"), ("d0c7t2", "90a"), ("d0c7t2", "100")]
+QUICK = [(i, a) for i in ("d2c4t4", "d0c7t2") for a in ("80", "90a")] + [("d0c7t2", "100"), ("cluster_c4t2", "90a")]
 # The opcode of the tensor-core instruction of each type
 PRODUCTS = {"bf16": "HMMA.16816.F32.BF16 ", "fp16": "HMMA.16816.F32 ", "tf32": "HMMA.1688.F32.TF32 "}
 
@@ -82,12 +82,14 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
 
     sass = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, re.S))
-    columns, tiles = map(int, re.fullmatch(r"d\d+c(\d+)t(\d+)", instance).groups())
+    columns, tiles = map(int, re.fullmatch(r"(?:d\d+|cluster_)c(\d+)t(\d+)", instance).groups())
     for symbol, text in functions.items():
         _, dtype = cuda_kernels.instance_of(symbol)
         assert not re.search(r"\b(STL|LDL)\b", text)
         assert text.count(PRODUCTS[dtype]) == text.count("HMMA") == UNROLL * columns * tiles
         assert text.count("LDSM.16.M88.4") == UNROLL * tiles
+        clusters = instance.startswith("cluster") and architecture != "80"
+        assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * clusters
     assert len(functions) == len(types)
 
 

@@ -30,9 +30,9 @@ def published(batches=(1, 32, 256), dtype=torch.bfloat16):
 
 
 def limits_hold(plan, limits):
-    instance_warps = {"d1c2t4": 16, "d2c4t4": 12, "d3c6t4": 8, "d4c7t4": 8, "d0c7t2": 12}
+    instance_warps = {"d1c2t4": 16, "d2c4t4": 12, "d3c6t4": 8, "d4c7t4": 8, "d0c7t2": 12, "cluster_c7t2": 12}
     warps = instance_warps.get(native_cuda.INSTANCE_NAMES[plan.instance], 16)
-    assert 32 <= plan.threads <= 32 * warps and plan.threads == 32 * plan.warps_m * plan.warps_n
+    assert 32 <= plan.threads <= 32 * warps and plan.threads == 32 * plan.warps_m * plan.warps_n * plan.warps_k
     assert 0 < plan.shared_bytes <= limits.shared_per_block_optin
     resident = plan.ctas_per_multiprocessor
     assert resident >= 1
@@ -41,6 +41,24 @@ def limits_hold(plan, limits):
     assert resident * plan.threads * registers <= limits.registers_per_multiprocessor
     assert plan.slices % 3 == 0 and 2 <= plan.stages <= 4
     assert 1 <= plan.ctas < 2**31
+
+
+def parts_hold(plan, p, limits):
+    """What the launcher demands of CTAs that share their work, and clusters of at most 8 of them, from sm_90 on."""
+    parts = plan.row_parts * plan.channel_parts
+    assert plan.ctas % parts == 0
+    if "cluster" not in native_cuda.INSTANCE_NAMES[plan.instance]:
+        assert parts * plan.warps_k == 1
+        return
+    columns = int(native_cuda.INSTANCE_NAMES[plan.instance].removeprefix("cluster_c").partition("t")[0])
+    assert plan.channel_parts == -(-p.width // (8 * plan.warps_n * columns))
+    if p.config.hierarchical and p.steps > 1:
+        assert 2 <= parts <= 8 and limits.capability_major >= 9
+        # A cluster runs within one group of 16 multiprocessors or more.
+        assert 16 * plan.ctas_per_multiprocessor >= parts
+    if plan.row_parts > 1:
+        assert plan.images == 1 and not plan.whole and plan.columns == p.width_pixels
+        assert plan.row_parts == -(-p.height // plan.rows) and plan.rows >= p.config.dilation
 
 
 @needs_library
@@ -55,7 +73,9 @@ def test_every_plan_fits_the_device(device, dtype):
             continue
         plan = plan_chain(p, limits)
         limits_hold(plan, limits)
-        assert plan.ctas * plan.images * plan.rows * plan.columns >= p.batch * p.output_height * p.output_width
+        parts_hold(plan, p, limits)
+        computed = plan.ctas // plan.channel_parts * plan.images * plan.rows * plan.columns
+        assert computed >= p.batch * p.output_height * p.output_width
         assert 9 * -(-p.width * dtype.itemsize // 32) % plan.slices == 0
         assert dtype != torch.float32 or native_cuda.INSTANCE_NAMES[plan.instance].startswith("d0")
         assert plan.flops == p.flops and plan.mma_flops >= plan.flops
@@ -69,11 +89,36 @@ def test_every_plan_fits_the_device(device, dtype):
 def test_odd_shapes_get_a_plan_or_a_reason(device, dtype):
     for width, scale, batch, height, columns in ODD:
         try:
-            plan = plan_chain(problem(batch, width, scale, height, columns, dtype), LIMITS[device])
+            p = problem(batch, width, scale, height, columns, dtype)
+            plan = plan_chain(p, LIMITS[device])
         except ValueError as error:
             assert "shared memory" in str(error)
         else:
             limits_hold(plan, LIMITS[device])
+            parts_hold(plan, p, LIMITS[device])
+
+
+@needs_library
+@pytest.mark.parametrize("device, shared", [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)])
+def test_small_calls_are_shared_by_clusters_where_there_are_any(device, shared):
+    for width, size in ((52, 28), (104, 14), (208, 7)):
+        plan = plan_chain(problem(1, width, 4, size, size), LIMITS[device])
+        assert ("cluster" in native_cuda.INSTANCE_NAMES[plan.instance]) == shared
+
+
+@needs_library
+@pytest.mark.parametrize("device", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("settings", [{"dilation": 2}, {"dilation": 3}, {"passthrough": "first"}, {"hierarchical": False}])
+def test_shared_plans_fit_whatever_the_settings(device, settings):
+    for width, batch, size in itertools.product((26, 52, 104, 208), (1, 2, 5, 32), (5, 7, 14, 28)):
+        p = problem(batch, width, 4, size, size + 1, **settings)
+        try:
+            plan = plan_chain(p, LIMITS[device])
+        except ValueError as error:
+            assert "shared memory" in str(error) and width == 208 and size == 28
+            continue
+        limits_hold(plan, LIMITS[device])
+        parts_hold(plan, p, LIMITS[device])
 
 
 @needs_library
@@ -159,14 +204,20 @@ def test_python_names_the_instances_of_the_table():
 
     table = Path(__file__).parents[1] / "csrc/plan/instances.h"
     rows = re.findall(r"X\((d\w+), (\d+), (\d+), (\d+), (\d+)\)", table.read_text())
-    assert tuple(row[0] for row in rows) == native_cuda.INSTANCE_NAMES
+    clusters = re.findall(r"X\((cluster_\w+), ", table.read_text())
+    assert (*(row[0] for row in rows), *clusters) == native_cuda.INSTANCE_NAMES
+    assert tuple(row[0] for row in rows) == native_cuda.STRIP_INSTANCES
     assert tuple((int(row[1]), int(row[2])) for row in rows) == native_cuda._INSTANCE_DEPTHS_COLUMNS
 
 
 def test_the_line_for_explain_names_the_cut_and_the_prediction():
-    plan = native_cuda.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000)
+    plan = native_cuda.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 1, 1, 1, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000)
     assert ", tf32, 128 CTAs" in native_cuda.describe(plan, torch.float32)
     line = native_cuda.describe(plan, torch.bfloat16)
+    assert "parts" not in line and "4x1 warps" in line
+    cluster = native_cuda.INSTANCE_NAMES.index("cluster_c4t2")
+    shared = native_cuda.describe(plan._replace(instance=cluster, row_parts=2, channel_parts=3, warps_k=5), torch.bfloat16)
+    assert "cluster_c4t2" in shared and "in 2 row x 3 channel parts" in shared and "4x1x5 warps" in shared
     assert "d2c4t4" in line and "128 CTAs of 14x56 pixels" in line and "predicted 27 us, per step 63 us" in line
 
 

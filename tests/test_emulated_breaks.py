@@ -4,6 +4,7 @@ import pytest
 from emulator import breaks, harness, mutate
 
 KERNEL, GEOMETRY = "cuda/chain/chain_kernel.cuh", "plan/chain_geometry.h"
+CLUSTER = "cuda/chain/cluster_kernel.cuh"
 # name, case, file, its text, the replacement, checks that must turn red
 BREAKS = [
     ("nothing broken", "strips", KERNEL, "// cleared before", "// cleared before", ""),
@@ -11,7 +12,7 @@ BREAKS = [
     ("waits too little for x", "strips", KERNEL, "wait(g.chunks - 1)", "wait(g.chunks)", "in-flight wrong"),
     ("one stage for all weights", "strips", KERNEL, "index * g.stage_bytes", "0 * index * g.stage_bytes", "in-flight wrong"),
     ("weights not advanced", "stream", KERNEL, "advance(fetch);\n            if", "if", "wrong"),
-    ("barrier in one warp only", "strips", KERNEL, "    pass_group();\n", "if (thread / 32 == 1) sync_cta();\n", "divergence"),
+    ("barrier in one warp only", "strips", KERNEL, "    cta.pass_group();\n", "if (thread < 32) sync_cta();\n", "divergence"),
     (
         "a lane skips the matrix load",
         "strips",
@@ -47,11 +48,11 @@ BREAKS = [
     ("slot pitch not a multiple of 16", "strips", GEOMETRY, "return 16 * (swizzled", "return 8 + 16 * (swizzled", "misaligned"),
     ("swizzle that leaves its pixel", "w14", KERNEL, "% (2 * DEPTHS);", "% 8;", "wrong race"),
     ("no swizzle", "strips", KERNEL, "if constexpr (swizzled(DEPTHS)) chunk", "if (false) chunk", "conflicts"),
-    ("passed group left out", "strips", KERNEL, "    pass_group();\n", "\n", "wrong"),
+    ("passed group left out", "strips", KERNEL, "    cta.pass_group();\n", "\n", "wrong"),
     ("bias of another step", "strips", KERNEL, "a.bias + step * g.packed_columns * 8 + channel", "a.bias + channel", "wrong"),
     ("channels between the groups are read", "padded", KERNEL, "left < MOVE ? left : MOVE", "(void(left), MOVE)", "wrong"),
     ("channels between the groups are written", "padded", KERNEL, "if (channel >= a.fill_channels) continue;", "", "padding"),
-    ("halo too small", "strips", GEOMETRY, "(work.adds ? work.steps : 1)", "(work.adds ? work.steps - 1 : 1)", "wrong"),
+    ("halo too small", "strips", GEOMETRY, "(recomputes ? work.steps : 1)", "(recomputes ? work.steps - 1 : 1)", "wrong"),
     (
         "no zero row between images",
         "images",
@@ -64,6 +65,20 @@ BREAKS = [
     ("passed group added before x is there", "added", KERNEL, "wait(g.stages - 2);", "wait(g.stages - 1);", "in-flight wrong"),
     ("a depth of half as many channels", "odd", KERNEL, "PER_CHUNK = 16 / BYTES", "PER_CHUNK = 8", "wrong"),
     ("pairs of channels at odd places", "odd", KERNEL, "if (!a.whole_pairs) {", "if (false) {", "misaligned"),
+    ("sends to the wrong part", "parts", CLUSTER, "part * g.channel_parts + receiver, u", "part * g.channel_parts, u", "wrong"),
+    ("sends to a part that does not exist", "parts", CLUSTER, "part >= 0 && part <", "part <", "out-of-bounds"),
+    ("halo above not sent", "parts", CLUSTER, "int part = row_part - 1; part", "int part = row_part; part", "wrong"),
+    ("halo below not sent", "parts", CLUSTER, "part <= row_part + 1;", "part <= row_part;", "wrong"),
+    ("halo one row off", "parts", CLUSTER, "(row_part - part) * g.rows;", "(row_part - part) * (g.rows - 1);", "wrong"),
+    ("halo columns of one part only", "parts", CLUSTER, "g.channel_parts - (part == row_part)", "g.channel_parts - 1", "wrong"),
+    ("sends after the last barrier", "parts", CLUSTER, "|| step + 1 == g.steps) return;", ") return;\n"
+     "if (step + 1 == g.steps) {\n  send(step, row_part);\n  return;\n}", "lifetime"),
+    ("x loaded for other parts' channels", "parts", CLUSTER, "step == 0 || !g.sends", "true", "race"),
+    ("slices before the chunk", "shared", CLUSTER, "if (turn < 0) turn += g.warps_k;", "", "out-of-bounds"),
+    ("own sums added twice", "shared", CLUSTER, "if (k == warp_k) continue;", "", "uninitialised"),
+    ("every part passes the whole group", "parts", CLUSTER, "channel_part * threads + thread, threads * g.channel_parts",
+     "thread, threads", "race"),
+    ("weights of the first part for all", "shared", CLUSTER, "g.packed_columns + first_column)", "g.packed_columns)", "wrong"),
     ("pool reads a column too far", "stage", KERNEL, "column >= g.width) continue", "column > g.width) continue", "wrong"),
 ]
 
@@ -97,7 +112,8 @@ def test_emulated_truncation_to_tf32_is_noticed(tmp_path):
 
 def test_emulated_breaks_cover_every_ordering_statement():
     found = [removal.statement.partition("(")[0] for removal in breaks.removals()]
-    assert found.count("sync_cta") >= 3 and found.count("copy_async_wait") >= 2 and found.count("copy_async_commit") >= 3
+    assert found.count("cluster_arrive") == found.count("cluster_wait") == 2 and found.count("sync_cta") >= 6
+    assert found.count("copy_async_wait") >= 2 and found.count("copy_async_commit") >= 3
     seen = {item for start in range(len(found)) for item in mutate.rotated(list(range(len(found))), start)}
     assert seen == set(range(len(found)))
 

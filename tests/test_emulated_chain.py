@@ -68,6 +68,9 @@ SETTINGS = [
     Case(28, 4, 1, 7, 9, pad=2),  # 4-byte copies although the groups would allow 8
 ]
 named = {"ids": str}
+PLAN_FIELDS = (
+    "instance rows columns images whole warps_m warps_n slices stages row_parts channel_parts warps_k"
+).split()  # what a launch is told
 # float32 through TF32: odd widths too, dense and in padded slots
 F32 = torch.float32
 SINGLES = [
@@ -143,7 +146,7 @@ def production_cases(batch: int):
         for stage, size in enumerate((56, 28, 14, 7)):
             whole = Case(width << stage, scale, batch, size, size)
             plan = plan_of(whole)
-            tile = {name: getattr(plan, name) for name in "rows columns images whole warps_m warps_n slices stages".split()}
+            tile = {name: getattr(plan, name) for name in PLAN_FIELDS}
             yield harness.replace(whole, images=plan.images, tile=tile)
 
 
@@ -170,7 +173,7 @@ def test_emulated_chain_is_exact_as_cut_for_every_device(case, dtype, device):
     limits = harness.native_cuda.LIMITS[device]
     case = harness.replace(case, dtype=dtype)
     plan = plan_of(case, limits)
-    tile = {name: getattr(plan, name) for name in "rows columns images whole warps_m slices stages".split()}
+    tile = {name: getattr(plan, name) for name in PLAN_FIELDS}
     assert check(harness.replace(case, tile=tile)) == {}
 
 

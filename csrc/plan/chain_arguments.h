@@ -27,7 +27,7 @@ struct ChainArguments {
   int load_bytes;      // of one copy into shared memory: 16, 8 or 4
   int copy_bytes;      // of one move of the passed group
   bool whole_pairs;    // whether two channels of y are stored at once, in every pair
-  FastDivisor by_load_pieces, by_copy_pieces;
+  FastDivisor by_load_pieces, by_part_pieces, by_copy_pieces;  // of a whole group, of a CTA's part of its channels
   ChainGeometry geometry;
 };
 
@@ -47,6 +47,7 @@ inline void set_moves(ChainArguments& a, DataType type) {
   a.copy_bytes = a.pool == NO_POOL ? widest_move(x | out | uint64_t(filled_bytes)) : 4;
   a.whole_pairs = widest_move(out | uint64_t(filled_bytes)) >= 2 * bytes;
   a.by_load_pieces = FastDivisor(divide_up(group_bytes, a.load_bytes));
+  a.by_part_pieces = FastDivisor(8 * bytes * a.geometry.part_columns / a.load_bytes);
   a.by_copy_pieces = FastDivisor(filled_bytes / a.copy_bytes);
 }
 

@@ -60,6 +60,8 @@ struct ChainTile {
   int warps_m = 1, warps_n = 1;   // warps along the pixels and along the output channels
   int slices = 9;                 // K slices that one stage of the weight pipeline holds
   int stages = 2;
+  int row_parts = 1, channel_parts = 1;  // CTAs that share their results: see cluster_geometry.h; 1 x 1 for the strip kernel
+  int warps_k = 1;                        // warps that share out the K slices of the same output; 1 for the strip kernel
 };
 
 // Bytes between two slots. Eight neighbouring slots never collide in the banks when ldmatrix reads 16 bytes of each: swizzled
@@ -88,10 +90,16 @@ struct ChainGeometry {
   int warps_m, warps_n;
   int chunk_slices, chunks, stages;  // of the weights: slices of a chunk, chunks of a step, chunks in flight or in use
   int packed_columns;                // output channels in units of 8, padded to whole warps
+  int part_columns;                  // those that a CTA computes
   int strips, slot_bytes, strip_bytes, stage_bytes, shared_bytes;
 
   FastDivisor by_pitch, by_period, by_stored, by_depths, by_work_pitch;
   int period;
+
+  // Of the cluster kernel: see cluster_geometry.h.
+  int row_parts, channel_parts, warps_k, sums_bytes;
+  int sends;  // whether CTAs send each other what they computed
+  FastDivisor by_part_columns;
 
   // Output positions are numbered line by line from work_line(step) on; for stride 1 they include the lines' zero slots.
   RES2NET_HOST_DEVICE int work_line(int step) const { return dilation + step * shrink; }
@@ -100,8 +108,8 @@ struct ChainGeometry {
     return (lines - 2 * work_line(step)) * pitch - dilation;
   }
   RES2NET_HOST_DEVICE int passes(int step, int tiles) const { return divide_up(positions(step), 16 * tiles * warps_m); }
-  int ctas() const { return row_blocks * column_blocks * image_blocks; }
-  int threads() const { return 32 * warps_m * warps_n; }
+  int ctas() const { return row_blocks * column_blocks * image_blocks * channel_parts; }
+  int threads() const { return 32 * warps_m * warps_n * warps_k; }
 };
 
 inline ChainGeometry make_geometry(const ChainWork& work, const ChainTile& tile, int instance_depths, int instance_columns) {
@@ -115,10 +123,11 @@ inline ChainGeometry make_geometry(const ChainWork& work, const ChainTile& tile,
   g.column_blocks = divide_up(g.out_width, g.columns);
   g.image_blocks = divide_up(g.images, g.tile_images);
 
-  const int reach = work.dilation * (work.adds ? work.steps : 1);
+  const bool recomputes = work.adds && tile.row_parts == 1;  // halo rows; else neighbours send them
+  const int reach = work.dilation * (recomputes ? work.steps : 1);
   g.lead = tile.whole ? work.dilation : reach;
   g.halo_columns = g.column_blocks == 1 ? 0 : reach;
-  g.shrink = tile.whole || !work.adds ? 0 : work.dilation;
+  g.shrink = tile.whole || !recomputes ? 0 : work.dilation;
   const int input_rows = (g.rows - 1) * work.stride + 1;
   const int input_columns = (g.columns - 1) * work.stride + 1;
   g.lines = tile.whole ? tile.images * (work.height + work.dilation) + work.dilation : input_rows + 2 * reach;
@@ -134,12 +143,13 @@ inline ChainGeometry make_geometry(const ChainWork& work, const ChainTile& tile,
 
   g.warps_m = tile.warps_m, g.warps_n = tile.warps_n;
   g.chunk_slices = tile.slices, g.chunks = work.slices() / tile.slices, g.stages = tile.stages;
-  g.packed_columns = tile.warps_n * instance_columns;
+  g.packed_columns = g.part_columns = tile.warps_n * instance_columns;
   g.strips = work.steps > 1 ? 2 : 1;
   g.slot_bytes = slot_bytes_of(instance_depths, g.depths);
   // dilation slots before the first line, for its left padding, and as many behind the last
   g.strip_bytes = (g.lines * g.pitch + 2 * work.dilation) * g.slot_bytes;
-  g.stage_bytes = g.chunk_slices * g.packed_columns * 256;
+  g.stage_bytes = g.chunk_slices * g.part_columns * 256;
+  g.row_parts = tile.row_parts, g.channel_parts = tile.channel_parts, g.warps_k = tile.warps_k;
   g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes;
 
   g.by_pitch = FastDivisor(g.pitch), g.by_period = FastDivisor(g.period), g.by_stored = FastDivisor(g.stored);

@@ -3,24 +3,10 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "plan/device_model.h"
+#include "plan/plan_model.h"
 
 namespace res2net_fused::chain {
 namespace {
-
-constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;  // offsets within an image are ints
-constexpr int MAX_POSITIONS = 1 << 15;                    // keeps FastDivisor exact
-
-// Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
-constexpr double COPY_INSTRUCTIONS = 26;     // one cp.async with its index arithmetic
-constexpr double FINISH_PER_ROW = 45;        // of an epilogue's half tile
-constexpr double FINISH_PER_COLUMN = 16;     // and of each pair of channels in it
-constexpr double BARRIER_CYCLES = 60;        // per chunk of weights
-constexpr double STEP_CYCLES = 900;          // filling and draining the pipelines around a convolution
-constexpr double START_CYCLES = 2600;        // first loads and their latency
-
-// Of the tensor cores' and shared memory's peak, what a main loop reaches with so many warps per scheduler to hide latencies.
-double overlap(int warps_per_scheduler) { return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55; }
 
 double cycles_of_cta(const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int copies_per_pixel,
                      int resident) {
@@ -49,66 +35,24 @@ double cycles_of_cta(const ChainGeometry& g, const Instance& instance, const Dev
   return cycles;
 }
 
-int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
-
-int resident_ctas(const ChainGeometry& g, const Instance& instance, const DeviceLimits& device) {
-  const int by_shared = device.shared_per_multiprocessor / (g.shared_bytes + 1024);  // the driver keeps 1 KiB of each
-  const int by_registers = device.registers_per_multiprocessor / (registers_of(instance) * g.threads());
-  const int by_threads = (device.major == 8 && device.minor > 0 ? 1536 : 2048) / g.threads();
-  return std::min({by_shared, by_registers, by_threads});
-}
-
 // Predicts the tile's time; false if it does not fit the device.
 bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, ChainPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
-  const ChainGeometry g = make_geometry(work, tile, instance.depths, instance.columns);
+  const ChainGeometry g = geometry_of(work, tile, index);
   if (int64_t(g.lines) * g.pitch > MAX_POSITIONS) return false;  // first: the bytes of more would not fit an int
   if (g.shared_bytes > device.shared_per_block || g.threads() > 32 * instance.warps) return false;
   const int resident = resident_ctas(g, instance, device);
   if (resident < 1) return false;
   const DeviceRates rates = rates_of(device.major, device.minor);
 
-  plan.instance = index;
-  plan.tile = tile;
-  plan.ctas = g.ctas();
-  plan.threads = g.threads();
-  plan.shared_bytes = g.shared_bytes;
-  plan.ctas_per_multiprocessor = resident;
-  plan.packed_columns = g.packed_columns;
-  const int group_bytes = work.channels * bytes_of(work.type);  // of a pixel
-  const int64_t in = work.images * work.height * work.width * group_bytes;
-  const int64_t out = work.images * work.out_height() * work.out_width() * group_bytes;
-  const int64_t weights = int64_t(work.steps) * work.slices() * g.packed_columns * 256;
-  plan.dram_bytes = (work.steps + passes) * (in + out) + weights;
-  plan.flops = 2 * 9 * work.images * work.out_height() * work.out_width() * work.steps * work.channels * int64_t(work.channels);
-  plan.loaded_bytes = 0;
-  plan.mma_flops = 0;
-  for (int step = 0; step < work.steps; step++) {
-    const int tiles = divide_up(g.positions(step), 16 * instance.tiles);
-    const int64_t lines = g.lines - 2 * step * g.shrink;
-    const int weight_reads = g.chunks > 1 ? g.passes(step, instance.tiles) : 1;
-    plan.loaded_bytes += plan.ctas * (lines * g.stored * group_bytes + int64_t(weight_reads) * g.chunks * g.stage_bytes);
-    plan.mma_flops +=
-        int64_t(plan.ctas) * tiles * instance.tiles * g.packed_columns * work.slices() * mma_flops(work.type);
-  }
+  set_launch(work, passes, g, index, tile, resident, plan);
   const int concurrent = resident * device.multiprocessors;
   const int full = plan.ctas / concurrent, rest = plan.ctas % concurrent;
-  // Groups are dense in memory in the usual call: this is then the widest copy.
-  const int copies = divide_up(group_bytes, group_bytes % 16 == 0 ? 16 : group_bytes % 8 == 0 ? 8 : 4);
+  const int copies = copies_of(work.channels * bytes_of(work.type));
   double cycles = full * cycles_of_cta(g, instance, rates, copies, resident);
   if (rest > 0) cycles += cycles_of_cta(g, instance, rates, copies, divide_up(rest, device.multiprocessors));
-  const double memory = std::max(plan.dram_bytes / rates.dram, (plan.loaded_bytes + (work.steps + passes) * out) / rates.l2);
-  plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory));
+  plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory_seconds(work, passes, plan, rates)));
   return true;
-}
-
-std::vector<int> distinct_parts(int size, int most) {
-  std::vector<int> parts;
-  for (int count = 1; count <= std::min(size, most); count++) {
-    const int part = divide_up(size, count);
-    if (parts.empty() || parts.back() != part) parts.push_back(part);
-  }
-  return parts;
 }
 
 }  // namespace
@@ -116,7 +60,7 @@ std::vector<int> distinct_parts(int size, int most) {
 int instance_for(int channels, DataType type) {
   const int columns = divide_up(channels, 8), depths = divide_up(channels, depth_channels(type));
   int best = -1, best_columns = 0;
-  for (int i = 0; i < INSTANCES_COUNT; i++) {
+  for (int i = 0; i < STRIP_INSTANCES; i++) {
     const Instance& instance = INSTANCE_TABLE[i];
     const int warps_n = divide_up(columns, instance.columns);
     if (!instance.runs(type)) continue;
@@ -136,7 +80,7 @@ int packed_columns_for(int channels, DataType type) {
   return divide_up(divide_up(channels, 8), columns) * columns;
 }
 
-ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason) {
+ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason, bool clusters) {
   reason.clear();
   if (device.major < 8) {
     reason = "the device has compute capability " + std::to_string(device.major) + "." + std::to_string(device.minor) +
@@ -202,6 +146,7 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
     }
     if (best.microseconds < 1e30 && !fits) break;  // narrower parts only add halo
   }
+  if (clusters) plan_clusters(work, passes, device, best);
   if (best.microseconds == 1e30)
     reason = "no part of an image with its halo fits the " + std::to_string(device.shared_per_block) +
              " bytes of shared memory that a block may have";
@@ -230,7 +175,7 @@ double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& dev
   return 1e6 * (rates.launch + work.steps * (latency + step) + (work.steps - 1) * 1.0e-6 + pass);
 }
 
-std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size) {
+std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size, bool clusters) {
   ChainWork work;
   work.images = problem[0];
   const auto narrow = [](int64_t value) { return int(std::min<int64_t>(value, 1 << 30)); };  // refused either way
@@ -242,13 +187,13 @@ std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* devi
   const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
                             int(device[4]), int(device[5]), int(device[6])};
   std::string reason;
-  const ChainPlan plan = plan_chain(work, passes, limits, reason);
+  const ChainPlan plan = plan_chain(work, passes, limits, reason, clusters);
   std::snprintf(text, size, "%s", reason.c_str());
   if (!reason.empty()) return {};
   const ChainTile& t = plan.tile;
   return {plan.instance, t.rows, t.columns, t.images, t.whole, t.warps_m, t.warps_n, t.slices, t.stages,
-          plan.ctas, plan.threads, plan.shared_bytes, plan.ctas_per_multiprocessor, plan.packed_columns,
-          plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops, int64_t(1000 * plan.microseconds),
+          t.row_parts, t.channel_parts, t.warps_k, plan.ctas, plan.threads, plan.shared_bytes,
+          plan.ctas_per_multiprocessor, plan.packed_columns, plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops, int64_t(1000 * plan.microseconds),
           int64_t(1000 * predict_steps(work, passes, limits))};
 }
 

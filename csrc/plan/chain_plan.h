@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "plan/chain_geometry.h"
+#include "plan/cluster_geometry.h"
 #include "plan/instances.h"
 
 namespace res2net_fused::chain {
@@ -11,11 +11,18 @@ namespace res2net_fused::chain {
 struct Instance {
   const char* name;
   int depths, columns, tiles, warps;
-  constexpr bool runs(DataType type) const { return instance_runs(depths, type); }
+  bool cluster;  // of the cluster kernel
+  constexpr bool runs(DataType type) const { return instance_runs(depths, type) && !(cluster && type == TF32); }
 };
-#define RES2NET_INSTANCE_ROW(name, DEPTHS, COLUMNS, TILES, WARPS) {#name, DEPTHS, COLUMNS, TILES, WARPS},
-inline constexpr Instance INSTANCE_TABLE[] = {RES2NET_CHAIN_INSTANCES(RES2NET_INSTANCE_ROW)};
+#define RES2NET_INSTANCE_ROW(name, DEPTHS, COLUMNS, TILES, WARPS) {#name, DEPTHS, COLUMNS, TILES, WARPS, false},
+#define RES2NET_CLUSTER_ROW(name, COLUMNS, TILES, WARPS) {#name, 0, COLUMNS, TILES, WARPS, true},
+inline constexpr Instance STRIP_TABLE[] = {RES2NET_CHAIN_INSTANCES(RES2NET_INSTANCE_ROW)};
+inline constexpr int STRIP_INSTANCES = sizeof(STRIP_TABLE) / sizeof(Instance);
+// The strip kernel's instances, then the cluster kernel's.
+inline constexpr Instance INSTANCE_TABLE[] = {RES2NET_CHAIN_INSTANCES(RES2NET_INSTANCE_ROW)
+                                                  RES2NET_CLUSTER_INSTANCES(RES2NET_CLUSTER_ROW)};
 #undef RES2NET_INSTANCE_ROW
+#undef RES2NET_CLUSTER_ROW
 inline constexpr int INSTANCES_COUNT = sizeof(INSTANCE_TABLE) / sizeof(Instance);
 
 // As native.DeviceLimits in Python; sizes in bytes.
@@ -36,13 +43,25 @@ struct ChainPlan {
   double microseconds = 0;   // predicted
 };
 
-// The instance that runs this width, or -1. Weights are packed for it, so it depends on the width and the type alone.
+// The strip kernel's instance that runs this width, or -1. Weights are packed for it, so it depends on the width and the type alone.
 int instance_for(int channels, DataType type);
 // Output channels in units of 8, padded to whole warps of the instance.
 int packed_columns_for(int channels, DataType type);
 
-// The launch with the shortest predicted time. `reason` says why there is none; it is empty otherwise.
-ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason);
+// What a launch of this instance is told of this tile.
+inline ChainGeometry geometry_of(const ChainWork& work, const ChainTile& tile, int instance) {
+  const Instance& row = INSTANCE_TABLE[instance];
+  if (instance < STRIP_INSTANCES) return make_geometry(work, tile, row.depths, row.columns);
+  return make_cluster_geometry(work, tile, row.columns, row.tiles, packed_columns_for(work.channels, work.type));
+}
+
+// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it is
+// empty otherwise.
+ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason,
+                     bool clusters = true);
+
+// Puts the cluster kernel's best launch into `best` where it is predicted to be faster.
+void plan_clusters(const ChainWork& work, bool passes, const DeviceLimits& device, ChainPlan& best);
 
 // What the per-step Triton path is predicted to take.
 double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& device);
@@ -50,9 +69,10 @@ double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& dev
 // The same in numbers, for callers without these types.
 //   problem: images, height, width, channels, steps, stride, dilation, adds, passes, type (enum DataType)
 //   device: in the order of DeviceLimits
-//   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, ctas, threads, shared bytes, CTAs per
-//     multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs, nanoseconds, nanoseconds of the per-step path;
-//     empty if there is no plan, and `text` says why
-std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size);
+//   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, row parts, channel parts, warps_k,
+//     CTAs, threads, shared bytes, CTAs per multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs,
+//     nanoseconds, nanoseconds of the per-step path; empty if there is no plan, and `text` says why
+std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size,
+                                     bool clusters = true);
 
 }  // namespace res2net_fused::chain

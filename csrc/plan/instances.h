@@ -17,6 +17,12 @@
   X(d0c7t2, 0, 7, 2, 12)           \
   X(d0c4t2, 0, 4, 2, 16)
 
+// The same of the cluster kernel, for all widths in half precision: X(name, COLUMNS, TILES, WARPS)
+#define RES2NET_CLUSTER_INSTANCES(X) \
+  X(cluster_c2t2, 2, 2, 16)          \
+  X(cluster_c4t2, 4, 2, 16)          \
+  X(cluster_c7t2, 7, 2, 12)
+
 namespace res2net_fused::chain {
 // Fixed depths are for half precision; TF32 has the instances whose depths are known at run time.
 constexpr bool instance_runs(int depths, DataType type) { return type != TF32 || depths == 0; }

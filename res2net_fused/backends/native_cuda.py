@@ -3,6 +3,8 @@
 fp16, bf16, and float32 where cuDNN's convolutions may use TF32: the factors of every product are then rounded to TF32, to the
 nearest, sums and results are float32.
 
+Calls with few pixels are shared by thread-block clusters, from sm_90 on (csrc/cuda/chain/cluster_kernel.cuh).
+
 The launch plan comes from a C++ function of the CPU library (csrc/plan), so `plan_chain` works on machines with no GPU.
 """
 
@@ -27,7 +29,8 @@ __all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "plan_chain
 CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/plan/data_type.h
 POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_arguments.h
-INSTANCE_NAMES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
+STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
+INSTANCE_NAMES = (*STRIP_INSTANCES, "cluster_c2t2", "cluster_c4t2", "cluster_c7t2")
 _INSTANCE_DEPTHS_COLUMNS = ((1, 2), (2, 4), (3, 6), (4, 7), (0, 6), (0, 7), (0, 4))
 
 # What a plan needs to know of a device without having it, in the order of native.DeviceLimits.
@@ -52,6 +55,9 @@ class Plan(NamedTuple):
     warps_n: int  # along the output channels
     slices: int  # of 32 bytes of input channels of one tap, held by one stage of the weight pipeline
     stages: int
+    row_parts: int  # CTAs that share an image or a strip of it, each with its rows; 1 x 1 parts unless it is the cluster kernel
+    channel_parts: int  # and each with its output channels
+    warps_k: int  # along the input channels and taps
     ctas: int
     threads: int
     shared_bytes: int
@@ -156,11 +162,19 @@ def describe(plan: Plan, dtype: torch.dtype) -> str:
     else:
         part = f"{plan.rows}x{plan.columns} pixels"
     instance = INSTANCE_NAMES[plan.instance] + ", tf32" * (dtype == torch.float32)
+    parts = ""
+    if plan.instance >= len(STRIP_INSTANCES):
+        parts = f" in {plan.row_parts} row x {plan.channel_parts} channel parts"
     return (
-        f"CUDA, 1 launch, {instance}, {plan.ctas} CTAs of {part}, {plan.warps_m}x{plan.warps_n} warps, "
+        f"CUDA, 1 launch, {instance}, {plan.ctas} CTAs of {part}{parts}, {warps(plan)} warps, "
         f"{plan.shared_bytes / 1024:.0f} KiB shared, {plan.ctas_per_multiprocessor} per SM; predicted "
         f"{plan.nanoseconds / 1000:.0f} us, per step {plan.steps_nanoseconds / 1000:.0f} us"
     )
+
+
+def warps(plan: Plan) -> str:
+    """Along the pixels, the output channels and, where several share those, the slices of a sum."""
+    return f"{plan.warps_m}x{plan.warps_n}" + f"x{plan.warps_k}" * (plan.warps_k > 1)
 
 
 def plan(problem: ChainProblem) -> str:
@@ -207,7 +221,7 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
         int(c.passthrough == "first_added"),
     ]  # fmt: skip
     launch = plan_chain(problem, device_limits(x.data.device))
-    torch.ops.res2net_fused_native.cuda_chain(x.data, *packed, out.data, list(launch[:9]), settings, *CLAMPS[c.activation])
+    torch.ops.res2net_fused_native.cuda_chain(x.data, *packed, out.data, list(launch[:12]), settings, *CLAMPS[c.activation])
 
 
 def pixel_pitch(x: Tensor) -> int | None:

@@ -25,9 +25,9 @@ void expect(const char* what, bool good) {
   failures++;
 }
 
-// Runs `kernel` with one block; returns the words it wrote.
+// Runs `kernel` with one cluster of so many blocks; returns the words it wrote.
 template <class Kernel>
-std::vector<uint32_t> run(Kernel kernel, int threads, const std::vector<uint32_t>& input, int outputs) {
+std::vector<uint32_t> run(Kernel kernel, int threads, const std::vector<uint32_t>& input, int outputs, int blocks = 1) {
   std::vector<uint32_t> result(outputs, ~0u);
 #if defined(__CUDACC__)
   uint32_t *in = nullptr, *out = nullptr;
@@ -35,13 +35,22 @@ std::vector<uint32_t> run(Kernel kernel, int threads, const std::vector<uint32_t
   cudaMalloc(&out, outputs * 4);
   cudaMemcpy(in, input.data(), input.size() * 4, cudaMemcpyHostToDevice);
   cudaMemcpy(out, result.data(), outputs * 4, cudaMemcpyHostToDevice);
-  kernel<<<1, threads, 4096>>>(in, out);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = 4096;
+  config.attrs = &cluster, config.numAttrs = blocks > 1 ? 1 : 0;
+  const uint32_t* read_only = in;
+  const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, read_only, out);
+  expect(cudaGetErrorString(launched), launched == cudaSuccess);
   const cudaError_t error = cudaMemcpy(result.data(), out, outputs * 4, cudaMemcpyDeviceToHost);
   expect(cudaGetErrorString(error), error == cudaSuccess);
   cudaFree(in);
   cudaFree(out);
 #else
-  const emulator::Launch launch{1, threads, 4096, 1, true, {{"in", input.data(), input.size() * 4, false}}};
+  const emulator::Launch launch{blocks, threads, 4096, 1, true, {{"in", input.data(), input.size() * 4, false}}, blocks};
   const emulator::Report report = emulator::run(launch, [&] { kernel(input.data(), result.data()); });
   for (const std::string& found : report.first) expect(found.c_str(), found.empty());
 #endif
@@ -139,6 +148,35 @@ void test_copies() {
   }
 }
 
+// Five CTAs pass 16 bytes a thread on to the next, four times: each then has what the one before it had, and so on around.
+__global__ void pass_around(const uint32_t* in, uint32_t* out) {
+  const SharedPtr shared = shared_memory();
+  const int thread = thread_index(), block = block_index();
+  Bytes16 mine = global_load<Bytes16>(in + (block * 64 + thread) * 4);
+  cluster_arrive();
+  cluster_wait();  // all run
+  for (int turn = 0; turn < 4; turn++) {
+    remote_store(shared + turn % 2 * 1024 + (63 - thread) * 16, (block + 1) % 5, mine);
+    cluster_arrive();
+    cluster_wait();
+    mine = shared_load<Bytes16>(shared + turn % 2 * 1024 + thread * 16);
+  }
+  for (int i = 0; i < 4; i++) out[(block * 64 + thread) * 4 + i] = mine.word[i];
+}
+
+void test_clusters() {
+#if defined(__CUDACC__)
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major < 9) return;
+#endif
+  std::vector<uint32_t> in(5 * 64 * 4);
+  for (size_t i = 0; i < in.size(); i++) in[i] = uint32_t(i * 2654435761u);
+  const auto out = run(pass_around, 64, in, int(in.size()), 5);
+  for (int block = 0; block < 5; block++)  // four turns in five CTAs: from the next one; reversed four times: as it was
+    expect("passed around the cluster", std::memcmp(&out[block * 256], &in[(block + 1) % 5 * 256], 1024) == 0);
+}
+
 // in: pairs of floats; out: packed, unpacked again, sum of the pair with itself, clamped
 template <class Element>
 __global__ void arithmetic(const uint32_t* in, uint32_t* out) {
@@ -179,6 +217,7 @@ int main() {
   test_matrix_product<bf16>(pack_bf16, "matrix product, bf16");
   test_matrix_product<fp16>(pack_fp16, "matrix product, fp16");
   test_copies();
+  test_clusters();
   test_arithmetic<bf16>(0x1p-7f, "arithmetic, bf16");
   test_arithmetic<fp16>(0x1p-10f, "arithmetic, fp16");
   std::printf("%d failures\n", failures);

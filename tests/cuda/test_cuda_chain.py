@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from emulator.harness import TOLERANCES, Case, expected_of, make_tensors
+from emulator.harness import TOLERANCES, Case, expected_of, make_tensors, plan_of, replace
 from test_emulated_chain import HALVES, SETTINGS, SINGLES, WIDTHS
+from test_emulated_cluster import SHARED, SHARED_SETTINGS
 
 from res2net_fused import hierarchical_conv2d
 from res2net_fused.backends import native_cuda
@@ -23,6 +24,9 @@ ODD = [Case(26, 4, 3, 57, 33), Case(52, 4, 2, 29, 31), Case(104, 4, 5, 15, 13), 
 PUBLISHED = [Case(w << i, s, 3, 56 >> i, 56 >> i) for w, s in ((26, 4), (14, 8), (48, 2)) for i in range(4)]
 IN_TF32 = [case for case in SINGLES if not case.pad] + [Case(**{**c.__dict__, "dtype": torch.float32}) for c in ODD + PUBLISHED]
 CASES = [case for case in WIDTHS + SETTINGS + ODD + PUBLISHED if not case.pad]
+# Batches of one and two are what clusters share; the odd number of images leaves the last CTA with less than its part.
+SMALL = [replace(case, images=images) for case in ODD + PUBLISHED for images in (1, 2)]
+CLUSTERS = [case for case in SHARED + SHARED_SETTINGS if not case.pad]
 
 
 def on_gpu(case, tensors):
@@ -38,7 +42,7 @@ def run(case, tensors, **options):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SMALL, ids=str)
 def test_exact_for_integers(case, dtype, poisoned_memory):
     case = Case(**{**case.__dict__, "dtype": dtype})
     tensors = make_tensors(case, True, 1)
@@ -47,7 +51,7 @@ def test_exact_for_integers(case, dtype, poisoned_memory):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", ODD + PUBLISHED, ids=str)
+@pytest.mark.parametrize("case", ODD + PUBLISHED + SMALL, ids=str)
 def test_close_for_random_numbers(case, dtype, poisoned_memory):
     case = Case(**{**case.__dict__, "dtype": dtype})
     tensors = make_tensors(case, False, 1)
@@ -69,6 +73,18 @@ def test_float32_is_multiplied_in_tf32(case, integers, poisoned_memory):
 def test_float32_is_refused_where_tf32_is_not_allowed():
     with convolution_precision("float32"), pytest.raises(RuntimeError, match="fp32_precision is 'ieee'"):
         run(SINGLES[3], make_tensors(SINGLES[3], True, 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs clusters")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", CLUSTERS, ids=str)
+def test_every_way_to_share_is_exact_for_integers(case, dtype, poisoned_memory, monkeypatch):
+    """The launches that the emulator runs, cut by hand."""
+    case = replace(case, dtype=dtype)
+    monkeypatch.setattr(native_cuda, "plan_chain", lambda problem, limits: plan_of(case)._replace(**case.tile))
+    tensors = make_tensors(case, True, 1)
+    out = run(case, tensors).permute(0, 2, 3, 1).cpu()
+    assert torch.equal(out.double(), expected_of(case, *tensors))
 
 
 @pytest.mark.parametrize("case", [ODD[0], ODD[2], SETTINGS[0]], ids=str)

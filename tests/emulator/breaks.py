@@ -13,10 +13,11 @@ from . import harness
 from .harness import Case
 
 # Statements that order memory accesses. Each stands on a line of its own in the kernel.
-ORDERING = re.compile(r"^\s*(sync_cta|sync_warp|copy_async_wait|copy_async_commit)\(.*\);")
+ORDERING = re.compile(r"^\s*(sync_cta|sync_warp|cluster_arrive|cluster_wait|copy_async_wait|copy_async_commit)\(.*\);")
 FLAGS = ("-O1", "-w")
 _STRIP = {"whole": 0, "images": 1}
 _WHOLE = {"whole": 1, "slices": 9, "stages": 2}
+_CLUSTER = {"instance": harness.INSTANCES.index("cluster_c2t2"), "images": 1, "warps_n": 1}
 # Weights that stay and weights that stream; one CTA for a part of an image, and for several images.
 CASES = {
     "strips": Case(26, 4, 2, 9, 7, tile=_STRIP | {"rows": 4, "columns": 7, "warps_m": 3, "slices": 18, "stages": 2}),
@@ -28,6 +29,15 @@ CASES = {
     "added": Case(28, 4, 1, 9, 7, settings={"passthrough": "first_added"}, tile=_STRIP | {"rows": 4, "columns": 7}),
     "odd": Case(27, 3, 1, 5, 6, torch.float32),
     "w14": Case(14, 8, 1, 5, 17, tile=_STRIP | {"rows": 2, "columns": 9, "warps_m": 4, "slices": 3, "stages": 4}),
+    # Of the cluster kernel: rows and channels shared, and several passes of warps that share their sums; then weights that
+    # stream, and whole images whose channels are shared.
+    "parts": Case(26, 4, 1, 9, 11, clusters=True, tile=_CLUSTER | {
+        "whole": 0, "rows": 5, "columns": 11, "row_parts": 2, "channel_parts": 2, "warps_m": 1, "warps_k": 2,
+        "slices": 18, "stages": 2,
+    }),
+    "shared": Case(26, 4, 1, 5, 6, clusters=True, tile=_CLUSTER | _WHOLE | {
+        "rows": 5, "columns": 6, "row_parts": 1, "channel_parts": 2, "warps_m": 2, "warps_k": 3, "stages": 3,
+    }),
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "cuda/chain/chain_kernel.cuh"
+#include "cuda/chain/cluster_kernel.cuh"
 #include "plan/chain_plan.h"
 
 using namespace res2net_fused::chain;
@@ -18,55 +18,72 @@ struct Call {
     int x_pixel, x_slot, out_pixel, out_slot, fill_channels, first_group, passed_group, pool, add_passed;
     float lower, upper;
     int instance, type;
-    int rows, columns, tile_images, whole, warps_m, warps_n, slices, stages;  // rows 0: as the plan says
+    int rows, columns, tile_images, whole, warps_m, warps_n, slices, stages;
+    int row_parts, channel_parts, warps_k;
     uint64_t seed;
     int checks;
 };
 
 template <class Element, int DEPTHS, int COLUMNS, int TILES> void run_chain(const ChainArguments& arguments) {
-    ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments).run();
+    ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments, block_index()).run();
 }
 
+template <class Element, int COLUMNS, int TILES> void run_cluster(const ChainArguments& arguments) {
+    ClusterCta<Element, COLUMNS, TILES>(arguments).run();
+}
+
+using Kernel = void (*)(const ChainArguments&);
 struct Entry {
-    int columns, depths;
-    void (*run[DATA_TYPES])(const ChainArguments&);
+    Kernel run[DATA_TYPES];
 };
 
 template <int DEPTHS, int COLUMNS, int TILES> Entry entry() {
-    Entry made{COLUMNS, DEPTHS, {}};
+    Entry made{};
     made.run[FP16] = run_chain<fp16, DEPTHS, COLUMNS, TILES>;
     made.run[BF16] = run_chain<bf16, DEPTHS, COLUMNS, TILES>;
     if constexpr (instance_runs(DEPTHS, TF32)) made.run[TF32] = run_chain<tf32, DEPTHS, COLUMNS, TILES>;
     return made;
 }
+template <int COLUMNS, int TILES> Entry cluster_entry() {
+    return {{run_cluster<fp16, COLUMNS, TILES>, run_cluster<bf16, COLUMNS, TILES>, nullptr}};
+}
 
 #ifndef INSTANCES  // a build may choose its own
 #define INSTANCES(X) RES2NET_CHAIN_INSTANCES(X)
+#define CLUSTER_INSTANCES(X) RES2NET_CLUSTER_INSTANCES(X)
 #endif
 #define ENTRY(name, DEPTHS, COLUMNS, TILES, WARPS) \
     if (std::strcmp(wanted, #name) == 0) return entry<DEPTHS, COLUMNS, TILES>();
+#define CLUSTER_ENTRY(name, COLUMNS, TILES, WARPS) \
+    if (std::strcmp(wanted, #name) == 0) return cluster_entry<COLUMNS, TILES>();
 
 Entry find(const char* wanted) {
     INSTANCES(ENTRY)
-    return {0, 0, {}};
+    CLUSTER_INSTANCES(CLUSTER_ENTRY)
+    return {};
 }
 }  // namespace
 
 extern "C" {
-// Writes "kind|count|first finding" per line, and {bank ways, multiplies, switches, ctas, shared bytes}; -1: instance not built.
+// Writes "kind|count|first finding" per line, and {bank ways, multiplies, switches, ctas, shared bytes}; -1: instance not built,
+// -2: parts that do not fit together.
 int run_call(const Call* call, char* text, int size, int64_t* statistics) {
-    const Entry entry = find(INSTANCE_TABLE[call->instance].name);
+    const Instance& instance = INSTANCE_TABLE[call->instance];
+    const Entry entry = find(instance.name);
     const DataType type = DataType(call->type);
     if (!entry.run[type]) return -1;
-    const ChainWork work{call->images, call->height, call->width, call->channels, call->steps, call->stride, call->dilation, call->adds != 0, type};
-    const ChainTile tile{call->rows, call->columns, call->tile_images, call->whole != 0, call->warps_m, call->warps_n, call->slices, call->stages};
+    const ChainWork work{call->images, call->height, call->width, call->channels,
+                         call->steps, call->stride, call->dilation, call->adds != 0, type};
+    const ChainTile tile{call->rows, call->columns, call->tile_images, call->whole != 0, call->warps_m, call->warps_n,
+                         call->slices, call->stages, call->row_parts, call->channel_parts, call->warps_k};
+    if (call->instance >= STRIP_INSTANCES && !parts_fit(work, tile, instance.columns)) return -2;
     ChainArguments a{};
     a.x = call->x, a.weight = call->weight, a.bias = call->bias, a.out = call->out;
     a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};
     a.fill_channels = call->fill_channels;
     a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool, a.add_passed = call->add_passed != 0;
     a.lower = call->lower, a.upper = call->upper;
-    a.geometry = make_geometry(work, tile, entry.depths, entry.columns);
+    a.geometry = geometry_of(work, tile, call->instance);
     set_moves(a, type);
     const ChainGeometry& g = a.geometry;
     const size_t pixels = size_t(work.images) * work.height * work.width;
@@ -74,9 +91,10 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     const emulator::Launch launch{
         g.ctas(), g.threads(), g.shared_bytes, call->seed, call->checks != 0,
         {{"x", a.x, pixels * a.x_slots.pixel * bytes_of(type), false},
-         {"weight", a.weight, size_t(g.steps) * g.chunks * g.stage_bytes, false},
+         {"weight", a.weight, size_t(g.steps) * work.slices() * g.packed_columns * 256, false},
          {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false},
-         {"out", a.out, out_pixels * a.out_slots.pixel * bytes_of(type), true}}};
+         {"out", a.out, out_pixels * a.out_slots.pixel * bytes_of(type), true}},
+        exchanges(work, tile) ? tile.row_parts * tile.channel_parts : 1};
     const emulator::Report report = emulator::run(launch, [&] { entry.run[type](a); });
     int used = 0;
     text[0] = 0;
@@ -90,8 +108,8 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
 }
 
 // The plan for a device with these limits; 0, or why there is none as text.
-int plan_call(const int64_t* problem, const int64_t* device, int64_t* plan, char* text, int size) {
-    const std::vector<int64_t> found = plan_as_numbers(problem, device, text, size);
+int plan_call(const int64_t* problem, const int64_t* device, int clusters, int64_t* plan, char* text, int size) {
+    const std::vector<int64_t> found = plan_as_numbers(problem, device, text, size, clusters != 0);
     if (found.empty()) return -1;
     std::memcpy(plan, found.data(), found.size() * sizeof(int64_t));
     return 0;

@@ -1,5 +1,5 @@
-// The host build of csrc/cuda/chain/hardware.h: every thread of a CTA is a fiber, picked in a seeded random order, and every access to
-// shared or global memory, every barrier and every warp-wide instruction is checked.
+// The host build of csrc/cuda/chain/hardware.h: every thread of a CTA, or of all CTAs of a cluster, is a fiber, picked in a seeded
+// random order, and every access to shared or global memory, every barrier and every warp-wide instruction is checked.
 #pragma once
 #include <bit>
 #include <cstddef>
@@ -21,8 +21,9 @@ struct SharedPtr {
 };
 
 namespace emulator {
-enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, KINDS };
-inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race", "in-flight", "divergence"};
+enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, KINDS };
+inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",
+                                                   "in-flight",     "divergence", "lifetime"};
 
 struct Buffer { const char* name; const void* begin; size_t bytes; bool writable; };
 
@@ -31,6 +32,7 @@ struct Launch {
     uint64_t seed;
     bool checks;  // false: only compute, for speed
     std::vector<Buffer> buffers;
+    int cluster = 1;  // blocks that run together and reach each other's shared memory
 };
 
 struct Report {
@@ -55,6 +57,9 @@ void commit_copies();
 void wait_copies(int pending);
 void sync_cta(const Where& where);
 void sync_warp(const Where& where);
+void cluster_arrive(const Where& where);
+void cluster_wait(const Where& where);
+void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where);
 void load_matrix(SharedPtr row, FragmentA* a, const Where& where);
 void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::chain::DataType type, const Where& where);
 uint16_t round_to_bf16(float value);
@@ -69,6 +74,12 @@ inline int block_index() { return emulator::block_index(); }
 
 inline void sync_cta(Where where = Where::current()) { emulator::sync_cta(where); }
 inline void sync_warp(Where where = Where::current()) { emulator::sync_warp(where); }
+
+inline void cluster_arrive(Where where = Where::current()) { emulator::cluster_arrive(where); }
+inline void cluster_wait(Where where = Where::current()) { emulator::cluster_wait(where); }
+inline void remote_store(SharedPtr to, int rank, Bytes16 value, Where where = Where::current()) {
+    emulator::remote_store(to, rank, value, where);
+}
 
 template <class T> T shared_load(SharedPtr from, Where where = Where::current()) {
     T value;

@@ -29,7 +29,8 @@ KERNEL = pathlib.Path("cuda/chain/chain_kernel.cuh")  # under csrc/
 FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas -ftrivial-auto-var-init=pattern".split()
 # Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster.
 KERNEL_FLAGS = ("-O1",)
-INSTANCES = [name for name, *_ in re.findall(r"X\((d\w+), (\d+)", (ROOT / "csrc/plan/instances.h").read_text())]
+_ROWS = r"X\(((?:d|cluster_)\w+)((?:, \d+)+)\)"
+INSTANCES = [name for name, _ in re.findall(_ROWS, (ROOT / "csrc/plan/instances.h").read_text())]
 
 
 def includes(csrc: pathlib.Path) -> list[str]:
@@ -54,27 +55,31 @@ def compile_cached(sources: list[pathlib.Path], flags: list[str], csrc: pathlib.
 
 @functools.cache
 def emulator_object() -> pathlib.Path:
-    return compile_cached([HERE / "emulator.cpp"], ["-O2", "-c"], ROOT / "csrc", ".o")
+    return compile_cached([HERE / "emulator.cpp", HERE / "memory.cpp"], ["-O2", "-r"], ROOT / "csrc", ".o")
 
 
 @functools.cache
 def plan_object() -> pathlib.Path:
-    return compile_cached([ROOT / "csrc/plan/chain_plan.cpp"], ["-O2", "-c"], ROOT / "csrc", ".o")
+    return compile_cached(sorted((ROOT / "csrc/plan").glob("c*_plan.cpp")), ["-O2", "-r"], ROOT / "csrc", ".o")
 
 
 @functools.cache
 def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str, ...] = KERNEL_FLAGS) -> ctypes.CDLL:
     """The emulated kernel of one instance, from the sources under `csrc`."""
     row = re.search(rf"X\(({instance}, [^)]*)\)", (csrc / "plan/instances.h").read_text())
+    kinds = ("CLUSTER_INSTANCES", "INSTANCES") if instance.startswith("cluster") else ("INSTANCES", "CLUSTER_INSTANCES")
+    chosen = [f"-D{kinds[0]}(X)=X({row[1]})", f"-D{kinds[1]}(X)="]
     sources = [HERE / "chain_host.cpp", emulator_object(), plan_object()]
-    return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", f"-DINSTANCES(X)=X({row[1]})"], csrc, ".so")))
+    return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", *chosen], csrc, ".so")))
 
 
 _INTS = (
     "images height width channels steps stride dilation adds "
     "x_pixel x_slot out_pixel out_slot fill_channels first_group passed_group pool add_passed"
 ).split()
-_TILE = "instance type rows columns tile_images whole warps_m warps_n slices stages".split()
+_TILE = (
+    "instance type rows columns tile_images whole warps_m warps_n slices stages row_parts channel_parts warps_k"
+).split()
 
 
 class Call(ctypes.Structure):  # as in chain_host.cpp
@@ -91,6 +96,7 @@ class Call(ctypes.Structure):  # as in chain_host.cpp
 class Case:
     """One call and how it is cut. width: channels of a group; height, columns: of x. tile: fields of `native_cuda.Tile`.
 
+    clusters: whether the plan may choose the cluster kernel.
     pad: channels by which every slot of x and out is wider than the group. fill: whether those of out are written as zeros.
     """
 
@@ -103,6 +109,7 @@ class Case:
     settings: dict[str, object] = field(default_factory=dict)
     pad: int = 0
     fill: bool = False
+    clusters: bool = False
     tile: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -119,6 +126,7 @@ class Case:
             [f"{k}={v}" for k, v in (self.settings | self.tile).items()]
             + [f"pad{self.pad}"] * bool(self.pad)
             + ["filled"] * self.fill
+            + ["clusters"] * self.clusters
         )
         return "-".join(words)
 
@@ -136,7 +144,7 @@ class Run:
 
 
 def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -> native_cuda.Plan:
-    """The plan that the shipped chooser makes for this call on such a device."""
+    """The plan that the shipped chooser makes for this call on such a device, among the kernels that the case asks for."""
     lib = library("d1c2t4")  # every library holds the plan
     c = case.config
     problem = (ctypes.c_int64 * 10)(
@@ -144,7 +152,7 @@ def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -
         c.passthrough != "none", native_cuda.TYPES[case.dtype],
     )  # fmt: skip
     numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
-    if lib.plan_call(problem, (ctypes.c_int64 * 7)(*device), numbers, text, len(text)):
+    if lib.plan_call(problem, (ctypes.c_int64 * 7)(*device), case.clusters, numbers, text, len(text)):
         raise ValueError(text.value.decode())
     return native_cuda.Plan(*numbers)
 
@@ -214,11 +222,12 @@ def launch(
         x.pixel, x.slot, out.pixel, out.slot, fill, c.first_convolved, -1 if passed is None else passed,
         native_cuda.POOLS[c.pool], c.passthrough == "first_added", *native_cuda.CLAMPS[c.activation],
         plan.instance, native_cuda.TYPES[case.dtype],
-        plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n, plan.slices, plan.stages, seed, 1,
+        plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n, plan.slices, plan.stages,
+        plan.row_parts, plan.channel_parts, plan.warps_k, seed, 1,
     )  # fmt: skip
     text, statistics = ctypes.create_string_buffer(1 << 14), (ctypes.c_int64 * 5)()
-    if library(instance, csrc, flags).run_call(ctypes.byref(call), text, len(text), statistics):
-        raise AssertionError(f"{instance} is not in this build")
+    failed = library(instance, csrc, flags).run_call(ctypes.byref(call), text, len(text), statistics)
+    assert failed == 0, f"{instance} is not in this build" if failed == -1 else f"{plan} does not fit together"
     rows = [line.split("|", 2) for line in text.value.decode().splitlines()]
     return {kind: (int(count), first) for kind, count, first in rows}, list(statistics)
 

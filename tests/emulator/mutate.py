@@ -24,7 +24,8 @@ def rotated(items: list, start: int, count: int = FIVE) -> list:
 
 def noticed(removal: breaks.Removal) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        return breaks.red_checks(breaks.remove(Path(folder), removal), ("strips", "stream", "added"), enough=1)
+        cases = ("parts", "shared") if removal.file.stem.startswith("cluster") else ("strips", "stream", "added")
+        return breaks.red_checks(breaks.remove(Path(folder), removal), cases, enough=1)
 
 
 def main(arguments: list[str] | None = None) -> int:

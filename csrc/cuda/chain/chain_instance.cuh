@@ -9,7 +9,7 @@ namespace res2net_fused::chain {
 
 template <class Element, int DEPTHS, int COLUMNS, int TILES, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, 1) chain_kernel(const __grid_constant__ ChainArguments arguments) {
-  ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments).run();
+  ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments, block_index()).run();
 }
 
 template <class Element, int DEPTHS, int COLUMNS, int TILES, int WARPS>

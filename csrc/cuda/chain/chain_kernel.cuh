@@ -38,14 +38,15 @@ struct ChainCta {
   unsigned char* out;
   SharedPtr shared;
   int thread, lane, warp_m, warp_n, threads;
+  int first_channel = 0;                     // that this CTA computes
   int first_image, first_row, first_column;  // image, row and column that line 0 and column 0 of the strip stand for
 
-  DEVICE explicit ChainCta(const ChainArguments& arguments)
+  // block: counts the parts of the images, see ChainGeometry.
+  DEVICE ChainCta(const ChainArguments& arguments, int block)
       : a(arguments), g(arguments.geometry), shared(shared_memory()), thread(thread_index()), lane(thread % 32) {
     warp_n = thread / 32 % g.warps_n;
     warp_m = thread / 32 / g.warps_n;
     threads = 32 * g.warps_m * g.warps_n;
-    const int block = block_index();
     const int column_block = block % g.column_blocks;
     const int row_block = block / g.column_blocks % g.row_blocks;
     first_image = block / g.column_blocks / g.row_blocks * g.tile_images;
@@ -175,19 +176,23 @@ struct ChainCta {
   }
   template <int MOVE>
   DEVICE void start_group_by(int step) const {
+    start_lines<MOVE>(step, step * g.shrink, 0, a.by_load_pieces);
+  }
+  // From line `first_line` on, but for as many at the other end; of each pixel's bytes the pieces from `first_byte` on.
+  template <int MOVE>
+  DEVICE void start_lines(int step, int first_line, int first_byte, const FastDivisor& by_pieces) const {
     const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * BYTES;
     const SharedPtr to = strip(step);
-    const int pieces = int(a.by_load_pieces.divisor);
-    const int first_line = step * g.shrink;
+    const int pieces = int(by_pieces.divisor);
     const int end = (g.lines - 2 * first_line) * g.stored * pieces;
     for (int i = thread; i < end; i += threads) {
-      const int stored = a.by_load_pieces.divide(i);
-      const int piece = i - stored * pieces;
+      const int stored = by_pieces.divide(i);
+      const int byte = first_byte + (i - stored * pieces) * MOVE;
       const int line = g.by_stored.divide(stored);
       const Pixel p = pixel_at(first_line + line, stored - line * g.stored);
-      if (!p.valid) continue;
-      const int left = BYTES * g.channels - piece * MOVE;
-      copy_async<MOVE>(to + channel_offset(slot_of(p.line, p.column), piece * (MOVE / BYTES)), from + x_offset(p) + piece * MOVE,
+      const int left = BYTES * g.channels - byte;
+      if (!p.valid || left <= 0) continue;
+      copy_async<MOVE>(to + channel_offset(slot_of(p.line, p.column), byte / BYTES), from + x_offset(p) + byte,
                        left < MOVE ? left : MOVE);
     }
   }
@@ -215,16 +220,17 @@ struct ChainCta {
 
   // ---- the group that passes through ----
 
-  DEVICE void pass_group() const {
+  DEVICE void pass_group() const { pass_group(thread, threads); }
+  DEVICE void pass_group(int first, int sharers) const {  // the pieces that are this thread's
     if (a.passed_group < 0) return;
     if (a.pool != NO_POOL)
-      pool_group();
+      pool_group(first, sharers);
     else if (a.copy_bytes == 16)
-      copy_group<16>();
+      copy_group<16>(first, sharers);
     else if (a.copy_bytes == 8)
-      copy_group<8>();
+      copy_group<8>(first, sharers);
     else
-      copy_group<4>();
+      copy_group<4>(first, sharers);
   }
   DEVICE int owned_pixels() const { return g.tile_images * g.rows * g.columns; }
   // The pixel of x at the middle of the window of an owned output pixel, all of which are numbered image by image.
@@ -235,10 +241,10 @@ struct ChainCta {
     return pixel_at(line, g.owned_column + (index - row * g.columns) * g.stride);
   }
   template <int MOVE>
-  DEVICE void copy_group() const {
+  DEVICE void copy_group(int first, int sharers) const {
     using Vector = typename VectorOf<MOVE>::type;
     const int pieces = int(a.by_copy_pieces.divisor);
-    for (int i = thread; i < owned_pixels() * pieces; i += threads) {
+    for (int i = first; i < owned_pixels() * pieces; i += sharers) {
       const int index = a.by_copy_pieces.divide(i);
       const Pixel p = owned_pixel(index);
       if (!p.valid) continue;
@@ -250,9 +256,9 @@ struct ChainCta {
   DEVICE const unsigned char* passed_x(const Pixel& p) const {
     return x + x_offset(p) + a.passed_group * a.x_slots.slot * BYTES;
   }
-  DEVICE void pool_group() const {  // 3x3 average, padding 1
+  DEVICE void pool_group(int first, int sharers) const {  // 3x3 average, padding 1
     const int pieces = int(a.by_copy_pieces.divisor);
-    for (int i = thread; i < owned_pixels() * pieces; i += threads) {
+    for (int i = first; i < owned_pixels() * pieces; i += sharers) {
       const int index = a.by_copy_pieces.divide(i);
       const Pixel p = owned_pixel(index);
       if (!p.valid) continue;
@@ -296,17 +302,23 @@ struct ChainCta {
 
   // sums += the products of one chunk of K slices; base: the slots of this lane's rows of the mma's A.
   DEVICE void multiply_chunk(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
-                             int first_slice) const {
+                             int chunk) const {
+    multiply_slices(sums, base, step, weights, chunk * g.chunk_slices, 0, RES2NET_CHAIN_UNROLL);
+  }
+  // RES2NET_CHAIN_UNROLL slices of every `stride` in a chunk, from the `begin`th on.
+  DEVICE void multiply_slices(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
+                              int first_slice, int begin, int stride) const {
+    const int slice_bytes = g.part_columns * 32 * int(sizeof(FragmentB));
     const SharedPtr source = strip(step);
-    SharedPtr weight = weights + (warp_n * COLUMNS * 32 + lane) * int(sizeof(FragmentB));
+    SharedPtr weight = weights + begin * slice_bytes + (warp_n * COLUMNS * 32 + lane) * int(sizeof(FragmentB));
 #pragma unroll 1
-    for (int slice = first_slice; slice < first_slice + g.chunk_slices; slice += RES2NET_CHAIN_UNROLL) {
+    for (int slice = first_slice + begin; slice < first_slice + g.chunk_slices; slice += stride) {
 #pragma unroll
       for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
         FragmentB b[COLUMNS];
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++) b[j] = shared_load<FragmentB>(weight + j * 32 * int(sizeof(FragmentB)));
-        weight = weight + g.packed_columns * 32 * int(sizeof(FragmentB));
+        weight = weight + slice_bytes;
         const int tap = depths_divide(slice + k);
         const int depth = slice + k - tap * depths();
         const int shift = ((tap / 3 - 1) * g.pitch + tap % 3 - 1) * g.dilation;
@@ -316,6 +328,7 @@ struct ChainCta {
           multiply<Element>(sums[tile], matrix, b);
         }
       }
+      weight = weight + (stride - RES2NET_CHAIN_UNROLL) * slice_bytes;
     }
   }
 
@@ -329,7 +342,7 @@ struct ChainCta {
     const int slot = slot_of(p.line, p.column);
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
-      const int channel = (warp_n * COLUMNS + j) * 8 + lane % 4 * 2;
+      const int channel = first_channel + (warp_n * COLUMNS + j) * 8 + lane % 4 * 2;
       if (channel >= a.fill_channels) continue;
       const bool real = channel < g.channels;
       const auto bias = global_load<Float2>(a.bias + step * g.packed_columns * 8 + channel);
@@ -359,18 +372,39 @@ struct ChainCta {
     global_store(to + channel * BYTES, y);
   }
 
-  DEVICE void run() const {
-    ChunkCursor fetch;  // the next chunk of weights to start copying
-    start_weights(fetch);
+  // The positions of one pass of this warp, of which the first is number `first`.
+  DEVICE void finish_pass(const Accumulator (&sums)[TILES][COLUMNS], int step, int /*pass*/, int first) const {
+    const int end = g.positions(step);
+    if (first >= end) return;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int position = first + tile * 16 + half * 8 + lane / 4;
+        if (position < end) finish(sums[tile], half, step, position);
+      }
+    }
+  }
+
+  // What cluster_kernel.cuh does besides.
+  DEVICE void strips_are_clear() const {}
+  DEVICE void finish_step(int /*step*/) const {}
+
+  DEVICE void run() const { run(*this); }
+  template <class Cta>
+  DEVICE void run(const Cta& cta) const {  // cta: this object, as its own type
+    ChunkCursor fetch;                     // the next chunk of weights to start copying
+    cta.start_weights(fetch);
     clear_strips();
     sync_cta();  // cleared before the copies land
-    start_group(0);
+    cta.strips_are_clear();
+    cta.start_group(0);
     for (int ahead = 1; ahead < g.stages; ahead++) {
       copy_async_commit();
       advance(fetch);
-      if (ahead + 1 < g.stages) start_weights(fetch);
+      if (ahead + 1 < g.stages) cta.start_weights(fetch);
     }
-    pass_group();
+    cta.pass_group();
     if (a.add_passed) {
       copy_async_wait(g.stages - 2);
       sync_cta();  // x of the first group is there
@@ -403,33 +437,26 @@ struct ChainCta {
           if (g.chunks > 1 || pass == 0) {
             copy_async_wait(g.stages - 2 + (since_group < g.stages ? 1 : 0));
             sync_cta();  // this chunk and this step's strip are there; nobody reads the chunk before, or the other strip
-            start_weights(fetch);
+            cta.start_weights(fetch);
             copy_async_commit();
             advance(fetch);
             if (++stage_in_use >= g.stages) stage_in_use = 0;
             since_group++;
             if (more && pass == 0 && chunk == 0) {
-              start_group(step + 1);
+              cta.start_group(step + 1);
               copy_async_commit();
               since_group = 1;
             }
           }
-          if (first < end) multiply_chunk(sums, base, step, stage(stage_in_use), chunk * g.chunk_slices);
+          if (first < end) cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk);
         }
         if (more && pass == 0) {
           copy_async_wait(g.chunks - 1);
           sync_cta();  // x of the next group is there, for y to be added
         }
-        if (first >= end) continue;
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const int position = first + tile * 16 + half * 8 + lane / 4;
-            if (position < end) finish(sums[tile], half, step, position);
-          }
-        }
+        cta.finish_pass(sums, step, pass, first);
       }
+      cta.finish_step(step);
     }
   }
 };

@@ -6,4 +6,5 @@
 #define RES2NET_DECLARE_LAUNCHER(name, ...) \
   extern "C" int res2net_fused_launch_##name(const res2net_fused::chain::ChainArguments* arguments, int type, void* stream);
 RES2NET_CHAIN_INSTANCES(RES2NET_DECLARE_LAUNCHER)
+RES2NET_CLUSTER_INSTANCES(RES2NET_DECLARE_LAUNCHER)
 #undef RES2NET_DECLARE_LAUNCHER

@@ -20,7 +20,8 @@ using namespace res2net_fused::chain;
 using torch::stable::Tensor;
 
 #define RES2NET_LAUNCHER(name, ...) res2net_fused_launch_##name,
-int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)};
+int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)
+                                                                   RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER)};
 #undef RES2NET_LAUNCHER
 
 DataType type_of(torch::headeronly::ScalarType dtype) {
@@ -35,12 +36,12 @@ int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// plan: the first nine numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group,
-// passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, the channels of a slot to be written, and whether the passed group is added to the first convolved one. float32 is
-// multiplied in TF32.
+// plan: the first twelve numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group,
+// passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, the channels of a slot to be written, and
+// whether the passed group is added to the first convolved one. float32 is multiplied in TF32.
 void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<int64_t> plan, std::vector<int64_t> settings,
                 double lower, double upper) {
-  STD_TORCH_CHECK(plan.size() >= 9, "plan: expected at least 9 numbers, got ", plan.size());
+  STD_TORCH_CHECK(plan.size() >= 12, "plan: expected at least 12 numbers, got ", plan.size());
   STD_TORCH_CHECK(settings.size() == 14, "settings: expected 14 numbers, got ", settings.size());
   STD_TORCH_CHECK(x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: expected four dimensions");
@@ -57,16 +58,22 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   work.stride = narrow("stride", settings[2]), work.dilation = narrow("dilation", settings[3]), work.adds = settings[4] != 0;
   work.type = type;
   const int index = narrow("instance", plan[0]);
-  STD_TORCH_CHECK(work.channels >= 1 && work.channels % pair == 0 && index == instance_for(work.channels, type),
+  const bool shared = index >= STRIP_INSTANCES && index < INSTANCES_COUNT && INSTANCE_TABLE[index].runs(type);
+  STD_TORCH_CHECK(work.channels >= 1 && work.channels % pair == 0 && (shared || index == instance_for(work.channels, type)),
                   "plan: instance ", index, " does not run groups of ", work.channels, " channels");
   ChainTile tile;
   tile.rows = narrow("rows", plan[1]), tile.columns = narrow("columns", plan[2]), tile.images = narrow("images", plan[3]);
   tile.whole = plan[4] != 0;
   tile.warps_m = narrow("warps_m", plan[5]), tile.warps_n = narrow("warps_n", plan[6]);
   tile.slices = narrow("slices", plan[7]), tile.stages = narrow("stages", plan[8]);
+  tile.row_parts = narrow("row parts", plan[9]), tile.channel_parts = narrow("channel parts", plan[10]);
+  tile.warps_k = narrow("warps_k", plan[11]);
+  STD_TORCH_CHECK(shared ? parts_fit(work, tile, INSTANCE_TABLE[index].columns)
+                                           : tile.row_parts * tile.channel_parts * tile.warps_k == 1,
+                  "plan: ", tile.row_parts, " x ", tile.channel_parts, " parts do not make up the images and channels");
 
   ChainArguments a{};
-  a.geometry = make_geometry(work, tile, INSTANCE_TABLE[index].depths, INSTANCE_TABLE[index].columns);
+  a.geometry = geometry_of(work, tile, index);
   STD_TORCH_CHECK(weight.numel() == int64_t(work.steps) * work.slices() * a.geometry.packed_columns * (256 / bytes),
                   "weight: ", weight.numel(), " elements are not the packed weights of this plan");
   STD_TORCH_CHECK(bias.numel() == int64_t(work.steps) * a.geometry.packed_columns * 8, "bias: not the packed biases of this plan");
@@ -79,8 +86,9 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   a.x_slots = {narrow("x pixel pitch", settings[8]), narrow("x slot pitch", settings[9])};
   a.out_slots = {narrow("out pixel pitch", settings[10]), narrow("out slot pitch", settings[11])};
   a.fill_channels = narrow("filled channels", settings[12]);
-  STD_TORCH_CHECK(a.fill_channels >= work.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.geometry.packed_columns * 8 &&
-                      a.fill_channels <= a.out_slots.slot,
+  STD_TORCH_CHECK(a.fill_channels >= work.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.out_slots.slot &&
+                      a.fill_channels <= a.geometry.packed_columns * 8 &&
+                      a.fill_channels <= a.geometry.part_columns * a.geometry.channel_parts * 8,
                   "settings: ", a.fill_channels, " channels of a slot cannot be written");
   a.add_passed = settings[13] != 0;
   STD_TORCH_CHECK(!a.add_passed || a.passed_group >= 0, "settings: no group passes that could be added");

@@ -65,6 +65,29 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
+// Thread-block clusters, from sm_90 on; kernels for older devices hold the calls but are not launched that way.
+// Every thread of the cluster arrives and then waits: what one did before it arrived is visible to all after they waited.
+DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// To the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
+DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.v4.b32 [there], {%2, %3, %4, %5};}" ::"r"(
+          to.address()),
+      "r"(rank), "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+      : "memory");
+#endif
+}
+
 template <class T>
 DEVICE T shared_load(SharedPtr from) {
   return *reinterpret_cast<const T*>(from.bytes);

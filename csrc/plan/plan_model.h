@@ -1,0 +1,84 @@
+// What the plans of the strip kernel and of the cluster kernel count alike.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "plan/chain_plan.h"
+#include "plan/device_model.h"
+
+namespace res2net_fused::chain {
+
+constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;  // offsets within an image are ints
+constexpr int MAX_POSITIONS = 1 << 15;                    // keeps FastDivisor exact
+
+// Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
+constexpr double COPY_INSTRUCTIONS = 26;     // one cp.async with its index arithmetic
+constexpr double FINISH_PER_ROW = 45;        // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 16;     // and of each pair of channels in it
+constexpr double BARRIER_CYCLES = 60;        // per chunk of weights
+constexpr double STEP_CYCLES = 900;          // filling and draining the pipelines around a convolution
+constexpr double START_CYCLES = 2600;        // first loads and their latency
+
+// Of the tensor cores' and shared memory's peak, what a main loop reaches with so many warps per scheduler to hide latencies.
+inline double overlap(int warps_per_scheduler) {
+  return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55;
+}
+
+inline int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
+
+inline int resident_ctas(const ChainGeometry& g, const Instance& instance, const DeviceLimits& device) {
+  const int by_shared = device.shared_per_multiprocessor / (g.shared_bytes + 1024);  // the driver keeps 1 KiB of each
+  const int by_registers = device.registers_per_multiprocessor / (registers_of(instance) * g.threads());
+  const int by_threads = (device.major == 8 && device.minor > 0 ? 1536 : 2048) / g.threads();
+  return std::min({by_shared, by_registers, by_threads});
+}
+
+// All of a plan but the time.
+inline void set_launch(const ChainWork& work, bool passes, const ChainGeometry& g, int index, const ChainTile& tile,
+                       int resident, ChainPlan& plan) {
+  const Instance& instance = INSTANCE_TABLE[index];
+  plan.instance = index;
+  plan.tile = tile;
+  plan.ctas = g.ctas();
+  plan.threads = g.threads();
+  plan.shared_bytes = g.shared_bytes;
+  plan.ctas_per_multiprocessor = resident;
+  plan.packed_columns = g.packed_columns;
+  const int group_bytes = work.channels * bytes_of(work.type);  // of a pixel
+  const int64_t in = work.images * work.height * work.width * group_bytes;
+  const int64_t out = work.images * work.out_height() * work.out_width() * group_bytes;
+  plan.dram_bytes = (work.steps + passes) * (in + out) + int64_t(work.steps) * work.slices() * g.packed_columns * 256;
+  plan.flops = 2 * 9 * work.images * work.out_height() * work.out_width() * work.steps * work.channels * int64_t(work.channels);
+  plan.loaded_bytes = 0;
+  plan.mma_flops = 0;
+  for (int step = 0; step < work.steps; step++) {
+    const bool part = step > 0 && exchanges(work, tile);  // the rest comes from the other CTAs
+    const int64_t lines = g.lines - 2 * (part ? g.work_line(step - 1) : step * g.shrink);
+    const int64_t pixel_bytes = part ? std::min(group_bytes, g.part_columns * 16) : group_bytes;
+    const int tiles = divide_up(g.positions(step), 16 * instance.tiles);
+    const int weight_reads = g.chunks > 1 ? g.passes(step, instance.tiles) : 1;
+    plan.loaded_bytes += plan.ctas * (lines * g.stored * pixel_bytes + int64_t(weight_reads) * g.chunks * g.stage_bytes);
+    plan.mma_flops += int64_t(plan.ctas) * tiles * instance.tiles * g.part_columns * work.slices() * mma_flops(work.type);
+  }
+}
+
+// Copies into shared memory per pixel of `bytes`. Groups are dense in memory in the usual call: this is then the widest copy.
+inline int copies_of(int bytes) { return divide_up(bytes, bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4); }
+
+// What memory takes at the least, in seconds.
+inline double memory_seconds(const ChainWork& work, bool passes, const ChainPlan& plan, const DeviceRates& rates) {
+  const int64_t out = work.images * work.out_height() * work.out_width() * work.channels * bytes_of(work.type);
+  return std::max(plan.dram_bytes / rates.dram, (plan.loaded_bytes + (work.steps + passes) * out) / rates.l2);
+}
+
+// size, halved, a third, ... rounded up, each once
+inline std::vector<int> distinct_parts(int size, int most) {
+  std::vector<int> parts;
+  for (int count = 1; count <= std::min(size, most); count++) {
+    const int part = divide_up(size, count);
+    if (parts.empty() || parts.back() != part) parts.push_back(part);
+  }
+  return parts;
+}
+
+}  // namespace res2net_fused::chain
