@@ -5,7 +5,7 @@ import torch
 
 from res2net_fused import parity
 from res2net_fused.bench import providers
-from res2net_fused.bench.sweep import prepare_network
+from res2net_fused.bench.networks import MODELS, prepare_network
 from res2net_fused.bench.workloads import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,10 +19,11 @@ def time_module(benchmark):
     """Times one provider on a module in eval mode: `time_module(name, module, inputs)`."""
 
     def run(name, module, inputs):
-        if name not in providers.select(DEVICE, "any", peers="all"):
-            pytest.skip(f"{name} does not exist on {DEVICE}")
+        if name not in providers.select(DEVICE, "network", peers="all", dtype=DTYPE):
+            reason = providers.unavailable(DEVICE, DTYPE).get(name, f"does not exist on {DEVICE}")
+            pytest.skip(f"{name}: {reason}")
         providers.forget_compiled()
-        with parity.convolution_precision(DTYPE):
+        with parity.convolution_precision(DTYPE, DEVICE):
             contender = providers.contender(name, module, inputs, BACKEND)
 
             def once():
@@ -42,6 +43,8 @@ def time_case(time_module, benchmark):
 
     def run(name, workload, config, stage):
         case = Case(workload, config, stage, BATCH, DTYPE, DEVICE)
+        if providers.PROVIDERS[name].networks_only:
+            pytest.skip(f"{name} differs from ours in whole networks only")
         if name in providers.OURS:
             report = parity.check_case(case, BACKEND)
             assert report.ok, f"not timed, since the parity gate is red:\n{report}"
@@ -51,9 +54,9 @@ def time_case(time_module, benchmark):
     return run
 
 
-@pytest.fixture(scope="session")
-def network():
-    """Res2Net-50 on two photographs, compared with float64."""
-    case = prepare_network(DTYPE, DEVICE, BACKEND)
+@pytest.fixture(scope="session", params=MODELS)
+def network(request):
+    """A whole network on two photographs, compared with float64."""
+    case = prepare_network(MODELS[request.param], DTYPE, DEVICE, BACKEND)
     assert case.parity.ok, f"not timed, since the parity gate is red:\n{case.parity}"
     return case

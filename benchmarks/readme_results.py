@@ -20,7 +20,7 @@ from res2net_fused.bench import results  # noqa: E402
 from res2net_fused.bench.workloads import STAGES, Config  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-OURS = ("ours", "ours_graph", "triton", "cuda", "cpu")
+OURS = ("ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")
 _TITLES = {
     "chain": "Chains, BatchNorms folded on all sides",
     "block": "Normal blocks",

@@ -70,9 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "bench",
         _bench,
-        "check, then time scale s against latency beside eager PyTorch and torch.compile",
+        "check, then time scale s against latency beside eager PyTorch, torch.compile, ONNX Runtime and OpenVINO",
         "res2net-fused bench\n  res2net-fused bench --quick --no-network\n"
-        "  res2net-fused bench --scales 1-8 --batch 1,8 --out results/scales",
+        "  res2net-fused bench --scales 1-8 --batch 1,8 --out results/scales\n"
+        "  res2net-fused bench --configs 26w4s --model res2net50_26w4s,resnet50 --model-batch 1 --peers all",
     )
     _add_shapes(bench)
     bench.add_argument("--dtype", choices=_DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
@@ -81,10 +82,20 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         choices=("default", "all"),
         default="default",
-        help="default: eager, eager in channels-last, and for blocks torch.compile; all: every way to compile, everywhere",
+        help="default: eager, eager in channels-last, for blocks torch.compile, and on a CPU ONNX Runtime and OpenVINO where "
+        "they are installed (the extra 'peers'); all: also every way to compile, everywhere",
     )
-    bench.add_argument("--quick", action="store_true", help="batch 2, 26w4s and 14w8s, fewer repeats, no torch.compile")
-    bench.add_argument("--no-network", action="store_true", help="leave out Res2Net-50 on two photographs")
+    bench.add_argument(
+        "--quick", action="store_true", help="batch 2, 26w4s and 14w8s, one network, fewer repeats, no compiling or exporting"
+    )
+    networks = bench.add_mutually_exclusive_group()
+    networks.add_argument(
+        "--model",
+        type=_models,
+        help="whole networks, on two photographs: of res2net50_26w4s,res2net50_14w8s,resnet50 (default: all)",
+    )
+    networks.add_argument("--no-network", action="store_true", help="leave whole networks out")
+    bench.add_argument("--model-batch", type=_batches, help="of the networks, such as 1,8 (default: --batch, else 1,8)")
     bench.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON and PNG (default: results)")
 
     tune = _command(
@@ -143,6 +154,16 @@ def _configs(text: str) -> tuple[Config, ...]:
         return tuple(Config.parse(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _models(text: str) -> tuple[Config, ...]:
+    from .bench.networks import MODELS
+
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in MODELS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no network to time; allowed are {', '.join(MODELS)}")
+    return tuple(MODELS[name] for name in dict.fromkeys(names))
 
 
 def _scales(text: str) -> tuple[Config, ...]:
@@ -234,7 +255,9 @@ def _section(title: str, facts: dict[str, object]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from .bench.sweep import prepare_network, progress
+    from .bench.networks import prepare_network
+    from .bench.progress import progress
+    from .bench.schedule import FIGURE_CONFIGS
     from .parity import check_cases, unavailable_backends
 
     _resolve(options)
@@ -245,12 +268,12 @@ def _check(options: argparse.Namespace) -> int:
         slow = options.kind == "cpu" and dtype != "float32" and options.batch is None
         batches = (_SMALL_BATCH,) if slow else options.batches
         todo += cases(("chain", "block"), options.configs, batches, dtype, options.device, VARIANTS)
-    with progress("parity against float64", len(todo)) as advance:
-        report = check_cases(todo, options.backend, advance)
+    with progress("parity against float64", len(todo)) as bar:
+        report = check_cases(todo, options.backend, bar.update)
     if not options.no_network:
         print("Res2Net-50 on two photographs against float64", flush=True)
         for dtype in dtypes:
-            report += prepare_network(dtype, options.device, options.backend or "auto").parity
+            report += prepare_network(FIGURE_CONFIGS[0], dtype, options.device, options.backend or "auto").parity
     print(f"\n{report}\n")
     if options.backend is None:
         for name, reason in unavailable_backends(options.device).items():
@@ -260,9 +283,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from .bench.networks import MODELS
     from .bench.sweep import Settings, command_line, run_sweep
 
     _resolve(options)
+    models = options.model or tuple(MODELS.values())[: 1 if options.quick else None]
     settings = Settings(
         configs=options.configs,
         batches=options.batches,
@@ -271,7 +296,8 @@ def _bench(options: argparse.Namespace) -> int:
         backend=options.backend,
         peers=options.peers,
         quick=options.quick,
-        network=not options.no_network,
+        models=() if options.no_network else models,
+        model_batches=options.model_batch or options.batch or ((_SMALL_BATCH,) if options.quick else (1, 8)),
     )
     return run_sweep(settings, options.out, command_line(options.arguments))
 

@@ -105,12 +105,13 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 @contextmanager
-def convolution_precision(dtype: str) -> Iterator[None]:
+def convolution_precision(dtype: str, device: str | torch.device) -> Iterator[None]:
     """For "tf32" CUDA's fp32 convolutions and products may round to TF32, for "float32" they may not.
 
-    Half types leave the settings alone: once they are set, Inductor cannot read the older `allow_tf32`, and raises.
+    Half types and other devices leave the settings alone: once they are set, Inductor and torch.export cannot read the older
+    `allow_tf32`, and raise.
     """
-    if dtype not in ("float32", "tf32"):
+    if dtype not in ("float32", "tf32") or torch.device(device).type != "cuda":
         yield
         return
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
@@ -146,7 +147,7 @@ def check_case(case: Case, backend: str | None = None) -> ParityReport:
         chosen = [choose(problem, backend).name]
     stage = f"{case.stage} {case.variant}"
     rows = ParityReport()
-    with torch.inference_mode(), convolution_precision(case.dtype):
+    with torch.inference_mode(), convolution_precision(case.dtype, case.device):
         expected = copy.deepcopy(module).double()(x.double())
         eager_error = relative_error(module(x), expected)
         bound = forward_bound(case.dtype, eager_error)
@@ -184,7 +185,7 @@ def check_network(
     """
     names = [*(f"{stage} features" for stage in STAGES), "logits"]
     rows, largest = ParityReport(), {}
-    with torch.inference_mode(), convolution_precision(dtype):
+    with torch.inference_mode(), convolution_precision(dtype, images.device):
         expected = _features(copy.deepcopy(network).double(), images.double())
         eager = _features(network, images)
         with poisoned_allocations():

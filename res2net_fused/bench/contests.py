@@ -16,9 +16,9 @@ from ..accelerate import accelerate, freeze
 from ..backends.selection import choose, get_backend
 from ..models.res2net import LAYERS_50, Res2Net
 from ..parity import ParityReport, ParityRow, check_case, check_network, relative_error
-from ..reference import ReferenceBottle2neck
 from ..tolerances import network_bound
 from .measure import Contender, GraphedContender, Timing, measure
+from .networks import random_network
 from .photographs import calibrate
 from .providers import OURS, PROVIDERS, forget_compiled
 from .record_file import Row, failure_name
@@ -236,23 +236,10 @@ def _yardstick_key(unit: Unit) -> object:
 def make_row(unit: Unit, contestant: Contestant, timing: Timing, conditions: Conditions, least: float | None) -> Row:
     """least: milliseconds of the roofline, None where there is none to state."""
     name, graph = contestant
-    row = {
-        "workload": unit.workload,
-        "config": unit.config_name,
-        "stage": unit.stage,
-        "variant": unit.variant,
-        "batch": unit.batch,
-        "dtype": unit.dtype,
-        "device": conditions.device,
-        "provider": name,
-        "graph": graph,
-        "median_ms": timing.median_ms,
-        "p20_ms": timing.p20_ms,
-        "p80_ms": timing.p80_ms,
-        "peak_mb": timing.peak_mb,
-        "repeats": timing.repeats,
-        "run": conditions.run,
-    }
+    row = timing.row(
+        workload=unit.workload, config=unit.config_name, stage=unit.stage, variant=unit.variant, batch=unit.batch,
+        dtype=unit.dtype, device=conditions.device, provider=name, graph=graph, run=conditions.run,
+    )  # fmt: skip
     return row if least is None else row | {"floor_ms": least, "roofline_share": least / timing.median_ms}
 
 
@@ -373,13 +360,7 @@ def _case(unit: Unit, conditions: Conditions) -> Case:
 
 def build_network(config: Config, dtype: str, conditions: Conditions) -> Res2Net:
     """Res2Net-50 or, of config 64w1s, ResNet-50, with random weights and fitting statistics; one block a stage if quick."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = (1, 1, 1, 1) if conditions.quick else LAYERS_50
-        network = Res2Net(layers, config.width, config.scale, ReferenceBottle2neck).to(conditions.device)
-    for module in network.modules():
-        if isinstance(module, ReferenceBottle2neck):
-            nn.init.constant_(module.bn3.weight, 0.25)  # small beside the shortcut, as in trained networks
+    network = random_network(config, (1, 1, 1, 1) if conditions.quick else LAYERS_50).to(conditions.device)
     calibrate(network, _images(4, 1, "float32", conditions)[0])
     return network.requires_grad_(False).to(TORCH_DTYPES[dtype])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -11,11 +12,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
+
+_SPINNING_S = 0.01  # GCC's OpenMP threads spin for about half of this
+_LONG_MS = 50.0  # of a run beside which waking threads weighs nothing
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ class Timing:
     p80_ms: float
     repeats: int
     peak_mb: float
+
+    def row(self, **case: object) -> dict[str, Any]:
+        """The row of a result file: what was timed, and these figures."""
+        return case | dataclasses.asdict(self)
 
 
 class Contender:
@@ -77,16 +86,22 @@ def measure(
     min_repeats: int = 5,
     max_repeats: int = 200,
     warm_up: int = 2,
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Times all contenders in turn, round after round, so that drifts of the machine meet all of them alike.
 
+    Where a model computes in threads that are not PyTorch's (its attribute `own_threads`), every run starts when the threads
+    of the one before have gone to sleep.
     seconds: for all contenders together, after warm-up; at least `min_repeats` rounds are run, at most `max_repeats`.
+    advance: called after every round.
     """
     peaks = {name: peak_mb(contender, device) for name, contender in contenders.items()}
     for contender in contenders.values():
         for _ in range(warm_up):
             contender.run()
     once = _cuda_ms if torch.device(device).type == "cuda" else _wall_ms
+    if any(getattr(contender.model, "own_threads", False) for contender in contenders.values()):
+        once = _settled_ms
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     start = time.perf_counter()
@@ -96,6 +111,7 @@ def measure(
         first = repeat % len(names)  # nobody always follows the same neighbour's cache contents
         for name in names[first:] + names[:first]:
             samples[name].append(once(contenders[name]))
+        advance()
     return {name: _timing(values, peaks[name]) for name, values in samples.items()}
 
 
@@ -110,6 +126,16 @@ def _wall_ms(contender: Contender) -> float:
     start = time.perf_counter()
     contender.run()
     return (time.perf_counter() - start) * 1e3 / contender.calls
+
+
+def _settled_ms(contender: Contender) -> float:
+    """As `_wall_ms`, but out of the way of other contenders' threads, which spin for milliseconds before they sleep.
+
+    The contender's own threads sleep by then, too: a short run is timed after one that wakes them.
+    """
+    time.sleep(_SPINNING_S)
+    first = _wall_ms(contender)
+    return first if first > _LONG_MS else _wall_ms(contender)
 
 
 def _cuda_ms(contender: Contender) -> float:

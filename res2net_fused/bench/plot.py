@@ -15,6 +15,8 @@ _COLOURS = {  # in the order of the legend
     "compile": "#dd8452",
     "compile_freezing": "#937860",
     "compile_max_autotune": "#8172b3",
+    "onnxruntime": "#8c6d31",
+    "openvino": "#17617a",
     "jax": "#2f4b4f",
     "ours": "#c44e52",
     "ours_graph": "#55a868",

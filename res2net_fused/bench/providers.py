@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import freeze
+from . import runtimes
 from .measure import Contender, GraphedContender
 from .workloads import fused
 
@@ -23,6 +24,7 @@ class Provider:
     build(module, backend): the model to call; may change `module`, which is a copy of its own.
     channels_last: of the inputs. devices: where it exists. slow_start: it compiles for seconds before its first result.
     graph: whether its calls are replayed from a CUDA graph.
+    networks_only: it differs from another one in what lies around the blocks.
     """
 
     build: Callable[[nn.Module, str], Model]
@@ -30,6 +32,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     slow_start: bool = False
     graph: bool = False
+    networks_only: bool = False
 
 
 def _channels_last(module: nn.Module) -> nn.Module:
@@ -44,6 +47,10 @@ def _compiled(module: nn.Module, **options: object) -> Model:
     return torch.compile(_channels_last(module), fullgraph=True, dynamic=False, **options)
 
 
+def _runtime(name: str) -> Provider:
+    return Provider(lambda module, _: runtimes.ExportedModel(name, module), channels_last=False, devices=("cpu",))
+
+
 PROVIDERS = {
     "eager": Provider(lambda module, _: module, channels_last=False),
     "eager_channels_last": Provider(lambda module, _: _channels_last(module)),
@@ -55,23 +62,45 @@ PROVIDERS = {
     "compile_max_autotune": Provider(
         lambda module, _: _compiled(module, mode="max-autotune-no-cudagraphs"), devices=("cuda",), slow_start=True, graph=True
     ),
+    **{name: _runtime(name) for name in runtimes.RUNTIMES},
     "ours": Provider(lambda module, backend: fused(_channels_last(module), backend)),
+    # The stem, which no block holds, compiled as a peer's is.
+    "ours_compile": Provider(
+        lambda module, backend: torch.compile(_frozen(fused(_channels_last(module), backend)), fullgraph=True, dynamic=False),
+        devices=("cpu",),
+        slow_start=True,
+        networks_only=True,
+    ),
     # Frozen, since a captured block would fold its BatchNorms at every replay.
     "ours_graph": Provider(
         lambda module, backend: _frozen(fused(_channels_last(module), backend)), devices=("cuda",), graph=True
     ),
 }
-OURS = ("ours", "ours_graph")
+OURS = ("ours", "ours_compile", "ours_graph")
+PYTORCH = tuple(name for name in PROVIDERS if name not in OURS and name not in runtimes.RUNTIMES)
 
 
-def select(device: str, workload: str, peers: str, quick: bool = False) -> list[str]:
-    """Names of the providers for one workload. "default" peers compile blocks only and in one way; "all" leaves none out."""
+def select(device: str, workload: str, peers: str, quick: bool = False, dtype: str = "float32") -> list[str]:
+    """Names of the providers for one workload. "default" peers compile blocks only and in one way; "all" leaves none out.
+
+    ONNX Runtime and OpenVINO are among both, where they are installed, but not among the quick ones.
+    """
     kind = torch.device(device).type
     names = [name for name, provider in PROVIDERS.items() if kind in provider.devices]
+    names = [name for name in names if workload == "network" or not PROVIDERS[name].networks_only]
+    absent = unavailable(device, dtype)
+    names = [name for name in names if name not in absent and not (quick and name in runtimes.RUNTIMES)]
     if peers == "all":
         return names
     compiled = ("compile",) if workload == "block" and not quick else ()
     return [name for name in names if not PROVIDERS[name].slow_start or name in compiled]
+
+
+def unavailable(device: str, dtype: str = "float32") -> dict[str, str]:
+    """Of the providers of this device that cannot be timed here, the reason."""
+    if torch.device(device).type != "cpu":
+        return {}
+    return {name: why for name in runtimes.RUNTIMES if (why := runtimes.why_not(name, dtype)) is not None}
 
 
 def contender(name: str, module: nn.Module, inputs: Sequence[Tensor], backend: str = "auto") -> Contender:

@@ -17,7 +17,8 @@ from .. import native
 WORKLOADS = ("chain", "block", "network", "train_step")
 PROVIDERS = (
     "eager", "eager_channels_last", "compile", "compile_freezing", "compile_max_autotune",
-    "jax", "ours", "ours_graph", "triton", "cuda", "cpu",  # the last three: ours on that backend
+    "onnxruntime", "openvino", "jax",
+    "ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu",  # the last three: ours on that backend
 )  # fmt: skip
 ENVIRONMENT_FIELDS = ("device", "torch", "triton", "cuda", "commit", "command")
 _NUMBER = (int, float)

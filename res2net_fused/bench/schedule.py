@@ -24,6 +24,12 @@ _GRAPHED: tuple[Contestant, ...] = (
     ("cuda", True),
 )
 _LAUNCHED: tuple[Contestant, ...] = (("ours", False), ("compile", False), ("eager_channels_last", False), ("eager", False))
+_ON_CPU: tuple[Contestant, ...] = (
+    *_LAUNCHED,
+    ("compile_freezing", False),
+    ("onnxruntime", False),
+    ("openvino", False),
+)
 _NETWORK: tuple[Contestant, ...] = (("ours_graph", True), ("compile", True), ("eager_channels_last", True), *_LAUNCHED)
 _TRAIN: tuple[Contestant, ...] = (("ours", False), ("compile", False), ("eager_channels_last", False))
 _MAX_AUTOTUNE: tuple[Contestant, ...] = (("compile_max_autotune", True),)
@@ -137,8 +143,9 @@ def _cpu_phases() -> Iterator[list[Unit]]:
     configs = (*FIGURE_CONFIGS, _W48, YARDSTICK)
     for batch in (8, 1):
         for workload in ("chain", "block"):
-            yield _stages(workload, configs, batch, "float32", _LAUNCHED)
-    yield _networks(FIGURE_CONFIGS, 8, "float32", _LAUNCHED)
+            yield _stages(workload, configs, batch, "float32", _ON_CPU)
+    for batch in (8, 1):
+        yield _networks(FIGURE_CONFIGS, batch, "float32", _ON_CPU)
     yield _networks(FIGURE_CONFIGS, 8, "float32", _TRAIN, "train_step")
 
 

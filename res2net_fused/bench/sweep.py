@@ -1,32 +1,25 @@
-"""The main job: the parity gate, then scale against latency for chains and blocks, then a whole network."""
+"""The main job: the parity gate, then scale against latency for chains and blocks, then whole networks."""
 
 from __future__ import annotations
 
-import copy
 import shlex
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..accelerate import accelerate
-from ..models.res2net import Res2Net, res2net50
-from ..parity import ParityReport, check_cases, check_network, convolution_precision
-from ..reference import ReferenceBottle2neck
+from ..parity import check_cases, convolution_precision
 from ..tables import format_table
-from . import results
-from .measure import Timing, measure
-from .photographs import calibrate, photographs
-from .providers import OURS, PROVIDERS, contender, forget_compiled, select
-from .workloads import TORCH_DTYPES, Case, Config, cases
+from . import results, runtimes
+from .measure import measure
+from .networks import NetworkCase, network_ratios, prepare_network, ratio_table, time_networks
+from .progress import progress
+from .providers import OURS, PROVIDERS, contender, forget_compiled, select, unavailable
+from .schedule import network_name
+from .workloads import Case, Config, cases
 
 WORKLOADS = ("chain", "block")
-NETWORK = Config(26, 4)
 
 
 @dataclass(frozen=True)
@@ -40,73 +33,45 @@ class Settings:
     backend: str = "auto"
     peers: str = "default"
     quick: bool = False
-    network: bool = True
+    models: tuple[Config, ...] = ()
+    model_batches: tuple[int, ...] = ()
 
     def cases(self) -> list[Case]:
         return cases(WORKLOADS, self.configs, self.batches, self.dtype, self.device)
 
-
-@dataclass
-class NetworkCase:
-    """Res2Net-50 on photographs: the network, what `accelerate` made of a copy of it, and how they compare."""
-
-    network: Res2Net
-    model: Res2Net
-    images: Tensor  # (2, 3, 224, 224)
-    parity: ParityReport
-    differences: dict[str, float]
-
-    @property
-    def config(self) -> str:
-        return f"res2net50_{NETWORK}"
-
-
-def prepare_network(dtype: str, device: str, backend: str) -> NetworkCase:
-    """Res2Net-50 with random weights and statistics of the photographs, and its comparison with float64."""
-    images = photographs()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = res2net50(NETWORK.width, NETWORK.scale, block=ReferenceBottle2neck)
-    for module in network.modules():
-        if isinstance(module, ReferenceBottle2neck):
-            # Small beside the shortcut, as in trained networks: else every block would amplify the rounding of the last.
-            nn.init.constant_(module.bn3.weight, 0.25)
-    network = calibrate(network, images).requires_grad_(False).to(device, TORCH_DTYPES[dtype])
-    images = images.to(device, TORCH_DTYPES[dtype])
-    model = accelerate(copy.deepcopy(network), backend).to(memory_format=torch.channels_last)
-    native_layout = images.contiguous(memory_format=torch.channels_last)
-    parity, differences = check_network(network, model, native_layout, f"res2net50_{NETWORK}", dtype)
-    return NetworkCase(network, model, images, parity, differences)
+    def providers(self, workload: str) -> list[str]:
+        return select(self.device, workload, self.peers, self.quick, self.dtype)
 
 
 def run_sweep(settings: Settings, out: Path, command: str) -> int:
     """Checks, measures, prints, and writes `out`/bench-<device>.json and .png; returns the exit status."""
     todo = settings.cases()
-    with progress("parity against float64", len(todo)) as advance:
-        parity = check_cases(todo, settings.backend, advance)
-    network = None
-    if settings.network:
-        print("Res2Net-50 on two photographs against float64", flush=True)
-        network = prepare_network(settings.dtype, settings.device, settings.backend)
-        parity += network.parity
+    with progress("parity against float64", len(todo)) as bar:
+        parity = check_cases(todo, settings.backend, bar.update)
+    networks = []
+    for config in settings.models:
+        print(f"{network_name(config)} on two photographs against float64", flush=True)
+        networks.append(prepare_network(config, settings.dtype, settings.device, settings.backend))
+        parity += networks[-1].parity
     print("\nLargest error of each kind (relative to float64):")
     print(parity.worst())
     if not parity.ok:
         print(f"\nThe parity gate is red, so nothing is timed. Misses:\n{parity.misses}")
         return 1
     rows = []
-    with progress("timing chains and blocks", len(todo)) as advance, convolution_precision(settings.dtype):
+    with progress("timing chains and blocks", len(todo)) as bar, convolution_precision(settings.dtype, settings.device):
         for case in todo:
-            rows += _time_case(case, settings)
-            advance()
-    if network is not None:
-        print("timing Res2Net-50 on two photographs", flush=True)
-        with convolution_precision(settings.dtype):
-            rows += _time_network(network, settings)
-    environment = results.environment(settings.device, command)
+            rows += _time_case(case, settings, bar)
+            bar.update()
+    if networks:
+        repeats = 3 if settings.quick else 10
+        for batch in settings.model_batches:
+            names = settings.providers("network")
+            rows += time_networks(networks, batch, names, settings.device, settings.backend, repeats)
+    environment = results.environment(settings.device, command) | {"peers": runtimes.versions()}
     stem = f"bench-{torch.device(settings.device).type}"
     results.write(out / f"{stem}.json", environment, rows)
-    _print_outcome(rows, environment, network)
+    _print_outcome(rows, environment, networks, unavailable(settings.device, settings.dtype))
     from .plot import plot  # matplotlib takes a second to import
 
     plot(results.read(out / f"{stem}.json"), out / f"{stem}.png")
@@ -114,77 +79,49 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
     return 0
 
 
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr where that is a terminal, and a line on stdout with the time it took."""
-    from tqdm import tqdm
-
-    start = time.perf_counter()
-    print(f"{title} ({total} cases)", flush=True)
-    with tqdm(total=total, desc=title, disable=None, leave=False) as bar:
-        yield bar.update
-    print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def _time_case(case: Case, settings: Settings) -> list[dict[str, Any]]:
+def _time_case(case: Case, settings: Settings, bar: Any) -> list[dict[str, Any]]:
     module, inputs = case.module(), case.inputs(2 if settings.quick else 4)
-    names = select(settings.device, case.workload, settings.peers, settings.quick)
     forget_compiled()
-    contenders = {name: contender(name, module, inputs, settings.backend) for name in names}
+    contenders = {}
+    for name in settings.providers(case.workload):
+        bar.set_postfix_str(f"preparing {name}")  # exporting and compiling take seconds
+        contenders[name] = contender(name, module, inputs, settings.backend)
+        contenders[name].run()
+    bar.set_postfix_str("")
     timings = measure(contenders, settings.device, seconds=0.2 if settings.quick else 1.5)
-    return [_row(case.workload, str(case.config), case.stage, case.batch, settings, *item) for item in timings.items()]
+    return [
+        timing.row(
+            workload=case.workload, config=str(case.config), stage=case.stage, batch=case.batch, dtype=case.dtype,
+            device=case.device, provider=name,
+        )  # fmt: skip
+        for name, timing in timings.items()
+    ]
 
 
-def _time_network(network: NetworkCase, settings: Settings) -> list[dict[str, Any]]:
-    forget_compiled()
-    names = select(settings.device, "network", settings.peers, settings.quick)
-    contenders = {name: contender(name, network.network, [network.images], settings.backend) for name in names}
-    timings = measure(contenders, settings.device, seconds=2 if settings.quick else 10)
-    batch = network.images.shape[0]
-    return [_row("network", network.config, None, batch, settings, *item) for item in timings.items()]
-
-
-def _row(
-    workload: str, config: str, stage: int | None, batch: int, settings: Settings, provider: str, timing: Timing
-) -> dict[str, Any]:
-    return {
-        "workload": workload,
-        "config": config,
-        "stage": stage,
-        "batch": batch,
-        "dtype": settings.dtype,
-        "device": settings.device,
-        "provider": provider,
-        "median_ms": timing.median_ms,
-        "p20_ms": timing.p20_ms,
-        "p80_ms": timing.p80_ms,
-        "peak_mb": timing.peak_mb,
-        "repeats": timing.repeats,
-    }
-
-
-def _print_outcome(rows: list[dict[str, Any]], environment: dict[str, Any], network: NetworkCase | None) -> None:
+def _print_outcome(
+    rows: list[dict[str, Any]], environment: dict[str, Any], networks: list[NetworkCase], absent: dict[str, str]
+) -> None:
     print(
         f"\nMedian milliseconds of interleaved runs on {environment['device']}, {environment['threads']} threads, "
         f"torch {environment['torch']}, commit {environment['commit']}."
     )
     print("Chains are compared with BatchNorms folded on all sides; a peer's block or network runs as PyTorch runs it.\n")
     print(outcome_table(rows))
-    if network is None:
+    for name, reason in absent.items():
+        print(f"not timed, {name}: {reason}")
+    if not networks:
         return
-    backend = network.parity[0].backend
-    print(f"\n{network.config} on two photographs, all blocks fused (backend {backend}): largest absolute difference from")
-    print("the un-accelerated network, and errors relative to float64:")
-    head = ("", "difference", "error of ours", "error of eager")
-    print(
-        format_table(
-            head,
-            [
-                (row.stage, f"{network.differences[row.stage]:.1e}", f"{row.error:.1e}", f"{row.eager_error:.1e}")
-                for row in network.parity
-            ],
-        )
-    )
+    print("\nNetworks, times of the others over our fastest (above 1x, ours is faster):")
+    print(ratio_table(network_ratios(rows)))
+    print("\nNetworks on two photographs, all blocks fused: largest absolute difference from the un-accelerated network, and")
+    print("errors relative to float64:")
+    head = ("network", "", "backend", "difference", "error of ours", "error of eager")
+    lines = [
+        (case.name, row.stage, row.backend, f"{case.differences[row.stage]:.1e}", f"{row.error:.1e}", f"{row.eager_error:.1e}")
+        for case in networks
+        for row in case.parity
+    ]
+    print(format_table(head, lines, left=3))
 
 
 def outcome_table(rows: list[dict[str, Any]]) -> str:
