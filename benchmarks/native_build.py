@@ -56,7 +56,7 @@ def _build_directly(chosen: str, commit: str) -> list[str]:
         problems.append("nvcc not found: the CUDA library was not built")
     for name, target in todo:
         compiler = [nvcc, "-ccbin", cxx] if target.compiler == "nvcc" else [cxx]
-        error = _compile(target, compiler, ROOT / "build" / "direct" / name, PACKAGE / target.output)
+        error = compile_target(target, compiler, ROOT / "build" / "direct" / name, PACKAGE / target.output)
         if error:
             problems.append(f"{name} library was not built: {error}")
         size = None if error else (PACKAGE / target.output).stat().st_size
@@ -66,7 +66,7 @@ def _build_directly(chosen: str, commit: str) -> list[str]:
     return problems
 
 
-def _compile(target, compiler: list[str], folder: Path, output: Path) -> str:
+def compile_target(target, compiler: list[str], folder: Path, output: Path) -> str:
     """Compiles and links one target; returns the compiler's complaint, or an empty string."""
 
     def run(command: list[str]) -> None:

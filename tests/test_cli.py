@@ -71,7 +71,7 @@ def test_bench_with_all_peers(tmp_path):
     data = results.read(tmp_path / "bench-cpu.json")
     for workload in ("chain", "block"):
         providers = {row["provider"] for row in data["rows"] if row["workload"] == workload}
-        assert providers == {"eager", "eager_channels_last", "compile", "compile_freezing", "ours"}
+        assert providers == {"eager", "eager_channels_last", "compile", "compile_freezing", "ours"}  # no runtimes: --quick
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_bench_with_a_network(tmp_path):
     done = run("bench", "--quick", *arguments, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for row in results.read(tmp_path / "bench-cpu.json")["rows"] if row["workload"] == "network"]
-    assert [(row["config"], row["stage"], row["batch"]) for row in rows] == [("res2net50_26w4s", None, 2)] * 3
+    assert [(row["config"], row["stage"], row["batch"]) for row in rows] == [("res2net50_26w4s", None, 1)] * 3
     for name in ("1 features", "4 features", "logits"):
         assert re.search(rf"^{name} +\d\.\de", done.stdout, re.MULTILINE)
 

@@ -92,10 +92,12 @@ def test_poisoned_allocations_and_what_they_leave_behind():
 
 def test_convolution_precision_is_given_back():
     before = torch.backends.cudnn.conv.fp32_precision
-    with parity.convolution_precision("tf32"):
+    with parity.convolution_precision("tf32", "cuda"):
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-    with parity.convolution_precision("float32"):
+    with parity.convolution_precision("float32", "cuda:1"):
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    with parity.convolution_precision("float32", torch.device("cpu")):
+        assert torch.backends.cudnn.conv.fp32_precision == before
     assert torch.backends.cudnn.conv.fp32_precision == before
 
 

@@ -270,12 +270,12 @@ def test_direct_compiling(scripts, tmp_path):
     unit = flags.Unit(source, "obj/a.o", ("-fPIC",))
     target = flags.Target("a", "liba.so", "cxx", (unit,), ("-shared",))
     source.write_text('extern "C" int seven() { return 7; }')
-    assert build._compile(target, [compiler], tmp_path / "build", tmp_path / "out" / "liba.so") == ""
+    assert build.compile_target(target, [compiler], tmp_path / "build", tmp_path / "out" / "liba.so") == ""
     import ctypes
 
     assert ctypes.CDLL(str(tmp_path / "out" / "liba.so")).seven() == 7
     source.write_text("int seven( { return 7; }")
-    assert "error" in build._compile(target, [compiler], tmp_path / "build", tmp_path / "out" / "liba.so")
+    assert "error" in build.compile_target(target, [compiler], tmp_path / "build", tmp_path / "out" / "liba.so")
     assert not (tmp_path / "out" / "liba.so").exists()
 
 
