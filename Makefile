@@ -1,4 +1,4 @@
-# make bench | check | record | readme | test | test-full | mutate | lint | clean
+# make bench | check | record | readme | test | test-full | mutate | sanitize | lint | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1".
 VENV ?= .venv
@@ -12,7 +12,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
 
-.PHONY: bench check record readme test test-full mutate lint clean setup
+.PHONY: bench check record readme test test-full mutate sanitize lint clean setup
 
 setup: $(INSTALLED)
 
@@ -39,6 +39,10 @@ test-full: $(INSTALLED)
 # Removes every barrier and wait of the CUDA kernels in turn; each removal must turn a test red.
 mutate: $(INSTALLED)
 	$(BIN)/python tests/emulator/mutate.py $(ARGS)
+
+# The CPU kernels' tests, the slow ones too, over a library that checks every access; ARGS="--plant" must turn it red.
+sanitize: $(INSTALLED)
+	$(BIN)/python tests/sanitizer/run.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -45,6 +45,15 @@ def fake(monkeypatch):
 
 
 @pytest.fixture
+def one_thread():
+    """What is not about speed need not wait at barriers between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def nothing_installed(monkeypatch):
     found = importlib.util.find_spec
     absent = ("onnx", "onnxscript", "onnxruntime", "openvino")
@@ -187,7 +196,7 @@ def test_every_round_advances():
 def small_case(name="res2net50_26w4s"):
     """One block a stage on small images; parity is not compared."""
     torch.manual_seed(0)
-    config, images = MODELS[name], torch.randn(2, 3, 64, 64)
+    config, images = MODELS[name], torch.randn(2, 3, 32, 32)
     network = networks.calibrate(networks.random_network(config, (1, 1, 1, 1)), images).requires_grad_(False)
     return NetworkCase(config, "float32", network, network, images, ParityReport(), {})
 
@@ -199,6 +208,7 @@ def test_models():
     assert small_case().batch(1).shape[0] == 1
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_networks_take_turns(fake):
     fake()
     cases = [small_case(name) for name in MODELS]
@@ -211,6 +221,7 @@ def test_networks_take_turns(fake):
     assert all(0 <= row["error"] < 1e-4 for row in rows)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("provider", ["ours", "eager_channels_last"])
 def test_a_network_that_is_wrong_as_timed_is_an_error(provider, monkeypatch):
     right = networks.contender
@@ -218,11 +229,11 @@ def test_a_network_that_is_wrong_as_timed_is_an_error(provider, monkeypatch):
     def contender(name, *rest):
         made = right(name, *rest)
         if name == provider:
-            made.model = lambda x, model=made.model: model(x) * 1.001
+            made.model = lambda x, model=made.model: model(x) * 1.01
         return made
 
     monkeypatch.setattr(networks, "contender", contender)
-    with pytest.raises(RuntimeError, match=f"{provider} on res2net50_26w4s: relative error 0.001"):
+    with pytest.raises(RuntimeError, match=f"{provider} on res2net50_26w4s: relative error 0.01;"):
         networks.time_networks([small_case()], 2, ["eager", "eager_channels_last", "ours"], "cpu", "auto", repeats=1)
 
 
@@ -330,6 +341,7 @@ def test_the_script_needs_its_peers_for_a_bar(cpu_network, nothing_installed, ca
     assert "--bar-peer needs onnxruntime and openvino" in printed.err
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_script_times_and_writes(cpu_network, nothing_installed, monkeypatch, tmp_path, capsys):
     passed = ParityReport([])
     monkeypatch.setattr(ParityReport, "ok", property(lambda self: self is passed))
