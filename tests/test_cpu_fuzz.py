@@ -6,9 +6,13 @@
 import random
 
 import pytest
+import test_cpu_block
 import torch
+from cpu_kernel_cases import each_kernel
 from helpers import BOUNDS, Chain, relative_error
-from test_cpu_kernels import STATUS, call, each_kernel, in_float64, poisoned_scratch, same_kind  # noqa: F401
+from test_cpu_kernels import STATUS, call, in_float64, same_kind
+
+from res2net_fused.backends import native_cpu
 
 pytestmark = [
     pytest.mark.skipif(not STATUS.loaded, reason=STATUS.reason),
@@ -49,19 +53,28 @@ def in_some_layout(draw: random.Random, x: torch.Tensor) -> torch.Tensor:
     return wide[:, before:]  # the last channel of the last pixel is the end of the allocation
 
 
+def random_size(draw: random.Random) -> tuple[int, int]:
+    height, width = (draw.choice([1, 2, 3, draw.randint(4, 23), draw.randint(4, 23)]) for _ in range(2))
+    return height, width
+
+
+def release_scratch() -> None:
+    """So that scratch memory is not longer than the next call asks for."""
+    torch.ops.res2net_fused_native.cpu_scratch_bytes(True)
+
+
 @pytest.fixture
-def threads(request):
+def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_call(seed, threads):
+def test_random_chain(seed, set_threads):
     draw = random.Random(seed)
     chain = random_chain(draw)
-    height, width = (draw.choice([1, 2, 3, draw.randint(4, 23), draw.randint(4, 23)]) for _ in range(2))
-    shape = (draw.choice([0, 1, 1, 2, 3, 5]), height, width)
+    shape = (draw.choice([0, 1, 1, 2, 3, 5]), *random_size(draw))
     dtype = draw.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
     x, weights, biases = chain.tensors(shape, dtype, seed=seed, bias=draw.random() < 0.8)
     finite = draw.random() < 0.7
@@ -70,12 +83,33 @@ def test_random_call(seed, threads):
             x.view(-1)[draw.randrange(x.numel())] = draw.choice([torch.nan, torch.inf, -torch.inf])
     expected = in_float64(chain, x, weights, biases)
     x = in_some_layout(draw, x)
-    threads(draw.choice([1, 2]))
+    set_threads(draw.choice([1, 2]))
     for kernel in each_kernel():
-        torch.ops.res2net_fused_native.cpu_scratch_bytes(True)  # so that scratch is not longer than this call asks for
+        release_scratch()
         out = call(chain, x, weights, biases)
         assert out.shape == expected.shape and out.dtype == dtype, (kernel, chain, shape)
         if finite and x.numel():
             assert relative_error(out, expected) <= BOUNDS[dtype], (kernel, chain, shape)
         elif dtype == torch.float32:
             same_kind(out, expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_block(seed, set_threads, monkeypatch):
+    right = native_cpu.block_forward
+
+    def block_forward(*arguments):
+        release_scratch()
+        return right(*arguments)
+
+    monkeypatch.setattr(native_cpu, "block_forward", block_forward)
+    draw = random.Random(seed)
+    chain, shape = random_chain(draw), (draw.choice([1, 1, 2, 3, 5]), *random_size(draw))
+    set_threads(draw.choice([1, 2]))
+    projection = draw.choice([0, 0, 1, 2])
+    planes = draw.randint(2, 90), draw.randint(2, 90)  # x of one channel is contiguous in either layout
+    test_cpu_block.check(
+        chain, shape, dtype=draw.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
+        arithmetics=["winograd", "direct"], shortcut=projection > 0 or draw.random() < 0.7, relu=draw.random() < 0.8,
+        packed=draw.random() < 0.8, inplanes=planes[0], outplanes=planes[1], projection=projection,
+    )  # fmt: skip
