@@ -139,6 +139,19 @@ def test_compiled_providers(workload, name):
     assert (out - module(x)).norm() <= 1e-5 * out.norm()
 
 
+@pytest.mark.slow
+def test_freezing_freezes():
+    """Frozen convolutions are oneDNN's, on weights packed beforehand."""
+    from torch._inductor.utils import run_and_get_code
+
+    case = Case("block", Config(14, 4), 4, 2, "float32", "cpu")
+    for name, frozen in (("compile", False), ("compile_freezing", True)):
+        providers.forget_compiled()
+        contender = providers.contender(name, case.module(), case.inputs())
+        _, (code,) = run_and_get_code(contender.run)
+        assert ("mkldnn._convolution_pointwise" in code) == frozen, name
+
+
 # Results and plot -----------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from ..accelerate import freeze
@@ -44,7 +45,27 @@ def _frozen(model: Model) -> Model:
 
 
 def _compiled(module: nn.Module, **options: object) -> Model:
-    return torch.compile(_channels_last(module), fullgraph=True, dynamic=False, **options)
+    return torch.compile(module, fullgraph=True, dynamic=False, **options)
+
+
+def _compiled_frozen(module: nn.Module) -> Model:
+    """Weights folded and packed by Inductor, for a first call without gradients.
+
+    Dynamo asks for the global setting while it traces; given as an option of torch.compile alone, nothing is frozen.
+    """
+    compiled = _compiled(module)
+    traced = False
+
+    def model(x: Tensor) -> Tensor:
+        nonlocal traced
+        if traced:
+            return compiled(x)
+        with torch._inductor.config.patch(freezing=True):
+            out = compiled(x)
+        traced = True
+        return out
+
+    return model
 
 
 def _runtime(name: str) -> Provider:
@@ -54,19 +75,20 @@ def _runtime(name: str) -> Provider:
 PROVIDERS = {
     "eager": Provider(lambda module, _: module, channels_last=False),
     "eager_channels_last": Provider(lambda module, _: _channels_last(module)),
-    "compile": Provider(lambda module, _: _compiled(module), slow_start=True),
-    "compile_freezing": Provider(
-        lambda module, _: _compiled(module, options={"freezing": True}), devices=("cpu",), slow_start=True
-    ),
+    "compile": Provider(lambda module, _: _compiled(_channels_last(module)), slow_start=True),
+    "compile_freezing": Provider(lambda module, _: _compiled_frozen(_channels_last(module)), devices=("cpu",), slow_start=True),
     # Its CUDA graph is captured as ours is: the one that torch.compile makes copies every input first.
     "compile_max_autotune": Provider(
-        lambda module, _: _compiled(module, mode="max-autotune-no-cudagraphs"), devices=("cuda",), slow_start=True, graph=True
+        lambda module, _: _compiled(_channels_last(module), mode="max-autotune-no-cudagraphs"),
+        devices=("cuda",),
+        slow_start=True,
+        graph=True,
     ),
     **{name: _runtime(name) for name in runtimes.RUNTIMES},
     "ours": Provider(lambda module, backend: fused(_channels_last(module), backend)),
-    # The stem, which no block holds, compiled as a peer's is.
+    # What lies around the blocks compiled as a peer's is.
     "ours_compile": Provider(
-        lambda module, backend: torch.compile(_frozen(fused(_channels_last(module), backend)), fullgraph=True, dynamic=False),
+        lambda module, backend: _compiled_frozen(_frozen(fused(_channels_last(module), backend))),
         devices=("cpu",),
         slow_start=True,
         networks_only=True,
