@@ -38,6 +38,8 @@ CUDA_DEFINES = ("-DUSE_CUDA",)
 
 # 90a: wgmma and TMA of Hopper exist in the architecture-specific target only.
 DEFAULT_CUDA_ARCHITECTURES = ("80", "90a", "100")
+# Sources of this name are compiled for this architecture alone.
+WGMMA_PREFIX, WGMMA_ARCHITECTURE = "instance_wgmma_", "90a"
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,21 @@ def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     flags = (*device, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
     plans = [s for s in _sources(root, "plan/*.cpp") if not s.name.endswith("_op.cpp")]
     sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, "cuda/**/*.cpp", "cuda/**/*.cu")]
-    units = tuple(_unit(root, s, flags, facts) for s in sources)
+    have_wgmma = WGMMA_ARCHITECTURE in facts.cuda_architectures
+    if have_wgmma:
+        flags = (*flags, "-DRES2NET_FUSED_HAVE_WGMMA=1")
+    units = []
+    for source in sources:
+        if not source.name.startswith(WGMMA_PREFIX):
+            units.append(_unit(root, source, flags, facts))
+        elif have_wgmma:
+            others = gencode_flags([a for a in facts.cuda_architectures if a != WGMMA_ARCHITECTURE])
+            units.append(_unit(root, source, tuple(f for f in flags if f not in others), facts))
     # libtorch.so pulls in libtorch_cuda.so where torch has CUDA; linking it by name would need such a torch here.
     # One -Xlinker list, since nvcc moves -l options.
     torch_libraries = (f"-L{torch_root / 'lib'}", "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu")
     link = ("-shared", "-cudart", "static", *gencode_flags(facts.cuda_architectures), *torch_libraries)
-    return Target("cuda", CUDA_LIBRARY, "nvcc", units, link)
+    return Target("cuda", CUDA_LIBRARY, "nvcc", tuple(units), link)
 
 
 def python_target(root: Path, include_dirs: Iterable[str], suffix: str, facts: BuildFacts) -> Target:

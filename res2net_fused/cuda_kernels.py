@@ -18,7 +18,7 @@ from . import build_flags, native
 from .backends import native_cuda
 from .chain import ChainConfig, ChainProblem
 
-_KERNEL = re.compile(r"(?P<kind>chain|cluster)_kernelI4(?P<dtype>bf16|fp16|tf32)(?P<numbers>(?:Li\d+E)+)")
+_KERNEL = re.compile(r"(?P<kind>chain|cluster|wgmma)_kernelI4(?P<dtype>bf16|fp16|tf32)(?P<numbers>(?:Li\d+E)+)")
 # (w, s) of the published Res2Net-50s at their first stage; w doubles at each of the four stages, of 56, 28, 14 and 7 rows
 PUBLISHED = ((26, 4), (14, 8), (48, 2))
 
@@ -51,7 +51,7 @@ def instance_of(symbol: str) -> tuple[str, str] | None:
     if match is None:
         return None
     *depths, columns, tiles, _ = re.findall(r"Li(\d+)E", match["numbers"])
-    head = f"d{depths[0]}" if match["kind"] == "chain" else "cluster_"
+    head = f"d{depths[0]}" if match["kind"] == "chain" else f"{match['kind']}_"
     return f"{head}c{columns}t{tiles}", match["dtype"]
 
 

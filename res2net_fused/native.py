@@ -44,6 +44,7 @@ class DeviceLimits(NamedTuple):
     shared_per_multiprocessor: int
     registers_per_multiprocessor: int
     l2_bytes: int
+    wgmma: int  # 1 where the device is of the Hopper generation and the CUDA library holds sm_90a code, the only one with wgmma
 
 
 class NativeLibraries:

@@ -17,7 +17,8 @@ from res2net_fused.tables import format_table
 ROOT = Path(__file__).resolve().parents[1]
 UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/plan/instances.h").read_text())[1])
 # The others are compiled by the slow tests; d0c7t2 runs every type.
-QUICK = [(i, a) for i in ("d2c4t4", "d0c7t2") for a in ("80", "90a")] + [("d0c7t2", "100"), ("cluster_c4t2", "90a")]
+QUICK = [(i, a) for i in ("d2c4t4", "d0c7t2") for a in ("80", "90a")]
+QUICK += [("d0c7t2", "100"), ("cluster_c4t2", "90a"), ("wgmma_c7t2", "90a")]
 # The opcode of the tensor-core instruction of each type
 PRODUCTS = {"bf16": "HMMA.16816.F32.BF16 ", "fp16": "HMMA.16816.F32 ", "tf32": "HMMA.1688.F32.TF32 "}
 
@@ -60,9 +61,14 @@ def compile_instance(instance, architecture, folder):
     return binary, done.stdout + done.stderr
 
 
+def architectures_of(instance):
+    wgmma = f"instance_{instance}".startswith(build_flags.WGMMA_PREFIX)
+    return [build_flags.WGMMA_ARCHITECTURE] if wgmma else build_flags.DEFAULT_CUDA_ARCHITECTURES
+
+
 def marked():
     for instance in native_cuda.INSTANCE_NAMES:
-        for architecture in build_flags.DEFAULT_CUDA_ARCHITECTURES:
+        for architecture in architectures_of(instance):
             marks = [] if (instance, architecture) in QUICK else [pytest.mark.slow]
             yield pytest.param(instance, architecture, marks=marks, id=f"{instance}-sm_{architecture}")
 
@@ -71,7 +77,8 @@ def marked():
 def test_instance_compiles_without_spills(instance, architecture, tmp_path):
     cuobjdump = tool(cuda_kernels.find_cuobjdump(), "cuobjdump", "install triton")
     binary, messages = compile_instance(instance, architecture, tmp_path)
-    assert "serialized" not in messages and "warning" not in messages, messages
+    # wgmma: neither serialized (C7510, C7520) nor with fences that the compiler had to add (C7519)
+    assert "serialized" not in messages and "warning" not in messages and "injected" not in messages, messages
     types = types_of(instance)
     assert messages.count("Compiling entry function") == len(types)
     assert messages.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(types), messages
@@ -82,12 +89,19 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
 
     sass = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, re.S))
-    columns, tiles = map(int, re.fullmatch(r"(?:d\d+|cluster_)c(\d+)t(\d+)", instance).groups())
+    columns, tiles = map(int, re.fullmatch(r"(?:d\d+|cluster_|wgmma_)c(\d+)t(\d+)", instance).groups())
     for symbol, text in functions.items():
         _, dtype = cuda_kernels.instance_of(symbol)
         assert not re.search(r"\b(STL|LDL)\b", text)
+        if instance.startswith("wgmma"):
+            product = f"HGMMA.64x{8 * columns}x16.F32{'.BF16' * (dtype == 'bf16')} "
+            assert text.count(product) == text.count("HGMMA") == UNROLL * tiles
+            assert text.count("WARPGROUP.ARRIVE") == text.count("WARPGROUP.DEPBAR") == 1
+            assert not re.search(r"\bHMMA|\bLDSM", text)
+            continue
         assert text.count(PRODUCTS[dtype]) == text.count("HMMA") == UNROLL * columns * tiles
-        assert text.count("LDSM.16.M88.4") == UNROLL * tiles
+        assert text.count("LDSM.16.M88.4") == UNROLL * (tiles + columns // 2)
+        assert text.count("LDSM.16.M88.2") == UNROLL * (columns % 2)
         clusters = instance.startswith("cluster") and architecture != "80"
         assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * clusters
     assert len(functions) == len(types)
@@ -100,8 +114,9 @@ def test_the_table_lists_every_instance_of_the_built_library():
         pytest.skip(f"the CUDA library is not built: {record.get('reason')}")
     head, *rows = cuda_kernels.kernel_table()
     architectures = {row[0] for row in rows}
-    kernels = {(instance, dtype) for instance in native_cuda.INSTANCE_NAMES for dtype in types_of(instance)}
-    assert {(row[1], row[2]) for row in rows} == kernels and len(rows) == len(kernels) * len(architectures)
+    built = [(i, a) for i in native_cuda.INSTANCE_NAMES for a in architectures_of(i) if f"sm_{a}" in architectures]
+    kernels = {(f"sm_{architecture}", instance, dtype) for instance, architecture in built for dtype in types_of(instance)}
+    assert {row[:3] for row in rows} == kernels and len(rows) == len(kernels)
     assert all(16 < int(row[3]) <= 255 and row[4] == row[5] == "0" for row in rows)
     assert "26: " in next(row[6] for row in rows if row[1] == "d2c4t4")
     assert "26: " in next(row[6] for row in rows if row[1:3] == ("d0c4t2", "tf32"))

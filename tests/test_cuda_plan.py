@@ -30,8 +30,12 @@ def published(batches=(1, 32, 256), dtype=torch.bfloat16):
 
 
 def limits_hold(plan, limits):
+    name = native_cuda.INSTANCE_NAMES[plan.instance]
     instance_warps = {"d1c2t4": 16, "d2c4t4": 12, "d3c6t4": 8, "d4c7t4": 8, "d0c7t2": 12, "cluster_c7t2": 12}
-    warps = instance_warps.get(native_cuda.INSTANCE_NAMES[plan.instance], 16)
+    instance_warps |= {"wgmma_c12t2": 12, "wgmma_c14t2": 8}
+    warps = instance_warps.get(name, 16)
+    if name in native_cuda.WGMMA_INSTANCES:
+        assert limits.capability_major == 9 and plan.warps_m % 4 == 0
     assert 32 <= plan.threads <= 32 * warps and plan.threads == 32 * plan.warps_m * plan.warps_n * plan.warps_k
     assert 0 < plan.shared_bytes <= limits.shared_per_block_optin
     resident = plan.ctas_per_multiprocessor
@@ -198,14 +202,43 @@ def test_python_packs_for_the_instance_that_the_plan_chooses(dtype, odd):
         assert native_cuda.packed_columns(width, dtype) == plan.packed_columns, width
 
 
+WGMMA = [(52, 4, 28), (104, 4, 14), (48, 2, 56), (56, 8, 14), (96, 2, 28), (208, 4, 7)]
+
+
+@needs_library
+@pytest.mark.parametrize("width, scale, size", WGMMA)
+def test_wide_groups_run_on_wgmma_where_there_is_any(width, scale, size):
+    p = problem(256, width, scale, size, size)
+    limits = LIMITS["sm_90"]
+    plan = plan_chain(p, limits)
+    assert native_cuda.INSTANCE_NAMES[plan.instance].startswith("wgmma")
+    assert native_cuda.INSTANCE_NAMES[plan.instance] in native_cuda.describe(plan, p.dtype)
+    without = plan_chain(p, limits._replace(wgmma=0))  # the library holds no code for sm_90a
+    assert without.instance < len(native_cuda.STRIP_INSTANCES) and without.nanoseconds > plan.nanoseconds
+    assert without.packed_columns == plan.packed_columns
+    for device in ("sm_80", "sm_89", "sm_100"):
+        assert plan_chain(p, LIMITS[device]).instance < len(native_cuda.STRIP_INSTANCES)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "changed", [{"width": 26}, {"dtype": torch.float32}, {"stride": 2, "hierarchical": False, "pool": "avg3"}], ids=str
+)
+def test_wgmma_is_for_wide_groups_in_half_precision_without_a_stride(changed):
+    arguments = {"batch": 256, "width": 52, "scale": 4, "height": 28, "columns": 28} | changed
+    plan = plan_chain(problem(**arguments), LIMITS["sm_90"])
+    assert plan.instance < len(native_cuda.STRIP_INSTANCES)
+
+
 def test_python_names_the_instances_of_the_table():
     import re
     from pathlib import Path
 
     table = Path(__file__).parents[1] / "csrc/plan/instances.h"
     rows = re.findall(r"X\((d\w+), (\d+), (\d+), (\d+), (\d+)\)", table.read_text())
-    clusters = re.findall(r"X\((cluster_\w+), ", table.read_text())
-    assert (*(row[0] for row in rows), *clusters) == native_cuda.INSTANCE_NAMES
+    others = tuple(re.findall(r"X\(((?:cluster|wgmma)_\w+), ", table.read_text()))
+    assert (*(row[0] for row in rows), *others) == native_cuda.INSTANCE_NAMES
+    assert others == native_cuda.CLUSTER_INSTANCES + native_cuda.WGMMA_INSTANCES
     assert tuple(row[0] for row in rows) == native_cuda.STRIP_INSTANCES
     assert tuple((int(row[1]), int(row[2])) for row in rows) == native_cuda._INSTANCE_DEPTHS_COLUMNS
 

@@ -3,6 +3,7 @@
 import pytest
 from emulator import breaks, harness, mutate
 
+WGMMA = "cuda/chain/wgmma_kernel.cuh"
 KERNEL, GEOMETRY = "cuda/chain/chain_kernel.cuh", "plan/chain_geometry.h"
 CLUSTER = "cuda/chain/cluster_kernel.cuh"
 # name, case, file, its text, the replacement, checks that must turn red
@@ -79,6 +80,18 @@ BREAKS = [
     ("every part passes the whole group", "parts", CLUSTER, "channel_part * threads + thread, threads * g.channel_parts",
      "thread, threads", "race"),
     ("weights of the first part for all", "shared", CLUSTER, "g.packed_columns + first_column)", "g.packed_columns)", "wrong"),
+    ("no room behind the last plane", "wgmma", GEOMETRY, " + (PLANE_ROWS - 1) * 16", "", "out-of-bounds"),
+    ("an even number of slots in a plane", "wgmma_images", GEOMETRY, "(slots | 1) * 16", "(slots + slots % 2) * 16", ""),
+    ("planes that overlap", "wgmma", GEOMETRY, "(slots | 1) * 16", "slots / 2 * 16", "race wrong"),
+    ("a tile without positions goes on", "wgmma", WGMMA, "(position < g.positions(step) ? position : first)", "position",
+     "out-of-bounds"),
+    ("sums of the wrong rows", "wgmma", WGMMA, "+ warp * 16 + lane / 4, PLANE_ROWS", "+ warp * 32 + lane / 4, 16", "wrong"),
+    ("next tap row one off", "wgmma_images", WGMMA, "(g.pitch - 3)", "(g.pitch - 2)", "wrong"),
+    ("depths not reset", "wgmma", WGMMA, "depth = next_tap ? 0 : depth;", "", "wrong"),
+    ("weights of one slice for all", "wgmma", WGMMA, "weight = weight + g.packed", "weight = weight + 0 * g.packed", "wrong"),
+    ("halves of K swapped in the weights", "wgmma", WGMMA, "SharedMatrix(weights, 128, Base::COLUMN_BYTES)",
+     "SharedMatrix(weights, Base::COLUMN_BYTES, 128)", "wrong"),
+    ("one lane leaves products out", "wgmma", WGMMA, "multiply_async<", "if (lane != 9) multiply_async<", "divergence"),
     ("pool reads a column too far", "stage", KERNEL, "column >= g.width) continue", "column > g.width) continue", "wrong"),
 ]
 
@@ -114,6 +127,7 @@ def test_emulated_breaks_cover_every_ordering_statement():
     found = [removal.statement.partition("(")[0] for removal in breaks.removals()]
     assert found.count("cluster_arrive") == found.count("cluster_wait") == 2 and found.count("sync_cta") >= 6
     assert found.count("copy_async_wait") >= 2 and found.count("copy_async_commit") >= 3
+    assert found.count("proxy_fence") >= 1 and {"products_begin", "products_commit", "products_wait"} <= set(found)
     seen = {item for start in range(len(found)) for item in mutate.rotated(list(range(len(found))), start)}
     assert seen == set(range(len(found)))
 

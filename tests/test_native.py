@@ -279,6 +279,19 @@ def test_requested_architectures():
             build_flags.cuda_architectures(f"80;{wrong}", [80, 90])
 
 
+@pytest.mark.parametrize("architectures, built", [(("80", "90a", "100"), True), (("80", "90"), False)])
+def test_wgmma_is_compiled_for_hopper_alone(architectures, built, tmp_path):
+    facts = build_flags.BuildFacts(cuda_architectures=architectures)
+    target = build_flags.cuda_target(Path(__file__).parents[1], tmp_path, facts)
+    wgmma = [unit for unit in target.units if unit.source.name.startswith(build_flags.WGMMA_PREFIX)]
+    assert bool(wgmma) == built
+    for unit in wgmma:
+        assert [flag for flag in unit.flags if "gencode" in flag] == ["-gencode=arch=compute_90a,code=sm_90a"]
+    others = [unit for unit in target.units if unit not in wgmma]
+    assert all(("-DRES2NET_FUSED_HAVE_WGMMA=1" in unit.flags) == built for unit in others)
+    assert all(set(build_flags.gencode_flags(architectures)) <= set(unit.flags) for unit in others)
+
+
 def test_gencode_embeds_ptx_of_the_newest_plain_architecture():
     flags = build_flags.gencode_flags(("80", "100", "90a"))
     assert flags == (

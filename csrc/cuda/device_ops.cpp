@@ -13,6 +13,12 @@
 
 namespace {
 
+#ifdef RES2NET_FUSED_HAVE_WGMMA
+constexpr bool HAVE_WGMMA = true;
+#else
+constexpr bool HAVE_WGMMA = false;
+#endif
+
 std::string cuda_build_info() {
   res2net_fused::BuildInfo info = res2net_fused::build_info();
   info.cuda_version = res2net_fused_nvcc_version();
@@ -29,7 +35,7 @@ std::vector<int64_t> device_limits(int64_t device) {
   return {limits.capability_major,          limits.capability_minor,
           limits.multiprocessors,           limits.shared_per_block_optin,
           limits.shared_per_multiprocessor, limits.registers_per_multiprocessor,
-          limits.l2_bytes};
+          limits.l2_bytes,                  HAVE_WGMMA && limits.capability_major == 9};
 }
 
 }  // namespace

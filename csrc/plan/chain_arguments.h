@@ -14,7 +14,7 @@ struct Slots {
 
 struct ChainArguments {
   const void* x;       // (N, height, width, x_slots.pixel), group g at channel g * x_slots.slot
-  const void* weight;  // (steps, 9 * depths, packed_columns, 32 lanes, 8 bytes): see `pack` in backends/native_cuda.py
+  const void* weight;  // (steps, 9 * depths, packed_columns, 2, 8, 16 bytes): see `pack` in backends/native_cuda.py
   const float* bias;   // (steps, packed_columns * 8)
   void* out;           // (N, out_height, out_width, out_slots.pixel); shares no memory with x
   Slots x_slots, out_slots;

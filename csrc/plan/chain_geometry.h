@@ -66,6 +66,9 @@ struct ChainTile {
 
 // Bytes between two slots. Eight neighbouring slots never collide in the banks when ldmatrix reads 16 bytes of each: swizzled
 // if a slot has 2, 4 or 8 chunks of 16 bytes, else an odd number of them. `depths` as in the instance table: 0 for run time.
+// PLANES: wgmma's layout. The channels of a slot lie in planes of 8 each; depths are known at run time.
+constexpr int PLANES = -1;
+constexpr int PLANE_ROWS = 64;  // slots of a product's A
 RES2NET_HOST_DEVICE constexpr bool swizzled(int instance_depths) {
   return instance_depths == 1 || instance_depths == 2 || instance_depths == 4;
 }
@@ -91,7 +94,7 @@ struct ChainGeometry {
   int chunk_slices, chunks, stages;  // of the weights: slices of a chunk, chunks of a step, chunks in flight or in use
   int packed_columns;                // output channels in units of 8, padded to whole warps
   int part_columns;                  // those that a CTA computes
-  int strips, slot_bytes, strip_bytes, stage_bytes, shared_bytes;
+  int strips, slot_bytes, plane_bytes, strip_bytes, stage_bytes, shared_bytes;
 
   FastDivisor by_pitch, by_period, by_stored, by_depths, by_work_pitch;
   int period;
@@ -147,7 +150,10 @@ inline ChainGeometry make_geometry(const ChainWork& work, const ChainTile& tile,
   g.strips = work.steps > 1 ? 2 : 1;
   g.slot_bytes = slot_bytes_of(instance_depths, g.depths);
   // dilation slots before the first line, for its left padding, and as many behind the last
-  g.strip_bytes = (g.lines * g.pitch + 2 * work.dilation) * g.slot_bytes;
+  const int slots = g.lines * g.pitch + 2 * work.dilation;
+  // An odd number of slots keeps the 16-byte stores of a pixel's planes apart in the banks.
+  g.plane_bytes = (slots | 1) * 16;
+  g.strip_bytes = instance_depths == PLANES ? 2 * g.depths * g.plane_bytes + (PLANE_ROWS - 1) * 16 : slots * g.slot_bytes;
   g.stage_bytes = g.chunk_slices * g.part_columns * 256;
   g.row_parts = tile.row_parts, g.channel_parts = tile.channel_parts, g.warps_k = tile.warps_k;
   g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes;

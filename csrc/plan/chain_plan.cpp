@@ -12,25 +12,33 @@ double cycles_of_cta(const ChainGeometry& g, const Instance& instance, const Dev
                      int resident) {
   const int warps = g.warps_m * g.warps_n;
   const int per_scheduler = divide_up(resident * warps, 4);
+  const bool wgmma = instance.is_wgmma();
+  const int together_rows = 16 * instance.warps_together();
   const double slices = 9.0 * g.depths;
   const double mma_per_slice = double(instance.tiles) * instance.columns;
+  const double mma_cycles = wgmma ? rates.wgmma_cycles : rates.mma_cycles;
   double cycles = START_CYCLES;
   for (int step = 0; step < g.steps; step++) {
-    const int tiles = divide_up(g.positions(step), 16 * instance.tiles);  // of a warp's size
+    // of a warp's size
+    const int tiles = divide_up(g.positions(step), together_rows * instance.tiles) * instance.warps_together();
     const int passes = divide_up(tiles, g.warps_m);
     const double all = double(tiles) * g.warps_n;  // warp tiles that are computed
     // One CTA alone is bound by its busiest tensor core; several share all four.
-    const double alone = double(passes) * divide_up(warps, 4) * slices * mma_per_slice * 4 * rates.mma_cycles;
-    const double together = resident * all * slices * mma_per_slice * rates.mma_cycles;
-    const double shared = resident * all * slices * (instance.columns * 256.0 + instance.tiles * 512.0) / 128;
-    const double main_loop = std::max({alone, together, shared}) / overlap(per_scheduler);
+    const double alone = double(passes) * divide_up(warps, 4) * slices * mma_per_slice * 4 * mma_cycles;
+    const double together = resident * all * slices * mma_per_slice * mma_cycles;
+    // A warpgroup reads its weights once, but for every tile; a warp for all its tiles.
+    const double weight_bytes = instance.columns * (wgmma ? 256.0 / 4 * instance.tiles : 256.0);
+    const double shared = resident * all * slices * (weight_bytes + instance.tiles * 512.0) / 128;
+    const double reached = wgmma ? overlap_async(per_scheduler) : overlap(per_scheduler);
+    const double main_loop = std::max({alone, together, shared}) / reached;
     const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
     const double finish = resident * all * instance.tiles * 2 * (FINISH_PER_ROW + FINISH_PER_COLUMN * instance.columns) / busy;
     const bool more = step + 1 < g.steps;
     const double loads = more ? resident * double(g.lines) * g.stored * copies_per_pixel / 32 * COPY_INSTRUCTIONS / busy : 0;
     // Part of the epilogue and of the loads hides behind other warps' products.
     const double exposed = per_scheduler >= 3 ? 0.4 : per_scheduler == 2 ? 0.6 : 1;
-    cycles += main_loop + exposed * (finish + loads) + STEP_CYCLES + BARRIER_CYCLES * g.chunks * (g.chunks > 1 ? passes : 1);
+    cycles += main_loop + exposed * (finish + loads) + STEP_CYCLES +
+              (wgmma ? DRAIN_CYCLES : BARRIER_CYCLES) * g.chunks * (g.chunks > 1 ? passes : 1);
   }
   return cycles;
 }
@@ -80,6 +88,16 @@ int packed_columns_for(int channels, DataType type) {
   return divide_up(divide_up(channels, 8), columns) * columns;
 }
 
+bool runs_on(const ChainWork& work, int index) {
+  const int usual = instance_for(work.channels, work.type);
+  if (index < 0 || index >= INSTANCES_COUNT || usual < 0) return false;
+  const Instance& instance = INSTANCE_TABLE[index];
+  if (!instance.is_wgmma()) return index == usual || (instance.cluster && instance.runs(work.type));
+  const int columns = packed_columns_for(work.channels, work.type);
+  return work.stride == 1 && instance.runs(work.type) && columns % instance.columns == 0 &&
+         4 * columns / instance.columns <= instance.warps;
+}
+
 ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason, bool clusters) {
   reason.clear();
   if (device.major < 8) {
@@ -109,19 +127,25 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
     reason = "a group has " + std::to_string(work.channels) + " channels; at most 512 are allowed";
     return {};
   }
-  const Instance& instance = INSTANCE_TABLE[index];
   const int depths = work.depths();
   ChainTile tile;
-  tile.warps_n = packed_columns_for(work.channels, work.type) / instance.columns;
   ChainPlan best, candidate;
   best.microseconds = 1e30;
+  std::vector<int> instances{index};
+  for (int i = WGMMA_INSTANCES; device.wgmma && i < INSTANCES_COUNT; i++)
+    if (runs_on(work, i)) instances.push_back(i);
+  const auto try_warps = [&](int index) {
+    const Instance& instance = INSTANCE_TABLE[index];
+    tile.warps_n = packed_columns_for(work.channels, work.type) / instance.columns;
+    const int step = instance.warps_together();
+    for (tile.warps_m = step; tile.warps_m * tile.warps_n <= instance.warps; tile.warps_m += step)
+      if (evaluate(work, passes, device, index, tile, candidate) && candidate.microseconds < best.microseconds) best = candidate;
+  };
   const auto try_all = [&] {
     for (int slices : {9 * depths, 3 * depths, 9, 3}) {
       for (int stages = 2; stages <= 4; stages++) {
-        for (int warps_m = 1; warps_m * tile.warps_n <= instance.warps; warps_m++) {
-          tile.slices = slices, tile.stages = stages, tile.warps_m = warps_m;
-          if (evaluate(work, passes, device, index, tile, candidate) && candidate.microseconds < best.microseconds) best = candidate;
-        }
+        tile.slices = slices, tile.stages = stages;
+        for (int index : instances) try_warps(index);
         if (slices == 9 * depths) break;  // a whole convolution in each of two stages is prefetch enough
       }
     }
@@ -185,7 +209,7 @@ std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* devi
   const bool passes = problem[8] != 0;
   work.type = DataType(problem[9]);
   const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
-                            int(device[4]), int(device[5]), int(device[6])};
+                            int(device[4]), int(device[5]), int(device[6]), int(device[7])};
   std::string reason;
   const ChainPlan plan = plan_chain(work, passes, limits, reason, clusters);
   std::snprintf(text, size, "%s", reason.c_str());

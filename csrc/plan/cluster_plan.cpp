@@ -122,7 +122,7 @@ void plan_clusters(const ChainWork& work, bool passes, const DeviceLimits& devic
   const bool sends = work.adds && work.steps > 1;
   if (work.type == TF32 || (sends && device.major < 9)) return;
   const int columns = divide_up(work.channels, 8);
-  for (int index = STRIP_INSTANCES; index < INSTANCES_COUNT; index++) {
+  for (int index = STRIP_INSTANCES; index < WGMMA_INSTANCES; index++) {
     const Instance& instance = INSTANCE_TABLE[index];
     ChainTile tile;
     for (tile.warps_n = 1; tile.warps_n <= instance.warps; tile.warps_n++) {

@@ -23,6 +23,16 @@
   X(cluster_c4t2, 4, 2, 16)          \
   X(cluster_c7t2, 7, 2, 12)
 
+// The same with Hopper's wgmma, for half precision and stride 1: X(name, COLUMNS, TILES, WARPS)
+//   COLUMNS  output channels of a warpgroup in units of 8
+//   TILES    pixels of a warpgroup in units of 64
+// A width runs on those whose COLUMNS divide its packed ones, which the instances above decide.
+#define RES2NET_WGMMA_INSTANCES(X) \
+  X(wgmma_c6t2, 6, 2, 16)          \
+  X(wgmma_c7t2, 7, 2, 16)          \
+  X(wgmma_c12t2, 12, 2, 12)        \
+  X(wgmma_c14t2, 14, 2, 8)
+
 namespace res2net_fused::chain {
 // Fixed depths are for half precision; TF32 has the instances whose depths are known at run time.
 constexpr bool instance_runs(int depths, DataType type) { return type != TF32 || depths == 0; }

@@ -16,6 +16,7 @@ constexpr double COPY_INSTRUCTIONS = 26;     // one cp.async with its index arit
 constexpr double FINISH_PER_ROW = 45;        // of an epilogue's half tile
 constexpr double FINISH_PER_COLUMN = 16;     // and of each pair of channels in it
 constexpr double BARRIER_CYCLES = 60;        // per chunk of weights
+constexpr double DRAIN_CYCLES = 250;         // of wgmma: the last products of a chunk end, and the first of the next begin
 constexpr double STEP_CYCLES = 900;          // filling and draining the pipelines around a convolution
 constexpr double START_CYCLES = 2600;        // first loads and their latency
 
@@ -23,6 +24,9 @@ constexpr double START_CYCLES = 2600;        // first loads and their latency
 inline double overlap(int warps_per_scheduler) {
   return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55;
 }
+
+// The same of wgmma, whose products run while their warps go on.
+inline double overlap_async(int warps_per_scheduler) { return warps_per_scheduler >= 2 ? 0.85 : 0.7; }
 
 inline int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
 
@@ -55,7 +59,8 @@ inline void set_launch(const ChainWork& work, bool passes, const ChainGeometry& 
     const bool part = step > 0 && exchanges(work, tile);  // the rest comes from the other CTAs
     const int64_t lines = g.lines - 2 * (part ? g.work_line(step - 1) : step * g.shrink);
     const int64_t pixel_bytes = part ? std::min(group_bytes, g.part_columns * 16) : group_bytes;
-    const int tiles = divide_up(g.positions(step), 16 * instance.tiles);
+    const int together = instance.warps_together();
+    const int tiles = divide_up(g.positions(step), 16 * together * instance.tiles) * together;
     const int weight_reads = g.chunks > 1 ? g.passes(step, instance.tiles) : 1;
     plan.loaded_bytes += plan.ctas * (lines * g.stored * pixel_bytes + int64_t(weight_reads) * g.chunks * g.stage_bytes);
     plan.mma_flops += int64_t(plan.ctas) * tiles * instance.tiles * g.part_columns * work.slices() * mma_flops(work.type);

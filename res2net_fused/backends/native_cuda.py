@@ -30,16 +30,18 @@ CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/plan/data_type.h
 POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_arguments.h
 STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
-INSTANCE_NAMES = (*STRIP_INSTANCES, "cluster_c2t2", "cluster_c4t2", "cluster_c7t2")
+CLUSTER_INSTANCES = ("cluster_c2t2", "cluster_c4t2", "cluster_c7t2")
+WGMMA_INSTANCES = ("wgmma_c6t2", "wgmma_c7t2", "wgmma_c12t2", "wgmma_c14t2")
+INSTANCE_NAMES = STRIP_INSTANCES + CLUSTER_INSTANCES + WGMMA_INSTANCES
 _INSTANCE_DEPTHS_COLUMNS = ((1, 2), (2, 4), (3, 6), (4, 7), (0, 6), (0, 7), (0, 4))
 
 # What a plan needs to know of a device without having it, in the order of native.DeviceLimits.
 LIMITS = {
-    "sm_80": native.DeviceLimits(8, 0, 108, 166912, 167936, 65536, 40 * 2**20),
-    "sm_86": native.DeviceLimits(8, 6, 84, 101376, 102400, 65536, 6 * 2**20),
-    "sm_89": native.DeviceLimits(8, 9, 128, 101376, 102400, 65536, 72 * 2**20),
-    "sm_90": native.DeviceLimits(9, 0, 132, 232448, 233472, 65536, 50 * 2**20),
-    "sm_100": native.DeviceLimits(10, 0, 148, 232448, 233472, 65536, 126 * 2**20),
+    "sm_80": native.DeviceLimits(8, 0, 108, 166912, 167936, 65536, 40 * 2**20, 0),
+    "sm_86": native.DeviceLimits(8, 6, 84, 101376, 102400, 65536, 6 * 2**20, 0),
+    "sm_89": native.DeviceLimits(8, 9, 128, 101376, 102400, 65536, 72 * 2**20, 0),
+    "sm_90": native.DeviceLimits(9, 0, 132, 232448, 233472, 65536, 50 * 2**20, 1),
+    "sm_100": native.DeviceLimits(10, 0, 148, 232448, 233472, 65536, 126 * 2**20, 0),
 }
 
 
@@ -163,7 +165,7 @@ def describe(plan: Plan, dtype: torch.dtype) -> str:
         part = f"{plan.rows}x{plan.columns} pixels"
     instance = INSTANCE_NAMES[plan.instance] + ", tf32" * (dtype == torch.float32)
     parts = ""
-    if plan.instance >= len(STRIP_INSTANCES):
+    if INSTANCE_NAMES[plan.instance] in CLUSTER_INSTANCES:
         parts = f" in {plan.row_parts} row x {plan.channel_parts} channel parts"
     return (
         f"CUDA, 1 launch, {instance}, {plan.ctas} CTAs of {part}{parts}, {warps(plan)} warps, "
@@ -257,21 +259,20 @@ def packed_columns(width: int, dtype: torch.dtype) -> int:
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
-    """[weights in the order in which the lanes of a warp read them, biases (steps, columns * 8) in fp32].
+    """[weights in blocks of 8 output channels, biases (steps, columns * 8) in fp32].
 
-    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 32 lanes, 8 bytes) of the weights' dtype, float32 rounded to TF32. Of its
-    operand B, 32 bytes x 8, mma wants in lane l the words l % 4 and l % 4 + 4 of column l / 4; a word is two rows in half
-    precision, one in float32. Rows are input channels, columns output channels; what pads them is zero.
+    (w, w, 3, 3) each -> (steps, 9 * depths, columns, 2, 8, 16 bytes) of the weights' dtype, float32 rounded to TF32: of a tap's
+    32 bytes of input channels the first and the second half, each for 8 output channels. These are the matrices of 128 bytes
+    that both ldmatrix and wgmma read, so all kernels share one packing. What pads input and output channels is zero.
     """
     width, dtype = weights[0].shape[0], weights[0].dtype
-    per_word = 4 // dtype.itemsize
+    half = depth_channels(dtype) // 2
     depths, columns, steps = -(-width // depth_channels(dtype)), packed_columns(width, dtype), len(weights)
     padded = weights[0].new_zeros(steps, 9, depths * depth_channels(dtype), columns * 8)
     for step, weight in enumerate(weights):
         padded[step, :, :width, :width] = weight.detach().permute(2, 3, 1, 0).reshape(9, width, width)
-    # input channel = depth, half, lane % 4, place in 4 bytes; output channel = column, lane / 4
-    split = padded.reshape(steps, 9, depths, 2, 4, per_word, columns, 8)
-    packed = split.permute(0, 1, 2, 6, 7, 4, 3, 5).reshape(steps, 9 * depths, columns, 32, 2 * per_word).contiguous()
+    split = padded.reshape(steps, 9 * depths, 2, half, columns, 8)
+    packed = split.permute(0, 1, 4, 2, 5, 3).contiguous()
     if dtype == torch.float32:
         packed = round_to_tf32(packed)
     bias = torch.zeros(steps, columns * 8, dtype=torch.float32, device=packed.device)

@@ -1,4 +1,4 @@
-// Every primitive of csrc/cuda/chain/hardware.h against its definition. nvcc compiles this file for a GPU, a host compiler
+// Every primitive of csrc/cuda/chain/hardware.h and hardware_sm90.h against its definition. nvcc compiles this file for a GPU, a host compiler
 // (-x c++) for the emulator: both forms must pass. Prints one line per failure.
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/chain/hardware.h"
+#include "cuda/chain/hardware_sm90.h"
 #include "plan/chain_geometry.h"
 
 namespace {
@@ -40,7 +40,7 @@ std::vector<uint32_t> run(Kernel kernel, int threads, const std::vector<uint32_t
   cluster.val.clusterDim.x = blocks;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = 4096;
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = 8192;
   config.attrs = &cluster, config.numAttrs = blocks > 1 ? 1 : 0;
   const uint32_t* read_only = in;
   const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, read_only, out);
@@ -50,7 +50,7 @@ std::vector<uint32_t> run(Kernel kernel, int threads, const std::vector<uint32_t
   cudaFree(in);
   cudaFree(out);
 #else
-  const emulator::Launch launch{blocks, threads, 4096, 1, true, {{"in", input.data(), input.size() * 4, false}}, blocks};
+  const emulator::Launch launch{blocks, threads, 8192, 1, true, {{"in", input.data(), input.size() * 4, false}}, blocks};
   const emulator::Report report = emulator::run(launch, [&] { kernel(input.data(), result.data()); });
   for (const std::string& found : report.first) expect(found.c_str(), found.empty());
 #endif
@@ -76,6 +76,8 @@ __global__ void matrix_product(const uint32_t* in, uint32_t* out) {
   for (int i = lane; i < 128; i += 32) shared_store(shared + i * 4, global_load<uint32_t>(in + i));
   sync_warp();
   const FragmentA a = load_matrix(shared + (lane % 16 * 8 + lane / 16 * 4) * 4);
+  const FragmentB columns = load_columns(shared + (lane % 8 * 8 + lane / 8 % 2 * 4) * 4);
+  const bool columns_right = columns.word[0] == a.word[0] && columns.word[1] == a.word[2];  // rows 0 to 7
   FragmentB b[2];
   for (int j = 0; j < 2; j++)
     for (int half = 0; half < 2; half++) {
@@ -84,7 +86,7 @@ __global__ void matrix_product(const uint32_t* in, uint32_t* out) {
     }
   Accumulator c[2];
   for (int j = 0; j < 2; j++)
-    for (int i = 0; i < 4; i++) c[j].value[i] = 0.5f;
+    for (int i = 0; i < 4; i++) c[j].value[i] = columns_right ? 0.5f : NAN;
   multiply<Element>(c, a, b);
   for (int j = 0; j < 2; j++)
     for (int i = 0; i < 4; i++)
@@ -112,6 +114,70 @@ uint32_t pack_bf16(int low, int high) {
 uint32_t pack_fp16(int low, int high) {
   const uint32_t bits[] = {0, 0x3c00, 0x4000, 0x4200, 0x4400};
   return bits[low] | bits[high] << 16;
+}
+
+// Four warps multiply the 64 rows from row 1, then those from row 2, of A in two planes of 67 rows, by B in blocks of 8 columns.
+// The shared memory that they read is filled by copies and by stores.
+constexpr int PLANE = 67;
+template <class Element, int COLUMNS>
+__global__ void async_product(const uint32_t* in, uint32_t* out) {
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const SharedPtr left = shared_memory().part(0, 2 * PLANE * 16, "A");
+  const SharedPtr right = shared_memory().part(2 * PLANE * 16, COLUMNS * 256, "B");
+  const int thread = thread_index();
+  for (int i = thread; i < 2 * PLANE * 4; i += 128) shared_store(left + i * 4, global_load<uint32_t>(in + i));
+  for (int i = thread; i < COLUMNS * 16; i += 128) copy_async<16>(right + i * 16, in + 2 * PLANE * 4 + i * 4);
+  copy_async_commit();
+  copy_async_wait(0);
+  proxy_fence();
+  sync_cta();
+  Accumulator sums[1][COLUMNS];
+  for (int j = 0; j < COLUMNS; j++)
+    for (int i = 0; i < 4; i++) sums[0][j].value[i] = 0.5f;
+  const SharedMatrix a(left, PLANE * 16, 128), b(right, 128, 256);
+  products_begin(sums);
+  multiply_async<Element>(sums[0], a + 16, b);
+  multiply_async<Element>(sums[0], a + 32, b);
+  products_commit();
+  products_wait(sums);
+  const int warp = uniform(thread / 32), lane = thread % 32;
+  for (int j = 0; j < COLUMNS; j++)
+    for (int i = 0; i < 4; i++)
+      out[(warp * 16 + lane / 4 + i / 2 * 8) * 8 * COLUMNS + j * 8 + lane % 4 * 2 + i % 2] = as_bits(sums[0][j].value[i]);
+#endif
+}
+
+template <class Element, int COLUMNS>
+void test_async_product(uint32_t (*pack)(int, int), const char* what) {
+  const auto factor_a = [](int row, int k) { return (row * 3 + k) % 5; };
+  const auto factor_b = [](int k, int column) { return (k + column * 7) % 3; };
+  std::vector<uint32_t> in;
+  for (int half = 0; half < 2; half++)
+    for (int row = 0; row < PLANE; row++)
+      for (int k = half * 8; k < half * 8 + 8; k += 2) in.push_back(pack(factor_a(row, k), factor_a(row, k + 1)));
+  for (int block = 0; block < 2 * COLUMNS; block++)
+    for (int column = block / 2 * 8; column < block / 2 * 8 + 8; column++)
+      for (int k = block % 2 * 8; k < block % 2 * 8 + 8; k += 2) in.push_back(pack(factor_b(k, column), factor_b(k + 1, column)));
+  const auto out = run(async_product<Element, COLUMNS>, 128, in, 64 * 8 * COLUMNS);
+  for (int row = 0; row < 64; row++)
+    for (int column = 0; column < 8 * COLUMNS; column++) {
+      float sum = 0.5f;
+      for (int k = 0; k < 16; k++) sum += float((factor_a(row + 1, k) + factor_a(row + 2, k)) * factor_b(k, column));
+      expect(what, as_float(out[row * 8 * COLUMNS + column]) == sum);
+    }
+}
+
+template <class Element>
+void test_async_products(uint32_t (*pack)(int, int), const char* what) {
+#if defined(__CUDACC__)
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major != 9) return;
+#endif
+  test_async_product<Element, 6>(pack, what);
+  test_async_product<Element, 7>(pack, what);
+  test_async_product<Element, 12>(pack, what);
+  test_async_product<Element, 14>(pack, what);
 }
 
 // Copies of 16, 8 and 4 bytes, whole and cut short, in two groups of which the first is waited for alone.
@@ -216,6 +282,8 @@ void test_arithmetic(float step, const char* name) {  // step: the distance of n
 int main() {
   test_matrix_product<bf16>(pack_bf16, "matrix product, bf16");
   test_matrix_product<fp16>(pack_fp16, "matrix product, fp16");
+  test_async_products<bf16>(pack_bf16, "wgmma, bf16");
+  test_async_products<fp16>(pack_fp16, "wgmma, fp16");
   test_copies();
   test_clusters();
   test_arithmetic<bf16>(0x1p-7f, "arithmetic, bf16");

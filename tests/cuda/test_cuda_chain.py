@@ -21,9 +21,12 @@ def unavailable():
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "available")
 ODD = [Case(26, 4, 3, 57, 33), Case(52, 4, 2, 29, 31), Case(104, 4, 5, 15, 13), Case(208, 4, 9, 7, 7), Case(14, 8, 2, 61, 129)]
+# Wide groups in batches that fill a Hopper GPU: the wgmma kernel there.
+FULL = [Case(52, 4, 64, 28, 28), Case(104, 4, 256, 14, 14), Case(48, 2, 32, 56, 56), Case(56, 8, 130, 14, 13)]
+FULL += [Case(96, 3, 130, 15, 9), Case(208, 2, 257, 7, 7)]
 PUBLISHED = [Case(w << i, s, 3, 56 >> i, 56 >> i) for w, s in ((26, 4), (14, 8), (48, 2)) for i in range(4)]
 IN_TF32 = [case for case in SINGLES if not case.pad] + [Case(**{**c.__dict__, "dtype": torch.float32}) for c in ODD + PUBLISHED]
-CASES = [case for case in WIDTHS + SETTINGS + ODD + PUBLISHED if not case.pad]
+CASES = [case for case in WIDTHS + SETTINGS + ODD + PUBLISHED + FULL if not case.pad]
 # Batches of one and two are what clusters share; the odd number of images leaves the last CTA with less than its part.
 SMALL = [replace(case, images=images) for case in ODD + PUBLISHED for images in (1, 2)]
 CLUSTERS = [case for case in SHARED + SHARED_SETTINGS if not case.pad]
@@ -51,7 +54,7 @@ def test_exact_for_integers(case, dtype, poisoned_memory):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", ODD + PUBLISHED + SMALL, ids=str)
+@pytest.mark.parametrize("case", ODD + PUBLISHED + SMALL + FULL, ids=str)
 def test_close_for_random_numbers(case, dtype, poisoned_memory):
     case = Case(**{**case.__dict__, "dtype": dtype})
     tensors = make_tensors(case, False, 1)

@@ -13,7 +13,8 @@ from . import harness
 from .harness import Case
 
 # Statements that order memory accesses. Each stands on a line of its own in the kernel.
-ORDERING = re.compile(r"^\s*(sync_cta|sync_warp|cluster_arrive|cluster_wait|copy_async_wait|copy_async_commit)\(.*\);")
+_NAMES = r"sync_cta|sync_warp|cluster_arrive|cluster_wait|copy_async_wait|copy_async_commit|proxy_fence|products_\w+"
+ORDERING = re.compile(rf"^\s*({_NAMES})\(.*\);")
 FLAGS = ("-O1", "-w")
 _STRIP = {"whole": 0, "images": 1}
 _WHOLE = {"whole": 1, "slices": 9, "stages": 2}
@@ -28,6 +29,15 @@ CASES = {
     # 8 bytes a copy: the thread that adds is not the one that copied
     "added": Case(28, 4, 1, 9, 7, settings={"passthrough": "first_added"}, tile=_STRIP | {"rows": 4, "columns": 7}),
     "odd": Case(27, 3, 1, 5, 6, torch.float32),
+    # Of the wgmma kernel: weights that stream through two warpgroups, and weights that stay, for several images.
+    "wgmma": Case(52, 3, 1, 9, 13, wgmma=True, tile=_STRIP | {
+        "instance": harness.INSTANCES.index("wgmma_c7t2"), "rows": 8, "columns": 13, "warps_m": 8, "warps_n": 1, "slices": 12,
+        "stages": 2,
+    }),
+    "wgmma_images": Case(50, 4, 3, 5, 6, wgmma=True, tile=_WHOLE | {
+        "instance": harness.INSTANCES.index("wgmma_c7t2"), "images": 2, "rows": 5, "columns": 6, "warps_m": 4, "warps_n": 1,
+        "slices": 36,
+    }),
     "w14": Case(14, 8, 1, 5, 17, tile=_STRIP | {"rows": 2, "columns": 9, "warps_m": 4, "slices": 3, "stages": 4}),
     # Of the cluster kernel: rows and channels shared, and several passes of warps that share their sums; then weights that
     # stream, and whole images whose channels are shared.

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cuda/chain/cluster_kernel.cuh"
+#include "cuda/chain/wgmma_kernel.cuh"
 #include "plan/chain_plan.h"
 
 using namespace res2net_fused::chain;
@@ -28,6 +29,10 @@ template <class Element, int DEPTHS, int COLUMNS, int TILES> void run_chain(cons
     ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments, block_index()).run();
 }
 
+template <class Element, int COLUMNS, int TILES> void run_wgmma(const ChainArguments& arguments) {
+    WgmmaCta<Element, COLUMNS, TILES>(arguments, block_index()).run();
+}
+
 template <class Element, int COLUMNS, int TILES> void run_cluster(const ChainArguments& arguments) {
     ClusterCta<Element, COLUMNS, TILES>(arguments).run();
 }
@@ -48,18 +53,26 @@ template <int COLUMNS, int TILES> Entry cluster_entry() {
     return {{run_cluster<fp16, COLUMNS, TILES>, run_cluster<bf16, COLUMNS, TILES>, nullptr}};
 }
 
+template <int COLUMNS, int TILES> Entry wgmma_entry() {
+    return {{run_wgmma<fp16, COLUMNS, TILES>, run_wgmma<bf16, COLUMNS, TILES>, nullptr}};
+}
+
 #ifndef INSTANCES  // a build may choose its own
 #define INSTANCES(X) RES2NET_CHAIN_INSTANCES(X)
 #define CLUSTER_INSTANCES(X) RES2NET_CLUSTER_INSTANCES(X)
+#define WGMMA_INSTANCES_OF(X) RES2NET_WGMMA_INSTANCES(X)
 #endif
 #define ENTRY(name, DEPTHS, COLUMNS, TILES, WARPS) \
     if (std::strcmp(wanted, #name) == 0) return entry<DEPTHS, COLUMNS, TILES>();
 #define CLUSTER_ENTRY(name, COLUMNS, TILES, WARPS) \
     if (std::strcmp(wanted, #name) == 0) return cluster_entry<COLUMNS, TILES>();
+#define WGMMA_ENTRY(name, COLUMNS, TILES, WARPS) \
+    if (std::strcmp(wanted, #name) == 0) return wgmma_entry<COLUMNS, TILES>();
 
 Entry find(const char* wanted) {
     INSTANCES(ENTRY)
     CLUSTER_INSTANCES(CLUSTER_ENTRY)
+    WGMMA_INSTANCES_OF(WGMMA_ENTRY)
     return {};
 }
 }  // namespace
@@ -76,7 +89,7 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
                          call->steps, call->stride, call->dilation, call->adds != 0, type};
     const ChainTile tile{call->rows, call->columns, call->tile_images, call->whole != 0, call->warps_m, call->warps_n,
                          call->slices, call->stages, call->row_parts, call->channel_parts, call->warps_k};
-    if (call->instance >= STRIP_INSTANCES && !parts_fit(work, tile, instance.columns)) return -2;
+    if (instance.cluster && !parts_fit(work, tile, instance.columns)) return -2;
     ChainArguments a{};
     a.x = call->x, a.weight = call->weight, a.bias = call->bias, a.out = call->out;
     a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};

@@ -24,7 +24,8 @@ struct Rendezvous {
     Where where;
     uint32_t arrived = 0;
     SharedPtr row[32];
-    FragmentA* loaded[32];
+    uint32_t* loaded[32];
+    int matrices = 0;  // of 8 x 16 bytes that a load reads
     Accumulator* c[32];
     const FragmentA* a[32];
     const FragmentB* b[32];
@@ -66,6 +67,7 @@ void enter() {
     if (current->arrivals != current->waits)
         finding(DIVERGENCE, current->where, "ends without waiting for the cluster's barrier (last seen here)");
     if (in_flight) finding(IN_FLIGHT, current->where, "ends with copies in flight (last seen here)");
+    if (products_pending()) finding(IN_FLIGHT, current->where, "ends with products in flight (last seen here)");
     current->done = true;
     ctas[current->rank].done++;
     _longjmp(scheduler, 1);
@@ -117,6 +119,7 @@ void run_cluster(int first_block) {
     first_epoch = epoch + 1;
     cluster_arrived = cluster_phase = 0;
     waiting_for_phase.clear();
+    prepare_products();
     for (Cta& cta : ctas) {
         cta.block = first_block++;
         cta.epoch = ++epoch;
@@ -131,6 +134,7 @@ void run_cluster(int first_block) {
     for (Fiber& fiber : fibers) {
         fiber.started = fiber.done = false;
         fiber.arrivals = fiber.waits = 0;
+        fiber.shown = 0;
         fiber.open_copies.clear();
         fiber.copy_groups.clear();
         getcontext(&fiber.entry);
@@ -155,7 +159,7 @@ void run_cluster(int first_block) {
 
 void perform_load(Rendezvous& meeting, int warp) {
     uint16_t rows[4][8][8];
-    for (int lane = 0; lane < 32; lane++) {
+    for (int lane = 0; lane < 8 * meeting.matrices; lane++) {
         const SharedPtr row = meeting.row[lane];
         uint16_t* to = rows[lane / 8][lane % 8];
         std::memset(to, 0xff, 16);
@@ -166,7 +170,7 @@ void perform_load(Rendezvous& meeting, int warp) {
         }
         std::memcpy(to, &ctas[current->rank].memory[row.offset], 16);
     }
-    for (int matrix = 0; launch.checks && matrix < 4; matrix++) {
+    for (int matrix = 0; launch.checks && matrix < meeting.matrices; matrix++) {
         int ways[8] = {};
         for (int i = 0; i < 8; i++) {
             const int place = meeting.row[matrix * 8 + i].offset;
@@ -176,7 +180,8 @@ void perform_load(Rendezvous& meeting, int warp) {
         }
     }
     for (int lane = 0; lane < 32; lane++)
-        for (int matrix = 0; matrix < 4; matrix++) std::memcpy(&meeting.loaded[lane]->word[matrix], &rows[matrix][lane / 4][lane % 4 * 2], 4);
+        for (int matrix = 0; matrix < meeting.matrices; matrix++)
+            std::memcpy(&meeting.loaded[lane][matrix], &rows[matrix][lane / 4][lane % 4 * 2], 4);
 }
 
 // m16n8k8 on TF32, which is fp32 without the lowest 13 bits.
@@ -256,6 +261,10 @@ void meet(Rendezvous& meeting, const char* name, const Where& where) {
     ready[warp] |= ~(1u << self->thread % 32);
 }
 }  // namespace
+
+void suspend(const char* waits_for, const Where& where) { block(waits_for, where); }
+void wake(const Fiber& fiber) { ready[fiber.warp] |= 1u << fiber.thread % 32; }
+void give_up() { abandon(); }
 
 Report run(const Launch& launch_, const std::function<void()>& kernel_) {
     launch = launch_;
@@ -338,11 +347,12 @@ void cluster_wait(const Where& where) {
 
 void sync_warp(const Where& where) { meet(arrive(Operation::SYNC_WARP, where), "a warp barrier", where); }
 
-void load_matrix(SharedPtr row, FragmentA* a, const Where& where) {
+void load_matrices(SharedPtr row, uint32_t* words, int matrices, const Where& where) {
     Rendezvous& meeting = arrive(Operation::LOAD_MATRIX, where);
     const int lane = current->thread % 32;
     meeting.row[lane] = row;
-    meeting.loaded[lane] = a;
+    meeting.loaded[lane] = words;
+    meeting.matrices = matrices;
     meet(meeting, "a matrix load", where);
 }
 

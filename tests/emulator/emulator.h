@@ -21,9 +21,9 @@ struct SharedPtr {
 };
 
 namespace emulator {
-enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, KINDS };
+enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, PROXY, KINDS };
 inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",
-                                                   "in-flight",     "divergence", "lifetime"};
+                                                   "in-flight",     "divergence", "lifetime",   "proxy"};
 
 struct Buffer { const char* name; const void* begin; size_t bytes; bool writable; };
 
@@ -60,7 +60,7 @@ void sync_warp(const Where& where);
 void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
 void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where);
-void load_matrix(SharedPtr row, FragmentA* a, const Where& where);
+void load_matrices(SharedPtr row, uint32_t* words, int matrices, const Where& where);
 void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::chain::DataType type, const Where& where);
 uint16_t round_to_bf16(float value);
 uint16_t round_to_fp16(float value);
@@ -107,8 +107,13 @@ inline void copy_async_wait(int pending) { emulator::wait_copies(pending); }
 
 inline FragmentA load_matrix(SharedPtr row, Where where = Where::current()) {
     FragmentA a;
-    emulator::load_matrix(row, &a, where);
+    emulator::load_matrices(row, a.word, 4, where);
     return a;
+}
+inline FragmentB load_columns(SharedPtr column, Where where = Where::current()) {
+    FragmentB b;
+    emulator::load_matrices(column, b.word, 2, where);
+    return b;
 }
 template <class Element, int COLUMNS>
 void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS], Where where = Where::current()) {

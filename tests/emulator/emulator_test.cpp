@@ -3,17 +3,17 @@
 #include <cstdio>
 #include <limits>
 
-#include "cuda/chain/hardware.h"
+#include "cuda/chain/hardware_sm90.h"
 
 namespace {
 int failures = 0;
 alignas(16) uint32_t global_words[64];
 
 // Runs a kernel of one cluster in six orders; `verdict` is the name of the only kind of finding, "" or "any".
-template <class Kernel> void expect(const char* title, const char* verdict, int threads, Kernel kernel, int ctas = 1) {
+template <class Kernel> void expect(const char* title, const char* verdict, int threads, Kernel kernel, int ctas = 1, int bytes = 1024) {
     for (uint64_t seed = 0; seed < 6; seed++) {
         const emulator::Report report =
-            emulator::run({ctas, threads, 1024, seed, true, {{"words", global_words, sizeof global_words, true}}, ctas}, kernel);
+            emulator::run({ctas, threads, bytes, seed, true, {{"words", global_words, sizeof global_words, true}}, ctas}, kernel);
         std::string kinds;
         for (int kind = 0; kind < emulator::KINDS; kind++)
             if (report.count[kind]) kinds += emulator::KIND_NAMES[kind];
@@ -210,6 +210,90 @@ void cluster_kernels() {
             sync_cta();
     });
 }
+
+enum class Fault {
+    NONE, NO_PROXY_FENCE, PROXY_FENCE_BEFORE, FENCE_OF_OTHERS, NO_BARRIER, NO_BEGIN, SUMS_CHANGED, NO_COMMIT, NO_WAIT,
+    OPERAND_CHANGED, OPERAND_COPIED, CHANGED_BEHIND_WAIT, CHANGED_BEHIND_BARRIER, COLUMNS_MISSING, BEYOND, NEGATIVE, WARP_MISSING,
+    OTHER_STATEMENT
+};
+// One product of a warpgroup, right but for one thing.
+template <class Element> void product(Fault fault) {
+    constexpr int COLUMNS = 6;
+    const int thread = thread_index();
+    const SharedPtr left = shared_memory().part(0, 2048, "A"), right = shared_memory().part(2048, 1536, "B");
+    if (fault == Fault::PROXY_FENCE_BEFORE) proxy_fence();
+    for (int i = thread; i < 512; i += 128) {  // A in two planes of 64 rows
+        const int row = i / 4 % 64, k = i / 256 * 8 + i % 4 * 2;
+        shared_store(left + i * 4, pack_pair<Element>(float((row * 3 + k) % 5), float((row * 3 + k + 1) % 5)));
+    }
+    for (int i = thread; i < (fault == Fault::COLUMNS_MISSING ? 383 : 384); i += 128) {  // of 8 columns both halves of K
+        const int column = i / 64 * 8 + i / 4 % 8, k = i / 32 % 2 * 8 + i % 4 * 2;
+        shared_store(right + i * 4, pack_pair<Element>(float((k + column * 7) % 3), float((k + 1 + column * 7) % 3)));
+    }
+    const bool fenced = fault != Fault::NO_PROXY_FENCE && fault != Fault::PROXY_FENCE_BEFORE;
+    if (fenced && (fault != Fault::FENCE_OF_OTHERS || thread != 5)) proxy_fence();
+    if (fault != Fault::NO_BARRIER) sync_cta();
+    Accumulator sums[1][COLUMNS];
+    for (Accumulator& sum : sums[0]) sum = {{0.5f, 0.5f, 0.5f, 0.5f}};
+    if (fault == Fault::WARP_MISSING && thread >= 96) return;
+    if (fault != Fault::NO_BEGIN) products_begin(sums);
+    if (fault == Fault::SUMS_CHANGED && thread == 7) sums[0][2].value[1] = 0.25f;
+    const SharedMatrix a = SharedMatrix(left, 1024, 128) + (fault == Fault::BEYOND ? 16 : fault == Fault::NEGATIVE ? -16 : 0);
+    const SharedMatrix b(right, 128, 256);
+    if (fault == Fault::OTHER_STATEMENT && thread >= 64)
+        multiply_async<Element>(sums[0], a, b);
+    else
+        multiply_async<Element>(sums[0], a, b);
+    if (fault == Fault::OPERAND_CHANGED && thread == 100) shared_store(right, 0u);
+    if (fault == Fault::OPERAND_COPIED && thread == 100) copy_async<4>(right, global_words);
+    if (sums[0][0].value[0] == sums[0][0].value[0]) failures++;  // unknown until waited for
+    if (fault != Fault::NO_COMMIT) products_commit();
+    if (fault != Fault::NO_WAIT) products_wait(sums);
+    if (fault == Fault::CHANGED_BEHIND_BARRIER) sync_cta();
+    if ((fault == Fault::CHANGED_BEHIND_WAIT || fault == Fault::CHANGED_BEHIND_BARRIER) && thread == 100) shared_store(right, 0u);
+    if (fault == Fault::OPERAND_COPIED && thread == 100) {
+        copy_async_commit();
+        copy_async_wait(0);
+    }
+    if (fault != Fault::NONE) return;
+    for (int j = 0; j < COLUMNS; j++)
+        for (int i = 0; i < 4; i++) {
+            const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 * 8, column = j * 8 + thread % 4 * 2 + i % 2;
+            float expected = 0.5f;
+            for (int k = 0; k < 16; k++) expected += float((row * 3 + k) % 5) * float((k + column * 7) % 3);
+            if (sums[0][j].value[i] != expected) failures++;
+        }
+}
+
+void products() {
+    using enum emulator::Kind;
+    const auto name = [](emulator::Kind kind) { return emulator::KIND_NAMES[kind]; };
+    const auto verdict = [](const char* title, const char* kind, Fault fault) {
+        expect(title, kind, 128, [fault] { product<bf16>(fault); }, 1, 4096);
+    };
+    verdict("product, bf16", "", Fault::NONE);
+    expect("product, fp16", "", 128, [] { product<fp16>(Fault::NONE); }, 1, 4096);
+    verdict("product without a proxy fence", name(PROXY), Fault::NO_PROXY_FENCE);
+    verdict("proxy fence before the writes", name(PROXY), Fault::PROXY_FENCE_BEFORE);
+    verdict("proxy fence left out by one thread", name(PROXY), Fault::FENCE_OF_OTHERS);
+    verdict("product without a barrier", "any", Fault::NO_BARRIER);  // which finding depends on the order
+    verdict("product without products_begin", name(IN_FLIGHT), Fault::NO_BEGIN);
+    verdict("sums changed behind products_begin", name(IN_FLIGHT), Fault::SUMS_CHANGED);
+    verdict("product not committed", name(IN_FLIGHT), Fault::NO_COMMIT);
+    verdict("product not waited for", name(IN_FLIGHT), Fault::NO_WAIT);
+    verdict("operand changed before the wait", name(RACE), Fault::OPERAND_CHANGED);
+    verdict("operand copied to before the wait", "any", Fault::OPERAND_COPIED);
+    verdict("operand changed behind the wait, no barrier", name(RACE), Fault::CHANGED_BEHIND_WAIT);
+    verdict("operand changed behind a barrier", "", Fault::CHANGED_BEHIND_BARRIER);
+    verdict("operand not written", name(UNINITIALISED), Fault::COLUMNS_MISSING);
+    verdict("operand beyond its region", name(OUT_OF_BOUNDS), Fault::BEYOND);
+    verdict("operand before shared memory", "any", Fault::NEGATIVE);  // out of bounds, and other bits in the descriptor
+    verdict("a warp leaves a product out", name(DIVERGENCE), Fault::WARP_MISSING);
+    verdict("products of different statements", name(DIVERGENCE), Fault::OTHER_STATEMENT);
+    expect("product of half a warpgroup", name(DIVERGENCE), 64, [] { product<bf16>(Fault::NONE); }, 1, 4096);
+    expect("lanes that do not agree", name(DIVERGENCE), 32, [] { uniform(thread_index() / 16); });
+    expect("warps that do not agree", "", 64, [] { if (uniform(thread_index() / 32) != thread_index() / 32) failures++; });
+}
 }  // namespace
 
 int main() {
@@ -295,6 +379,7 @@ int main() {
     expect("matrix product, bf16", "", 32, matrix_product<bf16>);
     expect("matrix product, fp16", "", 32, matrix_product<fp16>);
     expect("matrix product, tf32", "", 32, matrix_product_tf32);
+    products();
     half_precision_round_trip();
     rounding_to_tf32();
     clamping();

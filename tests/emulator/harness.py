@@ -29,7 +29,7 @@ KERNEL = pathlib.Path("cuda/chain/chain_kernel.cuh")  # under csrc/
 FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas -ftrivial-auto-var-init=pattern".split()
 # Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster.
 KERNEL_FLAGS = ("-O1",)
-_ROWS = r"X\(((?:d|cluster_)\w+)((?:, \d+)+)\)"
+_ROWS = r"X\(((?:d|cluster_|wgmma_)\w+)((?:, \d+)+)\)"
 INSTANCES = [name for name, _ in re.findall(_ROWS, (ROOT / "csrc/plan/instances.h").read_text())]
 
 
@@ -55,7 +55,8 @@ def compile_cached(sources: list[pathlib.Path], flags: list[str], csrc: pathlib.
 
 @functools.cache
 def emulator_object() -> pathlib.Path:
-    return compile_cached([HERE / "emulator.cpp", HERE / "memory.cpp"], ["-O2", "-r"], ROOT / "csrc", ".o")
+    sources = [HERE / name for name in ("emulator.cpp", "memory.cpp", "products.cpp")]
+    return compile_cached(sources, ["-O2", "-r"], ROOT / "csrc", ".o")
 
 
 @functools.cache
@@ -67,8 +68,10 @@ def plan_object() -> pathlib.Path:
 def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str, ...] = KERNEL_FLAGS) -> ctypes.CDLL:
     """The emulated kernel of one instance, from the sources under `csrc`."""
     row = re.search(rf"X\(({instance}, [^)]*)\)", (csrc / "plan/instances.h").read_text())
-    kinds = ("CLUSTER_INSTANCES", "INSTANCES") if instance.startswith("cluster") else ("INSTANCES", "CLUSTER_INSTANCES")
-    chosen = [f"-D{kinds[0]}(X)=X({row[1]})", f"-D{kinds[1]}(X)="]
+    kinds = {"cluster": "CLUSTER_INSTANCES", "wgmma": "WGMMA_INSTANCES_OF"}
+    chosen = kinds.pop(instance.partition("_")[0], "INSTANCES")
+    none = {"INSTANCES", *kinds.values()} - {chosen}
+    chosen = [f"-D{chosen}(X)=X({row[1]})", *(f"-D{kind}(X)=" for kind in sorted(none))]
     sources = [HERE / "chain_host.cpp", emulator_object(), plan_object()]
     return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", *chosen], csrc, ".so")))
 
@@ -97,6 +100,7 @@ class Case:
     """One call and how it is cut. width: channels of a group; height, columns: of x. tile: fields of `native_cuda.Tile`.
 
     clusters: whether the plan may choose the cluster kernel.
+    wgmma: whether the plan may choose the wgmma kernel.
     pad: channels by which every slot of x and out is wider than the group. fill: whether those of out are written as zeros.
     """
 
@@ -110,6 +114,7 @@ class Case:
     pad: int = 0
     fill: bool = False
     clusters: bool = False
+    wgmma: bool = False
     tile: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -127,6 +132,7 @@ class Case:
             + [f"pad{self.pad}"] * bool(self.pad)
             + ["filled"] * self.fill
             + ["clusters"] * self.clusters
+            + ["wgmma"] * self.wgmma
         )
         return "-".join(words)
 
@@ -145,6 +151,7 @@ class Run:
 
 def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -> native_cuda.Plan:
     """The plan that the shipped chooser makes for this call on such a device, among the kernels that the case asks for."""
+    device = (*device[:-1], device[-1] * case.wgmma)
     lib = library("d1c2t4")  # every library holds the plan
     c = case.config
     problem = (ctypes.c_int64 * 10)(
@@ -152,7 +159,7 @@ def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -
         c.passthrough != "none", native_cuda.TYPES[case.dtype],
     )  # fmt: skip
     numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
-    if lib.plan_call(problem, (ctypes.c_int64 * 7)(*device), case.clusters, numbers, text, len(text)):
+    if lib.plan_call(problem, (ctypes.c_int64 * 8)(*device), case.clusters, numbers, text, len(text)):
         raise ValueError(text.value.decode())
     return native_cuda.Plan(*numbers)
 

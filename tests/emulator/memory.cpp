@@ -6,6 +6,7 @@
 
 namespace emulator {
 std::vector<std::vector<int>> writers;
+uint64_t write_number;
 
 bool in_region(SharedPtr pointer, int bytes, const char* what, const Where& where) {
     bool good = true;
@@ -35,6 +36,7 @@ void record_write(Granule& granule) {
     granule.write_warp_epoch = warp_epoch[current->warp];
     granule.write_phase = current->arrivals;
     granule.writer = int16_t(current->number);
+    granule.write_number = ++write_number;
 }
 
 bool after_all_reads(const Granule& granule, const Cta& cta) {
@@ -149,6 +151,7 @@ void prepare_memory() {
         cta.memory.assign(launch.shared_bytes, 0);
         cta.granules.assign((launch.shared_bytes + GRANULE - 1) / GRANULE, {});
     }
+    write_number = 0;
     writers.assign(launch.buffers.size(), {});
     for (size_t i = 0; i < launch.buffers.size(); i++)
         if (launch.buffers[i].writable) writers[i].assign(launch.buffers[i].bytes / GRANULE + 1, -1);

@@ -24,7 +24,8 @@ def rotated(items: list, start: int, count: int = FIVE) -> list:
 
 def noticed(removal: breaks.Removal) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        cases = ("parts", "shared") if removal.file.stem.startswith("cluster") else ("strips", "stream", "added")
+        kinds = {"cluster": ("parts", "shared"), "wgmma": ("wgmma", "wgmma_images")}
+        cases = kinds.get(removal.file.stem.partition("_")[0], ("strips", "stream", "added"))
         return breaks.red_checks(breaks.remove(Path(folder), removal), cases, enough=1)
 
 

@@ -29,6 +29,7 @@ struct Granule {
     bool several_lanes = false, several_warps = false;  // read in read_epoch
     bool in_flight = false;                             // the destination of an unfinished copy
     uint32_t write_line = 0, read_line = 0;
+    uint64_t write_number = 0;  // counts all writes of the launch
 };
 
 struct Cta {
@@ -47,6 +48,7 @@ struct Fiber {
     int rank = 0, thread = 0;  // CTA of the cluster, thread of the CTA
     int number = 0, warp = 0;  // of the cluster
     bool started = false, done = false;
+    uint64_t shown = 0;           // write_number at its last proxy fence
     int arrivals = 0, waits = 0;  // at and for barriers of the cluster
     const char* waits_for = nullptr;
     Where where;
@@ -62,6 +64,7 @@ extern std::vector<uint32_t> warp_epoch;         // per warp of the cluster
 extern std::vector<std::vector<int>> writers;    // per buffer and GRANULE bytes: the thread of the launch that wrote it
 extern Fiber* current;
 extern uint32_t first_epoch;
+extern uint64_t write_number;
 
 template <class... Values> void finding(Kind kind, const Where& where, const char* format, Values... values) {
     if (report.count[kind]++ > 0) return;
@@ -72,6 +75,15 @@ template <class... Values> void finding(Kind kind, const Where& where, const cha
                   unsigned(where.line()), current->thread, ctas[current->rank].block, text);
     report.first[kind] = line;
 }
+
+// In emulator.cpp, about the current thread but for `wake`.
+void suspend(const char* waits_for, const Where& where);
+void wake(const Fiber& fiber);
+[[noreturn]] void give_up();  // gives up this cluster
+
+// In products.cpp
+bool products_pending();  // of the current thread's warpgroup
+void prepare_products();
 
 // In memory.cpp. They concern the current thread and, but for stores to others, the shared memory of its CTA.
 bool in_region(SharedPtr pointer, int bytes, const char* what, const Where& where);

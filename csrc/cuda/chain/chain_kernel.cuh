@@ -30,6 +30,7 @@ template <class Element, int DEPTHS, int COLUMNS, int TILES>
 struct ChainCta {
   static constexpr int BYTES = Element::BYTES;
   static constexpr int PER_WORD = 4 / BYTES;  // elements in 4 bytes, the smallest move
+  static constexpr int COLUMN_BYTES = 256;  // of 8 output channels of a K slice of the weights
   using Pair = typename VectorOf<2 * BYTES>::type;  // of neighbouring channels
 
   const ChainArguments& a;
@@ -84,6 +85,7 @@ struct ChainCta {
   }
   DEVICE int slot_of(int line, int column) const { return g.dilation + line * g.pitch + column; }
   DEVICE int chunk_offset(int slot, int chunk) const {
+    if constexpr (DEPTHS == PLANES) return chunk * g.plane_bytes + slot * 16;
     if constexpr (swizzled(DEPTHS)) chunk ^= unsigned(slot) / (8 / (2 * DEPTHS)) % (2 * DEPTHS);
     return slot * slot_bytes() + chunk * 16;
   }
@@ -308,16 +310,20 @@ struct ChainCta {
   // RES2NET_CHAIN_UNROLL slices of every `stride` in a chunk, from the `begin`th on.
   DEVICE void multiply_slices(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
                               int first_slice, int begin, int stride) const {
-    const int slice_bytes = g.part_columns * 32 * int(sizeof(FragmentB));
+    const int slice_bytes = g.part_columns * COLUMN_BYTES;
     const SharedPtr source = strip(step);
-    SharedPtr weight = weights + begin * slice_bytes + (warp_n * COLUMNS * 32 + lane) * int(sizeof(FragmentB));
+    SharedPtr weight = weights + begin * slice_bytes + warp_n * COLUMNS * COLUMN_BYTES + lane * 16;
 #pragma unroll 1
     for (int slice = first_slice + begin; slice < first_slice + g.chunk_slices; slice += stride) {
 #pragma unroll
       for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
         FragmentB b[COLUMNS];
 #pragma unroll
-        for (int j = 0; j < COLUMNS; j++) b[j] = shared_load<FragmentB>(weight + j * 32 * int(sizeof(FragmentB)));
+        for (int j = 0; j + 1 < COLUMNS; j += 2) {
+          const FragmentA two = load_matrix(weight + j * COLUMN_BYTES);
+          b[j] = {{two.word[0], two.word[1]}}, b[j + 1] = {{two.word[2], two.word[3]}};
+        }
+        if constexpr (COLUMNS % 2) b[COLUMNS - 1] = load_columns(weight + (COLUMNS - 1) * COLUMN_BYTES);
         weight = weight + slice_bytes;
         const int tap = depths_divide(slice + k);
         const int depth = slice + k - tap * depths();
@@ -372,21 +378,35 @@ struct ChainCta {
     global_store(to + channel * BYTES, y);
   }
 
+  // ---- what the other kernels do in ways of their own ----
+
+  // The first position of this warp in a pass.
+  DEVICE int first_position(int pass) const { return (pass * g.warps_m + warp_m) * 16 * TILES; }
+  // The slot of this lane's row of the mma's A.
+  DEVICE int slot_of_row(int step, int first, int tile) const {
+    // Rows beyond the last position repeat it: their sums are dropped.
+    const int position = first + tile * 16 + lane % 16, end = g.positions(step);
+    const Pixel p = pixel_of(step, position < end ? position : end - 1);
+    return slot_of(p.line, p.column);
+  }
+  // Before a barrier: what this thread wrote to shared memory is going to be multiplied.
+  DEVICE void show_writes() const {}
   // The positions of one pass of this warp, of which the first is number `first`.
   DEVICE void finish_pass(const Accumulator (&sums)[TILES][COLUMNS], int step, int /*pass*/, int first) const {
+    finish_tiles(sums, step, first + lane / 4, 16);
+  }
+  // first: of the position of this lane's first sum; so many positions from one tile to the next.
+  DEVICE void finish_tiles(const Accumulator (&sums)[TILES][COLUMNS], int step, int first, int tile_positions) const {
     const int end = g.positions(step);
-    if (first >= end) return;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int position = first + tile * 16 + half * 8 + lane / 4;
+        const int position = first + tile * tile_positions + half * 8;
         if (position < end) finish(sums[tile], half, step, position);
       }
     }
   }
-
-  // What cluster_kernel.cuh does besides.
   DEVICE void strips_are_clear() const {}
   DEVICE void finish_step(int /*step*/) const {}
 
@@ -420,15 +440,12 @@ struct ChainCta {
       const bool more = step + 1 < g.steps;
 #pragma unroll 1
       for (int pass = 0; pass < passes; pass++) {
-        const int first = (pass * g.warps_m + warp_m) * 16 * TILES;
+        const int first = cta.first_position(pass);
         Accumulator sums[TILES][COLUMNS];
         int base[TILES];
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-          // Rows beyond the last position repeat it: their sums are dropped.
-          const int position = first + tile * 16 + lane % 16;
-          const Pixel p = pixel_of(step, position < end ? position : end - 1);
-          base[tile] = slot_of(p.line, p.column);
+          base[tile] = cta.slot_of_row(step, first, tile);
 #pragma unroll
           for (int j = 0; j < COLUMNS; j++) sums[tile][j] = Accumulator{};
         }
@@ -436,6 +453,7 @@ struct ChainCta {
         for (int chunk = 0; chunk < g.chunks; chunk++) {
           if (g.chunks > 1 || pass == 0) {
             copy_async_wait(g.stages - 2 + (since_group < g.stages ? 1 : 0));
+            cta.show_writes();
             sync_cta();  // this chunk and this step's strip are there; nobody reads the chunk before, or the other strip
             cta.start_weights(fetch);
             copy_async_commit();

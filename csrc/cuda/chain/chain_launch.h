@@ -7,4 +7,5 @@
   extern "C" int res2net_fused_launch_##name(const res2net_fused::chain::ChainArguments* arguments, int type, void* stream);
 RES2NET_CHAIN_INSTANCES(RES2NET_DECLARE_LAUNCHER)
 RES2NET_CLUSTER_INSTANCES(RES2NET_DECLARE_LAUNCHER)
+RES2NET_WGMMA_INSTANCES(RES2NET_DECLARE_LAUNCHER)  // defined where sm_90a is built for
 #undef RES2NET_DECLARE_LAUNCHER

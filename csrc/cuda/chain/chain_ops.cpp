@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -20,8 +21,13 @@ using namespace res2net_fused::chain;
 using torch::stable::Tensor;
 
 #define RES2NET_LAUNCHER(name, ...) res2net_fused_launch_##name,
-int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)
-                                                                   RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER)};
+int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {
+    RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)
+        RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER)
+#ifdef RES2NET_FUSED_HAVE_WGMMA
+        RES2NET_WGMMA_INSTANCES(RES2NET_LAUNCHER)
+#endif
+};
 #undef RES2NET_LAUNCHER
 
 DataType type_of(torch::headeronly::ScalarType dtype) {
@@ -58,8 +64,7 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   work.stride = narrow("stride", settings[2]), work.dilation = narrow("dilation", settings[3]), work.adds = settings[4] != 0;
   work.type = type;
   const int index = narrow("instance", plan[0]);
-  const bool shared = index >= STRIP_INSTANCES && index < INSTANCES_COUNT && INSTANCE_TABLE[index].runs(type);
-  STD_TORCH_CHECK(work.channels >= 1 && work.channels % pair == 0 && (shared || index == instance_for(work.channels, type)),
+  STD_TORCH_CHECK(work.channels >= 1 && work.channels % pair == 0 && runs_on(work, index),
                   "plan: instance ", index, " does not run groups of ", work.channels, " channels");
   ChainTile tile;
   tile.rows = narrow("rows", plan[1]), tile.columns = narrow("columns", plan[2]), tile.images = narrow("images", plan[3]);
@@ -68,9 +73,12 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   tile.slices = narrow("slices", plan[7]), tile.stages = narrow("stages", plan[8]);
   tile.row_parts = narrow("row parts", plan[9]), tile.channel_parts = narrow("channel parts", plan[10]);
   tile.warps_k = narrow("warps_k", plan[11]);
-  STD_TORCH_CHECK(shared ? parts_fit(work, tile, INSTANCE_TABLE[index].columns)
-                                           : tile.row_parts * tile.channel_parts * tile.warps_k == 1,
+  const Instance& instance = INSTANCE_TABLE[index];
+  STD_TORCH_CHECK(instance.cluster ? parts_fit(work, tile, instance.columns)
+                                   : tile.row_parts * tile.channel_parts * tile.warps_k == 1,
                   "plan: ", tile.row_parts, " x ", tile.channel_parts, " parts do not make up the images and channels");
+
+  STD_TORCH_CHECK(tile.warps_m % instance.warps_together() == 0, "plan: ", tile.warps_m, " warps are no whole warpgroups");
 
   ChainArguments a{};
   a.geometry = geometry_of(work, tile, index);
@@ -102,6 +110,7 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
+  STD_TORCH_CHECK(size_t(index) < std::size(LAUNCHERS), "plan: instance ", index, " is not in this build");
   const int error = LAUNCHERS[index](&a, type, stream);
   STD_TORCH_CHECK(error == 0, "the chain kernel could not be launched: ", res2net_fused_cuda_error(error));
 }

@@ -146,6 +146,16 @@ DEVICE FragmentA load_matrix(SharedPtr row) {
   return a;
 }
 
+// ldmatrix.x2, the same of a matrix of 8 rows: lane i of the first 16 names bytes 16 * (i / 8) onwards of row i % 8. As columns of B.
+DEVICE FragmentB load_columns(SharedPtr column) {
+  FragmentB b;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(b.word[0]), "=r"(b.word[1])
+               : "r"(column.address())
+               : "memory");
+  return b;
+}
+
 DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
