@@ -52,7 +52,7 @@ struct ChainPlan {
   double microseconds = 0;   // predicted
 };
 
-// The strip kernel's instance that runs this width, or -1. Weights are padded for it, so it depends on the width and the type alone.
+// The strip kernel's instance that runs this width, or -1. Weights are padded for it, so it depends on width and type alone.
 int instance_for(int channels, DataType type);
 // Output channels in units of 8, padded to whole warps of the instance.
 int packed_columns_for(int channels, DataType type);

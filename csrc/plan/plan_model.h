@@ -25,7 +25,7 @@ inline double overlap(int warps_per_scheduler) {
   return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55;
 }
 
-// The same of wgmma, whose products run while their warps go on.
+// The same of wgmma, whose products run while their warps go on: a guess, as is DRAIN_CYCLES.
 inline double overlap_async(int warps_per_scheduler) { return warps_per_scheduler >= 2 ? 0.85 : 0.7; }
 
 inline int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }

@@ -3,7 +3,9 @@
 fp16, bf16, and float32 where cuDNN's convolutions may use TF32: the factors of every product are then rounded to TF32, to the
 nearest, sums and results are float32.
 
-Calls with few pixels are shared by thread-block clusters, from sm_90 on (csrc/cuda/chain/cluster_kernel.cuh).
+Calls with few pixels are shared by thread-block clusters, from sm_90 on (csrc/cuda/chain/cluster_kernel.cuh). Wide groups in
+half precision run on Hopper's wgmma where that is predicted to be faster (csrc/cuda/chain/wgmma_kernel.cuh); it is compiled for
+sm_90a alone.
 
 The launch plan comes from a C++ function of the CPU library (csrc/plan), so `plan_chain` works on machines with no GPU.
 """

@@ -1,4 +1,5 @@
-// Every primitive of csrc/cuda/chain/hardware.h and hardware_sm90.h against its definition. nvcc compiles this file for a GPU, a host compiler
+// Every primitive of csrc/cuda/chain/hardware.h and hardware_sm90.h against its definition.
+// nvcc compiles this file for a GPU, a host compiler
 // (-x c++) for the emulator: both forms must pass. Prints one line per failure.
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -116,7 +117,8 @@ uint32_t pack_fp16(int low, int high) {
   return bits[low] | bits[high] << 16;
 }
 
-// Four warps multiply the 64 rows from row 1, then those from row 2, of A in two planes of 67 rows, by B in blocks of 8 columns.
+// Four warps multiply the 64 rows from row 1, then those from row 2, of A in two planes of 67 rows, by B in blocks of 8
+// columns.
 // The shared memory that they read is filled by copies and by stores.
 constexpr int PLANE = 67;
 template <class Element, int COLUMNS>

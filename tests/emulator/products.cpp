@@ -95,15 +95,16 @@ bool meet(Meeting& meeting, const char* operation, const Where& where, size_t th
 Matrix decode(const SharedMatrix& matrix, int rows, const Where& where) {
     const auto field = [&](int bit) { return int(matrix.descriptor >> bit & 0x3fff) * 16; };
     Matrix decoded{field(0), field(16), field(32), rows, matrix.region};
-    if (matrix.descriptor & ~0x3fff3fff3fffull) finding(MISALIGNED, where, "matrix descriptor %llx has other bits than those of its fields",
-                                                        (unsigned long long)matrix.descriptor);
+    if (matrix.descriptor & ~0x3fff3fff3fffull)
+        finding(MISALIGNED, where, "matrix descriptor %llx has other bits than those of its fields",
+                (unsigned long long)matrix.descriptor);
     const SharedPtr& region = matrix.region;
     for (int row = 0; row < rows; row += 8)
         for (int half = 0; half < 2; half++) {
             const int place = decoded.place(row, half);
             if (place >= region.begin && place + 128 <= region.end && region.end <= launch.shared_bytes) continue;
-            finding(OUT_OF_BOUNDS, where, "matrix with rows %d to %d at byte %d of %s, which has %d", row, row + 7, place - region.begin,
-                    region.region, region.end - region.begin);
+            finding(OUT_OF_BOUNDS, where, "matrix with rows %d to %d at byte %d of %s, which has %d", row, row + 7,
+                    place - region.begin, region.region, region.end - region.begin);
             decoded.rows = 0;  // not read
         }
     return decoded;

@@ -146,7 +146,8 @@ DEVICE FragmentA load_matrix(SharedPtr row) {
   return a;
 }
 
-// ldmatrix.x2, the same of a matrix of 8 rows: lane i of the first 16 names bytes 16 * (i / 8) onwards of row i % 8. As columns of B.
+// ldmatrix.x2, the same of a matrix of 8 rows: lane i of the first 16 names bytes 16 * (i / 8) onwards of row i % 8. The B of
+// mma, where the rows are its columns.
 DEVICE FragmentB load_columns(SharedPtr column) {
   FragmentB b;
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"

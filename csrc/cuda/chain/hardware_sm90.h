@@ -1,12 +1,12 @@
-// What Hopper alone has, beside hardware.h: wgmma, the products of a warpgroup (four neighbouring warps) of matrices that lie in
-// shared memory. They run while the warps go on, and read through the "async proxy".
+// What Hopper alone has, beside hardware.h: wgmma, the products of a warpgroup (four neighbouring warps) of matrices that lie
+// in shared memory. They run while the warps go on, and read through the "async proxy".
 #pragma once
 #include "cuda/chain/hardware.h"
 #include "plan/chain_geometry.h"
 
 // A matrix of K = 32 bytes in shared memory, without a swizzle. It consists of blocks of 8 rows of 16 bytes, 128 bytes on end;
-// `leading` bytes from a block to the one with the next 16 bytes of K, `stride` bytes to the one with the next 8 rows (for A) or
-// columns (for B). In units of 16 bytes: the address in bits 0-13, leading in 16-29, stride in 32-45.
+// `leading` bytes from a block to the one with the next 16 bytes of K, `stride` bytes to the one with the next 8 rows (of A)
+// or columns (of B). In units of 16 bytes: the address in bits 0-13, leading in 16-29, stride in 32-45.
 RES2NET_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
   return uint64_t(address >> 4) | uint64_t(uint32_t(leading) >> 4) << 16 | uint64_t(uint32_t(stride) >> 4) << 32;
 }
@@ -16,7 +16,8 @@ RES2NET_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, int l
 #else
 struct SharedMatrix {
   uint64_t descriptor;
-  DEVICE SharedMatrix(SharedPtr start, int leading, int stride) : descriptor(matrix_descriptor(start.address(), leading, stride)) {}
+  DEVICE SharedMatrix(SharedPtr start, int leading, int stride)
+      : descriptor(matrix_descriptor(start.address(), leading, stride)) {}
   DEVICE explicit SharedMatrix(uint64_t moved) : descriptor(moved) {}
   DEVICE SharedMatrix operator+(int bytes) const { return SharedMatrix(descriptor + uint64_t(int64_t(bytes >> 4))); }
 };
@@ -81,8 +82,8 @@ DEVICE void products_wait(Accumulator (&sums)[TILES][COLUMNS]) {
   else                                                                                                                    \
     RES2NET_WGMMA(112, TYPE, RES2NET_NAMES_56, 56, 57, RES2NET_SUMS_12, RES2NET_SUMS(12), RES2NET_SUMS(13))
 
-// c += a * b in the background, by all threads of the warpgroup; a: 64 rows, b: 8 * COLUMNS columns. Warp w of the warpgroup holds
-// rows 16 * w to 16 * w + 15, as `multiply` does. Half precision.
+// c += a * b in the background, by all threads of the warpgroup; a: 64 rows, b: 8 * COLUMNS columns. Warp w of the warpgroup
+// holds rows 16 * w to 16 * w + 15, as `multiply` does. Half precision.
 template <class Element, int COLUMNS>
 DEVICE void multiply_async(Accumulator (&c)[COLUMNS], SharedMatrix a, SharedMatrix b) {
   static_assert(COLUMNS == 6 || COLUMNS == 7 || COLUMNS == 12 || COLUMNS == 14);

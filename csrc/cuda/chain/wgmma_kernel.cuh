@@ -1,8 +1,8 @@
 // The chain kernel with Hopper's wgmma: four warps multiply 64 positions at once, and read both factors from shared memory.
 //
-// A strip lies there in planes: plane c holds 16 bytes of every slot, channels 8 * c to 8 * c + 7. The 64 rows of a product are 64
-// slots on end, so a tap is a shift of its address by 16 bytes per slot, and two planes are the K of one product. Rows behind the
-// last position are multiplied too, and dropped: they read slots of the next plane, or the room behind the last one.
+// A strip lies there in planes: plane c holds 16 bytes of every slot, channels 8 * c to 8 * c + 7. The 64 rows of a product are
+// 64 slots on end, so a tap is a shift of its address by 16 bytes per slot, and two planes are the K of one product. Rows
+// behind the last position are multiplied too, and dropped: they read slots of the next plane, or the room behind the last one.
 #pragma once
 #include "cuda/chain/chain_kernel.cuh"
 #include "cuda/chain/hardware_sm90.h"
