@@ -13,7 +13,7 @@ def same_conditions(monkeypatch):
         return
     from res2net_fused.parity import convolution_precision
 
-    with convolution_precision("float32"):  # monkeypatch cannot restore these attributes: they are not the object's own
+    with convolution_precision("float32", "cuda"):  # monkeypatch cannot restore these attributes: they are not the object's own
         yield
 
 

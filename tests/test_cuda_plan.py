@@ -152,9 +152,9 @@ def test_float32_takes_odd_widths():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_float32_follows_the_setting_of_cudnn(dtype):
     p = problem(1, 26, 4, 56, 56, dtype)
-    with convolution_precision("tf32"):
+    with convolution_precision("tf32", "cuda"):
         assert native_cuda.precision_refusal(p) is None
-    with convolution_precision("float32"):
+    with convolution_precision("float32", "cuda"):
         reason = native_cuda.precision_refusal(p)
     assert reason is None if dtype == torch.float16 else "cudnn.conv.fp32_precision is 'ieee'" in reason
 

@@ -67,14 +67,14 @@ def test_close_for_random_numbers(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("case", IN_TF32, ids=str)
 def test_float32_is_multiplied_in_tf32(case, integers, poisoned_memory):
     tensors = make_tensors(case, integers, 1)
-    with convolution_precision("tf32"):
+    with convolution_precision("tf32", "cuda"):
         out = run(case, tensors).permute(0, 2, 3, 1).cpu().double()
     expected = expected_of(case, *tensors)
     assert (out - expected).norm() <= (0 if integers else TOLERANCES[case.dtype]) * expected.norm()
 
 
 def test_float32_is_refused_where_tf32_is_not_allowed():
-    with convolution_precision("float32"), pytest.raises(RuntimeError, match="fp32_precision is 'ieee'"):
+    with convolution_precision("float32", "cuda"), pytest.raises(RuntimeError, match="fp32_precision is 'ieee'"):
         run(SINGLES[3], make_tensors(SINGLES[3], True, 1))
 
 
