@@ -19,11 +19,13 @@ from .recognition import looks_like_a_block, recognise
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 
 
-def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
+def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = False) -> nn.Module:
     """Makes every recognised Res2Net block of `model` run fused, in place, and returns the model.
 
-    backend: of `hierarchical_conv2d`, for all blocks. Blocks that are no Res2Net blocks, or compute something else than their
-    class promises, are left alone; `explain(model)` lists them with the reason. `restore(model)` takes it back.
+    backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
+    keep the convolutions' outputs: less memory for one more convolution a step.
+    Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
+    lists them with the reason. `restore(model)` takes it back.
     Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
     """
     if not isinstance(model, nn.Module):
@@ -31,15 +33,16 @@ def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
     one_of("backend", backend, BACKENDS)
     for module in model.modules():
         if isinstance(module, FusedForward):
-            getattr(module, STATE).backend = backend
-            getattr(module, STATE).drop()
+            state = getattr(module, STATE)
+            state.backend, state.recompute = backend, recompute
+            state.drop()
         elif looks_like_a_block(module):
             config, reason = recognise(module)
             module.__dict__.pop(REFUSAL, None)
             if config is None:
                 module.__dict__[REFUSAL] = reason
                 continue
-            module.__dict__[STATE] = BlockState(config, backend, block_geometry(module))
+            module.__dict__[STATE] = BlockState(config, backend, block_geometry(module), recompute)
             module.__class__ = fused_class(type(module))
     return model
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends.selection import choose, get_backend
+from .backends.selection import Backend, choose, get_backend
 from .chain import ChainConfig, ChainProblem, memory_format
 
 
@@ -40,18 +40,21 @@ def chain_backward(
     grad_weights: list[Tensor] = [grad] * steps
     grad_biases: list[Tensor] = [grad] * steps
     into_previous: Tensor | None = None  # du_{i+1}, where group i+1 added y_i
+    backend = None  # a strided convolution's input gradient is ATen's
+    if config.stride == 1:
+        backend = get_backend(choose(ChainProblem.of_one_convolution(out, weights[0], config)).name)
     for i in reversed(range(scale)):
         dy = grads[i] if into_previous is None else grads[i] + into_previous
         into_previous = None
         if i == config.passed_group(scale):
-            grad_x[i] = _pool_backward(dy, groups[i], config)
+            grad_x[i] = pool_backward(dy, groups[i], config)
             continue
         k = i - config.first_convolved
-        dz = _activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(out))
+        dz = activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(out))
         u = groups[i] + outputs[i - 1] if config.adds(i) else groups[i]
-        need_u = need_x or _feeds_a_convolution(config, i)
-        du, grad_weights[k], grad_biases[k] = _convolution_backward(
-            dz, u, weights[k], config, (need_u, need_weights, need_biases)
+        need_u = need_x or feeds_a_convolution(config, i)
+        du, grad_weights[k], grad_biases[k] = convolution_backward(
+            backend, dz, u, weights[k], config, (need_u, need_weights, need_biases)
         )
         grad_x[i] = du
         if config.adds(i):
@@ -66,12 +69,13 @@ def chain_backward(
     return results
 
 
-def _convolution_backward(
-    dz: Tensor, u: Tensor, weight: Tensor, config: ChainConfig, needed: tuple[bool, bool, bool]
+def convolution_backward(
+    backend: Backend | None, dz: Tensor, u: Tensor, weight: Tensor, config: ChainConfig, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (u, weight, bias) where `needed`; dz: (N, w, H', W'), u: (N, w, H, W)."""
     need_u, need_weight, need_bias = needed
-    du = _own_input_gradient(dz, weight, config) if need_u else None
+    own = getattr(backend, "input_gradient", None) if need_u else None
+    du = None if own is None else own(ChainProblem.of_one_convolution(dz, weight, config), dz, weight)
     if du is not None and not need_weight and not need_bias:
         return du, dz, dz
     gradients = torch.ops.aten.convolution_backward(
@@ -90,24 +94,12 @@ def _convolution_backward(
     return (gradients[0] if du is None else du), gradients[1], gradients[2]
 
 
-def _own_input_gradient(dz: Tensor, weight: Tensor, config: ChainConfig) -> Tensor | None:
-    if config.stride != 1:
-        return None
-    single = ChainConfig(
-        dilation=config.dilation, groups=config.groups, hierarchical=False, passthrough="none", activation="none"
-    )
-    problem = ChainProblem.of(dz, weight.shape[0], 1, single)
-    backend = get_backend(choose(problem).name)
-    own = getattr(backend, "input_gradient", None)
-    return None if own is None else own(problem, dz, weight)
-
-
-def _feeds_a_convolution(config: ChainConfig, group: int) -> bool:
+def feeds_a_convolution(config: ChainConfig, group: int) -> bool:
     """Whether du of this group reaches an earlier convolution."""
     return config.adds(group) and group - 1 >= config.first_convolved
 
 
-def _activation_backward(dy: Tensor, y: Tensor, activation: str) -> Tensor:
+def activation_backward(dy: Tensor, y: Tensor, activation: str) -> Tensor:
     if activation == "none":
         return dy
     if activation == "relu":
@@ -115,7 +107,7 @@ def _activation_backward(dy: Tensor, y: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.hardtanh_backward(dy, y, 0, 20)
 
 
-def _pool_backward(dy: Tensor, x: Tensor, config: ChainConfig) -> Tensor:
+def pool_backward(dy: Tensor, x: Tensor, config: ChainConfig) -> Tensor:
     if config.pool is None:
         return dy
     return torch.ops.aten.avg_pool2d_backward(

@@ -13,7 +13,7 @@ _NEUTRAL = {"reduce_first": 1, "aa_layer": None, "drop_block": None, "drop_path"
 
 
 class Bottle2neck(FusedForward, ReferenceBottle2neck):
-    """The Res2Net bottleneck, running fused in eval mode.
+    """The Res2Net bottleneck, running fused in eval and in training mode.
 
     inplanes: channels of x; the output has planes * 4. stride: of the 3x3 convolutions (stype='stage' only).
     downsample: the module of the shortcut, or None. baseWidth: w = floor(planes * baseWidth / 64) * cardinality.

@@ -127,6 +127,14 @@ class ChainProblem:
         last = memory_format(x) == torch.channels_last
         return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last)
 
+    @classmethod
+    def of_one_convolution(cls, u: Tensor, weight: Tensor, config: ChainConfig) -> ChainProblem:
+        """One of the chain's convolutions and nothing behind it, on u (N, w, H, W)."""
+        alone = ChainConfig(
+            config.stride, config.dilation, config.groups, hierarchical=False, passthrough="none", activation="none"
+        )
+        return cls.of(u, weight.shape[0], 1, alone)
+
     @property
     def scale(self) -> int:
         return self.config.scale(self.steps)

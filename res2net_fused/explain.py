@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from .accelerate import REFUSAL
-from .backends.selection import choose, get_backend
+from .backends.selection import choose, choose_for_training, get_backend
 from .fused_block import STATE, BlockState, FusedForward
 from .recognition import looks_like_a_block
 from .tables import format_table
+from .training import describe_training
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ def _report(name: str, module: nn.Module) -> BlockReport:
     if problem is None:
         return BlockReport(name, None, "", "not run yet")
     try:
+        if state.last_trained:
+            choice = choose_for_training(problem, state.backend)
+            plan = f"{problem}: {describe_training(problem, state.recompute)}"
+            return BlockReport(name, True, choice.name, choice.reason, plan)
         folded = state.frozen or (state.kept[1] if state.kept else None)
         choice = choose(problem, state.backend, folded.layout if folded else "plain")
     except RuntimeError as error:

@@ -1,7 +1,8 @@
 """How a Res2Net block runs fused: the mixin that stands in front of a block class's own forward.
 
 `Bottle2neck` has it by inheritance, the blocks of other libraries get it from `accelerate`. In eval mode it folds the
-BatchNorms, keeps the folded and packed weights, and calls the operator; whatever cannot run fused runs the class's own forward.
+BatchNorms, keeps the folded and packed weights, and calls the operator; in training mode `trained_block.py` takes over, with an
+operator that has BatchNorm in it. Whatever cannot run fused runs the class's own forward.
 """
 
 from __future__ import annotations
@@ -30,21 +31,24 @@ from .folding import (
 from .operator import fused_bottle2neck, hierarchical_conv2d
 from .packing import pack_block
 from .reference import apply_optional, finish_bottle2neck
+from .trained_block import run_trained, uses_batch_statistics, why_not_trained
 
 STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
 
 
 @dataclass
 class BlockState:
-    """What a fused block knows about itself; of this only config, backend and geometry are copied and pickled."""
+    """What a fused block knows about itself; of this only the first four fields are copied and pickled."""
 
     config: ChainConfig
     backend: str
     geometry: tuple[object, ...]  # of the convolutions and the pool when they were recognised: `block_geometry`
+    recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
     # One tuple, read and written at once: DataParallel's replicas share it among threads.
     kept: tuple[CacheKey, FoldedBlock] | None = field(default=None, repr=False)
     frozen: FoldedBlock | None = field(default=None, repr=False)
     last_problem: ChainProblem | None = None  # of the last fused call
+    last_trained: bool = False  # whether that call had batch statistics
     last_refusal: str | None = None  # why the last call ran the class's own forward
 
     def drop(self, frozen: bool = True) -> None:
@@ -53,7 +57,7 @@ class BlockState:
             self.frozen = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"config": self.config, "backend": self.backend, "geometry": self.geometry}
+        return {"config": self.config, "backend": self.backend, "geometry": self.geometry, "recompute": self.recompute}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -67,10 +71,14 @@ class FusedForward:
         refusal = why_not_fused(self, x, args, kwargs)
         if not torch.compiler.is_compiling():
             state.last_refusal = refusal
+        if any(bn.training for bn in (self.bn1, *self.bns, self.bn3)):
+            state.drop()  # running statistics change without a trace
         if refusal is not None:
-            if any(bn.training for bn in (self.bn1, *self.bns, self.bn3)):
-                state.drop()  # running statistics change without a trace
             return super().forward(x, *args, **kwargs)
+        if any(map(uses_batch_statistics, self.bns)):
+            if not torch.compiler.is_compiling():
+                state.last_problem, state.last_trained = chain_problem(self, x, state), True
+            return run_trained(self, x, state.config, state.recompute, state.backend)
         return run_fused(self, x, state)
 
     def train(self, mode: bool = True):
@@ -94,7 +102,7 @@ def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
         x.requires_grad or any(t.requires_grad for t in itertools.chain(block.parameters(), block_tensors(block)))
     )
     if not torch.compiler.is_compiling():
-        state.last_problem = ChainProblem.of(x_in, block.convs[0].in_channels, len(block.convs), state.config)
+        state.last_problem, state.last_trained = chain_problem(block, x, state), False
     if differentiable or not is_identity(block, "drop_block"):
         folded = fold_block(block, dtype)
         out = F.conv2d(x_in, folded.conv1_weight, folded.conv1_bias.to(dtype)).relu_()  # (N, s*w, H, W)
@@ -149,6 +157,12 @@ def fold_and_pack(block: nn.Module, dtype: torch.dtype, state: BlockState) -> Fo
         return pack_block(fold_block(block, dtype), state.config, state.backend)
 
 
+def chain_problem(block: nn.Module, x: Tensor, state: BlockState) -> ChainProblem:
+    """The call of the chain inside, for the block's x."""
+    problem = ChainProblem.of(x, block.convs[0].in_channels, len(block.convs), state.config)
+    return replace(problem, dtype=compute_dtype(block, x))
+
+
 def compute_dtype(block: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype in which the block's convolutions run: autocast's where it is on, else the weights' own."""
     kind = x.device.type
@@ -172,17 +186,19 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
         return f"x is {x.dtype} but the weights are {weight_dtype}"
     if not torch.compiler.is_compiling() and _transformed():
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
-    reason = why_not_foldable(block)
+    training = any(map(uses_batch_statistics, block.bns))
+    state: BlockState = getattr(block, STATE)
+    reason = why_not_trained(block, chain_problem(block, x, state), state.backend) if training else why_not_foldable(block)
     if reason is not None:
         return reason
     if type(block.relu) is not nn.ReLU:
         return f"activation {type(block.relu).__name__} is not fused"
-    if block_geometry(block) != getattr(block, STATE).geometry:
+    if block_geometry(block) != state.geometry:
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
-    pool = block._modules.get("pool")
-    for module in (block.conv1, block.bn1, *block.convs, *block.bns, block.conv3, block.bn3, block.relu, pool):
+    outer = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)  # called as modules in training
+    for module in (*outer, *block.convs, *block.bns, block.relu, block._modules.get("pool")):
         if module is None:
             continue
         reason = why_not_bypassed(module)

@@ -31,29 +31,29 @@ from .chain import (
 from .folding import FoldedBlock
 from .packing import PackedWeights
 
-_SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _library = torch.library.Library("res2net_fused", "DEF")
 _library.define(
     "hierarchical_conv2d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? packed, str layout, "
-    f"{_SETTINGS}, str backend) -> Tensor",
-    tags=_TAGS,
+    f"{SETTINGS}, str backend) -> Tensor",
+    tags=TAGS,
 )
 _library.define(
     "hierarchical_conv2d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, Tensor[]? biases, "
-    f"{_SETTINGS}, bool[] needed) -> Tensor[]",
-    tags=_TAGS,
+    f"{SETTINGS}, bool[] needed) -> Tensor[]",
+    tags=TAGS,
 )
 
 _library.define(
     "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
     "Tensor conv3_weight, Tensor conv3_bias, Tensor? projection_weight, Tensor? projection_bias, int projection_stride, "
-    f"Tensor[]? packed, str layout, bool relu, {_SETTINGS}, str backend) -> Tensor",
-    tags=_TAGS,
+    f"Tensor[]? packed, str layout, bool relu, {SETTINGS}, str backend) -> Tensor",
+    tags=TAGS,
 )
 
-_config = functools.lru_cache(ChainConfig)
+cached_config = functools.lru_cache(ChainConfig)
 
 
 def hierarchical_conv2d(
@@ -132,7 +132,7 @@ def _forward(
     *settings: object,
 ) -> Tensor:
     *chain, backend = settings
-    problem = check_arguments(x, weights, biases, _config(*chain))
+    problem = check_arguments(x, weights, biases, cached_config(*chain))
     name = choose(problem, backend, layout).name
     if problem.batch == 0:
         return x.new_empty(_output_shape(problem))
@@ -143,7 +143,7 @@ def _forward(
 @torch.library.register_fake("res2net_fused::hierarchical_conv2d", lib=_library)
 def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, packed: object, layout: str, *settings):
     *chain, _ = settings
-    problem = check_arguments(x, weights, biases, _config(*chain))
+    problem = check_arguments(x, weights, biases, cached_config(*chain))
     return torch.empty(_output_shape(problem), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
@@ -181,7 +181,7 @@ def _block_forward(x, shortcut, *rest):
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
     folded = FoldedBlock(*tensors)
-    problem = _block_problem(x, folded.conv1_weight, folded.weights, folded.biases, _config(*chain))
+    problem = _block_problem(x, folded.conv1_weight, folded.weights, folded.biases, cached_config(*chain))
     name = choose(problem, backend, layout).name
     if layout == name:
         folded.packed, folded.layout = packed, layout
@@ -191,7 +191,7 @@ def _block_forward(x, shortcut, *rest):
 @torch.library.register_fake("res2net_fused::bottle2neck", lib=_library)
 def _block_fake(x, shortcut, conv1_weight, conv1_bias, weights, biases, conv3_weight, *rest):
     *chain, _ = rest[7:]
-    problem = _block_problem(x, conv1_weight, weights, biases, _config(*chain))
+    problem = _block_problem(x, conv1_weight, weights, biases, cached_config(*chain))
     shape = problem.batch, conv3_weight.shape[0], problem.output_height, problem.output_width
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
@@ -209,7 +209,7 @@ torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=
 @functools.partial(_library.impl, "hierarchical_conv2d_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
     *chain, needed = settings
-    return chain_backward(grad, x, out, weights, biases, _config(*chain), needed)
+    return chain_backward(grad, x, out, weights, biases, cached_config(*chain), needed)
 
 
 @torch.library.register_fake("res2net_fused::hierarchical_conv2d_backward", lib=_library)
@@ -288,7 +288,7 @@ _library.impl("hierarchical_conv2d", _autocast("cuda", "AutocastCUDA"), "Autocas
 # FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
-def _convolution_flops(weight_shapes, out_shape) -> int:
+def convolution_flops(weight_shapes, out_shape) -> int:
     batch, _, height, width = out_shape
     out_channels, in_channels, rows, columns = weight_shapes[0]
     return 2 * batch * height * width * len(weight_shapes) * out_channels * in_channels * rows * columns
@@ -296,7 +296,7 @@ def _convolution_flops(weight_shapes, out_shape) -> int:
 
 @register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d)
 def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
-    return _convolution_flops(weight_shapes, out_shape)
+    return convolution_flops(weight_shapes, out_shape)
 
 
 @register_flop_formula(torch.ops.res2net_fused.bottle2neck)
@@ -306,10 +306,10 @@ def _block_flops(
     batch, out_channels, height, width = out_shape
     outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
     pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
-    return 2 * pointwise + _convolution_flops(weight_shapes, out_shape)
+    return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
 
 
 @register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d_backward)
 def _backward_flops(grad_shape, x_shape, out_shape_, weight_shapes, biases, *settings, out_shape=None, **kwargs) -> int:
     need_x, need_weights, _ = settings[-1]
-    return (need_x + need_weights) * _convolution_flops(weight_shapes, out_shape_)
+    return (need_x + need_weights) * convolution_flops(weight_shapes, out_shape_)

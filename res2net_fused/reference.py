@@ -66,6 +66,23 @@ def hierarchical_conv2d(
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
 
 
+def hierarchical_conv_bn(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    config: ChainConfig,
+) -> Tensor:
+    """The chain with BatchNorm in training mode behind every convolution; gammas, betas (w,), x (N, s*w, H, W)."""
+
+    def convolution(k: int, u: Tensor) -> Tensor:
+        z = F.conv2d(u, weights[k], None, config.stride, config.dilation, config.dilation, config.groups)
+        return activate(F.batch_norm(z, None, None, gammas[k], betas[k], training=True, eps=eps[k]), config.activation)
+
+    return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
+
+
 def bottle2neck(block: nn.Module, x: Tensor, config: ChainConfig) -> Tensor:
     """The whole bottleneck by the block's own submodules: conv1, the chain, conv3, attention, shortcut.
 

@@ -54,11 +54,11 @@ def test_dtype_and_layout_are_in_the_plan():
     assert "bfloat16" in plan and "channels_last" in plan
 
 
-def test_training_mode_is_the_reason():
+def test_training_mode_tells_what_is_kept_for_backward():
     m = model().train()
     for report in explain(m, IMAGES):
-        assert report.fused is False and "training mode" in report.reason and report.backend == ""
-    assert "0 of 5 blocks fused" in str(explain(m))
+        assert report.fused and "batch statistics" in report.plan and "MiB kept for backward instead of" in report.plan
+    assert "5 of 5 blocks fused" in str(explain(m))
 
 
 def test_the_table_has_a_line_for_each_block():

@@ -15,6 +15,10 @@ def why_not(problem: ChainProblem) -> str | None:
     return None
 
 
+def why_not_training(problem: ChainProblem) -> str | None:
+    return None
+
+
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
     return []
 

@@ -111,16 +111,27 @@ def _pack_pointwise(weight: Tensor, bias: Tensor) -> list[Tensor]:
     return _operators.cpu_pack_pointwise.default(weight, bias, _instruction_set())
 
 
-def input_gradient(problem: ChainProblem, dz: Tensor, weight: Tensor) -> Tensor | None:
-    """du of one 3x3 convolution, a convolution of dz (N, w, H, W) by the turned weight; None where ATen's is faster.
+def why_not_training(problem: ChainProblem) -> str | None:
+    return why_not(problem)
+
+
+def convolution(problem: ChainProblem, u: Tensor, weight: Tensor) -> Tensor | None:
+    """z (N, w, H, W) of one 3x3 convolution without bias or activation; None where ATen's is faster.
 
     problem: of that convolution. Winograd is 1.1 to 2.9 times as fast from about four pixels a channel on, packing included.
     """
+    return forward(problem, u, [weight], None, None) if _convolves_faster(problem) else None
+
+
+def input_gradient(problem: ChainProblem, dz: Tensor, weight: Tensor) -> Tensor | None:
+    """du of one 3x3 convolution, a convolution of dz (N, w, H, W) by the turned weight; None where ATen's is faster."""
+    return convolution(problem, dz, weight.flip(2, 3).transpose(0, 1)) if _convolves_faster(problem) else None
+
+
+def _convolves_faster(problem: ChainProblem) -> bool:
     pixels = problem.batch * problem.height * problem.width_pixels
     pays = _winograd_covers(problem.config) and problem.width >= 8 and pixels >= 4 * problem.width
-    if not pays or problem.dtype != torch.float32 or _arithmetic() == ARITHMETICS["direct"]:
-        return None
-    return forward(problem, dz, [weight.flip(2, 3).transpose(0, 1)], None, None)
+    return pays and problem.dtype == torch.float32 and _arithmetic() != ARITHMETICS["direct"]
 
 
 def _winograd_covers(config: ChainConfig) -> bool:

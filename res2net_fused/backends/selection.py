@@ -30,7 +30,11 @@ class Backend(Protocol):
     One may also offer `why_not_auto(problem) -> str | None`: why auto should rather take a later backend for a call that can
     run here; if only the last one, the reference, is left, it runs here nevertheless.
 
-    One may offer `input_gradient(problem, dz, weight) -> Tensor | None`: du of one convolution, None where ATen is faster.
+    One may offer `input_gradient(problem, dz, weight) -> Tensor | None`: du of one convolution, None where ATen is faster,
+    and `convolution(problem, u, weight) -> Tensor | None`: z of one convolution without bias or activation.
+
+    One that runs the chain with BatchNorm in training mode offers `why_not_training(problem) -> str | None`, as `why_not`, and
+    may offer `train_forward`, as in `training.py`, where it has more than the convolutions.
     """
 
     def why_not(self, problem: ChainProblem) -> str | None:
@@ -82,6 +86,23 @@ def requested(backend: str) -> tuple[str, str]:
     if name not in BACKENDS:
         raise ValueError(f"{source}: allowed are {', '.join(map(repr, BACKENDS))}")
     return name, "auto" if name == "auto" else source
+
+
+def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
+    """As `choose`, of the backends that run BatchNorm in training mode."""
+    name, source = requested(backend)
+    order = AUTO_ORDER.get(problem.device.type, ("reference",)) if name == "auto" else (name,)
+    rejected = []
+    for candidate in order:
+        module = get_backend(candidate)
+        trains = getattr(module, "why_not_training", None)
+        why = "it has no kernels for BatchNorm in training mode" if trains is None else trains(problem)
+        if why is None:
+            return Choice(candidate, tuple(rejected), source)
+        rejected.append((candidate, why))
+    if name != "auto":
+        raise RuntimeError(f"{source} cannot train {problem}: {why}")
+    raise RuntimeError(f"no backend can train {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
 
 
 def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") -> Choice:

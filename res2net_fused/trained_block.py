@@ -1,0 +1,95 @@
+"""A Res2Net block whose chain has BatchNorm in training mode: when it may run fused, the call, and the running statistics.
+
+The chain is one operator; conv1, bn1, conv3, bn3 and the shortcut stay the block's own modules and are called as such.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .backends.selection import choose_for_training
+from .chain import ChainConfig, ChainProblem
+from .reference import apply_optional, finish_bottle2neck
+from .training import Statistics
+from .training_operator import hierarchical_conv_bn
+
+
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    """Whether this norm layer normalises by its input, as in training; one without running statistics always does."""
+    return bn.training or getattr(bn, "running_mean", None) is None and getattr(bn, "running_var", None) is None
+
+
+def why_not_trained(block: nn.Module, problem: ChainProblem, backend: str) -> str | None:
+    """None if the block's chain can run with batch statistics in one operator, else the reason."""
+    for bn in block.bns:
+        if type(bn) is not nn.BatchNorm2d and not _is_alone(bn):
+            return f"norm layer {type(bn).__name__} is not fused in training mode"
+        if not uses_batch_statistics(bn):
+            return "some BatchNorms of the chain are in training mode and some are not"
+        if bn.momentum is not None and not isinstance(bn.momentum, (int, float)):
+            return f"BatchNorm's momentum is a {type(bn.momentum).__name__}"
+    if any(conv.bias is not None for conv in block.convs):
+        return "a 3x3 convolution has a bias, which is not fused in training mode"
+    if problem.batch == 0:
+        return "the batch is empty"
+    if torch.compiler.is_compiling():
+        return None  # the operator itself chooses, when the graph runs
+    try:
+        choose_for_training(problem, backend)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _is_alone(bn: nn.Module) -> bool:
+    """Whether this is a SyncBatchNorm with no other process to synchronise with, which then is a BatchNorm."""
+    if type(bn) is not nn.SyncBatchNorm:
+        return False
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
+    return torch.distributed.get_world_size(bn.process_group or torch.distributed.group.WORLD) == 1
+
+
+def run_trained(block: nn.Module, x: Tensor, config: ChainConfig, recompute: bool, backend: str) -> Tensor:
+    """(N, inplanes, H, W) -> (N, planes * 4, H', W'), as the class's own forward; running statistics are updated."""
+    inner = block.relu(block.bn1(block.conv1(x)))  # (N, s*w, H, W)
+    parameters = [_affine(bn, inner) for bn in block.bns]
+    chain = hierarchical_conv_bn(
+        inner,
+        [conv.weight for conv in block.convs],
+        [gamma for gamma, _ in parameters],
+        [beta for _, beta in parameters],
+        [float(bn.eps) for bn in block.bns],
+        **config.settings(),
+        recompute=recompute,
+        backend=backend,
+    )
+    update_running_statistics(block.bns, chain.statistics)
+    out = apply_optional(block, "drop_block", chain.out)
+    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x)
+
+
+def _affine(bn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """BatchNorm's weight and bias, ones and zeros where it has none; both (w,)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gamma = torch.ones(bn.num_features, dtype=dtype, device=x.device) if bn.weight is None else bn.weight
+    beta = torch.zeros(bn.num_features, dtype=dtype, device=x.device) if bn.bias is None else bn.bias
+    return gamma, beta
+
+
+def update_running_statistics(bns: nn.ModuleList, statistics: Statistics) -> None:
+    """As nn.BatchNorm2d.forward does it, in place: momentum None averages over all batches."""
+    with torch.no_grad():
+        for bn, mean, variance in zip(bns, statistics.mean, statistics.variance, strict=True):
+            if not bn.training or not bn.track_running_stats:
+                continue
+            factor = 0.0 if bn.momentum is None else bn.momentum
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)
+                if bn.momentum is None:
+                    factor = 1.0 / bn.num_batches_tracked
+            if bn.running_mean is None or bn.running_var is None:
+                continue
+            for running, current in ((bn.running_mean, mean), (bn.running_var, variance)):
+                running.copy_(running.to(current.dtype) * (1 - factor) + current * factor)

@@ -1,0 +1,167 @@
+"""The chain with BatchNorm in training mode: forward and backward by PyTorch's operators and a backend's convolutions.
+
+With u_i = x_i + y_{i-1}, z_i = K_i u_i and zhat_i = (z_i - mean z_i) * invstd_i over batch and pixels,
+
+    y_i = act(gamma_i * zhat_i + beta_i)
+
+and from the last group to the first, over n = N * H' * W' values of a channel,
+
+    dy_i = dout_i + du_{i+1},  g_i = dy_i * act'(y_i),  dbeta_i = sum g_i,  dgamma_i = sum g_i * zhat_i,
+    dz_i = gamma_i * invstd_i * (g_i - dbeta_i / n - zhat_i * dgamma_i / n),  du_i = K_i^T dz_i = dx_i,  dK_i = u_i (*) dz_i
+
+u_i is formed again from x and out, and act' is read off y_i. z_i is kept, or convolved again where asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends.selection import Backend
+from .backward import activation_backward, convolution_backward, feeds_a_convolution, pool_backward
+from .chain import ChainConfig, ChainProblem, memory_format
+from .reference import activate, pool_passthrough
+
+
+@dataclass
+class Statistics:
+    """Of every convolution's output over batch and pixels, each (steps, w), fp32 (fp64 for an fp64 chain).
+
+    invstd: 1 / sqrt(biased variance + eps). variance: unbiased, as running statistics take it.
+    """
+
+    mean: Tensor
+    invstd: Tensor
+    variance: Tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics and of BatchNorm's arithmetic."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
+    """Bytes that the chain keeps for its backward, x and out included: in one operator, and by PyTorch's own operators.
+
+    The latter keep every u_i that is a sum, every z_i and every y_i beside the concatenated out; statistics are kept by both.
+    """
+    config, item = problem.config, problem.dtype.itemsize
+    group = problem.batch * problem.output_height * problem.output_width * problem.width * item
+    x = problem.batch * problem.height * problem.width_pixels * problem.scale * problem.width * item
+    both = x + problem.scale * group + 2 * problem.steps * problem.width * wide_dtype(problem.dtype).itemsize
+    sums = sum(config.adds(config.first_convolved + i) for i in range(problem.steps))
+    return both + (0 if recompute else problem.steps * group), both + (2 * problem.steps + sums) * group
+
+
+def describe_training(problem: ChainProblem, recompute: bool) -> str:
+    """One line for `explain`."""
+    fused, eager = (f"{size / 2**20:.3g} MiB" for size in saved_bytes(problem, recompute))
+    again = ", convolved again in backward" if recompute else ""
+    return f"batch statistics, {fused} kept for backward instead of {eager}{again}"
+
+
+def train_forward(
+    backend: Backend,
+    problem: ChainProblem,
+    x: Tensor,  # (N, s*w, H, W)
+    weights: Sequence[Tensor],  # each (w, w/groups, 3, 3)
+    gammas: Sequence[Tensor],  # each (w,), as betas
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    keep: bool,
+) -> tuple[Tensor, Statistics, list[Tensor]]:
+    """out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
+    own = getattr(backend, "train_forward", None)
+    if own is not None:
+        return own(problem, x, weights, gammas, betas, eps, keep)
+    config, width, wide = problem.config, problem.width, wide_dtype(x.dtype)
+    shape = problem.batch, x.shape[1], problem.output_height, problem.output_width
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    groups, outputs = x.split(width, 1), out.split(width, 1)
+    # ATen updates running statistics that are 0 with momentum 1: what it leaves are those of this batch.
+    mean, variance = (torch.zeros(problem.steps, width, dtype=wide, device=x.device) for _ in range(2))
+    kept, invstds, y = [], [], x
+    for i, (group, slot) in enumerate(zip(groups, outputs, strict=True)):
+        if i == config.passed_group(problem.scale):
+            y = slot.copy_(pool_passthrough(group, config))
+            continue
+        k = i - config.first_convolved
+        z = convolve(backend, group + y if config.adds(i) else group, weights[k], config)
+        y, _, invstd = torch.native_batch_norm(
+            z, gammas[k].to(wide), betas[k].to(wide), mean[k], variance[k], True, 1.0, eps[k]
+        )
+        y = activate_into(y, config.activation, slot)
+        invstds.append(invstd)
+        if keep:
+            kept.append(z)
+    return out, Statistics(mean, torch.stack(invstds).to(wide), variance), kept
+
+
+def activate_into(y: Tensor, activation: str, slot: Tensor) -> Tensor:
+    if activation == "relu":
+        return torch.clamp_min(y, 0, out=slot)
+    return slot.copy_(activate(y, activation))
+
+
+def convolve(backend: Backend, u: Tensor, weight: Tensor, config: ChainConfig) -> Tensor:
+    """z of one 3x3 convolution, (N, w, H, W) -> (N, w, H', W'): the backend's where that one says it is faster."""
+    own = getattr(backend, "convolution", None)
+    z = None if own is None else own(ChainProblem.of_one_convolution(u, weight, config), u, weight)
+    if z is None:
+        z = torch.conv2d(u, weight, None, config.stride, config.dilation, config.dilation, config.groups)
+    return z
+
+
+def train_backward(
+    backend: Backend,
+    problem: ChainProblem,
+    grad: Tensor,  # as out, any strides
+    x: Tensor,
+    out: Tensor,
+    z: Sequence[Tensor],  # of every convolution, or empty
+    mean: Tensor,  # (steps, w), as invstd
+    invstd: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    eps: Sequence[float],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of (x, weights, gammas, betas), flat, and of these only what `needed` names."""
+    need_x, need_weights, need_gammas, need_betas = needed
+    config, scale, steps = problem.config, problem.scale, problem.steps
+    groups, outputs, grads = (list(t.split(problem.width, 1)) for t in (x, out, grad))
+    grad_x: list[Tensor] = [grad] * scale
+    grad_weights, grad_gammas, grad_betas = ([grad] * steps for _ in range(3))
+    into_previous: Tensor | None = None  # du_{i+1}, where group i+1 added y_i
+    for i in reversed(range(scale)):
+        dy = grads[i] if into_previous is None else grads[i] + into_previous
+        into_previous = None
+        if i == config.passed_group(scale):
+            grad_x[i] = pool_backward(dy, groups[i], config)
+            continue
+        k = i - config.first_convolved
+        u = groups[i] + outputs[i - 1] if config.adds(i) else groups[i]
+        zk = z[k] if z else convolve(backend, u, weights[k], config)
+        masked = activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(zk))
+        need_u = need_x or feeds_a_convolution(config, i)
+        dz, grad_gammas[k], grad_betas[k] = torch.ops.aten.native_batch_norm_backward(
+            masked, zk, gammas[k].to(mean.dtype), None, None, mean[k], invstd[k], True, eps[k],
+            [need_u or need_weights, need_gammas or need_betas, need_gammas or need_betas],
+        )  # fmt: skip
+        if not need_u and not need_weights:
+            continue
+        grad_x[i], grad_weights[k], _ = convolution_backward(backend, dz, u, weights[k], config, (need_u, need_weights, False))
+        if config.adds(i):
+            into_previous = grad_x[i]
+    results = []
+    if need_x:
+        results.append(torch.cat(grad_x, 1).to(x.dtype).contiguous(memory_format=memory_format(x)))
+    if need_weights:
+        results += [g.contiguous(memory_format=memory_format(x)) for g in grad_weights]  # as ATen leaves them: no copy
+    for needs, gradients in ((need_gammas, grad_gammas), (need_betas, grad_betas)):
+        if needs:
+            results += [g.to(gamma.dtype) for g, gamma in zip(gradients, gammas, strict=True)]
+    return results

@@ -1,0 +1,223 @@
+"""The operator `res2net_fused::hierarchical_conv_bn`, the chain with BatchNorm in training mode: its registration with PyTorch.
+
+It mutates nothing: batch statistics are outputs, from which the caller updates running statistics (`trained_block.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .backends.selection import choose_for_training, get_backend
+from .chain import ChainProblem, check_arguments, describe, memory_format, with_format
+from .operator import SETTINGS, TAGS, cached_config, convolution_flops
+from .training import Statistics, train_backward, train_forward, wide_dtype
+
+_library = torch.library.Library("res2net_fused", "FRAGMENT")
+# -> [out, mean, invstd, variance, *z]; z is left out where `recompute` says so.
+_library.define(
+    "hierarchical_conv_bn(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, "
+    f"{SETTINGS}, bool recompute, str backend) -> Tensor[]",
+    tags=TAGS,
+)
+_library.define(
+    "hierarchical_conv_bn_backward(Tensor grad, Tensor x, Tensor out, Tensor[] z, Tensor mean, Tensor invstd, "
+    f"Tensor[] weights, Tensor[] gammas, float[] eps, {SETTINGS}, str backend, bool[] needed) -> Tensor[]",
+    tags=TAGS,
+)
+
+
+@dataclass
+class TrainedChain:
+    """What `hierarchical_conv_bn` returns. out: (N, s*w, H', W'). statistics: of the batch, without gradients."""
+
+    out: Tensor
+    statistics: Statistics
+
+
+def hierarchical_conv_bn(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    hierarchical: bool = True,
+    passthrough: str = "last",
+    pool: str | None = None,
+    activation: str = "relu",
+    recompute: bool = False,
+    backend: str = "auto",
+) -> TrainedChain:
+    """The chain of `hierarchical_conv2d` with BatchNorm in training mode between each convolution and its activation.
+
+    x, weights and the settings: as for `hierarchical_conv2d`. gammas, betas: of BatchNorm, each (w,), of x's dtype or fp32.
+    eps: of BatchNorm, one for each convolution. recompute: whether backward convolves again rather than keep the outputs.
+
+    Kept for backward are x, the output, the statistics and, unless `recompute`, the convolutions' outputs.
+    Raises ValueError or TypeError for arguments that do not fit, also for a single value per channel, RuntimeError where an
+    explicit backend cannot run.
+    """
+    keep = not recompute and torch.is_grad_enabled()
+    settings = (stride, dilation, groups, hierarchical, passthrough, pool, activation)
+    out, mean, invstd, variance, *_ = torch.ops.res2net_fused.hierarchical_conv_bn.default(
+        x, weights, gammas, betas, eps, *settings, not keep, backend
+    )
+    return TrainedChain(out, Statistics(mean, invstd, variance))
+
+
+def _check(x, weights, gammas, betas, eps, chain) -> ChainProblem:
+    problem = check_arguments(x, weights, None, cached_config(*chain))
+    for name, values in (("gammas", gammas), ("betas", betas), ("eps", eps)):
+        if len(values) != problem.steps:
+            raise ValueError(f"{name} holds {len(values)} values; weights holds {problem.steps}, and both must match")
+    for name, values in (("gammas", gammas), ("betas", betas)):
+        for i, value in enumerate(values):
+            if tuple(value.shape) != (problem.width,) or value.device != x.device:
+                raise ValueError(f"{name}[{i}] is {describe(value)}; ({problem.width},) on {x.device} is needed")
+            if value.dtype not in (x.dtype, torch.float32):
+                raise TypeError(f"{name}[{i}] is {value.dtype}; allowed are {x.dtype} (as x) and torch.float32")
+    if problem.batch * problem.output_height * problem.output_width <= 1:
+        size = problem.batch, problem.width, problem.output_height, problem.output_width
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")  # as F.batch_norm
+    return problem
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(_library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
+def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    *chain, recompute, backend = settings
+    problem = _check(x, weights, gammas, betas, eps, chain)
+    chosen = get_backend(choose_for_training(problem, backend).name)
+    out, statistics, z = train_forward(chosen, problem, x, weights, gammas, betas, eps, not recompute)
+    return [with_format(out, problem.channels_last), statistics.mean, statistics.invstd, statistics.variance, *z]
+
+
+@torch.library.register_fake("res2net_fused::hierarchical_conv_bn", lib=_library)
+def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    *chain, recompute, _ = settings
+    problem = _check(x, weights, gammas, betas, eps, chain)
+    pixels = problem.output_height, problem.output_width
+
+    def like_x(channels: int) -> Tensor:
+        shape = problem.batch, channels, *pixels
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+    def statistic() -> Tensor:
+        return torch.empty(problem.steps, problem.width, dtype=wide_dtype(x.dtype), device=x.device)
+
+    z = [] if recompute else [like_x(problem.width) for _ in range(problem.steps)]
+    return [like_x(x.shape[1]), statistic(), statistic(), statistic(), *z]
+
+
+@functools.partial(_library.impl, "hierarchical_conv_bn_backward", dispatch_key="CompositeExplicitAutograd")
+def _backward_kernel(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> list[Tensor]:
+    *chain, backend, needed = settings
+    problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
+    chosen = get_backend(choose_for_training(problem, backend).name)
+    return train_backward(chosen, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed)
+
+
+@torch.library.register_fake("res2net_fused::hierarchical_conv_bn_backward", lib=_library)
+def _backward_fake(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> list[Tensor]:
+    need_x, need_weights, need_gammas, need_betas = settings[-1]
+    results = []
+    if need_x:
+        results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
+    if need_weights:
+        shape = weights[0].shape
+        results += [torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)) for _ in weights]
+    for needs in (need_gammas, need_betas):
+        if needs:
+            results += [gamma.new_empty(gamma.shape) for gamma in gammas]
+    return results
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, weights, gammas, _, eps, *settings = inputs
+    out, mean, invstd, variance, *z = output
+    *chain, _, backend = settings
+    ctx.arguments = eps, chain, backend
+    ctx.counts = len(weights), len(z)
+    ctx.mark_non_differentiable(mean, invstd, variance, *z)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, out, mean, invstd, *weights, *gammas, *z)
+
+
+def _backward(ctx, grads):
+    eps, chain, backend = ctx.arguments
+    steps, kept = ctx.counts
+    nothing = [None] * steps
+    results = [None, nothing, nothing, nothing]
+    if grads[0] is not None:
+        x, out, mean, invstd, *rest = ctx.saved_tensors
+        weights, gammas, z = rest[:steps], rest[steps : 2 * steps], rest[2 * steps :]
+        needed = [needs if isinstance(needs, bool) else any(needs) for needs in ctx.needs_input_grad[:4]]
+        gradients = iter(
+            torch.ops.res2net_fused.hierarchical_conv_bn_backward.default(
+                grads[0], x, out, z, mean, invstd, weights, gammas, eps, *chain, backend, needed
+            )
+        )
+        results[0] = next(gradients) if needed[0] else None
+        for i in (1, 2, 3):
+            if needed[i]:
+                results[i] = [next(gradients) for _ in range(steps)]
+    return *results, None, *[None] * (len(chain) + 2)
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "hierarchical_conv_bn has no second derivative; compute it with res2net_fused.reference.hierarchical_conv_bn"
+    )
+
+
+torch.library.register_autograd(
+    "res2net_fused::hierarchical_conv_bn", _backward, setup_context=_save_for_backward, lib=_library
+)
+torch.library.register_autograd("res2net_fused::hierarchical_conv_bn_backward", _no_double_backward, lib=_library)
+
+
+# Autocast: x and the convolution weights only; BatchNorm's parameters stay as they are -----------------------------------
+
+
+def _autocast(device_type: str, key: str) -> Callable[..., list[Tensor]]:
+    def kernel(x, weights, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        if not any(t.dtype == torch.float64 or not t.is_floating_point() for t in (x, *weights)):
+            x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return torch.ops.res2net_fused.hierarchical_conv_bn.default(x, weights, *rest)
+
+    return kernel
+
+
+_library.impl("hierarchical_conv_bn", _autocast("cpu", "AutocastCPU"), "AutocastCPU")
+_library.impl("hierarchical_conv_bn", _autocast("cuda", "AutocastCUDA"), "AutocastCUDA")
+
+
+# FLOPs ----------------------------------------------------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv_bn)
+def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    return convolution_flops(weight_shapes, out_shape[0])
+
+
+@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv_bn_backward)
+def _backward_flops(grad_shape, x, out, z, mean, invstd, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    need_x, need_weights, *_ = args[-1]
+    convolved_again = not z
+    return (need_x + need_weights + convolved_again) * convolution_flops(weight_shapes, grad_shape)
