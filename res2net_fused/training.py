@@ -75,8 +75,9 @@ def train_forward(
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
     """out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
     own = getattr(backend, "train_forward", None)
-    if own is not None:
-        return own(problem, x, weights, gammas, betas, eps, keep)
+    results = None if own is None else own(backend, problem, x, weights, gammas, betas, eps, keep)
+    if results is not None:
+        return results
     config, width, wide = problem.config, problem.width, wide_dtype(x.dtype)
     shape = problem.batch, x.shape[1], problem.output_height, problem.output_width
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -131,6 +132,27 @@ def train_backward(
 ) -> list[Tensor]:
     """Gradients of (x, weights, gammas, betas), flat, and of these only what `needed` names."""
     need_x, need_weights, need_gammas, need_betas = needed
+    own = getattr(backend, "train_backward", None)
+    gradients = None if own is None else own(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, needed)
+    if gradients is None:
+        gradients = _train_backward(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed)
+    grad_x, grad_weights, grad_gammas, grad_betas = gradients
+    results = []
+    if need_x:
+        results.append(grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)))
+    if need_weights:
+        results += [g.contiguous(memory_format=memory_format(x)) for g in grad_weights]  # as ATen leaves them: no copy
+    for needs, gradients in ((need_gammas, grad_gammas), (need_betas, grad_betas)):
+        if needs:
+            results += [g.to(gamma.dtype) for g, gamma in zip(gradients, gammas, strict=True)]
+    return results
+
+
+def _train_backward(
+    backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
+    """As `train_backward`, not flattened, by PyTorch's operators and the backend's convolutions."""
+    need_x, need_weights, need_gammas, need_betas = needed
     config, scale, steps = problem.config, problem.scale, problem.steps
     groups, outputs, grads = (list(t.split(problem.width, 1)) for t in (x, out, grad))
     grad_x: list[Tensor] = [grad] * scale
@@ -156,12 +178,4 @@ def train_backward(
         grad_x[i], grad_weights[k], _ = convolution_backward(backend, dz, u, weights[k], config, (need_u, need_weights, False))
         if config.adds(i):
             into_previous = grad_x[i]
-    results = []
-    if need_x:
-        results.append(torch.cat(grad_x, 1).to(x.dtype).contiguous(memory_format=memory_format(x)))
-    if need_weights:
-        results += [g.contiguous(memory_format=memory_format(x)) for g in grad_weights]  # as ATen leaves them: no copy
-    for needs, gradients in ((need_gammas, grad_gammas), (need_betas, grad_betas)):
-        if needs:
-            results += [g.to(gamma.dtype) for g, gamma in zip(gradients, gammas, strict=True)]
-    return results
+    return torch.cat(grad_x, 1) if need_x else None, grad_weights, grad_gammas, grad_betas

@@ -18,6 +18,12 @@ from torch import Tensor
 from .. import native
 from ..chain import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig, ChainProblem
 from ..folding import FoldedBlock
+from .native_cpu_training import train_backward, train_forward
+
+__all__ = [
+    "available_instruction_sets", "block_forward", "convolution", "forward", "input_gradient", "instruction_set", "pack",
+    "pack_block", "plan", "train_backward", "train_forward", "why_not", "why_not_training",
+]  # fmt: skip
 
 ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
 ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
@@ -63,7 +69,7 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 def plan(problem: ChainProblem) -> str:
     """Of a call with packed weights; one with plain weights and few pixels convolves directly."""
     sizes = (problem.batch, problem.height, problem.width_pixels)
-    return _operators.cpu_plan(*sizes, _settings(problem), _arithmetic(), _instruction_set())
+    return _operators.cpu_plan(*sizes, _settings(problem), _arithmetic(), instruction_set())
 
 
 def forward(
@@ -73,7 +79,7 @@ def forward(
     biases: Sequence[Tensor] | None,
     packed: Sequence[Tensor] | None,
 ) -> Tensor:
-    arithmetic, isa = _arithmetic(), _instruction_set()
+    arithmetic, isa = _arithmetic(), instruction_set()
     if not packed:
         pixels = problem.batch * problem.output_height * problem.output_width
         pays = pixels >= PIXELS_WORTH_PACKING if arithmetic == ARITHMETICS["auto"] else arithmetic == ARITHMETICS["winograd"]
@@ -103,12 +109,12 @@ def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, fol
     packed = folded.packed or pack_block(folded, problem.config)
     return _operators.cpu_block_forward.default(
         x, shortcut, packed, folded.conv3_weight.shape[0], folded.projection_stride, relu, _settings(problem),
-        problem.channels_last, _arithmetic(), _instruction_set(),
+        problem.channels_last, _arithmetic(), instruction_set(),
     )  # fmt: skip
 
 
 def _pack_pointwise(weight: Tensor, bias: Tensor) -> list[Tensor]:
-    return _operators.cpu_pack_pointwise.default(weight, bias, _instruction_set())
+    return _operators.cpu_pack_pointwise.default(weight, bias, instruction_set())
 
 
 def why_not_training(problem: ChainProblem) -> str | None:
@@ -140,7 +146,7 @@ def _winograd_covers(config: ChainConfig) -> bool:
 
 def _pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig, winograd: bool) -> list[Tensor]:
     with torch.no_grad():
-        return _operators.cpu_pack.default(list(weights), list(biases or ()), config.groups, winograd, _instruction_set())
+        return _operators.cpu_pack.default(list(weights), list(biases or ()), config.groups, winograd, instruction_set())
 
 
 def _settings(problem: ChainProblem) -> list[int]:
@@ -165,7 +171,8 @@ def _arithmetic() -> int:
     return _code(ARITHMETIC_VARIABLE, ARITHMETICS)
 
 
-def _instruction_set() -> int:
+def instruction_set() -> int:
+    """The code of the one that the environment asks for, or that of the best."""
     code = _code(ISA_VARIABLE, INSTRUCTION_SETS)
     if code > 0 and not _operators.cpu_has_instruction_set(code):
         name = os.environ[ISA_VARIABLE]

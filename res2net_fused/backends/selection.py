@@ -34,7 +34,7 @@ class Backend(Protocol):
     and `convolution(problem, u, weight) -> Tensor | None`: z of one convolution without bias or activation.
 
     One that runs the chain with BatchNorm in training mode offers `why_not_training(problem) -> str | None`, as `why_not`, and
-    may offer `train_forward`, as in `training.py`, where it has more than the convolutions.
+    may offer `train_forward` and `train_backward`, as in `native_cpu_training.py`, where it has more than the convolutions.
     """
 
     def why_not(self, problem: ChainProblem) -> str | None:

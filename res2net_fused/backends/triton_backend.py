@@ -13,8 +13,9 @@ from ..chain import ChainConfig, ChainProblem
 from ..kernels.step_plan import MAX_PIXELS, padded_lanes
 from .triton_block import block_forward, pack_block
 from .triton_settings import MINIMUM_CAPABILITY, capability, plan_for
+from .triton_training import train_forward, why_not_whole_batch
 
-__all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "why_not"]
+__all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "train_forward", "why_not", "why_not_training"]
 
 MINIMUM_TRITON = (3, 6)
 
@@ -61,6 +62,10 @@ def why_not(problem: ChainProblem) -> str | None:
         found = f"{problem.output_height}x{problem.output_width}"
         return f"an image has {found} output pixels; at most {MAX_PIXELS} are allowed"
     return None
+
+
+def why_not_training(problem: ChainProblem) -> str | None:
+    return why_not(problem) or why_not_whole_batch(problem)
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:

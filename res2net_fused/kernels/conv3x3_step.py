@@ -42,7 +42,7 @@ _SLOTS = ["source_slot", "source_slot_step", "x_slot", "out_slot", "out_slot_ste
 
 
 @triton.jit
-def _activate(y, ACTIVATION: tl.constexpr):
+def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION != "none":
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu: NaN stays NaN
     if ACTIVATION == "hardtanh20":
@@ -51,7 +51,7 @@ def _activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _locate(tile, pixels, height, width, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr):
+def locate(tile, pixels, height, width, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr):
     """The output pixels of a tile: number in the batch, whether it exists, image (int64), row and column."""
     out_height = (height - 1) // STRIDE + 1
     out_width = (width - 1) // STRIDE + 1
@@ -118,7 +118,7 @@ def conv3x3_step(
     task = program // n_tiles // m_tiles
     group = task % GROUPS
     step = task // GROUPS
-    number, exists, image, row, column = _locate(tile, pixels, height, width, STRIDE, BLOCK_M)
+    number, exists, image, row, column = locate(tile, pixels, height, width, STRIDE, BLOCK_M)
     out_pixels = image * out_image + row.to(tl.int64) * out_row + column.to(tl.int64) * out_pixel
     out_ok = exists[:, None] & (columns < OUT_LANES)[None, :]
 
@@ -165,7 +165,7 @@ def conv3x3_step(
     lane_ok = columns < CHANNELS
     total += tl.load(bias + (step * GROUPS + group) * CHANNELS + columns, mask=lane_ok, other=0.0)[None, :]
     # A padded lane is Inf * 0 = NaN where u holds an Inf, so it is set rather than trusted to be zero.
-    y = tl.where(lane_ok[None, :], _activate(total, ACTIVATION), 0.0).to(out.dtype.element_ty)
+    y = tl.where(lane_ok[None, :], activate(total, ACTIVATION), 0.0).to(out.dtype.element_ty)
     out_base = out + (out_pixels + out_slot + step * out_slot_step) * OUT_VEC + group * CHANNELS
     tl.store(out_base[:, None] + columns[None, :], y, mask=out_ok)
     if FORMS_NEXT:
@@ -196,7 +196,7 @@ def prepare_first_u(
     columns = program % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = program // n_tiles % m_tiles
     group = program // n_tiles // m_tiles
-    number, exists, image, row, column = _locate(tile, pixels, height, width, 1, BLOCK_M)
+    number, exists, image, row, column = locate(tile, pixels, height, width, 1, BLOCK_M)
     lane_ok = columns < CHANNELS
     x_pixels = image * x_image + row.to(tl.int64) * x_row + column.to(tl.int64) * x_pixel
     x_base = x + (x_pixels + x_slot) * X_VEC + group * CHANNELS

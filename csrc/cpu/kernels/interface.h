@@ -77,6 +77,31 @@ struct Pointwise {
   bool relu;
 };
 
+// One BatchNorm in training mode with the activation behind it. z, next, dz and du hold pixels of `channels` floats without a
+// gap; pitches are floats from one pixel to the next.
+struct NormForward {
+  int64_t channels;
+  Activation activation;
+  const float *z, *mean, *scale, *shift;  // y = activation((z - mean) * scale + shift)
+  float* out;
+  int64_t out_pitch;
+  float* next;          // y + addend: what is convolved next; or null
+  const float* addend;  // the next group of x
+  int64_t addend_pitch;
+};
+
+struct NormBackward {
+  int64_t channels;
+  Activation activation;
+  const float *grad, *out, *z, *mean;
+  int64_t grad_pitch, out_pitch;
+  const float* du;  // of the convolution that read y as well, or null
+  float* du_out;    // where that one is to be copied, or null
+  int64_t du_out_pitch;
+  float* dz;
+  const float *scale, *offset, *slope;  // of the second pass
+};
+
 // Tiles along a dimension of `length` outputs: `big_count` of `big`, then `small_count` of `small`; big > small. A tile size
 // is 2, 3 or 4 and stands for F(size, 3). Where they are all big, the last one may reach back over the one before it.
 struct Split {
@@ -128,6 +153,12 @@ struct Kernels {
   void (*pack_winograd)(const float* weights, int64_t channels, float* packed, int64_t first_panel, int64_t last_panel);
   void (*pack_direct)(
       const float* weights, int64_t channels, int64_t groups, float* packed, int64_t first_panel, int64_t last_panel);
+  // BatchNorm in training mode, pixels first ... last: mean and squared deviations of z (channels,); the activated output;
+  // the sums of dy and of dy * (z - mean) with dy in dz's place; then dz.
+  void (*norm_moments)(const float* z, int64_t channels, int64_t first, int64_t last, float* mean, float* squares);
+  void (*norm_forward)(const NormForward&, int64_t first, int64_t last);
+  void (*norm_backward_sums)(const NormBackward&, int64_t first, int64_t last, float* sums, float* products);
+  void (*norm_backward_apply)(const NormBackward&, int64_t first, int64_t last);
   // weights (columns, depth) into the layout of Pointwise.
   void (*pack_pointwise)(
       const float* weights, int64_t columns, int64_t depth, float* packed, int64_t first_panel, int64_t last_panel);

@@ -5,14 +5,6 @@
 namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {
 
-// All channels of one pixel, f(V(), channel, lanes) for whole vectors and then one call with Part for the rest.
-template <class F>
-R2N_INLINE void for_channels(int64_t channels, const F& f) {
-  int64_t c = 0;
-  for (; c + kLanes<Full> <= channels; c += kLanes<Full>) f.template operator()<false>(c, kLanes<Full>);
-  if (c < channels) f.template operator()<true>(c, channels - c);
-}
-
 void average_row(
     ConstView source, int64_t in_height, int64_t in_width, View target, int64_t n, int64_t y, int64_t width,
     int64_t channels, int64_t stride, Pool pool) {

@@ -183,6 +183,14 @@ R2N_INLINE bool all_finite(V v) {
 
 R2N_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// All channels of one pixel: f<Part>(channel, lanes) for whole vectors, and then one call with Part for the rest.
+template <class F>
+R2N_INLINE void for_channels(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + kLanes<Full> <= channels; c += kLanes<Full>) f.template operator()<false>(c, kLanes<Full>);
+  if (c < channels) f.template operator()<true>(c, channels - c);
+}
+
 // Calls f(V(), channel, lanes that belong to the group) for the vectors of channels first ... last, multiples of kUnit. A
 // vector behind the group is left out.
 template <class F>
