@@ -88,7 +88,7 @@ def update_running_statistics(bns: nn.ModuleList, statistics: Statistics) -> Non
             if bn.num_batches_tracked is not None:
                 bn.num_batches_tracked.add_(1)
                 if bn.momentum is None:
-                    factor = 1.0 / bn.num_batches_tracked
+                    factor = bn.num_batches_tracked.double().reciprocal()  # a Python float would end a graph
             if bn.running_mean is None or bn.running_var is None:
                 continue
             for running, current in ((bn.running_mean, mean), (bn.running_var, variance)):

@@ -32,6 +32,7 @@ from res2net_fused.kernels.conv3x3_step import (  # noqa: E402
     pack_weights,
 )
 from res2net_fused.kernels.step_plan import padded_lanes, plan_steps  # noqa: E402
+from res2net_fused.kernels.train_step import train_calls, train_step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -141,6 +142,32 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
     return list(distinct.values())
 
 
+def calls_of_training(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]) -> list[KernelCall]:
+    """The distinct launches of one chain's forward pass with batch statistics, at batch 128, on tensors without memory."""
+    steps, device = shape.scale - 1, torch.device("cuda")
+    problem = ChainProblem(
+        shape.config, device, dtype, 128, shape.size, shape.size, shape.width, steps, channels_last=True
+    )
+
+    def pixels(channels: int, height: int) -> torch.Tensor:
+        data = torch.empty(128, channels, height, height, dtype=dtype, device="meta")
+        return data.to(memory_format=torch.channels_last)
+
+    channels = shape.scale * shape.width
+    x, out = pixels(channels, shape.size), pixels(channels, problem.output_height)
+    weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
+    weights = pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))
+    vector, statistics = torch.empty(shape.width, device="meta"), torch.empty(4, steps, shape.width, device="meta")
+    distinct = {}
+    for call in train_calls(
+        problem, plan_steps(problem, capability, tf32=tf32), Slots(x, shape.width, shape.width), None,
+        Slots(out, shape.width, shape.width), [pixels(shape.width, problem.output_height)] * steps, statistics, weights,
+        [vector] * steps, [vector] * steps, [1e-5] * steps,
+    ):  # fmt: skip
+        distinct.setdefault(_key(call), call)
+    return list(distinct.values())
+
+
 def _key(call: KernelCall) -> tuple:
     """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype."""
     constants = [call.arguments[p.name] for p in call.kernel.params if p.is_constexpr]
@@ -157,6 +184,8 @@ def source(call: KernelCall) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
     return ASTSource(call.kernel, signature, constants, attributes)
@@ -180,7 +209,11 @@ def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) 
     compiled = compile_for(call, capability)
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
     assert stack_bytes(compiled.asm["cubin"], folder) == 0, "registers are spilled"
-    if "BLOCK_K" in call.arguments:
+    if call.kernel is train_step:
+        # Its left operand is computed in registers, from which Triton may also feed the older instruction.
+        tensor_cores = any(name in compiled.asm["ptx"] for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
+        assert tensor_cores == (call.arguments["out"].dtype != torch.float32 or call.arguments["PRECISION"] != "ieee")
+    elif "BLOCK_K" in call.arguments:
         check_tensor_cores(call, compiled.asm["ptx"], capability)
     if call.kernel is conv3x3_step:
         check_wide_copies(call, compiled.asm["ptx"])
@@ -243,6 +276,32 @@ def check_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int], b
 @pytest.mark.parametrize("shape", [BLOCKS[0], BLOCKS[3], BLOCKS[12]], ids=str)
 def test_block(shape, tmp_path) -> None:
     check_block(shape, torch.bfloat16, (9, 0), 32, tmp_path)
+
+
+TRAINED = [shape for shape in SHAPES if shape.pitch is None]
+SOME_TRAINED = [(TRAINED[0], torch.bfloat16, False), (TRAINED[11], torch.float32, True), (TRAINED[6], torch.float16, False)]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[:2], ids=_name)
+@pytest.mark.parametrize("shape, dtype, tf32", SOME_TRAINED, ids=_name)
+def test_training(shape, dtype, tf32, capability, tmp_path) -> None:
+    for call in calls_of_training(shape, dtype, tf32, capability):
+        check_compiled(call, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=_name)
+@pytest.mark.parametrize("dtype, tf32", PRECISIONS, ids=_name)
+def test_all_training(dtype, tf32, capability, tmp_path) -> None:
+    seen = {}
+    for shape in TRAINED:
+        for call in calls_of_training(shape, dtype, tf32, capability):
+            seen.setdefault(_key(call), (call, shape))
+    for call, shape in seen.values():
+        try:
+            check_compiled(call, capability, tmp_path)
+        except AssertionError as error:
+            raise AssertionError(f"{call.kernel.__name__} of {shape}: {error}") from error
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ mean; nothing is added atomically, so that repeated runs give the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from ..chain import ChainProblem
 from .conv3x3_step import Slots, activate, locate
 from .kernel_call import KernelCall
 from .step_plan import StepPlan
+from .tile_table import Tile
 
 _INTEGERS = ["pixels", "height", "width"]
 _STRIDES = [f"{name}_{axis}" for name in ("x", "out") for axis in ("image", "row", "pixel", "slot")]
@@ -170,6 +172,12 @@ def finish_output(
     tl.store(out_base[:, None] + columns[None, :], y, mask=written)
 
 
+def training_tile(tile: Tile) -> Tile:
+    """The tile of the inference kernel, cut down to what leaves no spill beside the second operand and the moments."""
+    block_m, block_n, block_k = min(tile.block_m, 64), min(tile.block_n, 64), min(tile.block_k, 32)
+    return replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=max(tile.warps, 4), stages=min(tile.stages, 2))
+
+
 STATISTICS = ("mean", "invstd", "variance", "scale")
 _FINISH_TILES = 32  # tiles of pixels whose moments one round of `finish_statistics` reads
 
@@ -188,7 +196,7 @@ def train_calls(
     eps: Sequence[float],
 ) -> Iterator[KernelCall]:
     """Every launch of the forward pass but for the group that passes through, in order."""
-    config, width, tile = problem.config, problem.width, plan.tile
+    config, width, tile = problem.config, problem.width, training_tile(plan.tile)
     channels = width // config.groups
     pixels = problem.batch * problem.output_height * problem.output_width
     tiles = triton.cdiv(pixels, tile.block_m)
