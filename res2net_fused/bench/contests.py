@@ -103,7 +103,7 @@ def _check_network(unit: Unit, conditions: Conditions) -> ParityReport:
 
 
 def _check_training(unit: Unit, conditions: Conditions) -> ParityRow:
-    """Logits in train mode under autocast; blocks with live batch statistics run their own forward."""
+    """Logits in training mode under autocast, BatchNorm with the statistics of the batch."""
     network = build_network(unit.config, "float32", conditions).train()
     images = _images(_CHECKED_IMAGES, 1, "float32", conditions)[0]
     with torch.no_grad():
@@ -111,7 +111,7 @@ def _check_training(unit: Unit, conditions: Conditions) -> ParityRow:
         with _autocast(unit.dtype, conditions.device):
             eager = relative_error(copy.deepcopy(network)(images), expected)
             error = relative_error(accelerate(copy.deepcopy(network), conditions.backend)(images), expected)
-    what = unit.workload, unit.config_name, "logits", _CHECKED_IMAGES, "own forward", unit.dtype
+    what = unit.workload, unit.config_name, "logits", _CHECKED_IMAGES, conditions.backend, unit.dtype
     return ParityRow(*what, error, eager, network_bound(eager))
 
 

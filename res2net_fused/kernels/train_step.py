@@ -175,7 +175,7 @@ def finish_output(
 def training_tile(tile: Tile) -> Tile:
     """The tile of the inference kernel, cut down to what leaves no spill beside the second operand and the moments."""
     block_m, block_n, block_k = min(tile.block_m, 64), min(tile.block_n, 64), min(tile.block_k, 32)
-    stages = min(tile.stages, 2)
+    stages = min(tile.stages, 3)
     return replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=4, stages=stages)
 
 
