@@ -70,7 +70,7 @@ def _report(name: str, module: nn.Module) -> BlockReport:
     try:
         if state.last_trained:
             choice = choose_for_training(problem, state.backend)
-            plan = f"{problem}: {describe_training(problem, state.recompute)}"
+            plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute)}"
             return BlockReport(name, True, choice.name, choice.reason, plan)
         folded = state.frozen or (state.kept[1] if state.kept else None)
         choice = choose(problem, state.backend, folded.layout if folded else "plain")

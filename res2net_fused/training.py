@@ -56,11 +56,11 @@ def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
     return both + (0 if recompute else problem.steps * group), both + (2 * problem.steps + sums) * group
 
 
-def describe_training(problem: ChainProblem, recompute: bool) -> str:
+def describe_training(backend: Backend, problem: ChainProblem, recompute: bool) -> str:
     """One line for `explain`."""
     fused, eager = (f"{size / 2**20:.3g} MiB" for size in saved_bytes(problem, recompute))
     again = ", convolved again in backward" if recompute else ""
-    return f"batch statistics, {fused} kept for backward instead of {eager}{again}"
+    return f"batch statistics, {backend.plan_training(problem)}, {fused} kept for backward instead of {eager}{again}"
 
 
 def train_forward(

@@ -6,6 +6,7 @@ from helpers import BOUNDS, CHAINS, DEVICES, HALVES, Chain, assert_close, chains
 from torch.utils.flop_counter import FlopCounterMode
 from training_cases import training_case
 
+from res2net_fused.backends import native_cpu
 from res2net_fused.backends.selection import choose_for_training
 from res2net_fused.chain import BACKENDS, ChainConfig, ChainProblem, memory_format
 from res2net_fused.training_operator import hierarchical_conv_bn
@@ -91,6 +92,43 @@ def test_widths_that_the_kernels_take(width, settings, layout, device):
         out = case.run(backend=backend).out
         grad = gradient_like(out)
         check(case, out, torch.autograd.grad(out, case.leaves, grad), grad, torch.float32)
+
+
+@pytest.mark.skipif("cpu" not in training_backends("cpu"), reason="the native CPU kernels are not built")
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("isa", native_cpu.available_instruction_sets())
+@pytest.mark.parametrize("width", [1, 5, 8, 13, 16, 26, 40])
+@pytest.mark.parametrize("activation", ["relu", "none", "hardtanh20"])
+def test_native_passes_of_every_instruction_set(width, isa, activation, monkeypatch):
+    monkeypatch.setenv(native_cpu.ISA_VARIABLE, isa)
+    settings = {"activation": activation, "passthrough": "none"}
+    case = training_case(Chain(settings, 2, width), (2, 7, 9), torch.float32).require_grad()
+    if activation == "hardtanh20":
+        case.gammas = [gamma.detach().mul(15).requires_grad_() for gamma in case.gammas]
+    out = case.run(backend="cpu").out
+    grad = gradient_like(out)
+    check(case, out, torch.autograd.grad(out, case.leaves, grad), grad, torch.float32)
+
+
+@pytest.mark.skipif("cpu" not in training_backends("cpu"), reason="the native CPU kernels are not built")
+def test_bits_do_not_depend_on_the_number_of_threads():
+    case = training_case(Chain({}, 3, 4), (6, 30, 31), torch.float32)  # too narrow for Winograd, whose plan may depend on it
+    before, runs = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(vars(case.run(backend="cpu").statistics).values())
+    torch.set_num_threads(before)
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def test_nan_and_inf_stay_in_their_channel_of_the_first_step():
+    """As in eager: a channel whose input is not finite has no statistics, and NaN passes the activation."""
+    for backend in training_backends("cpu"):
+        case = training_case(Chain({"hierarchical": False, "groups": 2}, 2, 4), (2, 5, 6), torch.float32)
+        case.x[0, 1, 2, 3] = float("inf")
+        out, expected = case.run(backend=backend).out, case.reference()
+        assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any() and out.isfinite().any()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])

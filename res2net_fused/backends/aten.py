@@ -19,6 +19,10 @@ def why_not_training(problem: ChainProblem) -> str | None:
     return None
 
 
+def plan_training(problem: ChainProblem) -> str:
+    return "ATen"
+
+
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
     return []
 

@@ -22,7 +22,7 @@ from .native_cpu_training import train_backward, train_forward
 
 __all__ = [
     "available_instruction_sets", "block_forward", "convolution", "forward", "input_gradient", "instruction_set", "pack",
-    "pack_block", "plan", "train_backward", "train_forward", "why_not", "why_not_training",
+    "pack_block", "plan", "plan_training", "train_backward", "train_forward", "why_not", "why_not_training",
 ]  # fmt: skip
 
 ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
@@ -119,6 +119,12 @@ def _pack_pointwise(weight: Tensor, bias: Tensor) -> list[Tensor]:
 
 def why_not_training(problem: ChainProblem) -> str | None:
     return why_not(problem)
+
+
+def plan_training(problem: ChainProblem) -> str:
+    if problem.dtype != torch.float32:
+        return f"ATen, as the native kernels of training are for float32 and x is {problem.dtype}"
+    return f"native passes, {'Winograd' if _convolves_faster(problem) else 'ATen'} convolutions, ATen's gradients of weights"
 
 
 def convolution(problem: ChainProblem, u: Tensor, weight: Tensor) -> Tensor | None:

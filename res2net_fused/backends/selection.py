@@ -33,8 +33,9 @@ class Backend(Protocol):
     One may offer `input_gradient(problem, dz, weight) -> Tensor | None`: du of one convolution, None where ATen is faster,
     and `convolution(problem, u, weight) -> Tensor | None`: z of one convolution without bias or activation.
 
-    One that runs the chain with BatchNorm in training mode offers `why_not_training(problem) -> str | None`, as `why_not`, and
-    may offer `train_forward` and `train_backward`, as in `native_cpu_training.py`, where it has more than the convolutions.
+    One that runs the chain with BatchNorm in training mode offers `why_not_training(problem) -> str | None`, as `why_not`,
+    and `plan_training(problem) -> str`, a few words for `explain`. Where it has more than the convolutions it offers
+    `train_forward` and maybe `train_backward`, as in `native_cpu_training.py`.
     """
 
     def why_not(self, problem: ChainProblem) -> str | None:

@@ -15,7 +15,9 @@ from .triton_block import block_forward, pack_block
 from .triton_settings import MINIMUM_CAPABILITY, capability, plan_for
 from .triton_training import train_forward, why_not_whole_batch
 
-__all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "train_forward", "why_not", "why_not_training"]
+__all__ = [
+    "block_forward", "forward", "pack", "pack_block", "plan", "plan_training", "train_forward", "why_not", "why_not_training",
+]  # fmt: skip
 
 MINIMUM_TRITON = (3, 6)
 
@@ -66,6 +68,10 @@ def why_not(problem: ChainProblem) -> str | None:
 
 def why_not_training(problem: ChainProblem) -> str | None:
     return why_not(problem) or why_not_whole_batch(problem)
+
+
+def plan_training(problem: ChainProblem) -> str:
+    return f"Triton forward, {2 * problem.steps} launches and those of outputs; backward by ATen, having no Triton kernels yet"
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:

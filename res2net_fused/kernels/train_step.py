@@ -174,7 +174,8 @@ def finish_output(
 
 def training_tile(tile: Tile) -> Tile:
     """The tile of the inference kernel, cut down to what leaves no spill beside the second operand and the moments."""
-    block_m, block_n, block_k = min(tile.block_m, 64), min(tile.block_n, 64), min(tile.block_k, 32)
+    block_n, block_k = min(tile.block_n, 64), min(tile.block_k, 32)
+    block_m = min(tile.block_m, 64 if block_n <= 32 else 32)  # ptxas for sm_80 spills a register in tiles of 64x64
     stages = min(tile.stages, 3)
     return replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=4, stages=stages)
 
