@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import native
 from ..chain import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig, ChainProblem
 from ..folding import FoldedBlock
-from .native_cpu_training import train_backward, train_forward
+from .native_cpu_training import covers, train_backward, train_forward
 
 __all__ = [
     "available_instruction_sets", "block_forward", "convolution", "forward", "input_gradient", "instruction_set", "pack",
@@ -122,9 +122,8 @@ def why_not_training(problem: ChainProblem) -> str | None:
 
 
 def plan_training(problem: ChainProblem) -> str:
-    if problem.dtype != torch.float32:
-        return f"ATen, as the native kernels of training are for float32 and x is {problem.dtype}"
-    return f"native passes, {'Winograd' if _convolves_faster(problem) else 'ATen'} convolutions, ATen's gradients of weights"
+    passes = "native passes" if covers(problem) else "ATen's passes (the native ones are for float32 in channels-last)"
+    return f"{passes}, {'Winograd' if _convolves_faster(problem) else 'ATen'} convolutions, ATen's gradients of weights"
 
 
 def convolution(problem: ChainProblem, u: Tensor, weight: Tensor) -> Tensor | None:

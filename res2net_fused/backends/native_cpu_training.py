@@ -2,7 +2,7 @@
 
 Per step forward reads z for its statistics, then z and x_{i+1}, and writes y_i to its slot and u_{i+1}. Backward reads dout_i,
 du_{i+1}, y_i and z_i and writes the masked gradient (and du_{i+1} to its slot), then turns that into dz_i in place.
-All of it is channels-last; another x is converted once. The sums are the same for any number of threads.
+All of it is channels-last. The sums are the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from .selection import Backend
 _operators = torch.ops.res2net_fused_native
 
 
+def covers(problem: ChainProblem) -> bool:
+    """Whether these kernels run a call; another memory format is better off with ATen's than converted here and back."""
+    return problem.dtype == torch.float32 and problem.channels_last
+
+
 def train_forward(
     backend: Backend,
     problem: ChainProblem,
@@ -31,8 +36,8 @@ def train_forward(
     eps: Sequence[float],
     keep: bool,
 ) -> tuple[Tensor, Statistics, list[Tensor]] | None:
-    """As `training.train_forward`, channels-last; None for a dtype that these kernels do not have."""
-    if problem.dtype != torch.float32:
+    """As `training.train_forward`; None for what these kernels do not have, or would have to convert."""
+    if not covers(problem):
         return None
     isa = backend.instruction_set()
     config = problem.config
@@ -77,7 +82,7 @@ def train_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]] | None:
     """As `training.train_backward`, not flattened, the gradient of x channels-last; None as for `train_forward`."""
-    if problem.dtype != torch.float32:
+    if not covers(problem):
         return None
     isa = backend.instruction_set()
     need_x, need_weights = needed[:2]

@@ -172,12 +172,13 @@ def finish_output(
     tl.store(out_base[:, None] + columns[None, :], y, mask=written)
 
 
-def training_tile(tile: Tile) -> Tile:
+def training_tile(tile: Tile, dtype: torch.dtype) -> Tile:
     """The tile of the inference kernel, cut down to what leaves no spill beside the second operand and the moments."""
-    block_n, block_k = min(tile.block_n, 64), min(tile.block_k, 32)
+    if dtype == torch.float32:
+        return replace(tile, block_m=32, block_n=min(tile.block_n, 32), block_k=16, warps=4, stages=2)
+    block_n = min(tile.block_n, 64)
     block_m = min(tile.block_m, 64 if block_n <= 32 else 32)  # ptxas for sm_80 spills a register in tiles of 64x64
-    stages = min(tile.stages, 3)
-    return replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, warps=4, stages=stages)
+    return replace(tile, block_m=block_m, block_n=block_n, block_k=min(tile.block_k, 32), warps=4, stages=min(tile.stages, 3))
 
 
 STATISTICS = ("mean", "invstd", "variance", "scale")
@@ -198,7 +199,7 @@ def train_calls(
     eps: Sequence[float],
 ) -> Iterator[KernelCall]:
     """Every launch of the forward pass but for the group that passes through, in order."""
-    config, width, tile = problem.config, problem.width, training_tile(plan.tile)
+    config, width, tile = problem.config, problem.width, training_tile(plan.tile, problem.dtype)
     channels = width // config.groups
     pixels = problem.batch * problem.output_height * problem.output_width
     tiles = triton.cdiv(pixels, tile.block_m)
