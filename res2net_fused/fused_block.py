@@ -188,7 +188,10 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     training = any(map(uses_batch_statistics, block.bns))
     state: BlockState = getattr(block, STATE)
-    reason = why_not_trained(block, chain_problem(block, x, state), state.backend) if training else why_not_foldable(block)
+    if training:
+        reason = why_not_trained(block, chain_problem(block, x, state), state.backend, state.recompute)
+    else:
+        reason = why_not_foldable(block)
     if reason is not None:
         return reason
     if type(block.relu) is not nn.ReLU:

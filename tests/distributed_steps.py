@@ -24,7 +24,7 @@ def images() -> torch.Tensor:
 
 def network(accelerated: bool = True) -> nn.Module:
     model = randomize(official()).double().train()
-    return accelerate(copy.deepcopy(model)) if accelerated else model
+    return accelerate(copy.deepcopy(model), "reference") if accelerated else model
 
 
 def train(model: nn.Module, batches, own: nn.Module | None = None) -> list[float]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training_cases import training_case
 
-from res2net_fused import Bottle2neck, accelerate, explain, reference
+from res2net_fused import Bottle2neck, accelerate, explain, reference, trained_block
 from res2net_fused.chain import ChainProblem
 from res2net_fused.fused_block import STATE
 from res2net_fused.reference import ReferenceBottle2neck
@@ -266,3 +266,33 @@ def test_sync_batch_norm_of_one_process_is_fused():
     x = images_for(plain).double()
     assert_close(ours(x), plain(x), 1e-12)
     assert all(report.fused for report in explain(ours))
+
+
+def test_auto_trains_fused_only_where_that_is_faster(training_pays, monkeypatch):
+    monkeypatch.setattr(trained_block, "training_pays", training_pays)
+    small = torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last)
+    large = torch.randn(1, 128, 28, 28).contiguous(memory_format=torch.channels_last)
+    for x, backend, recompute, fused in (
+        (small, "auto", False, False), (large, "auto", False, True), (large.contiguous(), "auto", False, False),
+        (small, "reference", False, True), (small, "auto", True, True), (large[..., :27], "auto", False, False),
+    ):  # fmt: skip
+        block = accelerate(randomize(Bottle2neck(128, 32, baseWidth=64, scale=2)), backend, recompute=recompute).train()
+        block(x)
+        (report,) = explain(block)
+        assert bool(report.fused) == fused, (x.shape, backend, recompute)
+        assert fused or "measured" in report.reason
+
+
+@pytest.mark.parametrize("backend,calls", [("auto", 0), ("reference", 1)])
+def test_compilers_get_the_own_forward_unless_asked(backend, calls, training_pays, monkeypatch):
+    monkeypatch.setattr(trained_block, "training_pays", training_pays)
+    x = torch.randn(1, 128, 28, 28).contiguous(memory_format=torch.channels_last)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    block = accelerate(randomize(Bottle2neck(128, 32, baseWidth=64, scale=2)), backend).train()
+    torch.compile(block, backend=keep, fullgraph=True)(x)
+    assert "".join(graphs).count("res2net_fused.hierarchical_conv_bn") == calls
