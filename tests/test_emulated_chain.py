@@ -123,21 +123,13 @@ def test_emulated_chain_in_tf32_is_close_for_random_numbers(case):
 
 @pytest.mark.parametrize("case", [WIDTHS[4], TILES[1], TILES[4], TILES[7], SINGLES[2]], **named)
 def test_emulated_chain_gives_the_same_bits_in_every_order_of_threads(case):
-    outputs = [emulate(case, integers=False, seed=seed) for seed in range(6)]
-    assert [run.findings for run in outputs] == [{}] * 6
-    assert all(torch.equal(run.out, outputs[0].out) for run in outputs)
+    harness.assert_same_bits_in_every_order(case)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("case", [WIDTHS[4], WIDTHS[15], TILES[4], SETTINGS[0], SETTINGS[16], *SINGLES[2:4]], **named)
 def test_emulated_chain_spreads_nan_and_inf_as_torch_does(case, value):
-    x, weights, biases = make_tensors(case, False, 2)
-    x[0, case.height // 2, case.columns // 2, 1] = value
-    out = emulate(case, tensors=(x, weights, biases)).out
-    expected = expected_of(case, x, weights, biases)
-    assert expected.isnan().any() or value == float("inf")
-    assert torch.equal(out.isnan(), expected.isnan())
-    assert torch.equal(out.isinf(), expected.isinf())
+    harness.assert_spreads_as_torch_does(case, value)
 
 
 def production_cases(batch: int):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from emulator import harness
-from emulator.harness import Case, check, emulate, expected_of, make_tensors, plan_of
+from emulator.harness import Case, check, emulate, plan_of
 from test_emulated_chain import HALVES, PLAN_FIELDS, SETTINGS, STAGE, WIDTHS, named
 
 
@@ -84,20 +84,13 @@ def test_emulated_cluster_is_close_for_random_numbers(case, dtype):
 
 @pytest.mark.parametrize("case", [SHARED[2], SHARED[6], SHARED[9]], **named)
 def test_emulated_cluster_gives_the_same_bits_in_every_order_of_threads(case):
-    outputs = [emulate(case, integers=False, seed=seed) for seed in range(6)]
-    assert [run.findings for run in outputs] == [{}] * 6
-    assert all(torch.equal(run.out, outputs[0].out) for run in outputs)
+    harness.assert_same_bits_in_every_order(case)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("case", [SHARED[2], SHARED[11]], **named)
 def test_emulated_cluster_spreads_nan_and_inf_as_torch_does(case, value):
-    x, weights, biases = make_tensors(case, False, 2)
-    x[0, case.height // 2, case.columns // 2, 1] = value
-    out = emulate(case, tensors=(x, weights, biases)).out
-    expected = expected_of(case, x, weights, biases)
-    assert torch.equal(out.isnan(), expected.isnan())
-    assert torch.equal(out.isinf(), expected.isinf())
+    harness.assert_spreads_as_torch_does(case, value)
 
 
 def planned_cases():

@@ -286,6 +286,24 @@ def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] 
     return red
 
 
+def assert_same_bits_in_every_order(case: Case) -> None:
+    """Whatever the order in which the threads take turns."""
+    outputs = [emulate(case, integers=False, seed=seed) for seed in range(6)]
+    assert [run.findings for run in outputs] == [{}] * 6
+    assert all(torch.equal(run.out, outputs[0].out) for run in outputs)
+
+
+def assert_spreads_as_torch_does(case: Case, value: float) -> None:
+    """One NaN or Inf in the middle of x reaches the outputs that it reaches in float64."""
+    x, weights, biases = make_tensors(case, False, 2)
+    x[0, case.height // 2, case.columns // 2, 1] = value
+    out = emulate(case, tensors=(x, weights, biases)).out
+    expected = expected_of(case, x, weights, biases)
+    assert expected.isnan().any() or value == float("inf")
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+
+
 # Beside each the measured worst: fp32 sums that round to the neighbouring half, then spread by the chain.
 TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 1e-4}
 
@@ -293,6 +311,8 @@ TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 1e-4}
 __all__ = [
     "Case",
     "Run",
+    "assert_same_bits_in_every_order",
+    "assert_spreads_as_torch_does",
     "check",
     "emulate",
     "expected_of",
