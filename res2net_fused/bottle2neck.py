@@ -1,4 +1,4 @@
-"""The drop-in block: `Bottle2neck`, with the published signature, attribute names and state_dict keys."""
+"""The drop-in blocks: `Bottle2neck` and DLA's, with the published signatures, attribute names and state_dict keys."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from torch import nn
 
 from .chain import BACKENDS, one_of
 from .fused_block import STATE, BlockState, FusedForward, block_geometry
-from .reference import ReferenceBottle2neck
+from .reference import ReferenceBottle2neck, ReferenceDlaBottle2neck
 
 # What timm's ResNet passes to every block besides; only values that change nothing are accepted.
-_NEUTRAL = {"reduce_first": 1, "aa_layer": None, "drop_block": None, "drop_path": None, "device": None, "dtype": None}
+_NEUTRAL = {"reduce_first": 1, "aa_layer": None, "drop_block": None, "device": None, "dtype": None}
+_LAYERS = ("act_layer", "norm_layer", "attn_layer", "drop_path")
 
 
 class Bottle2neck(FusedForward, ReferenceBottle2neck):
@@ -21,8 +22,8 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
     cardinality, dilation: groups and dilation of the 3x3 convolutions.
     passthrough: the group without a convolution, "last", "none", "first" or "first_added".
     backend: of `hierarchical_conv2d`.
-    timm_keywords: base_width, first_dilation, act_layer, norm_layer, attn_layer, as timm's block takes them. timm decides
-        for itself which block is 'stage' (stride > 1 or a downsample), and so does this one where base_width is given.
+    timm_keywords: base_width, first_dilation, act_layer, norm_layer, attn_layer, drop_path, as timm's block takes them. timm
+        decides for itself which block is 'stage' (stride > 1 or a downsample), and so does this one where base_width is given.
 
     forward: (N, inplanes, H, W) -> (N, planes * 4, ceil(H/stride), ceil(W/stride)).
     Raises ValueError or TypeError, naming the argument, for values that do not fit.
@@ -49,18 +50,32 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
             baseWidth = timm_keywords.pop("base_width")
             stype = "stage" if stride > 1 or downsample is not None else "normal"
         dilation = timm_keywords.pop("first_dilation", None) or dilation
-        layers = {
-            name: timm_keywords.pop(name)
-            for name in ("act_layer", "norm_layer", "attn_layer")
-            if timm_keywords.get(name) is not None
-        }
-        for name, value in timm_keywords.items():
-            if name not in _NEUTRAL and name not in ("attn_layer", "norm_layer", "act_layer"):
-                raise TypeError(f"Bottle2neck has no argument {name!r}")
-            if value != _NEUTRAL.get(name):
-                raise ValueError(f"{name} is {value!r}; only {_NEUTRAL.get(name)!r} is supported")
+        layers = {name: timm_keywords.pop(name) for name in _LAYERS if timm_keywords.get(name) is not None}
+        _refuse_others("Bottle2neck", timm_keywords)
         super().__init__(
             inplanes, planes, stride, downsample, baseWidth, scale, stype,
             cardinality=cardinality, dilation=dilation, passthrough=passthrough, **layers,
         )  # fmt: skip
         setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(self)))
+
+
+class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
+    """The Res2Net bottleneck of DLA, running fused in eval and in training mode; also where timm's DLA takes a `block`.
+
+    Arguments and forward are those of `ReferenceDlaBottle2neck`; backend: of `hierarchical_conv2d`.
+    """
+
+    def __init__(self, *arguments, backend: str = "auto", **keywords) -> None:
+        one_of("backend", backend, BACKENDS)
+        others = {name: keywords.pop(name) for name in ("device", "dtype") if name in keywords}  # timm passes them
+        _refuse_others("DlaBottle2neck", others)
+        super().__init__(*arguments, **keywords)
+        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(self), shortcut="shortcut"))
+
+
+def _refuse_others(block: str, keywords: dict[str, object]) -> None:
+    for name, value in keywords.items():
+        if name not in _NEUTRAL and name not in _LAYERS:
+            raise TypeError(f"{block} has no argument {name!r}")
+        if value != _NEUTRAL.get(name):
+            raise ValueError(f"{name} is {value!r}; only {_NEUTRAL.get(name)!r} is supported")

@@ -38,12 +38,13 @@ STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
 
 @dataclass
 class BlockState:
-    """What a fused block knows about itself; of this only the first four fields are copied and pickled."""
+    """What a fused block knows about itself; of this only the first five fields are copied and pickled."""
 
     config: ChainConfig
     backend: str
     geometry: tuple[object, ...]  # of the convolutions and the pool when they were recognised: `block_geometry`
     recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
+    shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
     # One tuple, read and written at once: DataParallel's replicas share it among threads.
     kept: tuple[CacheKey, FoldedBlock] | None = field(default=None, repr=False)
     frozen: FoldedBlock | None = field(default=None, repr=False)
@@ -57,7 +58,7 @@ class BlockState:
             self.frozen = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"config": self.config, "backend": self.backend, "geometry": self.geometry, "recompute": self.recompute}
+        return {name: getattr(self, name) for name in ("config", "backend", "geometry", "recompute", "shortcut")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -75,11 +76,12 @@ class FusedForward:
             state.drop()  # running statistics change without a trace
         if refusal is not None:
             return super().forward(x, *args, **kwargs)
+        shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
         if any(map(uses_batch_statistics, self.bns)):
             if not torch.compiler.is_compiling():
                 state.last_problem, state.last_trained = chain_problem(self, x, state), True
-            return run_trained(self, x, state.config, state.recompute, state.backend)
-        return run_fused(self, x, state)
+            return run_trained(self, x, shortcut, state.config, state.recompute, state.backend)
+        return run_fused(self, x, shortcut, state)
 
     def train(self, mode: bool = True):
         getattr(self, STATE).drop(frozen=mode)
@@ -94,12 +96,16 @@ class FusedForward:
         return super()._load_from_state_dict(*args, **kwargs)
 
 
-def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
-    """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts while gradients flow."""
+def run_fused(block: nn.Module, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor:
+    """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts while gradients flow.
+
+    given: the shortcut (N, planes * 4, H', W') of a caller who passes one, else None.
+    """
     dtype = compute_dtype(block, x)
     x_in = x.to(dtype)
     differentiable = torch.is_grad_enabled() and (
-        x.requires_grad or any(t.requires_grad for t in itertools.chain(block.parameters(), block_tensors(block)))
+        any(t is not None and t.requires_grad for t in (x, given))
+        or any(t.requires_grad for t in itertools.chain(block.parameters(), block_tensors(block)))
     )
     if not torch.compiler.is_compiling():
         state.last_problem, state.last_trained = chain_problem(block, x, state), False
@@ -109,12 +115,13 @@ def run_fused(block: nn.Module, x: Tensor, state: BlockState) -> Tensor:
         out = hierarchical_conv2d(out, folded.weights, folded.biases, **state.config.settings(), backend=state.backend)
         out = apply_optional(block, "drop_block", out)
         out = F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
-        return finish_bottle2neck(block, out, x)
+        return finish_bottle2neck(block, out, x, given)
     folded = folded_weights(block, dtype, state)
     if not adds_at_once(block):
         out = fused_bottle2neck(x_in, None, folded, False, state.config, state.backend)
-        return finish_bottle2neck(block, out, x)
-    return fused_bottle2neck(x_in, _shortcut(block, x_in, x, folded), folded, True, state.config, state.backend)
+        return finish_bottle2neck(block, out, x, given)
+    shortcut = _shortcut(block, x_in, x, folded) if given is None else given
+    return fused_bottle2neck(x_in, shortcut, folded, True, state.config, state.backend)
 
 
 def _shortcut(block: nn.Module, x_in: Tensor, x: Tensor, folded: FoldedBlock) -> Tensor:
@@ -176,8 +183,14 @@ def compute_dtype(block: nn.Module, x: Tensor) -> torch.dtype:
 
 def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs: dict[str, object]) -> str | None:
     """None if this call may run fused, else the reason."""
-    if any(argument is not None for argument in (*args, *kwargs.values())):
-        return "called with more than x"
+    if torch.onnx.is_in_onnx_export():
+        return "exported to ONNX, which knows PyTorch's own operators only"
+    state: BlockState = getattr(block, STATE)
+    shortcut, reason = given_shortcut(state.shortcut, args, kwargs)
+    if reason is not None:
+        return reason
+    if shortcut is not None and getattr(block, "downsample", None) is not None:
+        return "called with a shortcut, beside a downsample of its own"
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         return "x is not a 4-D floating-point tensor"
     weight_dtype = block.conv1.weight.dtype
@@ -187,7 +200,6 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
     if not torch.compiler.is_compiling() and _transformed():
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     training = any(map(uses_batch_statistics, block.bns))
-    state: BlockState = getattr(block, STATE)
     if training:
         reason = why_not_trained(block, chain_problem(block, x, state), state.backend, state.recompute)
     else:
@@ -208,6 +220,19 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
         if reason is not None:
             return reason
     return None
+
+
+def given_shortcut(
+    name: str | None, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Tensor | None, str | None]:
+    """What a caller passes as `name` to be added in x's place, or None; and why the call cannot run fused, or None."""
+    shortcut = args[0] if args else kwargs.get(name)
+    others = [*args[1:], *(value for key, value in kwargs.items() if args or key != name)]
+    if any(other is not None for other in others) or (shortcut is not None and name is None):
+        return None, "called with more than x" + ("" if name is None else f" and {name}")
+    if shortcut is not None and not isinstance(shortcut, Tensor):
+        return None, f"{name} is a {type(shortcut).__name__}, not a tensor"
+    return shortcut, None
 
 
 def _transformed() -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import reference
 from .backends.block import run_block
 from .backends.selection import choose, get_backend
 from .backward import chain_backward
@@ -97,6 +98,9 @@ def hierarchical_conv2d(
         weights, biases = weights.weights, weights.biases
     else:
         check_types(x, weights, biases)
+    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+        config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
+        return reference.hierarchical_conv2d(x, weights, biases, config)
     if not torch.compiler.is_compiling():
         one_of("backend", backend, BACKENDS)
         ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's

@@ -83,10 +83,11 @@ def hierarchical_conv_bn(
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
 
 
-def bottle2neck(block: nn.Module, x: Tensor, config: ChainConfig) -> Tensor:
+def bottle2neck(block: nn.Module, x: Tensor, config: ChainConfig, shortcut: Tensor | None = None) -> Tensor:
     """The whole bottleneck by the block's own submodules: conv1, the chain, conv3, attention, shortcut.
 
     `block` has conv1, bn1, convs, bns, conv3, bn3 and relu, and may have drop_block, se, drop_path and downsample.
+    shortcut: what is added instead of x or its downsample, as in the blocks of DLA.
     """
 
     def convolution(k: int, u: Tensor) -> Tensor:
@@ -95,14 +96,16 @@ def bottle2neck(block: nn.Module, x: Tensor, config: ChainConfig) -> Tensor:
     out = block.relu(block.bn1(block.conv1(x)))  # (N, s*w, H, W)
     out = torch.cat(hierarchical_chain(out.split(block.convs[0].in_channels, 1), convolution, config), 1)
     out = apply_optional(block, "drop_block", out)
-    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x)
+    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x, shortcut)
 
 
-def finish_bottle2neck(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-    """What follows bn3: attention, stochastic depth, the shortcut from x, and the last activation."""
+def finish_bottle2neck(block: nn.Module, out: Tensor, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """What follows bn3: attention, stochastic depth, the shortcut (from x, unless given), and the last activation."""
     out = apply_optional(block, "drop_path", apply_optional(block, "se", out))
-    downsample = getattr(block, "downsample", None)
-    out += x if downsample is None else downsample(x)  # in place: under autocast the result keeps out's dtype
+    if shortcut is None:
+        downsample = getattr(block, "downsample", None)
+        shortcut = x if downsample is None else downsample(x)
+    out += shortcut  # in place: under autocast the result keeps out's dtype
     return block.relu(out)
 
 
@@ -119,6 +122,8 @@ class ReferenceBottle2neck(nn.Module):
     baseWidth, scale: w = floor(planes * baseWidth / 64) * cardinality channels in each of `scale` groups.
     stype: 'normal', or 'stage' (no adds, pooled pass-through).
     cardinality, dilation: groups and dilation of the 3x3 convolutions. passthrough: as in `ChainConfig`.
+    attn_layer: called with the output's channels, makes what stands between bn3 and the addition, such as an SE module.
+    drop_path: a module behind it, such as stochastic depth.
     forward: (N, inplanes, H, W) -> (N, planes * 4, H/stride, W/stride).
     """
 
@@ -140,6 +145,7 @@ class ReferenceBottle2neck(nn.Module):
         act_layer: Callable[..., nn.Module] = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         attn_layer: Callable[..., nn.Module] | None = None,
+        drop_path: nn.Module | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("inplanes", inplanes), ("planes", planes), ("scale", scale), ("cardinality", cardinality)):
@@ -182,8 +188,47 @@ class ReferenceBottle2neck(nn.Module):
         self.bn3 = norm_layer(planes * self.expansion)
         if attn_layer is not None:
             self.se = attn_layer(planes * self.expansion)
+        if drop_path is not None:
+            self.drop_path = drop_path
         self.relu = act_layer(inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         return bottle2neck(self, x, self.chain_config)
+
+
+class ReferenceDlaBottle2neck(ReferenceBottle2neck):
+    """The bottleneck of DLA with the Res2Net chain, in plain PyTorch: half as wide inside, its shortcut given by the caller.
+
+    inplanes, outplanes: channels of x and of the output. base_width, scale, cardinality: w, s and groups, where
+    w = floor(outplanes / 2 * base_width / 64) * cardinality. stage: whether the block is of the kind 'stage', by default if it
+    strides; a network that dilates instead of striding has such blocks without a stride. Otherwise as `ReferenceBottle2neck`.
+    forward: (N, inplanes, H, W) and the shortcut (N, outplanes, H/stride, W/stride), x itself by default.
+    """
+
+    expansion = 2
+
+    def __init__(
+        self,
+        inplanes: int,
+        outplanes: int,
+        stride: int = 1,
+        dilation: int = 1,
+        cardinality: int = 1,
+        base_width: int = 28,
+        scale: int = 4,
+        *,
+        stage: bool | None = None,
+        **layers: Callable[..., nn.Module] | None,
+    ) -> None:
+        if outplanes % self.expansion:
+            raise ValueError(f"outplanes is {outplanes}; an even number is needed")
+        stype = "stage" if (stride > 1 if stage is None else stage) else "normal"
+        super().__init__(
+            inplanes, outplanes // self.expansion, stride, None, base_width, scale, stype,
+            cardinality=cardinality, dilation=dilation, **layers,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: None = None) -> Tensor:
+        """children: not used; timm's trees know blocks and trees by one signature."""
+        return bottle2neck(self, x, self.chain_config, shortcut)

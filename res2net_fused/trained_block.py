@@ -69,8 +69,13 @@ def _is_alone(bn: nn.Module) -> bool:
     return torch.distributed.get_world_size(bn.process_group or torch.distributed.group.WORLD) == 1
 
 
-def run_trained(block: nn.Module, x: Tensor, config: ChainConfig, recompute: bool, backend: str) -> Tensor:
-    """(N, inplanes, H, W) -> (N, planes * 4, H', W'), as the class's own forward; running statistics are updated."""
+def run_trained(
+    block: nn.Module, x: Tensor, shortcut: Tensor | None, config: ChainConfig, recompute: bool, backend: str
+) -> Tensor:
+    """(N, inplanes, H, W) -> (N, planes * 4, H', W'), as the class's own forward; running statistics are updated.
+
+    shortcut: what is added instead of x or its downsample, or None.
+    """
     inner = block.relu(block.bn1(block.conv1(x)))  # (N, s*w, H, W)
     parameters = [_affine(bn, inner) for bn in block.bns]
     chain = hierarchical_conv_bn(
@@ -85,7 +90,7 @@ def run_trained(block: nn.Module, x: Tensor, config: ChainConfig, recompute: boo
     )
     update_running_statistics(block.bns, chain.statistics)
     out = apply_optional(block, "drop_block", chain.out)
-    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x)
+    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x, shortcut)
 
 
 def _affine(bn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
