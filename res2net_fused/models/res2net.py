@@ -1,7 +1,8 @@
-"""Res2Net-50 and its yardstick ResNet-50, from the tables of arXiv:1904.01169 and arXiv:1512.03385.
+"""Networks in the shape of ResNet: Res2Net, Res2NeXt, their SE and v1b forms, for ImageNet and CIFAR, and ResNet itself.
 
-A 7x7 stem and a max-pool, then four stages of bottlenecks with planes 64, 128, 256 and 512 at strides 4, 8, 16 and 32 of the
-image. The first block of every stage is a 'stage' block. State_dict keys are those of the published Res2Net checkpoints.
+The tables are those of arXiv:1904.01169, arXiv:1512.03385 and arXiv:1611.05431. A stem, then stages of bottlenecks, of which
+each but the first halves its input. The first block of every stage is a 'stage' block. State_dict keys are those of the
+published Res2Net checkpoints.
 """
 
 from __future__ import annotations
@@ -11,16 +12,29 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from ..bottle2neck import Bottle2neck
+from .layers import drop_paths
+from .network import Network, stage_geometry
 
 PLANES = (64, 128, 256, 512)
+CIFAR_PLANES = (64, 128, 256)
 LAYERS_50 = (3, 4, 6, 3)
+STEM_CHANNELS = 64
+STEM_STRIDES = {"imagenet": 4, "deep": 4, "cifar": 1}  # of the first stage's input
 
 
-class Res2Net(nn.Module):
-    """A network of Res2Net bottlenecks; (N, 3, H, W) -> logits (N, num_classes).
+class Res2Net(Network):
+    """A network of Res2Net bottlenecks; (N, in_chans, H, W) -> logits (N, num_classes), or features (see `Network`).
 
+    layers: blocks in each stage. base_width, scale: w for 64 planes, and s. cardinality: groups of the 3x3 convolutions.
     block: a class with the published signature, (inplanes, planes, stride, downsample, baseWidth, scale, stype), and an
-        `expansion`. layers: blocks in each of the four stages. base_width, scale: w of the first stage and s.
+        `expansion`; cardinality, dilation, attn_layer and drop_path are passed to it where they are not the default.
+    planes: of each stage, whose output has planes * block.expansion channels.
+    stem: "imagenet" (7x7 of stride 2 and max-pool), "deep" (three 3x3 convolutions instead of the 7x7) or "cifar" (one 3x3).
+    pooled_shortcut: whether a strided shortcut is an average pool before its 1x1 convolution rather than a strided one.
+    stage_passthrough: of the 'stage' blocks: "last", or "none", which convolves all s groups.
+    attn_layer: called with a block's channels, makes the attention behind its bn3.
+    drop_path_rate: stochastic depth of the last block; earlier ones drop proportionally less.
+    output_stride: of the last stage, by dilation; the strides of the stages but the first are allowed, None for the last's.
     """
 
     def __init__(
@@ -30,54 +44,90 @@ class Res2Net(nn.Module):
         scale: int = 4,
         block: Callable[..., nn.Module] = Bottle2neck,
         num_classes: int = 1000,
+        *,
+        cardinality: int = 1,
+        planes: Sequence[int] = PLANES,
+        stem: str = "imagenet",
+        pooled_shortcut: bool = False,
+        stage_passthrough: str = "last",
+        attn_layer: Callable[[int], nn.Module] | None = None,
+        drop_path_rate: float = 0.0,
+        output_stride: int | None = None,
+        features_only: bool = False,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
-        if len(layers) != len(PLANES):
-            raise ValueError(f"layers is {tuple(layers)}; one number of blocks for each of the {len(PLANES)} stages is needed")
-        self.conv1 = nn.Conv2d(3, PLANES[0], kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(PLANES[0])
+        if len(layers) != len(planes):
+            raise ValueError(f"layers is {tuple(layers)}; one number of blocks for each of the {len(planes)} stages is needed")
+        if stem not in STEM_STRIDES:
+            raise ValueError(f"stem is {stem!r}; allowed are {', '.join(map(repr, STEM_STRIDES))}")
+        self.conv1 = _stem(stem, in_chans)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels = PLANES[0]
-        for stage, (planes, depth) in enumerate(zip(PLANES, layers, strict=True), start=1):
-            out_channels = planes * block.expansion
-            first_stride = 1 if stage == 1 else 2  # the max-pool has already halved the first stage's input
+        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        strides = [STEM_STRIDES[stem] * 2**i for i in range(len(planes))]
+        drops = iter(drop_paths(drop_path_rate, sum(layers)))
+        channels = STEM_CHANNELS
+        out_strides = [strides[0]]
+        for i, (stride, first_dilation, dilation) in enumerate(stage_geometry(strides, output_stride)):
+            out_channels = planes[i] * block.expansion
             blocks = []
-            for i in range(depth):
-                stride = first_stride if i == 0 else 1
-                shortcut = _projection(channels, out_channels, stride) if i == 0 else None
-                stype = "stage" if i == 0 else "normal"
-                blocks.append(block(channels, planes, stride, shortcut, baseWidth=base_width, scale=scale, stype=stype))
+            for j in range(layers[i]):
+                more = {"cardinality": cardinality, "dilation": dilation if j else first_dilation}
+                more = {name: value for name, value in more.items() if value != 1}
+                more |= {k: v for k, v in (("attn_layer", attn_layer), ("drop_path", next(drops))) if v is not None}
+                if not j and stage_passthrough != "last":
+                    more["passthrough"] = stage_passthrough
+                shortcut = None if j else projection(channels, out_channels, stride, pooled_shortcut)
+                stype = "normal" if j else "stage"
+                first_stride = 1 if j else stride
+                blocks.append(
+                    block(channels, planes[i], first_stride, shortcut, baseWidth=base_width, scale=scale, stype=stype, **more)
+                )
                 channels = out_channels
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            if i:
+                out_strides.append(out_strides[-1] * stride)
+        self.feature_channels = tuple(p * block.expansion for p in planes)
+        self.feature_strides = tuple(out_strides)
+        self.features_only = features_only
+        if not features_only:
+            self.avgpool = nn.AdaptiveAvgPool2d(1)
+            self.fc = nn.Linear(channels, num_classes)
+        self.initialise()
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """The output of each of the four stages, (N, 4 * planes, H / stride, W / stride) with strides 4, 8, 16, 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+        for i in range(len(self.feature_channels)):
+            x = self.get_submodule(f"layer{i + 1}")(x)
             features.append(x)
         return features
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits (N, num_classes) of the last stage's output."""
         return self.fc(self.avgpool(features).flatten(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.stages(x)[-1])
+
+def _stem(stem: str, in_chans: int) -> nn.Module:
+    """(N, in_chans, H, W) -> (N, 64, H', W'), without the norm behind it."""
+    if stem == "cifar":
+        return nn.Conv2d(in_chans, STEM_CHANNELS, kernel_size=3, padding=1, bias=False)
+    if stem == "imagenet":
+        return nn.Conv2d(in_chans, STEM_CHANNELS, kernel_size=7, stride=2, padding=3, bias=False)
+    inner, layers = STEM_CHANNELS // 2, []
+    for channels, stride in ((in_chans, 2), (inner, 1)):
+        layers.append(nn.Conv2d(channels, inner, kernel_size=3, stride=stride, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(inner), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Conv2d(inner, STEM_CHANNELS, kernel_size=3, padding=1, bias=False))
 
 
-def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The shortcut of a stage's first block."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+def projection(in_channels: int, out_channels: int, stride: int, pooled: bool = False) -> nn.Module:
+    """The shortcut of a stage's first block, (N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride))."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=1 if pooled else stride, bias=False)
+    if not pooled:
+        return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+    pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(pool, conv, nn.BatchNorm2d(out_channels))
 
 
 def res2net50(
