@@ -115,7 +115,8 @@ class Tree(nn.Module):
         super().__init__()
         first, others = dilations
         self.own_input = own_input
-        self.downsample = nn.MaxPool2d(stride, stride) if stride > 1 else nn.Identity()
+        # Sizes are rounded up, as convolutions do: the published code takes multiples of 32 only, where that changes nothing.
+        self.downsample = nn.MaxPool2d(stride, stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.project = nn.Identity()
         self.root: Root | None = None
         further_channels += in_channels if own_input else 0
