@@ -10,10 +10,10 @@ from networks import TIMM_NAMES, few_blocks, images_for, is_dla, small, timm_net
 from safetensors.torch import save_file
 from torch import nn
 
-from res2net_fused import accelerate
-from res2net_fused.models import create_model, load_checkpoint
+from res2net_fused import Bottle2neck, accelerate
+from res2net_fused.models import Res2Net, create_model, load_checkpoint
+from res2net_fused.reference import ReferenceBottle2neck
 
-NAME = "res2net50_26w_4s"
 QUICK = ("res2net50_v1b", "res2next50", "se_res2net50", "dla60_res2net", "se_resnet50", "dla60")
 timm_names = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TIMM_NAMES]
@@ -32,8 +32,12 @@ def assert_same_weights(model, state):
     assert all(torch.equal(own[key], tensor) for key, tensor in state.items())
 
 
-def weights(seed=0, **keywords):
-    return randomize(small(NAME, **keywords), seed).state_dict()
+def tiny(block=Bottle2neck, **keywords):
+    return Res2Net((2, 1), 26, 4, block, num_classes=10, planes=(16, 32), **keywords)
+
+
+def weights(seed=0):
+    return randomize(tiny(), seed).state_dict()
 
 
 # timm -----------------------------------------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ def test_ours_load_into_timm(name):
 
 FORMATS = {
     "plain": lambda state: state,
-    "nested": lambda state: {"epoch": 90, "arch": NAME, "best_acc1": 77.9, "state_dict": state, "optimizer": {"lr": 0.1}},
+    "nested": lambda state: {"epoch": 90, "arch": "res2net", "best_acc1": 77.9, "state_dict": state, "optimizer": {"lr": 0.1}},
     "model": lambda state: {"model": state, "args": {"lr": 0.1}},
     "twice": lambda state: {"model": {"state_dict": state}},
     "parallel": lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
@@ -99,7 +103,7 @@ FORMATS = {
 @pytest.mark.parametrize("suffix", [".pth", ".tar"])
 def test_nesting_and_prefixes(form, suffix, tmp_path):
     state = weights(3)
-    model = small(NAME)
+    model = tiny()
     assert load_checkpoint(model, save(FORMATS[form](state), tmp_path / f"file{suffix}")) is model
     assert_same_weights(model, state)
 
@@ -108,20 +112,21 @@ def test_nesting_and_prefixes(form, suffix, tmp_path):
 def test_safetensors(prefix, tmp_path):
     state = weights(3)
     path = save({prefix + key: tensor for key, tensor in state.items()}, tmp_path / "file.safetensors")
-    assert_same_weights(load_checkpoint(small(NAME), str(path)), state)
+    assert_same_weights(load_checkpoint(tiny(), str(path)), state)
 
 
 def test_files_without_counts_of_batches(tmp_path):
     """As of PyTorch before 0.4.1, with which the first official checkpoints were written."""
     state = weights(3)
     old = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    assert_same_weights(load_checkpoint(small(NAME), save(old, tmp_path / "old.pth")), state)
+    assert_same_weights(load_checkpoint(tiny(), save(old, tmp_path / "old.pth")), state)
 
 
 def test_unused_projections_of_the_official_dla(tmp_path):
-    name, layers = "dla60_res2net", (1, 2, 3, 1)
-    model = small(name, layers=layers)
-    state = randomize(small(name, layers=layers), 3).state_dict()
+    with torch.device("meta"):
+        model = create_model("dla60_res2net")
+    model.to_empty(device="cpu")
+    state = {key: torch.full_like(tensor, i) for i, (key, tensor) in enumerate(model.state_dict().items())}
     official = dict(state)
     for tree, channels in (("level3", (128, 256)), ("level4", (256, 512)), ("level4.tree1", (256, 512))):
         official[f"{tree}.project.0.weight"] = torch.randn(channels[1], channels[0], 1, 1)
@@ -134,7 +139,7 @@ def test_unused_projections_of_the_official_dla(tmp_path):
 
 def test_a_backbone_takes_files_with_a_classifier(tmp_path):
     state = weights(3)
-    backbone = small(NAME, features_only=True)
+    backbone = tiny(features_only=True)
     load_checkpoint(backbone, save(state, tmp_path / "whole.pth"))
     assert_same_weights(backbone, {key: tensor for key, tensor in state.items() if not key.startswith("fc.")})
 
@@ -143,13 +148,13 @@ def test_weights_take_the_models_dtype(tmp_path):
     state = weights(3)
     halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     path = save(halves, tmp_path / "half.pth")
-    model = load_checkpoint(small(NAME), path)
+    model = load_checkpoint(tiny(), path)
     assert model.fc.weight.dtype == torch.float32 and torch.equal(model.fc.weight, state["fc.weight"].half().float())
 
 
 def test_what_was_folded_before_is_folded_again(tmp_path):
-    images, path = images_for(NAME), save(weights(3), tmp_path / "file.pth")
-    model, plain = small(NAME).eval(), small(NAME, fused=False).eval()
+    images, path = torch.randn(2, 3, 64, 64), save(weights(3), tmp_path / "file.pth")
+    model, plain = tiny().eval(), tiny(ReferenceBottle2neck).eval()
     accelerated = accelerate(copy.deepcopy(plain))
     with torch.no_grad():
         before = model(images)
@@ -165,10 +170,10 @@ def test_what_was_folded_before_is_folded_again(tmp_path):
 
 
 def test_one_error_lists_every_key_and_nothing_is_loaded(tmp_path):
-    model = small(NAME)
+    model = tiny()
     before = copy.deepcopy(model.state_dict())
     state = weights(3)
-    state["fc.weight"], state["fc.bias"] = torch.zeros(7, 2048), torch.zeros(7)
+    state["fc.weight"], state["fc.bias"] = torch.zeros(7, 128), torch.zeros(7)
     del state["layer1.0.convs.1.weight"], state["bn1.running_var"]
     state["layer9.extra"] = torch.zeros(1)
     with pytest.raises(RuntimeError) as caught:
@@ -181,7 +186,7 @@ def test_one_error_lists_every_key_and_nothing_is_loaded(tmp_path):
         "  1 unexpected:",
         "    layer9.extra",
         "  2 of another shape:",
-        "    fc.weight (7, 2048), the model has (10, 2048)",
+        "    fc.weight (7, 128), the model has (10, 128)",
         "    fc.bias (7,), the model has (10,)",
     ]
     assert_same_weights(model, before)
@@ -191,7 +196,7 @@ def test_another_network_is_refused(tmp_path):
     path = save(small("dla60_res2net").state_dict(), tmp_path / "dla.pth")
     with pytest.raises(RuntimeError, match="missing.*unexpected"):
         try:
-            load_checkpoint(small(NAME), path)
+            load_checkpoint(tiny(), path)
         except RuntimeError as error:
             raise RuntimeError(str(error).replace("\n", " ")) from None
 
@@ -209,18 +214,18 @@ class Evil:
 def test_nothing_of_a_file_is_executed(content, tmp_path):
     torch.save(content, tmp_path / "evil.pth")
     with pytest.raises(RuntimeError, match="evil.pth holds more than tensors and plain values"):
-        load_checkpoint(small(NAME), tmp_path / "evil.pth")
+        load_checkpoint(tiny(), tmp_path / "evil.pth")
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {}, {"epoch": 3}, {"model": {"a": torch.zeros(1), "b": 2}}], ids=str)
 def test_files_without_a_state_dict(content, tmp_path):
     with pytest.raises(RuntimeError, match="file.pth holds no state_dict"):
-        load_checkpoint(small(NAME), save(content, tmp_path / "file.pth"))
+        load_checkpoint(tiny(), save(content, tmp_path / "file.pth"))
 
 
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
-        load_checkpoint(small(NAME), tmp_path / "none.pth")
+        load_checkpoint(tiny(), tmp_path / "none.pth")
 
 
 def test_timm_knows_the_names():
