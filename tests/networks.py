@@ -1,12 +1,15 @@
 """Networks small enough for tests, and their timm counterparts."""
 
+import pytest
 import torch
-from helpers import timm_or_skip
+from helpers import randomize, timm_or_skip
 from torch import nn
 
+from res2net_fused import Bottle2neck
 from res2net_fused.bench.photographs import calibrate
-from res2net_fused.models import Network, create_model, list_models
+from res2net_fused.models import Network, Res2Net, SqueezeExcite, create_model, list_models
 from res2net_fused.models.registry import CONFIGURATIONS
+from res2net_fused.reference import ReferenceBottle2neck
 
 # One of each shape: stems, shortcuts, groups, attention, trees, a single group, CIFAR.
 FAMILIES = (
@@ -19,6 +22,12 @@ FAMILIES = (
     "resnet50",
 )
 assert set(FAMILIES) <= set(list_models())
+
+
+def quick(names, *chosen: str) -> list:
+    """The names as parameters of a test; all but the chosen ones are slow."""
+    assert set(chosen) <= set(names)
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in names]
 
 
 def is_dla(name: str) -> bool:
@@ -73,3 +82,23 @@ def timm_network(name: str, layers: tuple[int, ...] | None = None, **keywords) -
     if layers is not None:
         keywords |= {"levels": (1, 1, *layers)} if is_dla(name) else {"layers": layers}
     return timm.create_model(TIMM_NAMES[name], **keywords).eval()
+
+
+def tiny(name: str, block: type[nn.Module] = Bottle2neck, **keywords) -> Res2Net:
+    """The named network of ResNet's shape with two narrow stages, of two blocks and of one."""
+    c = CONFIGURATIONS[name]
+    return Res2Net(
+        (2, 1), c.base_width, c.scale, block, 10, cardinality=c.cardinality, planes=(16, 32), stem=c.stem,
+        pooled_shortcut=c.pooled_shortcut, stage_passthrough=c.stage_passthrough,
+        attn_layer=SqueezeExcite if c.se else None, **keywords,
+    )  # fmt: skip
+
+
+def tiny_pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Res2Net, Res2Net]:
+    """(plain PyTorch, fused), of the same random weights and statistics, in eval mode."""
+    plain, fused = randomize(tiny(name, ReferenceBottle2neck)).to(dtype).eval(), tiny(name).to(dtype).eval()
+    fused.load_state_dict(plain.state_dict())
+    return plain, fused
+
+
+TINY = tuple(name for name in FAMILIES if not is_dla(name))

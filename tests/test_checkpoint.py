@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers import assert_close, import_timm, randomize
-from networks import TIMM_NAMES, few_blocks, images_for, is_dla, small, timm_network
+from networks import TIMM_NAMES, few_blocks, images_for, is_dla, quick, small, timm_network
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,9 +15,7 @@ from res2net_fused.models import Res2Net, create_model, load_checkpoint
 from res2net_fused.reference import ReferenceBottle2neck
 
 QUICK = ("res2net50_v1b", "res2next50", "se_res2net50", "dla60_res2net", "se_resnet50", "dla60")
-timm_names = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TIMM_NAMES]
-)
+timm_names = pytest.mark.parametrize("name", quick(TIMM_NAMES, *QUICK))
 ROUNDING = 1e-4  # of a whole network in fp32; other semantics differ in the first digit
 
 

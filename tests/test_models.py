@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, relative_error
-from networks import FAMILIES, images_for, pair, small
+from networks import FAMILIES, images_for, pair, quick, small
 from torch.utils.flop_counter import FlopCounterMode
 
 from res2net_fused import explain
@@ -163,7 +163,7 @@ def check_fused(name, plain, fused):
     assert max(errors[1]) <= network_bound(max(errors[0]))
 
 
-@every_name
+@pytest.mark.parametrize("name", quick(list_models(), *FAMILIES))
 def test_fused_network_agrees_with_plain_pytorch(name):
     check_fused(name, *pair(name))
 

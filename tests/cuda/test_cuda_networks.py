@@ -1,0 +1,62 @@
+"""Networks on a GPU: captured in a CUDA graph, and compiled with one."""
+
+import copy
+
+import pytest
+import torch
+from helpers import relative_error
+from networks import FAMILIES, images_for, pair
+
+from res2net_fused import explain, freeze
+from res2net_fused.tolerances import network_bound
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+families = pytest.mark.parametrize("name", FAMILIES)
+
+
+def on_gpu(name, dtype=torch.bfloat16):
+    """Images, a frozen network and the float64 results for these and for other images, with the bounds on them."""
+    plain, fused = pair(name)
+    images = [images_for(name).cuda().to(dtype), images_for(name).flip(3).cuda().to(dtype)]
+    images = [x.contiguous(memory_format=torch.channels_last) for x in images]
+    plain = plain.cuda().to(dtype).to(memory_format=torch.channels_last)
+    fused.load_state_dict(plain.state_dict())
+    fused = freeze(fused.cuda().to(dtype).to(memory_format=torch.channels_last))
+    exact = copy.deepcopy(plain).double()
+    with torch.inference_mode():
+        expected = [exact(x.double()) for x in images]
+        bounds = [network_bound(relative_error(plain(x), e)) for x, e in zip(images, expected, strict=True)]
+    return images, fused, expected, bounds
+
+
+@families
+def test_a_captured_graph_gives_the_results_of_new_images(name):
+    images, fused, expected, bounds = on_gpu(name)
+    static = images[0].clone()
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            fused(static)  # kernels compile and workspaces are allocated before the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused(static)
+        for x, exact, bound in zip(images, expected, bounds, strict=True):
+            static.copy_(x)
+            out.fill_(float("nan"))
+            graph.replay()
+            assert relative_error(out, exact) <= bound
+    assert all(report.fused for report in explain(fused))
+
+
+@families
+def test_torch_compile_makes_a_graph(name):
+    images, fused, expected, bounds = on_gpu(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, mode="reduce-overhead", fullgraph=True)
+    with torch.inference_mode():
+        for _ in range(3):  # warmed up, captured, replayed
+            for x, exact, bound in zip(images, expected, bounds, strict=True):
+                torch.compiler.cudagraph_mark_step_begin()
+                assert relative_error(compiled(x).clone(), exact) <= bound
