@@ -84,19 +84,20 @@ def timm_network(name: str, layers: tuple[int, ...] | None = None, **keywords) -
     return timm.create_model(TIMM_NAMES[name], **keywords).eval()
 
 
-def tiny(name: str, block: type[nn.Module] = Bottle2neck, **keywords) -> Res2Net:
-    """The named network of ResNet's shape with two narrow stages, of two blocks and of one."""
+def tiny(name: str, block: type[nn.Module] = Bottle2neck, layers=(2, 1), planes=(16, 32), **keywords) -> Res2Net:
+    """The named network of ResNet's shape with narrow stages, by default of two blocks and of one."""
     c = CONFIGURATIONS[name]
     return Res2Net(
-        (2, 1), c.base_width, c.scale, block, 10, cardinality=c.cardinality, planes=(16, 32), stem=c.stem,
+        layers, c.base_width, c.scale, block, 10, cardinality=c.cardinality, planes=planes, stem=c.stem,
         pooled_shortcut=c.pooled_shortcut, stage_passthrough=c.stage_passthrough,
         attn_layer=SqueezeExcite if c.se else None, **keywords,
     )  # fmt: skip
 
 
-def tiny_pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Res2Net, Res2Net]:
+def tiny_pair(name: str, dtype: torch.dtype = torch.float64, **keywords) -> tuple[Res2Net, Res2Net]:
     """(plain PyTorch, fused), of the same random weights and statistics, in eval mode."""
-    plain, fused = randomize(tiny(name, ReferenceBottle2neck)).to(dtype).eval(), tiny(name).to(dtype).eval()
+    plain = randomize(tiny(name, ReferenceBottle2neck, **keywords)).to(dtype).eval()
+    fused = tiny(name, **keywords).to(dtype).eval()
     fused.load_state_dict(plain.state_dict())
     return plain, fused
 
