@@ -5,7 +5,7 @@ import torch
 
 from res2net_fused import parity
 from res2net_fused.bench import providers
-from res2net_fused.bench.networks import MODELS, prepare_network
+from res2net_fused.bench.networks import DEFAULT_MODELS, prepare_network
 from res2net_fused.bench.workloads import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,9 +54,9 @@ def time_case(time_module, benchmark):
     return run
 
 
-@pytest.fixture(scope="session", params=MODELS)
+@pytest.fixture(scope="session", params=DEFAULT_MODELS)
 def network(request):
     """A whole network on two photographs, compared with float64."""
-    case = prepare_network(MODELS[request.param], DTYPE, DEVICE, BACKEND)
+    case = prepare_network(request.param, DTYPE, DEVICE, BACKEND)
     assert case.parity.ok, f"not timed, since the parity gate is red:\n{case.parity}"
     return case

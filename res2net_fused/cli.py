@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     networks.add_argument(
         "--model",
         type=_models,
-        help="whole networks, on two photographs: of res2net50_26w4s,res2net50_14w8s,resnet50 (default: all)",
+        help="whole networks, on two photographs: any of res2net_fused.models.list_models(), separated by commas, or all "
+        "(default: res2net50_26w4s,res2net50_14w8s,resnet50)",
     )
     networks.add_argument("--no-network", action="store_true", help="leave whole networks out")
     bench.add_argument("--model-batch", type=_batches, help="of the networks, such as 1,8 (default: --batch, else 1,8)")
@@ -156,14 +157,15 @@ def _configs(text: str) -> tuple[Config, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _models(text: str) -> tuple[Config, ...]:
-    from .bench.networks import MODELS
+def _models(text: str) -> tuple[str, ...]:
+    from .bench.networks import spelt
+    from .models import list_models
 
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        if name not in MODELS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no network to time; allowed are {', '.join(MODELS)}")
-    return tuple(MODELS[name] for name in dict.fromkeys(names))
+    names = list_models() if text == "all" else [part.strip() for part in text.split(",")]
+    try:
+        return tuple(dict.fromkeys(map(spelt, names)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, all") from None
 
 
 def _scales(text: str) -> tuple[Config, ...]:
@@ -255,9 +257,8 @@ def _section(title: str, facts: dict[str, object]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from .bench.networks import prepare_network
+    from .bench.networks import DEFAULT_MODELS, prepare_network
     from .bench.progress import progress
-    from .bench.schedule import FIGURE_CONFIGS
     from .parity import check_cases, unavailable_backends
 
     _resolve(options)
@@ -273,7 +274,7 @@ def _check(options: argparse.Namespace) -> int:
     if not options.no_network:
         print("Res2Net-50 on two photographs against float64", flush=True)
         for dtype in dtypes:
-            report += prepare_network(FIGURE_CONFIGS[0], dtype, options.device, options.backend or "auto").parity
+            report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
     print(f"\n{report}\n")
     if options.backend is None:
         for name, reason in unavailable_backends(options.device).items():
@@ -283,11 +284,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench.networks import MODELS
+    from .bench.networks import DEFAULT_MODELS
     from .bench.sweep import Settings, command_line, run_sweep
 
     _resolve(options)
-    models = options.model or tuple(MODELS.values())[: 1 if options.quick else None]
+    models = options.model or DEFAULT_MODELS[: 1 if options.quick else None]
     settings = Settings(
         configs=options.configs,
         batches=options.batches,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .backends.selection import choose, get_backend
-from .bench.workloads import STAGES, Case, fused
+from .bench.workloads import Case, fused
 from .chain import BACKENDS, ChainConfig, ChainProblem
 from .explain import explain
-from .models.res2net import Res2Net
+from .models.network import Network
 from .tables import format_table
 from .tolerances import forward_bound, network_bound
 
@@ -176,14 +176,14 @@ def check_cases(
 
 
 def check_network(
-    network: Res2Net, model: Res2Net, images: Tensor, config: str, dtype: str
+    network: Network, model: Network, images: Tensor, config: str, dtype: str
 ) -> tuple[ParityReport, dict[str, float]]:
     """Compares an accelerated copy `model` of `network` with float64, at every stage's features and the logits.
 
     images: (N, 3, H, W), channels-last. Also returns the largest absolute difference between `model` and `network` at each
     place. RuntimeError where a block of `model` would not run fused.
     """
-    names = [*(f"{stage} features" for stage in STAGES), "logits"]
+    names = [*(f"{i + 1} features" for i in range(len(network.feature_channels))), "logits"]
     rows, largest = ParityReport(), {}
     with torch.inference_mode(), convolution_precision(dtype, images.device):
         expected = _features(copy.deepcopy(network).double(), images.double())
@@ -204,6 +204,6 @@ def check_network(
     return rows, largest
 
 
-def _features(network: Res2Net, images: Tensor) -> list[Tensor]:
+def _features(network: Network, images: Tensor) -> list[Tensor]:
     stages = network.stages(images)
     return [*stages, network.classify(stages[-1])]

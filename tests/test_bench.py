@@ -271,7 +271,7 @@ def test_calibration_takes_the_statistics_of_the_images():
 
 @pytest.mark.slow
 def test_network_on_photographs():
-    case = networks.prepare_network(Config(26, 4), "float32", "cpu", "reference")
+    case = networks.prepare_network("res2net50_26w_4s", "float32", "cpu", "reference")
     assert isinstance(case.network, Res2Net)
     assert case.parity.ok, f"\n{case.parity}"
     assert [row.stage for row in case.parity] == ["1 features", "2 features", "3 features", "4 features", "logits"]

@@ -75,14 +75,20 @@ def test_bench_with_all_peers(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_with_a_network(tmp_path):
+@pytest.mark.parametrize(
+    "networks", [{"res2net50_26w4s": (4, 16)}, {"res2next29_6c24w4s": (3, 9), "dla60_res2next": (4, 16)}], ids=["default", "two"]
+)
+def test_bench_with_a_network(networks, tmp_path):
+    """networks: stages and blocks of each."""
     arguments = ["--batch", "1", "--device", "cpu", "--configs", "14w8s", "--out", tmp_path]
-    done = run("bench", "--quick", *arguments, timeout=600)
+    arguments += ["--model", ",".join(networks)] if len(networks) > 1 else []
+    done = run("bench", "--quick", *arguments, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for row in results.read(tmp_path / "bench-cpu.json")["rows"] if row["workload"] == "network"]
-    assert [(row["config"], row["stage"], row["batch"]) for row in rows] == [("res2net50_26w4s", None, 1)] * 3
-    for name in ("1 features", "4 features", "logits"):
-        assert re.search(rf"^{name} +\d\.\de", done.stdout, re.MULTILINE)
+    assert [(row["config"], row["stage"], row["batch"]) for row in rows] == [(n, None, 1) for n in networks for _ in range(3)]
+    for name, (stages, blocks) in networks.items():
+        for place in (*(f"{i + 1} features" for i in range(stages)), "logits"):
+            assert re.search(rf"^{name} +{place} +{blocks} of {blocks} +\w+ +\d\.\de", done.stdout, re.MULTILINE)
 
 
 def wrong_last_group(monkeypatch):

@@ -12,8 +12,9 @@ from helpers import relative_error
 
 from res2net_fused import cli
 from res2net_fused.bench import contests, measure, networks, plot, providers, results, roofline, runtimes, schedule, sweep
-from res2net_fused.bench.networks import MODELS, NetworkCase
+from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase
 from res2net_fused.bench.workloads import Case, Config
+from res2net_fused.models.registry import list_models, model_name
 from res2net_fused.parity import ParityReport
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -196,13 +197,15 @@ def test_every_round_advances():
 def small_case(name="res2net50_26w4s"):
     """One block a stage on small images; parity is not compared."""
     torch.manual_seed(0)
-    config, images = MODELS[name], torch.randn(2, 3, 32, 32)
-    network = networks.calibrate(networks.random_network(config, (1, 1, 1, 1)), images).requires_grad_(False)
-    return NetworkCase(config, "float32", network, network, images, ParityReport(), {})
+    images = torch.randn(2, 3, 32, 32)
+    network = networks.calibrate(networks.random_network(name, (1, 1, 1, 1)), images).requires_grad_(False)
+    return NetworkCase(name, "float32", network, network, images, ParityReport(), {})
 
 
 def test_models():
-    assert list(MODELS) == ["res2net50_26w4s", "res2net50_14w8s", "resnet50"]
+    assert DEFAULT_MODELS == ("res2net50_26w4s", "res2net50_14w8s", "resnet50")
+    assert networks.spelt("se_res2next29_6c_24w_4s") == networks.spelt("se_res2next29_6c24w4s") == "se_res2next29_6c24w4s"
+    assert [model_name(networks.spelt(name)) for name in list_models()] == list_models()
     images = small_case().batch(5)
     assert images.shape[0] == 5 and torch.equal(images[:2], images[2:4]) and not torch.equal(images[0], images[1])
     assert small_case().batch(1).shape[0] == 1
@@ -211,12 +214,12 @@ def test_models():
 @pytest.mark.usefixtures("one_thread")
 def test_networks_take_turns(fake):
     fake()
-    cases = [small_case(name) for name in MODELS]
+    cases = [small_case(name) for name in DEFAULT_MODELS]
     names = ["eager", "onnxruntime", "ours"]
     rows = networks.time_networks(cases, 3, names, "cpu", "auto", repeats=2)
     results.validate({"environment": results.environment("cpu", "x"), "rows": rows})
     assert {(row["config"], row["provider"], row["batch"], row["repeats"]) for row in rows} == {
-        (model, name, 3, 2) for model in MODELS for name in names
+        (model, name, 3, 2) for model in DEFAULT_MODELS for name in names
     }
     assert all(0 <= row["error"] < 1e-4 for row in rows)
 
@@ -271,18 +274,21 @@ def test_options_of_networks(monkeypatch, capsys, tmp_path):
     seen = []
     monkeypatch.setattr(sweep, "run_sweep", lambda settings, out, command: seen.append(settings) or 0)
     for arguments, models, batches in (
-        ([], list(MODELS), (1, 8)),
-        (["--model", "resnet50,res2net50_14w8s", "--batch", "4"], ["resnet50", "res2net50_14w8s"], (4,)),
-        (["--model-batch", "2", "--batch", "4"], list(MODELS), (2,)),
-        (["--quick"], ["res2net50_26w4s"], (2,)),
-        (["--no-network"], [], (1, 8)),
+        ([], DEFAULT_MODELS, (1, 8)),
+        (["--model", "dla60_res2net,res2net50_14w_8s,res2net50_14w8s"], ("dla60_res2net", "res2net50_14w8s"), (1, 8)),
+        (["--model", "all"], tuple(map(networks.spelt, list_models())), (1, 8)),
+        (["--model", "resnet50,res2net50_14w8s", "--batch", "4"], ("resnet50", "res2net50_14w8s"), (4,)),
+        (["--model-batch", "2", "--batch", "4"], DEFAULT_MODELS, (2,)),
+        (["--quick"], ("res2net50_26w4s",), (2,)),
+        (["--no-network"], (), (1, 8)),
     ):
         assert cli.main(["bench", "--device", "cpu", "--out", str(tmp_path), *arguments]) == 0
-        assert seen[-1].models == tuple(MODELS[name] for name in models)
+        assert seen[-1].models == models
         assert seen[-1].model_batches == batches
     with pytest.raises(SystemExit):
         cli.main(["bench", "--model", "resnet18"])
-    assert "allowed are res2net50_26w4s, res2net50_14w8s, resnet50" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "'resnet18'; allowed are" in error and all(name in error for name in (*list_models(), "all"))
 
 
 def test_the_record_of_a_cpu_has_the_peers():
@@ -345,15 +351,18 @@ def test_the_script_needs_its_peers_for_a_bar(cpu_network, nothing_installed, ca
 def test_the_script_times_and_writes(cpu_network, nothing_installed, monkeypatch, tmp_path, capsys):
     passed = ParityReport([])
     monkeypatch.setattr(ParityReport, "ok", property(lambda self: self is passed))
-    cases = {MODELS[name]: small_case(name) for name in MODELS}
+    cases = {name: small_case(name) for name in DEFAULT_MODELS}
     for case in cases.values():
         case.parity = passed
-    monkeypatch.setattr(networks, "prepare_network", lambda config, *_: cases[config])
+    monkeypatch.setattr(networks, "prepare_network", lambda name, *_: cases[name])
     path = tmp_path / "network.json"
     assert cpu_network.main(["--batch", "1", "2", "--repeats", "1", "--no-compile", "--out", str(path)]) == 0
     data = results.read(path)
     assert {(row["config"], row["batch"], row["provider"]) for row in data["rows"]} == {
-        (model, batch, name) for model in MODELS for batch in (1, 2) for name in ("eager", "eager_channels_last", "ours")
+        (model, batch, name)
+        for model in DEFAULT_MODELS
+        for batch in (1, 2)
+        for name in ("eager", "eager_channels_last", "ours")
     }
     assert set(data["environment"]["peers"]) == set(runtimes.RUNTIMES)
     out = capsys.readouterr().out

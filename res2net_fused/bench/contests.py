@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate, freeze
 from ..backends.selection import choose, get_backend
-from ..models.res2net import LAYERS_50, Res2Net
+from ..models.network import Network
 from ..parity import ParityReport, ParityRow, check_case, check_network, relative_error
 from ..tolerances import network_bound
 from .measure import Contender, GraphedContender, Timing, measure
@@ -23,7 +23,7 @@ from .photographs import calibrate
 from .providers import OURS, PROVIDERS, forget_compiled
 from .record_file import Row, failure_name
 from .roofline import Rates, Work, floor_ms, least_work, least_work_of_network, rotation_count
-from .schedule import YARDSTICK, Contestant, Unit
+from .schedule import YARDSTICK, Contestant, Unit, network_name
 from .workloads import TORCH_DTYPES, Case, Config, fused
 
 _CHECKED_IMAGES = 2  # of a network in the parity gate
@@ -197,7 +197,7 @@ class Contests:
         self._check_built(unit, network, built, images[0])
         return built, self._floor(parts, unit.dtype)
 
-    def _check_built(self, unit: Unit, network: Res2Net, built: Mapping[Contestant, Built], images: Tensor) -> None:
+    def _check_built(self, unit: Unit, network: Network, built: Mapping[Contestant, Built], images: Tensor) -> None:
         """Logits of `ours` as timed: compiling may have gone wrong where the accelerated model was right."""
         report = ParityReport()
         with torch.inference_mode():
@@ -304,7 +304,7 @@ def _case_builders(case: Case, module: nn.Module, conditions: Conditions) -> Bui
     return build
 
 
-def _network_builders(network: Res2Net, compiles: bool, conditions: Conditions) -> Builder:
+def _network_builders(network: Network, compiles: bool, conditions: Conditions) -> Builder:
     models: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, object]]] = {}
 
     def build(name: str, graph: bool):
@@ -322,11 +322,11 @@ def _network_builders(network: Res2Net, compiles: bool, conditions: Conditions) 
     return build
 
 
-def _ours(network: Res2Net, conditions: Conditions) -> nn.Module:
+def _ours(network: Network, conditions: Conditions) -> nn.Module:
     return freeze(accelerate(copy.deepcopy(network), conditions.backend).to(memory_format=torch.channels_last))
 
 
-def _training_builders(network: Res2Net, unit: Unit, conditions: Conditions) -> Builder:
+def _training_builders(network: Network, unit: Unit, conditions: Conditions) -> Builder:
     """Models that take one SGD step at every call and return the loss; weights in fp32, under autocast."""
 
     def build(name: str, graph: bool):
@@ -358,9 +358,10 @@ def _case(unit: Unit, conditions: Conditions) -> Case:
     return Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, conditions.device, unit.variant)
 
 
-def build_network(config: Config, dtype: str, conditions: Conditions) -> Res2Net:
+def build_network(config: Config, dtype: str, conditions: Conditions) -> Network:
     """Res2Net-50 or, of config 64w1s, ResNet-50, with random weights and fitting statistics; one block a stage if quick."""
-    network = random_network(config, (1, 1, 1, 1) if conditions.quick else LAYERS_50).to(conditions.device)
+    layers = (1, 1, 1, 1) if conditions.quick else None
+    network = random_network(network_name(config), layers).to(conditions.device)
     calibrate(network, _images(4, 1, "float32", conditions)[0])
     return network.requires_grad_(False).to(TORCH_DTYPES[dtype])
 

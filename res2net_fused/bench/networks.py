@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ import torch._dynamo.config
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
-from ..models.res2net import LAYERS_50, Res2Net
+from ..explain import explain
+from ..models.network import Network
+from ..models.registry import CONFIGURATIONS, create_model, model_name
 from ..parity import ParityReport, check_network, convolution_precision, relative_error
 from ..reference import ReferenceBottle2neck
 from ..tables import format_table
@@ -23,9 +26,9 @@ from .photographs import calibrate, photographs
 from .progress import progress
 from .providers import OURS, PYTORCH, contender, forget_compiled
 from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
-from .workloads import TORCH_DTYPES, Config
+from .workloads import TORCH_DTYPES
 
-MODELS = {network_name(config): config for config in (*FIGURE_CONFIGS, YARDSTICK)}
+DEFAULT_MODELS = tuple(network_name(config) for config in (*FIGURE_CONFIGS, YARDSTICK))
 Row = dict[str, Any]
 
 
@@ -33,44 +36,51 @@ Row = dict[str, Any]
 class NetworkCase:
     """A network, what `accelerate` made of a copy of it, and how they compare on two photographs."""
 
-    config: Config
+    name: str
     dtype: str
-    network: Res2Net
-    model: Res2Net
-    images: Tensor  # (2, 3, 224, 224)
+    network: Network
+    model: Network
+    images: Tensor  # (2, 3, H, W), of the size that the network is published for
     parity: ParityReport
     differences: dict[str, float]  # by place, the largest absolute one between network and model
 
     @property
-    def name(self) -> str:
-        return network_name(self.config)
+    def coverage(self) -> str:
+        """How many of the model's blocks ran fused at its last call, such as 16 of 16."""
+        reports = explain(self.model)
+        return f"{sum(report.fused is True for report in reports)} of {len(reports)}"
 
     def batch(self, size: int) -> Tensor:
-        """(size, 3, 224, 224): the photographs as often as it takes."""
+        """(size, 3, H, W): the photographs as often as it takes."""
         return self.images.repeat(-(-size // len(self.images)), 1, 1, 1)[:size].contiguous()
 
 
-def random_network(config: Config, layers: Sequence[int] = LAYERS_50) -> Res2Net:
-    """Of reference blocks, with the same random weights at every call; small beside the shortcuts, as in trained networks:
-    else every block would amplify the rounding of the last."""
+def spelt(name: str) -> str:
+    """The name of a network as rows have it, such as res2net50_26w4s. Raises ValueError for one that there is not."""
+    return re.sub(r"(?<=\d[cw])_", "", model_name(name))
+
+
+def random_network(name: str, layers: Sequence[int] | None = None) -> Network:
+    """Of plain PyTorch, to be accelerated, with the same random weights at every call; small beside the shortcuts, as in
+    trained networks: else every block would amplify the rounding of the last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = Res2Net(layers, config.width, config.scale, ReferenceBottle2neck)
+        network = create_model(name, layers=layers, fused=False)
     for module in network.modules():
         if isinstance(module, ReferenceBottle2neck):
             nn.init.constant_(module.bn3.weight, 0.25)
     return network
 
 
-def prepare_network(config: Config, dtype: str, device: str, backend: str) -> NetworkCase:
+def prepare_network(name: str, dtype: str, device: str, backend: str) -> NetworkCase:
     """A network with the statistics of the photographs, and its comparison with float64."""
-    images = photographs()
-    network = calibrate(random_network(config), images).requires_grad_(False).to(device, TORCH_DTYPES[dtype])
+    images = photographs(CONFIGURATIONS[model_name(name)].image_size)
+    network = calibrate(random_network(name), images).requires_grad_(False).to(device, TORCH_DTYPES[dtype])
     images = images.to(device, TORCH_DTYPES[dtype])
     model = accelerate(copy.deepcopy(network), backend).to(memory_format=torch.channels_last)
     native_layout = images.contiguous(memory_format=torch.channels_last)
-    parity, differences = check_network(network, model, native_layout, network_name(config), dtype)
-    return NetworkCase(config, dtype, network, model, images, parity, differences)
+    parity, differences = check_network(network, model, native_layout, spelt(name), dtype)
+    return NetworkCase(spelt(name), dtype, network, model, images, parity, differences)
 
 
 def time_networks(

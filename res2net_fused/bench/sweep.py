@@ -16,7 +16,6 @@ from .measure import measure
 from .networks import NetworkCase, network_ratios, prepare_network, ratio_table, time_networks
 from .progress import progress
 from .providers import OURS, PROVIDERS, contender, forget_compiled, select, unavailable
-from .schedule import network_name
 from .workloads import Case, Config, cases
 
 WORKLOADS = ("chain", "block")
@@ -33,7 +32,7 @@ class Settings:
     backend: str = "auto"
     peers: str = "default"
     quick: bool = False
-    models: tuple[Config, ...] = ()
+    models: tuple[str, ...] = ()
     model_batches: tuple[int, ...] = ()
 
     def cases(self) -> list[Case]:
@@ -49,9 +48,9 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
     with progress("parity against float64", len(todo)) as bar:
         parity = check_cases(todo, settings.backend, bar.update)
     networks = []
-    for config in settings.models:
-        print(f"{network_name(config)} on two photographs against float64", flush=True)
-        networks.append(prepare_network(config, settings.dtype, settings.device, settings.backend))
+    for name in settings.models:
+        print(f"{name} on two photographs against float64", flush=True)
+        networks.append(prepare_network(name, settings.dtype, settings.device, settings.backend))
         parity += networks[-1].parity
     print("\nLargest error of each kind (relative to float64):")
     print(parity.worst())
@@ -113,15 +112,16 @@ def _print_outcome(
         return
     print("\nNetworks, times of the others over our fastest (above 1x, ours is faster):")
     print(ratio_table(network_ratios(rows)))
-    print("\nNetworks on two photographs, all blocks fused: largest absolute difference from the un-accelerated network, and")
-    print("errors relative to float64:")
-    head = ("network", "", "backend", "difference", "error of ours", "error of eager")
+    print("\nNetworks on two photographs: how many blocks run fused, largest absolute difference from the un-accelerated")
+    print("network, and errors relative to float64:")
+    head = ("network", "", "fused", "backend", "difference", "error of ours", "error of eager")
     lines = [
-        (case.name, row.stage, row.backend, f"{case.differences[row.stage]:.1e}", f"{row.error:.1e}", f"{row.eager_error:.1e}")
+        (case.name, row.stage, case.coverage, row.backend, f"{case.differences[row.stage]:.1e}", f"{row.error:.1e}",
+         f"{row.eager_error:.1e}")
         for case in networks
         for row in case.parity
-    ]
-    print(format_table(head, lines, left=3))
+    ]  # fmt: skip
+    print(format_table(head, lines, left=4))
 
 
 def outcome_table(rows: list[dict[str, Any]]) -> str:
