@@ -76,7 +76,9 @@ def test_bench_with_all_peers(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "networks", [{"res2net50_26w4s": (4, 16)}, {"res2next29_6c24w4s": (3, 9), "dla60_res2next": (4, 16)}], ids=["default", "two"]
+    "networks",
+    [{"res2net50_26w4s": (4, 16)}, {"res2next29_6c24w4s": (3, 9), "dla60_res2next": (4, 16)}],
+    ids=["default", "others"],
 )
 def test_bench_with_a_network(networks, tmp_path):
     """networks: stages and blocks of each."""
