@@ -44,37 +44,37 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, classes: Tensor
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).detach(), classes
 
 
-def draw(rows: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: str) -> None:
-    """One row for each (name, images (N, C, H, W), maps (N, H, W), classes (N,)); every image with its map over it."""
+def draw(columns: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: str) -> None:
+    """The images, and beside them one column for each (name, images (N, C, H, W), maps (N, H, W), classes (N,))."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = len(rows[0][1])
-    size = (2.4 * (columns + 1), 2.6 * (len(rows) + 1))
-    figure, axes = plt.subplots(len(rows) + 1, columns, figsize=size, layout="constrained", squeeze=False)
-    for i, (name, images, maps, classes) in enumerate(rows, start=1):
+    rows = len(columns[0][1])
+    size = (2.4 * (len(columns) + 1), 2.6 * rows)
+    figure, axes = plt.subplots(rows, len(columns) + 1, figsize=size, layout="constrained", squeeze=False)
+    for i, (name, images, maps, classes) in enumerate(columns, start=1):
         for j, image in enumerate(images):
             low, high = image.min(), image.max()
             picture = ((image - low) / (high - low)).permute(1, 2, 0).numpy()  # (H, W, C)
-            for axis in (axes[0, j], axes[i, j]):
+            for axis in (axes[j, 0], axes[j, i]):
                 axis.imshow(picture, cmap="gray")
                 axis.set_axis_off()
-            axes[i, j].imshow(maps[j].numpy(), cmap="jet", alpha=0.45, vmin=0, vmax=1)
-            axes[i, j].set_title(f"{name}: class {int(classes[j])}", fontsize=9)
+            axes[j, i].imshow(maps[j].numpy(), cmap="jet", alpha=0.45, vmin=0, vmax=1)
+            axes[j, i].set_title(f"{name}: class {int(classes[j])}", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def photographs_by(networks: dict[str, nn.Module]) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Rows for `draw`: the two photographs by every network, from its last stage."""
+    """Columns for `draw`: the two photographs by every network, from its last stage."""
     images = photographs()
     return [(name, images, *grad_cam(network.eval(), network.layer4, images)) for name, network in networks.items()]
 
 
-def digits_by_trained_network(epochs: int, count: int = 8) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Rows for `draw`: test digits by a network trained for so many epochs, from its first two stages."""
+def digits_by_trained_network(epochs: int, count: int = 5) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Columns for `draw`: test digits by a network trained for so many epochs, from its first two stages."""
     from train_digits import Res2NeXt29, load_digits, train
 
     torch.manual_seed(0)
@@ -102,10 +102,10 @@ def main() -> None:
             title: load_checkpoint(create_model(name), path)
             for (title, name), path in zip(names.items(), arguments.checkpoint, strict=True)
         }
-        rows = photographs_by(networks)
+        columns = photographs_by(networks)
     else:
-        rows = digits_by_trained_network(arguments.epochs)
-    draw(rows, arguments.out)
+        columns = digits_by_trained_network(arguments.epochs)
+    draw(columns, arguments.out)
     print(f"heat maps: {arguments.out}")
 
 
