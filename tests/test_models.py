@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, relative_error
-from networks import FAMILIES, images_for, pair, quick, small
+from networks import FAMILIES, images_for, is_dla, pair, quick, small
 from torch.utils.flop_counter import FlopCounterMode
 
-from res2net_fused import explain
+from res2net_fused import accelerate, explain
 from res2net_fused.bench.photographs import calibrate
 from res2net_fused.models import DropPath, Res2Net, create_model, list_models, res2net50, resnet50
 from res2net_fused.models.registry import ALIASES, CONFIGURATIONS, model_name
@@ -108,7 +108,9 @@ ERRORS = [
     ({"output_stride": 12}, "output_stride is 12; allowed are 8, 16, 32"),
     ({"layers": (3, 4)}, "layers is \\(3, 4\\)"),
     ({"backend": "metal"}, "backend is 'metal'"),
-    ({"drop_path_rate": 1.0}, "rate is 1.0"),
+    ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
+    ({"drop_path_rate": -0.1}, "drop_path_rate is -0.1"),
+    ({"num_classes": 0}, "num_classes is 0"),
 ]
 
 
@@ -264,13 +266,15 @@ def test_stochastic_depth_draws_as_in_plain_pytorch(name):
     plain, fused = small(name, fused=False, drop_path_rate=0.5).double(), small(name, drop_path_rate=0.5).double()
     fused.load_state_dict(plain.state_dict())
     images = images_for(name, 4, torch.float64)
+    taken_over = accelerate(copy.deepcopy(plain))
     outputs = []
-    for network in (plain, fused):
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            outputs.append(network(images))
+    for network, seed in ((plain, 1), (fused, 1), (taken_over, 1), (plain, 2)):
+        torch.manual_seed(seed)
+        outputs.append(network(images))
+    assert_close(outputs[1], outputs[0], 1e-10)
     assert_close(outputs[2], outputs[0], 1e-10)
-    assert relative_error(outputs[0], outputs[1]) > 1e-3  # it does drop
+    assert relative_error(outputs[3], outputs[0]) > 1e-3  # it does drop
+    assert is_dla(name) or all(report.fused for report in explain(taken_over))
     assert all(report.fused for report in explain(fused))
     plain.eval(), fused.eval()
     with torch.no_grad():

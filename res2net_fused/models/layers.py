@@ -29,8 +29,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate is {rate}; a probability of at least 0 and below 1 is needed")
+        _check_rate("rate", rate)
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +42,13 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-def drop_paths(rate: float, blocks: int) -> list[DropPath | None]:
-    """One for each block, from 0 at the first to `rate` at the last; None where nothing is dropped."""
-    rates = [rate * i / max(1, blocks - 1) for i in range(blocks)]
+def _check_rate(name: str, rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} is {rate}; a probability of at least 0 and below 1 is needed")
+
+
+def drop_paths(drop_path_rate: float, blocks: int) -> list[DropPath | None]:
+    """One for each block, from 0 at the first to `drop_path_rate` at the last; None where nothing is dropped."""
+    _check_rate("drop_path_rate", drop_path_rate)
+    rates = [drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)]
     return [DropPath(r) if r else None for r in rates]

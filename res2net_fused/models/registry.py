@@ -142,6 +142,8 @@ def create_model(
     Raises ValueError, naming the argument, for values that are not allowed.
     """
     configuration = CONFIGURATIONS[model_name(name)]
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; it must be at least 1, or features_only=True")
     settings = {
         "num_classes": configuration.num_classes if num_classes is None else num_classes,
         "cardinality": configuration.cardinality,
