@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from .chain import BACKENDS, one_of
+from .folding import is_frozen
 from .fused_block import STATE, BlockState, FusedForward, block_geometry, fold_and_pack, why_not_foldable
-from .recognition import looks_like_a_block, recognise
+from .layouts import parts_of
+from .recognition import layout_of, recognise
 
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 
@@ -36,13 +38,14 @@ def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = Fal
             state = getattr(module, STATE)
             state.backend, state.recompute = backend, recompute
             state.drop()
-        elif looks_like_a_block(module):
-            config, reason = recognise(module)
+        elif (layout := layout_of(module)) is not None:
+            config, reason = recognise(module, layout)
             module.__dict__.pop(REFUSAL, None)
             if config is None:
                 module.__dict__[REFUSAL] = reason
                 continue
-            module.__dict__[STATE] = BlockState(config, backend, block_geometry(module), recompute)
+            geometry = block_geometry(parts_of(module, layout))
+            module.__dict__[STATE] = BlockState(config, backend, geometry, recompute, layout)
             module.__class__ = fused_class(type(module))
     return model
 
@@ -66,13 +69,14 @@ def freeze(model: nn.Module) -> nn.Module:
     and `load_state_dict` thaw them. Raises RuntimeError for a block whose BatchNorm is in training mode.
     """
     for name, block in fused_blocks(model):
-        if any(bn.training for bn in (block.bn1, *block.bns, block.bn3)):
+        if any(bn.training and not is_frozen(bn) for bn in parts_of(block, getattr(block, STATE).layout).norms):
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
-        if why_not_foldable(block) is not None:
-            continue  # it runs its class's own forward; `explain` tells
         state = getattr(block, STATE)
-        state.frozen = fold_and_pack(block, block.conv1.weight.dtype, state)
+        parts = parts_of(block, state.layout)
+        if why_not_foldable(parts) is not None:
+            continue  # it runs its class's own forward; `explain` tells
+        state.frozen = fold_and_pack(parts, parts.conv1.weight.dtype, state)
     return model
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from .chain import BACKENDS, one_of
 from .fused_block import STATE, BlockState, FusedForward, block_geometry
+from .layouts import parts_of
 from .reference import ReferenceBottle2neck, ReferenceDlaBottle2neck
 
 # What timm's ResNet passes to every block besides; only values that change nothing are accepted.
@@ -56,7 +57,7 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
             inplanes, planes, stride, downsample, baseWidth, scale, stype,
             cardinality=cardinality, dilation=dilation, passthrough=passthrough, **layers,
         )  # fmt: skip
-        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(self)))
+        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(parts_of(self))))
 
 
 class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
@@ -70,7 +71,7 @@ class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
         others = {name: keywords.pop(name) for name in ("device", "dtype") if name in keywords}  # timm passes them
         _refuse_others("DlaBottle2neck", others)
         super().__init__(*arguments, **keywords)
-        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(self), shortcut="shortcut"))
+        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(parts_of(self)), shortcut="shortcut"))
 
 
 def _refuse_others(block: str, keywords: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from .accelerate import REFUSAL
 from .backends.selection import choose, choose_for_training, get_backend
 from .fused_block import STATE, BlockState, FusedForward
-from .recognition import looks_like_a_block
+from .recognition import layout_of
 from .tables import format_table
 from .training import describe_training
 
@@ -53,7 +53,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _report(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, FusedForward) or looks_like_a_block(module)
+        if isinstance(module, FusedForward) or layout_of(module) is not None
     )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .layouts import BlockParts
+
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 _epoch = 0  # advanced by every optimizer step: fused optimizers write parameters without bumping `_version`
 
@@ -49,7 +51,7 @@ class FoldedBlock:
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """conv' in `dtype` and b' in fp32 (fp64 for an fp64 block); differentiable. Half-precision factors multiply in fp32."""
     wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
-    scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
+    scale = torch.rsqrt(bn.running_var.to(wide) + getattr(bn, "eps", 0.0))  # some frozen norms have no eps
     if bn.weight is not None:
         scale = scale * bn.weight.to(wide)
     mean = bn.running_mean.to(wide)
@@ -60,7 +62,7 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tenso
     return weight.to(dtype), bias
 
 
-def fold_block(block: nn.Module, dtype: torch.dtype) -> FoldedBlock:
+def fold_block(block: BlockParts, dtype: torch.dtype) -> FoldedBlock:
     """Folds conv1, convs and conv3, and the shortcut's projection if it can be, into weights of `dtype`; differentiable."""
     folded = [fold(conv, bn, dtype) for conv, bn in zip(block.convs, block.bns, strict=True)]
     weights, biases = [weight for weight, _ in folded], [bias for _, bias in folded]
@@ -73,11 +75,11 @@ def fold_block(block: nn.Module, dtype: torch.dtype) -> FoldedBlock:
     return result
 
 
-def projection_of(block: nn.Module) -> tuple[nn.Module | None, nn.Conv2d, nn.BatchNorm2d] | None:
+def projection_of(block: BlockParts) -> tuple[nn.Module | None, nn.Conv2d, nn.BatchNorm2d] | None:
     """(pool or None, 1x1 convolution, norm) of the block's shortcut, or None where it has to run as it is."""
     if not adds_at_once(block):
         return None
-    downsample = block._modules.get("downsample")
+    downsample = block.downsample
     if type(downsample) is not nn.Sequential or len(downsample) not in (2, 3):
         return None
     *pool, conv, bn = downsample._modules.values()
@@ -89,19 +91,27 @@ def projection_of(block: nn.Module) -> tuple[nn.Module | None, nn.Conv2d, nn.Bat
     return (pool[0] if pool else None), conv, bn
 
 
-def adds_at_once(block: nn.Module) -> bool:
+def adds_at_once(block: BlockParts) -> bool:
     """Whether nothing comes between conv3 and the addition of the shortcut."""
-    return is_identity(block, "se") and is_identity(block, "drop_path")
+    return is_identity(block.se) and is_identity(block.drop_path)
 
 
-def is_identity(block: nn.Module, name: str) -> bool:
-    module = getattr(block, name, None)
+def is_identity(module: nn.Module | None) -> bool:
     return module is None or type(module) is nn.Identity
+
+
+def is_frozen(bn: nn.Module) -> bool:
+    """Whether this is a FrozenBatchNorm2d as the detection libraries have it: BatchNorm of which nothing is learned."""
+    if isinstance(bn, nn.modules.batchnorm._NormBase) or bn._parameters:
+        return False
+    return all(name in bn._buffers for name in ("weight", "bias", "running_mean", "running_var"))
 
 
 def why_not_folded(bn: nn.Module) -> str | None:
     """None if this norm layer can be folded now, else the reason."""
-    if type(bn) is not nn.BatchNorm2d:
+    if is_frozen(bn):
+        return None
+    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return f"norm layer {type(bn).__name__} cannot be folded"
     if bn.training:
         return "BatchNorm is in training mode: batch statistics cannot be folded"
@@ -119,15 +129,12 @@ def why_not_bypassed(module: nn.Module) -> str | None:
     return None
 
 
-def block_tensors(block: nn.Module) -> list[Tensor]:
+def block_tensors(block: BlockParts) -> list[Tensor]:
     """Everything that folding reads, and each num_batches_tracked, which tells when running statistics moved."""
-    modules = block._modules  # dictionaries, not attributes: nn.Module.__getattr__ would be most of a cached call's cost
-    parts = [modules[name] for name in ("conv1", "bn1", "conv3", "bn3")]
-    parts += (projection_of(block) or ())[1:]
-    lists = (modules[name]._modules.values() for name in ("convs", "bns"))
+    parts = [block.conv1, *block.norms, block.conv3, *(projection_of(block) or ())[1:]]
     return [
         tensor
-        for module in itertools.chain(parts, *lists)
+        for module in itertools.chain(parts, block.convs)
         for tensor in itertools.chain(module._parameters.values(), module._buffers.values(), _plain_tensors(module))
         if tensor is not None
     ]

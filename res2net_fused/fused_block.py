@@ -23,14 +23,16 @@ from .folding import (
     block_tensors,
     cacheable,
     fold_block,
+    is_frozen,
     is_identity,
     projection_of,
     why_not_bypassed,
     why_not_folded,
 )
+from .layouts import PUBLISHED, BlockLayout, BlockParts, parts_of, wrappers
 from .operator import fused_bottle2neck, hierarchical_conv2d
-from .packing import pack_block
-from .reference import apply_optional, finish_bottle2neck
+from .packing import PackedWeights, one_operator, pack_block
+from .reference import activate, apply_optional, finish_bottle2neck
 from .trained_block import run_trained, uses_batch_statistics, why_not_trained
 
 STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
@@ -38,13 +40,14 @@ STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
 
 @dataclass
 class BlockState:
-    """What a fused block knows about itself; of this only the first five fields are copied and pickled."""
+    """What a fused block knows about itself; of this only the fields before `kept` are copied and pickled."""
 
     config: ChainConfig
     backend: str
     geometry: tuple[object, ...]  # of the convolutions and the pool when they were recognised: `block_geometry`
     recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
     shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
+    layout: BlockLayout = PUBLISHED  # where the block keeps its parts
     # One tuple, read and written at once: DataParallel's replicas share it among threads.
     kept: tuple[CacheKey, FoldedBlock] | None = field(default=None, repr=False)
     frozen: FoldedBlock | None = field(default=None, repr=False)
@@ -58,7 +61,7 @@ class BlockState:
             self.frozen = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("config", "backend", "geometry", "recompute", "shortcut")}
+        return {name: getattr(self, name) for name in ("config", "backend", "geometry", "recompute", "shortcut", "layout")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -69,19 +72,20 @@ class FusedForward:
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         state: BlockState = getattr(self, STATE)
-        refusal = why_not_fused(self, x, args, kwargs)
+        parts = parts_of(self, state.layout)
+        refusal = why_not_fused(parts, state, x, args, kwargs)
         if not torch.compiler.is_compiling():
             state.last_refusal = refusal
-        if any(bn.training for bn in (self.bn1, *self.bns, self.bn3)):
+        if any(bn.training and not is_frozen(bn) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if refusal is not None:
             return super().forward(x, *args, **kwargs)
         shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
-        if any(map(uses_batch_statistics, self.bns)):
+        if any(map(uses_batch_statistics, parts.bns)):
             if not torch.compiler.is_compiling():
-                state.last_problem, state.last_trained = chain_problem(self, x, state), True
-            return run_trained(self, x, shortcut, state.config, state.recompute, state.backend)
-        return run_fused(self, x, shortcut, state)
+                state.last_problem, state.last_trained = chain_problem(parts, x, state), True
+            return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
+        return run_fused(parts, x, shortcut, state)
 
     def train(self, mode: bool = True):
         getattr(self, STATE).drop(frozen=mode)
@@ -96,8 +100,8 @@ class FusedForward:
         return super()._load_from_state_dict(*args, **kwargs)
 
 
-def run_fused(block: nn.Module, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor:
-    """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts while gradients flow.
+def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor:
+    """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts where that does not do.
 
     given: the shortcut (N, planes * 4, H', W') of a caller who passes one, else None.
     """
@@ -105,26 +109,45 @@ def run_fused(block: nn.Module, x: Tensor, given: Tensor | None, state: BlockSta
     x_in = x.to(dtype)
     differentiable = torch.is_grad_enabled() and (
         any(t is not None and t.requires_grad for t in (x, given))
-        or any(t.requires_grad for t in itertools.chain(block.parameters(), block_tensors(block)))
+        or any(t.requires_grad for t in itertools.chain(block.module.parameters(), block_tensors(block)))
     )
     if not torch.compiler.is_compiling():
         state.last_problem, state.last_trained = chain_problem(block, x, state), False
-    if differentiable or not is_identity(block, "drop_block"):
+    if differentiable or not is_identity(block.drop_block):
         folded = fold_block(block, dtype)
-        out = F.conv2d(x_in, folded.conv1_weight, folded.conv1_bias.to(dtype)).relu_()  # (N, s*w, H, W)
-        out = hierarchical_conv2d(out, folded.weights, folded.biases, **state.config.settings(), backend=state.backend)
-        out = apply_optional(block, "drop_block", out)
-        out = F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
-        return finish_bottle2neck(block, out, x, given)
+        return finish_bottle2neck(block, _run_parts(block, x_in, folded, folded.weights, state), x, given)
     folded = folded_weights(block, dtype, state)
+    if not one_operator(state.config):
+        chain = PackedWeights.of_block(folded, state.config)
+        return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
+    entry = entry_pixels(block, x_in)
     if not adds_at_once(block):
-        out = fused_bottle2neck(x_in, None, folded, False, state.config, state.backend)
+        out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
         return finish_bottle2neck(block, out, x, given)
     shortcut = _shortcut(block, x_in, x, folded) if given is None else given
-    return fused_bottle2neck(x_in, shortcut, folded, True, state.config, state.backend)
+    return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
 
 
-def _shortcut(block: nn.Module, x_in: Tensor, x: Tensor, folded: FoldedBlock) -> Tensor:
+def _run_parts(
+    block: BlockParts, x: Tensor, folded: FoldedBlock, weights: list[Tensor] | PackedWeights, state: BlockState
+) -> Tensor:
+    """conv1, the chain and conv3 one by one, before attention, shortcut and the last activation."""
+    config, dtype = state.config, x.dtype
+    biases = None if isinstance(weights, PackedWeights) else folded.biases
+    out = F.conv2d(x, folded.conv1_weight, folded.conv1_bias.to(dtype), block.conv1.stride)
+    out = out.relu_() if config.activation == "relu" else activate(out, config.activation)  # (N, s*w, H, W)
+    out = hierarchical_conv2d(out, weights, biases, **config.settings(), backend=state.backend)
+    out = apply_optional(block, "drop_block", out)
+    return F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
+
+
+def entry_pixels(block: BlockParts, x: Tensor) -> Tensor:
+    """The pixels that conv1 reads: all, or those at its stride."""
+    rows, columns = block.conv1.stride
+    return x if rows == columns == 1 else x[:, :, ::rows, ::columns]
+
+
+def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: FoldedBlock) -> Tensor:
     """What the operator adds, before the projection that it applies itself."""
     if block.downsample is None:
         return x
@@ -134,7 +157,7 @@ def _shortcut(block: nn.Module, x_in: Tensor, x: Tensor, folded: FoldedBlock) ->
     return x_in if pool is None else pool(x_in)
 
 
-def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
+def folded_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
     """The frozen weights, the cached ones if nothing changed, or newly folded ones."""
     frozen = state.frozen
     if frozen is not None and frozen.conv1_weight.dtype == dtype:
@@ -148,8 +171,8 @@ def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> F
         return fold_block(block, dtype)
     projection = projection_of(block)
     settings = (
-        dtype, requested(state.backend), tuple(bn.eps for bn in (block.bn1, *block.bns, block.bn3)),
-        projection and (projection[1].stride, projection[2].eps),
+        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
+        projection and (projection[1].stride, getattr(projection[2], "eps", 0.0)),
     )  # fmt: skip
     kept = state.kept
     if kept is None or not kept[0].matches(tensors, settings):
@@ -158,19 +181,19 @@ def folded_weights(block: nn.Module, dtype: torch.dtype, state: BlockState) -> F
     return kept[1]
 
 
-def fold_and_pack(block: nn.Module, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
+def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
     """Folded and packed for keeping: ordinary tensors outside autograd, also when called in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         return pack_block(fold_block(block, dtype), state.config, state.backend)
 
 
-def chain_problem(block: nn.Module, x: Tensor, state: BlockState) -> ChainProblem:
+def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:
     """The call of the chain inside, for the block's x."""
-    problem = ChainProblem.of(x, block.convs[0].in_channels, len(block.convs), state.config)
+    problem = ChainProblem.of(entry_pixels(block, x), block.convs[0].in_channels, len(block.convs), state.config)
     return replace(problem, dtype=compute_dtype(block, x))
 
 
-def compute_dtype(block: nn.Module, x: Tensor) -> torch.dtype:
+def compute_dtype(block: BlockParts, x: Tensor) -> torch.dtype:
     """The dtype in which the block's convolutions run: autocast's where it is on, else the weights' own."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and block.conv1.weight.dtype != torch.float64:
@@ -181,15 +204,16 @@ def compute_dtype(block: nn.Module, x: Tensor) -> torch.dtype:
 # Eligibility: cheap, at every call, since users hook, replace and parametrize submodules at any time ------------------
 
 
-def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs: dict[str, object]) -> str | None:
+def why_not_fused(
+    block: BlockParts, state: BlockState, x: object, args: tuple[object, ...], kwargs: dict[str, object]
+) -> str | None:
     """None if this call may run fused, else the reason."""
     if torch.onnx.is_in_onnx_export():
         return "exported to ONNX, which knows PyTorch's own operators only"
-    state: BlockState = getattr(block, STATE)
     shortcut, reason = given_shortcut(state.shortcut, args, kwargs)
     if reason is not None:
         return reason
-    if shortcut is not None and getattr(block, "downsample", None) is not None:
+    if shortcut is not None and block.downsample is not None:
         return "called with a shortcut, beside a downsample of its own"
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         return "x is not a 4-D floating-point tensor"
@@ -200,20 +224,23 @@ def why_not_fused(block: nn.Module, x: object, args: tuple[object, ...], kwargs:
     if not torch.compiler.is_compiling() and _transformed():
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     training = any(map(uses_batch_statistics, block.bns))
+    if training and getattr(block.module, "with_cp", False):
+        return "with_cp: in training its own forward checkpoints it"
     if training:
         reason = why_not_trained(block, chain_problem(block, x, state), state.backend, state.recompute)
     else:
         reason = why_not_foldable(block)
     if reason is not None:
         return reason
-    if type(block.relu) is not nn.ReLU:
+    if fused_activation(block.relu) != state.config.activation:
         return f"activation {type(block.relu).__name__} is not fused"
     if block_geometry(block) != state.geometry:
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
     outer = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)  # called as modules in training
-    for module in (*outer, *block.convs, *block.bns, block.relu, block._modules.get("pool")):
+    outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
+    for module in (*outer, *block.convs, *block.bns, block.relu, block.pool):
         if module is None:
             continue
         reason = why_not_bypassed(module)
@@ -240,17 +267,26 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def why_not_foldable(block: nn.Module) -> str | None:
+def why_not_foldable(block: BlockParts) -> str | None:
     """None if every norm of the block can be folded now, else the reason."""
-    return next(filter(None, map(why_not_folded, (block.bn1, *block.bns, block.bn3))), None)
+    return next(filter(None, map(why_not_folded, block.norms)), None)
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """The chain's name for this activation, also under a derived class that only has settings of its own."""
+    if type(module).forward is nn.ReLU.forward:
+        return "relu"
+    if type(module).forward is nn.Hardtanh.forward and (module.min_val, module.max_val) == (0, 20):
+        return "hardtanh20"
+    return None
 
 
 _POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 
-def block_geometry(block: nn.Module) -> tuple[object, ...]:
+def block_geometry(block: BlockParts) -> tuple[object, ...]:
     """All of the block's convolutions and pool that changes the result beyond their tensors, comparable at every call."""
-    pool = block._modules.get("pool")
+    pool = block.pool
     pool_settings = None if pool is None else (type(pool), *(getattr(pool, name, None) for name in _POOL_SETTINGS))
     return pool_settings, *(
         (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,

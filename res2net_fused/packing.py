@@ -30,6 +30,12 @@ class PackedWeights:
     dilation: int
     groups: int
 
+    @classmethod
+    def of_block(cls, folded: FoldedBlock, config: ChainConfig) -> PackedWeights:
+        """The chain's weights of a block that is not one operator, in the layout that `pack_block` gave them."""
+        packed = folded.packed or []
+        return cls(folded.weights, folded.biases, packed, folded.layout, config.stride, config.dilation, config.groups)
+
     def settings(self, *, biases: object, stride: int, dilation: int, groups: int) -> tuple[int, int, int]:
         """(stride, dilation, groups) of the pack; ValueError where the call says something else."""
         if biases is not None:
@@ -78,11 +84,16 @@ def pack_weights(
     return PackedWeights(weights, biases, packed, layout, stride, dilation, groups)
 
 
+def one_operator(config: ChainConfig) -> bool:
+    """Whether the whole block is one operator, whose 1x1 convolutions know no activation but ReLU; else only its chain is."""
+    return config.activation == "relu"
+
+
 def pack_block(folded: FoldedBlock, config: ChainConfig, backend: str) -> FoldedBlock:
     """The folded block with its weights also in the layout of the backend that will run it."""
     layout = choose(_nominal_problem(folded.weights, folded.weights[0].shape[0], config), backend).name
     module = get_backend(layout)
-    pack = getattr(module, "pack_block", None)
+    pack = getattr(module, "pack_block", None) if one_operator(config) else None
     packed = module.pack(folded.weights, folded.biases, config) if pack is None else pack(folded, config)
     return replace(folded, packed=packed, layout=layout)
 

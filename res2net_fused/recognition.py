@@ -8,6 +8,7 @@ random parameters. That is done once for each configuration.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -16,40 +17,42 @@ import torch
 from torch import Tensor, nn
 
 from .chain import ChainConfig
-from .reference import bottle2neck
+from .folding import fold, is_frozen
+from .fused_block import fused_activation
+from .layouts import BlockLayout, BlockParts, find_layout, parts_of, wrappers
+from .reference import bottle2neck, normalized
 
 _AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
 _SEED = 20190402
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
-def looks_like_a_block(module: nn.Module) -> bool:
-    """Whether the module has the parts of the published 2-D bottleneck."""
-    modules = module._modules
-    singles = all(isinstance(modules.get(name), nn.Module) for name in ("conv1", "bn1", "conv3", "bn3", "relu"))
-    lists = all(isinstance(modules.get(name), nn.ModuleList) and len(modules[name]) for name in ("convs", "bns"))
-    return singles and lists and hasattr(module, "scale") and not isinstance(module, torch.jit.ScriptModule)
+def layout_of(module: nn.Module) -> BlockLayout | None:
+    """Where the module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
+    return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
 
 
-def recognise(block: nn.Module) -> tuple[ChainConfig | None, str]:
-    """The confirmed settings of a block that looks like one, or None and the reason."""
-    refusal = _structure(block)
+def recognise(block: nn.Module, layout: BlockLayout) -> tuple[ChainConfig | None, str]:
+    """The confirmed settings of a block with that layout, or None and the reason."""
+    refusal = _structure(parts_of(block, layout))
     if refusal is not None:
         return None, refusal
-    signature = _signature(block)
+    signature = _signature(block), layout
     if signature not in _confirmed:
-        _confirmed[signature] = _confirm(block)
+        _confirmed[signature] = _confirm(block, layout)
     return _confirmed[signature]
 
 
 _confirmed: dict[tuple[object, ...], tuple[ChainConfig | None, str]] = {}
 
 
-def _structure(block: nn.Module) -> str | None:
-    convs = list(block.convs)
-    for name, conv in (("conv1", block.conv1), *((f"convs.{i}", c) for i, c in enumerate(convs)), ("conv3", block.conv3)):
-        if type(conv) is not nn.Conv2d:
+def _structure(block: BlockParts) -> str | None:
+    convs = block.convs
+    for name, conv in (("conv1", block.conv1), *((f"convs[{i}]", c) for i, c in enumerate(convs)), ("conv3", block.conv3)):
+        if not isinstance(conv, nn.Conv2d):
             return f"{name} is a {type(conv).__name__}, not a plain Conv2d"
+        if type(conv) is not nn.Conv2d and not set(conv._parameters) | set(conv._modules) <= _OF_A_CONVOLUTION:
+            return f"{name} is a {type(conv).__name__}, a Conv2d with parts of its own"
     width = convs[0].in_channels
     first = convs[0]
     if first.kernel_size != (3, 3) or first.stride[0] != first.stride[1] or first.dilation[0] != first.dilation[1]:
@@ -59,9 +62,9 @@ def _structure(block: nn.Module) -> str | None:
             return "convs differ among themselves"
         if conv.padding != conv.dilation or conv.padding_mode != "zeros":
             return f"convs are padded by {conv.padding} ({conv.padding_mode}); zeros by the dilation {conv.dilation} is fused"
-    for name in ("conv1", "conv3"):
-        conv = getattr(block, name)
-        if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
+    for name, conv in (("conv1", block.conv1), ("conv3", block.conv3)):
+        strided = name == "conv3" and conv.stride != (1, 1)
+        if conv.kernel_size != (1, 1) or strided or conv.padding != (0, 0) or conv.groups != 1:
             return f"{name} is not a plain 1x1 convolution"
     channels = block.conv1.out_channels
     if channels != block.conv3.in_channels or channels % width or channels // width - len(convs) not in (0, 1):
@@ -69,6 +72,9 @@ def _structure(block: nn.Module) -> str | None:
     if len(block.bns) != len(convs):
         return "convs and bns differ in number"
     return None
+
+
+_OF_A_CONVOLUTION = {"weight", "bias", "norm", "activation"}  # what libraries' own Conv2d classes hold
 
 
 def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
@@ -84,40 +90,83 @@ def _signature(block: nn.Module) -> tuple[object, ...]:
     return type(block), attributes, children, tensors
 
 
-def _candidates(block: nn.Module) -> Iterator[ChainConfig]:
+def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
     """Settings the block may have, the likeliest first."""
     conv = block.convs[0]
     scale = block.conv1.out_channels // conv.in_channels
-    stage = getattr(block, "stype", None) == "stage" or bool(getattr(block, "is_first", False))
+    stage = getattr(block.module, "stype", None) == "stage" or bool(getattr(block.module, "is_first", False))
     passthroughs = ("none",) if len(block.convs) == scale else ("last", "first", "first_added")
     pools = ("avg3", "avg3_nopad", None) if stage or conv.stride[0] > 1 else (None, "avg3", "avg3_nopad")
+    activation = fused_activation(block.relu) or "relu"  # of another one each call says that it is not fused
     for hierarchical, passthrough, pool in itertools.product((not stage, stage), passthroughs, pools):
         try:
             yield ChainConfig(
                 stride=conv.stride[0], dilation=conv.dilation[0], groups=conv.groups,
-                hierarchical=hierarchical, passthrough=passthrough, pool=pool,
+                hierarchical=hierarchical, passthrough=passthrough, pool=pool, activation=activation,
             )  # fmt: skip
         except ValueError:
             continue  # a combination that does not exist
 
 
-def _confirm(block: nn.Module) -> tuple[ChainConfig | None, str]:
+def _confirm(block: nn.Module, layout: BlockLayout) -> tuple[ChainConfig | None, str]:
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
             torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
             twin = _random_twin(block)
-            x = torch.randn(2, twin.conv1.in_channels, 7, 10, dtype=torch.float64, device="cpu")
+            parts = parts_of(twin, layout)
+            refusal = _hidden_arithmetic(parts)
+            if refusal is not None:
+                return None, refusal
+            x = torch.randn(2, parts.conv1.in_channels, 7, 10, dtype=torch.float64, device="cpu")
             own = [_outputs(functools.partial(type(block).forward, twin), twin, x, mode) for mode in (False, True)]
-            for config in _candidates(block):
+            for config in _candidates(parts):
                 try:
-                    ours = [_outputs(lambda t, c=config: bottle2neck(twin, t, c), twin, x, mode) for mode in (False, True)]
+                    ours = [_outputs(lambda t, c=config: bottle2neck(parts, t, c), twin, x, mode) for mode in (False, True)]
                 except RuntimeError:
                     continue  # sizes that do not fit: not this recurrence
                 if all(_agree(a, b) for a, b in zip(ours, own, strict=True)):
                     return config, "the reference agrees with its own forward in float64"
     except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
         return None, f"its own forward could not be tried: {type(error).__name__}: {error}"
-    return None, "no known recurrence agrees with its own forward"
+    return None, "no known recurrence agrees with its own forward" + _unknown_parts(block, layout)
+
+
+def _hidden_arithmetic(block: BlockParts) -> str | None:
+    """Why a convolution or norm of a library's own class computes something else than its weights say, or None."""
+    pairs = [("conv1", block.conv1, block.bn1), ("conv3", block.conv3, block.bn3)]
+    pairs += [(f"convs[{i}]", *pair) for i, pair in enumerate(zip(block.convs, block.bns, strict=True))]
+    for name, conv, bn in pairs:
+        if type(conv) is nn.Conv2d and not is_frozen(bn):
+            continue
+        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        for training in (False, True):
+            block.module.train(training)
+            u = torch.randn(2, conv.in_channels, 5, 6, dtype=torch.float64, device="cpu")
+            if is_frozen(bn):
+                plain = nn.functional.conv2d(u, *fold(conv, bn, torch.float64), *geometry)
+            else:
+                plain = bn(nn.functional.conv2d(u, conv.weight, conv.bias, *geometry))
+            if not _agree(plain, normalized(conv, bn, u)):
+                return f"{name} ({type(conv).__name__}, {type(bn).__name__}) is not what its weights and norm compute"
+    return None
+
+
+def _unknown_parts(block: nn.Module, layout: BlockLayout) -> str:
+    """The modules that no published Res2Net block has, for the reason: attention fusion, gates, plugins."""
+    known = {id(m) for m in _part_modules(parts_of(block, layout))} | {id(m) for m in wrappers(block, layout)}
+    unknown = []
+    for name, child in block.named_children():
+        members = list(child) if isinstance(child, nn.ModuleList) else [child]
+        strange = [m for m in members if id(m) not in known]
+        if strange and not any(id(m) in known for m in child.modules()):
+            unknown.append(f"{name} ({type(strange[0]).__name__})")
+    return f", which has {', '.join(unknown)} besides" if unknown else ""
+
+
+def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
+    for field in dataclasses.fields(block)[1:]:
+        part = getattr(block, field.name)
+        yield from part if isinstance(part, list) else (part,)
 
 
 def _random_twin(block: nn.Module) -> nn.Module:

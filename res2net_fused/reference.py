@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chain import ChainConfig
+from .layouts import BlockParts
 
 
 def hierarchical_chain(
@@ -83,7 +84,9 @@ def hierarchical_conv_bn(
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
 
 
-def bottle2neck(block: nn.Module, x: Tensor, config: ChainConfig, shortcut: Tensor | None = None) -> Tensor:
+def bottle2neck(
+    block: nn.Module | BlockParts, x: Tensor, config: ChainConfig, shortcut: Tensor | None = None
+) -> Tensor:
     """The whole bottleneck by the block's own submodules: conv1, the chain, conv3, attention, shortcut.
 
     `block` has conv1, bn1, convs, bns, conv3, bn3 and relu, and may have drop_block, se, drop_path and downsample.
@@ -91,15 +94,23 @@ def bottle2neck(block: nn.Module, x: Tensor, config: ChainConfig, shortcut: Tens
     """
 
     def convolution(k: int, u: Tensor) -> Tensor:
-        return block.relu(block.bns[k](block.convs[k](u)))
+        return block.relu(normalized(block.convs[k], block.bns[k], u))
 
-    out = block.relu(block.bn1(block.conv1(x)))  # (N, s*w, H, W)
+    out = block.relu(normalized(block.conv1, block.bn1, x))  # (N, s*w, H, W)
     out = torch.cat(hierarchical_chain(out.split(block.convs[0].in_channels, 1), convolution, config), 1)
     out = apply_optional(block, "drop_block", out)
-    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x, shortcut)
+    return finish_bottle2neck(block, normalized(block.conv3, block.bn3, out), x, shortcut)
 
 
-def finish_bottle2neck(block: nn.Module, out: Tensor, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+def normalized(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
+    """bn(conv(x)); some convolutions have their norm inside."""
+    out = conv(x)
+    return out if conv._modules.get("norm") is bn else bn(out)
+
+
+def finish_bottle2neck(
+    block: nn.Module | BlockParts, out: Tensor, x: Tensor, shortcut: Tensor | None = None
+) -> Tensor:
     """What follows bn3: attention, stochastic depth, the shortcut (from x, unless given), and the last activation."""
     out = apply_optional(block, "drop_path", apply_optional(block, "se", out))
     if shortcut is None:
@@ -109,7 +120,7 @@ def finish_bottle2neck(block: nn.Module, out: Tensor, x: Tensor, shortcut: Tenso
     return block.relu(out)
 
 
-def apply_optional(block: nn.Module, name: str, out: Tensor) -> Tensor:
+def apply_optional(block: nn.Module | BlockParts, name: str, out: Tensor) -> Tensor:
     module = getattr(block, name, None)
     return out if module is None else module(out)
 

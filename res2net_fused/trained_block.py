@@ -5,22 +5,28 @@ The chain is one operator; conv1, bn1, conv3, bn3 and the shortcut stay the bloc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .backends.selection import choose_for_training, requested
 from .chain import ChainConfig, ChainProblem
-from .reference import apply_optional, finish_bottle2neck
+from .folding import is_frozen
+from .layouts import BlockParts
+from .reference import apply_optional, finish_bottle2neck, normalized
 from .training import Statistics
 from .training_operator import hierarchical_conv_bn
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether this norm layer normalises by its input, as in training; one without running statistics always does."""
+    if is_frozen(bn):
+        return False
     return bn.training or getattr(bn, "running_mean", None) is None and getattr(bn, "running_var", None) is None
 
 
-def why_not_trained(block: nn.Module, problem: ChainProblem, backend: str, recompute: bool) -> str | None:
+def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, recompute: bool) -> str | None:
     """None if the block's chain should run with batch statistics in one operator, else the reason."""
     for bn in block.bns:
         if type(bn) is not nn.BatchNorm2d and not _is_alone(bn):
@@ -70,13 +76,13 @@ def _is_alone(bn: nn.Module) -> bool:
 
 
 def run_trained(
-    block: nn.Module, x: Tensor, shortcut: Tensor | None, config: ChainConfig, recompute: bool, backend: str
+    block: BlockParts, x: Tensor, shortcut: Tensor | None, config: ChainConfig, recompute: bool, backend: str
 ) -> Tensor:
     """(N, inplanes, H, W) -> (N, planes * 4, H', W'), as the class's own forward; running statistics are updated.
 
     shortcut: what is added instead of x or its downsample, or None.
     """
-    inner = block.relu(block.bn1(block.conv1(x)))  # (N, s*w, H, W)
+    inner = block.relu(normalized(block.conv1, block.bn1, x))  # (N, s*w, H, W)
     parameters = [_affine(bn, inner) for bn in block.bns]
     chain = hierarchical_conv_bn(
         inner,
@@ -90,7 +96,7 @@ def run_trained(
     )
     update_running_statistics(block.bns, chain.statistics)
     out = apply_optional(block, "drop_block", chain.out)
-    return finish_bottle2neck(block, block.bn3(block.conv3(out)), x, shortcut)
+    return finish_bottle2neck(block, normalized(block.conv3, block.bn3, out), x, shortcut)
 
 
 def _affine(bn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +107,7 @@ def _affine(bn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return gamma, beta
 
 
-def update_running_statistics(bns: nn.ModuleList, statistics: Statistics) -> None:
+def update_running_statistics(bns: Sequence[nn.Module], statistics: Statistics) -> None:
     """As nn.BatchNorm2d.forward does it, in place: momentum None averages over all batches."""
     with torch.no_grad():
         for bn, mean, variance in zip(bns, statistics.mean, statistics.variance, strict=True):

@@ -80,12 +80,13 @@ def _jobs_of_block(case: Case) -> Iterator[Job]:
     from .backends.triton_settings import capability, plan_for
     from .folding import fold_block
     from .kernels.step_plan import step_shape
+    from .layouts import parts_of
 
     module = case.module()
     problem = case.problem(module)
     x = case.inputs()[0].contiguous(memory_format=torch.channels_last)
     own = capability(problem.device)
-    folded = fold_block(module, TORCH_DTYPES[case.dtype])
+    folded = fold_block(parts_of(module), TORCH_DTYPES[case.dtype])
     planes = module.conv3.out_channels
     size = problem.batch, planes, problem.output_height, problem.output_width
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

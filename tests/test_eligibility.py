@@ -100,7 +100,6 @@ CHANGES = {
     "pruning": (lambda b: prune.l1_unstructured(b.convs[1], "weight", 0.5), "hook"),
     "group_norm": (lambda b: setattr(b, "bn1", nn.GroupNorm(1, b.bn1.num_features)), "GroupNorm"),
     "identity_norm": (lambda b: b.bns.__setitem__(0, nn.Identity()), "Identity"),
-    "sync_norm": (lambda b: nn.SyncBatchNorm.convert_sync_batchnorm(b), "SyncBatchNorm"),
     "one_norm_in_training": (lambda b: b.bns[1].train(), "training"),
     "dropped_statistics": (lambda b: setattr(b.bn3, "running_mean", None) or setattr(b.bn3, "running_var", None), "statistics"),
     "dilation": (lambda b: [setattr(c, "dilation", (2, 2)) or setattr(c, "padding", (2, 2)) for c in b.convs], "geometry"),
@@ -110,6 +109,14 @@ CHANGES = {
     "pool_settings": (lambda b: setattr(b.pool, "count_include_pad", False), "pool"),
     "instance_forward": (lambda b: setattr(b.convs[0], "forward", lambda u: u[:, :, ::2, ::2] * 2), "forward"),
 }
+
+
+def test_a_sync_batch_norm_in_eval_mode_is_a_batch_norm():
+    model = accelerate(official())
+    expected = run(model, IMAGES)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert_close(run(model, IMAGES), expected, 1e-6)
+    assert all(r.fused for r in explain(model))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])

@@ -7,6 +7,7 @@ from torch import nn
 
 from res2net_fused import Bottle2neck, freeze
 from res2net_fused.folding import projection_of
+from res2net_fused.layouts import parts_of
 from res2net_fused.reference import ReferenceBottle2neck
 
 X = torch.randn(2, 24, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -52,7 +53,7 @@ UNFOLDED = {
 @pytest.mark.parametrize("name", FOLDED)
 def test_is_folded(name):
     block = FOLDED[name]()
-    assert projection_of(block) is not None
+    assert projection_of(parts_of(block)) is not None
     assert_close(fused(block), expected(block), 1e-12)
     freeze(block)
     assert_close(fused(block), expected(block), 1e-12)
@@ -72,7 +73,7 @@ def test_on_every_backend(name, backend, monkeypatch):
 @pytest.mark.parametrize("name", UNFOLDED)
 def test_runs_as_it_is(name):
     block = UNFOLDED[name]()
-    assert projection_of(block) is None
+    assert projection_of(parts_of(block)) is None
     assert_close(fused(block), expected(block), 1e-12)
 
 
@@ -82,7 +83,7 @@ def test_is_left_alone_where_something_comes_before_the_addition(name):
     fused(block)
     module = randomize(SqueezeExcite(32, dtype=torch.float64)) if name == "se" else nn.Dropout()
     setattr(block, name, module.eval())
-    assert projection_of(block) is None
+    assert projection_of(parts_of(block)) is None
     assert_close(fused(block), expected(block), 1e-12)
 
 

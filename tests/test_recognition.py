@@ -116,7 +116,7 @@ def test_confirmation_runs_once_per_configuration(monkeypatch):
     confirmed = []
     confirm = recognition._confirm
     monkeypatch.setattr(recognition, "_confirmed", {})
-    monkeypatch.setattr(recognition, "_confirm", lambda block: confirmed.append(block) or confirm(block))
+    monkeypatch.setattr(recognition, "_confirm", lambda *block: confirmed.append(block) or confirm(*block))
     accelerate(Res2Net(layers=(3, 3, 1)))
     assert len(confirmed) == 5  # three stage blocks of their own sizes, and a normal one for layer1 and for layer2
     accelerate(Res2Net(layers=(1, 2, 1)))

@@ -11,6 +11,7 @@ from res2net_fused import Bottle2neck
 from res2net_fused.backends import native_cuda, native_cuda_block
 from res2net_fused.chain import ChainProblem
 from res2net_fused.folding import fold_block
+from res2net_fused.layouts import parts_of
 from res2net_fused.reference import ReferenceBottle2neck
 
 from . import harness
@@ -51,7 +52,7 @@ def relative_error_of_block(name: str, dtype: torch.dtype, monkeypatch) -> float
     with torch.no_grad():
         config = block.chain_config
         problem = ChainProblem(config, x.device, dtype, 2, 5, 7, block.width, len(block.convs), False)
-        out = native_cuda_block.block_forward(problem, x, block.downsample(x), fold_block(block, dtype), True)
+        out = native_cuda_block.block_forward(problem, x, block.downsample(x), fold_block(parts_of(block), dtype), True)
         expected = ReferenceBottle2neck.forward(copy.deepcopy(block).double(), x.double())
     assert out.is_contiguous() and out.dtype == dtype
     return float((out.double() - expected).norm() / expected.norm())
