@@ -39,13 +39,15 @@ def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = Fal
             state.backend, state.recompute = backend, recompute
             state.drop()
         elif (layout := layout_of(module)) is not None:
-            config, reason = recognise(module, layout)
+            recognised, reason = recognise(module, layout)
             module.__dict__.pop(REFUSAL, None)
-            if config is None:
+            if recognised is None:
                 module.__dict__[REFUSAL] = reason
                 continue
             geometry = block_geometry(parts_of(module, layout))
-            module.__dict__[STATE] = BlockState(config, backend, geometry, recompute, layout)
+            module.__dict__[STATE] = BlockState(
+                recognised.config, backend, geometry, recompute, recognised.shortcut, layout
+            )
             module.__class__ = fused_class(type(module))
     return model
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.selection import requested
-from .chain import ChainConfig, ChainProblem
+from .chain import ChainConfig, ChainProblem, memory_format
 from .folding import (
     CacheKey,
     FoldedBlock,
@@ -142,9 +142,9 @@ def _run_parts(
 
 
 def entry_pixels(block: BlockParts, x: Tensor) -> Tensor:
-    """The pixels that conv1 reads: all, or those at its stride."""
+    """The pixels that conv1 reads: all, or those at its stride, then in x's memory format, which odd strides hide."""
     rows, columns = block.conv1.stride
-    return x if rows == columns == 1 else x[:, :, ::rows, ::columns]
+    return x if rows == columns == 1 else x[:, :, ::rows, ::columns].contiguous(memory_format=memory_format(x))
 
 
 def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: FoldedBlock) -> Tensor:
@@ -189,8 +189,10 @@ def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState) -> F
 
 def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:
     """The call of the chain inside, for the block's x."""
-    problem = ChainProblem.of(entry_pixels(block, x), block.convs[0].in_channels, len(block.convs), state.config)
-    return replace(problem, dtype=compute_dtype(block, x))
+    rows, columns = block.conv1.stride
+    problem = ChainProblem.of(x, block.convs[0].in_channels, len(block.convs), state.config)
+    height, width = (problem.height - 1) // rows + 1, (problem.width_pixels - 1) // columns + 1
+    return replace(problem, dtype=compute_dtype(block, x), height=height, width_pixels=width)
 
 
 def compute_dtype(block: BlockParts, x: Tensor) -> torch.dtype:

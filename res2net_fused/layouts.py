@@ -1,7 +1,7 @@
 """Where a class of 2-D Res2Net blocks keeps its parts: names are data here, semantics are confirmed in `recognition.py`.
 
-A layout is found once for a block and kept with it; `parts_of` then reads the block's present modules at every call, since users
-replace and hook them at any time.
+A layout is found once for a block and kept with it; `parts_of` then reads the block's present modules at every call, since
+users replace and hook them at any time.
 """
 
 from __future__ import annotations

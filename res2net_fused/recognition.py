@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,15 @@ def layout_of(module: nn.Module) -> BlockLayout | None:
     return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
 
 
-def recognise(block: nn.Module, layout: BlockLayout) -> tuple[ChainConfig | None, str]:
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None."""
+
+    config: ChainConfig
+    shortcut: str | None
+
+
+def recognise(block: nn.Module, layout: BlockLayout) -> tuple[Recognised | None, str]:
     """The confirmed settings of a block with that layout, or None and the reason."""
     refusal = _structure(parts_of(block, layout))
     if refusal is not None:
@@ -43,7 +52,7 @@ def recognise(block: nn.Module, layout: BlockLayout) -> tuple[ChainConfig | None
     return _confirmed[signature]
 
 
-_confirmed: dict[tuple[object, ...], tuple[ChainConfig | None, str]] = {}
+_confirmed: dict[tuple[object, ...], tuple[Recognised | None, str]] = {}
 
 
 def _structure(block: BlockParts) -> str | None:
@@ -108,7 +117,7 @@ def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
             continue  # a combination that does not exist
 
 
-def _confirm(block: nn.Module, layout: BlockLayout) -> tuple[ChainConfig | None, str]:
+def _confirm(block: nn.Module, layout: BlockLayout) -> tuple[Recognised | None, str]:
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
             torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
@@ -117,18 +126,62 @@ def _confirm(block: nn.Module, layout: BlockLayout) -> tuple[ChainConfig | None,
             refusal = _hidden_arithmetic(parts)
             if refusal is not None:
                 return None, refusal
-            x = torch.randn(2, parts.conv1.in_channels, 7, 10, dtype=torch.float64, device="cpu")
-            own = [_outputs(functools.partial(type(block).forward, twin), twin, x, mode) for mode in (False, True)]
+            own = _own_results(type(block).forward, parts)
+            plain_call, plain_results = own[0]
             for config in _candidates(parts):
-                try:
-                    ours = [_outputs(lambda t, c=config: bottle2neck(parts, t, c), twin, x, mode) for mode in (False, True)]
-                except RuntimeError:
-                    continue  # sizes that do not fit: not this recurrence
-                if all(_agree(a, b) for a, b in zip(ours, own, strict=True)):
-                    return config, "the reference agrees with its own forward in float64"
+                agreed = [call for call, results in own if _agrees(parts, config, call, results)]
+                if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
+                    return Recognised(config, agreed[-1].name), "the reference agrees with its own forward in float64"
+            if isinstance(plain_results, Exception):
+                raise plain_results
     except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
         return None, f"its own forward could not be tried: {type(error).__name__}: {error}"
     return None, "no known recurrence agrees with its own forward" + _unknown_parts(block, layout)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """One way to call a block: with x, and with a shortcut for the parameter `name` where there is one."""
+
+    x: Tensor
+    shortcut: Tensor | None = None
+    name: str | None = None
+
+    def __call__(self, forward: Callable[..., Tensor]) -> Tensor:
+        return forward(self.x.clone(), *(() if self.shortcut is None else (self.shortcut.clone(),)))
+
+
+def _own_results(forward: Callable[..., Tensor], parts: BlockParts) -> list[tuple[_Call, list[Tensor] | Exception]]:
+    """What the block's own forward gives in eval and train mode: with x and, where it may take a shortcut, with that too.
+
+    Or the error: blocks that stride need their shortcut, and others need what nobody can guess.
+    """
+    x = torch.randn(2, parts.conv1.in_channels, 7, 10, dtype=torch.float64, device="cpu")
+    x[1] *= 50  # beyond the bounds of clamped activations
+    calls = [_Call(x)]
+    parameters = list(inspect.signature(forward).parameters)[2:]
+    if parameters and parts.downsample is None:
+        stride = parts.conv1.stride[0] * parts.convs[0].stride[0]
+        shape = 2, parts.conv3.out_channels, (7 - 1) // stride + 1, (10 - 1) // stride + 1
+        calls.append(_Call(x, torch.randn(shape, dtype=torch.float64, device="cpu"), parameters[0]))
+    return [(call, _tried(functools.partial(call, functools.partial(forward, parts.module)), parts)) for call in calls]
+
+
+def _tried(call: Callable[[], Tensor], parts: BlockParts) -> list[Tensor] | Exception:
+    try:
+        return [_outputs(call, parts.module, mode) for mode in (False, True)]
+    except Exception as error:
+        return error
+
+
+def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tensor] | Exception) -> bool:
+    def ours(x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return bottle2neck(parts, x, config, shortcut)
+
+    if isinstance(own, Exception):
+        return False
+    results = _tried(functools.partial(call, ours), parts)  # sizes that do not fit raise: not this recurrence
+    return not isinstance(results, Exception) and all(_agree(a, b) for a, b in zip(results, own, strict=True))
 
 
 def _hidden_arithmetic(block: BlockParts) -> str | None:
@@ -186,11 +239,11 @@ def _random_twin(block: nn.Module) -> nn.Module:
     return twin
 
 
-def _outputs(forward, twin: nn.Module, x: Tensor, training: bool) -> Tensor:
+def _outputs(call: Callable[[], Tensor], twin: nn.Module, training: bool) -> Tensor:
     buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     twin.train(training)
     torch.default_generator.manual_seed(_SEED)  # dropout and stochastic depth draw alike
-    out = forward(x.clone())
+    out = call()
     for name, buffer in twin.named_buffers():
         buffer.copy_(buffers[name])
     return out

@@ -97,8 +97,9 @@ def test_what_is_recognised(case, expected):
     kind, stype, stride = case
     block = BLOCK_KINDS[kind](32, 8, stride, nn.Conv2d(32, 32, 1, stride), stype=stype)
     nn.init.zeros_(block.bn3.weight)
-    config, reason = recognition.recognise(block, recognition.layout_of(block))
-    assert config is not None, reason
+    recognised, reason = recognition.recognise(block, recognition.layout_of(block))
+    assert recognised is not None, reason
+    config = recognised.config
     assert (config.hierarchical, config.passthrough, config.pool) == expected
     assert (config.stride, config.dilation, config.groups) == (stride, 1, 1)
 
