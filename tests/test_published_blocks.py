@@ -1,11 +1,11 @@
-"""`accelerate` on every published kind of block: what it is taken for, results and gradients in both modes, what is left alone."""
+"""`accelerate` on every published kind of block: what it is taken for, its results and gradients, and what is left alone."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from helpers import assert_close, randomize, relative_error
+from helpers import assert_close, randomize, relative_error, timm_or_skip
 from official_style import Bottle2neck
 from published_blocks.classifiers import (
     AntiSpoofingBlock,
@@ -186,6 +186,21 @@ def test_a_given_shortcut_that_is_not_simply_added_is_not_fused():
         out = block(x, x)
         assert explain(block)[0].fused is False
         assert torch.equal(out, restore(block)(x, x))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", ["dla60_res2net", "dla60_res2next"])
+def test_the_dla_of_timm(kind, training):
+    channels = (8, 16, 64, 64, 128, 128)
+    model = timm_or_skip().create_model(kind, levels=(1, 1, 1, 2, 1, 1), channels=channels, num_classes=5)
+    model = randomize(model).double().train(training)
+    fused = accelerate(copy.deepcopy(model))
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    for ours, own in zip(results_of(fused, x, grad=True), results_of(model, x, grad=True), strict=True):
+        assert_close(ours, own, 1e-8)
+    reports = explain(fused)
+    assert len(reports) == sum(hasattr(m, "convs") for m in model.modules()) > 4
+    assert all(r.fused for r in reports), reports
 
 
 # Hooks, checkpointing, other norms --------------------------------------------------------------------------------------

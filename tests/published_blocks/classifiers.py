@@ -1,7 +1,5 @@
 """Blocks in the style of image classifiers' code, written from the table of published differences; nothing of it is shared
 with the package, and names, attributes and semantics are each code's own.
-
-Every block is made by `make(stride, first)`: `first` says that it is the first block of a stage, which changes the channels.
 """
 
 import math
@@ -9,8 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-PLANES = 16  # of every block's inside, before its base width
 
 
 def projection(inplanes, outplanes, stride):
@@ -80,9 +76,8 @@ class LinearGate(nn.Module):
 
     def __init__(self, channels, reduction=8):
         super().__init__()
-        self.fc = nn.Sequential(
-            nn.Linear(channels, channels // reduction), nn.ReLU(inplace=True), nn.Linear(channels // reduction, channels), nn.Sigmoid()
-        )  # fmt: skip
+        inside = channels // reduction
+        self.fc = nn.Sequential(nn.Linear(channels, inside), nn.ReLU(inplace=True), nn.Linear(inside, channels), nn.Sigmoid())
 
     def forward(self, x):
         return x * self.fc(x.mean((2, 3)))[:, :, None, None]
