@@ -4,6 +4,7 @@ from .accelerate import accelerate, freeze, refresh, restore
 from .bottle2neck import Bottle2neck
 from .explain import BlockReport, explain
 from .operator import hierarchical_conv2d
+from .operator1d import hierarchical_conv1d
 from .packing import PackedWeights, pack_weights
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "accelerate",
     "explain",
     "freeze",
+    "hierarchical_conv1d",
     "hierarchical_conv2d",
     "pack_weights",
     "refresh",

@@ -24,7 +24,7 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
 
-def _at_least_one(name: str, value: object) -> None:
+def at_least_one(name: str, value: object) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
     if value < 1:
@@ -52,9 +52,9 @@ class ChainConfig:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        _at_least_one("stride", self.stride)
-        _at_least_one("dilation", self.dilation)
-        _at_least_one("groups", self.groups)
+        at_least_one("stride", self.stride)
+        at_least_one("dilation", self.dilation)
+        at_least_one("groups", self.groups)
         one_of("passthrough", self.passthrough, PASSTHROUGHS)
         one_of("pool", self.pool, POOLS)
         one_of("activation", self.activation, ACTIVATIONS)
@@ -186,13 +186,17 @@ def check_types(x: object, weights: object, biases: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {describe(x)}; a Tensor of shape (N, s*w, H, W) is needed")
     for name, values in (("weights", weights), ("biases", biases)):
-        if name == "biases" and values is None:
-            continue
-        if isinstance(values, Tensor) or not isinstance(values, Sequence):
-            raise TypeError(f"{name} is a {describe(values)}; a list of Tensors, one per convolution, is needed")
-        for i, value in enumerate(values):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}[{i}] is a {describe(value)}; a Tensor is needed")
+        if name == "weights" or values is not None:
+            sequence_types(name, values)
+
+
+def sequence_types(name: str, values: object) -> None:
+    """TypeErrors for what is no list of tensors."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} is a {describe(values)}; a list of Tensors, one per convolution, is needed")
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{i}] is a {describe(value)}; a Tensor is needed")
 
 
 def check_weights(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> int:

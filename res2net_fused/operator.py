@@ -105,18 +105,16 @@ def hierarchical_conv2d(
         one_of("backend", backend, BACKENDS)
         ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
         if torch.autograd.forward_ad._current_level >= 0:
-            _refuse_tangents((x, *weights, *(biases or ())))
+            refuse_tangents("hierarchical_conv2d", (x, *weights, *(biases or ())))
     return torch.ops.res2net_fused.hierarchical_conv2d.default(
         x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
     )
 
 
-def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+def refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
     """torch.library has no forward-mode rules and would lose the tangents in silence."""
     if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            "hierarchical_conv2d has no forward-mode derivative; compute it with res2net_fused.reference.hierarchical_conv2d"
-        )
+        raise NotImplementedError(f"{name} has no forward-mode derivative; compute it with res2net_fused.reference.{name}")
 
 
 # Kernel ---------------------------------------------------------------------------------------------------------------

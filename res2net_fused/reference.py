@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chain import ChainConfig
+from .chain1d import Chain1dConfig
 from .layouts import BlockParts
 
 
@@ -60,8 +61,7 @@ def hierarchical_conv2d(
     """The chain with BatchNorm folded into weights (w, w/groups, 3, 3) and biases (w,); x is (N, s*w, H, W)."""
 
     def convolution(k: int, u: Tensor) -> Tensor:
-        bias = None if biases is None else biases[k].to(u.dtype)
-        y = F.conv2d(u, weights[k], bias, config.stride, config.dilation, config.dilation, config.groups)
+        y = F.conv2d(u, weights[k], bias_of(biases, k, u), config.stride, config.dilation, config.dilation, config.groups)
         return activate(y, config.activation)
 
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
@@ -82,6 +82,41 @@ def hierarchical_conv_bn(
         return activate(F.batch_norm(z, None, None, gammas[k], betas[k], training=True, eps=eps[k]), config.activation)
 
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
+
+
+def hierarchical_conv1d(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    affine_scale: Sequence[Tensor] | None,
+    affine_shift: Sequence[Tensor] | None,
+    config: Chain1dConfig,
+) -> Tensor:
+    """The chain along rows, y_i = scale_i * relu(K_i * u_i + b_i) + shift_i: BatchNorm's affine map comes after ReLU.
+
+    weights: (w, w, k); biases, affine_scale, affine_shift: (w,), or None; x: (N, s*w, L).
+    """
+
+    def convolution(k: int, u: Tensor) -> Tensor:
+        z = F.conv1d(padded_1d(u, weights[k], config), weights[k], bias_of(biases, k, u), dilation=config.dilation)
+        return affine_1d(z.relu(), affine_scale, affine_shift, k)
+
+    return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config.chain), 1)
+
+
+def padded_1d(u: Tensor, weight: Tensor, config: Chain1dConfig) -> Tensor:
+    """u (N, w, L) with what stands beyond its ends, (N, w, L + 2p), so that the convolution by `weight` is (N, w, L)."""
+    padding = config.padding(weight.shape[2])
+    return F.pad(u, (padding, padding), mode="constant" if config.padding_mode == "zeros" else "reflect")
+
+
+def bias_of(biases: Sequence[Tensor] | None, k: int, u: Tensor) -> Tensor | None:
+    return None if biases is None else biases[k].to(u.dtype)
+
+
+def affine_1d(r: Tensor, scale: Sequence[Tensor] | None, shift: Sequence[Tensor] | None, k: int) -> Tensor:
+    """scale_k * r + shift_k for each channel of r (N, w, L), in the wider of their dtypes, then rounded to r's."""
+    return r if scale is None else (r * scale[k][:, None] + shift[k][:, None]).to(r.dtype)
 
 
 def bottle2neck(

@@ -1,0 +1,156 @@
+"""Backends of the 1-D chain: `reference` by PyTorch's operators as the mathematics says, and `cpu`, arranged for CPUs.
+
+Both save nothing on the way but what `keep` asks for: relu(K_i u_i + b_i) of every convolution, which backward needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..chain1d import Chain1dProblem
+from ..reference import affine_1d, bias_of, padded_1d
+from .selection import Choice, requested
+
+# Up to so many rows of all images together, a product for each tap is faster than a convolution by oneDNN, whose weights are
+# reordered at every call. On one AVX-512 core, 200 to 300 rows of 64 and 128 channels: 1.0 to 2.1 times PyTorch's own
+# operators; beyond, without the copies for padding and concatenation, 1.0 to 1.2 times.
+ROWS_FOR_PRODUCTS = 512
+
+
+def choose_1d(problem: Chain1dProblem, backend: str) -> Choice:
+    """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it."""
+    name, source = requested(backend)
+    if name == "auto":
+        reason = _why_not_cpu(problem)
+        return Choice("cpu") if reason is None else Choice("reference", (("cpu", reason),))
+    why = None if name == "reference" else _why_not_cpu(problem) if name == "cpu" else "it has no 1-D kernels"
+    if why is not None:
+        raise RuntimeError(f"{source} cannot run {problem}: {why}")
+    return Choice(name, requested_by=source)
+
+
+def plan_1d(problem: Chain1dProblem, name: str) -> str:
+    """One line for `explain`."""
+    if name == "reference":
+        return f"ATen, one convolution at a time: {problem.steps} convolutions, then one concatenation"
+    return "one product for each tap" if multiplies(problem) else "convolutions of padded rows, written into their places"
+
+
+def _why_not_cpu(problem: Chain1dProblem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"x is on {problem.device}; this backend runs on cpu tensors"
+    return None
+
+
+def multiplies(problem: Chain1dProblem) -> bool:
+    return 0 < problem.batch * problem.length <= ROWS_FOR_PRODUCTS and problem.dtype in (torch.float32, torch.float64)
+
+
+def pack_1d(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights of every tap as the right factor of a product, each (k, w, w)."""
+    return [weight.detach().permute(2, 1, 0).contiguous() for weight in weights]
+
+
+def forward_1d(
+    name: str,
+    problem: Chain1dProblem,
+    x: Tensor,  # (N, s*w, L)
+    weights: Sequence[Tensor],  # each (w, w, k)
+    biases: Sequence[Tensor] | None,  # each (w,), as the affine map
+    affine_scale: Sequence[Tensor] | None,
+    affine_shift: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,  # what `pack_1d` returned, or None
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """out (N, s*w, L), contiguous, and with `keep` relu(K_i u_i + b_i) of every convolution, each (N, w, L)."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    chain, width = problem.config.chain, problem.width
+    groups, outputs = x.split(width, 1), out.split(width, 1)
+    products = name == "cpu" and multiplies(problem)
+    if products:
+        step = _Products(problem, packed or pack_1d(weights), biases)
+    else:
+        step = _Convolutions(problem, weights, biases, in_place=name == "cpu")
+    kept: list[Tensor] = []
+    for i, (group, slot) in enumerate(zip(groups, outputs, strict=True)):
+        if i == chain.passed_group(problem.scale):
+            slot.copy_(group)
+            continue
+        k = i - chain.first_convolved
+        rectified = step(k, group, outputs[i - 1] if chain.adds(i) else None)  # (N, w, L)
+        if keep:
+            kept.append(rectified.clone(memory_format=torch.contiguous_format) if products else rectified)
+        if affine_scale is None:
+            slot.copy_(rectified)
+        elif affine_scale[k].dtype == affine_shift[k].dtype == x.dtype:
+            torch.addcmul(affine_shift[k][:, None], rectified, affine_scale[k][:, None], out=slot)
+        else:
+            slot.copy_(affine_1d(rectified, affine_scale, affine_shift, k))
+    return out, kept
+
+
+class _Convolutions:
+    """relu of a convolution by PyTorch's operator; `in_place`: of rows that are padded where they are summed."""
+
+    def __init__(self, problem: Chain1dProblem, weights, biases, in_place: bool) -> None:
+        self.problem, self.weights, self.biases = problem, weights, biases
+        first, config = weights[0], problem.config
+        self.padded = None
+        if in_place and config.padding_mode == "reflect":
+            shape = problem.batch, problem.width, problem.length + 2 * problem.padding
+            self.padded = torch.empty(shape, dtype=first.dtype, device=first.device)
+
+    def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
+        problem, dilation = self.problem, self.problem.config.dilation
+        weight, bias = self.weights[k], bias_of(self.biases, k, x)
+        if self.padded is not None:
+            fill_rows(self.padded.transpose(1, 2), x.transpose(1, 2), previous, problem)
+            return F.conv1d(self.padded, weight, bias, dilation=dilation).relu_()
+        u = x if previous is None else x + previous
+        if problem.config.padding_mode == "zeros":
+            return F.conv1d(u, weight, bias, padding=problem.padding, dilation=dilation).relu_()
+        return F.conv1d(padded_1d(u, weight, problem.config), weight, bias, dilation=dilation).relu_()
+
+
+class _Products:
+    """relu of a convolution as the sum of one product for each tap, over the padded rows of all images at once."""
+
+    def __init__(self, problem: Chain1dProblem, packed: Sequence[Tensor], biases) -> None:
+        self.problem, self.packed, self.biases = problem, packed, biases
+        shape = problem.batch, problem.length + 2 * problem.padding, problem.width
+        first = packed[0]
+        self.padded = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        self.result = torch.empty(shape, dtype=first.dtype, device=first.device)
+
+    def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
+        problem, dilation = self.problem, self.problem.config.dilation
+        fill_rows(self.padded, x.transpose(1, 2), previous, problem)
+        rows = self.padded.flatten(0, 1)  # (N * (L + 2p), w)
+        count = rows.shape[0] - 2 * problem.padding  # those between images are computed too, and never read
+        z = self.result.flatten(0, 1)[:count]
+        for tap, factor in enumerate(self.packed[k]):
+            shifted = rows[tap * dilation : tap * dilation + count]
+            if tap:
+                z.addmm_(shifted, factor)
+            elif self.biases is None:
+                torch.mm(shifted, factor, out=z)
+            else:
+                torch.addmm(bias_of(self.biases, k, x), shifted, factor, out=z)
+        return self.result[:, : problem.length].relu_().transpose(1, 2)  # (N, w, L)
+
+
+def fill_rows(padded: Tensor, x: Tensor, previous: Tensor | None, problem: Chain1dProblem) -> None:
+    """x (N, L, w), plus y_{i-1} (N, w, L), into the inside of padded (N, L + 2p, w), and its borders where they reflect."""
+    p, length = problem.padding, problem.length
+    inside = padded[:, p : p + length]
+    if previous is None:
+        inside.copy_(x)
+    else:
+        torch.add(x, previous.transpose(1, 2), out=inside)
+    if problem.config.padding_mode == "reflect" and p:
+        padded[:, :p] = padded[:, p + 1 : 2 * p + 1].flip(1)
+        padded[:, p + length :] = padded[:, length - 1 : length - 1 + p].flip(1)
