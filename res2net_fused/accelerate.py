@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from .chain import BACKENDS, one_of
 from .folding import is_frozen
-from .fused_block import STATE, BlockState, FusedForward, block_geometry, fold_and_pack, why_not_foldable
+from .fused_block import STATE, BlockState, FusedForward, FusedModule, block_geometry, fold_and_pack, why_not_foldable
+from .fused_block1d import BlockState1d, FusedForward1d, geometry_1d, parts_1d, work_out_and_pack
 from .layouts import parts_of
 from .recognition import layout_of, recognise
+from .recognition1d import layout_1d_of, recognise_1d
 
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 
@@ -34,22 +36,38 @@ def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = Fal
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
     one_of("backend", backend, BACKENDS)
     for module in model.modules():
-        if isinstance(module, FusedForward):
+        if isinstance(module, FusedModule):
             state = getattr(module, STATE)
-            state.backend, state.recompute = backend, recompute
+            state.backend = backend
+            if isinstance(state, BlockState):
+                state.recompute = recompute
             state.drop()
-        elif (layout := layout_of(module)) is not None:
-            recognised, reason = recognise(module, layout)
-            module.__dict__.pop(REFUSAL, None)
-            if recognised is None:
-                module.__dict__[REFUSAL] = reason
-                continue
-            geometry = block_geometry(parts_of(module, layout))
-            module.__dict__[STATE] = BlockState(
-                recognised.config, backend, geometry, recompute, recognised.shortcut, layout
-            )
-            module.__class__ = fused_class(type(module))
+        else:
+            _take_over(module, backend, recompute)
     return model
+
+
+def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
+    """Makes the module run fused if it is a Res2Net block, and notes the reason if it only looks like one."""
+    mixin, state = FusedForward, None
+    if (layout_1d := layout_1d_of(module)) is not None:
+        mixin = FusedForward1d
+        config, reason = recognise_1d(module, layout_1d)
+        if config is not None:
+            state = BlockState1d(config, backend, layout_1d, geometry_1d(list(module.modules())))
+    elif (layout := layout_of(module)) is not None:
+        recognised, reason = recognise(module, layout)
+        if recognised is not None:
+            geometry = block_geometry(parts_of(module, layout))
+            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout)
+    else:
+        return
+    module.__dict__.pop(REFUSAL, None)
+    if state is None:
+        module.__dict__[REFUSAL] = reason
+        return
+    module.__dict__[STATE] = state
+    module.__class__ = fused_class(type(module), mixin)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -71,15 +89,23 @@ def freeze(model: nn.Module) -> nn.Module:
     and `load_state_dict` thaw them. Raises RuntimeError for a block whose BatchNorm is in training mode.
     """
     for name, block in fused_blocks(model):
-        if any(bn.training and not is_frozen(bn) for bn in parts_of(block, getattr(block, STATE).layout).norms):
+        if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
+        if isinstance(state, BlockState1d):
+            state.frozen = work_out_and_pack(block, state, copy=True)
+            continue
         parts = parts_of(block, state.layout)
         if why_not_foldable(parts) is not None:
             continue  # it runs its class's own forward; `explain` tells
         state.frozen = fold_and_pack(parts, parts.conv1.weight.dtype, state)
     return model
+
+
+def _norms(block: nn.Module) -> Iterable[nn.Module]:
+    state = getattr(block, STATE)
+    return parts_1d(block, state.layout)[1] if isinstance(state, BlockState1d) else parts_of(block, state.layout).norms
 
 
 def refresh(model: nn.Module) -> nn.Module:
@@ -92,7 +118,7 @@ def refresh(model: nn.Module) -> nn.Module:
 def fused_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every block of the model that has the fused forward, with its name."""
     for name, module in model.named_modules():
-        if isinstance(module, FusedForward):
+        if isinstance(module, FusedModule):
             yield name, module
 
 
@@ -102,10 +128,10 @@ _originals: dict[type, type] = {}  # generated class -> the class it stands in f
 
 
 @functools.cache
-def fused_class(original: type) -> type:
+def fused_class(original: type, mixin: type) -> type:
     """The subclass of `original` whose forward runs fused; the same one for every call."""
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
-    generated = type(f"Fused{original.__name__}", (FusedForward, original), body)
+    generated = type(f"Fused{original.__name__}", (mixin, original), body)
     _originals[generated] = original
     return generated
 
@@ -116,11 +142,11 @@ def _reduce(self: nn.Module, protocol: int):
     if type(self) is not generated:
         return super(generated, self).__reduce_ex__(protocol)  # a class that others put on top is theirs to rebuild
     _, (_, *arguments), *state = super(generated, self).__reduce_ex__(protocol)
-    return _rebuild, (_originals[generated], *arguments), *state
+    return _rebuild, (_originals[generated], generated.__bases__[0], *arguments), *state
 
 
-def _rebuild(original: type, *arguments: object) -> nn.Module:
-    generated = fused_class(original)
+def _rebuild(original: type, mixin: type, *arguments: object) -> nn.Module:
+    generated = fused_class(original, mixin)
     return generated.__new__(generated, *arguments)
 
 

@@ -1,4 +1,4 @@
-"""What a 1-D chain is, as in the speaker networks of the ECAPA-TDNN kind: its settings, and every check of a caller's arguments.
+"""What a 1-D chain is, as in speaker networks such as ECAPA-TDNN: its settings, and every check of a caller's arguments.
 
 There BatchNorm comes after ReLU: its affine map is a step of its own and is not folded into the convolution.
 """

@@ -9,8 +9,10 @@ from torch import nn
 
 from .accelerate import REFUSAL
 from .backends.selection import choose, choose_for_training, get_backend
-from .fused_block import STATE, BlockState, FusedForward
+from .fused_block import STATE, BlockState, FusedModule
+from .fused_block1d import FusedForward1d, report_1d
 from .recognition import layout_of
+from .recognition1d import layout_1d_of
 from .tables import format_table
 from .training import describe_training
 
@@ -53,12 +55,14 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _report(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, FusedForward) or layout_of(module) is not None
+        if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
     )
 
 
 def _report(name: str, module: nn.Module) -> BlockReport:
-    if not isinstance(module, FusedForward):
+    if isinstance(module, FusedForward1d):
+        return BlockReport(name, *report_1d(getattr(module, STATE)))
+    if not isinstance(module, FusedModule):
         reason = module.__dict__.get(REFUSAL, "accelerate(model) has not been called since this block was added")
         return BlockReport(name, False, "", reason)
     state: BlockState = getattr(module, STATE)

@@ -50,16 +50,20 @@ class FoldedBlock:
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """conv' in `dtype` and b' in fp32 (fp64 for an fp64 block); differentiable. Half-precision factors multiply in fp32."""
-    wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+    scale, shift = affine_of(bn, conv.weight.dtype)
+    bias = shift if conv.bias is None else conv.bias.to(scale.dtype) * scale + shift
+    weight = conv.weight.to(scale.dtype) * scale.reshape(-1, 1, 1, 1)
+    return weight.to(dtype), bias
+
+
+def affine_of(bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """BatchNorm in eval mode as bn(z) = scale * z + shift, both (C,), in fp32 (fp64 for `dtype` fp64); differentiable."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.rsqrt(bn.running_var.to(wide) + getattr(bn, "eps", 0.0))  # some frozen norms have no eps
     if bn.weight is not None:
         scale = scale * bn.weight.to(wide)
-    mean = bn.running_mean.to(wide)
-    bias = -mean * scale if conv.bias is None else (conv.bias.to(wide) - mean) * scale
-    if bn.bias is not None:
-        bias = bias + bn.bias.to(wide)
-    weight = conv.weight.to(wide) * scale.reshape(-1, 1, 1, 1)
-    return weight.to(dtype), bias
+    shift = -bn.running_mean.to(wide) * scale
+    return scale, shift if bn.bias is None else shift + bn.bias.to(wide)
 
 
 def fold_block(block: BlockParts, dtype: torch.dtype) -> FoldedBlock:

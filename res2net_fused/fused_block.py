@@ -67,7 +67,23 @@ class BlockState:
         self.__init__(**state)  # type: ignore[misc]
 
 
-class FusedForward:
+class FusedModule:
+    """Mixin of all modules that run fused: what they keep under STATE is dropped where PyTorch changes their tensors."""
+
+    def train(self, mode: bool = True):
+        getattr(self, STATE).drop(frozen=mode)
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        getattr(self, STATE).drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        getattr(self, STATE).drop()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+
+class FusedForward(FusedModule):
     """Mixin before an nn.Module class of the Res2Net kind; its instances carry a BlockState."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -86,18 +102,6 @@ class FusedForward:
                 state.last_problem, state.last_trained = chain_problem(parts, x, state), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
         return run_fused(parts, x, shortcut, state)
-
-    def train(self, mode: bool = True):
-        getattr(self, STATE).drop(frozen=mode)
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        getattr(self, STATE).drop()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        getattr(self, STATE).drop()
-        return super()._load_from_state_dict(*args, **kwargs)
 
 
 def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor:
@@ -223,7 +227,7 @@ def why_not_fused(
     castable = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight_dtype)
     if x.dtype != weight_dtype and not castable:
         return f"x is {x.dtype} but the weights are {weight_dtype}"
-    if not torch.compiler.is_compiling() and _transformed():
+    if not torch.compiler.is_compiling() and transformed():
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     training = any(map(uses_batch_statistics, block.bns))
     if training and getattr(block.module, "with_cp", False):
@@ -264,7 +268,7 @@ def given_shortcut(
     return shortcut, None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func (vmap, grad, jvp) or forward-mode AD is at work, for which the operators have no rules."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 

@@ -102,7 +102,7 @@ def _present(module: nn.Module, pair: tuple[str, str]) -> tuple[Path, ...] | Non
             if not isinstance(path, str):
                 return None
         paths.append(tuple(path.split(".")))
-    modules = [list(_resolve(module, path)) for path in paths]
+    modules = [list(resolve(module, path)) for path in paths]
     if not modules[0] or not all(isinstance(m, nn.Module) for m in itertools.chain(*modules)):
         return None
     alone = "*" not in paths[0]
@@ -111,13 +111,13 @@ def _present(module: nn.Module, pair: tuple[str, str]) -> tuple[Path, ...] | Non
     return tuple(paths) if modules[1] else None
 
 
-def _resolve(module: nn.Module | None, path: Path) -> Iterator[nn.Module | None]:
+def resolve(module: nn.Module | None, path: Path) -> Iterator[nn.Module | None]:
     """What is at the path: one module, or all of a ModuleList; nothing where an ordinary module stands for a list."""
     for i, name in enumerate(path):
         if name == "*":
             if isinstance(module, nn.ModuleList):
                 for child in module._modules.values():
-                    yield from _resolve(child, path[i + 1 :])
+                    yield from resolve(child, path[i + 1 :])
             return
         module = None if module is None else module._modules.get(name)
     yield module
@@ -133,9 +133,9 @@ def parts_of(module: nn.Module, layout: BlockLayout = PUBLISHED) -> BlockParts:
         elif len(path) == 1:
             parts.append(_part(module, path[0]))
         elif name in ("convs", "bns"):
-            parts.append(list(_resolve(module, path)))
+            parts.append(list(resolve(module, path)))
         else:
-            parts.append(next(_resolve(module, path)))
+            parts.append(next(resolve(module, path)))
     return BlockParts(module, *parts)
 
 
@@ -154,5 +154,5 @@ def wrappers(module: nn.Module, layout: BlockLayout) -> list[nn.Module]:
         path = getattr(layout, name)
         for end in range(1, len(path)):
             if path[end] != "*":
-                found.update((id(m), m) for m in _resolve(module, path[:end]) if m is not None)
+                found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
     return list(found.values())

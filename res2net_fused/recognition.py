@@ -7,6 +7,7 @@ random parameters. That is done once for each configuration.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -46,7 +47,7 @@ def recognise(block: nn.Module, layout: BlockLayout) -> tuple[Recognised | None,
     refusal = _structure(parts_of(block, layout))
     if refusal is not None:
         return None, refusal
-    signature = _signature(block), layout
+    signature = own_signature(block), layout
     if signature not in _confirmed:
         _confirmed[signature] = _confirm(block, layout)
     return _confirmed[signature]
@@ -90,7 +91,7 @@ def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
     return conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def _signature(block: nn.Module) -> tuple[object, ...]:
+def own_signature(block: nn.Module) -> tuple[object, ...]:
     """All that a block's forward may depend on, but for the values of its tensors."""
     ignored = _MODULE_ATTRIBUTES | {"training"}
     attributes = tuple(sorted((k, repr(v)) for k, v in vars(block).items() if k not in ignored))
@@ -119,9 +120,8 @@ def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
 
 def _confirm(block: nn.Module, layout: BlockLayout) -> tuple[Recognised | None, str]:
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-            torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
-            twin = _random_twin(block)
+        with seeded():
+            twin = random_twin(block)
             parts = parts_of(twin, layout)
             refusal = _hidden_arithmetic(parts)
             if refusal is not None:
@@ -137,6 +137,14 @@ def _confirm(block: nn.Module, layout: BlockLayout) -> tuple[Recognised | None, 
     except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
         return None, f"its own forward could not be tried: {type(error).__name__}: {error}"
     return None, "no known recurrence agrees with its own forward" + _unknown_parts(block, layout)
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Without gradients or inference tensors, and with random numbers of a seed of its own; the caller's are given back."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
+        yield
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,7 +189,7 @@ def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tenso
     if isinstance(own, Exception):
         return False
     results = _tried(functools.partial(call, ours), parts)  # sizes that do not fit raise: not this recurrence
-    return not isinstance(results, Exception) and all(_agree(a, b) for a, b in zip(results, own, strict=True))
+    return not isinstance(results, Exception) and all(agree(a, b) for a, b in zip(results, own, strict=True))
 
 
 def _hidden_arithmetic(block: BlockParts) -> str | None:
@@ -199,7 +207,7 @@ def _hidden_arithmetic(block: BlockParts) -> str | None:
                 plain = nn.functional.conv2d(u, *fold(conv, bn, torch.float64), *geometry)
             else:
                 plain = bn(nn.functional.conv2d(u, conv.weight, conv.bias, *geometry))
-            if not _agree(plain, normalized(conv, bn, u)):
+            if not agree(plain, normalized(conv, bn, u)):
                 return f"{name} ({type(conv).__name__}, {type(bn).__name__}) is not what its weights and norm compute"
     return None
 
@@ -222,7 +230,7 @@ def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
         yield from part if isinstance(part, list) else (part,)
 
 
-def _random_twin(block: nn.Module) -> nn.Module:
+def random_twin(block: nn.Module) -> nn.Module:
     """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
     twin = copy.deepcopy(block)
     if any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers())):
@@ -249,6 +257,6 @@ def _outputs(call: Callable[[], Tensor], twin: nn.Module, training: bool) -> Ten
     return out
 
 
-def _agree(ours: Tensor, own: Tensor) -> bool:
+def agree(ours: Tensor, own: Tensor) -> bool:
     return ours.shape == own.shape and bool((ours - own).norm() <= _AGREEMENT * own.norm())
 

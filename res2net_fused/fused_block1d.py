@@ -1,0 +1,199 @@
+"""How a 1-D Res2Net block runs fused: the mixin before the blocks of speaker networks (ECAPA-TDNN).
+
+Some modules are the chain alone (SpeechBrain, WeSpeaker), others a whole bottleneck (ESPnet), whose outer convolutions stay its
+own. In eval mode the affine maps of the BatchNorms after ReLU are kept, and the chain is one operator; in training mode, where
+those norms need the statistics of the batch, the class's own forward runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .backends.chain1d import choose_1d, pack_1d, plan_1d
+from .backends.selection import requested
+from .chain1d import Chain1dConfig, Chain1dProblem
+from .folding import CacheKey, affine_of, cacheable, why_not_bypassed
+from .fused_block import STATE, FusedModule, given_shortcut, transformed
+from .layouts import Path, resolve
+from .operator1d import call_1d
+
+
+@dataclass(frozen=True)
+class Layout1d:
+    """Paths of the chain's convolutions and norms. outer: whether conv1, bn1, conv3 and bn3 stand around the chain."""
+
+    convs: Path
+    bns: Path
+    outer: bool
+
+
+@dataclass
+class Chain1dWeights:
+    """A chain's tensors as the operator takes them; packed and affine maps worked out where they are kept."""
+
+    weights: list[Tensor]  # each (w, w, k)
+    biases: list[Tensor] | None  # each (w,), as the affine maps
+    scale: list[Tensor]
+    shift: list[Tensor]
+    packed: list[Tensor] | None = None
+
+
+@dataclass
+class BlockState1d:
+    """What a fused 1-D block knows about itself; of this only the fields before `kept` are copied and pickled."""
+
+    config: Chain1dConfig
+    backend: str
+    layout: Layout1d
+    geometry: tuple[object, ...]  # of all its modules when they were recognised: `geometry_1d`
+    kept: tuple[CacheKey, Chain1dWeights] | None = field(default=None, repr=False)
+    frozen: Chain1dWeights | None = field(default=None, repr=False)
+    last_problem: Chain1dProblem | None = None  # of the last fused call
+    last_refusal: str | None = None  # why the last call ran the class's own forward
+
+    def drop(self, frozen: bool = True) -> None:
+        self.kept = None
+        if frozen:
+            self.frozen = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("config", "backend", "layout", "geometry")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class FusedForward1d(FusedModule):
+    """Mixin before an nn.Module class with a 1-D chain; its instances carry a BlockState1d."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        state: BlockState1d = getattr(self, STATE)
+        refusal = why_not_fused_1d(self, state, x, args, kwargs)
+        if not torch.compiler.is_compiling():
+            state.last_refusal = refusal
+        if refusal is not None:
+            return super().forward(x, *args, **kwargs)
+        if not state.layout.outer:
+            return run_chain_1d(self, x, state)
+        inner = self.bn1(self.relu(self.conv1(x)))  # (N, s*w, L)
+        return finish_block_1d(self, run_chain_1d(self, inner, state), x)
+
+
+def finish_block_1d(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """What follows the chain of a whole bottleneck: conv3, attention, and the addition of x."""
+    out = block.bn3(block.relu(block.conv3(out)))
+    attention = block._modules.get("se")
+    return (out if attention is None else attention(out)) + x
+
+
+def run_chain_1d(block: nn.Module, x: Tensor, state: BlockState1d) -> Tensor:
+    """(N, s*w, L) -> (N, s*w, L)."""
+    chain = chain_weights(block, x, state)
+    if not torch.compiler.is_compiling():
+        first = chain.weights[0]
+        state.last_problem = Chain1dProblem(
+            state.config, x.device, x.dtype, x.shape[0], x.shape[2], first.shape[0], len(chain.weights), first.shape[2]
+        )
+    return call_1d(x, chain.weights, chain.biases, chain.scale, chain.shift, chain.packed, state.config, state.backend)
+
+
+def chain_weights(block: nn.Module, x: Tensor, state: BlockState1d) -> Chain1dWeights:
+    """The frozen tensors, the kept ones if nothing changed, or the block's own."""
+    convs, bns = parts_1d(block, state.layout)
+    tensors = [t for m in (*convs, *bns) for t in itertools.chain(m._parameters.values(), m._buffers.values()) if t is not None]
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+        return work_out(convs, bns)
+    if state.frozen is not None and state.frozen.weights[0].dtype == convs[0].weight.dtype:
+        return state.frozen
+    if not cacheable(tensors):
+        return work_out(convs, bns)
+    settings = requested(state.backend), tuple(bn.eps for bn in bns)
+    if state.kept is None or not state.kept[0].matches(tensors, settings):
+        key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
+        state.kept = key, work_out_and_pack(block, state)
+    return state.kept[1]
+
+
+def work_out(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain1dWeights:
+    """Differentiable."""
+    biases = None if any(conv.bias is None for conv in convs) else [conv.bias for conv in convs]
+    weights = [conv.weight for conv in convs]
+    affine = [affine_of(bn, weight.dtype) for bn, weight in zip(bns, weights, strict=True)]
+    return Chain1dWeights(weights, biases, [scale for scale, _ in affine], [shift for _, shift in affine])
+
+
+def work_out_and_pack(block: nn.Module, state: BlockState1d, copy: bool = False) -> Chain1dWeights:
+    """For keeping: ordinary tensors outside autograd, also in inference mode. copy: none of them the block's own."""
+    with torch.inference_mode(False), torch.no_grad():
+        chain = work_out(*parts_1d(block, state.layout))
+        if copy:
+            chain.weights = [weight.detach().clone() for weight in chain.weights]
+            chain.biases = None if chain.biases is None else [bias.detach().clone() for bias in chain.biases]
+        if chain.weights[0].device.type == "cpu":
+            chain.packed = pack_1d(chain.weights)
+        return chain
+
+
+def parts_1d(block: nn.Module, layout: Layout1d) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The chain's convolutions and norms now."""
+    return list(resolve(block, layout.convs)), list(resolve(block, layout.bns))
+
+
+# Eligibility ------------------------------------------------------------------------------------------------------------
+
+
+def why_not_fused_1d(
+    block: nn.Module, state: BlockState1d, x: object, args: tuple[object, ...], kwargs: dict[str, object]
+) -> str | None:
+    """None if this call may run fused, else the reason."""
+    if torch.onnx.is_in_onnx_export():
+        return "exported to ONNX, which knows PyTorch's own operators only"
+    reason = given_shortcut(None, args, kwargs)[1]
+    if reason is not None:
+        return reason
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        return "x is not a 3-D floating-point tensor"
+    if not torch.compiler.is_compiling() and transformed():
+        return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
+    modules = list(block.modules())
+    if any(module.training for module in modules):
+        return "in training mode its BatchNorms, which come after ReLU, need the batch's statistics; that is not fused in 1-D"
+    if geometry_1d(modules) != state.geometry:
+        return "a module was replaced, parametrized or given another geometry since it was recognised"
+    convs, bns = parts_1d(block, state.layout)
+    weight = convs[0].weight
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype} but the weights are {weight.dtype}"
+    if any(bn.running_mean is None or bn.running_var is None for bn in bns):
+        return "BatchNorm has no running statistics"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks must see every submodule's call"
+    return next(filter(None, map(why_not_bypassed, modules[1:])), None)
+
+
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def geometry_1d(modules: Sequence[nn.Module]) -> tuple[object, ...]:
+    """The kinds of all modules, and what changes a convolution's result beyond its tensors."""
+    return tuple(
+        (type(m), *(getattr(m, name) for name in _GEOMETRY)) if isinstance(m, nn.Conv1d) else type(m) for m in modules[1:]
+    )
+
+
+def report_1d(state: BlockState1d) -> tuple[bool | None, str, str, str]:
+    """For `explain`: whether the last call ran fused, the backend, the reason and the plan."""
+    if state.last_refusal is not None:
+        return False, "", state.last_refusal, ""
+    if state.last_problem is None:
+        return None, "", "not run yet", ""
+    try:
+        choice = choose_1d(state.last_problem, state.backend)
+    except RuntimeError as error:
+        return False, "", str(error), ""
+    return True, choice.name, choice.reason, f"{state.last_problem}: {plan_1d(state.last_problem, choice.name)}"
