@@ -15,7 +15,7 @@ from torch import nn
 from .chain import BACKENDS, one_of
 from .folding import is_frozen
 from .fused_block import STATE, BlockState, FusedForward, FusedModule, block_geometry, fold_and_pack, why_not_foldable
-from .fused_block1d import BlockState1d, FusedForward1d, geometry_1d, parts_1d, work_out_and_pack
+from .fused_block1d import BlockState1d, FusedForward1d, descendants, geometry_1d, parts_1d, work_out_and_pack
 from .layouts import parts_of
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
@@ -54,7 +54,7 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
         mixin = FusedForward1d
         config, reason = recognise_1d(module, layout_1d)
         if config is not None:
-            state = BlockState1d(config, backend, layout_1d, geometry_1d(list(module.modules())))
+            state = BlockState1d(config, backend, layout_1d, geometry_1d(descendants(module)))
     elif (layout := layout_of(module)) is not None:
         recognised, reason = recognise(module, layout)
         if recognised is not None:
@@ -94,7 +94,7 @@ def freeze(model: nn.Module) -> nn.Module:
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
         if isinstance(state, BlockState1d):
-            state.frozen = work_out_and_pack(block, state, copy=True)
+            state.frozen = work_out_and_pack(*parts_1d(block, state.layout), copy=True)
             continue
         parts = parts_of(block, state.layout)
         if why_not_foldable(parts) is not None:

@@ -5,6 +5,7 @@ There BatchNorm comes after ReLU: its affine map is a step of its own and is not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Chain1dConfig:
         one_of("passthrough", self.passthrough, PASSTHROUGHS)
         one_of("padding_mode", self.padding_mode, PADDING_MODES)
 
-    @property
+    @functools.cached_property
     def chain(self) -> ChainConfig:
         """The recurrence, which is that of the 2-D chain."""
         return ChainConfig(passthrough=self.passthrough)

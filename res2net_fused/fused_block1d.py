@@ -7,7 +7,6 @@ those norms need the statistics of the batch, the class's own forward runs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +49,7 @@ class BlockState1d:
     config: Chain1dConfig
     backend: str
     layout: Layout1d
-    geometry: tuple[object, ...]  # of all its modules when they were recognised: `geometry_1d`
+    geometry: list[object]  # of all its modules when they were recognised: `geometry_1d`
     kept: tuple[CacheKey, Chain1dWeights] | None = field(default=None, repr=False)
     frozen: Chain1dWeights | None = field(default=None, repr=False)
     last_problem: Chain1dProblem | None = None  # of the last fused call
@@ -73,15 +72,16 @@ class FusedForward1d(FusedModule):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         state: BlockState1d = getattr(self, STATE)
-        refusal = why_not_fused_1d(self, state, x, args, kwargs)
+        convs, bns = parts_1d(self, state.layout)
+        refusal = why_not_fused_1d(self, state, convs, bns, x, args, kwargs)
         if not torch.compiler.is_compiling():
             state.last_refusal = refusal
         if refusal is not None:
             return super().forward(x, *args, **kwargs)
         if not state.layout.outer:
-            return run_chain_1d(self, x, state)
+            return run_chain_1d(convs, bns, x, state)
         inner = self.bn1(self.relu(self.conv1(x)))  # (N, s*w, L)
-        return finish_block_1d(self, run_chain_1d(self, inner, state), x)
+        return finish_block_1d(self, run_chain_1d(convs, bns, inner, state), x)
 
 
 def finish_block_1d(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
@@ -91,32 +91,47 @@ def finish_block_1d(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
     return (out if attention is None else attention(out)) + x
 
 
-def run_chain_1d(block: nn.Module, x: Tensor, state: BlockState1d) -> Tensor:
+def run_chain_1d(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor, state: BlockState1d) -> Tensor:
     """(N, s*w, L) -> (N, s*w, L)."""
-    chain = chain_weights(block, x, state)
     if not torch.compiler.is_compiling():
-        first = chain.weights[0]
-        state.last_problem = Chain1dProblem(
-            state.config, x.device, x.dtype, x.shape[0], x.shape[2], first.shape[0], len(chain.weights), first.shape[2]
-        )
+        state.last_problem = chain_problem_1d(convs, x, state)
+    chain = chain_weights(convs, bns, x, state)
     return call_1d(x, chain.weights, chain.biases, chain.scale, chain.shift, chain.packed, state.config, state.backend)
 
 
-def chain_weights(block: nn.Module, x: Tensor, state: BlockState1d) -> Chain1dWeights:
+def chain_problem_1d(convs: Sequence[nn.Conv1d], x: Tensor, state: BlockState1d) -> Chain1dProblem:
+    """The call of the chain, for an x of this batch and length."""
+    kind, (batch, _, length) = x.device.type, x.shape
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return Chain1dProblem(
+        state.config, x.device, dtype, batch, length, convs[0].in_channels, len(convs), convs[0].kernel_size[0]
+    )
+
+
+def chain_weights(
+    convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor, state: BlockState1d
+) -> Chain1dWeights:
     """The frozen tensors, the kept ones if nothing changed, or the block's own."""
-    convs, bns = parts_1d(block, state.layout)
-    tensors = [t for m in (*convs, *bns) for t in itertools.chain(m._parameters.values(), m._buffers.values()) if t is not None]
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+    frozen = state.frozen
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in _tensors(convs, bns))):
         return work_out(convs, bns)
-    if state.frozen is not None and state.frozen.weights[0].dtype == convs[0].weight.dtype:
-        return state.frozen
+    if frozen is not None and frozen.weights[0].dtype == convs[0].weight.dtype:
+        return frozen
+    tensors = _tensors(convs, bns)
     if not cacheable(tensors):
         return work_out(convs, bns)
     settings = requested(state.backend), tuple(bn.eps for bn in bns)
-    if state.kept is None or not state.kept[0].matches(tensors, settings):
+    kept = state.kept
+    if kept is None or not kept[0].matches(tensors, settings):
         key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
-        state.kept = key, work_out_and_pack(block, state)
-    return state.kept[1]
+        state.kept = kept = key, work_out_and_pack(convs, bns)
+    return kept[1]
+
+
+def _tensors(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> list[Tensor]:
+    """Everything that is worked out of, and each num_batches_tracked, which tells when running statistics moved."""
+    modules = (*convs, *bns)
+    return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
 
 def work_out(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain1dWeights:
@@ -127,13 +142,15 @@ def work_out(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain
     return Chain1dWeights(weights, biases, [scale for scale, _ in affine], [shift for _, shift in affine])
 
 
-def work_out_and_pack(block: nn.Module, state: BlockState1d, copy: bool = False) -> Chain1dWeights:
+def work_out_and_pack(
+    convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], copy: bool = False
+) -> Chain1dWeights:
     """For keeping: ordinary tensors outside autograd, also in inference mode. copy: none of them the block's own."""
     with torch.inference_mode(False), torch.no_grad():
-        chain = work_out(*parts_1d(block, state.layout))
-        if copy:
-            chain.weights = [weight.detach().clone() for weight in chain.weights]
-            chain.biases = None if chain.biases is None else [bias.detach().clone() for bias in chain.biases]
+        chain = work_out(convs, bns)
+        chain.weights = [weight.detach().clone() if copy else weight.detach() for weight in chain.weights]
+        if chain.biases is not None:
+            chain.biases = [bias.detach().clone() if copy else bias.detach() for bias in chain.biases]
         if chain.weights[0].device.type == "cpu":
             chain.packed = pack_1d(chain.weights)
         return chain
@@ -148,7 +165,13 @@ def parts_1d(block: nn.Module, layout: Layout1d) -> tuple[list[nn.Module], list[
 
 
 def why_not_fused_1d(
-    block: nn.Module, state: BlockState1d, x: object, args: tuple[object, ...], kwargs: dict[str, object]
+    block: nn.Module,
+    state: BlockState1d,
+    convs: Sequence[nn.Module],
+    bns: Sequence[nn.Module],
+    x: object,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
 ) -> str | None:
     """None if this call may run fused, else the reason."""
     if torch.onnx.is_in_onnx_export():
@@ -160,12 +183,11 @@ def why_not_fused_1d(
         return "x is not a 3-D floating-point tensor"
     if not torch.compiler.is_compiling() and transformed():
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
-    modules = list(block.modules())
-    if any(module.training for module in modules):
+    modules = descendants(block)
+    if block.training or any(module.training for module in modules):
         return "in training mode its BatchNorms, which come after ReLU, need the batch's statistics; that is not fused in 1-D"
     if geometry_1d(modules) != state.geometry:
         return "a module was replaced, parametrized or given another geometry since it was recognised"
-    convs, bns = parts_1d(block, state.layout)
     weight = convs[0].weight
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype} but the weights are {weight.dtype}"
@@ -173,17 +195,24 @@ def why_not_fused_1d(
         return "BatchNorm has no running statistics"
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
-    return next(filter(None, map(why_not_bypassed, modules[1:])), None)
+    return next(filter(None, map(why_not_bypassed, modules)), None)
 
 
-_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+def descendants(block: nn.Module) -> list[nn.Module]:
+    """All modules inside, in a fixed order; one that stands twice is there twice."""
+    found = [m for m in block._modules.values() if m is not None]
+    for module in found:
+        if module._modules:
+            found += [m for m in module._modules.values() if m is not None]
+    return found
 
 
-def geometry_1d(modules: Sequence[nn.Module]) -> tuple[object, ...]:
+def geometry_1d(modules: Sequence[nn.Module]) -> list[object]:
     """The kinds of all modules, and what changes a convolution's result beyond its tensors."""
-    return tuple(
-        (type(m), *(getattr(m, name) for name in _GEOMETRY)) if isinstance(m, nn.Conv1d) else type(m) for m in modules[1:]
-    )
+    return [
+        (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode) if type(m) is nn.Conv1d else type(m)
+        for m in modules
+    ]
 
 
 def report_1d(state: BlockState1d) -> tuple[bool | None, str, str, str]:

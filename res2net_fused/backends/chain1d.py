@@ -51,8 +51,8 @@ def multiplies(problem: Chain1dProblem) -> bool:
 
 
 def pack_1d(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights of every tap as the right factor of a product, each (k, w, w)."""
-    return [weight.detach().permute(2, 1, 0).contiguous() for weight in weights]
+    """The weights of every tap as the right factor of a product, each (w, w), those of the first convolution first."""
+    return [tap.contiguous() for weight in weights for tap in weight.detach().permute(2, 1, 0)]
 
 
 def forward_1d(
@@ -98,18 +98,15 @@ class _Convolutions:
 
     def __init__(self, problem: Chain1dProblem, weights, biases, in_place: bool) -> None:
         self.problem, self.weights, self.biases = problem, weights, biases
-        first, config = weights[0], problem.config
-        self.padded = None
-        if in_place and config.padding_mode == "reflect":
-            shape = problem.batch, problem.width, problem.length + 2 * problem.padding
-            self.padded = torch.empty(shape, dtype=first.dtype, device=first.device)
+        self.rows = None
+        if in_place and problem.config.padding_mode == "reflect":
+            self.rows = _PaddedRows(problem, weights[0], last=True)
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         problem, dilation = self.problem, self.problem.config.dilation
         weight, bias = self.weights[k], bias_of(self.biases, k, x)
-        if self.padded is not None:
-            fill_rows(self.padded.transpose(1, 2), x.transpose(1, 2), previous, problem)
-            return F.conv1d(self.padded, weight, bias, dilation=dilation).relu_()
+        if self.rows is not None:
+            return F.conv1d(self.rows.fill(x, previous), weight, bias, dilation=dilation).relu_()
         u = x if previous is None else x + previous
         if problem.config.padding_mode == "zeros":
             return F.conv1d(u, weight, bias, padding=problem.padding, dilation=dilation).relu_()
@@ -120,37 +117,51 @@ class _Products:
     """relu of a convolution as the sum of one product for each tap, over the padded rows of all images at once."""
 
     def __init__(self, problem: Chain1dProblem, packed: Sequence[Tensor], biases) -> None:
-        self.problem, self.packed, self.biases = problem, packed, biases
-        shape = problem.batch, problem.length + 2 * problem.padding, problem.width
-        first = packed[0]
-        self.padded = torch.zeros(shape, dtype=first.dtype, device=first.device)
-        self.result = torch.empty(shape, dtype=first.dtype, device=first.device)
+        self.packed, self.biases, self.taps = packed, biases, problem.kernel_size
+        self.rows = _PaddedRows(problem, packed[0], last=False)
+        rows = self.rows.padded.flatten(0, 1)  # (N * (L + 2p), w)
+        count = rows.shape[0] - 2 * problem.padding  # those between images are computed too, and never read
+        dilation = problem.config.dilation
+        self.shifted = [rows[tap * dilation : tap * dilation + count] for tap in range(self.taps)]
+        result = torch.empty_like(self.rows.padded)  # (N, L + 2p, w)
+        self.z = result.flatten(0, 1)[:count]
+        self.rectified = result[:, : problem.length].transpose(1, 2)  # (N, w, L)
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
-        problem, dilation = self.problem, self.problem.config.dilation
-        fill_rows(self.padded, x.transpose(1, 2), previous, problem)
-        rows = self.padded.flatten(0, 1)  # (N * (L + 2p), w)
-        count = rows.shape[0] - 2 * problem.padding  # those between images are computed too, and never read
-        z = self.result.flatten(0, 1)[:count]
-        for tap, factor in enumerate(self.packed[k]):
-            shifted = rows[tap * dilation : tap * dilation + count]
-            if tap:
-                z.addmm_(shifted, factor)
-            elif self.biases is None:
-                torch.mm(shifted, factor, out=z)
-            else:
-                torch.addmm(bias_of(self.biases, k, x), shifted, factor, out=z)
-        return self.result[:, : problem.length].relu_().transpose(1, 2)  # (N, w, L)
+        self.rows.fill(x, previous)
+        first, *others = self.packed[k * self.taps : (k + 1) * self.taps]
+        if self.biases is None:
+            torch.mm(self.shifted[0], first, out=self.z)
+        else:
+            torch.addmm(bias_of(self.biases, k, x), self.shifted[0], first, out=self.z)
+        for shifted, factor in zip(self.shifted[1:], others, strict=True):
+            self.z.addmm_(shifted, factor)
+        return self.rectified.relu_()
 
 
-def fill_rows(padded: Tensor, x: Tensor, previous: Tensor | None, problem: Chain1dProblem) -> None:
-    """x (N, L, w), plus y_{i-1} (N, w, L), into the inside of padded (N, L + 2p, w), and its borders where they reflect."""
-    p, length = problem.padding, problem.length
-    inside = padded[:, p : p + length]
-    if previous is None:
-        inside.copy_(x)
-    else:
-        torch.add(x, previous.transpose(1, 2), out=inside)
-    if problem.config.padding_mode == "reflect" and p:
-        padded[:, :p] = padded[:, p + 1 : 2 * p + 1].flip(1)
-        padded[:, p + length :] = padded[:, length - 1 : length - 1 + p].flip(1)
+class _PaddedRows:
+    """Rows with what stands beyond their ends: `padded`, (N, w, L + 2p) if they are `last`, else (N, L + 2p, w)."""
+
+    def __init__(self, problem: Chain1dProblem, like: Tensor, last: bool) -> None:
+        padding, length = problem.padding, problem.length
+        size = length + 2 * padding
+        shape = (problem.batch, problem.width, size) if last else (problem.batch, size, problem.width)
+        self.padded = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.axis = 2 if last else 1
+        inside = self.padded.narrow(self.axis, padding, length)
+        self.inside = inside if last else inside.transpose(1, 2)  # (N, w, L)
+        self.borders = None
+        if problem.config.padding_mode == "reflect" and padding:
+            ends = [*range(padding), *range(padding + length, size)]
+            mirrors = [2 * padding - i if i < padding else 2 * (padding + length - 1) - i for i in ends]
+            self.borders, self.mirrors = torch.tensor([ends, mirrors], device=like.device)
+
+    def fill(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """x (N, w, L), plus y_{i-1} where there is one; returns `padded`."""
+        if previous is None:
+            self.inside.copy_(x)
+        else:
+            torch.add(x, previous, out=self.inside)
+        if self.borders is not None:
+            self.padded.index_copy_(self.axis, self.borders, self.padded.index_select(self.axis, self.mirrors))
+        return self.padded
