@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .backends.chain1d import choose_1d, pack_1d, plan_1d
+from .backends.chain1d import chain_pays_1d, choose_1d, pack_1d, plan_1d
 from .backends.selection import requested
 from .chain1d import Chain1dConfig, Chain1dProblem
 from .folding import CacheKey, affine_of, cacheable, why_not_bypassed
 from .fused_block import STATE, FusedModule, given_shortcut, transformed
 from .layouts import Path, resolve
 from .operator1d import call_1d
+from .trained_block import is_auto
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def chain_weights(
 ) -> Chain1dWeights:
     """The frozen tensors, the kept ones if nothing changed, or the block's own."""
     frozen = state.frozen
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in _tensors(convs, bns))):
+    if _differentiable(convs, bns, x):
         return work_out(convs, bns)
     if frozen is not None and frozen.weights[0].dtype == convs[0].weight.dtype:
         return frozen
@@ -195,7 +196,19 @@ def why_not_fused_1d(
         return "BatchNorm has no running statistics"
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
-    return next(filter(None, map(why_not_bypassed, modules)), None)
+    reason = next(filter(None, map(why_not_bypassed, modules)), None)
+    if reason is None and is_auto(state.backend) and not _pays(convs, bns, x, state):
+        return "its own forward is not measured to be slower here; backend= asks for the operator"
+    return reason
+
+
+def _pays(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor, state: BlockState1d) -> bool:
+    """In inference; an x of a whole bottleneck has the chain's rows."""
+    return not _differentiable(convs, bns, x) and chain_pays_1d(chain_problem_1d(convs, x, state))
+
+
+def _differentiable(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in _tensors(convs, bns)))
 
 
 def descendants(block: nn.Module) -> list[nn.Module]:

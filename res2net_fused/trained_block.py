@@ -39,7 +39,7 @@ def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, reco
         return "a 3x3 convolution has a bias, which is not fused in training mode"
     if problem.batch == 0:
         return "the batch is empty"
-    if not recompute and _is_auto(backend) and not training_pays(problem):
+    if not recompute and is_auto(backend) and not training_pays(problem):
         return "its own forward is not measured to train slower here; backend= or recompute=True asks for the operator"
     if torch.compiler.is_compiling():
         return None  # the operator itself chooses, when the graph runs
@@ -50,7 +50,8 @@ def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, reco
     return None
 
 
-def _is_auto(backend: str) -> bool:
+def is_auto(backend: str) -> bool:
+    """Whether nobody asks for a backend; while a graph is traced the environment is not looked at."""
     return backend == "auto" if torch.compiler.is_compiling() else requested(backend)[0] == "auto"
 
 

@@ -12,9 +12,15 @@ from helpers import assert_close, randomize
 from published_blocks.speakers1d import ESPnetBlock, SpeechBrainChain, WeSpeakerChain
 from torch import nn
 
-from res2net_fused import accelerate, explain, freeze, hierarchical_conv1d, refresh, restore
+from res2net_fused import accelerate, explain, freeze, fused_block1d, hierarchical_conv1d, refresh, restore
 from res2net_fused.fused_block import STATE
 from res2net_fused.fused_block1d import FusedForward1d, parts_1d
+
+
+@pytest.fixture(autouse=True)
+def chains_pay(monkeypatch):
+    """What runs where it is faster must be right everywhere."""
+    monkeypatch.setattr(fused_block1d, "_pays", lambda *_: True)
 
 
 def speechbrain_block(**keywords):
@@ -163,6 +169,26 @@ def test_every_backend_and_a_choice_that_cannot_run():
     accelerate(block, backend="cuda")
     with pytest.raises(RuntimeError, match="it has no 1-D kernels"):
         run(block)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "fused"),
+    [(SpeechBrainChain, (1, 300), True), (SpeechBrainChain, (4, 900), True), (WeSpeakerChain, (1, 200), True),
+     (WeSpeakerChain, (16, 300), False)],
+)  # fmt: skip
+def test_left_to_itself_the_chain_runs_fused_where_that_is_measured_faster(make, shape, fused, monkeypatch):
+    monkeypatch.undo()
+    block = accelerate(make(512).eval())
+    x = torch.randn(shape[0], 512, shape[1])
+    run(block, x)
+    (report,) = explain(block)
+    assert report.fused is fused, report
+    assert fused or "not measured" in report.reason
+    block(x)
+    assert explain(block)[0].fused is False, "gradients are not measured"
+    accelerate(block, backend="cpu")
+    run(block, x)
+    assert explain(block)[0].fused
 
 
 @pytest.mark.parametrize("where", ["blocks.0.conv.conv", "blocks.2.activation", "blocks.1"])
