@@ -20,8 +20,17 @@ from published_blocks.detectors import DeformableConv, Detectron2Block, FrozenBa
 from published_blocks.speakers import BasicBlockRes2Net, ERes2NetBlock, FusedERes2NetBlock, GatedBlock
 from torch import nn
 
-from res2net_fused import accelerate, explain, freeze, restore
+from res2net_fused import accelerate, explain, freeze, fused_block, restore
 from res2net_fused.fused_block import STATE, FusedForward
+
+
+@pytest.fixture(autouse=True)
+def clamped_chains_pay(monkeypatch):
+    """What runs where it is faster must be right everywhere."""
+    own = fused_block.clamped_chain_pays
+    monkeypatch.setattr(fused_block, "clamped_chain_pays", lambda problem: True)
+    return own
+
 
 ADDS, STAGE = ("adds", "last", None), ("stage", "last", "avg3")  # adds or not, the group that passes, its pool
 
@@ -263,6 +272,20 @@ def test_a_convolution_with_arithmetic_of_its_own():
     block.convs[1] = Standardized(3, 3, 3, padding=1, bias=False)
     accelerate(block)
     assert type(block) is Bottle2neck and "convs[1] (Standardized" in explain(block)[0].reason
+
+
+def test_clamped_activations_are_fused_by_themselves_in_channels_last(clamped_chains_pay, monkeypatch):
+    monkeypatch.setattr(fused_block, "clamped_chain_pays", clamped_chains_pay)
+    block = accelerate(BasicBlockRes2Net(32, 16).eval())
+    x = torch.randn(2, 32, 9, 9)
+    for layout, backend, fused in (
+        (torch.contiguous_format, "auto", False), (torch.channels_last, "auto", True), (torch.contiguous_format, "cpu", True)
+    ):  # fmt: skip
+        accelerate(block, backend=backend)
+        with torch.no_grad():
+            block(x.contiguous(memory_format=layout))
+        (report,) = explain(block)
+        assert report.fused is fused and (fused or "channels-last only" in report.reason)
 
 
 # Left alone -------------------------------------------------------------------------------------------------------------
