@@ -140,14 +140,22 @@ def test_new_weights_copies_and_frozen_ones(name):
     assert_close(run(block), run(restore(copy.deepcopy(block))), 1e-12)
 
 
-def test_running_statistics_that_move_are_seen():
+@pytest.mark.parametrize("what", ["weight", "bias", "statistics"])
+def test_writes_are_seen(what):
     block, plain = accelerate(make("wespeaker")), make("wespeaker")
     run(block)
     for module in (block, plain):
-        module.train()
-        module(X)
-        module.eval()
+        with torch.no_grad():
+            if what == "weight":
+                module.convs[1].weight.mul_(2)
+            elif what == "bias":
+                module.bns[2].bias.add_(1)
+            else:  # statistics move without a new version
+                module.bns.train()
+                module(X)
+                module.bns.eval()
     assert_close(run(block), run(plain), 1e-12)
+    assert explain(block)[0].fused
 
 
 @pytest.mark.parametrize("name", ["speechbrain_style", "espnet"])
