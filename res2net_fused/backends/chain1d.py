@@ -18,7 +18,9 @@ from .selection import Choice, requested
 # Up to so many rows of all images together, a product for each tap is faster than a convolution by oneDNN, whose weights are
 # reordered at every call.
 ROWS_FOR_PRODUCTS = 512
-VALUES_FOR_PRODUCTS = 200 * 128  # of a group, where no row has to be padded
+# Where the operator pays: up to so many values of a group, by padding mode, and again from so many reflected rows on.
+PAYING_VALUES = {"reflect": 400 * 64, "zeros": 300 * 64}
+PAYING_REFLECTED_ROWS = 800
 
 
 def choose_1d(problem: Chain1dProblem, backend: str) -> Choice:
@@ -36,14 +38,15 @@ def choose_1d(problem: Chain1dProblem, backend: str) -> Choice:
 def chain_pays_1d(problem: Chain1dProblem) -> bool:
     """Whether the operator is measured to be faster than PyTorch's own operators, in inference.
 
-    On one AVX-512 core, s = 8, 64 and 128 channels a group: reflected rows 1.1 to 1.9 times as fast up to 512 rows, 1.0 to 1.2
-    beyond; rows with zeros 1.0 to 1.75 times as fast up to 200 rows of 128 channels, 0.9 to 1.0 beyond. Nothing is measured on
-    GPUs, nor against compilers, which fuse the class's own forward.
+    `benchmarks/cpu_chain1d.py` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
+    reflected rows 1.0 to 1.15; elsewhere 0.9 to 1.0. Nothing is measured on GPUs, nor against compilers.
     """
     if torch.compiler.is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32:
         return False
-    few = problem.batch * problem.length * problem.width <= VALUES_FOR_PRODUCTS
-    return few or problem.config.padding_mode == "reflect"
+    rows = problem.batch * problem.length
+    if rows * problem.width <= PAYING_VALUES[problem.config.padding_mode]:
+        return True
+    return problem.config.padding_mode == "reflect" and rows >= PAYING_REFLECTED_ROWS
 
 
 def plan_1d(problem: Chain1dProblem, name: str) -> str:
