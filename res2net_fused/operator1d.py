@@ -54,7 +54,7 @@ def hierarchical_conv1d(
     passthrough: the group without a convolution: "last", "none", "first", or "first_added" (added to the next as well).
     padding_mode: what stands beyond the ends of a row: "zeros", or "reflect" as in torch.nn.functional.pad.
     dilation: of the convolutions, whose padding is dilation * (k // 2).
-    backend: "auto", "reference" or "cpu"; with "auto" the variable RES2NET_FUSED_BACKEND decides.
+    backend: "auto", "reference", "cpu" or "triton"; with "auto" the variable RES2NET_FUSED_BACKEND decides.
 
     Returns (N, s*w, L) in x's dtype, contiguous.
     Raises ValueError or TypeError for arguments that do not fit, RuntimeError where an explicit backend cannot run.

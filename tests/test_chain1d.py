@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from chain1d_cases import CHAINS, arguments, leaves, to_float64
 from helpers import BOUNDS, assert_close, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,45 +14,9 @@ from res2net_fused.chain1d import Chain1dConfig
 
 OPERATOR = torch.ops.res2net_fused.hierarchical_conv1d.default
 BACKWARD = torch.ops.res2net_fused.hierarchical_conv1d_backward.default
-CHAINS = {
-    # settings, convolutions, width, kernel size
-    "speechbrain": ({"passthrough": "first", "padding_mode": "reflect", "dilation": 2}, 7, 4, 3),
-    "speechbrain_dilated": ({"passthrough": "first", "padding_mode": "reflect", "dilation": 4}, 3, 5, 3),
-    "espnet": ({"dilation": 3}, 7, 4, 3),
-    "first_added": ({"passthrough": "first_added"}, 3, 3, 3),
-    "none": ({"passthrough": "none", "padding_mode": "reflect"}, 4, 3, 3),
-    "one_convolution": ({"passthrough": "none"}, 1, 6, 3),
-    "wide_kernel": ({"padding_mode": "reflect", "dilation": 2}, 2, 3, 5),
-    "pointwise": ({"padding_mode": "reflect"}, 2, 3, 1),
-}
 chains = pytest.mark.parametrize("name", CHAINS)
 # The number of rows up to which the cpu backend multiplies tap by tap: always, and never.
 arrangements = pytest.mark.parametrize("rows", [10**9, 0], ids=["products", "convolutions"])
-
-
-def arguments(name, shape=(2, 13), dtype=torch.float64, extras=True, seed=1):
-    """Settings, then x, weights, biases, affine_scale and affine_shift."""
-    settings, steps, width, kernel = CHAINS[name]
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    scale = Chain1dConfig(**settings).chain.scale(steps)
-    x = random(shape[0], scale * width, shape[1]).to(dtype)
-    weights = [(random(width, width, kernel) * (2 / (width * kernel)) ** 0.5).to(dtype) for _ in range(steps)]
-    if not extras:
-        return settings, [x, weights, None, None, None]
-    lists = [[factor * random(width) for _ in range(steps)] for factor in (0.3, 1, 0.5)]  # scales of either sign
-    return settings, [x, weights, *([v.to(dtype) for v in values] for values in lists)]
-
-
-def to_float64(tensors):
-    return [t if t is None else t.double() if isinstance(t, torch.Tensor) else [v.double() for v in t] for t in tensors]
-
-
-def leaves(tensors):
-    return [v for t in tensors if t is not None for v in ([t] if isinstance(t, torch.Tensor) else t)]
 
 
 def by_hand(x, weights, biases, scales, shifts, passthrough="last", padding_mode="zeros", dilation=1):
@@ -328,7 +293,8 @@ def test_bad_tensors(change, error, words):
         ({"passthrough": "middle"}, ValueError, "passthrough is 'middle'"),
         ({"dilation": 0}, ValueError, "dilation is 0"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
-        ({"backend": "triton"}, RuntimeError, "it has no 1-D kernels"),
+        ({"backend": "cuda"}, RuntimeError, "it has no 1-D kernels"),
+        ({"backend": "triton"}, RuntimeError, "torch.float64"),
         ({"padding_mode": "reflect", "dilation": 13}, ValueError, "L must be at least 14"),
     ],
 )

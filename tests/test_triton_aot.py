@@ -23,6 +23,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from res2net_fused.backends.triton_block import block_calls, slot_pitch  # noqa: E402
 from res2net_fused.chain import ChainConfig, ChainProblem  # noqa: E402
+from res2net_fused.chain1d import Chain1dConfig, Chain1dProblem  # noqa: E402
+from res2net_fused.kernels.conv1d_step import chain_calls_1d, conv1d_step  # noqa: E402
 from res2net_fused.kernels.conv3x3_step import (  # noqa: E402
     KernelCall,
     Slots,
@@ -31,11 +33,12 @@ from res2net_fused.kernels.conv3x3_step import (  # noqa: E402
     interpreted,
     pack_weights,
 )
-from res2net_fused.kernels.step_plan import padded_lanes, plan_steps  # noqa: E402
+from res2net_fused.kernels.step_plan import dot_precision, padded_lanes, plan_steps  # noqa: E402
 from res2net_fused.kernels.train_step import train_calls, train_step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")
 
+SPEECHBRAIN = Chain1dConfig(dilation=2, passthrough="first", padding_mode="reflect")
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 CAPABILITIES = tuple(SHARED_LIMIT)
@@ -168,6 +171,23 @@ def calls_of_training(shape: Shape, dtype: torch.dtype, tf32: bool, capability: 
     return list(distinct.values())
 
 
+def calls_of_rows(
+    width: int, dtype: torch.dtype, tf32: bool, config: Chain1dConfig = SPEECHBRAIN, keep: bool = False, length: int = 300
+) -> list[KernelCall]:
+    """The distinct launches of an ECAPA-TDNN chain of s = 8, on tensors without memory."""
+    problem = Chain1dProblem(config, torch.device("cuda"), dtype, 32, length, width, 7, 3)
+    x = torch.empty(32, 8 * width, length, dtype=dtype, device="meta")
+    weights = torch.empty(7, 3, width, padded_lanes(width), dtype=dtype, device="meta")
+    vectors = torch.empty(7, width, device="meta")
+    rectified = [x[:, :width].contiguous()] * 7 if keep else []
+    distinct = {}
+    for call in chain_calls_1d(
+        problem, x, x, weights, vectors, (vectors, vectors), rectified, dot_precision(dtype, tf32)
+    ):
+        distinct.setdefault(_key(call), call)
+    return list(distinct.values())
+
+
 def _key(call: KernelCall) -> tuple:
     """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype."""
     constants = [call.arguments[p.name] for p in call.kernel.params if p.is_constexpr]
@@ -224,7 +244,7 @@ def check_tensor_cores(call: KernelCall, ptx: str, capability: tuple[int, int]) 
     arguments = call.arguments
     if arguments["out"].dtype == torch.float32 and arguments["PRECISION"] == "ieee":
         assert not any(found.values()), "an exact float32 product cannot come from tensor cores"
-    elif capability >= (9, 0) and arguments["BLOCK_M"] >= 64 and call.options["num_warps"] >= 4:
+    elif capability >= (9, 0) and arguments.get("BLOCK_M", arguments.get("BLOCK_C")) >= 64 and call.options["num_warps"] >= 4:
         assert found["wgmma.mma_async" if capability == (9, 0) else "tcgen05.mma"], found
     else:
         assert found["mma.sync"], found
@@ -287,6 +307,33 @@ SOME_TRAINED = [(TRAINED[0], torch.bfloat16, False), (TRAINED[11], torch.float32
 def test_training(shape, dtype, tf32, capability, tmp_path) -> None:
     for call in calls_of_training(shape, dtype, tf32, capability):
         check_compiled(call, capability, tmp_path)
+
+
+SOME_ROWS = [(128, torch.bfloat16, False, (9, 0)), (64, torch.float16, False, (8, 0)), (64, torch.float32, True, (9, 0))]
+
+
+@pytest.mark.parametrize("width, dtype, tf32, capability", SOME_ROWS, ids=_name)
+def test_rows(width, dtype, tf32, capability, tmp_path) -> None:
+    compiled = calls_of_rows(width, dtype, tf32)
+    assert len(compiled) == 2, "with and without a next convolution"
+    for call in compiled:
+        check_compiled(call, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=_name)
+@pytest.mark.parametrize("dtype, tf32", PRECISIONS, ids=_name)
+def test_all_rows(dtype, tf32, capability, tmp_path) -> None:
+    for width, config, keep in itertools.product((16, 64, 128), (SPEECHBRAIN, Chain1dConfig(dilation=4)), (False, True)):
+        for call in calls_of_rows(width, dtype, tf32, config, keep):
+            check_compiled(call, capability, tmp_path)
+
+
+def test_new_lengths_compile_nothing_in_rows() -> None:
+    first, second = (calls_of_rows(64, torch.bfloat16, False, length=length) for length in (300, 301))
+    assert [_key(call) for call in first] == [_key(call) for call in second]
+    integers = [p for p in conv1d_step.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
+    assert len(integers) == 10 and all(p.do_not_specialize for p in integers)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Backends of the 1-D chain: `reference` by PyTorch's operators as the mathematics says, and `cpu`, arranged for CPUs.
+"""Backends of the 1-D chain: `reference`, PyTorch's operators as the mathematics says; `cpu`, arranged for CPUs; `triton`.
 
-Both save nothing on the way but what `keep` asks for: relu(K_i u_i + b_i) of every convolution, which backward needs.
+All save nothing on the way but what `keep` asks for: relu(K_i u_i + b_i) of every convolution, which backward needs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..chain1d import Chain1dProblem
 from ..reference import affine_1d, bias_of, padded_1d
+from . import triton_chain1d
 from .selection import Choice, requested
 
 # Up to so many rows of all images together, a product for each tap is faster than a convolution by oneDNN, whose weights are
@@ -24,12 +25,15 @@ PAYING_REFLECTED_ROWS = 800
 
 
 def choose_1d(problem: Chain1dProblem, backend: str) -> Choice:
-    """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it."""
+    """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it.
+
+    On GPUs auto takes PyTorch's operators: the Triton kernel was never timed there.
+    """
     name, source = requested(backend)
     if name == "auto":
         reason = _why_not_cpu(problem)
         return Choice("cpu") if reason is None else Choice("reference", (("cpu", reason),))
-    why = None if name == "reference" else _why_not_cpu(problem) if name == "cpu" else "it has no 1-D kernels"
+    why = _WHY_NOT[name](problem)
     if why is not None:
         raise RuntimeError(f"{source} cannot run {problem}: {why}")
     return Choice(name, requested_by=source)
@@ -53,6 +57,8 @@ def plan_1d(problem: Chain1dProblem, name: str) -> str:
     """One line for `explain`."""
     if name == "reference":
         return f"ATen, one convolution at a time: {problem.steps} convolutions, then one concatenation"
+    if name == "triton":
+        return triton_chain1d.plan_1d(problem)
     return "one product for each tap" if multiplies(problem) else "convolutions of padded rows, written into their places"
 
 
@@ -60,6 +66,14 @@ def _why_not_cpu(problem: Chain1dProblem) -> str | None:
     if problem.device.type != "cpu":
         return f"x is on {problem.device}; this backend runs on cpu tensors"
     return None
+
+
+_WHY_NOT = {
+    "reference": lambda problem: None,
+    "cpu": _why_not_cpu,
+    "triton": triton_chain1d.why_not_1d,
+    "cuda": lambda problem: "it has no 1-D kernels",
+}
 
 
 def multiplies(problem: Chain1dProblem) -> bool:
@@ -83,6 +97,8 @@ def forward_1d(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """out (N, s*w, L), contiguous, and with `keep` relu(K_i u_i + b_i) of every convolution, each (N, w, L)."""
+    if name == "triton":
+        return triton_chain1d.forward_1d(problem, x, weights, biases, affine_scale, affine_shift, keep)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chain, width = problem.config.chain, problem.width
     groups, outputs = x.split(width, 1), out.split(width, 1)

@@ -41,17 +41,17 @@ def _interpreted() -> bool:
     return conv3x3_step.interpreted()
 
 
-def why_not(problem: ChainProblem) -> str | None:
+def why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run on this machine or in this type, or None."""
     missing = _missing()
     if missing is not None:
         return missing
-    device = problem.device
-    if problem.dtype == torch.float64:
+    if dtype == torch.float64:
         return "x is torch.float64; allowed are torch.float32, torch.float16 and torch.bfloat16"
     if device.type == "cpu":
         if not _interpreted():
             return "x is on the CPU, which needs TRITON_INTERPRET=1 set before Triton is imported; else a CUDA device"
-        if problem.dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             return "x is torch.bfloat16, in which Triton's interpreter multiplies wrongly; use torch.float16"
     elif device.type != "cuda":
         return f"x is on {device}; it must be on a CUDA device"
@@ -60,6 +60,13 @@ def why_not(problem: ChainProblem) -> str | None:
     elif capability(device) < MINIMUM_CAPABILITY:
         found = "{}.{}".format(*capability(device))
         return f"{device} has compute capability {found}; at least 8.0 is needed"
+    return None
+
+
+def why_not(problem: ChainProblem) -> str | None:
+    reason = why_not_device(problem.device, problem.dtype)
+    if reason is not None:
+        return reason
     if problem.output_height * problem.output_width > MAX_PIXELS:
         found = f"{problem.output_height}x{problem.output_width}"
         return f"an image has {found} output pixels; at most {MAX_PIXELS} are allowed"

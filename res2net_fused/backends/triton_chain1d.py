@@ -1,0 +1,65 @@
+"""The chain along rows on Triton: one launch per convolution, on NVIDIA GPUs from sm_80 on or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..chain1d import Chain1dProblem
+from .triton_backend import why_not_device
+from .triton_settings import convolutions_use_tf32
+
+
+def why_not_1d(problem: Chain1dProblem) -> str | None:
+    return why_not_device(problem.device, problem.dtype)
+
+
+def plan_1d(problem: Chain1dProblem) -> str:
+    from ..kernels.conv1d_step import tile_1d
+
+    tile = "x".join(str(size) for size in tile_1d(problem).values())
+    return f"one launch for each of {problem.steps} convolutions, tiles of {tile}"
+
+
+def forward_1d(
+    problem: Chain1dProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    affine_scale: Sequence[Tensor] | None,
+    affine_shift: Sequence[Tensor] | None,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `chain1d.forward_1d`."""
+    from ..kernels.conv1d_step import chain_calls_1d, pack_weights_1d
+    from ..kernels.step_plan import dot_precision
+
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = problem.batch, problem.width, problem.length
+    rectified = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(problem.steps if keep else 0)]
+    passed = problem.config.chain.passed_group(problem.scale)
+    if passed is not None:
+        place = slice(passed * problem.width, (passed + 1) * problem.width)
+        out[:, place] = x[:, place]
+    if out.numel() == 0:
+        return out, rectified
+    if biases is None:
+        bias = torch.zeros(problem.steps, problem.width, dtype=torch.float32, device=x.device)
+    else:
+        bias = _stacked(biases)
+    affine = None if affine_scale is None else (_stacked(affine_scale), _stacked(affine_shift))
+    precision = dot_precision(problem.dtype, x.is_cuda and convolutions_use_tf32())
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        for call in chain_calls_1d(problem, x, out, pack_weights_1d(weights), bias, affine, rectified, precision):
+            call.run()
+    return out, rectified
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """(steps, w) in fp32."""
+    return torch.stack([value.detach().float() for value in values])
