@@ -24,7 +24,7 @@ REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, 
 
 
 def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = False) -> nn.Module:
-    """Makes every recognised Res2Net block of `model` run fused, in place, and returns the model.
+    """Makes every recognised Res2Net block of `model`, 2-D or along rows, run fused, in place, and returns the model.
 
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
     keep the convolutions' outputs: less memory for one more convolution a step.
