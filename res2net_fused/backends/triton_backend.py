@@ -64,7 +64,7 @@ def why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not(problem: ChainProblem) -> str | None:
-    reason = why_not_device(problem.device, problem.dtype)
+    reason = _missing() or why_not_device(problem.device, problem.dtype)
     if reason is not None:
         return reason
     if problem.output_height * problem.output_width > MAX_PIXELS:
