@@ -13,10 +13,11 @@ from ..chain import ChainConfig, ChainProblem
 from ..kernels.step_plan import MAX_PIXELS, padded_lanes
 from .triton_block import block_forward, pack_block
 from .triton_settings import MINIMUM_CAPABILITY, capability, plan_for
-from .triton_training import train_forward, why_not_whole_batch
+from .triton_training import chain_backward, describe, train_backward, train_forward, why_not_whole_batch
 
 __all__ = [
-    "block_forward", "forward", "pack", "pack_block", "plan", "plan_training", "train_forward", "why_not", "why_not_training",
+    "block_forward", "chain_backward", "forward", "pack", "pack_block", "plan", "plan_training", "train_backward", "train_forward",
+    "why_not", "why_not_training",
 ]  # fmt: skip
 
 MINIMUM_TRITON = (3, 6)
@@ -78,12 +79,12 @@ def why_not_training(problem: ChainProblem) -> str | None:
 
 
 def plan_training(problem: ChainProblem) -> str:
-    return f"Triton forward, {2 * problem.steps} launches and those of outputs; backward by ATen, having no Triton kernels yet"
+    return describe(problem)
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
     """[(steps, groups, 9, w/groups, w/groups padded), biases (steps, w) in fp32]."""
-    from ..kernels.conv3x3_step import pack_weights
+    from ..kernels.implicit_gemm import pack_weights
 
     width = weights[0].shape[0]
     packed = pack_weights(list(weights), config.groups, padded_lanes(width // config.groups))
@@ -108,7 +109,8 @@ def forward(
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=wanted)
     if problem.batch == 0:
         return out
-    from ..kernels.conv3x3_step import Slots, chain_calls
+    from ..kernels.conv3x3_step import chain_calls
+    from ..kernels.implicit_gemm import Slots
 
     packed_weights, bias = packed if packed else pack(weights, biases, problem.config)
     # The kernels read and write channels side by side; every other stride may be what it is.

@@ -42,7 +42,7 @@ def in_place(config: ChainConfig, scale: int) -> bool:
 
 def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
     """[conv1 (s*pitch, inplanes), its bias, the chain's weights and biases, conv3 (planes * 4, s*pitch), its bias]."""
-    from ..kernels.conv3x3_step import pack_weights
+    from ..kernels.implicit_gemm import pack_weights
 
     weight = folded.weights[0]
     width, dtype = weight.shape[0], weight.dtype
@@ -89,7 +89,8 @@ def block_calls(
     out: Tensor,  # (N, planes * 4, H', W')
 ) -> Iterator[KernelCall]:
     """Every launch of the block, in order."""
-    from ..kernels.conv3x3_step import Slots, chain_calls
+    from ..kernels.conv3x3_step import chain_calls
+    from ..kernels.implicit_gemm import Slots
     from ..kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
     conv1, conv1_bias, weights, biases, conv3, conv3_bias = packed

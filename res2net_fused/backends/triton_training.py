@@ -1,4 +1,4 @@
-"""The forward pass with BatchNorm in training mode by the Triton kernels; backward is PyTorch's operators (`training.py`)."""
+"""Training by the Triton kernels: forward with batch statistics, and backward with them or with BatchNorm folded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from ..chain import ChainProblem
 from ..kernels.step_plan import MAX_PIXELS, padded_lanes
 from ..reference import pool_passthrough
-from ..training import Statistics
+from ..training import Statistics, convolve
 from .selection import Backend
 from .triton_settings import capability, plan_for
+
+Gradients = tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]
 
 
 def why_not_whole_batch(problem: ChainProblem) -> str | None:
@@ -22,6 +24,12 @@ def why_not_whole_batch(problem: ChainProblem) -> str | None:
     if pixels > MAX_PIXELS:
         return f"the batch has {pixels} output pixels; at most {MAX_PIXELS} are allowed in training mode"
     return None
+
+
+def describe(problem: ChainProblem) -> str:
+    """For `explain`."""
+    strided = "gradients of strided convolutions and of weights by ATen" if problem.config.stride > 1 else "those of weights by ATen"
+    return f"Triton forward and backward, {strided}"
 
 
 def train_forward(
@@ -35,33 +43,91 @@ def train_forward(
     keep: bool,
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
     """As `training.train_forward`, channels-last."""
-    from ..kernels.conv3x3_step import Slots, pack_weights
+    from ..kernels.implicit_gemm import Slots, pack_weights
     from ..kernels.train_step import train_calls
 
     config, width = problem.config, problem.width
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = _channels_together(x)
 
     def pixels_of(channels: int) -> Tensor:
         shape = problem.batch, channels, problem.output_height, problem.output_width
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     out = pixels_of(x.shape[1])
-    buffers = [pixels_of(width) for _ in range(problem.steps if keep else min(2, problem.steps))]
-    z = [buffers[k % len(buffers)] for k in range(problem.steps)]  # only the last one is read again
+    # Where none is kept one buffer serves all: z_k is read for the last time before z_{k+1} is written.
+    z = [pixels_of(width) for _ in range(problem.steps)] if keep else [pixels_of(width)] * problem.steps
     statistics = torch.empty((4, problem.steps, width), dtype=torch.float32, device=x.device)
-    packed = pack_weights(list(weights), config.groups, padded_lanes(width // config.groups))
-    gammas, betas = ([t.detach().float().contiguous() for t in tensors] for tensors in (gammas, betas))
-    groups, outputs = x.split(width, 1), out.split(width, 1)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        passed, first_u = config.passed_group(problem.scale), None
-        if passed is not None:
-            outputs[passed].copy_(pool_passthrough(groups[passed], config))
-        if config.adds(config.first_convolved):  # what passed is also added
-            first_u = groups[1] + outputs[0]
-            first_u = first_u.contiguous(memory_format=torch.channels_last)
+    packed = pack_weights(weights, config.groups, padded_lanes(width // config.groups))
+    gammas, betas = (_single(tensors) for tensors in (gammas, betas))
+    with _device_of(x):
         plan = plan_for(problem, capability(problem.device))
-        slots = Slots(x, width, width), first_u, Slots(out, width, width)
+        passed = config.passed_group(problem.scale)
+        if passed is not None and plan.launches[0].steps > 0:
+            out.split(width, 1)[passed].copy_(pool_passthrough(x.split(width, 1)[passed], config))
+        slots = Slots(x, width, width), Slots(out, width, width)
         for call in train_calls(problem, plan, *slots, z, statistics, packed, gammas, betas, eps):
             call.run()
     return out, Statistics(*(statistics[i].clone() for i in range(3))), z if keep else []
+
+
+def train_backward(
+    backend: Backend,
+    problem: ChainProblem,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    z: Sequence[Tensor],
+    mean: Tensor,
+    invstd: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> Gradients:
+    """As `training.train_backward`, not flattened, the gradient of x channels-last."""
+    from ..kernels.chain_gradients import BatchNorms
+
+    def convolve_again(k: int, u: Tensor) -> Tensor:
+        return _channels_together(convolve(backend, u, weights[k], problem.config))
+
+    z = [zk.contiguous(memory_format=torch.channels_last) for zk in z]
+    norms = BatchNorms(z, mean, invstd, _single(gammas), convolve_again)
+    gradients = _run(problem, grad, x, out, weights, norms, (needed[0], needed[1], True))
+    sums = gradients.sums
+    return gradients.x, gradients.weights, list((sums[:, 1] * invstd).unbind()), list(sums[:, 0].unbind())
+
+
+def chain_backward(
+    problem: ChainProblem,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of (x, weights, biases) of the chain without batch statistics, of these what `needed` names."""
+    gradients = _run(problem, grad, x, out, weights, None, tuple(needed))
+    return gradients.x, gradients.weights, list(gradients.sums[:, 0].unbind())
+
+
+def _run(problem, grad, x, out, weights, norms, needed):
+    from ..kernels.chain_gradients import ChainGradients
+
+    grad, x, out = (_channels_together(t) for t in (grad, x, out))
+    with _device_of(x):
+        gradients = ChainGradients(problem, plan_for(problem, capability(problem.device)), grad, x, out, weights, norms, needed)
+        for call in gradients.calls():
+            call.run()
+    return gradients
+
+
+def _channels_together(t: Tensor) -> Tensor:
+    """With the channels of a pixel side by side; every other stride may be what it is."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous(memory_format=torch.channels_last)
+
+
+def _single(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().float().contiguous() for t in tensors]
+
+
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

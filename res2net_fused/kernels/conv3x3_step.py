@@ -21,9 +21,7 @@ the slot that passes through.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -31,34 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chain import ChainProblem
+from .implicit_gemm import SIZES, Slots, activate, locate, multiply_taps, slot_pointers, source_arguments
 from .kernel_call import KernelCall
 from .step_plan import Launch, StepPlan
 
-# Where alignment matters it travels as a constexpr (`*_VEC`: strides and offsets are counted in units of so many
-# elements), so no integer needs specialising, and a new H, W or batch compiles nothing.
-_SIZES = ["pixels", "height", "width"]
 _STRIDES = [f"{name}_{axis}" for name in ("source", "x", "out") for axis in ("image", "row", "pixel")]
 _SLOTS = ["source_slot", "source_slot_step", "x_slot", "out_slot", "out_slot_step", "pass_slot_x", "pass_slot_out"]
-
-
-@triton.jit
-def activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION != "none":
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu: NaN stays NaN
-    if ACTIVATION == "hardtanh20":
-        y = tl.minimum(y, 20.0, propagate_nan=tl.PropagateNan.ALL)
-    return y
-
-
-@triton.jit
-def locate(tile, pixels, height, width, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The output pixels of a tile: number in the batch, whether it exists, image (int64), row and column."""
-    out_height = (height - 1) // STRIDE + 1
-    out_width = (width - 1) // STRIDE + 1
-    number = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_image = number % (out_height * out_width)
-    image = (number // (out_height * out_width)).to(tl.int64)
-    return number, number < pixels, image, in_image // out_width, in_image % out_width
 
 
 @triton.jit
@@ -89,7 +65,7 @@ def _pass_through(
     return value
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_STRIDES, *_SLOTS])
+@triton.jit(do_not_specialize=[*SIZES, *_STRIDES, *_SLOTS])
 def conv3x3_step(
     source, x, out, scratch, weights, bias,
     pixels, height, width,
@@ -119,7 +95,6 @@ def conv3x3_step(
     group = task % GROUPS
     step = task // GROUPS
     number, exists, image, row, column = locate(tile, pixels, height, width, STRIDE, BLOCK_M)
-    out_pixels = image * out_image + row.to(tl.int64) * out_row + column.to(tl.int64) * out_pixel
     out_ok = exists[:, None] & (columns < OUT_LANES)[None, :]
 
     if PASSES:
@@ -130,47 +105,28 @@ def conv3x3_step(
                 x_base, x_row * X_VEC, x_pixel * X_VEC, exists, row, column, columns, height, width,
                 CHANNELS, STRIDE, POOL,
             )  # fmt: skip
-            out_base = out + (out_pixels + pass_slot_out) * OUT_VEC + group * CHANNELS
+            out_base = slot_pointers(
+                out, image, row, column, out_image, out_row, out_pixel, pass_slot_out, group, CHANNELS, OUT_VEC
+            )
             tl.store(out_base[:, None] + columns[None, :], value.to(out.dtype.element_ty), mask=out_ok)
             return
 
-    k_blocks: tl.constexpr = (SOURCE_LANES + BLOCK_K - 1) // BLOCK_K
-    first_row = row * STRIDE - DILATION
-    first_column = column * STRIDE - DILATION
-    source_offset = image * source_image + source_slot + step * source_slot_step
-    source_offset += first_row.to(tl.int64) * source_row + first_column.to(tl.int64) * source_pixel
-    source_base = source + source_offset * SOURCE_VEC + group * SOURCE_GROUP
+    source_base = source + (image * source_image + source_slot + step * source_slot_step) * SOURCE_VEC + group * SOURCE_GROUP
     weight_base = weights + (step * GROUPS + group).to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.range(0, 9 * k_blocks):
-        tap = k // k_blocks
-        down = tap // 3 * DILATION
-        right = tap % 3 * DILATION
-        lanes = k % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = exists & (first_row + down >= 0) & (first_row + down < height)
-        inside = inside & (first_column + right >= 0) & (first_column + right < width)
-        shift = (down.to(tl.int64) * source_row + right.to(tl.int64) * source_pixel) * SOURCE_VEC
-        u = tl.load(
-            (source_base + shift)[:, None] + lanes[None, :],
-            mask=inside[:, None] & (lanes < SOURCE_LANES)[None, :],
-            other=0.0,
-        )  # (BLOCK_M, BLOCK_K)
-        weight = tl.load(
-            weight_base + tap * (CHANNELS * WEIGHT_LANES) + columns[None, :] * WEIGHT_LANES + lanes[:, None],
-            mask=(columns < CHANNELS)[None, :] & (lanes < WEIGHT_LANES)[:, None],
-            other=0.0,
-        )  # (BLOCK_K, BLOCK_N)
-        total = tl.dot(u, weight, total, input_precision=PRECISION)
+    total = multiply_taps(
+        source_base, weight_base, exists, row, column, columns, source_row, source_pixel, height, width,
+        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_LANES, WEIGHT_LANES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
     lane_ok = columns < CHANNELS
     total += tl.load(bias + (step * GROUPS + group) * CHANNELS + columns, mask=lane_ok, other=0.0)[None, :]
     # A padded lane is Inf * 0 = NaN where u holds an Inf, so it is set rather than trusted to be zero.
     y = tl.where(lane_ok[None, :], activate(total, ACTIVATION), 0.0).to(out.dtype.element_ty)
-    out_base = out + (out_pixels + out_slot + step * out_slot_step) * OUT_VEC + group * CHANNELS
+    slot = out_slot + step * out_slot_step
+    out_base = slot_pointers(out, image, row, column, out_image, out_row, out_pixel, slot, group, CHANNELS, OUT_VEC)
     tl.store(out_base[:, None] + columns[None, :], y, mask=out_ok)
     if FORMS_NEXT:
-        x_pixels = image * x_image + row.to(tl.int64) * x_row + column.to(tl.int64) * x_pixel
-        x_base = x + (x_pixels + x_slot) * X_VEC + group * CHANNELS
+        x_base = slot_pointers(x, image, row, column, x_image, x_row, x_pixel, x_slot, group, CHANNELS, X_VEC)
         x_next = tl.load(x_base[:, None] + columns[None, :], mask=exists[:, None] & lane_ok[None, :], other=0.0)
         u_next = (y.to(tl.float32) + x_next.to(tl.float32)).to(scratch.dtype.element_ty)
         scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_LANES
@@ -178,7 +134,7 @@ def conv3x3_step(
         tl.store(scratch_base[:, None] + columns[None, :], u_next, mask=scratch_ok)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_STRIDES, *_SLOTS])
+@triton.jit(do_not_specialize=[*SIZES, *_STRIDES, *_SLOTS])
 def prepare_first_u(
     x, out, scratch,
     pixels, height, width,
@@ -198,8 +154,7 @@ def prepare_first_u(
     group = program // n_tiles // m_tiles
     number, exists, image, row, column = locate(tile, pixels, height, width, 1, BLOCK_M)
     lane_ok = columns < CHANNELS
-    x_pixels = image * x_image + row.to(tl.int64) * x_row + column.to(tl.int64) * x_pixel
-    x_base = x + (x_pixels + x_slot) * X_VEC + group * CHANNELS
+    x_base = slot_pointers(x, image, row, column, x_image, x_row, x_pixel, x_slot, group, CHANNELS, X_VEC)
     u = tl.load(x_base[:, None] + columns[None, :], mask=exists[:, None] & lane_ok[None, :], other=0.0)
     if PASSES:
         pass_base = x + (image * x_image + pass_slot_x) * X_VEC + group * CHANNELS
@@ -207,8 +162,9 @@ def prepare_first_u(
             pass_base, x_row * X_VEC, x_pixel * X_VEC, exists, row, column, columns, height, width, CHANNELS, 1, POOL
         )
         y = value.to(out.dtype.element_ty)
-        out_pixels = image * out_image + row.to(tl.int64) * out_row + column.to(tl.int64) * out_pixel
-        out_base = out + (out_pixels + pass_slot_out) * OUT_VEC + group * CHANNELS
+        out_base = slot_pointers(
+            out, image, row, column, out_image, out_row, out_pixel, pass_slot_out, group, CHANNELS, OUT_VEC
+        )
         tl.store(out_base[:, None] + columns[None, :], y, mask=exists[:, None] & (columns < OUT_LANES)[None, :])
         if ADDS:
             u = (u.to(tl.float32) + y.to(tl.float32)).to(scratch.dtype.element_ty)
@@ -216,56 +172,9 @@ def prepare_first_u(
     tl.store(scratch_base[:, None] + columns[None, :], u, mask=exists[:, None] & (columns < SCRATCH_LANES)[None, :])
 
 
-@dataclass(frozen=True)
-class Slots:
-    """x or out as the kernels see it: s slots of channels, `pitch` apart.
-
-    data: (N, >= s*pitch, H, W), channel stride 1, any other strides. lanes: channels of a slot that are read or written:
-    w, or more where the padding up to there holds, or is to hold, exact zeros (one convolution group only).
-    first: the slot of group 0 where it is not slot 0; the other groups always lie in the slots of their numbers.
-    """
-
-    data: Tensor
-    pitch: int
-    lanes: int
-    first: int = 0
-
-    @property
-    def vec(self) -> int:
-        """Elements, 16 bytes at most, that divide every stride and offset."""
-        return math.gcd(16 // self.data.element_size(), self.pitch, *self._strides())
-
-    def _strides(self) -> tuple[int, int, int]:
-        # A dimension of size 1 may carry any stride; it is never stepped along.
-        return tuple(self.data.stride(d) if self.data.shape[d] > 1 else 0 for d in (0, 2, 3))  # type: ignore[return-value]
-
-    def arguments(self, name: str) -> dict[str, int]:
-        image, row, pixel = (stride // self.vec for stride in self._strides())
-        return {f"{name}_image": image, f"{name}_row": row, f"{name}_pixel": pixel}
-
-    @property
-    def step(self) -> int:
-        """From one slot to the next."""
-        return self.pitch // self.vec
-
-    def offset(self, group: int) -> int:
-        return (group or self.first) * self.step
-
-    def images(self, start: int, count: int) -> Slots:
-        return replace(self, data=self.data[start : start + count])
-
-
 def interpreted() -> bool:
     """Whether the kernels were defined under Triton's interpreter."""
     return not isinstance(conv3x3_step, triton.JITFunction)
-
-
-def pack_weights(weights: list[Tensor], groups: int, lanes: int) -> Tensor:
-    """(steps, groups, 9, w/groups, lanes): input channels innermost, padded with exact zeros."""
-    stacked = torch.stack([weight.detach() for weight in weights])  # (steps, w, w/groups, 3, 3)
-    steps, width, channels = stacked.shape[:3]
-    taps = stacked.reshape(steps, groups, width // groups, channels, 9).permute(0, 1, 4, 2, 3)
-    return torch.nn.functional.pad(taps, (0, lanes - channels)).contiguous()
 
 
 def chain_calls(
@@ -282,10 +191,10 @@ def chain_calls(
         for launch in plan.launches:
             source = written if launch.reads_u else None
             written = next(turns) if launch.forms_next else None
-            yield _call(problem, plan, launch, x_chunk, out_chunk, source, written, weights, bias)
+            yield step_call(problem, plan, launch, x_chunk, out_chunk, source, written, weights, bias)
 
 
-def _call(
+def step_call(
     problem: ChainProblem,
     plan: StepPlan,
     launch: Launch,
@@ -293,9 +202,10 @@ def _call(
     out: Slots,
     source: Tensor | None,
     target: Tensor | None,
-    weights: Tensor,
-    bias: Tensor,
+    weights: Tensor | None,  # None where the launch only prepares u, as bias
+    bias: Tensor | None,
 ) -> KernelCall:
+    """One launch; `source` and `target` are the scratch buffers that it reads and writes, each (N*H*W, groups*lanes)."""
     config, tile = problem.config, plan.tile
     images = x.data.shape[0]
     passed = config.passed_group(problem.scale)
@@ -342,34 +252,6 @@ def _call(
         "FORMS_NEXT": launch.forms_next,
         "PRECISION": plan.precision,
         "BLOCK_K": tile.block_k,
-        **_source(problem, plan, x, source, slot),
+        **source_arguments(problem, plan.lanes, x, source, slot),
     }
     return KernelCall(conv3x3_step, programs, arguments, options)
-
-
-def _source(problem: ChainProblem, plan: StepPlan, x: Slots, scratch: Tensor | None, slot: int) -> dict[str, object]:
-    groups = problem.config.groups
-    if scratch is None:
-        lanes = x.lanes if groups == 1 else problem.width // groups
-        return {
-            "source": x.data,
-            **x.arguments("source"),
-            "source_slot": x.offset(slot),
-            "source_slot_step": x.step,
-            "SOURCE_VEC": x.vec,
-            "SOURCE_LANES": lanes,
-            "SOURCE_GROUP": problem.width // groups,
-        }
-    vec = 16 // scratch.element_size() if plan.lanes % 8 == 0 else 1
-    pixel = groups * plan.lanes // vec
-    return {
-        "source": scratch,
-        "source_image": problem.height * problem.width_pixels * pixel,
-        "source_row": problem.width_pixels * pixel,
-        "source_pixel": pixel,
-        "source_slot": 0,
-        "source_slot_step": 0,
-        "SOURCE_VEC": vec,
-        "SOURCE_LANES": plan.lanes,
-        "SOURCE_GROUP": plan.lanes,
-    }

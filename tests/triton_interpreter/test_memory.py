@@ -9,7 +9,8 @@ from chain_cases import error, make_case, poison_new_memory
 from res2net_fused import reference
 from res2net_fused.backends import triton_backend
 from res2net_fused.chain import ChainConfig, memory_format
-from res2net_fused.kernels.conv3x3_step import Slots, chain_calls
+from res2net_fused.kernels.conv3x3_step import chain_calls
+from res2net_fused.kernels.implicit_gemm import Slots
 from res2net_fused.kernels.step_plan import plan_steps
 
 NAN, INF = float("nan"), float("inf")
