@@ -7,7 +7,7 @@ checks the arguments and asks `backends.selection` for a backend; nothing of tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .backends.block import run_block
-from .backends.selection import choose, get_backend
+from .backends.selection import backend_of_gradients, choose, get_backend
 from .backward import chain_backward
 from .chain import (
     BACKENDS,
@@ -31,6 +31,7 @@ from .chain import (
 )
 from .folding import FoldedBlock
 from .packing import PackedWeights
+from .registration import refuse_second_derivative, register_autocast
 
 SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -43,7 +44,7 @@ _library.define(
 )
 _library.define(
     "hierarchical_conv2d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, Tensor[]? biases, "
-    f"{SETTINGS}, bool[] needed) -> Tensor[]",
+    f"{SETTINGS}, str backend, bool[] needed) -> Tensor[]",
     tags=TAGS,
 )
 
@@ -210,8 +211,19 @@ torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=
 
 @functools.partial(_library.impl, "hierarchical_conv2d_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
-    *chain, needed = settings
-    return chain_backward(grad, x, out, weights, biases, cached_config(*chain), needed)
+    *chain, backend, needed = settings
+    problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
+    own = backend_of_gradients(problem, backend)
+    if own is None:
+        return chain_backward(grad, x, out, weights, biases, problem.config, needed)
+    need_x, need_weights, need_biases = needed
+    grad_x, grad_weights, grad_biases = own.chain_backward(problem, grad, x, out, weights, needed)
+    results = [with_format(grad_x, problem.channels_last)] if need_x else []
+    if need_weights:
+        results += [g.contiguous() for g in grad_weights]
+    if need_biases:
+        results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
+    return results
 
 
 @torch.library.register_fake("res2net_fused::hierarchical_conv2d_backward", lib=_library)
@@ -229,7 +241,7 @@ def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
 
 def _save_for_backward(ctx, inputs, output) -> None:
     x, weights, biases, _, _, *settings = inputs
-    ctx.settings = settings[:-1]
+    ctx.settings = settings
     ctx.counts = len(weights), 0 if biases is None else len(biases)
     ctx.save_for_backward(x, output, *weights, *(biases or ()))
 
@@ -246,45 +258,29 @@ def _backward(ctx, grad):
     grad_x = next(results) if needed[0] else None
     grad_weights = [next(results) if needed[1] else None for _ in range(steps)]
     grad_biases = [next(results) if needed[2] else None for _ in range(bias_count)]
-    return grad_x, grad_weights, grad_biases if bias_count else None, *[None] * (2 + len(ctx.settings) + 1)
+    return grad_x, grad_weights, grad_biases if bias_count else None, *[None] * (2 + len(ctx.settings))
 
 
 def _any(needs: bool | Sequence[bool]) -> bool:
     return needs if isinstance(needs, bool) else any(needs)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        "hierarchical_conv2d has no second derivative; compute it with res2net_fused.reference.hierarchical_conv2d"
-    )
-
-
 torch.library.register_autograd(
     "res2net_fused::hierarchical_conv2d", _backward, setup_context=_save_for_backward, lib=_library
 )
-torch.library.register_autograd("res2net_fused::hierarchical_conv2d_backward", _no_double_backward, lib=_library)
+refuse_second_derivative(_library, "hierarchical_conv2d")
 
 
 # Autocast: x and the convolution weights only; biases stay as they are ------------------------------------------------
 
 
-def _autocast(device_type: str, key: str) -> Callable[..., Tensor]:
-    def kernel(x, weights, biases, packed, layout, *settings):
-        dtype = torch.get_autocast_dtype(device_type)
-        if any(t.dtype == torch.float64 or not t.is_floating_point() for t in (x, *weights)):
-            dtype = None  # as for ATen's convolutions: left alone
-        if dtype is not None and weights[0].dtype != dtype:
-            weights, packed, layout = [weight.to(dtype) for weight in weights], None, "plain"
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return torch.ops.res2net_fused.hierarchical_conv2d.default(
-                x if dtype is None else x.to(dtype), weights, biases, packed, layout, *settings
-            )
-
-    return kernel
+def _cast(dtype: torch.dtype, x, weights, biases, packed, layout, *settings) -> tuple[object, ...]:
+    if weights[0].dtype != dtype:
+        weights, packed, layout = [weight.to(dtype) for weight in weights], None, "plain"
+    return x.to(dtype), weights, biases, packed, layout, *settings
 
 
-_library.impl("hierarchical_conv2d", _autocast("cpu", "AutocastCPU"), "AutocastCPU")
-_library.impl("hierarchical_conv2d", _autocast("cuda", "AutocastCUDA"), "AutocastCUDA")
+register_autocast(_library, "hierarchical_conv2d", _cast)
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ It mutates nothing: batch statistics are outputs, from which the caller updates 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends.selection import choose_for_training, get_backend
 from .chain import ChainProblem, check_arguments, describe, memory_format, with_format
 from .operator import SETTINGS, TAGS, cached_config, convolution_flops
+from .registration import refuse_second_derivative, register_autocast
 from .training import Statistics, train_backward, train_forward, wide_dtype
 
 _library = torch.library.Library("res2net_fused", "FRAGMENT")
@@ -178,34 +179,20 @@ def _backward(ctx, grads):
     return *results, None, *[None] * (len(chain) + 2)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        "hierarchical_conv_bn has no second derivative; compute it with res2net_fused.reference.hierarchical_conv_bn"
-    )
-
-
 torch.library.register_autograd(
     "res2net_fused::hierarchical_conv_bn", _backward, setup_context=_save_for_backward, lib=_library
 )
-torch.library.register_autograd("res2net_fused::hierarchical_conv_bn_backward", _no_double_backward, lib=_library)
+refuse_second_derivative(_library, "hierarchical_conv_bn")
 
 
 # Autocast: x and the convolution weights only; BatchNorm's parameters stay as they are -----------------------------------
 
 
-def _autocast(device_type: str, key: str) -> Callable[..., list[Tensor]]:
-    def kernel(x, weights, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
-        if not any(t.dtype == torch.float64 or not t.is_floating_point() for t in (x, *weights)):
-            x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return torch.ops.res2net_fused.hierarchical_conv_bn.default(x, weights, *rest)
-
-    return kernel
+def _cast(dtype: torch.dtype, x, weights, *rest) -> tuple[object, ...]:
+    return x.to(dtype), [weight.to(dtype) for weight in weights], *rest
 
 
-_library.impl("hierarchical_conv_bn", _autocast("cpu", "AutocastCPU"), "AutocastCPU")
-_library.impl("hierarchical_conv_bn", _autocast("cuda", "AutocastCUDA"), "AutocastCUDA")
+register_autocast(_library, "hierarchical_conv_bn", _cast)
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from res2net_fused import reference
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.chain import BACKENDS, ChainConfig, ChainProblem, memory_format
 from res2net_fused.tolerances import FORWARD
@@ -105,6 +106,27 @@ CHAINS = {
     "s1_stride2": Chain({"passthrough": "none", "stride": 2, "hierarchical": False}, steps=1),
 }
 chains = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
+
+
+def masked_gradients(chain, x, weights, biases, out, grad):
+    """Float64 gradients, the activations replaced by the masks that the tested path's own output shows."""
+    x, *rest = [t.detach().double().requires_grad_() for t in (x, *weights, *biases)]
+    weights64, biases64 = rest[: chain.steps], rest[chain.steps :]
+    config = chain.config
+    outputs = out.detach().split(chain.width, 1)
+
+    def convolution(k, u):
+        y = outputs[k + config.first_convolved]
+        z = torch.nn.functional.conv2d(
+            u, weights64[k], biases64[k], config.stride, config.dilation, config.dilation, config.groups
+        )
+        if config.activation == "none":
+            return z
+        saturated = (y >= 20) & (config.activation == "hardtanh20")
+        return z * ((y > 0) & ~saturated) + 20.0 * saturated
+
+    y = torch.cat(reference.hierarchical_chain(x.split(chain.width, 1), convolution, config), 1)
+    return torch.autograd.grad(y, [x, *rest], grad.double())
 
 
 def why_not(backend: str, chain: Chain, x: Tensor) -> str | None:

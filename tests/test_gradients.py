@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from helpers import BOUNDS, CHAINS, DEVICES, HALVES, Chain, assert_close, chains, relative_error, runnable_backends
+from helpers import (
+    BOUNDS,
+    CHAINS,
+    DEVICES,
+    HALVES,
+    Chain,
+    assert_close,
+    chains,
+    masked_gradients,
+    relative_error,
+    runnable_backends,
+)
 
 from res2net_fused import hierarchical_conv2d, reference
 from res2net_fused.backends import native_cpu
@@ -52,27 +63,6 @@ def test_equals_autograd_of_the_reference(chain):
     expected = torch.autograd.grad(reference.hierarchical_conv2d(x, weights, biases, chain.config), tensors, grad)
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, 1e-12)
-
-
-def masked_gradients(chain, x, weights, biases, out, grad):
-    """Float64 gradients, the activations replaced by the masks that the tested path's own output shows."""
-    x, *rest = [t.detach().double().requires_grad_() for t in (x, *weights, *biases)]
-    weights64, biases64 = rest[: chain.steps], rest[chain.steps :]
-    config = chain.config
-    outputs = out.detach().split(chain.width, 1)
-
-    def convolution(k, u):
-        y = outputs[k + config.first_convolved]
-        z = torch.nn.functional.conv2d(
-            u, weights64[k], biases64[k], config.stride, config.dilation, config.dilation, config.groups
-        )
-        if config.activation == "none":
-            return z
-        saturated = (y >= 20) & (config.activation == "hardtanh20")
-        return z * ((y > 0) & ~saturated) + 20.0 * saturated
-
-    y = torch.cat(reference.hierarchical_chain(x.split(chain.width, 1), convolution, config), 1)
-    return torch.autograd.grad(y, [x, *rest], grad.double())
 
 
 def chain_gradients(chain, backend, dtype, device):

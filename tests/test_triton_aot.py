@@ -24,15 +24,12 @@ from triton.compiler import ASTSource  # noqa: E402
 from res2net_fused.backends.triton_block import block_calls, slot_pitch  # noqa: E402
 from res2net_fused.chain import ChainConfig, ChainProblem  # noqa: E402
 from res2net_fused.chain1d import Chain1dConfig, Chain1dProblem  # noqa: E402
+from res2net_fused.kernels.chain_gradients import BatchNorms, ChainGradients  # noqa: E402
 from res2net_fused.kernels.conv1d_step import chain_calls_1d, conv1d_step  # noqa: E402
-from res2net_fused.kernels.conv3x3_step import (  # noqa: E402
-    KernelCall,
-    Slots,
-    chain_calls,
-    conv3x3_step,
-    interpreted,
-    pack_weights,
-)
+from res2net_fused.kernels.conv3x3_step import chain_calls, conv3x3_step, interpreted  # noqa: E402
+from res2net_fused.kernels.gradient_step import gradient_step  # noqa: E402
+from res2net_fused.kernels.implicit_gemm import Slots, pack_weights  # noqa: E402
+from res2net_fused.kernels.kernel_call import KernelCall  # noqa: E402
 from res2net_fused.kernels.step_plan import dot_precision, padded_lanes, plan_steps  # noqa: E402
 from res2net_fused.kernels.train_step import train_calls, train_step  # noqa: E402
 
@@ -146,7 +143,9 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
 
 
 def calls_of_training(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]) -> list[KernelCall]:
-    """The distinct launches of one chain's forward pass with batch statistics, at batch 128, on tensors without memory."""
+    """The distinct launches of one chain's training, forward and backward, with batch statistics and with BatchNorm folded, at
+    batch 128, on tensors without memory.
+    """
     steps, device = shape.scale - 1, torch.device("cuda")
     problem = ChainProblem(
         shape.config, device, dtype, 128, shape.size, shape.size, shape.width, steps, channels_last=True
@@ -158,15 +157,18 @@ def calls_of_training(shape: Shape, dtype: torch.dtype, tf32: bool, capability: 
 
     channels = shape.scale * shape.width
     x, out = pixels(channels, shape.size), pixels(channels, problem.output_height)
-    weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
-    weights = pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))
-    vector, statistics = torch.empty(shape.width, device="meta"), torch.empty(4, steps, shape.width, device="meta")
+    slots = Slots(x, shape.width, shape.width), Slots(out, shape.width, shape.width)
+    weights = [torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")] * steps
+    packed = pack_weights(weights, shape.groups, padded_lanes(shape.width // shape.groups))
+    vectors, statistics = [torch.empty(shape.width, device="meta")] * steps, torch.empty(4, steps, shape.width, device="meta")
+    z = [pixels(shape.width, problem.output_height)] * steps
+    plan = plan_steps(problem, capability, tf32=tf32)
+    norms = BatchNorms(z, statistics[0], statistics[1], vectors, None)
+    batch_statistics = ChainGradients(problem, plan, out, x, out, weights, norms, (True, True, True))
+    folded = ChainGradients(problem, plan, out, x, out, weights, None, (True, True, False))
+    every = train_calls(problem, plan, *slots, z, statistics, packed, vectors, vectors, [1e-5] * steps)
     distinct = {}
-    for call in train_calls(
-        problem, plan_steps(problem, capability, tf32=tf32), Slots(x, shape.width, shape.width), None,
-        Slots(out, shape.width, shape.width), [pixels(shape.width, problem.output_height)] * steps, statistics, weights,
-        [vector] * steps, [vector] * steps, [1e-5] * steps,
-    ):  # fmt: skip
+    for call in itertools.chain(every, batch_statistics.calls(), folded.calls()):
         distinct.setdefault(_key(call), call)
     return list(distinct.values())
 
@@ -229,20 +231,17 @@ def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) 
     compiled = compile_for(call, capability)
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
     assert stack_bytes(compiled.asm["cubin"], folder) == 0, "registers are spilled"
-    if call.kernel is train_step:
-        # Its left operand is computed in registers, from which Triton may also feed the older instruction.
-        tensor_cores = any(name in compiled.asm["ptx"] for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
-        assert tensor_cores == (call.arguments["out"].dtype != torch.float32 or call.arguments["PRECISION"] != "ieee")
-    elif "BLOCK_K" in call.arguments:
+    if "BLOCK_K" in call.arguments:
         check_tensor_cores(call, compiled.asm["ptx"], capability)
-    if call.kernel is conv3x3_step:
+    if call.kernel in (conv3x3_step, train_step, gradient_step):
         check_wide_copies(call, compiled.asm["ptx"])
 
 
 def check_tensor_cores(call: KernelCall, ptx: str, capability: tuple[int, int]) -> None:
     found = {name: name in ptx for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma")}
     arguments = call.arguments
-    if arguments["out"].dtype == torch.float32 and arguments["PRECISION"] == "ieee":
+    dtype = arguments["weight" if "weight" in arguments else "weights"].dtype
+    if dtype == torch.float32 and arguments["PRECISION"] == "ieee":
         assert not any(found.values()), "an exact float32 product cannot come from tensor cores"
     elif capability >= (9, 0) and arguments.get("BLOCK_M", arguments.get("BLOCK_C")) >= 64 and call.options["num_warps"] >= 4:
         assert found["wgmma.mma_async" if capability == (9, 0) else "tcgen05.mma"], found
@@ -253,8 +252,9 @@ def check_tensor_cores(call: KernelCall, ptx: str, capability: tuple[int, int]) 
 def check_wide_copies(call: KernelCall, ptx: str) -> None:
     """Scratch (or an aligned x) and the weights travel 16 bytes at a time, in every stage of the pipeline."""
     arguments = call.arguments
-    bytes_per_element = arguments["out"].element_size()
-    if arguments["SOURCE_VEC"] * bytes_per_element < 16 or arguments["SOURCE_GROUP"] * bytes_per_element % 16:
+    bytes_per_element = arguments["weights"].element_size()
+    vec, group = ("DZ_VEC", "LANES") if call.kernel is gradient_step else ("SOURCE_VEC", "SOURCE_GROUP")
+    if arguments[vec] * bytes_per_element < 16 or arguments[group] * bytes_per_element % 16:
         return
     threads = 32 * call.options["num_warps"]
     copies = 0
@@ -337,7 +337,7 @@ def test_new_lengths_compile_nothing_in_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES[:2], ids=_name)  # for sm_100, TF32 in one shape spills a register
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=_name)
 @pytest.mark.parametrize("dtype, tf32", PRECISIONS, ids=_name)
 def test_all_training(dtype, tf32, capability, tmp_path) -> None:
     seen = {}

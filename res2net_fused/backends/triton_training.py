@@ -28,8 +28,8 @@ def why_not_whole_batch(problem: ChainProblem) -> str | None:
 
 def describe(problem: ChainProblem) -> str:
     """For `explain`."""
-    strided = "gradients of strided convolutions and of weights by ATen" if problem.config.stride > 1 else "those of weights by ATen"
-    return f"Triton forward and backward, {strided}"
+    theirs = "weights" if problem.config.stride == 1 else "weights and of the strided convolutions"
+    return f"Triton forward and backward, gradients of {theirs} by ATen"
 
 
 def train_forward(
@@ -94,6 +94,11 @@ def train_backward(
     gradients = _run(problem, grad, x, out, weights, norms, (needed[0], needed[1], True))
     sums = gradients.sums
     return gradients.x, gradients.weights, list((sums[:, 1] * invstd).unbind()), list(sums[:, 0].unbind())
+
+
+def chain_backward_pays(problem: ChainProblem) -> bool:
+    """Whether auto takes `chain_backward`: it has not been measured against ATen's operators, so that it must be asked for."""
+    return False
 
 
 def chain_backward(

@@ -23,7 +23,7 @@ from .gradient_step import gradient_step_call, mask_gradient_call
 from .implicit_gemm import Slots, pack_weights, turned
 from .kernel_call import KernelCall
 from .norm_gradient import norm_gradient_call
-from .step_plan import StepPlan, padded_lanes
+from .step_plan import StepPlan
 from .tile_sums import sum_calls
 from .train_step import PASS_BLOCK_M
 
@@ -80,7 +80,7 @@ class ChainGradients:
         problem, config, norms = self.problem, self.problem.config, self.norms
         packed = None
         if config.stride == 1:
-            packed = pack_weights(turned(self.kernels, config.groups), config.groups, padded_lanes(problem.width // config.groups))
+            packed = pack_weights(turned(self.kernels, config.groups), config.groups, self.plan.lanes)
         behind: dict[str, Tensor] | None = None  # what gradient_step of group i+1 has left of group i
         added = False  # whether group i+1 added y_i
         for i in reversed(range(problem.scale)):

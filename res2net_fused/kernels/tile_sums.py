@@ -25,6 +25,7 @@ from .kernel_call import KernelCall
 
 ROWS = 128  # that one program combines
 _COLUMNS = 32
+_OPTIONS = {"num_warps": 8}  # with four, ptxas for sm_80 spills
 STATISTICS = ("mean", "invstd", "variance", "scale")
 
 
@@ -108,13 +109,14 @@ def statistics_calls(
             "tile_means": moments[0], "tile_squares": moments[1], "means": combined[0], "squares": combined[1],
             "pixels": pixels, "tile_pixels": tile_pixels, **blocks,
         }  # fmt: skip
-        yield KernelCall(combine_moments, columns * combined.shape[1], arguments, {"num_warps": 4})
+        yield KernelCall(combine_moments, columns * combined.shape[1], arguments, _OPTIONS)
         moments, tile_pixels = combined, tile_pixels * ROWS
     arguments = {
         "tile_means": moments[0], "tile_squares": moments[1], "gamma": gamma,
-        **dict(zip(STATISTICS, statistics, strict=True)), "pixels": pixels, "tile_pixels": tile_pixels, "eps": float(eps), **blocks,
+        **dict(zip(STATISTICS, statistics, strict=True)), "pixels": pixels, "tile_pixels": tile_pixels, "eps": float(eps),
+        **blocks,
     }  # fmt: skip
-    yield KernelCall(finish_statistics, columns, arguments, {"num_warps": 4})
+    yield KernelCall(finish_statistics, columns, arguments, _OPTIONS)
 
 
 def sum_calls(sums: Tensor, result: Tensor) -> Iterator[KernelCall]:
@@ -129,5 +131,5 @@ def sum_calls(sums: Tensor, result: Tensor) -> Iterator[KernelCall]:
         arguments = {
             "source": sums, "target": target, "rows": len(sums), "WIDTH": channels, "BLOCK_T": ROWS, "BLOCK_N": _COLUMNS,
         }  # fmt: skip
-        yield KernelCall(add_rows, columns * rows, arguments, {"num_warps": 4})
+        yield KernelCall(add_rows, columns * rows, arguments, _OPTIONS)
         sums = target
