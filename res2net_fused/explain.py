@@ -14,6 +14,7 @@ from .fused_block1d import FusedForward1d, report_1d
 from .recognition import layout_of
 from .recognition1d import layout_1d_of
 from .tables import format_table
+from .trained_block import synchronises
 from .training import describe_training
 
 
@@ -74,7 +75,8 @@ def _report(name: str, module: nn.Module) -> BlockReport:
     try:
         if state.last_trained:
             choice = choose_for_training(problem, state.backend)
-            plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute)}"
+            synchronised = synchronises(module.bns[0])
+            plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute, synchronised)}"
             return BlockReport(name, True, choice.name, choice.reason, plan)
         folded = state.frozen or (state.kept[1] if state.kept else None)
         choice = choose(problem, state.backend, folded.layout if folded else "plain")

@@ -29,7 +29,7 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
 def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, recompute: bool) -> str | None:
     """None if the block's chain should run with batch statistics in one operator, else the reason."""
     for bn in block.bns:
-        if type(bn) is not nn.BatchNorm2d and not _is_alone(bn):
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return f"norm layer {type(bn).__name__} is not fused in training mode"
         if not uses_batch_statistics(bn):
             return "some BatchNorms of the chain are in training mode and some are not"
@@ -37,6 +37,11 @@ def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, reco
             return f"BatchNorm's momentum is a {type(bn.momentum).__name__}"
     if any(conv.bias is not None for conv in block.convs):
         return "a 3x3 convolution has a bias, which is not fused in training mode"
+    if any(map(synchronises, block.bns)):
+        reason = _why_not_synchronised(block, backend, recompute)
+        if reason is None and problem.batch == 0:
+            raise ValueError("x is an empty batch, but SyncBatchNorm makes the other processes wait for its statistics")
+        return reason
     if problem.batch == 0:
         return "the batch is empty"
     if not recompute and is_auto(backend) and not training_pays(problem):
@@ -67,13 +72,28 @@ def training_pays(problem: ChainProblem) -> bool:
     return wide and problem.dtype == torch.float32 and problem.channels_last
 
 
-def _is_alone(bn: nn.Module) -> bool:
-    """Whether this is a SyncBatchNorm with no other process to synchronise with, which then is a BatchNorm."""
-    if type(bn) is not nn.SyncBatchNorm:
+def synchronises(bn: nn.Module) -> bool:
+    """Whether this is a SyncBatchNorm that takes statistics over several processes; of one process it is a BatchNorm."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
         return False
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return True
-    return torch.distributed.get_world_size(bn.process_group or torch.distributed.group.WORLD) == 1
+        return False
+    return torch.distributed.get_world_size(_group(bn)) > 1
+
+
+def _group(bn: nn.Module) -> torch.distributed.ProcessGroup:
+    return bn.process_group or torch.distributed.group.WORLD
+
+
+def _why_not_synchronised(block: nn.Module, backend: str, recompute: bool) -> str | None:
+    """Looks at nothing that may differ between processes, such as x: all must decide alike, or one would wait for ever."""
+    if not all(map(synchronises, block.bns)) or len({_group(bn) for bn in block.bns}) > 1:
+        return "the chain's SyncBatchNorms are not all of one process group"
+    if not recompute and _is_auto(backend):
+        return "SyncBatchNorm over several processes: backend= or recompute=True asks for the operator, no speed is measured"
+    if torch.compiler.is_compiling():
+        return "SyncBatchNorm over several processes is not fused while a graph is traced"
+    return None
 
 
 def run_trained(
@@ -94,6 +114,7 @@ def run_trained(
         **config.settings(),
         recompute=recompute,
         backend=backend,
+        group=_group(block.bns[0]).group_name if synchronises(block.bns[0]) else "",
     )
     update_running_statistics(block.bns, chain.statistics)
     out = apply_optional(block, "drop_block", chain.out)

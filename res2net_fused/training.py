@@ -14,7 +14,8 @@ u_i is formed again from x and out, and act' is read off y_i. z_i is kept, or co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from .backends.selection import Backend
 from .backward import activation_backward, convolution_backward, feeds_a_convolution, pool_backward
 from .chain import ChainConfig, ChainProblem, memory_format
 from .reference import activate, pool_passthrough
+from .synchronise import combine_moments, combine_sums
 
 
 @dataclass
@@ -56,11 +58,13 @@ def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
     return both + (0 if recompute else problem.steps * group), both + (2 * problem.steps + sums) * group
 
 
-def describe_training(backend: Backend, problem: ChainProblem, recompute: bool) -> str:
+def describe_training(backend: Backend, problem: ChainProblem, recompute: bool, synchronised: bool) -> str:
     """One line for `explain`."""
+    whose = " of all processes" if synchronised else ""
+    how = backend.plan_training(problem) if not synchronised or getattr(backend, "SYNCHRONISES", False) else "ATen"
     fused, eager = (f"{size / 2**20:.3g} MiB" for size in saved_bytes(problem, recompute))
     again = ", convolved again in backward" if recompute else ""
-    return f"batch statistics, {backend.plan_training(problem)}, {fused} kept for backward instead of {eager}{again}"
+    return f"batch statistics{whose}, {how}, {fused} kept for backward instead of {eager}{again}"
 
 
 def train_forward(
@@ -72,9 +76,10 @@ def train_forward(
     betas: Sequence[Tensor],
     eps: Sequence[float],
     keep: bool,
+    group: str = "",  # of processes over which statistics are taken; "" for this one alone
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
     """out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
-    own = getattr(backend, "train_forward", None)
+    own = _own(backend, "train_forward", group)
     results = None if own is None else own(backend, problem, x, weights, gammas, betas, eps, keep)
     if results is not None:
         return results
@@ -85,20 +90,56 @@ def train_forward(
     # ATen updates running statistics that are 0 with momentum 1: what it leaves are those of this batch.
     mean, variance = (torch.zeros(problem.steps, width, dtype=wide, device=x.device) for _ in range(2))
     kept, invstds, y = [], [], x
-    for i, (group, slot) in enumerate(zip(groups, outputs, strict=True)):
+    for i, (x_i, slot) in enumerate(zip(groups, outputs, strict=True)):
         if i == config.passed_group(problem.scale):
-            y = slot.copy_(pool_passthrough(group, config))
+            y = slot.copy_(pool_passthrough(x_i, config))
             continue
         k = i - config.first_convolved
-        z = convolve(backend, group + y if config.adds(i) else group, weights[k], config)
-        y, _, invstd = torch.native_batch_norm(
-            z, gammas[k].to(wide), betas[k].to(wide), mean[k], variance[k], True, 1.0, eps[k]
-        )
+        z = convolve(backend, x_i + y if config.adds(i) else x_i, weights[k], config)
+        if group:
+            mean[k], invstd, variance[k], biased = synchronised_statistics(z, eps[k], group)
+            y, *_ = torch.native_batch_norm(z, gammas[k].to(wide), betas[k].to(wide), mean[k], biased, False, 0.0, eps[k])
+        else:
+            y, _, invstd = torch.native_batch_norm(
+                z, gammas[k].to(wide), betas[k].to(wide), mean[k], variance[k], True, 1.0, eps[k]
+            )
         y = activate_into(y, config.activation, slot)
         invstds.append(invstd)
         if keep:
             kept.append(z)
     return out, Statistics(mean, torch.stack(invstds).to(wide), variance), kept
+
+
+def _own(backend: Backend, name: str, group: str) -> Callable | None:
+    """The backend's own pass, with `group` filled in; None where there is none, or none that synchronises."""
+    own = getattr(backend, name, None)
+    if own is None or not group:
+        return own
+    return functools.partial(own, group=group) if getattr(backend, "SYNCHRONISES", False) else None
+
+
+def synchronised_statistics(z: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, invstd, unbiased and biased variance (w,) of z (N, w, H, W) of all processes."""
+    count = z.numel() // z.shape[1]
+    biased, mean = torch.var_mean(z.to(wide_dtype(z.dtype)), (0, 2, 3), correction=0)
+    mean, squares, total = combine_moments(mean, biased * count, count, group)
+    biased = squares / total
+    return mean, (biased + eps).rsqrt(), squares / (total - 1), biased
+
+
+def _synchronised_norm_backward(
+    g: Tensor, z: Tensor, gamma: Tensor, mean: Tensor, invstd: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As aten.native_batch_norm_backward, the statistics being those of all processes.
+
+    Gradients of gamma and beta are of this one alone, as nn.SyncBatchNorm leaves them to be averaged with all others.
+    """
+    deviation, wide_g = z.to(mean.dtype) - mean.view(-1, 1, 1), g.to(mean.dtype)
+    sums = torch.stack([wide_g.sum((0, 2, 3)), (wide_g * deviation).sum((0, 2, 3))])
+    shift, slope = combine_sums(sums, z.numel() // z.shape[1], group)[:, :, None, None]
+    scale = (gamma * invstd).view(-1, 1, 1)
+    dz = scale * (wide_g - shift - deviation * slope * invstd.square().view(-1, 1, 1))
+    return dz.to(g.dtype), sums[1] * invstd, sums[0]
 
 
 def activate_into(y: Tensor, activation: str, slot: Tensor) -> Tensor:
@@ -129,13 +170,14 @@ def train_backward(
     gammas: Sequence[Tensor],
     eps: Sequence[float],
     needed: Sequence[bool],
+    group: str = "",  # as in forward
 ) -> list[Tensor]:
     """Gradients of (x, weights, gammas, betas), flat, and of these only what `needed` names."""
     need_x, need_weights, need_gammas, need_betas = needed
-    own = getattr(backend, "train_backward", None)
+    own = _own(backend, "train_backward", group)
     gradients = None if own is None else own(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, needed)
     if gradients is None:
-        gradients = _train_backward(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed)
+        gradients = _train_backward(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
     grad_x, grad_weights, grad_gammas, grad_betas = gradients
     results = []
     if need_x:
@@ -149,7 +191,7 @@ def train_backward(
 
 
 def _train_backward(
-    backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed
+    backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
     """As `train_backward`, not flattened, by PyTorch's operators and the backend's convolutions."""
     need_x, need_weights, need_gammas, need_betas = needed
@@ -169,10 +211,15 @@ def _train_backward(
         zk = z[k] if z else convolve(backend, u, weights[k], config)
         masked = activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(zk))
         need_u = need_x or feeds_a_convolution(config, i)
-        dz, grad_gammas[k], grad_betas[k] = torch.ops.aten.native_batch_norm_backward(
-            masked, zk, gammas[k].to(mean.dtype), None, None, mean[k], invstd[k], True, eps[k],
-            [need_u or need_weights, need_gammas or need_betas, need_gammas or need_betas],
-        )  # fmt: skip
+        gamma = gammas[k].to(mean.dtype)
+        if group:
+            gradients = _synchronised_norm_backward(masked, zk, gamma, mean[k], invstd[k], group)
+        else:
+            gradients = torch.ops.aten.native_batch_norm_backward(
+                masked, zk, gamma, None, None, mean[k], invstd[k], True, eps[k],
+                [need_u or need_weights, need_gammas or need_betas, need_gammas or need_betas],
+            )  # fmt: skip
+        dz, grad_gammas[k], grad_betas[k] = gradients
         if not need_u and not need_weights:
             continue
         grad_x[i], grad_weights[k], _ = convolution_backward(backend, dz, u, weights[k], config, (need_u, need_weights, False))

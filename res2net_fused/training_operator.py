@@ -23,12 +23,12 @@ _library = torch.library.Library("res2net_fused", "FRAGMENT")
 # -> [out, mean, invstd, variance, *z]; z is left out where `recompute` says so.
 _library.define(
     "hierarchical_conv_bn(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, "
-    f"{SETTINGS}, bool recompute, str backend) -> Tensor[]",
+    f"{SETTINGS}, bool recompute, str backend, str group) -> Tensor[]",
     tags=TAGS,
 )
 _library.define(
     "hierarchical_conv_bn_backward(Tensor grad, Tensor x, Tensor out, Tensor[] z, Tensor mean, Tensor invstd, "
-    f"Tensor[] weights, Tensor[] gammas, float[] eps, {SETTINGS}, str backend, bool[] needed) -> Tensor[]",
+    f"Tensor[] weights, Tensor[] gammas, float[] eps, {SETTINGS}, str backend, str group, bool[] needed) -> Tensor[]",
     tags=TAGS,
 )
 
@@ -57,11 +57,14 @@ def hierarchical_conv_bn(
     activation: str = "relu",
     recompute: bool = False,
     backend: str = "auto",
+    group: str = "",
 ) -> TrainedChain:
     """The chain of `hierarchical_conv2d` with BatchNorm in training mode between each convolution and its activation.
 
     x, weights and the settings: as for `hierarchical_conv2d`. gammas, betas: of BatchNorm, each (w,), of x's dtype or fp32.
     eps: of BatchNorm, one for each convolution. recompute: whether backward convolves again rather than keep the outputs.
+    group: name of the process group of torch.distributed over which statistics are taken, as nn.SyncBatchNorm does; "" for this
+        process alone. All processes of the group must make the same calls; gradients of gammas and betas are of this process.
 
     Kept for backward are x, the output, the statistics and, unless `recompute`, the convolutions' outputs.
     Raises ValueError or TypeError for arguments that do not fit, also for a single value per channel, RuntimeError where an
@@ -70,12 +73,12 @@ def hierarchical_conv_bn(
     keep = not recompute and torch.is_grad_enabled()
     settings = (stride, dilation, groups, hierarchical, passthrough, pool, activation)
     out, mean, invstd, variance, *_ = torch.ops.res2net_fused.hierarchical_conv_bn.default(
-        x, weights, gammas, betas, eps, *settings, not keep, backend
+        x, weights, gammas, betas, eps, *settings, not keep, backend, group
     )
     return TrainedChain(out, Statistics(mean, invstd, variance))
 
 
-def _check(x, weights, gammas, betas, eps, chain) -> ChainProblem:
+def _check(x, weights, gammas, betas, eps, chain, group) -> ChainProblem:
     problem = check_arguments(x, weights, None, cached_config(*chain))
     for name, values in (("gammas", gammas), ("betas", betas), ("eps", eps)):
         if len(values) != problem.steps:
@@ -86,7 +89,7 @@ def _check(x, weights, gammas, betas, eps, chain) -> ChainProblem:
                 raise ValueError(f"{name}[{i}] is {describe(value)}; ({problem.width},) on {x.device} is needed")
             if value.dtype not in (x.dtype, torch.float32):
                 raise TypeError(f"{name}[{i}] is {value.dtype}; allowed are {x.dtype} (as x) and torch.float32")
-    if problem.batch * problem.output_height * problem.output_width <= 1:
+    if not group and problem.batch * problem.output_height * problem.output_width <= 1:
         size = problem.batch, problem.width, problem.output_height, problem.output_width
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")  # as F.batch_norm
     return problem
@@ -97,17 +100,17 @@ def _check(x, weights, gammas, betas, eps, chain) -> ChainProblem:
 
 @functools.partial(_library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
 def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
-    *chain, recompute, backend = settings
-    problem = _check(x, weights, gammas, betas, eps, chain)
+    *chain, recompute, backend, group = settings
+    problem = _check(x, weights, gammas, betas, eps, chain, group)
     chosen = get_backend(choose_for_training(problem, backend).name)
-    out, statistics, z = train_forward(chosen, problem, x, weights, gammas, betas, eps, not recompute)
+    out, statistics, z = train_forward(chosen, problem, x, weights, gammas, betas, eps, not recompute, group)
     return [with_format(out, problem.channels_last), statistics.mean, statistics.invstd, statistics.variance, *z]
 
 
 @torch.library.register_fake("res2net_fused::hierarchical_conv_bn", lib=_library)
 def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
-    *chain, recompute, _ = settings
-    problem = _check(x, weights, gammas, betas, eps, chain)
+    *chain, recompute, _, group = settings
+    problem = _check(x, weights, gammas, betas, eps, chain, group)
     pixels = problem.output_height, problem.output_width
 
     def like_x(channels: int) -> Tensor:
@@ -123,10 +126,10 @@ def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
 
 @functools.partial(_library.impl, "hierarchical_conv_bn_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> list[Tensor]:
-    *chain, backend, needed = settings
+    *chain, backend, group, needed = settings
     problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
     chosen = get_backend(choose_for_training(problem, backend).name)
-    return train_backward(chosen, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed)
+    return train_backward(chosen, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
 
 
 @torch.library.register_fake("res2net_fused::hierarchical_conv_bn_backward", lib=_library)
@@ -150,8 +153,8 @@ def _backward_fake(grad, x, out, z, mean, invstd, weights, gammas, eps, *setting
 def _save_for_backward(ctx, inputs, output) -> None:
     x, weights, gammas, _, eps, *settings = inputs
     out, mean, invstd, variance, *z = output
-    *chain, _, backend = settings
-    ctx.arguments = eps, chain, backend
+    *chain, _, backend, group = settings
+    ctx.arguments = eps, chain, backend, group
     ctx.counts = len(weights), len(z)
     ctx.mark_non_differentiable(mean, invstd, variance, *z)
     ctx.set_materialize_grads(False)
@@ -159,7 +162,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grads):
-    eps, chain, backend = ctx.arguments
+    eps, chain, backend, group = ctx.arguments
     steps, kept = ctx.counts
     nothing = [None] * steps
     results = [None, nothing, nothing, nothing]
@@ -169,14 +172,14 @@ def _backward(ctx, grads):
         needed = [needs if isinstance(needs, bool) else any(needs) for needs in ctx.needs_input_grad[:4]]
         gradients = iter(
             torch.ops.res2net_fused.hierarchical_conv_bn_backward.default(
-                grads[0], x, out, z, mean, invstd, weights, gammas, eps, *chain, backend, needed
+                grads[0], x, out, z, mean, invstd, weights, gammas, eps, *chain, backend, group, needed
             )
         )
         results[0] = next(gradients) if needed[0] else None
         for i in (1, 2, 3):
             if needed[i]:
                 results[i] = [next(gradients) for _ in range(steps)]
-    return *results, None, *[None] * (len(chain) + 2)
+    return *results, None, *[None] * (len(chain) + 3)
 
 
 torch.library.register_autograd(

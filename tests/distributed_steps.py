@@ -1,4 +1,4 @@
-"""Two processes on the CPU train one small network; each returns what the test compares with a single process.
+"""Two processes on the CPU train one small network, each on images of its own, and return what the test compares.
 
 Run by tests/test_distributed.py: python distributed_steps.py KIND RANK FOLDER.
 """
@@ -10,28 +10,49 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from helpers import randomize
-from official_models import official
+from official_models import blocks_of, official
 from torch import nn
 
 from res2net_fused import accelerate, explain
 
-STEPS, WORLD = 2, 2
+STEPS, WORLD, LEARNING_RATE = 2, 2, 0.01
 
 
-def images() -> torch.Tensor:
-    return torch.randn(4, 3, 20, 24, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+def images(step: int) -> torch.Tensor:
+    """The joined batch of one step."""
+    return torch.randn(4, 3, 20, 24, generator=torch.Generator().manual_seed(8 + step), dtype=torch.float64)
 
 
-def network(accelerated: bool = True) -> nn.Module:
+LABELS = torch.tensor([0, 3, 1, 4])
+
+
+def batches(rank: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of every step the images of one process, or the joined batch."""
+    half = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    return [(images(step)[half], LABELS[half]) for step in range(STEPS)]
+
+
+def network(accelerated: bool = True, only_chains: bool = False) -> nn.Module:
+    """The same at every call. only_chains: only their BatchNorms take statistics of the batch; PyTorch synchronises on GPUs
+    only, so that here no other ones can.
+    """
     model = randomize(official()).double().train()
+    if only_chains:
+        chains = {bn for block in blocks_of(model).values() for bn in block.bns}
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module not in chains:
+                module.eval()
     return accelerate(copy.deepcopy(model), "reference") if accelerated else model
 
 
-def train(model: nn.Module, batches, own: nn.Module | None = None) -> list[float]:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+
+
+def train(model: nn.Module, steps) -> list[float]:
     """SGD; the loss is the mean over images, so that the mean over processes is that of the joined batch."""
-    optimizer = torch.optim.SGD((own or model).parameters(), 0.01, momentum=0.9)
-    losses = []
-    for x, target in batches:
+    optimizer, losses = optimizer_of(model), []
+    for x, target in steps:
         loss = nn.functional.cross_entropy(model(x), target)
         optimizer.zero_grad()
         loss.backward()
@@ -40,46 +61,42 @@ def train(model: nn.Module, batches, own: nn.Module | None = None) -> list[float
     return losses
 
 
-def same_images_twice(rank: int | None):
-    """Both processes get the same two images, so that local batch statistics are those of the joined batch; rank None: that."""
-    x, target = images()[:2], torch.arange(2)
-    if rank is None:
-        x, target = torch.cat([x, x]), torch.cat([target, target])
-    return [(x + step, target) for step in range(STEPS)]
+def synchronise_chains(model: nn.Module) -> nn.Module:
+    for block in blocks_of(model).values():
+        block.bns = nn.SyncBatchNorm.convert_sync_batchnorm(block.bns)
+    return model
 
 
 def main(kind: str, rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
     results = {}
-    model = network()
     if kind == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        results["losses"] = train(wrapped, same_images_twice(rank))
-        results["state"] = model.state_dict()
+        model = network()
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        results["losses"] = train(wrapped, batches(rank))
     elif kind == "fully_shard":
         from torch.distributed.fsdp import fully_shard
 
-        for layer in (model.layer1, model.layer2, model.layer3):
-            for block in layer:
-                fully_shard(block)
+        model = network()
+        for block in blocks_of(model).values():
+            fully_shard(block)
         fully_shard(model)
-        results["losses"] = train(model, same_images_twice(rank))
-        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
-        results["state"] = full
-    elif kind == "sync":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        results["losses"] = train(model, batches(rank))
+    else:
+        model = network(only_chains=True)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        synchronise_chains(model)  # wrapped before, since on a CPU it refuses any module with synchronised norms
+        results["losses"] = train(wrapped, batches(rank))
+        results["plan"] = explain(model)[0].plan
+        unasked = synchronise_chains(accelerate(network(accelerated=False, only_chains=True)))
         try:
-            model(images()[2 * rank : 2 * rank + 2])
+            unasked(batches(rank)[0][0])
         except ValueError as error:  # PyTorch's own synchronised norms run on GPUs only
             results["error"] = str(error)
-        # As far as eligibility goes, without the stem's norm, which is PyTorch's own as well.
-        block = model.layer1[0]
-        try:
-            block(torch.randn(2, 16, 6, 7, dtype=torch.float64))
-        except ValueError:
-            pass
-        results["reason"] = explain(block)[0].reason
+        results["reason"] = explain(unasked)[0].reason
+    state = model.state_dict()
+    results["state"] = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in state.items()}
     results["fused"] = [report.fused for report in explain(model)]
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_steps import WORLD, network, same_images_twice, train
+from distributed_steps import STEPS, WORLD, batches, network, optimizer_of, train
+from torch import nn
+
+from res2net_fused import synchronise
 
 HERE = Path(__file__).parent
 
@@ -35,20 +38,62 @@ def run(kind, folder):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 
+def assert_same(state, expected):
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(state[name].double(), value.double(), rtol=1e-8, atol=1e-10), name
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
-def test_two_processes_are_one_with_the_joined_batch(kind, tmp_path):
-    joined = network(accelerated=False)
-    losses = train(joined, same_images_twice(None))
-    for result in run(kind, tmp_path):
+def test_two_processes_are_one_that_averages_the_gradients_of_their_halves(kind, tmp_path):
+    """BatchNorm's statistics are of a process's own images, so the one process, too, takes the joined batch in halves."""
+    replicas = [network(accelerated=False) for _ in range(WORLD)]
+    optimizers = [optimizer_of(replica) for replica in replicas]
+    losses = [[] for _ in range(WORLD)]
+    for step in range(STEPS):
+        for rank, replica in enumerate(replicas):
+            x, target = batches(rank)[step]
+            loss = nn.functional.cross_entropy(replica(x), target)
+            optimizers[rank].zero_grad()
+            loss.backward()
+            losses[rank].append(loss.item())
+        for pair in zip(*(replica.parameters() for replica in replicas), strict=True):
+            mean = sum(parameter.grad for parameter in pair) / WORLD
+            for parameter in pair:
+                parameter.grad = mean.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert abs(losses[0][0] - losses[1][0]) > 1e-3, "the processes see different images"
+    for rank, result in enumerate(run(kind, tmp_path)):
         assert all(result["fused"])
-        assert torch.allclose(torch.tensor(result["losses"]), torch.tensor(losses), rtol=1e-9)
-        for name, value in joined.state_dict().items():
-            if name.endswith("running_var"):
-                continue  # unbiased: n / (n - 1) of another n
-            assert torch.allclose(result["state"][name].double(), value.double(), rtol=1e-8, atol=1e-10), name
+        got, expected = (torch.tensor(values, dtype=torch.float64) for values in (result["losses"], losses[rank]))
+        assert torch.allclose(got, expected, rtol=1e-9)
+        assert_same(result["state"], replicas[rank])
 
 
-def test_synchronised_norms_fall_back_and_say_so(tmp_path):
-    for result in run("sync", tmp_path):
-        assert "SyncBatchNorm" in result["reason"] and "not fused in training mode" in result["reason"]
+def test_synchronised_norms_are_those_of_the_joined_batch(tmp_path):
+    joined = network(accelerated=False, only_chains=True)
+    losses = torch.tensor(train(joined, batches(None)), dtype=torch.float64)
+    results = run("sync", tmp_path)
+    mean = torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(0)
+    assert torch.allclose(mean, losses, rtol=1e-9)
+    for result in results:
+        assert all(result["fused"]) and "of all processes" in result["plan"]
+        assert_same(result["state"], joined)
+        # Where nobody asked for it, the class's own forward runs, and explain says why.
+        assert "SyncBatchNorm" in result["reason"] and "asks for the operator" in result["reason"]
         assert "SyncBatchNorm" in result["error"] or "GPU" in result["error"]
+
+
+def test_moments_of_unequal_parts_are_those_of_the_whole(monkeypatch):
+    """Three processes with batches of different sizes and means far from zero."""
+    whole = torch.randn(3, 700, generator=torch.Generator().manual_seed(1)) + 1e4
+    parts = whole.split([1, 200, 499], 1)
+    vectors = []
+    for part in parts:
+        mean = part.mean(1)
+        vectors.append(torch.cat([mean, (part - mean[:, None]).square().sum(1), torch.tensor([float(part.shape[1])])]))
+    monkeypatch.setattr(synchronise, "gather", lambda vector, group: torch.stack(vectors))
+    mean, squares, total = synchronise.combine_moments(vectors[0][:3], vectors[0][3:6], 1, "")
+    assert total == 700
+    assert torch.allclose(mean, whole.double().mean(1).float(), rtol=1e-6)
+    assert torch.allclose(squares / 700, whole.double().var(1, correction=0).float(), rtol=1e-4)

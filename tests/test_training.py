@@ -302,7 +302,7 @@ def test_opcheck(name, device, recompute):
         case.x = case.x.contiguous(memory_format=layout)
         case.require_grad()
         settings = case.chain.config.settings().values()
-        arguments = case.x, case.weights, case.gammas, case.betas, case.eps, *settings, recompute, "auto"
+        arguments = case.x, case.weights, case.gammas, case.betas, case.eps, *settings, recompute, "auto", ""
         torch.library.opcheck(torch.ops.res2net_fused.hierarchical_conv_bn.default, arguments)
 
 

@@ -30,7 +30,7 @@ from res2net_fused.kernels.conv3x3_step import chain_calls, conv3x3_step, interp
 from res2net_fused.kernels.gradient_step import gradient_step  # noqa: E402
 from res2net_fused.kernels.implicit_gemm import Slots, pack_weights  # noqa: E402
 from res2net_fused.kernels.kernel_call import KernelCall  # noqa: E402
-from res2net_fused.kernels.step_plan import dot_precision, padded_lanes, plan_steps  # noqa: E402
+from res2net_fused.kernels.step_plan import dot_precision, padded_lanes, plan_steps, plan_training  # noqa: E402
 from res2net_fused.kernels.train_step import train_calls, train_step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -162,7 +162,7 @@ def calls_of_training(shape: Shape, dtype: torch.dtype, tf32: bool, capability: 
     packed = pack_weights(weights, shape.groups, padded_lanes(shape.width // shape.groups))
     vectors, statistics = [torch.empty(shape.width, device="meta")] * steps, torch.empty(4, steps, shape.width, device="meta")
     z = [pixels(shape.width, problem.output_height)] * steps
-    plan = plan_steps(problem, capability, tf32=tf32)
+    plan = plan_training(problem, capability, tf32=tf32)
     norms = BatchNorms(z, statistics[0], statistics[1], vectors, None)
     batch_statistics = ChainGradients(problem, plan, out, x, out, weights, norms, (True, True, True))
     folded = ChainGradients(problem, plan, out, x, out, weights, None, (True, True, False))

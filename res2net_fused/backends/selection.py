@@ -38,7 +38,8 @@ class Backend(Protocol):
 
     One that runs the chain with BatchNorm in training mode offers `why_not_training(problem) -> str | None`, as `why_not`,
     and `plan_training(problem) -> str`, a few words for `explain`. Where it has more than the convolutions it offers
-    `train_forward` and maybe `train_backward`, as in `native_cpu_training.py`.
+    `train_forward` and maybe `train_backward`, as in `native_cpu_training.py`; with `SYNCHRONISES = True` these take `group`,
+    the processes over which statistics are taken, else ATen's passes run in their place.
     """
 
     def why_not(self, problem: ChainProblem) -> str | None:

@@ -20,6 +20,7 @@ __all__ = [
     "train_backward", "train_forward", "why_not", "why_not_training",
 ]  # fmt: skip
 
+SYNCHRONISES = True  # statistics over several processes, between its launches
 MINIMUM_TRITON = (3, 6)
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from ..chain import ChainProblem
-from ..kernels.step_plan import StepPlan, plan_steps
+from ..kernels.step_plan import StepPlan, plan_steps, plan_training
 
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -33,3 +33,8 @@ def plan_for(
 ) -> StepPlan:
     """`plan_steps` under PyTorch's current settings."""
     return plan_steps(problem, compute_capability, tf32=uses_tf32(problem), pitch=pitch, in_place=in_place)
+
+
+def plan_training_for(problem: ChainProblem, compute_capability: tuple[int, int]) -> StepPlan:
+    """`plan_training` under PyTorch's current settings."""
+    return plan_training(problem, compute_capability, tf32=uses_tf32(problem))

@@ -13,7 +13,7 @@ from ..kernels.step_plan import MAX_PIXELS, padded_lanes
 from ..reference import pool_passthrough
 from ..training import Statistics, convolve
 from .selection import Backend
-from .triton_settings import capability, plan_for
+from .triton_settings import capability, plan_training_for
 
 Gradients = tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]
 
@@ -41,6 +41,7 @@ def train_forward(
     betas: Sequence[Tensor],
     eps: Sequence[float],
     keep: bool,
+    group: str = "",
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
     """As `training.train_forward`, channels-last."""
     from ..kernels.implicit_gemm import Slots, pack_weights
@@ -60,12 +61,12 @@ def train_forward(
     packed = pack_weights(weights, config.groups, padded_lanes(width // config.groups))
     gammas, betas = (_single(tensors) for tensors in (gammas, betas))
     with _device_of(x):
-        plan = plan_for(problem, capability(problem.device))
+        plan = plan_training_for(problem, capability(problem.device))
         passed = config.passed_group(problem.scale)
         if passed is not None and plan.launches[0].steps > 0:
             out.split(width, 1)[passed].copy_(pool_passthrough(x.split(width, 1)[passed], config))
         slots = Slots(x, width, width), Slots(out, width, width)
-        for call in train_calls(problem, plan, *slots, z, statistics, packed, gammas, betas, eps):
+        for call in train_calls(problem, plan, *slots, z, statistics, packed, gammas, betas, eps, group):
             call.run()
     return out, Statistics(*(statistics[i].clone() for i in range(3))), z if keep else []
 
@@ -82,6 +83,7 @@ def train_backward(
     weights: Sequence[Tensor],
     gammas: Sequence[Tensor],
     needed: Sequence[bool],
+    group: str = "",
 ) -> Gradients:
     """As `training.train_backward`, not flattened, the gradient of x channels-last."""
     from ..kernels.chain_gradients import BatchNorms
@@ -90,7 +92,7 @@ def train_backward(
         return _channels_together(convolve(backend, u, weights[k], problem.config))
 
     z = [zk.contiguous(memory_format=torch.channels_last) for zk in z]
-    norms = BatchNorms(z, mean, invstd, _single(gammas), convolve_again)
+    norms = BatchNorms(z, mean, invstd, _single(gammas), convolve_again, group)
     gradients = _run(problem, grad, x, out, weights, norms, (needed[0], needed[1], True))
     sums = gradients.sums
     return gradients.x, gradients.weights, list((sums[:, 1] * invstd).unbind()), list(sums[:, 0].unbind())
@@ -119,7 +121,8 @@ def _run(problem, grad, x, out, weights, norms, needed):
 
     grad, x, out = (_channels_together(t) for t in (grad, x, out))
     with _device_of(x):
-        gradients = ChainGradients(problem, plan_for(problem, capability(problem.device)), grad, x, out, weights, norms, needed)
+        plan = plan_training_for(problem, capability(problem.device))
+        gradients = ChainGradients(problem, plan, grad, x, out, weights, norms, needed)
         for call in gradients.calls():
             call.run()
     return gradients

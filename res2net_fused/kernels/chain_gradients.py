@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..backward import feeds_a_convolution, pool_backward
 from ..chain import ChainProblem
+from ..synchronise import combine_sums
 from .gradient_step import gradient_step_call, mask_gradient_call
 from .implicit_gemm import Slots, pack_weights, turned
 from .kernel_call import KernelCall
@@ -33,6 +34,7 @@ class BatchNorms:
     """What forward left of each convolution's BatchNorm; mean, invstd (steps, w) in fp32, each gamma (w,) in fp32.
 
     convolve(k, u): z_k again, of u_k (N, w, H, W). z: every z_k (N, w, H', W'), channels-last, or empty.
+    group: of processes that the statistics are of; "" for this one alone.
     """
 
     z: Sequence[Tensor]
@@ -40,6 +42,7 @@ class BatchNorms:
     invstd: Tensor
     gammas: Sequence[Tensor]
     convolve: Callable[[int, Tensor], Tensor]
+    group: str = ""
 
 
 class ChainGradients:
@@ -100,8 +103,11 @@ class ChainGradients:
             need_du = self.need_x or feeds
             dz = behind["target"]
             if norms is not None and (need_du or self.need_weights):
+                sums = self.sums[k]
+                if norms.group:
+                    sums = combine_sums(sums, len(dz), norms.group) * len(dz)  # the kernel divides by the pixels that it has
                 yield norm_gradient_call(
-                    dz, behind["z"], norms.mean[k], norms.invstd[k], norms.gammas[k], self.sums[k], config.groups
+                    dz, behind["z"], norms.mean[k], norms.invstd[k], norms.gammas[k], sums, config.groups
                 )
             u, behind = behind.get("own_u"), None
             if need_du and config.stride == 1:
@@ -137,12 +143,11 @@ class ChainGradients:
         return room
 
     def _form_u(self, i: int) -> Tensor:
-        """u_i in scratch's layout, (N*H*W, groups*lanes)."""
+        """u_i in scratch's layout, (N*H*W, groups*lanes); nobody looks at what its padding leads to."""
         problem, groups = self.problem, self.problem.config.groups
         channels = problem.width // groups
         x = self.groups[i].permute(0, 2, 3, 1).unflatten(3, (groups, channels))  # (N, H, W, groups, w/groups)
         u = x.new_empty((*x.shape[:4], self.lanes))
-        u[..., channels:] = 0
         if problem.config.adds(i):
             y = self.outputs[i - 1].permute(0, 2, 3, 1).unflatten(3, (groups, channels))
             torch.add(x, y, out=u[..., :channels])

@@ -106,8 +106,7 @@ def gradient_step(
             x_base = slot_pointers(x, image, row, column, x_image, x_row, x_pixel, x_slot, group, CHANNELS, X_VEC)
             own = tl.load(x_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
             u_base = u + (number.to(tl.int64) * GROUPS + group) * LANES
-            summed = tl.where(ok, own + y, 0.0).to(u.dtype.element_ty)
-            tl.store(u_base[:, None] + columns[None, :], summed, mask=exists[:, None] & (columns < LANES)[None, :])
+            tl.store(u_base[:, None] + columns[None, :], (own + y).to(u.dtype.element_ty), mask=ok)
         if FEEDS:
             grad_base = slot_pointers(
                 grad, image, row, column, grad_image, grad_row, grad_pixel, grad_slot, group, CHANNELS, GRAD_VEC

@@ -6,7 +6,7 @@ that adds nothing is one launch. The group that passes through rides along as ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -102,6 +102,17 @@ def plan_steps(
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
     return StepPlan(tile, tile_source, launches, images, lanes, precision)
+
+
+def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False) -> StepPlan:
+    """`plan_steps` with tiles that leave no spill beside the epilogues of training, which hold on to more."""
+    plan = plan_steps(problem, capability, tf32=tf32)
+    tile = plan.tile
+    if problem.dtype == torch.float32:
+        tile = replace(tile, block_m=32, block_n=min(tile.block_n, 32), block_k=16, warps=4, stages=3)
+    elif not (9, 0) <= capability < (10, 0):
+        tile = replace(tile, block_m=min(tile.block_m, 64), stages=4)
+    return replace(plan, tile=tile)
 
 
 def padded_lanes(channels: int) -> int:

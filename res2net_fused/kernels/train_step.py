@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chain import ChainProblem
+from ..synchronise import combine_moments
 from .conv3x3_step import step_call
 from .implicit_gemm import SIZES, Slots, activate, locate, multiply_taps, slot_pointers, source_arguments
 from .kernel_call import KernelCall
@@ -124,6 +125,7 @@ def train_calls(
     gammas: Sequence[Tensor],  # each (w,) in fp32, as betas
     betas: Sequence[Tensor],
     eps: Sequence[float],
+    group: str = "",  # of processes over which statistics are taken
 ) -> Iterator[KernelCall]:
     """Every launch of the forward pass in order; the group that passes through is left out unless `plan` prepares u."""
     config, width, tile = problem.config, problem.width, plan.tile
@@ -151,6 +153,8 @@ def train_calls(
         }  # fmt: skip
         yield KernelCall(train_step, tiles * triton.cdiv(channels, tile.block_n) * config.groups, arguments, options)
         yield from statistics_calls(moments, gammas[k], statistics[:, k], pixels, tile.block_m, eps[k])
+        if group:
+            _synchronise(statistics[:, k], gammas[k], pixels, eps[k], group)
         own = dict(zip(STATISTICS, statistics[:, k], strict=True))
         forms_next = k + 1 < problem.steps and config.adds(slot + 1)
         u = scratch if forms_next else None
@@ -164,3 +168,12 @@ def train_calls(
             "FORMS_NEXT": forms_next, "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
         }  # fmt: skip
         yield KernelCall(normalise_step, pass_programs(pixels, plan.lanes, config.groups), arguments, {"num_warps": 4})
+
+
+def _synchronise(statistics: Tensor, gamma: Tensor, pixels: int, eps: float, group: str) -> None:
+    """Statistics of this process (4, w) into those of all."""
+    mean, _, variance, _ = statistics
+    squares = variance * (pixels - 1) if pixels > 1 else torch.zeros_like(mean)
+    mean, squares, total = combine_moments(mean, squares, pixels, group)
+    invstd = (squares / total + eps).rsqrt()
+    statistics.copy_(torch.stack([mean, invstd, squares / (total - 1), gamma * invstd]))

@@ -9,7 +9,7 @@ from helpers import CHAINS, Chain, masked_gradients
 from test_features import small_tiles
 from training_cases import training_case
 
-from res2net_fused import hierarchical_conv2d
+from res2net_fused import hierarchical_conv2d, synchronise
 from res2net_fused.kernels import tile_sums
 from res2net_fused.kernels.kernel_call import KernelCall
 
@@ -189,3 +189,42 @@ def test_launches(norms, monkeypatch):
     counted.clear()
     out.sum().backward()
     assert len(counted) == 1 + 3 * (3 if norms else 1)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_statistics_of_all_processes(recompute, monkeypatch):
+    """Two processes with the same images are one with these images twice: gathering doubles what this one gives."""
+    case = training_case(Chain({}, 3, 5), (2, 5, 6), torch.float32)
+    out, grad, expected = trained(case, monkeypatch, recompute=recompute)
+    twice = training_case(Chain({}, 3, 5), (2, 5, 6), torch.float32)
+    vectors = []
+
+    def gather(vector, group):
+        assert group == "pair"
+        vectors.append(vector)
+        return torch.stack([vector, vector])
+
+    monkeypatch.setattr(synchronise, "gather", gather)
+    out_twice, _, got = trained(twice, monkeypatch, lambda out: grad, recompute=recompute, group="pair")
+    assert len(vectors) == 2 * 3
+    assert error(out_twice, out.double()) <= 1e-6
+    check(got, [g.double() for g in expected], torch.float32)
+
+
+def test_statistics_of_processes_that_differ(monkeypatch):
+    """Forward against the joined batch: the other process's half has another mean and spread."""
+    case = training_case(Chain({"passthrough": "none"}, 1, 5), (4, 5, 6), torch.float32)
+    case.x = torch.cat([case.x[:2], 3 * case.x[2:] + 1])
+    joined, whole = case.run(backend="triton"), case.x
+    halves, said = (whole[:2], whole[2:]), []
+    monkeypatch.setattr(synchronise, "gather", lambda vector, group: said.append(vector) or vector[None])
+    for half in halves:
+        case.x = half
+        case.run(backend="triton", group="pair")
+    monkeypatch.setattr(synchronise, "gather", lambda vector, group: torch.stack(said))
+    for half, expected in zip(halves, joined.out.split(2), strict=True):
+        case.x = half
+        result = case.run(backend="triton", group="pair")
+        assert error(result.out, expected.double()) <= 1e-6
+        for name, value in vars(result.statistics).items():
+            assert error(value, getattr(joined.statistics, name).double()) <= 1e-6
