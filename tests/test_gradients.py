@@ -135,6 +135,29 @@ def test_incoming_gradient_of_any_strides(name, device):
                 assert_close(a, c)
 
 
+VIEWS = {
+    "slice": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
+    "slice_nhwc": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, x.shape[1] :],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "one_image_for_all": lambda x: x[:1].expand(3, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+@pytest.mark.parametrize("name", ["last", "stage_stride2"])
+@devices
+def test_x_of_any_strides(name, view, device):
+    chain = CHAINS[name]
+    for backend in runnable_backends(device):
+        x, weights, biases = chain.tensors(dtype=torch.float32, device=device)
+        tensors = [t.requires_grad_() for t in (view(x), *weights, *biases)]
+        out = hierarchical_conv2d(tensors[0], weights, biases, backend=backend, **chain.settings)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
+        exact = masked_gradients(chain, tensors[0], weights, biases, out, grad)
+        for a, b in zip(torch.autograd.grad(out, tensors, grad), exact, strict=True):
+            assert_close(a, b)
+
+
 def test_backward_through_cat_and_sum():
     chain = CHAINS["last"]
     x, weights, biases = leaves(chain)
@@ -156,18 +179,21 @@ def test_backward_through_cat_and_sum():
 @pytest.mark.parametrize("name", ["last", "first", "stage_stride2"])
 def test_partial_requires_grad(name, who):
     chain = CHAINS[name]
-    x, weights, biases = chain.tensors()
+    x, weights, biases = chain.tensors(dtype=torch.float32)
     chosen = {
         "x": [x], "weight0": weights[:1], "weight2": weights[2:], "bias1": biases[1:2], "weights": weights,
         "biases": biases, "x_and_bias0": [x, biases[0]],
     }[who]  # fmt: skip
     for tensor in chosen:
         tensor.requires_grad_()
-    hierarchical_conv2d(x, weights, biases, **chain.settings).square().sum().backward()
-    out = reference.hierarchical_conv2d(x, weights, biases, chain.config)
-    expected = torch.autograd.grad(out.square().sum(), chosen)
-    for tensor, gradient in zip(chosen, expected, strict=True):
-        assert_close(tensor.grad, gradient, 1e-12)
+    for backend in runnable_backends("cpu"):
+        out = hierarchical_conv2d(x, weights, biases, backend=backend, **chain.settings)
+        gradients = torch.autograd.grad(out.square().sum(), chosen)
+        expected = zip((x, *weights, *biases), masked_gradients(chain, x, weights, biases, out, 2 * out.detach()), strict=True)
+        for gradient, exact in zip(gradients, [exact for t, exact in expected if t.requires_grad], strict=True):
+            assert_close(gradient, exact)
+    hierarchical_conv2d(x, weights, biases, **chain.settings).sum().backward()
+    assert all(t.grad is not None for t in chosen)
     untouched = [t for t in (x, *weights, *biases) if not any(t is c for c in chosen)]
     assert all(t.grad is None for t in untouched)
 

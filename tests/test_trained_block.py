@@ -129,6 +129,56 @@ def test_autocast_with_scaled_gradients(device, dtype):
     assert_close(*gradients, 0.15)  # flipped masks of half types; float64 comparisons are the operator's
 
 
+def test_half_gradients_accumulate_in_single_precision():
+    """Two batches added up: what bf16 would round away beside the first one's gradients stays."""
+    ours, _ = pair()
+    x = images_for(ours)
+    gradients = []
+    for scales in ((1.0,), (1e-4,), (1.0, 1e-4)):
+        ours.zero_grad()
+        for scale in scales:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(ours(x), torch.arange(len(x)))
+            (scale * loss).backward()
+        assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+        gradients.append(ours.layer1[0].convs[0].weight.grad.clone())
+    large, small, both = gradients
+    assert all(report.fused for report in explain(ours))
+    assert_close(both - large, small, 1e-2)
+
+
+def test_a_step_whose_gradients_overflow_is_skipped():
+    ours, _ = pair()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
+    before = [p.detach().clone() for p in ours.parameters()]
+    with torch.autocast("cpu", torch.float16):
+        loss = nn.functional.cross_entropy(ours(images_for(ours)), torch.tensor([1, 3]))
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**59
+    assert all(torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_a_deterministic_run_gives_the_same_bits_again(recompute):
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            ours, plain = pair(recompute=recompute)
+            ours.to(memory_format=torch.channels_last)
+            optimizer = OPTIMIZERS["sgd"](ours.parameters())
+            x = images_for(plain).contiguous(memory_format=torch.channels_last)
+            losses = [step(ours, x + i, optimizer).detach() for i in range(3)]
+            runs.append([*losses, *ours.state_dict().values()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(report.fused for report in explain(ours))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_a_compiled_step_is_one_graph(recompute):
     torch._dynamo.reset()
