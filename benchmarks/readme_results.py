@@ -25,6 +25,8 @@ _TITLES = {
     "chain": "Chains, BatchNorms folded on all sides",
     "block": "Normal blocks",
     "network": "Whole networks",
+    "train_chain": "Chains in training, forward and backward",
+    "train_block": "Normal blocks in training, forward and backward",
     "train_step": "Training steps (forward, backward, SGD)",
 }
 Row = dict[str, Any]

@@ -86,7 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         "they are installed (the extra 'peers'); all: also every way to compile, everywhere",
     )
     bench.add_argument(
-        "--quick", action="store_true", help="batch 2, 26w4s and 14w8s, one network, fewer repeats, no compiling or exporting"
+        "--quick",
+        action="store_true",
+        help="batch 2, 26w4s and 14w8s, one network, fewer repeats, no compiling, exporting or training",
+    )
+    bench.add_argument(
+        "--train",
+        choices=("default", "all", "none"),
+        help="forward and backward. default: chains of 26w4s and 14w8s and blocks of 26w4s; all: chains and blocks of every "
+        "config and batch, and the networks' steps of SGD; none: with --quick, unless asked for",
     )
     networks = bench.add_mutually_exclusive_group()
     networks.add_argument(
@@ -298,6 +306,7 @@ def _bench(options: argparse.Namespace) -> int:
         peers=options.peers,
         quick=options.quick,
         models=() if options.no_network else models,
+        train=options.train or ("none" if options.quick else "default"),
         model_batches=options.model_batch or options.batch or ((_SMALL_BATCH,) if options.quick else (1, 8)),
     )
     return run_sweep(settings, options.out, command_line(options.arguments))

@@ -89,7 +89,7 @@ def _why_not_synchronised(block: nn.Module, backend: str, recompute: bool) -> st
     """Looks at nothing that may differ between processes, such as x: all must decide alike, or one would wait for ever."""
     if not all(map(synchronises, block.bns)) or len({_group(bn) for bn in block.bns}) > 1:
         return "the chain's SyncBatchNorms are not all of one process group"
-    if not recompute and _is_auto(backend):
+    if not recompute and is_auto(backend):
         return "SyncBatchNorm over several processes: backend= or recompute=True asks for the operator, no speed is measured"
     if torch.compiler.is_compiling():
         return "SyncBatchNorm over several processes is not fused while a graph is traced"
@@ -104,21 +104,28 @@ def run_trained(
     shortcut: what is added instead of x or its downsample, or None.
     """
     inner = block.relu(normalized(block.conv1, block.bn1, x))  # (N, s*w, H, W)
-    parameters = [_affine(bn, inner) for bn in block.bns]
-    chain = hierarchical_conv_bn(
-        inner,
-        [conv.weight for conv in block.convs],
+    out = apply_optional(block, "drop_block", trained_chain(block, inner, config, recompute, backend))
+    return finish_bottle2neck(block, normalized(block.conv3, block.bn3, out), x, shortcut)
+
+
+def trained_chain(
+    chain: BlockParts | nn.Module, x: Tensor, config: ChainConfig, recompute: bool, backend: str
+) -> Tensor:
+    """The chain of convs and bns, (N, s*w, H, W) -> (N, s*w, H', W'); running statistics are updated."""
+    parameters = [_affine(bn, x) for bn in chain.bns]
+    trained = hierarchical_conv_bn(
+        x,
+        [conv.weight for conv in chain.convs],
         [gamma for gamma, _ in parameters],
         [beta for _, beta in parameters],
-        [float(bn.eps) for bn in block.bns],
+        [float(bn.eps) for bn in chain.bns],
         **config.settings(),
         recompute=recompute,
         backend=backend,
-        group=_group(block.bns[0]).group_name if synchronises(block.bns[0]) else "",
+        group=_group(chain.bns[0]).group_name if synchronises(chain.bns[0]) else "",
     )
-    update_running_statistics(block.bns, chain.statistics)
-    out = apply_optional(block, "drop_block", chain.out)
-    return finish_bottle2neck(block, normalized(block.conv3, block.bn3, out), x, shortcut)
+    update_running_statistics(chain.bns, trained.statistics)
+    return trained.out
 
 
 def _affine(bn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

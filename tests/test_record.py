@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused.bench import contests, figures, jax_cases, measure, record_file, results, roofline, schedule
+from res2net_fused.bench import contests, figures, jax_cases, measure, record_file, results, roofline, schedule, training
 from res2net_fused.bench.schedule import Budget, Unit
-from res2net_fused.bench.workloads import STAGES, Case, Config
+from res2net_fused.bench.workloads import STAGES, TRAINED, Case, Config
 from res2net_fused.parity import ParityReport, ParityRow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def test_what_the_figures_need_comes_first_and_jax_last():
         where.setdefault((kind, unit.batch, unit.dtype), []).append(i)
     half_from = min(i for (_, _, dtype), found in where.items() if dtype == "float16" for i in found)
     first_jax = min(where["jax", 32, "bfloat16"])
-    assert max(where["chain", 256, "bfloat16"]) < half_from < min(where["train_step", 32, "bfloat16"]) < first_jax
+    assert max(where["chain", 256, "bfloat16"]) < half_from < min(where["train_step", 128, "bfloat16"]) < first_jax
     assert first_jax > max(max(found) for (kind, _, _), found in where.items() if kind != "jax")
     assert min(where["network", 32, "bfloat16"]) < min(where["chain", 256, "bfloat16"])
 
@@ -322,7 +322,7 @@ def test_chains_and_blocks_on_the_cpu(scripts, tmp_path, capsys, few_repeats):
 
 @pytest.mark.parametrize("workload", ["network", pytest.param("train_step", marks=pytest.mark.slow)])
 def test_networks_on_the_cpu(few_repeats, workload):
-    (unit,) = schedule.schedule("cpu", [workload], quick=True)
+    (unit,) = [u for u in schedule.schedule("cpu", [workload], quick=True) if u.workload == workload]
     assert contests.gate([unit], conditions()).ok
     outcome = contests.Contests(conditions()).time(unit)
     assert not outcome.failures
@@ -337,13 +337,51 @@ def test_networks_on_the_cpu(few_repeats, workload):
 
 
 def test_training_steps_train():
-    (unit,) = schedule.schedule("cpu", ["train_step"], quick=True)
+    (unit,) = [u for u in schedule.schedule("cpu", ["train_step"], quick=True) if u.workload == "train_step"]
     network = contests.build_network(unit.config, "float32", conditions())
     step, _ = contests._training_builders(network, unit, conditions())("ours", False)
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         losses = [float(step(x)) for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("workload", TRAINED)
+def test_chains_and_blocks_in_training(few_repeats, workload):
+    (unit,) = [u for u in schedule.schedule("cpu", ["train_step"], quick=True) if u.workload == workload]
+    report = contests.gate([unit], conditions())
+    assert report.ok and any("gradients" in row.stage for row in report)
+    outcome = contests.Contests(conditions()).time(unit)
+    assert not outcome.failures
+    assert [r["provider"] for r in outcome.rows] == ["ours", "eager_channels_last"]
+
+
+def test_wrong_gradients_make_the_gate_red(monkeypatch):
+    """The second weight's gradient is off by a thousandth."""
+    own = training.TrainingStep.gradients
+    (unit,) = [u for u in schedule.schedule("cpu", ["train_step"], quick=True) if u.workload == "train_chain"]
+
+    def wrong(step, x, grad=None):
+        out, *gradients = own(step, x, grad)
+        gradients[2] *= 1.001 if grad is None else 1.0  # of ours alone
+        return out, *gradients
+
+    monkeypatch.setattr(training.TrainingStep, "gradients", wrong)
+    with pytest.raises(contests.RedGate, match="gradients"):
+        contests.gate([unit], conditions())
+
+
+def test_training_figures():
+    case = {"workload": "train_step", "config": "res2net50_26w4s", "stage": None, "batch": 128, "graph": False}
+    rows = [row(**case, provider="ours", median_ms=10.0, peak_mb=100.0),
+            row(**case, provider="triton", median_ms=5.0, peak_mb=70.0),
+            row(**case, provider="eager_channels_last", median_ms=10.0, peak_mb=100.0),
+            row(**case, provider="compile", median_ms=6.0, peak_mb=90.0)]  # fmt: skip
+    found = by_name(rows)
+    assert found["res2net50_26w4s training step, batch 128, over eager_channels_last"].outcome == "pass"
+    assert found["res2net50_26w4s training step, batch 128, over compile"].value == pytest.approx(1.2)
+    assert found["res2net50_26w4s training peak memory, batch 128, over eager_channels_last"].value == pytest.approx(1 / 0.7)
+    assert found["res2net50_14w8s training step, batch 256, over compile"].outcome == "unmeasured"
 
 
 def miss():
@@ -409,7 +447,7 @@ def test_record_from_a_plain_checkout(tmp_path):
     command = [sys.executable, script, "--device", "cpu", "--quick", "--no-build", "--out", str(path)]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {r["workload"] for r in results.read(path)["rows"]} == set(schedule.PARTS)
+    assert {r["workload"] for r in results.read(path)["rows"]} == set(results.WORKLOADS)
 
 
 # JAX ------------------------------------------------------------------------------------------------------------------

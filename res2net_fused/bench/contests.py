@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch._dynamo.config
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..accelerate import accelerate, freeze
-from ..backends.selection import choose, get_backend
+from ..backends.selection import choose, choose_for_training, get_backend
+from ..chain import BACKENDS
 from ..models.network import Network
 from ..parity import ParityReport, ParityRow, check_case, check_network, relative_error
 from ..tolerances import network_bound
@@ -24,10 +24,10 @@ from .providers import OURS, PROVIDERS, forget_compiled
 from .record_file import Row, failure_name
 from .roofline import Rates, Work, floor_ms, least_work, least_work_of_network, rotation_count
 from .schedule import YARDSTICK, Contestant, Unit, network_name
-from .workloads import TORCH_DTYPES, Case, Config, fused
+from .training import SgdStep, TrainingStep, autocast, check_training_case, plain, training_module, training_network
+from .workloads import TORCH_DTYPES, TRAINED, Case, Config, fused
 
 _CHECKED_IMAGES = 2  # of a network in the parity gate
-_LEARNING_RATE = 1e-3
 
 
 class RedGate(RuntimeError):
@@ -86,6 +86,8 @@ def gate(units: Sequence[Unit], conditions: Conditions) -> ParityReport:
             report += _check_network(unit, conditions)
         elif unit.workload == "train_step":
             report.append(_check_training(unit, conditions))
+        elif unit.workload in TRAINED:
+            report += _check_trained(unit, conditions)
         else:
             case = _case(unit, conditions)
             backend = None if conditions.backend == "auto" else conditions.backend
@@ -93,6 +95,19 @@ def gate(units: Sequence[Unit], conditions: Conditions) -> ParityReport:
                 report += check_case(case, backend)  # what cannot run is a recorded failure of its row, not a miss
         if report.misses:
             raise RedGate(report.misses)
+    return report
+
+
+def _check_trained(unit: Unit, conditions: Conditions) -> ParityReport:
+    """Of ours what can train here; what cannot is a recorded failure of its row, not a miss."""
+    case, report = _case(unit, conditions), ParityReport()
+    problem = plain(case).problem(plain(case).module())
+    for name in dict.fromkeys(name for name, _ in unit.contestants if name in OURS or name in BACKENDS):
+        try:
+            choose_for_training(problem, conditions.backend if name in OURS else name)
+        except RuntimeError:
+            continue
+        report += check_training_case(case, name, conditions.backend)
     return report
 
 
@@ -108,7 +123,7 @@ def _check_training(unit: Unit, conditions: Conditions) -> ParityRow:
     images = _images(_CHECKED_IMAGES, 1, "float32", conditions)[0]
     with torch.no_grad():
         expected = copy.deepcopy(network).double()(images.double())
-        with _autocast(unit.dtype, conditions.device):
+        with autocast(unit.dtype, conditions.device):
             eager = relative_error(copy.deepcopy(network)(images), expected)
             error = relative_error(accelerate(copy.deepcopy(network), conditions.backend)(images), expected)
     what = unit.workload, unit.config_name, "logits", _CHECKED_IMAGES, conditions.backend, unit.dtype
@@ -136,6 +151,8 @@ class Contests:
 
     def _time_case(self, unit: Unit) -> Outcome:
         case, outcome = _case(unit, self.conditions), Outcome()
+        if unit.workload in TRAINED:
+            return self._time_training_case(unit, case, outcome)
         module = case.module()
         shape = (unit.batch, case.channels, case.input_size, case.input_size)
         work = least_work(module, shape, unit.dtype)
@@ -148,11 +165,20 @@ class Contests:
             outcome.rows.append(self._row(unit, contestant, timing, built[contestant], least))
         return outcome
 
+    def _time_training_case(self, unit: Unit, case: Case, outcome: Outcome) -> Outcome:
+        shape = unit.batch, plain(case).channels, case.input_size, case.input_size
+        inputs = _random(shape, 2, "float32", self.conditions.device)
+        built = _build(unit, _training_case_builders(case, self.conditions), inputs, 1, outcome)
+        for contestant, timing in self._measure(built).items():
+            outcome.rows.append(self._row(unit, contestant, timing, built[contestant], None))
+        return outcome
+
     def _time_network(self, unit: Unit) -> Outcome:
         outcome = Outcome()
         ours, least = self._network(unit, outcome)
         if self._yardstick is None:
-            peers = replace(unit, config=YARDSTICK, contestants=tuple(c for c in unit.contestants if c[0] not in OURS))
+            others = tuple(contestant for contestant in unit.contestants if contestant[0] not in (*OURS, *BACKENDS))
+            peers = replace(unit, config=YARDSTICK, contestants=others)
             of_peers = Outcome()
             built, floor = self._network(peers, of_peers)
             self._yardstick = _yardstick_key(unit), built, of_peers.failures, floor
@@ -173,7 +199,7 @@ class Contests:
     def _same_way(self, unit: Unit, contestant: Contestant) -> Contestant:
         """The contestant of the yardstick that is compiled and replayed as this one of a Res2Net."""
         name, graph = contestant
-        if name not in OURS:
+        if name not in OURS and name not in BACKENDS:
             return contestant
         return ("compile" if self._compiles(unit) else "eager_channels_last", graph)
 
@@ -327,26 +353,15 @@ def _ours(network: Network, conditions: Conditions) -> nn.Module:
 
 
 def _training_builders(network: Network, unit: Unit, conditions: Conditions) -> Builder:
-    """Models that take one SGD step at every call and return the loss; weights in fp32, under autocast."""
-
     def build(name: str, graph: bool):
-        model: nn.Module = copy.deepcopy(network).to(memory_format=torch.channels_last).train().requires_grad_(True)
-        if name in OURS:
-            accelerate(model, conditions.backend)
-        optimizer = torch.optim.SGD(model.parameters(), _LEARNING_RATE, momentum=0.9)
-        labels = torch.arange(unit.batch, device=conditions.device) % network.fc.out_features
-        forward = torch.compile(model, dynamic=False) if name == "compile" else model
+        return SgdStep(training_network(network, name, conditions.backend), unit.dtype, name == "compile"), {}
 
-        def step(images: Tensor) -> Tensor:
-            with torch.inference_mode(False), torch.enable_grad():
-                with _autocast(unit.dtype, conditions.device):
-                    loss = F.cross_entropy(forward(images).float(), labels)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return loss.detach()
+    return build
 
-        return step, {}
+
+def _training_case_builders(case: Case, conditions: Conditions) -> Builder:
+    def build(name: str, graph: bool):
+        return TrainingStep(training_module(case, name, conditions.backend), case.dtype, name == "compile"), {}
 
     return build
 
@@ -378,12 +393,3 @@ def _random(shape: Sequence[int], count: int, dtype: str, device: str, rectified
     generator = torch.Generator(device).manual_seed(1)
     tensors = [torch.randn(shape, generator=generator, dtype=TORCH_DTYPES[dtype], device=device) for _ in range(count)]
     return [x.relu_() for x in tensors] if rectified else tensors
-
-
-def _autocast(dtype: str, device: str) -> torch.autocast:
-    kind = torch.device(device).type
-    if dtype == "float32":
-        return torch.autocast(kind, enabled=False)
-    return torch.autocast(kind, TORCH_DTYPES[dtype])
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from .workloads import STAGES, Config
 DTYPE = "bfloat16"
 COMPILED = ("compile", "compile_max_autotune")
 OURS = "ours_graph"
+TRAINERS = ("ours", "triton")
 _NO_SLOWER = Config(48, 2)
 
 
@@ -58,7 +60,8 @@ class _Times:
 
 
 def figures(rows: Iterable[dict[str, Any]]) -> list[Figure]:
-    """From the rows of a record, bf16, both sides in CUDA graphs."""
+    """From the rows of a record, bf16; both sides in CUDA graphs, but for training."""
+    rows = list(rows)
     times = _Times(rows)
     found = []
     for config in FIGURE_CONFIGS:
@@ -74,6 +77,27 @@ def figures(rows: Iterable[dict[str, Any]]) -> list[Figure]:
             row = times.network(config, batch)
             value = None if row is None or not row.get("yardstick_ms") else row["yardstick_ms"] / row["median_ms"]
             found.append(Figure(f"{network_name(config)}, batch {batch}, over compiled ResNet-50", value, 1.0))
+    return found + _training_figures(rows)
+
+
+def _training_figures(rows: Iterable[dict[str, Any]]) -> list[Figure]:
+    """Steps of SGD of the networks: eager's and torch.compile's time over the fastest of ours, and eager's peak memory."""
+    steps: dict[tuple[object, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["workload"] == "train_step" and row["dtype"] == DTYPE:
+            steps.setdefault((row["config"], row["batch"], row.get("run")), {})[row["provider"]] = row
+    found = []
+    for config, batch in itertools.product(FIGURE_CONFIGS, (128, 256)):
+        of_case = [by for (name, size, _), by in steps.items() if (name, size) == (network_name(config), batch)]
+        by_provider = of_case[-1] if of_case else {}  # of one run
+        ours = min((by_provider[name] for name in TRAINERS if name in by_provider), key=lambda r: r["median_ms"], default=None)
+        for peer, field, bar in (
+            ("eager_channels_last", "median_ms", 1.8), ("compile", "median_ms", 1.3), ("eager_channels_last", "peak_mb", 1.25),
+        ):  # fmt: skip
+            other = by_provider.get(peer)
+            value = None if ours is None or other is None or not ours[field] else other[field] / ours[field]
+            what = "step" if field == "median_ms" else "peak memory"
+            found.append(Figure(f"{network_name(config)} training {what}, batch {batch}, over {peer}", value, bar))
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import native
 
-WORKLOADS = ("chain", "block", "network", "train_step")
+WORKLOADS = ("chain", "block", "network", "train_chain", "train_block", "train_step")
 PROVIDERS = (
     "eager", "eager_channels_last", "compile", "compile_freezing", "compile_max_autotune",
     "onnxruntime", "openvino", "jax",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .workloads import STAGES, VARIANTS, Config
+from .workloads import STAGES, TRAINED, VARIANTS, Config
 
 PARTS = ("chain", "block", "network", "train_step")
 YARDSTICK = Config(64, 1)  # the ResNet-50 of the same FLOPs
@@ -31,7 +31,9 @@ _ON_CPU: tuple[Contestant, ...] = (
     ("openvino", False),
 )
 _NETWORK: tuple[Contestant, ...] = (("ours_graph", True), ("compile", True), ("eager_channels_last", True), *_LAUNCHED)
-_TRAIN: tuple[Contestant, ...] = (("ours", False), ("compile", False), ("eager_channels_last", False))
+_TRAIN: tuple[Contestant, ...] = _LAUNCHED
+_TRAIN_CUDA: tuple[Contestant, ...] = (*_TRAIN, ("triton", False))  # ours asked for, since auto takes only what is measured
+_TRAIN_CPU: tuple[Contestant, ...] = (*_TRAIN, ("cpu", False))
 _MAX_AUTOTUNE: tuple[Contestant, ...] = (("compile_max_autotune", True),)
 _JAX: tuple[Contestant, ...] = (("jax", False),)
 
@@ -52,6 +54,11 @@ class Unit:
     dtype: str
     contestants: tuple[Contestant, ...]
     phase: str = ""
+
+    @property
+    def part(self) -> str:
+        """Of PARTS."""
+        return "train_step" if self.workload in TRAINED else self.workload
 
     @property
     def config_name(self) -> str:
@@ -77,7 +84,7 @@ def schedule(kind: str, parts: Sequence[str] = PARTS, quick: bool = False) -> li
     units: dict[Unit, Unit] = {}
     for i, phase in enumerate(phases):
         for unit in phase:
-            if unit.workload in parts:
+            if unit.part in parts:
                 units.setdefault(unit, replace(unit, phase=f"{i}"))  # a unit of two phases belongs to the first
     return list(units.values())
 
@@ -133,7 +140,11 @@ def _cuda_phases() -> Iterator[list[Unit]]:
         yield _networks((*FIGURE_CONFIGS, _W48, _W26S8), batch, half)
     # Minutes each, for rows that no figure needs.
     yield _networks(FIGURE_CONFIGS, 32, bf16, _MAX_AUTOTUNE)
-    yield _networks(FIGURE_CONFIGS, 32, bf16, _TRAIN, "train_step")
+    for batch in (128, 256):
+        yield _networks(FIGURE_CONFIGS, batch, bf16, _TRAIN_CUDA, "train_step")
+    for batch in (128, 256):
+        for workload in TRAINED:
+            yield _stages(workload, FIGURE_CONFIGS, batch, bf16, _TRAIN_CUDA)
     for workload in ("chain", "block"):
         yield _stages(workload, (*FIGURE_CONFIGS, _W48, YARDSTICK), 32, bf16, _JAX)
     yield _networks((*FIGURE_CONFIGS, YARDSTICK), 32, bf16, _JAX)
@@ -146,7 +157,9 @@ def _cpu_phases() -> Iterator[list[Unit]]:
             yield _stages(workload, configs, batch, "float32", _ON_CPU)
     for batch in (8, 1):
         yield _networks(FIGURE_CONFIGS, batch, "float32", _ON_CPU)
-    yield _networks(FIGURE_CONFIGS, 8, "float32", _TRAIN, "train_step")
+    for workload in TRAINED:
+        yield _stages(workload, configs[:3], 8, "float32", _TRAIN_CPU)
+    yield _networks(FIGURE_CONFIGS, 8, "float32", _TRAIN_CPU, "train_step")
 
 
 def _quick_phases() -> Iterator[list[Unit]]:
@@ -155,6 +168,8 @@ def _quick_phases() -> Iterator[list[Unit]]:
     yield _stages("chain", config, 1, "float32", contestants, stages=(3, 4))
     yield _stages("block", config, 1, "float32", contestants, VARIANTS, stages=(4,))
     yield _networks(config, 1, "float32", contestants)
+    for workload in TRAINED:
+        yield _stages(workload, config, 1, "float32", contestants, stages=(4,))
     yield _networks(config, 1, "float32", contestants, "train_step")
 
 
@@ -162,7 +177,10 @@ class Budget:
     """Time that is left, and whether a unit is expected to fit into it."""
 
     # Seconds for the first unit of a kind on a GPU, compiling included; later ones are judged by those before.
-    _FIRST = {"chain": 30.0, "block": 45.0, "network": 120.0, "train_step": 60.0, "jax": 40.0}
+    _FIRST = {
+        "chain": 30.0, "block": 45.0, "network": 120.0, "train_chain": 45.0, "train_block": 60.0, "train_step": 60.0,
+        "jax": 40.0,
+    }  # fmt: skip
 
     def __init__(self, minutes: float, started: float, clock: Callable[[], float] = time.monotonic) -> None:
         """started: of the whole command, as the clock showed it."""

@@ -1,4 +1,4 @@
-"""The main job: the parity gate, then scale against latency for chains and blocks, then whole networks."""
+"""The main job: the parity gate, then scale against latency for chains and blocks, their training, then whole networks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import torch
 from ..parity import check_cases, convolution_precision
 from ..tables import format_table
 from . import results, runtimes
-from .measure import measure
-from .networks import NetworkCase, network_ratios, prepare_network, ratio_table, time_networks
+from .measure import Contender, measure
+from .networks import NetworkCase, network_ratios, prepare_network, random_network, ratio_table, time_networks
+from .photographs import photographs
 from .progress import progress
 from .providers import OURS, PROVIDERS, contender, forget_compiled, select, unavailable
-from .workloads import Case, Config, cases
+from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
+from .training import SgdStep, TrainingStep, check_training_case, plain, training_module, training_network
+from .workloads import TRAINED, Case, Config, cases
 
 WORKLOADS = ("chain", "block")
+TRAIN = ("default", "all", "none")
+_TRAINERS = ("ours", "eager", "eager_channels_last")
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,26 @@ class Settings:
     quick: bool = False
     models: tuple[str, ...] = ()
     model_batches: tuple[int, ...] = ()
+    train: str = "none"  # of TRAIN
 
     def cases(self) -> list[Case]:
         return cases(WORKLOADS, self.configs, self.batches, self.dtype, self.device)
+
+    def trained_cases(self) -> list[Case]:
+        """Chains and blocks whose forward and backward are timed; by default those of the figures."""
+        if self.train == "none":
+            return []
+        some = tuple(config for config in FIGURE_CONFIGS if config in self.configs)
+        if self.train == "all":
+            return cases(TRAINED, self.configs, self.batches, self.dtype, self.device)
+        chains = cases(["train_chain"], some, self.batches[:1], self.dtype, self.device)
+        return chains + cases(["train_block"], some[:1], self.batches[:1], self.dtype, self.device)
+
+    def trained_networks(self) -> tuple[Config, ...]:
+        return tuple(model for model in self.models if model != YARDSTICK) if self.train == "all" else ()
+
+    def training_providers(self) -> list[str]:
+        return [*_TRAINERS, *(["compile"] if self.peers == "all" else [])]
 
     def providers(self, workload: str) -> list[str]:
         return select(self.device, workload, self.peers, self.quick, self.dtype)
@@ -47,6 +69,11 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
     todo = settings.cases()
     with progress("parity against float64", len(todo)) as bar:
         parity = check_cases(todo, settings.backend, bar.update)
+    trained = settings.trained_cases()
+    with progress("gradients against float64", len(trained)) as bar, convolution_precision(settings.dtype, settings.device):
+        for case in trained:
+            parity += check_training_case(case, "ours", settings.backend)
+            bar.update()
     networks = []
     for name in settings.models:
         print(f"{name} on two photographs against float64", flush=True)
@@ -62,6 +89,14 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
         for case in todo:
             rows += _time_case(case, settings, bar)
             bar.update()
+    with progress("timing forward and backward", len(trained)) as bar, convolution_precision(settings.dtype, settings.device):
+        for case in trained:
+            rows += _time_trained(case, settings)
+            bar.update()
+    for config in settings.trained_networks():
+        for batch in settings.model_batches:
+            print(f"a training step of {network_name(config)} at batch {batch}", flush=True)
+            rows += _time_trained_network(config, batch, settings)
     if networks:
         repeats = 3 if settings.quick else 10
         for batch in settings.model_batches:
@@ -97,6 +132,40 @@ def _time_case(case: Case, settings: Settings, bar: Any) -> list[dict[str, Any]]
     ]
 
 
+def _time_trained(case: Case, settings: Settings) -> list[dict[str, Any]]:
+    forget_compiled()
+    inputs = plain(case).inputs(2)
+    contenders = {}
+    for name in settings.training_providers():
+        step = TrainingStep(training_module(case, name, settings.backend), case.dtype, name == "compile")
+        contenders[name] = Contender(step, _own(inputs, name))
+        contenders[name].run()
+    timings = measure(contenders, settings.device, seconds=0.2 if settings.quick else 1.0, min_repeats=3)
+    case_fields = {name: getattr(case, name) for name in ("workload", "stage", "batch", "dtype", "device")}
+    return [timing.row(**case_fields, config=str(case.config), provider=name) for name, timing in timings.items()]
+
+
+def _time_trained_network(config: Config, batch: int, settings: Settings) -> list[dict[str, Any]]:
+    forget_compiled()
+    network = random_network(config).to(settings.device)
+    images = photographs().to(settings.device)
+    images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
+    contenders = {}
+    for name in settings.training_providers():
+        step = SgdStep(training_network(network, name, settings.backend), settings.dtype, name == "compile")
+        contenders[name] = Contender(step, _own([images], name))
+    timings = measure(contenders, settings.device, seconds=1.5, min_repeats=3, warm_up=1)
+    fields = {"workload": "train_step", "config": network_name(config), "stage": None, "batch": batch}
+    return [
+        timing.row(**fields, dtype=settings.dtype, device=settings.device, provider=name) for name, timing in timings.items()
+    ]
+
+
+def _own(inputs: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+    layout = torch.channels_last if PROVIDERS[name].channels_last else torch.contiguous_format
+    return [x.clone(memory_format=layout) for x in inputs]
+
+
 def _print_outcome(
     rows: list[dict[str, Any]], environment: dict[str, Any], networks: list[NetworkCase], absent: dict[str, str]
 ) -> None:
@@ -104,7 +173,8 @@ def _print_outcome(
         f"\nMedian milliseconds of interleaved runs on {environment['device']}, {environment['threads']} threads, "
         f"torch {environment['torch']}, commit {environment['commit']}."
     )
-    print("Chains are compared with BatchNorms folded on all sides; a peer's block or network runs as PyTorch runs it.\n")
+    print("Chains are compared with BatchNorms folded on all sides; a peer's block or network runs as PyTorch runs it.")
+    print("train_*: forward and backward with BatchNorm in training mode, of a network a step of SGD.\n")
     print(outcome_table(rows))
     for name, reason in absent.items():
         print(f"not timed, {name}: {reason}")

@@ -22,6 +22,7 @@ from ..reference import ReferenceBottle2neck
 SIZES = (56, 28, 14, 7)  # rows and columns of each stage's output for a 224x224 image
 STAGES = (1, 2, 3, 4)
 VARIANTS = ("normal", "stage")
+TRAINED = {"train_chain": "chain", "train_block": "block"}  # workloads of training, and what is trained
 TORCH_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -81,7 +82,7 @@ class ReferenceChain(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One chain or block: workload "chain" or "block"; variant "stage" is the first block of a stage, else "normal".
+    """One chain or block: workload "chain", "block" or one of TRAINED; variant "stage" is a stage's first block, else "normal".
 
     dtype is a key of TORCH_DTYPES; "tf32" is fp32 tensors whose CUDA convolutions round to TF32.
     """
