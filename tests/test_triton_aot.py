@@ -299,11 +299,14 @@ def test_block(shape, tmp_path) -> None:
 
 
 TRAINED = [shape for shape in SHAPES if shape.pitch is None]
-SOME_TRAINED = [(TRAINED[0], torch.bfloat16, False), (TRAINED[11], torch.float32, True), (TRAINED[6], torch.float16, False)]
+SOME_TRAINED = [
+    (TRAINED[0], torch.bfloat16, False, (9, 0)),
+    (TRAINED[11], torch.float32, True, (8, 0)),
+    (TRAINED[6], torch.float16, False, (10, 0)),
+]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES[:2], ids=_name)
-@pytest.mark.parametrize("shape, dtype, tf32", SOME_TRAINED, ids=_name)
+@pytest.mark.parametrize("shape, dtype, tf32, capability", SOME_TRAINED, ids=_name)
 def test_training(shape, dtype, tf32, capability, tmp_path) -> None:
     for call in calls_of_training(shape, dtype, tf32, capability):
         check_compiled(call, capability, tmp_path)
