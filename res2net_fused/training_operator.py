@@ -104,7 +104,8 @@ def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     problem = _check(x, weights, gammas, betas, eps, chain, group)
     chosen = get_backend(choose_for_training(problem, backend).name)
     out, statistics, z = train_forward(chosen, problem, x, weights, gammas, betas, eps, not recompute, group)
-    return [with_format(out, problem.channels_last), statistics.mean, statistics.invstd, statistics.variance, *z]
+    out, *z = (with_format(t, problem.channels_last) for t in (out, *z))
+    return [out, statistics.mean, statistics.invstd, statistics.variance, *z]
 
 
 @torch.library.register_fake("res2net_fused::hierarchical_conv_bn", lib=_library)

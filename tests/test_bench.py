@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from res2net_fused.bench import measure, networks, photographs, plot, providers, results, runtimes, sweep, workloads
-from res2net_fused.bench.workloads import Case, Config
+from res2net_fused.bench import measure, networks, photographs, plot, providers, results, runtimes, sweep, training, workloads
+from res2net_fused.bench.workloads import DEFAULT_CONFIGS, Case, Config
 from res2net_fused.models import Res2Net
+from res2net_fused.parity import relative_error
 from res2net_fused.reference import ReferenceBottle2neck
 
 # Workloads ------------------------------------------------------------------------------------------------------------
@@ -278,3 +279,46 @@ def test_network_on_photographs():
     assert {row.backend for row in case.parity} == {"reference"}
     assert set(case.differences) == {row.stage for row in case.parity}
     assert all(0 <= difference < 1 for difference in case.differences.values())
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    values = {"configs": DEFAULT_CONFIGS, "batches": (8, 1), "dtype": "float32", "device": "cpu", "models": ("res2net50_26w4s",)}
+    return sweep.Settings(**values | changes)
+
+
+def test_what_is_trained():
+    """By default what the figures are about, at one batch; a network's steps only when all is asked for."""
+    some = settings(train="default")
+    seen = {(case.workload, str(case.config), case.batch) for case in some.trained_cases()}
+    assert seen == {("train_chain", "26w4s", 8), ("train_chain", "14w8s", 8), ("train_block", "26w4s", 8)}
+    assert len(some.trained_cases()) == 12 and not some.trained_networks()
+    everything = settings(train="all", peers="all")
+    assert len(everything.trained_cases()) == 2 * 2 * 4 * 4 and everything.trained_networks() == ("res2net50_26w4s",)
+    assert "compile" in everything.training_providers() and "compile" not in some.training_providers()
+    assert settings().trained_cases() == []
+
+
+@pytest.mark.parametrize("workload", ["train_chain", "train_block"])
+def test_training_is_timed_in_turn(workload):
+    case = Case(workload, Config(26, 4), 4, 1, "float32", "cpu")
+    rows = sweep._time_trained(case, settings(quick=True))
+    results.validate({"environment": dict.fromkeys(results.ENVIRONMENT_FIELDS), "rows": rows})
+    assert [row["provider"] for row in rows] == ["ours", "eager", "eager_channels_last"]
+
+
+def test_everybody_trains_the_same_chain():
+    """From one seed: output, gradients, and the running statistics that a step leaves."""
+    case = Case("train_chain", Config(26, 4), 4, 1, "float32", "cpu")
+    (x,) = training.plain(case).inputs()
+    found = []
+    for name in ("eager", "eager_channels_last", "ours", "reference"):
+        module = training.training_module(case, name, "auto")
+        step = training.TrainingStep(module, "float32")
+        grad = torch.randn(step(x).shape, generator=torch.Generator().manual_seed(2))
+        found.append([*step.gradients(x, grad)[:2], *(bn.running_var for bn in module.bns)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert relative_error(b, a.double()) < 1e-3  # masks may flip

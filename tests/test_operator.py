@@ -295,7 +295,7 @@ def test_opcheck_of_the_backward_operator(name, needed):
     out = call(chain, x, weights, biases)
     settings = chain.config.settings().values()
     backward = torch.ops.res2net_fused.hierarchical_conv2d_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(out), x, out, weights, biases, *settings, needed))
+    torch.library.opcheck(backward, (torch.randn_like(out), x, out, weights, biases, *settings, "auto", needed))
 
 
 def test_flop_counter():

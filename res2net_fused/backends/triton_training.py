@@ -94,8 +94,9 @@ def train_backward(
     z = [zk.contiguous(memory_format=torch.channels_last) for zk in z]
     norms = BatchNorms(z, mean, invstd, _single(gammas), convolve_again, group)
     gradients = _run(problem, grad, x, out, weights, norms, (needed[0], needed[1], True))
-    sums = gradients.sums
-    return gradients.x, gradients.weights, list((sums[:, 1] * invstd).unbind()), list(sums[:, 0].unbind())
+    sums = gradients.sums  # no results that share memory
+    of_gammas = [product * r for product, r in zip(sums[:, 1], invstd, strict=True)]
+    return gradients.x, gradients.weights, of_gammas, [t.clone() for t in sums[:, 0]]
 
 
 def chain_backward_pays(problem: ChainProblem) -> bool:
@@ -113,7 +114,7 @@ def chain_backward(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Gradients of (x, weights, biases) of the chain without batch statistics, of these what `needed` names."""
     gradients = _run(problem, grad, x, out, weights, None, tuple(needed))
-    return gradients.x, gradients.weights, list(gradients.sums[:, 0].unbind())
+    return gradients.x, gradients.weights, [t.clone() for t in gradients.sums[:, 0]]
 
 
 def _run(problem, grad, x, out, weights, norms, needed):

@@ -24,7 +24,16 @@ from .providers import OURS, PROVIDERS, forget_compiled
 from .record_file import Row, failure_name
 from .roofline import Rates, Work, floor_ms, least_work, least_work_of_network, rotation_count
 from .schedule import YARDSTICK, Contestant, Unit, network_name
-from .training import SgdStep, TrainingStep, autocast, check_training_case, plain, training_module, training_network
+from .training import (
+    SgdStep,
+    TrainingStep,
+    autocast,
+    check_training_case,
+    plain,
+    training_module,
+    training_network,
+    with_inner_chains,
+)
 from .workloads import TORCH_DTYPES, TRAINED, Case, Config, fused
 
 _CHECKED_IMAGES = 2  # of a network in the parity gate
@@ -107,7 +116,8 @@ def _check_trained(unit: Unit, conditions: Conditions) -> ParityReport:
             choose_for_training(problem, conditions.backend if name in OURS else name)
         except RuntimeError:
             continue
-        report += check_training_case(case, name, conditions.backend)
+        for one in with_inner_chains([case]):
+            report += check_training_case(one, name, conditions.backend)
     return report
 
 

@@ -18,7 +18,7 @@ from .photographs import photographs
 from .progress import progress
 from .providers import OURS, PROVIDERS, contender, forget_compiled, select, unavailable
 from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
-from .training import SgdStep, TrainingStep, check_training_case, plain, training_module, training_network
+from .training import SgdStep, TrainingStep, check_training_case, plain, training_module, training_network, with_inner_chains
 from .workloads import TRAINED, Case, Config, cases
 
 WORKLOADS = ("chain", "block")
@@ -54,8 +54,8 @@ class Settings:
         chains = cases(["train_chain"], some, self.batches[:1], self.dtype, self.device)
         return chains + cases(["train_block"], some[:1], self.batches[:1], self.dtype, self.device)
 
-    def trained_networks(self) -> tuple[Config, ...]:
-        return tuple(model for model in self.models if model != YARDSTICK) if self.train == "all" else ()
+    def trained_networks(self) -> tuple[str, ...]:
+        return tuple(name for name in self.models if name != network_name(YARDSTICK)) if self.train == "all" else ()
 
     def training_providers(self) -> list[str]:
         return [*_TRAINERS, *(["compile"] if self.peers == "all" else [])]
@@ -70,8 +70,9 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
     with progress("parity against float64", len(todo)) as bar:
         parity = check_cases(todo, settings.backend, bar.update)
     trained = settings.trained_cases()
-    with progress("gradients against float64", len(trained)) as bar, convolution_precision(settings.dtype, settings.device):
-        for case in trained:
+    checked = with_inner_chains(trained)
+    with progress("gradients against float64", len(checked)) as bar, convolution_precision(settings.dtype, settings.device):
+        for case in checked:
             parity += check_training_case(case, "ours", settings.backend)
             bar.update()
     networks = []
@@ -93,10 +94,10 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
         for case in trained:
             rows += _time_trained(case, settings)
             bar.update()
-    for config in settings.trained_networks():
+    for name in settings.trained_networks():
         for batch in settings.model_batches:
-            print(f"a training step of {network_name(config)} at batch {batch}", flush=True)
-            rows += _time_trained_network(config, batch, settings)
+            print(f"a training step of {name} at batch {batch}", flush=True)
+            rows += _time_trained_network(name, batch, settings)
     if networks:
         repeats = 3 if settings.quick else 10
         for batch in settings.model_batches:
@@ -145,9 +146,9 @@ def _time_trained(case: Case, settings: Settings) -> list[dict[str, Any]]:
     return [timing.row(**case_fields, config=str(case.config), provider=name) for name, timing in timings.items()]
 
 
-def _time_trained_network(config: Config, batch: int, settings: Settings) -> list[dict[str, Any]]:
+def _time_trained_network(model: str, batch: int, settings: Settings) -> list[dict[str, Any]]:
     forget_compiled()
-    network = random_network(config).to(settings.device)
+    network = random_network(model).to(settings.device)
     images = photographs().to(settings.device)
     images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
     contenders = {}
@@ -155,7 +156,7 @@ def _time_trained_network(config: Config, batch: int, settings: Settings) -> lis
         step = SgdStep(training_network(network, name, settings.backend), settings.dtype, name == "compile")
         contenders[name] = Contender(step, _own([images], name))
     timings = measure(contenders, settings.device, seconds=1.5, min_repeats=3, warm_up=1)
-    fields = {"workload": "train_step", "config": network_name(config), "stage": None, "batch": batch}
+    fields = {"workload": "train_step", "config": model, "stage": None, "batch": batch}
     return [
         timing.row(**fields, dtype=settings.dtype, device=settings.device, provider=name) for name, timing in timings.items()
     ]

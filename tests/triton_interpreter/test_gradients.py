@@ -228,3 +228,25 @@ def test_statistics_of_processes_that_differ(monkeypatch):
         assert error(result.out, expected.double()) <= 1e-6
         for name, value in vars(result.statistics).items():
             assert error(value, getattr(joined.statistics, name).double()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["last", "stage_stride2"])
+def test_opcheck(name):
+    """Schemas and fakes hold for these kernels too; and no two results share memory."""
+    case = training_case(CHAINS[name], (2, 5, 6), torch.float32).require_grad()
+    settings = case.chain.config.settings().values()
+    out, *rest = torch.ops.res2net_fused.hierarchical_conv_bn.default(
+        *(arguments := (case.x, case.weights, case.gammas, case.betas, case.eps, *settings, False, "triton", ""))
+    )
+    torch.library.opcheck(torch.ops.res2net_fused.hierarchical_conv_bn.default, arguments)
+    mean, invstd, _, *z = [t.detach() for t in rest]
+    grad, detached = gradient_like(out), [[t.detach() for t in tensors] for tensors in (case.weights, case.gammas)]
+    x, out = case.x.detach(), out.detach()
+    for backward, arguments in (
+        ("conv_bn", (grad, x, out, z, mean, invstd, *detached, case.eps, *settings, "triton", "", [True] * 4)),
+        ("conv2d", (grad, x, out, detached[0], detached[1], *settings, "triton", [True] * 3)),
+    ):
+        operator = getattr(torch.ops.res2net_fused, f"hierarchical_{backward}_backward").default
+        results = operator(*arguments)
+        assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
