@@ -11,6 +11,7 @@ from .accelerate import REFUSAL
 from .backends.selection import choose, choose_for_training, get_backend
 from .fused_block import STATE, BlockState, FusedModule
 from .fused_block1d import FusedForward1d, report_1d
+from .layouts import parts_of
 from .recognition import layout_of
 from .recognition1d import layout_1d_of
 from .tables import format_table
@@ -75,7 +76,7 @@ def _report(name: str, module: nn.Module) -> BlockReport:
     try:
         if state.last_trained:
             choice = choose_for_training(problem, state.backend)
-            synchronised = synchronises(module.bns[0])
+            synchronised = synchronises(parts_of(module, state.layout).bns[0])
             plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute, synchronised)}"
             return BlockReport(name, True, choice.name, choice.reason, plan)
         folded = state.frozen or (state.kept[1] if state.kept else None)
