@@ -285,7 +285,8 @@ def test_network_on_photographs():
 
 
 def settings(**changes):
-    values = {"configs": DEFAULT_CONFIGS, "batches": (8, 1), "dtype": "float32", "device": "cpu", "models": ("res2net50_26w4s",)}
+    models = ("res2net50_26w4s",)
+    values = {"configs": DEFAULT_CONFIGS, "batches": (8, 1), "dtype": "float32", "device": "cpu", "models": models}
     return sweep.Settings(**values | changes)
 
 
