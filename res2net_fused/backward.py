@@ -5,7 +5,7 @@ With u_i = x_i + y_{i-1} and y_i = act(K_i u_i + b_i), from the last group to th
     dy_i = dout_i + du_{i+1},   dz_i = dy_i * act'(y_i),   du_i = K_i^T dz_i = dx_i,   dK_i = u_i (*) dz_i,   db_i = sum dz_i
 
 u_i is formed again from x and out, and act' is read off y_i, so nothing else has to be saved. The operators are PyTorch's own;
-K_i^T dz_i, itself a 3x3 convolution, is a backend's where that one says it is faster.
+K_i^T dz_i, itself a 3x3 convolution, and dK_i are a backend's where that one says it is faster.
 """
 
 from __future__ import annotations
@@ -70,14 +70,27 @@ def chain_backward(
 
 
 def convolution_backward(
-    backend: Backend | None, dz: Tensor, u: Tensor, weight: Tensor, config: ChainConfig, needed: tuple[bool, bool, bool]
+    backend: Backend | None,
+    dz: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    config: ChainConfig,
+    needed: tuple[bool, bool, bool],
+    weight_format: torch.memory_format = torch.contiguous_format,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (u, weight, bias) where `needed`; dz: (N, w, H', W'), u: (N, w, H, W)."""
+    """Gradients of (u, weight, bias) where `needed`; dz: (N, w, H', W'), u: (N, w, H, W).
+
+    weight_format: which a backend's own gradient of the weight has; ATen's has whichever it likes.
+    """
     need_u, need_weight, need_bias = needed
+    problem = ChainProblem.of_one_convolution(dz, weight, config)
     own = getattr(backend, "input_gradient", None) if need_u else None
-    du = None if own is None else own(ChainProblem.of_one_convolution(dz, weight, config), dz, weight)
-    if du is not None and not need_weight and not need_bias:
-        return du, dz, dz
+    du = None if own is None else own(problem, dz, weight)
+    own = getattr(backend, "weight_gradient", None) if need_weight else None
+    dweight, dbias = (None, None) if own is None else own(problem, dz, u, weight_format)
+    need_weight, need_bias = need_weight and dweight is None, need_bias and dbias is None
+    if (du is not None or not need_u) and not need_weight and not need_bias:
+        return dz if du is None else du, dz if dweight is None else dweight, dz if dbias is None else dbias
     gradients = torch.ops.aten.convolution_backward(
         dz,
         u,
@@ -91,7 +104,8 @@ def convolution_backward(
         config.groups,
         [need_u and du is None, need_weight, need_bias],
     )
-    return (gradients[0] if du is None else du), gradients[1], gradients[2]
+    found = (du, dweight, dbias)
+    return tuple(theirs if ours is None else ours for ours, theirs in zip(found, gradients, strict=True))
 
 
 def feeds_a_convolution(config: ChainConfig, group: int) -> bool:

@@ -222,7 +222,9 @@ def _train_backward(
         dz, grad_gammas[k], grad_betas[k] = gradients
         if not need_u and not need_weights:
             continue
-        grad_x[i], grad_weights[k], _ = convolution_backward(backend, dz, u, weights[k], config, (need_u, need_weights, False))
+        grad_x[i], grad_weights[k], _ = convolution_backward(
+            backend, dz, u, weights[k], config, (need_u, need_weights, False), memory_format(x)
+        )
         if config.adds(i):
             into_previous = grad_x[i]
     return torch.cat(grad_x, 1) if need_x else None, grad_weights, grad_gammas, grad_betas

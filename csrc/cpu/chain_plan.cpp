@@ -41,6 +41,8 @@ Work work_of(const TileGrid& grid) {
 
 }  // namespace
 
+TileGrid covering_tiles(int64_t height, int64_t width) { return {split_fours(height), split_fours(width)}; }
+
 bool winograd_covers(const ChainProblem& problem) {
   return problem.stride == 1 && problem.dilation == 1 && problem.groups == 1 && problem.height >= 2 && problem.width >= 2;
 }
@@ -65,7 +67,7 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
   plan.brings_near = even && problem.batch * pixels * problem.scale() * problem.channels > kCachedFloats;
   if (!plan.winograd) return plan;
 
-  const TileGrid fours{split_fours(problem.height), split_fours(problem.width)};
+  const TileGrid fours = covering_tiles(problem.height, problem.width);
   const int64_t per_image = fours.per_image(), all_tiles = problem.batch * per_image;
   plan.grid = fours;
   plan.block_tiles = problem.channels <= 64 ? 24 : 16;

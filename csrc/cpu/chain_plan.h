@@ -35,6 +35,9 @@ bool winograd_pays(const ChainProblem& problem);
 
 ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, int64_t threads);
 
+// Tiles that cover height x width output pixels (at least 2 x 2), each pixel once.
+TileGrid covering_tiles(int64_t height, int64_t width);
+
 // One line for people.
 std::string describe(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels);
 

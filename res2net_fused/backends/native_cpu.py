@@ -22,7 +22,7 @@ from .native_cpu_training import covers, train_backward, train_forward
 
 __all__ = [
     "available_instruction_sets", "block_forward", "convolution", "forward", "input_gradient", "instruction_set", "pack",
-    "pack_block", "plan", "plan_training", "train_backward", "train_forward", "why_not", "why_not_training",
+    "pack_block", "plan", "plan_training", "train_backward", "train_forward", "weight_gradient", "why_not", "why_not_training",
 ]  # fmt: skip
 
 ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
@@ -123,7 +123,7 @@ def why_not_training(problem: ChainProblem) -> str | None:
 
 def plan_training(problem: ChainProblem) -> str:
     passes = "native passes" if covers(problem) else "ATen's passes (the native ones are for float32 in channels-last)"
-    return f"{passes}, {'Winograd' if _convolves_faster(problem) else 'ATen'} convolutions, ATen's gradients of weights"
+    return f"{passes}, convolutions and their gradients by {'Winograd' if _convolves_faster(problem) else 'ATen'}"
 
 
 def convolution(problem: ChainProblem, u: Tensor, weight: Tensor) -> Tensor | None:
@@ -137,6 +137,19 @@ def convolution(problem: ChainProblem, u: Tensor, weight: Tensor) -> Tensor | No
 def input_gradient(problem: ChainProblem, dz: Tensor, weight: Tensor) -> Tensor | None:
     """du of one 3x3 convolution, a convolution of dz (N, w, H, W) by the turned weight; None where ATen's is faster."""
     return convolution(problem, dz, weight.flip(2, 3).transpose(0, 1)) if _convolves_faster(problem) else None
+
+
+def weight_gradient(
+    problem: ChainProblem, dz: Tensor, u: Tensor, weight_format: torch.memory_format
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dK (w, w, 3, 3), db (w,)) of one 3x3 convolution from dz and u, both (N, w, H, W); None where ATen's are to be taken.
+
+    These are slower, or a gradient is not finite: Winograd overflows earlier and makes NaN of Inf.
+    """
+    if not _convolves_faster(problem) or min(problem.height, problem.width_pixels) < 2:
+        return None, None
+    found = _operators.cpu_weight_gradient.default(dz, u, weight_format == torch.channels_last, instruction_set())
+    return tuple(found) if found else (None, None)
 
 
 def _convolves_faster(problem: ChainProblem) -> bool:

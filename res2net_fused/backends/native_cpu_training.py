@@ -116,7 +116,9 @@ def train_backward(
         du = None
         if not need_u and not need_weights:
             continue
-        du, grad_weights[k], _ = convolution_backward(backend, dz, u, weights[k], config, (need_u, need_weights, False))
+        du, grad_weights[k], _ = convolution_backward(
+            backend, dz, u, weights[k], config, (need_u, need_weights, False), torch.channels_last
+        )
         du = _channels_last(du) if need_u else None
         if need_x and not config.adds(i):
             slots[i].copy_(du)

@@ -126,6 +126,9 @@ struct Block {
 // Floats between two points of V and M: 64 bytes more than they hold, against addresses that share a cache set.
 static constexpr int64_t point_pitch(int64_t tiles, int64_t channels) { return tiles * channels + 16; }
 
+// Of one panel, at most 12 input channels.
+constexpr int64_t kWeightSums = kPoints * 12 * kPanel;
+
 struct Kernels {
   const char* name;
   // Panels that one micro-kernel pass takes at most (with a half panel behind them).
@@ -137,6 +140,11 @@ struct Kernels {
   // each point. patch: 36 * w floats, for tiles that are not finite and therefore computed directly.
   void (*winograd_output)(
       const Step&, const TileGrid&, Block, const float* v, float* m, float* patch, int64_t first_panel, int64_t last_panel);
+  // Onto total (9 taps, w, w padded) and, behind it, the gradient of the bias (w padded,): the weights' gradient from the
+  // block's V of u and from dz, for some panels of output channels. z: as V. sums: kWeightSums floats.
+  void (*winograd_weights)(
+      ConstView dz, int64_t channels, const TileGrid&, Block, const float* v, float* z, float* sums, float* total,
+      int64_t first_panel, int64_t last_panel);
   // Output rows first ... last, counted over all images, by direct convolution; panels counted over all groups.
   void (*direct_rows)(const Step&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
   // target = source (+ plus, where plus.data is not null), rows first ... last.

@@ -94,6 +94,30 @@ R2N_INLINE void accumulate(
   }
 }
 
+// sums += A^T * B over `depth` rows of both: P floats side by side at a, a few panels at b.
+template <int P, int Panels, bool HalfPanel>
+R2N_INLINE void accumulate_transposed(
+    Sums<P, Panels, HalfPanel>& sums, const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t depth) {
+  constexpr int kFull = Sums<P, Panels, HalfPanel>::kFull;
+  for (int64_t k = 0; k < depth; k++) {
+    Full row[kFull ? kFull : 1];
+    Half row_half{};
+#pragma GCC unroll 8
+    for (int f = 0; f < kFull; f++) row[f] = load<Full>(b + f * kLanes<Full>);
+    if constexpr (Sums<P, Panels, HalfPanel>::kHalf) row_half = load<Half>(b + kFull * kLanes<Full>);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) {
+#pragma GCC unroll 8
+      for (int f = 0; f < kFull; f++) sums.full[p][f] = multiply_add(broadcast<Full>(a[p]), row[f], sums.full[p][f]);
+      if constexpr (Sums<P, Panels, HalfPanel>::kHalf) {
+        sums.half[p][0] = multiply_add(broadcast<Half>(a[p]), row_half, sums.half[p][0]);
+      }
+    }
+    a += a_pitch;
+    b += b_pitch;
+  }
+}
+
 // Rows are cut into passes of nearly equal size, so that no pass is left with a single row.
 struct Passes {
   int64_t count, base, longer;

@@ -67,6 +67,67 @@ R2N_INLINE void output_points(const V* m, V* o) {
   }
 }
 
+// A d: Size gradients of outputs to the points, the adjoint of output_points.
+template <int Size, class V>
+R2N_INLINE void gradient_points(const V* d, V* o) {
+  const V two = broadcast<V>(2), four = broadcast<V>(4);
+  o[0] = d[0];
+  o[5] = d[Size - 1];
+  if constexpr (Size == 4) {
+    const V even = d[0] + d[2], odd = d[1] + d[3];
+    const V even2 = d[0] + four * d[2], odd2 = two * (d[1] + four * d[3]);
+    o[1] = even + odd;
+    o[2] = even - odd;
+    o[3] = even2 + odd2;
+    o[4] = even2 - odd2;
+  } else if constexpr (Size == 3) {
+    const V even = d[0] + d[2];
+    o[1] = even + d[1];
+    o[2] = even - d[1];
+    o[3] = d[0] + two * d[1] + four * d[2];
+  } else {
+    o[1] = d[0] + d[1];
+    o[2] = d[0] - d[1];
+  }
+}
+
+// G^T m: the points to the 3 taps of a weight's gradient.
+template <class V>
+R2N_INLINE void tap_points(const V* m, V* o) {
+  const V sixth = broadcast<V>(1.0f / 6), twelfth = broadcast<V>(1.0f / 12), half = broadcast<V>(0.5f);
+  const V even = (m[1] + m[2]) * sixth, even2 = (m[3] + m[4]) * twelfth;
+  o[0] = broadcast<V>(0.25f) * m[0] - even + half * even2;
+  o[1] = (m[3] - m[4]) * twelfth - (m[1] - m[2]) * sixth;
+  o[2] = (even2 + even2) - even + m[5];
+}
+
+// Rows x Columns gradients of outputs, from load(row, column), to the points at z, `point` floats apart.
+template <int Rows, int Columns, class V, class Load>
+R2N_INLINE void transform_gradient(const Load& load_gradient, float* z, int64_t point) {
+  V half[6][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < Columns; j++) {
+    V column[4], points[6];
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; i++) column[i] = load_gradient(i, j);
+    gradient_points<Rows>(column, points);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++) {
+      if (uses_point<Rows>(i)) half[i][j] = points[i];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; i++) {
+    if (!uses_point<Rows>(i)) continue;
+    V points[6];
+    gradient_points<Columns>(half[i], points);
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; j++) {
+      if (uses_point<Columns>(j)) store(z + (i * 6 + j) * point, points[j]);
+    }
+  }
+}
+
 // (Rows + 2) x (Columns + 2) pixels at d to the points at v, `point` floats apart.
 template <int Rows, int Columns, class V>
 R2N_INLINE void transform_input(const float* d, int64_t row_pitch, int64_t pixel_pitch, float* v, int64_t point) {
