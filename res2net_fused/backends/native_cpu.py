@@ -129,7 +129,7 @@ def plan_training(problem: ChainProblem) -> str:
 def convolution(problem: ChainProblem, u: Tensor, weight: Tensor) -> Tensor | None:
     """z (N, w, H, W) of one 3x3 convolution without bias or activation; None where ATen's is faster.
 
-    problem: of that convolution. Winograd is 1.1 to 2.9 times as fast from about four pixels a channel on, packing included.
+    problem: of that convolution. Winograd is 1.1 to 2.9 times as fast where it is taken, packing included.
     """
     return forward(problem, u, [weight], None, None) if _convolves_faster(problem) else None
 
@@ -153,6 +153,7 @@ def weight_gradient(
 
 
 def _convolves_faster(problem: ChainProblem) -> bool:
+    """Few pixels do not pay for the weights, which are packed, or their gradient unpacked, at every call."""
     pixels = problem.batch * problem.height * problem.width_pixels
     pays = _winograd_covers(problem.config) and problem.width >= 8 and pixels >= 4 * problem.width
     return pays and problem.dtype == torch.float32 and _arithmetic() != ARITHMETICS["direct"]
