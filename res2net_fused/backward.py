@@ -24,11 +24,10 @@ def chain_backward(
     x: Tensor,
     out: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
     config: ChainConfig,
     needed: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of (x, weights, biases), flat, and of these only what `needed` names.
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of (x, weights, biases), of these only what `needed` names.
 
     grad, out: (N, s*w, H/stride, W/stride), any strides; x: (N, s*w, H, W).
     """
@@ -59,14 +58,7 @@ def chain_backward(
         grad_x[i] = du
         if config.adds(i):
             into_previous = du
-    results = []
-    if need_x:
-        results.append(torch.cat(grad_x, 1).to(x.dtype).contiguous(memory_format=memory_format(x)))
-    if need_weights:
-        results += [g.contiguous() for g in grad_weights]
-    if need_biases and biases is not None:
-        results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
-    return results
+    return torch.cat(grad_x, 1) if need_x else None, grad_weights, grad_biases
 
 
 def convolution_backward(
@@ -76,18 +68,17 @@ def convolution_backward(
     weight: Tensor,
     config: ChainConfig,
     needed: tuple[bool, bool, bool],
-    weight_format: torch.memory_format = torch.contiguous_format,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (u, weight, bias) where `needed`; dz: (N, w, H', W'), u: (N, w, H, W).
 
-    weight_format: which a backend's own gradient of the weight has; ATen's has whichever it likes.
+    A backend's own gradient of the weight has the weight's memory format; ATen's has whichever it likes.
     """
     need_u, need_weight, need_bias = needed
     problem = ChainProblem.of_one_convolution(dz, weight, config)
     own = getattr(backend, "input_gradient", None) if need_u else None
     du = None if own is None else own(problem, dz, weight)
     own = getattr(backend, "weight_gradient", None) if need_weight else None
-    dweight, dbias = (None, None) if own is None else own(problem, dz, u, weight_format)
+    dweight, dbias = (None, None) if own is None else own(problem, dz, u, memory_format(weight))
     need_weight, need_bias = need_weight and dweight is None, need_bias and dbias is None
     if (du is not None or not need_u) and not need_weight and not need_bias:
         return dz if du is None else du, dz if dweight is None else dweight, dz if dbias is None else dbias

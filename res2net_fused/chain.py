@@ -163,6 +163,10 @@ class ChainProblem:
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that x suggests and that the output keeps: channels-last or contiguous, as ATen decides it."""
+    if type(x) in (Tensor, torch.nn.Parameter) and x.dim() == 4:  # ten times as fast; traced tensors would be guarded
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        if last != x.is_contiguous():
+            return torch.channels_last if last else torch.contiguous_format
     return suggest_memory_format(x)
 
 

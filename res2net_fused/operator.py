@@ -215,12 +215,14 @@ def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
     problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
     own = backend_of_gradients(problem, backend)
     if own is None:
-        return chain_backward(grad, x, out, weights, biases, problem.config, needed)
+        gradients = chain_backward(grad, x, out, weights, problem.config, needed)
+    else:
+        gradients = own.chain_backward(problem, grad, x, out, weights, needed)
     need_x, need_weights, need_biases = needed
-    grad_x, grad_weights, grad_biases = own.chain_backward(problem, grad, x, out, weights, needed)
-    results = [with_format(grad_x, problem.channels_last)] if need_x else []
+    grad_x, grad_weights, grad_biases = gradients
+    results = [with_format(grad_x.to(x.dtype), problem.channels_last)] if need_x else []
     if need_weights:
-        results += [g.contiguous() for g in grad_weights]
+        results += [g.contiguous(memory_format=memory_format(weight)) for g, weight in zip(grad_weights, weights, strict=True)]
     if need_biases:
         results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
     return results
@@ -233,10 +235,15 @@ def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
     if need_x:
         results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
     if need_weights:
-        results += [weight.new_empty(weight.shape) for weight in weights]
+        results += [like_weight(weight, weight.dtype) for weight in weights]
     if need_biases:
         results += [bias.new_empty(bias.shape) for bias in biases]
     return results
+
+
+def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty gradient in the weight's own memory format, in which it is accumulated without a copy."""
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=memory_format(weight))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

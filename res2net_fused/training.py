@@ -183,7 +183,7 @@ def train_backward(
     if need_x:
         results.append(grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)))
     if need_weights:
-        results += [g.contiguous(memory_format=memory_format(x)) for g in grad_weights]  # as ATen leaves them: no copy
+        results += [g.contiguous(memory_format=memory_format(weight)) for g, weight in zip(grad_weights, weights, strict=True)]
     for needs, gradients in ((need_gammas, grad_gammas), (need_betas, grad_betas)):
         if needs:
             results += [g.to(gamma.dtype) for g, gamma in zip(gradients, gammas, strict=True)]
@@ -223,7 +223,7 @@ def _train_backward(
         if not need_u and not need_weights:
             continue
         grad_x[i], grad_weights[k], _ = convolution_backward(
-            backend, dz, u, weights[k], config, (need_u, need_weights, False), memory_format(x)
+            backend, dz, u, weights[k], config, (need_u, need_weights, False)
         )
         if config.adds(i):
             into_previous = grad_x[i]

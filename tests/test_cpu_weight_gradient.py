@@ -111,7 +111,7 @@ def test_a_chain_takes_it(monkeypatch):
     own = native_cpu.weight_gradient
     monkeypatch.setattr(native_cpu, "weight_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
     chain = Chain({}, steps=3, width=16)
-    x, weights, biases = chain.tensors((2, 9, 14), torch.float32)
+    x, weights, biases = chain.tensors((2, 9, 24), torch.float32)  # NCHW: convolution after convolution
     tensors = [*weights, *biases]
     for tensor in tensors:
         tensor.requires_grad_()

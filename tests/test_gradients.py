@@ -99,7 +99,7 @@ def test_input_gradients_by_the_native_kernels(settings, width, monkeypatch):
     own = native_cpu.input_gradient
     monkeypatch.setattr(native_cpu, "input_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
     chain = Chain(settings, steps=3, width=width)
-    x, weights, biases = leaves(chain, (2, 9, 14), torch.float32)
+    x, weights, biases = leaves(chain, (2, 9, 24), torch.float32)  # NCHW: convolution after convolution
     tensors = [x, *weights, *biases]
     out = hierarchical_conv2d(x, weights, biases, **settings)
     grad = torch.randn(out.shape[0], out.shape[2], out.shape[3], out.shape[1]).permute(0, 3, 1, 2)

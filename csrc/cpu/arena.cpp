@@ -81,7 +81,8 @@ CachedBlock allocate(size_t bytes) {
 
 }  // namespace
 
-Scratch::Scratch(int64_t floats) {
+Scratch::Scratch(int64_t floats) : data_(nullptr), bytes_(0) {
+  if (floats == 0) return;
   const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
   CachedBlock block = cache().take(bytes);
   if (block.data == nullptr) block = allocate(bytes);
@@ -93,7 +94,9 @@ Scratch::Scratch(int64_t floats) {
   }
 }
 
-Scratch::~Scratch() { cache().give({data_, bytes_}); }
+Scratch::~Scratch() {
+  if (data_ != nullptr) cache().give({data_, bytes_});
+}
 
 void ask_for_huge_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE

@@ -120,13 +120,11 @@ void norm_forward(
       0, pixels, kGrainPixels, [&](int64_t first, int64_t last) { kernels.norm_forward(n, first, last); });
 }
 
-// dz, dense, and (2, w): the gradients of gamma and beta. du: added to grad, and copied to du_out.
-std::tuple<Tensor, Tensor> norm_backward(
+// What both kinds of backward read and write: grad and out of one group, du added to grad and copied to du_out, dz dense.
+NormBackward backward_of(
     const Tensor& grad, const std::optional<Tensor>& du, const std::optional<Tensor>& du_out, const Tensor& out,
-    const Tensor& z, const Tensor& mean, const Tensor& invstd, const Tensor& gamma, int64_t activation,
-    int64_t instruction_set) {
-  const int64_t w = z.size(1), pixels = z.size(0) * z.size(2) * z.size(3);
-  check_dense(z, "z", pixels, w);
+    int64_t activation, const Tensor& dz) {
+  const int64_t w = out.size(1), pixels = out.size(0) * out.size(2) * out.size(3);
   NormBackward n{};
   n.channels = w;
   n.activation = activation_of(activation);
@@ -134,10 +132,6 @@ std::tuple<Tensor, Tensor> norm_backward(
   n.grad = floats(grad);
   n.out_pitch = pitch_of(out, "out", pixels, w);
   n.out = floats(out);
-  n.z = floats(z);
-  n.mean = channel_floats(mean, "mean", w);
-  const float* const deviation = channel_floats(invstd, "invstd", w);
-  const float* const weight = channel_floats(gamma, "gamma", w);
   if (du.has_value()) {
     check_dense(*du, "du", pixels, w);
     n.du = floats(*du);
@@ -146,8 +140,37 @@ std::tuple<Tensor, Tensor> norm_backward(
       n.du_out = writable(*du_out);
     }
   }
-  const Tensor dz = empty_nhwc(z.size(0), w, z.size(2), z.size(3));
   n.dz = writable(dz);
+  n.dz_pitch = w;
+  return n;
+}
+
+// dz, dense, of a convolution without BatchNorm.
+Tensor activation_backward(
+    const Tensor& grad, const std::optional<Tensor>& du, const std::optional<Tensor>& du_out, const Tensor& out,
+    int64_t activation, int64_t instruction_set) {
+  const Kernels& kernels = kernels_of(instruction_set);
+  const Tensor dz = empty_nhwc(out.size(0), out.size(1), out.size(2), out.size(3));
+  const NormBackward n = backward_of(grad, du, du_out, out, activation, dz);
+  torch::stable::parallel_for(0, out.size(0) * out.size(2) * out.size(3), kGrainPixels, [&](int64_t first, int64_t last) {
+    kernels.activation_backward(n, first, last);
+  });
+  return dz;
+}
+
+// dz, dense, and (2, w): the gradients of gamma and beta.
+std::tuple<Tensor, Tensor> norm_backward(
+    const Tensor& grad, const std::optional<Tensor>& du, const std::optional<Tensor>& du_out, const Tensor& out,
+    const Tensor& z, const Tensor& mean, const Tensor& invstd, const Tensor& gamma, int64_t activation,
+    int64_t instruction_set) {
+  const int64_t w = z.size(1), pixels = z.size(0) * z.size(2) * z.size(3);
+  check_dense(z, "z", pixels, w);
+  const Tensor dz = empty_nhwc(z.size(0), w, z.size(2), z.size(3));
+  NormBackward n = backward_of(grad, du, du_out, out, activation, dz);
+  n.z = floats(z);
+  n.mean = channel_floats(mean, "mean", w);
+  const float* const deviation = channel_floats(invstd, "invstd", w);
+  const float* const weight = channel_floats(gamma, "gamma", w);
 
   const Kernels& kernels = kernels_of(instruction_set);
   const int64_t blocks = blocks_of(pixels);
@@ -208,6 +231,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
       "cpu_norm_forward(Tensor z, Tensor mean, Tensor scale, Tensor shift, int activation, Tensor(a!) out, Tensor? addend, "
       "Tensor(b!)? next, int instruction_set) -> ()");
   m.def(
+      "cpu_activation_backward(Tensor grad, Tensor? du, Tensor(a!)? du_out, Tensor out, int activation, "
+      "int instruction_set) -> Tensor");
+  m.def(
       "cpu_norm_backward(Tensor grad, Tensor? du, Tensor(a!)? du_out, Tensor out, Tensor z, Tensor mean, Tensor invstd, "
       "Tensor gamma, int activation, int instruction_set) -> (Tensor, Tensor)");
 }
@@ -216,5 +242,6 @@ STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CPU, m) {
   m.impl("cpu_sum", TORCH_BOX(&res2net_fused::sum));
   m.impl("cpu_norm_statistics", TORCH_BOX(&res2net_fused::norm_statistics));
   m.impl("cpu_norm_forward", TORCH_BOX(&res2net_fused::norm_forward));
+  m.impl("cpu_activation_backward", TORCH_BOX(&res2net_fused::activation_backward));
   m.impl("cpu_norm_backward", TORCH_BOX(&res2net_fused::norm_backward));
 }

@@ -10,34 +10,87 @@
 namespace res2net_fused {
 namespace {
 
+ChainProblem problem_for(const Tensor& x, const std::vector<int64_t>& settings) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a four-dimensional tensor on the CPU");
+  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), settings);
+  STD_TORCH_CHECK(
+      x.size(1) == problem.scale() * problem.channels, "x has ", x.size(1), " channels, which do not fit ", problem.steps,
+      " convolutions of ", problem.channels, " channels");
+  return problem;
+}
+
+// x through the chain into `out`, both channels-last; data has the weights. False as run_chain.
+bool run_over(
+    const Tensor& x, const Tensor& out, const ChainProblem& problem, const ChainPlan& plan, ChainData data,
+    const Kernels& kernels) {
+  if (problem.batch == 0) return true;
+  const int64_t row = problem.out_width() * x.size(1);
+  data.x = {static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(2), x.stride(3)};
+  data.out = {static_cast<float*>(out.mutable_data_ptr()), problem.out_height() * row, row, x.size(1)};
+  data.room = x.size(1);
+  return run_chain(problem, plan, data, kernels);
+}
+
+Tensor output_of(const ChainProblem& problem) {
+  return empty_nhwc(problem.batch, problem.scale() * problem.channels, problem.out_height(), problem.out_width());
+}
+
 Tensor chain_forward(
     const Tensor& x_given, const Tensor& winograd, const Tensor& direct, const Tensor& bias,
     const std::vector<int64_t>& settings, bool channels_last, int64_t arithmetic, int64_t instruction_set) {
-  STD_TORCH_CHECK(x_given.is_cpu() && x_given.dim() == 4, "x must be a four-dimensional tensor on the CPU");
-  const Tensor x = as_nhwc_floats(x_given);
-  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), settings);
-  const int64_t channels = problem.channels, steps = problem.steps, groups = problem.groups, all_channels = x.size(1);
-  STD_TORCH_CHECK(
-      all_channels == problem.scale() * channels, "x has ", all_channels, " channels, which do not fit ", steps,
-      " convolutions of ", channels, " channels");
-  const Kernels& kernels = kernels_of(instruction_set);
+  const ChainProblem problem = problem_for(x_given, settings);
+  const int64_t channels = problem.channels, steps = problem.steps, groups = problem.groups;
   ChainData data{};
   data.winograd = packed_floats(winograd, "winograd", steps * winograd_floats(channels), true);
   data.direct = packed_floats(direct, "direct", steps * groups * direct_group_floats(channels / groups));
   data.bias = packed_floats(bias, "bias", steps * bias_floats(channels));
-  data.room = all_channels;
-
   const auto choice = data.winograd ? static_cast<ArithmeticChoice>(arithmetic) : ArithmeticChoice::direct;
   const ChainPlan plan = plan_chain(problem, choice, torch::stable::get_num_threads());
-  const int64_t height = problem.out_height(), width = problem.out_width();
-  Tensor out = empty_nhwc(problem.batch, all_channels, height, width);
-  if (problem.batch > 0) {
-    data.x = {static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(2), x.stride(3)};
-    data.out = {
-        static_cast<float*>(out.mutable_data_ptr()), height * width * all_channels, width * all_channels, all_channels};
-    run_chain(problem, plan, data, kernels);
-  }
+  const Tensor out = output_of(problem);
+  run_over(as_nhwc_floats(x_given), out, problem, plan, data, kernels_of(instruction_set));
   return as_asked(out, x_given.scalar_type(), channels_last);
+}
+
+// As chain_forward by Winograd, from weights (w, w, 3, 3) as they are; `turned`: by those of the input gradient. Nothing
+// where a result is not finite, of which only direct convolution says which ones are.
+std::vector<Tensor> chain_from_weights(
+    const Tensor& x_given, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, bool turned,
+    const std::vector<int64_t>& settings, bool channels_last, int64_t instruction_set) {
+  const ChainProblem problem = problem_for(x_given, settings);
+  const int64_t channels = problem.channels, steps = problem.steps;
+  STD_TORCH_CHECK(
+      winograd_covers(problem) && static_cast<int64_t>(weights.size()) == steps,
+      "Winograd needs stride, dilation and groups of 1, images of 2 x 2 pixels and one weight for each of ", steps,
+      " convolutions");
+  std::vector<Tensor> plain;
+  std::vector<WeightView> views;
+  for (const Tensor& weight : weights) {
+    const WeightView view = weight_view(weight, channels, plain);
+    views.push_back(turned ? view.turned() : view);
+  }
+  const Kernels& kernels = kernels_of(instruction_set);
+  const Tensor bias = pack_biases(biases, steps, channels), out = output_of(problem);
+  ChainData data{};
+  data.bias = static_cast<const float*>(bias.const_data_ptr());
+  const ChainPlan plan = plan_from_weights(problem, torch::stable::get_num_threads());
+  const bool ahead = plan.schedule != Schedule::channels;
+  const Scratch packed(ahead ? steps * winograd_floats(channels) : 0);
+  if (ahead) {
+    const int64_t panels = panel_count(channels);
+    torch::stable::parallel_for(0, steps * panels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; item++) {
+        const int64_t step = item / panels, panel = item % panels;
+        float* const to = packed.data() + step * winograd_floats(channels) + panel * kPanel * channels;
+        kernels.pack_winograd(
+            views[static_cast<size_t>(step)], channels, to, winograd_point(channels), panel, panel + 1);
+      }
+    });
+    data.winograd = packed.data();
+  } else {
+    data.plain = views.data();
+  }
+  if (!run_over(as_nhwc_floats(x_given), out, problem, plan, data, kernels)) return {};
+  return {as_asked(out, x_given.scalar_type(), channels_last)};
 }
 
 // [Winograd weights (steps, ...) or an empty tensor, direct weights, biases], all fp32.
@@ -47,16 +100,14 @@ std::vector<Tensor> pack(
   STD_TORCH_CHECK(!weights.empty() && groups >= 1, "weights is empty");
   const Kernels& kernels = kernels_of(instruction_set);
   const int64_t steps = static_cast<int64_t>(weights.size()), channels = weights[0].size(0);
+  STD_TORCH_CHECK(channels % groups == 0, "groups must divide ", channels, " channels, which ", groups, " does not");
   const int64_t group_channels = channels / groups;
   Tensor winograd = new_floats(with_winograd ? steps : 0, winograd_floats(channels));
   Tensor direct = new_floats(steps, groups * direct_group_floats(group_channels));
 
   std::vector<Tensor> plain;
   for (const Tensor& weight : weights) {
-    STD_TORCH_CHECK(
-        weight.is_cpu() && weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == group_channels &&
-            group_channels * groups == channels && weight.size(2) == 3 && weight.size(3) == 3,
-        "every weight must be (", channels, ", ", group_channels, ", 3, 3)");
+    check_weight(weight, channels, group_channels);
     plain.push_back(torch::stable::contiguous(torch::stable::to(weight, ScalarType::Float)));
   }
   STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "one bias per weight is needed");
@@ -72,7 +123,9 @@ std::vector<Tensor> pack(
       kernels.pack_direct(
           from, channels, groups, d + step * groups * direct_group_floats(group_channels), panel, panel + 1);
       if (with_winograd && panel < panels) {
-        kernels.pack_winograd(from, channels, u + step * winograd_floats(channels), panel, panel + 1);
+        const WeightView view{from, channels * 9, 9, 3, 1};
+        const int64_t at = step * winograd_floats(channels) + panel * kPanel * channels;
+        kernels.pack_winograd(view, channels, u + at, winograd_point(channels), panel, panel + 1);
       }
     }
   });
@@ -101,6 +154,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(
       "cpu_chain_forward(Tensor x, Tensor winograd, Tensor direct, Tensor bias, int[] settings, bool channels_last, "
       "int arithmetic, int instruction_set) -> Tensor");
+  m.def(
+      "cpu_chain_from_weights(Tensor x, Tensor[] weights, Tensor[] biases, bool turned, int[] settings, bool channels_last, "
+      "int instruction_set) -> Tensor[]");
   m.def("cpu_pack(Tensor[] weights, Tensor[] biases, int groups, bool with_winograd, int instruction_set) -> Tensor[]");
   m.def(
       "cpu_plan(int batch, int height, int width, int[] settings, int arithmetic, int instruction_set) -> str");
@@ -110,6 +166,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CPU, m) {
   m.impl("cpu_chain_forward", TORCH_BOX(&res2net_fused::chain_forward));
+  m.impl("cpu_chain_from_weights", TORCH_BOX(&res2net_fused::chain_from_weights));
   m.impl("cpu_pack", TORCH_BOX(&res2net_fused::pack));
 }
 

@@ -9,6 +9,9 @@ namespace {
 // Reading one weight from the L3 cache, in multiplications that take as long.
 constexpr int64_t kMatrixCost = 8;
 
+// Tiles of a block beside weights that stay in cache.
+constexpr int64_t kWeightBlockTiles = 32;
+
 // Of x and out together, that may well lie in cache when a call begins: 4 MB.
 constexpr int64_t kCachedFloats = 1 << 20;
 
@@ -98,6 +101,21 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
   plan.parts = std::min(plan.parts, plan.schedule == Schedule::images  ? problem.batch
                                     : plan.schedule == Schedule::tiles ? all_tiles
                                                                        : panel_count(problem.channels));
+  return plan;
+}
+
+ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads) {
+  ChainPlan plan = plan_chain(problem, ArithmeticChoice::winograd, threads);
+  const TileGrid grid = covering_tiles(problem.height, problem.width);
+  const int64_t panels = panel_count(problem.channels);
+  // More weights than pixels: each is transformed once and meets all tiles while it is in cache, and never lies in memory.
+  if (problem.batch * grid.per_image() > problem.channels || panels < threads) return plan;
+  plan.schedule = Schedule::channels;
+  plan.grid = grid;
+  plan.block_tiles = kWeightBlockTiles;
+  plan.images = 1;
+  plan.copies_source = plan.brings_near = false;
+  plan.parts = std::max<int64_t>(threads, 1);
   return plan;
 }
 

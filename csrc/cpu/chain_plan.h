@@ -35,6 +35,9 @@ bool winograd_pays(const ChainProblem& problem);
 
 ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, int64_t threads);
 
+// For Winograd over weights that are packed in the call. With Schedule::channels by whoever needs them.
+ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads);
+
 // Tiles that cover height x width output pixels (at least 2 x 2), each pixel once.
 TileGrid covering_tiles(int64_t height, int64_t width);
 

@@ -3,54 +3,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
 
 #include "cpu/arena.h"
+#include "cpu/sources.h"
 
 namespace res2net_fused {
 namespace {
-
-constexpr int64_t kAlignment = 16;  // floats: one cache line
-
-// The sources u of some images: (images, H + 2*border, W + 2*border, padded w), the border zero. Two of them take turns.
-class Sources {
- public:
-  Sources(const ChainProblem& problem, int64_t images) : problem_(problem), images_(images) {
-    pixel_ = problem.padded();
-    row_ = (problem.width + 2 * problem.dilation) * pixel_;
-    image_ = (problem.height + 2 * problem.dilation) * row_;
-  }
-
-  int64_t floats() const { return 2 * one(); }
-
-  void place(float* memory) { memory_ = memory; }
-
-  void zero_borders() const {
-    const int64_t b = problem_.dilation;
-    for (int64_t i = 0; i < 2 * images_; i++) {
-      float* image = memory_ + (i / images_) * one() + (i % images_) * image_;
-      clear(image, b * row_);
-      clear(image + (problem_.height + b) * row_, b * row_);
-      for (int64_t y = b; y < problem_.height + b; y++) {
-        clear(image + y * row_, b * pixel_);
-        clear(image + y * row_ + (problem_.width + b) * pixel_, b * pixel_);
-      }
-    }
-  }
-
-  // The source of convolution i, from its first pixel inside the border.
-  View view(int64_t i) const {
-    return {memory_ + (i % 2) * one() + problem_.dilation * (row_ + pixel_), image_, row_, pixel_};
-  }
-
- private:
-  static void clear(float* from, int64_t floats) { std::memset(from, 0, static_cast<size_t>(floats) * sizeof(float)); }
-  int64_t one() const { return round_up(images_ * image_, kAlignment); }
-
-  const ChainProblem& problem_;
-  int64_t images_, pixel_, row_, image_;
-  float* memory_ = nullptr;
-};
 
 // Reads one float of every cache line of some images, in the order of memory. The chain reads and writes a group at a time,
 // short pieces far apart, which comes from memory at a fraction of the speed at which whole rows do.
@@ -62,8 +21,6 @@ void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, i
     for (int64_t i = 0; i < floats; i += kLine) static_cast<void>(*static_cast<const volatile float*>(from + i));
   }
 }
-
-ConstView constant(View view) { return {view.data, view.image, view.row, view.pixel}; }
 
 // Scratch of one thread for Winograd blocks.
 struct BlockScratch {
@@ -82,7 +39,10 @@ class Run {
   // The first `images` images, by one thread.
   void image_group(const Sources& sources, int64_t images, const BlockScratch& scratch) const;
 
-  int64_t v_floats(int64_t tiles) const { return kPoints * point_pitch(tiles, problem_.padded()); }
+  // Whether all results were finite, or computed again.
+  bool right() const { return right_; }
+
+  int64_t v_floats(int64_t tiles) const { return kPoints * PointLayout::tiles_first(tiles, problem_.channels).point; }
   int64_t m_floats(int64_t tiles) const {
     const int64_t width = std::min(problem_.padded(), kernels_.panels_per_pass * kPanel + kUnit);
     return kPoints * point_pitch(tiles, width);
@@ -131,11 +91,15 @@ class Run {
     });
   }
   int64_t share(int64_t total, int64_t part) const { return total * part / plan_.parts; }
+  void note(bool right) const {
+    if (!right) right_ = false;
+  }
 
   const ChainProblem& problem_;
   const ChainPlan& plan_;
   const ChainData& data_;
   const Kernels& kernels_;
+  mutable std::atomic<bool> right_{true};
 };
 
 Step Run::step(int64_t i, const Sources& sources, int64_t first_image) const {
@@ -166,8 +130,9 @@ Step Run::step(int64_t i, const Sources& sources, int64_t first_image) const {
     step.passed = x_group(p.passed_group(), first_image);
     step.passed_out = out_group(p.passed_group(), first_image);
   }
-  if (plan_.winograd) step.winograd = data_.winograd + i * winograd_floats(p.channels);
-  step.direct = data_.direct + i * p.groups * direct_group_floats(p.channels / p.groups);
+  if (data_.winograd != nullptr) step.winograd = data_.winograd + i * winograd_floats(p.channels);
+  step.winograd_point = winograd_point(p.channels);
+  if (data_.direct != nullptr) step.direct = data_.direct + i * p.groups * direct_group_floats(p.channels / p.groups);
   step.bias = data_.bias + i * bias_floats(p.channels);
   return step;
 }
@@ -195,9 +160,10 @@ void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const Bl
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t from = first + (last - first) * b / blocks, to = first + (last - first) * (b + 1) / blocks;
     const Block block{from, to - from};
-    kernels_.winograd_input(step, plan_.grid, block, scratch.v, 0, problem_.padded());
-    kernels_.winograd_output(
-        step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels));
+    kernels_.winograd_input(
+        step, plan_.grid, block, scratch.v, PointLayout::tiles_first(block.count, problem_.channels), 0, problem_.padded());
+    note(kernels_.winograd_output(
+        step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels)));
   }
 }
 
@@ -231,7 +197,7 @@ void Run::images() const {
       ChainData data = data_;
       data.x.data += n * data.x.image;
       data.out.data += n * data.out.image;
-      chain.run(data, std::min(plan_.images, last - n));
+      note(chain.run(data, std::min(plan_.images, last - n)));
     }
   });
 }
@@ -278,30 +244,61 @@ void Run::tiles() const {
 // that one barrier a step is enough; V takes turns between two buffers.
 void Run::channels() const {
   Sources sources(problem_, problem_.batch);
-  const int64_t tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(problem_.channels);
-  const int64_t v = round_up(v_floats(tiles), kAlignment), m = round_up(m_floats(tiles), kAlignment);
-  const int64_t each = round_up(m + patch_floats(), 1024) + kAlignment;
+  const int64_t w = problem_.channels, tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(w);
+  const int64_t blocks = (tiles + plan_.block_tiles - 1) / plan_.block_tiles, block_tiles = (tiles + blocks - 1) / blocks;
+  const int64_t block_v = round_up(v_floats(block_tiles), kAlignment), v = blocks * block_v;
+  const int64_t m = round_up(m_floats(block_tiles), kAlignment), patch = patch_floats();
+  const int64_t packed = data_.plain == nullptr ? 0 : kPoints * w * kernels_.panels_per_pass * kPanel;
+  const int64_t each = round_up(m + patch + packed, 1024) + kAlignment;
   const Scratch scratch(sources.floats() + 2 * v + each * plan_.parts);
   sources.place(scratch.data());
   sources.zero_borders();
   float* const transformed = scratch.data() + sources.floats();
-  float* const blocks = transformed + 2 * v;
+  float* const own = transformed + 2 * v;
 
-  const int64_t out_rows = problem_.batch * problem_.out_height();
-  if (passes_first()) pass(0, 0, out_rows);
-  if (needs_copy(0)) copy_source(0, sources, 0, 0, problem_.batch * problem_.height);
-  const Block block{0, tiles};
+  const auto for_each_block = [&](const auto& f) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t first = tiles * b / blocks;
+      f(Block{first, tiles * (b + 1) / blocks - first}, b * block_v);
+    }
+  };
   const auto transform = [&](int64_t i, int64_t part) {
     const int64_t first = share(panels, part) * kPanel, last = std::min(share(panels, part + 1) * kPanel, problem_.padded());
-    kernels_.winograd_input(step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v, first, last);
+    for_each_block([&](Block block, int64_t at) {
+      const PointLayout layout = PointLayout::tiles_first(block.count, w);
+      kernels_.winograd_input(step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v + at, layout, first, last);
+    });
   };
+  const auto multiply = [&](int64_t i, int64_t part, int64_t first, int64_t last) {
+    float* const memory = own + part * each;
+    Step step = this->step(i, sources, 0);
+    if (data_.plain == nullptr) {
+      step.winograd += first * kPanel * w;
+    } else {
+      step.winograd = memory + m + patch;
+      step.winograd_point = w * (std::min(last * kPanel, problem_.padded()) - first * kPanel);
+      kernels_.pack_winograd(data_.plain[i], w, memory + m + patch, step.winograd_point, first, last);
+    }
+    for_each_block([&](Block block, int64_t at) {
+      note(kernels_.winograd_output(
+          step, plan_.grid, block, transformed + (i % 2) * v + at, memory, memory + m, first, last));
+    });
+  };
+
+  const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
+  if (passes_first()) pass(0, 0, out_rows);
+  if (needs_copy(0)) {
+    for_each_part([&](int64_t part) { copy_source(0, sources, 0, share(rows, part), share(rows, part + 1)); });
+  }
   for_each_part([&](int64_t part) { transform(0, part); });
   for (int64_t i = 0; i < problem_.steps; i++) {
     for_each_part([&](int64_t part) {
-      float* memory = blocks + part * each;
-      kernels_.winograd_output(
-          step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v, memory, memory + m, share(panels, part),
-          share(panels, part + 1));
+      const int64_t first = share(panels, part), count = share(panels, part + 1) - first;
+      // Weights that are packed here stay in cache: no more of them than one pass takes.
+      const int64_t passes = data_.plain == nullptr ? 1 : (count + kernels_.panels_per_pass - 1) / kernels_.panels_per_pass;
+      for (int64_t p = 0; p < passes; p++) {
+        multiply(i, part, first + count * p / passes, first + count * (p + 1) / passes);
+      }
       if (i + 1 < problem_.steps) transform(i + 1, part);
     });
   }
@@ -324,7 +321,7 @@ int64_t ImageChain::scratch_floats(const ChainProblem& problem, const ChainPlan&
   return round_up(Sources(problem, plan.images).floats() + blocks + run.patch_floats(), 1024) + kAlignment;
 }
 
-void ImageChain::run(const ChainData& data, int64_t images) const {
+bool ImageChain::run(const ChainData& data, int64_t images) const {
   const Run run(problem_, plan_, data, kernels_);
   Sources sources(problem_, plan_.images);
   sources.place(scratch_);
@@ -332,18 +329,23 @@ void ImageChain::run(const ChainData& data, int64_t images) const {
   float* const m = v + (plan_.winograd ? run.v_floats(run.image_tiles()) : 0);
   float* const patch = m + (plan_.winograd ? run.m_floats(run.image_tiles()) : 0);
   run.image_group(sources, images, {v, m, patch});
+  return run.right();
 }
 
-void run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels) {
+bool run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels) {
   const Run run(problem, plan, data, kernels);
   switch (plan.schedule) {
     case Schedule::images:
-      return run.images();
+      run.images();
+      break;
     case Schedule::tiles:
-      return run.tiles();
+      run.tiles();
+      break;
     case Schedule::channels:
-      return run.channels();
+      run.channels();
+      break;
   }
+  return run.right();
 }
 
 }  // namespace res2net_fused

@@ -9,8 +9,9 @@ struct ChainData {
   ConstView x;            // (N, H, W, s*w), channels side by side
   View out;               // (N, H/stride, W/stride, s*w)
   int64_t room;           // floats of a pixel of x and of out that may be touched: s*w, or more where padding follows
-  const float* winograd;  // winograd_floats(w) a step; null where the plan has no Winograd
-  const float* direct;    // groups * direct_group_floats(w/groups) a step
+  const float* winograd;  // winograd_floats(w) a step; null where the plan has no Winograd, or takes `plain`
+  const float* direct;    // groups * direct_group_floats(w/groups) a step; null: tiles that are not finite are reported
+  const WeightView* plain = nullptr;  // one a step, packed by whoever needs them; for Schedule::channels
   const float* bias;      // bias_floats(w) a step
 };
 
@@ -21,8 +22,8 @@ class ImageChain {
   ImageChain(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels, float* scratch);
   static int64_t scratch_floats(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels);
 
-  // The first `images` images of `data`.
-  void run(const ChainData& data, int64_t images) const;
+  // The first `images` images of `data`; false as run_chain.
+  bool run(const ChainData& data, int64_t images) const;
 
  private:
   const ChainProblem& problem_;
@@ -31,6 +32,7 @@ class ImageChain {
   float* scratch_;
 };
 
-void run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels);
+// False where Winograd's result is not finite and data.direct is null: the output is then worth nothing.
+bool run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels);
 
 }  // namespace res2net_fused

@@ -47,6 +47,21 @@ inline const float* packed_floats(const Tensor& tensor, const char* name, int64_
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
+inline void check_weight(const Tensor& weight, int64_t outputs, int64_t inputs) {
+  STD_TORCH_CHECK(
+      weight.is_cpu() && weight.dim() == 4 && weight.size(0) == outputs && weight.size(1) == inputs && weight.size(2) == 3 &&
+          weight.size(3) == 3,
+      "every weight must be (", outputs, ", ", inputs, ", 3, 3)");
+}
+
+// A weight (w, w, 3, 3) in place, or its copy in fp32, which `kept` holds.
+inline WeightView weight_view(const Tensor& weight, int64_t channels, std::vector<Tensor>& kept) {
+  check_weight(weight, channels, channels);
+  kept.push_back(torch::stable::to(weight, ScalarType::Float));
+  const Tensor& t = kept.back();
+  return {static_cast<const float*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
 // x with its channels side by side, in fp32.
 inline Tensor as_nhwc_floats(const Tensor& x) {
   if (x.scalar_type() != ScalarType::Float) {

@@ -3,52 +3,34 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
 
 #include "cpu/arena.h"
 #include "cpu/chain_plan.h"
-#include "cpu/op_arguments.h"
+#include "cpu/weight_totals.h"
 
 namespace res2net_fused {
 namespace {
 
-constexpr int64_t kBlockFloats = 192 << 10;  // of V and Z together: three quarters of an L2 cache of 1 MB
-constexpr int64_t kTilesWorthAPart = 16;     // fewer tiles than this pay neither for a thread's total nor for its taps
+constexpr int64_t kSharedBlockTiles = 32;
+constexpr int64_t kTilesWorthAPart = 16;  // fewer do not pay for a total of a thread's own
 
-// How one call is shared out: tiles, and where these are too few the output channels too.
+// How one call is shared out: blocks of tiles, which all lie in memory at once where the parts share them.
 struct Shares {
-  int64_t tiles, panels;
+  bool by_channels;  // each part takes all tiles to its own output channels; else its own tiles to a total of all channels
+  int64_t parts, block_tiles, blocks;
 };
 
-Shares share_out(int64_t all_tiles, int64_t all_panels, int64_t threads) {
-  const int64_t tiles = std::clamp<int64_t>(all_tiles / kTilesWorthAPart, 1, std::max<int64_t>(threads, 1));
-  return {tiles, std::clamp<int64_t>(threads / tiles, 1, all_panels)};
+Shares share_out(int64_t tiles, int64_t channels, int64_t threads) {
+  threads = std::max<int64_t>(threads, 1);
+  // More weights than pixels: one total of all channels is traffic enough. V and Z then cross from core to core.
+  const bool by_channels = 2 * tiles <= channels && panel_count(channels) >= threads;
+  const int64_t most = by_channels ? kSharedBlockTiles : weight_block_tiles(channels);
+  const int64_t parts = by_channels ? threads : std::clamp<int64_t>(tiles / kTilesWorthAPart, 1, threads);
+  const int64_t each = by_channels ? tiles : (tiles + parts - 1) / parts, blocks = (each + most - 1) / most;
+  return {by_channels, parts, (each + blocks - 1) / blocks, blocks};
 }
 
-// Sums the parts' totals (9, w, w padded) of output channels first ... last into `to`, (o, 9, k) where channels_last, else
-// (o, k, 9); whether all is finite.
-bool gather_weights(
-    const float* totals, int64_t parts, int64_t each, int64_t channels, int64_t first, int64_t last, bool channels_last,
-    float* to) {
-  const int64_t padded = round_up(channels, kUnit);
-  bool finite = true;
-  for (int64_t tap = 0; tap < 9; tap++) {
-    for (int64_t k = 0; k < channels; k++) {
-      const float* from = totals + (tap * channels + k) * padded;
-      for (int64_t o = first; o < last; o++) {
-        float sum = from[o];
-        for (int64_t part = 1; part < parts; part++) sum += from[part * each + o];
-        finite &= std::isfinite(sum);
-        to[channels_last ? (o * 9 + tap) * channels + k : (o * channels + k) * 9 + tap] = sum;
-      }
-    }
-  }
-  return finite;
-}
-
-// [gradient of the weights (w, w, 3, 3), gradient of the bias (w,)]; nothing where a weight's is not finite: Winograd overflows
-// earlier than a convolution does, and makes NaN of Inf.
+// [gradient of the weights (w, w, 3, 3), gradient of the bias (w,)]; nothing where one of a weight is not finite.
 std::vector<Tensor> weight_gradient(
     const Tensor& dz_given, const Tensor& u_given, bool channels_last, int64_t instruction_set) {
   STD_TORCH_CHECK(
@@ -62,9 +44,8 @@ std::vector<Tensor> weight_gradient(
       "dz and u must be of one shape, with at least one image of 2 x 2 pixels");
   const Kernels& kernels = kernels_of(instruction_set);
   const TileGrid grid = covering_tiles(height, width);
-  const int64_t padded = round_up(channels, kUnit), all_tiles = batch * grid.per_image();
-  const int64_t panels = panel_count(channels);
-  const Shares shares = share_out(all_tiles, panels, torch::stable::get_num_threads());
+  const int64_t padded = round_up(channels, kUnit), tiles = batch * grid.per_image(), panels = panel_count(channels);
+  const Shares shares = share_out(tiles, channels, torch::stable::get_num_threads());
 
   Step step{};
   step.in_height = step.height = height;
@@ -75,53 +56,59 @@ std::vector<Tensor> weight_gradient(
   step.source_full_vectors = channels == padded;
   const ConstView gradient{static_cast<const float*>(dz.const_data_ptr()), dz.stride(0), dz.stride(2), dz.stride(3)};
 
-  const int64_t fitting = kBlockFloats / (2 * kPoints * padded) / 8 * 8;
-  const int64_t block_tiles = std::min({std::clamp<int64_t>(fitting, 16, kMaxBlockTiles), all_tiles});
-  const int64_t v_floats = round_up(kPoints * point_pitch(block_tiles, padded), 16);
-  const int64_t each = round_up((9 * channels + 1) * padded, 16), parts = shares.tiles * shares.panels;
-  const int64_t work = round_up(2 * v_floats + kWeightSums, 1024) + 16;
-  const Scratch scratch(shares.tiles * each + parts * work);
-  float* const totals = scratch.data();
-  std::memset(totals, 0, static_cast<size_t>(shares.tiles * each) * sizeof(float));
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t last_part) {
-    for (int64_t part = first_part; part < last_part; part++) {
-      const int64_t i = part / shares.panels, j = part % shares.panels;
-      float* const v = totals + shares.tiles * each + part * work;
-      float* const z = v + v_floats;
-      const int64_t first = all_tiles * i / shares.tiles, last = all_tiles * (i + 1) / shares.tiles;
-      const int64_t blocks = (last - first + block_tiles - 1) / block_tiles;
-      for (int64_t b = 0; b < blocks; b++) {
-        const int64_t from = first + (last - first) * b / blocks, to = first + (last - first) * (b + 1) / blocks;
-        const Block block{from, to - from};
-        kernels.winograd_input(step, grid, block, v, 0, padded);
-        kernels.winograd_weights(
-            gradient, channels, grid, block, v, z, z + v_floats, totals + i * each, panels * j / shares.panels,
-            panels * (j + 1) / shares.panels);
-      }
-    }
-  });
-
-  const int64_t sizes[4] = {channels, channels, 3, 3};
-  Tensor weights = torch::stable::empty(
-      {sizes, 4}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  const Tensor rows = new_floats(1, channels);
-  const Tensor bias = torch::stable::view(rows, {channels});
-  float* const to = static_cast<float*>(weights.mutable_data_ptr());
+  const WeightGradients gradients(channels, channels_last);
+  const int64_t block_floats = round_up(kPoints * PointLayout::panels_first(shares.block_tiles, channels).point, 16);
+  const int64_t blocks = shares.by_channels ? shares.blocks : shares.parts, each = total_floats(channels);
+  const int64_t own = shares.by_channels ? form_floats(channels) : each + kWeightSums;
+  const Scratch scratch(2 * blocks * block_floats + shares.parts * own);
+  float *const v = scratch.data(), *const z = v + blocks * block_floats, *const rest = z + blocks * block_floats;
   std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, panels, std::max<int64_t>(1, 4096 / channels), [&](int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel++) {
-      const int64_t end = std::min((panel + 1) * kPanel, channels);
-      if (!gather_weights(totals, shares.tiles, each, channels, panel * kPanel, end, channels_last, to)) finite = false;
+  const auto for_each_part = [&](const auto& f) {
+    torch::stable::parallel_for(0, shares.parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; part++) f(part);
+    });
+  };
+  const auto share = [&](int64_t all, int64_t part) { return all * part / shares.parts; };
+  // f(Block, its place among them) for tiles first ... last
+  const auto for_each_block = [&](int64_t first, int64_t last, const auto& f) {
+    for (int64_t b = 0; b < shares.blocks; b++) {
+      const int64_t from = first + (last - first) * b / shares.blocks;
+      f(Block{from, first + (last - first) * (b + 1) / shares.blocks - from}, b);
     }
-  });
-  float* const biases = static_cast<float*>(bias.mutable_data_ptr());
-  for (int64_t c = 0; c < channels; c++) {
-    biases[c] = 0;
-    for (int64_t i = 0; i < shares.tiles; i++) biases[c] += totals[i * each + 9 * channels * padded + c];
+  };
+  if (!shares.by_channels) {
+    float *const totals = rest, *const sums = rest + shares.parts * each;
+    for_each_part([&](int64_t part) {
+      float *const own_v = v + part * block_floats, *const own_z = z + part * block_floats, *const total = totals + part * each;
+      for_each_block(share(tiles, part), share(tiles, part + 1), [&](Block block, int64_t b) {
+        kernels.winograd_input(
+            step, grid, block, own_v, PointLayout::panels_first(block.count, channels), 0, padded);
+        kernels.winograd_gradient(gradient, channels, grid, block, own_z, 0, padded);
+        kernels.winograd_weights(
+            channels, grid, block, own_v, own_z, sums + part * kWeightSums, total, total + bias_total(channels), 0, channels,
+            b > 0);
+      });
+    });
+    finite = gradients.gather(totals, shares.parts, each);
+  } else {
+    const auto blockwise = [&](const auto& f) {
+      for_each_block(0, tiles, [&](Block block, int64_t b) { f(block, b * block_floats); });
+    };
+    const auto first_of = [&](int64_t part) { return share(panels, part) * kPanel; };
+    for_each_part([&](int64_t part) {
+      const int64_t first = first_of(part), last = std::min(first_of(part + 1), padded);
+      blockwise([&](Block block, int64_t at) {
+        kernels.winograd_input(
+            step, grid, block, v + at, PointLayout::panels_first(block.count, channels), first, last);
+        kernels.winograd_gradient(gradient, channels, grid, block, z + at, first, last);
+      });
+    });
+    for_each_part([&](int64_t part) {
+      const int64_t first = first_of(part), last = std::min(first_of(part + 1), channels);
+      if (!gradients.form(kernels, grid, blockwise, v, z, rest + part * own, first, last)) finite = false;
+    });
   }
-  if (!finite) return {};
-  return {weights, bias};
+  return finite ? std::vector<Tensor>{gradients.weights, gradients.bias} : std::vector<Tensor>{};
 }
 
 }  // namespace

@@ -18,11 +18,12 @@ from torch import Tensor
 from .. import native
 from ..chain import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig, ChainProblem
 from ..folding import FoldedBlock
-from .native_cpu_training import covers, train_backward, train_forward
+from .native_cpu_training import chain_backward, covers, runs_chain_backward, train_backward, train_forward
 
 __all__ = [
-    "available_instruction_sets", "block_forward", "convolution", "forward", "input_gradient", "instruction_set", "pack",
-    "pack_block", "plan", "plan_training", "train_backward", "train_forward", "weight_gradient", "why_not", "why_not_training",
+    "available_instruction_sets", "block_forward", "chain_backward", "convolution", "convolves_faster", "forward",
+    "input_gradient", "instruction_set", "pack", "pack_block", "plan", "plan_training", "runs_chain_backward", "settings",
+    "train_backward", "train_forward", "weight_gradient", "why_not", "why_not_training",
 ]  # fmt: skip
 
 ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
@@ -32,8 +33,9 @@ ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
 ARITHMETICS = {"auto": 0, "winograd": 1, "direct": 2}
 INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
 
-# Winograd's weights cost more to pack than they save in one call with fewer output pixels than this.
-PIXELS_WORTH_PACKING = 320
+# Winograd's weights cost more to pack than they save in one call with fewer output pixels than this. One convolution and its
+# gradients are measured 0.5 times as fast as ATen's with 49 pixels, 0.9 to 1.4 times with 98, 1.0 to 2 times from 392 on.
+PIXELS_WORTH_PACKING = 96
 
 PROJECTS = True  # the shortcut's projection is part of `block_forward`
 
@@ -69,7 +71,7 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 def plan(problem: ChainProblem) -> str:
     """Of a call with packed weights; one with plain weights and few pixels convolves directly."""
     sizes = (problem.batch, problem.height, problem.width_pixels)
-    return _operators.cpu_plan(*sizes, _settings(problem), _arithmetic(), instruction_set())
+    return _operators.cpu_plan(*sizes, settings(problem), _arithmetic(), instruction_set())
 
 
 def forward(
@@ -81,12 +83,14 @@ def forward(
 ) -> Tensor:
     arithmetic, isa = _arithmetic(), instruction_set()
     if not packed:
-        pixels = problem.batch * problem.output_height * problem.output_width
-        pays = pixels >= PIXELS_WORTH_PACKING if arithmetic == ARITHMETICS["auto"] else arithmetic == ARITHMETICS["winograd"]
-        packed = _pack(weights, biases, problem.config, pays and _winograd_covers(problem.config))
+        if arithmetic == ARITHMETICS["winograd"] or arithmetic == ARITHMETICS["auto"] and _winograd_pays(problem):
+            out = _from_weights(problem, x, weights, biases)
+            if out is not None:
+                return out
+        packed = _pack(weights, biases, problem.config, False)
     winograd, direct, bias = packed
     return _operators.cpu_chain_forward.default(
-        x, winograd, direct, bias, _settings(problem), problem.channels_last, arithmetic, isa
+        x, winograd, direct, bias, settings(problem), problem.channels_last, arithmetic, isa
     )
 
 
@@ -108,7 +112,7 @@ def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, fol
     """As `block.run_block`, of which this is the `cpu` backend's own form: each image through the whole block in cache."""
     packed = folded.packed or pack_block(folded, problem.config)
     return _operators.cpu_block_forward.default(
-        x, shortcut, packed, folded.conv3_weight.shape[0], folded.projection_stride, relu, _settings(problem),
+        x, shortcut, packed, folded.conv3_weight.shape[0], folded.projection_stride, relu, settings(problem),
         problem.channels_last, _arithmetic(), instruction_set(),
     )  # fmt: skip
 
@@ -123,20 +127,20 @@ def why_not_training(problem: ChainProblem) -> str | None:
 
 def plan_training(problem: ChainProblem) -> str:
     passes = "native passes" if covers(problem) else "ATen's passes (the native ones are for float32 in channels-last)"
-    return f"{passes}, convolutions and their gradients by {'Winograd' if _convolves_faster(problem) else 'ATen'}"
+    return f"{passes}, convolutions and their gradients by {'Winograd' if convolves_faster(problem) else 'ATen'}"
 
 
 def convolution(problem: ChainProblem, u: Tensor, weight: Tensor) -> Tensor | None:
     """z (N, w, H, W) of one 3x3 convolution without bias or activation; None where ATen's is faster.
 
-    problem: of that convolution. Winograd is 1.1 to 2.9 times as fast where it is taken, packing included.
+    problem: of that convolution. The weights are packed in the call.
     """
-    return forward(problem, u, [weight], None, None) if _convolves_faster(problem) else None
+    return _from_weights(problem, u, [weight]) if convolves_faster(problem) else None
 
 
 def input_gradient(problem: ChainProblem, dz: Tensor, weight: Tensor) -> Tensor | None:
     """du of one 3x3 convolution, a convolution of dz (N, w, H, W) by the turned weight; None where ATen's is faster."""
-    return convolution(problem, dz, weight.flip(2, 3).transpose(0, 1)) if _convolves_faster(problem) else None
+    return _from_weights(problem, dz, [weight], turned=True) if convolves_faster(problem) else None
 
 
 def weight_gradient(
@@ -146,17 +150,38 @@ def weight_gradient(
 
     These are slower, or a gradient is not finite: Winograd overflows earlier and makes NaN of Inf.
     """
-    if not _convolves_faster(problem) or min(problem.height, problem.width_pixels) < 2:
+    if not convolves_faster(problem):
         return None, None
     found = _operators.cpu_weight_gradient.default(dz, u, weight_format == torch.channels_last, instruction_set())
     return tuple(found) if found else (None, None)
 
 
-def _convolves_faster(problem: ChainProblem) -> bool:
-    """Few pixels do not pay for the weights, which are packed, or their gradient unpacked, at every call."""
+def _from_weights(
+    problem: ChainProblem, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, turned: bool = False
+) -> Tensor | None:
+    """The chain by Winograd from plain weights; None where it does not cover the problem or a result is not finite.
+
+    turned: by the weights of the input gradient.
+    """
+    if not _winograd_covers(problem.config) or min(problem.height, problem.width_pixels) < 2:
+        return None
+    with torch.no_grad():
+        found = _operators.cpu_chain_from_weights.default(
+            x, list(weights), list(biases or ()), turned, settings(problem), problem.channels_last, instruction_set()
+        )
+    return found[0] if found else None
+
+
+def convolves_faster(problem: ChainProblem) -> bool:
+    """Whether Winograd runs one convolution faster than ATen does."""
+    return problem.dtype == torch.float32 and _arithmetic() != ARITHMETICS["direct"] and _winograd_pays(problem)
+
+
+def _winograd_pays(problem: ChainProblem) -> bool:
+    """Whether weights that are packed, or whose gradient is unpacked, at every call are worth it."""
     pixels = problem.batch * problem.height * problem.width_pixels
-    pays = _winograd_covers(problem.config) and problem.width >= 8 and pixels >= 4 * problem.width
-    return pays and problem.dtype == torch.float32 and _arithmetic() != ARITHMETICS["direct"]
+    sizes = problem.width >= 8 and pixels >= PIXELS_WORTH_PACKING and min(problem.height, problem.width_pixels) >= 2
+    return sizes and _winograd_covers(problem.config)
 
 
 def _winograd_covers(config: ChainConfig) -> bool:
@@ -168,7 +193,7 @@ def _pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Ch
         return _operators.cpu_pack.default(list(weights), list(biases or ()), config.groups, winograd, instruction_set())
 
 
-def _settings(problem: ChainProblem) -> list[int]:
+def settings(problem: ChainProblem) -> list[int]:
     """As `problem_of` in csrc/cpu/op_arguments.h takes it: enumerations by their place in the tables of `chain`."""
     return [problem.width, problem.steps, *_config_codes(problem.config)]
 

@@ -7,16 +7,16 @@ All of it is channels-last. The sums are the same for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..backward import convolution_backward, feeds_a_convolution, pool_backward
-from ..chain import ACTIVATIONS, ChainConfig, ChainProblem
+from ..chain import ACTIVATIONS, ChainConfig, ChainProblem, memory_format
 from ..reference import pool_passthrough
 from ..training import Statistics, convolve
-from .selection import Backend
+from .selection import Backend, get_backend
 
 _operators = torch.ops.res2net_fused_native
 
@@ -85,14 +85,100 @@ def train_backward(
     if not covers(problem):
         return None
     isa = backend.instruction_set()
-    need_x, need_weights = needed[:2]
+    grad_affine: list[Tensor] = [grad] * problem.steps
+
+    def norm_backward(k: int, dy: DownstreamGradient, y: Tensor, u: Tensor) -> Tensor:
+        zk = _channels_last(z[k] if z else convolve(backend, u, weights[k], problem.config))
+        dz, grad_affine[k] = _operators.cpu_norm_backward.default(
+            *dy, y, zk, mean[k], invstd[k], gammas[k].float().contiguous(), _activation(problem.config), isa
+        )
+        return dz
+
+    grad_x, grad_weights, _ = _walk_back(
+        backend, problem, grad, x, out, weights, norm_backward, not z, (needed[0], needed[1], False)
+    )
+    return grad_x, grad_weights, *([g[j].clone() for g in grad_affine] for j in (0, 1))  # no results that share memory
+
+
+def runs_chain_backward(problem: ChainProblem, by_name: bool) -> bool:
+    """Whether `chain_backward` takes a call: wherever it is measured to be faster than ATen's operators.
+
+    In NCHW the conversions cost more than they save from 28x28 pixels on.
+    """
+    small = problem.height * problem.width_pixels <= 14 * 14
+    return problem.dtype == torch.float32 and (problem.channels_last or small)
+
+
+def chain_backward(
+    problem: ChainProblem,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of (x, weights, biases) of the chain without batch statistics, of these what `needed` names.
+
+    The gradient of x is channels-last.
+    """
+    backend = get_backend("cpu")
+    isa = backend.instruction_set()
+    grad, x, out = (_channels_last(t) for t in (grad, x, out))
+    if backend.convolves_faster(problem):
+        found = _operators.cpu_chain_backward.default(
+            grad, x, out, list(weights), backend.settings(problem), needed[0], needed[1] or needed[2],
+            memory_format(weights[0]) == torch.channels_last, isa,
+        )  # fmt: skip
+        if found:
+            grad_x, *rest = found
+            _pass_back(problem, grad_x, grad, x)
+            return grad_x, rest[: problem.steps], rest[problem.steps :]
+
+    def activation_backward(k: int, dy: DownstreamGradient, y: Tensor, u: Tensor) -> Tensor:
+        return _operators.cpu_activation_backward.default(*dy, y, _activation(problem.config), isa)
+
+    return _walk_back(backend, problem, grad, x, out, weights, activation_backward, False, needed)
+
+
+def _pass_back(problem: ChainProblem, grad_x: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Writes the gradient of the group that passes the chain by; those of the others are in grad_x."""
+    config, passed = problem.config, problem.config.passed_group(problem.scale)
+    if passed is None:
+        return
+    slots, grads, groups = (t.split(problem.width, 1) for t in (grad_x, grad, x))
+    added = passed + 1 < problem.scale and config.adds(passed + 1)
+    dy = grads[passed] + slots[passed + 1] if added else grads[passed]
+    slots[passed].copy_(pool_backward(dy, groups[passed], config))
+
+
+# dout_i, du_{i+1} or None, and where in the gradient of x the latter is to be copied, or None.
+DownstreamGradient = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _walk_back(
+    backend: Backend,
+    problem: ChainProblem,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    output_backward: Callable[[int, DownstreamGradient, Tensor, Tensor], Tensor],
+    needs_sums: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of (x, weights, biases), of these what `needed` names, from the last group to the first.
+
+    output_backward: (k, dy, y_k, u_k) -> dz_k, the backward of all that follows the k-th convolution. needs_sums: it reads u_k.
+    """
+    isa = backend.instruction_set()
+    need_x, need_weights, need_biases = needed
     config, scale = problem.config, problem.scale
     grad, x, out = (_channels_last(t) for t in (grad, x, out))
     groups, outputs, grads = (t.split(problem.width, 1) for t in (x, out, grad))
     grad_x = torch.empty_like(x) if need_x else None
     slots = grad_x.split(problem.width, 1) if need_x else [None] * scale
     grad_weights: list[Tensor] = [grad] * problem.steps
-    grad_affine: list[Tensor] = [grad] * problem.steps
+    grad_biases: list[Tensor] = [grad] * problem.steps
     du: Tensor | None = None  # of group i+1, where that added y_i
     for i in reversed(range(scale)):
         if i == config.passed_group(scale):
@@ -105,26 +191,22 @@ def train_backward(
             continue
         k = i - config.first_convolved
         u = groups[i]
-        if config.adds(i) and (need_weights or not z):
+        if config.adds(i) and (need_weights or needs_sums):
             u = _operators.cpu_sum.default(u, outputs[i - 1], isa)
-        zk = _channels_last(z[k] if z else convolve(backend, u, weights[k], config))
-        dz, grad_affine[k] = _operators.cpu_norm_backward.default(
-            grads[i], du, slots[i + 1] if du is not None else None, outputs[i], zk, mean[k], invstd[k],
-            gammas[k].float().contiguous(), _activation(config), isa,
-        )  # fmt: skip
+        dz = output_backward(k, (grads[i], du, slots[i + 1] if du is not None else None), outputs[i], u)
         need_u = need_x or feeds_a_convolution(config, i)
         du = None
-        if not need_u and not need_weights:
+        if not need_u and not need_weights and not need_biases:
             continue
-        du, grad_weights[k], _ = convolution_backward(
-            backend, dz, u, weights[k], config, (need_u, need_weights, False), torch.channels_last
+        du, grad_weights[k], grad_biases[k] = convolution_backward(
+            backend, dz, u, weights[k], config, (need_u, need_weights, need_biases)
         )
         du = _channels_last(du) if need_u else None
         if need_x and not config.adds(i):
             slots[i].copy_(du)
         if not config.adds(i):
             du = None
-    return grad_x, grad_weights, *([g[j].clone() for g in grad_affine] for j in (0, 1))  # no results that share memory
+    return grad_x, grad_weights, grad_biases
 
 
 def _channels_last(t: Tensor) -> Tensor:

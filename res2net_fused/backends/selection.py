@@ -33,8 +33,8 @@ class Backend(Protocol):
     One may offer `input_gradient(problem, dz, weight) -> Tensor | None`: du of one convolution, None where ATen is faster,
     and `convolution(problem, u, weight) -> Tensor | None`: z of one convolution without bias or activation.
 
-    One with a backward of the whole chain without batch statistics offers `chain_backward`, as in `triton_training.py`, for
-    whatever it can train, and `chain_backward_pays(problem) -> bool`: whether auto takes it.
+    One with a backward of the whole chain without batch statistics offers `chain_backward`, as in `triton_training.py`, and
+    `runs_chain_backward(problem, by_name) -> bool`: whether that takes a call that it can train; by_name: it was asked for.
 
     One that runs the chain with BatchNorm in training mode offers `why_not_training(problem) -> str | None`, as `why_not`,
     and `plan_training(problem) -> str`, a few words for `explain`. Where it has more than the convolutions it offers
@@ -113,9 +113,10 @@ def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
 def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
     """The backend whose own `chain_backward` runs the backward of a chain without batch statistics; None for `backward.py`."""
     name, _ = requested(backend)
-    for candidate in AUTO_ORDER.get(problem.device.type, ()) if name == "auto" else (name,):
+    by_name = name != "auto"
+    for candidate in (name,) if by_name else AUTO_ORDER.get(problem.device.type, ()):
         module = get_backend(candidate)
-        offered = hasattr(module, "chain_backward") and (name != "auto" or module.chain_backward_pays(problem))
+        offered = hasattr(module, "chain_backward") and module.runs_chain_backward(problem, by_name)
         if offered and problem.batch > 0 and module.why_not_training(problem) is None:
             return module
     return None

@@ -13,10 +13,10 @@ from ..chain import ChainConfig, ChainProblem
 from ..kernels.step_plan import MAX_PIXELS, padded_lanes
 from .triton_block import block_forward, pack_block
 from .triton_settings import MINIMUM_CAPABILITY, capability, plan_for
-from .triton_training import chain_backward, chain_backward_pays, describe, train_backward, train_forward, why_not_whole_batch
+from .triton_training import chain_backward, describe, runs_chain_backward, train_backward, train_forward, why_not_whole_batch
 
 __all__ = [
-    "block_forward", "chain_backward", "chain_backward_pays", "forward", "pack", "pack_block", "plan", "plan_training",
+    "block_forward", "chain_backward", "forward", "pack", "pack_block", "plan", "plan_training", "runs_chain_backward",
     "train_backward", "train_forward", "why_not", "why_not_training",
 ]  # fmt: skip
 

@@ -99,9 +99,9 @@ def train_backward(
     return gradients.x, gradients.weights, of_gammas, [t.clone() for t in sums[:, 0]]
 
 
-def chain_backward_pays(problem: ChainProblem) -> bool:
-    """Whether auto takes `chain_backward`: it has not been measured against ATen's operators, so that it must be asked for."""
-    return False
+def runs_chain_backward(problem: ChainProblem, by_name: bool) -> bool:
+    """Whether `chain_backward` takes a call: not measured against ATen's operators, it must be asked for."""
+    return by_name
 
 
 def chain_backward(

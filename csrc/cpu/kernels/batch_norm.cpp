@@ -1,22 +1,21 @@
 // BatchNorm in training mode between the convolutions, fused with what stands beside it: each pass reads and writes memory once.
+#include "activations.h"
 #include "interface.h"
 #include "vector.h"
 
 namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {
 
-R2N_INLINE Full activated(Full y, Activation activation) {
-  if (activation == Activation::none) return y;
-  y = clamp_below(y, broadcast<Full>(0.0f));
-  return activation == Activation::hardtanh20 ? clamp_above(y, broadcast<Full>(20.0f)) : y;
-}
-
-// g where the activation passed its input on, which y shows, else 0; NaN in y passes, as in ATen's threshold_backward.
-R2N_INLINE Full masked(Full g, Full y, Activation activation) {
-  if (activation == Activation::none) return g;
-  const Full zero{};
-  g = y <= zero ? zero : g;
-  return activation == Activation::hardtanh20 ? (y >= broadcast<Full>(20.0f) ? zero : g) : g;
+// dy of one vector where the activation passed its input on; du goes to its own place on the way.
+template <bool Part>
+R2N_INLINE Full masked_gradient(const NormBackward& n, int64_t p, int64_t c, int64_t lanes) {
+  Full g = load_some<Part, Full>(n.grad + p * n.grad_pitch + c, lanes);
+  if (n.du != nullptr) {
+    const Full du = load_some<Part, Full>(n.du + p * n.channels + c, lanes);
+    g += du;
+    if (n.du_out != nullptr) store_some<Part>(n.du_out + p * n.du_out_pitch + c, du, lanes);
+  }
+  return masked(g, load_some<Part, Full>(n.out + p * n.out_pitch + c, lanes), n.activation);
 }
 
 }  // namespace
@@ -39,15 +38,24 @@ void norm_moments(const float* z, int64_t channels, int64_t first, int64_t last,
 
 void norm_forward(const NormForward& n, int64_t first, int64_t last) {
   const int64_t w = n.channels;
+  const Epilogue activate = Epilogue::of(n.activation);
   for (int64_t p = first; p < last; p++) {
     for_channels(w, [&]<bool Part>(int64_t c, int64_t lanes) R2N_LAMBDA_INLINE {
       const Full z = load_some<Part, Full>(n.z + p * w + c, lanes);
       const Full scale = load_some<Part, Full>(n.scale + c, lanes), shift = load_some<Part, Full>(n.shift + c, lanes);
       const Full centred = z - load_some<Part, Full>(n.mean + c, lanes);
-      const Full y = activated(multiply_add(centred, scale, shift), n.activation);
+      const Full y = activate(multiply_add(centred, scale, shift));
       store_some<Part>(n.out + p * n.out_pitch + c, y, lanes);
       if (n.next == nullptr) return;
       store_some<Part>(n.next + p * w + c, y + load_some<Part, Full>(n.addend + p * n.addend_pitch + c, lanes), lanes);
+    });
+  }
+}
+
+void activation_backward(const NormBackward& n, int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; p++) {
+    for_channels(n.channels, [&]<bool Part>(int64_t c, int64_t lanes) R2N_LAMBDA_INLINE {
+      store_some<Part>(n.dz + p * n.dz_pitch + c, masked_gradient<Part>(n, p, c, lanes), lanes);
     });
   }
 }
@@ -58,13 +66,7 @@ void norm_backward_sums(const NormBackward& n, int64_t first, int64_t last, floa
     const Full mean = load_some<Part, Full>(n.mean + c, lanes);
     Full sum{}, product{};
     for (int64_t p = first; p < last; p++) {
-      Full g = load_some<Part, Full>(n.grad + p * n.grad_pitch + c, lanes);
-      if (n.du != nullptr) {
-        const Full du = load_some<Part, Full>(n.du + p * w + c, lanes);
-        g += du;
-        if (n.du_out != nullptr) store_some<Part>(n.du_out + p * n.du_out_pitch + c, du, lanes);
-      }
-      g = masked(g, load_some<Part, Full>(n.out + p * n.out_pitch + c, lanes), n.activation);
+      const Full g = masked_gradient<Part>(n, p, c, lanes);
       store_some<Part>(n.dz + p * w + c, g, lanes);
       sum += g;
       product = multiply_add(g, load_some<Part, Full>(n.z + p * w + c, lanes) - mean, product);

@@ -1,6 +1,7 @@
 // Direct convolution of a run of pixels: what the direct chain and the repair of Winograd tiles share.
 #pragma once
 
+#include "activations.h"
 #include "interface.h"
 #include "panels.h"
 #include "vector.h"
@@ -26,24 +27,5 @@ struct PixelRun {
 };
 
 void direct_run(const PixelRun& run, PanelPass pass);
-
-// y = activation(sum + bias), keeping NaN.
-struct Epilogue {
-  float low, high;
-  bool clamps_above;
-
-  static R2N_INLINE_MEMBER Epilogue of(Activation activation) {
-    const float infinity = __builtin_inff();
-    return {
-        activation == Activation::none ? -infinity : 0.0f, activation == Activation::hardtanh20 ? 20.0f : infinity,
-        activation == Activation::hardtanh20};
-  }
-
-  template <class V>
-  R2N_INLINE_MEMBER V operator()(V y) const {
-    y = clamp_below(y, broadcast<V>(low));
-    return clamps_above ? clamp_above(y, broadcast<V>(high)) : y;
-  }
-};
 
 }  // namespace res2net_fused::RES2NET_FUSED_ISA

@@ -46,14 +46,29 @@ struct Step {
   ConstView addend;          // the next group of x, and
   View next;                 // where its sum with y goes; data is null where the next step adds nothing
   bool addend_full_vectors;
+  // In a backward chain: the output of the activation before, whose backward that sum goes through. Pixels as the addend's.
+  ConstView mask;
+  Activation mask_activation;
   View out;
   bool out_full_vectors;  // channels behind the slot are written later: stores may spill into them
   // Winograd's last convolution also copies the group that passes the chain by, while its pixels are in cache; else null.
   ConstView passed;
   View passed_out;
-  const float* winograd;  // [point][panel][w][16], the last panel [w][8] where at most 8 channels are left
-  const float* direct;    // [group][panel][tap][w/groups][16], the last panel 8 wide likewise
+  // [point][panel][w][16] from the first panel that is asked for on, the group's last panel [w][8] where at most 8 channels are
+  // left; `winograd_point` floats from point to point.
+  const float* winograd;
+  int64_t winograd_point;
+  const float* direct;  // [group][panel][tap][w/groups][16], the last panel 8 wide likewise; null: nothing is computed again
   const float* bias;      // (w padded,)
+};
+
+// The weights of one convolution as the caller has them: strides in floats, negative where the taps are turned around.
+struct WeightView {
+  const float* data = nullptr;
+  int64_t output = 0, input = 0, row = 0, column = 0;
+
+  // Those of the convolution that is the input gradient: both kinds of channels swapped, the taps backwards.
+  WeightView turned() const { return {data + 2 * (row + column), input, output, -row, -column}; }
 };
 
 // One source of a 1x1 convolution: rows (pixels) of channels side by side, `pitch` floats apart, and the weights they meet.
@@ -93,12 +108,14 @@ struct NormForward {
 struct NormBackward {
   int64_t channels;
   Activation activation;
-  const float *grad, *out, *z, *mean;
+  const float *grad, *out;
+  const float *z, *mean;  // none without statistics
   int64_t grad_pitch, out_pitch;
   const float* du;  // of the convolution that read y as well, or null
   float* du_out;    // where that one is to be copied, or null
   int64_t du_out_pitch;
   float* dz;
+  int64_t dz_pitch;  // with statistics: no gap
   const float *scale, *offset, *slope;  // of the second pass
 };
 
@@ -126,25 +143,45 @@ struct Block {
 // Floats between two points of V and M: 64 bytes more than they hold, against addresses that share a cache set.
 static constexpr int64_t point_pitch(int64_t tiles, int64_t channels) { return tiles * channels + 16; }
 
-// Of one panel, at most 12 input channels.
-constexpr int64_t kWeightSums = kPoints * 12 * kPanel;
+// Where a block's V or Z has its channels: side by side, tile after tile, as products with the weights read them; or panel
+// after panel, of each first all tiles, as the products of V and Z read them.
+struct PointLayout {
+  int64_t point, tile, panel;  // floats from one to the next; a panel's channels are side by side
+
+  static constexpr PointLayout tiles_first(int64_t tiles, int64_t channels) {
+    return {point_pitch(tiles, round_up(channels, kUnit)), round_up(channels, kUnit), kPanel};
+  }
+  static constexpr PointLayout panels_first(int64_t tiles, int64_t channels) {
+    return {point_pitch(tiles, round_up(channels, kPanel)), kPanel, tiles * kPanel};
+  }
+  R2N_INLINE_MEMBER int64_t at(int64_t channel) const { return channel / kPanel * panel + channel % kPanel; }
+};
+
+// Output channels whose weights' gradients are formed together, and what that takes: all points of one panel of inputs.
+constexpr int64_t kWeightRows = kPanel;
+constexpr int64_t kWeightSums = kPoints * kWeightRows * kPanel;
 
 struct Kernels {
   const char* name;
   // Panels that one micro-kernel pass takes at most (with a half panel behind them).
   int64_t panels_per_pass;
 
-  // V[point][tile][channel] of a block, for channels first ... last (multiples of kUnit).
-  void (*winograd_input)(const Step&, const TileGrid&, Block, float* v, int64_t first, int64_t last);
+  // V of a block in some layout, for channels first ... last (multiples of kUnit).
+  void (*winograd_input)(
+      const Step&, const TileGrid&, Block, float* v, const PointLayout&, int64_t first, int64_t last);
   // Multiplies by the panels, transforms back, and writes out and next. m: point_pitch(tiles, 16 * panels_per_pass + 8) for
-  // each point. patch: 36 * w floats, for tiles that are not finite and therefore computed directly.
-  void (*winograd_output)(
+  // each point. patch: 36 * w floats, for tiles that are not finite and therefore computed directly. False where one was
+  // not, since step.direct is null.
+  bool (*winograd_output)(
       const Step&, const TileGrid&, Block, const float* v, float* m, float* patch, int64_t first_panel, int64_t last_panel);
-  // Onto total (9 taps, w, w padded) and, behind it, the gradient of the bias (w padded,): the weights' gradient from the
-  // block's V of u and from dz, for some panels of output channels. z: as V. sums: kWeightSums floats.
+  // Z of the gradients dz of a block's outputs, as V; panels first.
+  void (*winograd_gradient)(
+      ConstView dz, int64_t channels, const TileGrid&, Block, float* z, int64_t first, int64_t last);
+  // The weights' gradient (o, 9 taps, w padded) and the bias's (o,) of output channels first ... last, at `total` and `bias`,
+  // from the block's V of u and Z, panels first; with `add` onto what is there. first: a panel's. sums: kWeightSums floats.
   void (*winograd_weights)(
-      ConstView dz, int64_t channels, const TileGrid&, Block, const float* v, float* z, float* sums, float* total,
-      int64_t first_panel, int64_t last_panel);
+      int64_t channels, const TileGrid&, Block, const float* v, const float* z, float* sums, float* total, float* bias,
+      int64_t first, int64_t last, bool add);
   // Output rows first ... last, counted over all images, by direct convolution; panels counted over all groups.
   void (*direct_rows)(const Step&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
   // target = source (+ plus, where plus.data is not null), rows first ... last.
@@ -157,14 +194,17 @@ struct Kernels {
       int64_t stride, Pool, int64_t first, int64_t last);
   // Rows (pixels) first ... last of the output channels of some panels.
   void (*pointwise_rows)(const Pointwise&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
-  // weights (w, w/groups, 3, 3) of one convolution into the layouts of Step; panels counted over all groups.
-  void (*pack_winograd)(const float* weights, int64_t channels, float* packed, int64_t first_panel, int64_t last_panel);
+  // weights (w, w/groups, 3, 3) of one convolution into the layouts of Step; panels counted over all groups. Winograd's
+  // begin with the first panel, `point` floats from point to point.
+  void (*pack_winograd)(
+      const WeightView&, int64_t channels, float* packed, int64_t point, int64_t first_panel, int64_t last_panel);
   void (*pack_direct)(
       const float* weights, int64_t channels, int64_t groups, float* packed, int64_t first_panel, int64_t last_panel);
   // BatchNorm in training mode, pixels first ... last: mean and squared deviations of z (channels,); the activated output;
   // the sums of dy and of dy * (z - mean) with dy in dz's place; then dz.
   void (*norm_moments)(const float* z, int64_t channels, int64_t first, int64_t last, float* mean, float* squares);
   void (*norm_forward)(const NormForward&, int64_t first, int64_t last);
+  void (*activation_backward)(const NormBackward&, int64_t first, int64_t last);  // dz without statistics
   void (*norm_backward_sums)(const NormBackward&, int64_t first, int64_t last, float* sums, float* products);
   void (*norm_backward_apply)(const NormBackward&, int64_t first, int64_t last);
   // weights (columns, depth) into the layout of Pointwise.
@@ -174,8 +214,9 @@ struct Kernels {
 
 static constexpr int64_t panel_count(int64_t channels) { return (round_up(channels, kUnit) + kPanel - 1) / kPanel; }
 
-// Floats of the packed weights: one convolution, and one group of it.
-static constexpr int64_t winograd_floats(int64_t channels) { return kPoints * channels * round_up(channels, kUnit); }
+// Floats of the packed weights: one point of one convolution, one convolution, and one group of it.
+static constexpr int64_t winograd_point(int64_t channels) { return channels * round_up(channels, kUnit); }
+static constexpr int64_t winograd_floats(int64_t channels) { return kPoints * winograd_point(channels); }
 static constexpr int64_t direct_group_floats(int64_t group_channels) {
   return 9 * group_channels * round_up(group_channels, kUnit);
 }

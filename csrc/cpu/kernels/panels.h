@@ -53,7 +53,7 @@ R2N_INLINE void with_pass_shape(PanelPass pass, const F& f) {
   if constexpr (kMaxPanels >= 3) return f.template operator()<3, false>();
 }
 
-// Calls f.operator()<P>() with P == rows; 1 <= rows <= Most <= 12.
+// Calls f.operator()<P>() with P == rows; 1 <= rows <= Most <= 16.
 template <int Most, class F>
 R2N_INLINE void with_rows(int64_t rows, const F& f) {
   switch (rows) {
@@ -73,6 +73,10 @@ R2N_INLINE void with_rows(int64_t rows, const F& f) {
     R2N_ROWS(10)
     R2N_ROWS(11)
     R2N_ROWS(12)
+    R2N_ROWS(13)
+    R2N_ROWS(14)
+    R2N_ROWS(15)
+    R2N_ROWS(16)
 #undef R2N_ROWS
   }
 }

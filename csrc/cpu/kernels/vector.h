@@ -88,6 +88,14 @@ R2N_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 
+// Lanes of two vectors of four, counted through both.
+#if defined(__clang__)
+#define R2N_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Lanes4 __attribute__((vector_size(16)));
+#define R2N_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes4{__VA_ARGS__})
+#endif
+
 // The first n lanes, 0 < n < lanes; the others are zero. Reads nothing behind them.
 template <class V>
 R2N_INLINE V load_first(const float* p, int64_t n) {

@@ -34,7 +34,7 @@ R2N_INLINE void gather(
 
 template <int Rows, int Columns>
 __attribute__((noinline)) void tile_input(
-    const Step& step, const Tile& tile, float* v, int64_t point, int64_t first, int64_t last) {
+    const Step& step, const Tile& tile, float* v, const PointLayout& layout, int64_t first, int64_t last) {
   const bool inside = step.source_has_border || (tile.y >= 1 && tile.x >= 1 && tile.y + Rows < step.in_height &&
                                                  tile.x + Columns < step.in_width);
   for_each_vector(first, last, step.channels, [&](auto kind, int64_t channel, int64_t lanes) R2N_LAMBDA_INLINE {
@@ -42,7 +42,7 @@ __attribute__((noinline)) void tile_input(
     const bool part = lanes < kLanes<V> && !step.source_full_vectors;
     if (inside && !part) {
       const float* d = step.source.at(tile.image, tile.y - 1, tile.x - 1) + channel;
-      transform_input<Rows, Columns, V>(d, step.source.row, step.source.pixel, v + channel, point);
+      transform_input<Rows, Columns, V>(d, step.source.row, step.source.pixel, v + layout.at(channel), layout.point);
     } else {
       float patch[kPoints * kLanes<V>] = {};
       if (part) {
@@ -50,43 +50,55 @@ __attribute__((noinline)) void tile_input(
       } else {
         gather<false, V>(step, tile, channel, lanes, patch, kLanes<V>);
       }
-      transform_input<Rows, Columns, V>(patch, (Columns + 2) * kLanes<V>, kLanes<V>, v + channel, point);
+      transform_input<Rows, Columns, V>(patch, (Columns + 2) * kLanes<V>, kLanes<V>, v + layout.at(channel), layout.point);
     }
   });
 }
 
-template <int Rows, int Columns, bool Part, bool Adds, class V>
+// What goes to step.next: nothing, the sum with the addend, or that sum where the mask lets it through.
+enum class Next { none, sum, masked };
+
+template <int Rows, int Columns, bool Part, Next kNext, class V>
 R2N_INLINE bool vector_output(
     const Step& step, const Tile& tile, const Epilogue& activate, const float* m, int64_t point, int64_t channel,
     int64_t lanes) {
+  constexpr bool kAdds = kNext != Next::none, kMasks = kNext == Next::masked;
   const V bias = load<V>(step.bias + channel);
   // Copies: what `step` refers to could change with every store, as far as the compiler knows.
   const View out = step.out, next = step.next;
-  const ConstView addend = step.addend;
+  const ConstView addend = step.addend, mask = step.mask;
+  const Activation mask_activation = step.mask_activation;
   float* out_row = out.at(tile.image, tile.y, tile.x) + channel;
-  const float* addend_row = Adds ? addend.at(tile.image, tile.y, tile.x) + channel : nullptr;
-  float* next_row = Adds ? next.at(tile.image, tile.y, tile.x) + channel : nullptr;
+  const float* addend_row = kAdds ? addend.at(tile.image, tile.y, tile.x) + channel : nullptr;
+  const float* mask_row = kMasks ? mask.at(tile.image, tile.y, tile.x) + channel : nullptr;
+  float* next_row = kAdds ? next.at(tile.image, tile.y, tile.x) + channel : nullptr;
   V total{};  // finite only if every output is
   transform_output<Rows, Columns, V>(m, point, [&](int i, const V* outputs) R2N_LAMBDA_INLINE {
-    V x[Columns];
+    V x[Columns], passed[Columns];
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; j++) {
       // All loads before the stores: x and out often lie equally in their pages, and a load that seems to follow a store
       // to its place waits for it.
-      if constexpr (Adds) x[j] = load_some<Part, V>(addend_row + j * addend.pixel, lanes);
+      if constexpr (kAdds) x[j] = load_some<Part, V>(addend_row + j * addend.pixel, lanes);
+      if constexpr (kMasks) passed[j] = load_some<Part, V>(mask_row + j * mask.pixel, lanes);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; j++) {
       total += outputs[j];
       const V y = activate(outputs[j] + bias);
       store_some<Part>(out_row + j * out.pixel, y, lanes);
-      if constexpr (Adds) store(next_row + j * next.pixel, y + x[j]);
+      if constexpr (kMasks) {
+        store(next_row + j * next.pixel, masked(y + x[j], passed[j], mask_activation));
+      } else if constexpr (kAdds) {
+        store(next_row + j * next.pixel, y + x[j]);
+      }
     }
     out_row += out.row;
-    if constexpr (Adds) {
+    if constexpr (kAdds) {
       addend_row += addend.row;
       next_row += next.row;
     }
+    if constexpr (kMasks) mask_row += mask.row;
   });
   return all_finite(total);
 }
@@ -102,12 +114,18 @@ __attribute__((noinline)) bool tile_output(
     using V = decltype(kind);
     const bool part = lanes < kLanes<V> && !(step.out_full_vectors && (!adds || step.addend_full_vectors));
     const float* from = m + (channel - first);
-    if (part) {
-      finite &= adds ? vector_output<Rows, Columns, true, true, V>(step, tile, activate, from, point, channel, lanes)
-                     : vector_output<Rows, Columns, true, false, V>(step, tile, activate, from, point, channel, lanes);
+    const auto output = [&]<bool Part, Next kNext>() R2N_LAMBDA_INLINE {
+      finite &= vector_output<Rows, Columns, Part, kNext, V>(step, tile, activate, from, point, channel, lanes);
+    };
+    const auto output_to = [&]<Next kNext>() R2N_LAMBDA_INLINE {
+      part ? output.template operator()<true, kNext>() : output.template operator()<false, kNext>();
+    };
+    if (!adds) {
+      output_to.template operator()<Next::none>();
+    } else if (step.mask.data == nullptr) {
+      output_to.template operator()<Next::sum>();
     } else {
-      finite &= adds ? vector_output<Rows, Columns, false, true, V>(step, tile, activate, from, point, channel, lanes)
-                     : vector_output<Rows, Columns, false, false, V>(step, tile, activate, from, point, channel, lanes);
+      output_to.template operator()<Next::masked>();
     }
   });
   return finite;
@@ -185,11 +203,11 @@ __attribute__((noinline)) void multiply_rows(
 template <int Panels, bool HalfPanel>
 R2N_INLINE void multiply_points(
     const Step& step, const TileGrid& grid, const SortedTiles& sorted, Block block, const float* v, float* m,
-    PanelPass pass) {
+    PanelPass pass, int64_t first_panel) {
   constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
   const int64_t w = step.channels, padded = round_up(w, kUnit), width = pass.width();
-  const int64_t v_point = point_pitch(block.count, padded), m_point = point_pitch(block.count, width);
-  const float* weights = step.winograd + pass.first * kPanel * w;
+  const int64_t v_point = PointLayout::tiles_first(block.count, w).point, m_point = point_pitch(block.count, width);
+  const float* weights = step.winograd + (pass.first - first_panel) * kPanel * w;
   TileRange range = tiles_of_point(grid, sorted, 0, 0);  // every tile uses point 0
   for (int64_t point = 0; point < kPoints;) {
     TileRange next_range{};
@@ -199,12 +217,12 @@ R2N_INLINE void multiply_points(
       if (next_range.first < next_range.last) break;
     }
     // The weights of the next point, and after the last one of the next pass.
-    const float* soon = weights + (next < kPoints ? next * w * padded : width * w);
+    const float* soon = weights + (next < kPoints ? next * step.winograd_point : width * w);
     const Passes passes = Passes::of(range.last - range.first, kMost);
     int64_t tile = range.first;
     for (int64_t i = 0; i < passes.count; i++) {
       const float* a = v + point * v_point + tile * padded;
-      const float* b = weights + point * w * padded;
+      const float* b = weights + point * step.winograd_point;
       float* c = m + point * m_point + tile * width;
       with_rows<kMost>(passes.rows(i), [&]<int P>() R2N_LAMBDA_INLINE {
         i == 0 ? multiply_rows<true, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon)
@@ -219,34 +237,40 @@ R2N_INLINE void multiply_points(
 
 }  // namespace
 
-void winograd_input(const Step& step, const TileGrid& grid, Block block, float* v, int64_t first, int64_t last) {
+void winograd_input(
+    const Step& step, const TileGrid& grid, Block block, float* v, const PointLayout& layout, int64_t first, int64_t last) {
   SortedTiles sorted;
   sort_tiles(grid, block, sorted);
-  const int64_t padded = round_up(step.channels, kUnit), point = point_pitch(block.count, padded);
   for_each_tile(sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
-    tile_input<Rows, Columns>(step, tile, v + t * padded, point, first, last);
+    tile_input<Rows, Columns>(step, tile, v + t * layout.tile, layout, first, last);
   });
 }
 
-void winograd_output(
+bool winograd_output(
     const Step& step, const TileGrid& grid, Block block, const float* v, float* m, float* patch, int64_t first_panel,
     int64_t last_panel) {
   SortedTiles sorted;
   sort_tiles(grid, block, sorted);
   const Epilogue activate = Epilogue::of(step.activation);
+  bool right = true;
   for_each_pass(step.channels, first_panel, last_panel, [&](PanelPass pass) {
     const int64_t width = pass.width(), point = point_pitch(block.count, width);
     const bool last_pass = pass.first * kPanel + width >= step.channels;
     with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() R2N_LAMBDA_INLINE {
-      multiply_points<Panels, HalfPanel>(step, grid, sorted, block, v, m, pass);
+      multiply_points<Panels, HalfPanel>(step, grid, sorted, block, v, m, pass, first_panel);
     });
     for_each_tile(sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
       if (!tile_output<Rows, Columns>(step, tile, activate, m + t * width, point, pass)) {
-        repair_tile(step, tile, pass, patch);
+        if (step.direct == nullptr) {
+          right = false;
+        } else {
+          repair_tile(step, tile, pass, patch);
+        }
       }
       if (last_pass && step.passed.data != nullptr) copy_passed(step, tile);
     });
   });
+  return right;
 }
 
 }  // namespace res2net_fused::RES2NET_FUSED_ISA
