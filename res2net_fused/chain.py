@@ -5,6 +5,7 @@ The settings come from the tables of published blocks; the recurrence itself sta
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,6 +104,11 @@ class ChainConfig:
         return (size - 1) // self.stride + 1
 
 
+@functools.lru_cache
+def _one_convolution(config: ChainConfig) -> ChainConfig:
+    return ChainConfig(config.stride, config.dilation, config.groups, hierarchical=False, passthrough="none", activation="none")
+
+
 @dataclass(frozen=True)
 class ChainProblem:
     """One call of the operator, without its data: what a backend is chosen and a launch is planned by.
@@ -130,10 +136,7 @@ class ChainProblem:
     @classmethod
     def of_one_convolution(cls, u: Tensor, weight: Tensor, config: ChainConfig) -> ChainProblem:
         """One of the chain's convolutions and nothing behind it, on u (N, w, H, W)."""
-        alone = ChainConfig(
-            config.stride, config.dilation, config.groups, hierarchical=False, passthrough="none", activation="none"
-        )
-        return cls.of(u, weight.shape[0], 1, alone)
+        return cls.of(u, weight.shape[0], 1, _one_convolution(config))
 
     @property
     def scale(self) -> int:
