@@ -1,4 +1,4 @@
-# make bench | check | record | readme | test | test-full | mutate | sanitize | lint | clean
+# make bench | check | record | readme | test | test-full | mutate | sanitize | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1".
 VENV ?= .venv
@@ -12,7 +12,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
 
-.PHONY: bench check record readme test test-full mutate sanitize lint clean setup
+.PHONY: bench check record readme test test-full mutate sanitize lint types clean setup
 
 setup: $(INSTALLED)
 
@@ -47,12 +47,16 @@ sanitize: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 
+# Settings are in pyproject.toml.
+types: $(INSTALLED)
+	$(BIN)/python -m mypy $(ARGS)
+
 # torch and triton are pinned for development only, so that everybody's tests and figures mean the same; the package itself
 # takes any version from torch 2.11 on.
 $(DEPENDENCIES): Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0 triton==3.7.1
-	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja pybind11 ruff
+	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja pybind11 ruff mypy==2.4.1
 	touch $@
 
 # Editable, so that Python sources need no installing again; native code is built anew (by ninja, only what changed).
@@ -63,6 +67,6 @@ $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis $(INSTALLED)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis $(INSTALLED)
 	rm -f res2net_fused/*.so res2net_fused/lib/*.so res2net_fused/lib/*.json
 	find res2net_fused tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

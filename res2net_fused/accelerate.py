@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,10 +21,12 @@ from .layouts import parts_of
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
 
+Model = TypeVar("Model", bound=nn.Module)
+
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 
 
-def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = False) -> nn.Module:
+def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) -> Model:
     """Makes every recognised Res2Net block of `model`, 2-D or along rows, run fused, in place, and returns the model.
 
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
@@ -49,7 +52,8 @@ def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = Fal
 
 def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
     """Makes the module run fused if it is a Res2Net block, and notes the reason if it only looks like one."""
-    mixin, state = FusedForward, None
+    mixin: Any = FusedForward
+    state: BlockState | BlockState1d | None = None
     if (layout_1d := layout_1d_of(module)) is not None:
         mixin = FusedForward1d
         config, reason = recognise_1d(module, layout_1d)
@@ -67,22 +71,24 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
         module.__dict__[REFUSAL] = reason
         return
     module.__dict__[STATE] = state
-    module.__class__ = fused_class(type(module), mixin)
+    original: Any = type(module)
+    module.__class__ = fused_class(original, mixin)
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Gives accelerated blocks their original classes back, in place; classes that others put on top later stay on top."""
     for module in model.modules():
         module.__dict__.pop(REFUSAL, None)
         generated = next((c for c in type(module).__mro__ if c in _originals), None)
         if generated is None:
             continue  # never accelerated; a Bottle2neck is fused by its own class
-        module.__class__ = _without(type(module), generated)
+        own: Any = type(module)
+        module.__class__ = _without(own, generated)
         del module.__dict__[STATE]
     return model
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Model) -> Model:
     """Folds and packs every fused block's weights now and keeps them, also under torch.compile, until `refresh`.
 
     For inference with parameters that no longer change: frozen blocks are not checked for changed weights. `train()`, `.to()`
@@ -108,7 +114,7 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
     return parts_1d(block, state.layout)[1] if isinstance(state, BlockState1d) else parts_of(block, state.layout).norms
 
 
-def refresh(model: nn.Module) -> nn.Module:
+def refresh(model: Model) -> Model:
     """Drops all kept weights: needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`."""
     for _, block in fused_blocks(model):
         getattr(block, STATE).drop()
@@ -128,7 +134,7 @@ _originals: dict[type, type] = {}  # generated class -> the class it stands in f
 
 
 @functools.cache
-def fused_class(original: type, mixin: type) -> type:
+def fused_class(original: Any, mixin: Any) -> Any:
     """The subclass of `original` whose forward runs fused; the same one for every call."""
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
     generated = type(f"Fused{original.__name__}", (mixin, original), body)
@@ -136,22 +142,23 @@ def fused_class(original: type, mixin: type) -> type:
     return generated
 
 
-def _reduce(self: nn.Module, protocol: int):
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """As the original class would, but with a constructor that generates the class again."""
-    generated = next(c for c in type(self).__mro__ if c in _originals)
+    generated: Any = next(c for c in type(self).__mro__ if c in _originals)
     if type(self) is not generated:
         return super(generated, self).__reduce_ex__(protocol)  # a class that others put on top is theirs to rebuild
-    _, (_, *arguments), *state = super(generated, self).__reduce_ex__(protocol)
+    reduced: Any = super(generated, self).__reduce_ex__(protocol)
+    _, (_, *arguments), *state = reduced
     return _rebuild, (_originals[generated], generated.__bases__[0], *arguments), *state
 
 
 def _rebuild(original: type, mixin: type, *arguments: object) -> nn.Module:
-    generated = fused_class(original, mixin)
+    generated: Any = fused_class(original, mixin)
     return generated.__new__(generated, *arguments)
 
 
 @functools.cache
-def _without(cls: type, generated: type) -> type:
+def _without(cls: Any, generated: Any) -> Any:
     """The class without the generated one: the original, or what others derived, derived anew from the original."""
     if cls is generated:
         return _originals[generated]
@@ -166,7 +173,7 @@ def _with_class_cell(value: object, cell: types.CellType) -> object:
     """A method whose `super()` starts from the class in `cell`; everything else as it is."""
     if not isinstance(value, types.FunctionType) or "__class__" not in value.__code__.co_freevars:
         return value
-    names = zip(value.__code__.co_freevars, value.__closure__, strict=True)
+    names = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
     closure = tuple(cell if name == "__class__" else old for name, old in names)
     method = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
     method.__kwdefaults__ = value.__kwdefaults__

@@ -51,7 +51,7 @@ def chain_backward_1d(
             continue
         k = i - chain.first_convolved
         dr = dy
-        if affine_scale is not None:
+        if affine_scale is not None and affine_shift is not None:
             if need_scale:
                 grad_scale[k] = (dy.to(affine_scale[k].dtype) * rectified[k]).sum((0, 2))
             if need_shift:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .chain import BACKENDS, one_of
@@ -44,7 +46,7 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
         dilation: int = 1,
         passthrough: str = "last",
         backend: str = "auto",
-        **timm_keywords,
+        **timm_keywords: Any,
     ) -> None:
         one_of("backend", backend, BACKENDS)
         if "base_width" in timm_keywords:
@@ -66,9 +68,10 @@ class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
     Arguments and forward are those of `ReferenceDlaBottle2neck`; backend: of `hierarchical_conv2d`.
     """
 
-    def __init__(self, *arguments, backend: str = "auto", **keywords) -> None:
+    def __init__(self, *arguments: Any, backend: str = "auto", **keywords: Any) -> None:
         one_of("backend", backend, BACKENDS)
-        others = {name: keywords.pop(name) for name in ("device", "dtype") if name in keywords}  # timm passes them
+        passed_by_timm = ("device", "dtype")
+        others: dict[str, object] = {name: keywords.pop(name) for name in passed_by_timm if name in keywords}
         _refuse_others("DlaBottle2neck", others)
         super().__init__(*arguments, **keywords)
         setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(parts_of(self)), shortcut="shortcut"))

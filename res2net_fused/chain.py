@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ def at_least_one(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+class ChainSettings(TypedDict):
+    """A `ChainConfig` as keyword arguments."""
+
+    stride: int
+    dilation: int
+    groups: int
+    hierarchical: bool
+    passthrough: str
+    pool: str | None
+    activation: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class ChainConfig:
                 "use pool='avg3' or 'avg3_nopad', or passthrough='none'"
             )
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> ChainSettings:
         """As keyword arguments of `hierarchical_conv2d`, in the order of the operator's schema."""
         return {
             "stride": self.stride,

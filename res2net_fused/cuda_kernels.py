@@ -82,7 +82,8 @@ def kernel_table() -> list[tuple[str, ...]]:
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         raise RuntimeError("cuobjdump was found neither on PATH nor in Triton's wheel: install triton or the CUDA toolkit")
-    rows = [("architecture", "instance", "dtype", "registers", "stack", "local", "width: shared KiB of a CTA")]
+    head = ("architecture", "instance", "dtype", "registers", "stack", "local", "width: shared KiB of a CTA")
+    rows: list[tuple[str, ...]] = [head]
     shared = _shared_bytes_by_kernel() if native.cpu_library().loaded else {}
     for k in compiled_kernels(library, cuobjdump):
         widths = ", ".join(f"{w}: {n / 1024:.0f}" for w, n in sorted(shared.get((k.instance, k.dtype), {}).items()))
@@ -95,7 +96,7 @@ def prediction_table(device: str = "sm_90", batches: tuple[int, ...] = (1, 32, 2
 
     MB: of x, weights and out, each once. device: a key of `native_cuda.LIMITS`.
     """
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("chain", "rows", "instance", "batch", "CTAs", "CTA's part", "parts", "warps", "shared KiB", "us", "per step us", "MB",
          "GFLOP")
     ]  # fmt: skip

@@ -33,7 +33,7 @@ class BlockReport:
     plan: str = ""
 
 
-class BlockReports(list):
+class BlockReports(list[BlockReport]):
     """A list of BlockReport that prints as a table."""
 
     def __str__(self) -> str:

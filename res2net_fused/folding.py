@@ -10,6 +10,7 @@ import itertools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,10 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tenso
     return weight.to(dtype), bias
 
 
-def affine_of(bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def affine_of(bn: nn.BatchNorm1d | nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """BatchNorm in eval mode as bn(z) = scale * z + shift, both (C,), in fp32 (fp64 for `dtype` fp64); differentiable."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert bn.running_mean is not None and bn.running_var is not None  # `why_not_folded` has looked
     scale = torch.rsqrt(bn.running_var.to(wide) + getattr(bn, "eps", 0.0))  # some frozen norms have no eps
     if bn.weight is not None:
         scale = scale * bn.weight.to(wide)
@@ -86,13 +88,13 @@ def projection_of(block: BlockParts) -> tuple[nn.Module | None, nn.Conv2d, nn.Ba
     downsample = block.downsample
     if type(downsample) is not nn.Sequential or len(downsample) not in (2, 3):
         return None
-    *pool, conv, bn = downsample._modules.values()
+    *pool, conv, bn = downsample
     if type(conv) is not nn.Conv2d or any(why_not_bypassed(module) for module in (downsample, conv, bn)):
         return None
     geometry = (conv.kernel_size, conv.padding, conv.groups)
     if geometry != ((1, 1), (0, 0), 1) or conv.stride[0] != conv.stride[1] or why_not_folded(bn) is not None:
         return None
-    return (pool[0] if pool else None), conv, bn
+    return (pool[0] if pool else None), conv, cast(nn.BatchNorm2d, bn)  # or a frozen one
 
 
 def adds_at_once(block: BlockParts) -> bool:

@@ -8,7 +8,9 @@ operator that has BatchNorm in it. Whatever cannot run fused runs the class's ow
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,9 @@ from .operator import fused_bottle2neck, hierarchical_conv2d
 from .packing import PackedWeights, one_operator, pack_block
 from .reference import activate, apply_optional, finish_bottle2neck
 from .trained_block import is_auto, run_trained, uses_batch_statistics, why_not_trained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's from Python 3.11 on
 
 STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
 
@@ -67,18 +72,25 @@ class BlockState:
         self.__init__(**state)  # type: ignore[misc]
 
 
-class FusedModule:
+# The mixins come before a class of modules; by themselves they are none.
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
+
+class FusedModule(_Mixin):
     """Mixin of all modules that run fused: what they keep under STATE is dropped where PyTorch changes their tensors."""
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         getattr(self, STATE).drop(frozen=mode)
         return super().train(mode)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         getattr(self, STATE).drop()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         getattr(self, STATE).drop()
         return super()._load_from_state_dict(*args, **kwargs)
 
@@ -157,7 +169,8 @@ def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: FoldedBlock) -
         return x
     if folded.projection_weight is None:
         return block.downsample(x)
-    pool = projection_of(block)[0]
+    projection = projection_of(block)
+    pool = None if projection is None else projection[0]
     return x_in if pool is None else pool(x_in)
 
 
@@ -176,7 +189,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> 
     projection = projection_of(block)
     settings = (
         dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
-        projection and (projection[1].stride, getattr(projection[2], "eps", 0.0)),
+        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
     )  # fmt: skip
     kept = state.kept
     if kept is None or not kept[0].matches(tensors, settings):
@@ -246,7 +259,8 @@ def why_not_fused(
         return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
-    outer = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)  # called as modules in training
+    # In training they are called as modules.
+    outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
     for module in (*outer, *block.convs, *block.bns, block.relu, block.pool):
         if module is None:
@@ -261,7 +275,7 @@ def given_shortcut(
     name: str | None, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Tensor | None, str | None]:
     """What a caller passes as `name` to be added in x's place, or None; and why the call cannot run fused, or None."""
-    shortcut = args[0] if args else kwargs.get(name)
+    shortcut = args[0] if args else kwargs.get(name) if name is not None else None
     others = [*args[1:], *(value for key, value in kwargs.items() if args or key != name)]
     if any(other is not None for other in others) or (shortcut is not None and name is None):
         return None, "called with more than x" + ("" if name is None else f" and {name}")
@@ -291,9 +305,10 @@ def why_not_foldable(block: BlockParts) -> str | None:
 
 def fused_activation(module: nn.Module) -> str | None:
     """The chain's name for this activation, also under a derived class that only has settings of its own."""
-    if type(module).forward is nn.ReLU.forward:
+    forward = type(module).forward
+    if forward is nn.ReLU.forward:
         return "relu"
-    if type(module).forward is nn.Hardtanh.forward and (module.min_val, module.max_val) == (0, 20):
+    if isinstance(module, nn.Hardtanh) and forward is nn.Hardtanh.forward and (module.min_val, module.max_val) == (0, 20):
         return "hardtanh20"
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +82,16 @@ class FusedForward1d(FusedModule):
             return super().forward(x, *args, **kwargs)
         if not state.layout.outer:
             return run_chain_1d(convs, bns, x, state)
-        inner = self.bn1(self.relu(self.conv1(x)))  # (N, s*w, L)
+        inner = enter_block_1d(self, x)  # (N, s*w, L)
         return finish_block_1d(self, run_chain_1d(convs, bns, inner, state), x)
 
 
-def finish_block_1d(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+def enter_block_1d(block: Any, x: Tensor) -> Tensor:
+    """What a whole bottleneck has before the chain. block: a module with conv1, bn1 and relu."""
+    return block.bn1(block.relu(block.conv1(x)))
+
+
+def finish_block_1d(block: Any, out: Tensor, x: Tensor) -> Tensor:
     """What follows the chain of a whole bottleneck: conv3, attention, and the addition of x."""
     out = block.bn3(block.relu(block.conv3(out)))
     attention = block._modules.get("se")
@@ -137,7 +143,8 @@ def _tensors(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> list[
 
 def work_out(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain1dWeights:
     """Differentiable."""
-    biases = None if any(conv.bias is None for conv in convs) else [conv.bias for conv in convs]
+    found = [conv.bias for conv in convs if conv.bias is not None]
+    biases = found if len(found) == len(convs) else None
     weights = [conv.weight for conv in convs]
     affine = [affine_of(bn, weight.dtype) for bn, weight in zip(bns, weights, strict=True)]
     return Chain1dWeights(weights, biases, [scale for scale, _ in affine], [shift for _, shift in affine])
@@ -157,9 +164,10 @@ def work_out_and_pack(
         return chain
 
 
-def parts_1d(block: nn.Module, layout: Layout1d) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The chain's convolutions and norms now."""
-    return list(resolve(block, layout.convs)), list(resolve(block, layout.bns))
+def parts_1d(block: nn.Module, layout: Layout1d) -> tuple[list[nn.Conv1d], list[nn.BatchNorm1d]]:
+    """The chain's convolutions and norms now; the types are those of recognised blocks."""
+    convs, bns = list(resolve(block, layout.convs)), list(resolve(block, layout.bns))
+    return cast(list[nn.Conv1d], convs), cast(list[nn.BatchNorm1d], bns)
 
 
 # Eligibility ------------------------------------------------------------------------------------------------------------
@@ -168,8 +176,8 @@ def parts_1d(block: nn.Module, layout: Layout1d) -> tuple[list[nn.Module], list[
 def why_not_fused_1d(
     block: nn.Module,
     state: BlockState1d,
-    convs: Sequence[nn.Module],
-    bns: Sequence[nn.Module],
+    convs: Sequence[nn.Conv1d],
+    bns: Sequence[nn.BatchNorm1d],
     x: object,
     args: tuple[object, ...],
     kwargs: dict[str, object],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,15 +55,19 @@ class BlockLayout:
 
 @dataclass(slots=True)
 class BlockParts:
-    """A block's modules at this moment, under the published names; None where it has no such part."""
+    """A block's modules at this moment, under the published names; None where it has no such part.
+
+    The types are those of recognised blocks; recognition itself looks before it believes them. A norm may also be a
+    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`).
+    """
 
     module: nn.Module
-    conv1: nn.Module
-    bn1: nn.Module
-    convs: list[nn.Module]
-    bns: list[nn.Module]
-    conv3: nn.Module
-    bn3: nn.Module
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    convs: list[nn.Conv2d]
+    bns: list[nn.BatchNorm2d]
+    conv3: nn.Conv2d
+    bn3: nn.BatchNorm2d
     relu: nn.Module
     downsample: nn.Module | None = None
     pool: nn.Module | None = None
@@ -71,7 +76,7 @@ class BlockParts:
     drop_path: nn.Module | None = None
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
+    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
         return self.bn1, *self.bns, self.bn3
 
 
@@ -98,9 +103,10 @@ def _present(module: nn.Module, pair: tuple[str, str]) -> tuple[Path, ...] | Non
     paths = []
     for path in pair:
         if path.startswith("{"):
-            path = getattr(module, path.strip("{}"), None)
-            if not isinstance(path, str):
+            named = getattr(module, path.strip("{}"), None)
+            if not isinstance(named, str):
                 return None
+            path = named
         paths.append(tuple(path.split(".")))
     modules = [list(resolve(module, path)) for path in paths]
     if not modules[0] or not all(isinstance(m, nn.Module) for m in itertools.chain(*modules)):
@@ -125,7 +131,7 @@ def resolve(module: nn.Module | None, path: Path) -> Iterator[nn.Module | None]:
 
 def parts_of(module: nn.Module, layout: BlockLayout = PUBLISHED) -> BlockParts:
     """The block's parts now. Dictionaries, not attributes: nn.Module.__getattr__ would be most of a cached call's cost."""
-    parts = []
+    parts: list[Any] = []
     for name in _NAMES:
         path = getattr(layout, name)
         if not path:

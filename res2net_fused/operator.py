@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,8 @@ def hierarchical_conv2d(
         settings = weights.settings(biases=biases, stride=stride, dilation=dilation, groups=groups)
         stride, dilation, groups = settings
         packed, layout = weights.packed, weights.layout
-        weights, biases = weights.weights, weights.biases
+        biases = weights.biases
+        weights = weights.weights
     else:
         check_types(x, weights, biases)
     if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
@@ -132,7 +134,7 @@ def _forward(
     biases: Sequence[Tensor] | None,
     packed: Sequence[Tensor] | None,
     layout: str,
-    *settings: object,
+    *settings: Any,
 ) -> Tensor:
     *chain, backend = settings
     problem = check_arguments(x, weights, biases, cached_config(*chain))

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class ParityRow:
         return self.error <= self.bound  # False for NaN
 
 
-class ParityReport(list):
+class ParityReport(list[ParityRow]):
     """A list of ParityRow that prints as a table."""
 
     @property
@@ -92,16 +93,17 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 def poisoned_allocations() -> Iterator[None]:
     """Every tensor that PyTorch allocates without a value holds NaN (or the largest integer)."""
     mode, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module whose property its types do not know
+    fill = settings.fill_uninitialized_memory
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of operators without a deterministic form: only the filling is wanted
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = True
+            settings.fill_uninitialized_memory = True
             yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 @contextmanager
@@ -114,7 +116,8 @@ def convolution_precision(dtype: str, device: str | torch.device) -> Iterator[No
     if dtype not in ("float32", "tf32") or torch.device(device).type != "cuda":
         yield
         return
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn  # `conv` is added at run time
+    settings = (cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +200,7 @@ def _hidden_arithmetic(block: BlockParts) -> str | None:
     for name, conv, bn in pairs:
         if type(conv) is nn.Conv2d and not is_frozen(bn):
             continue
-        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        geometry: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
         for training in (False, True):
             block.module.train(training)
             u = torch.randn(2, conv.in_channels, 5, 6, dtype=torch.float64, device="cpu")

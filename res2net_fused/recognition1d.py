@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .chain1d import PADDING_MODES, Chain1dConfig
-from .fused_block1d import Layout1d, finish_block_1d, parts_1d, work_out
+from .fused_block1d import Layout1d, enter_block_1d, finish_block_1d, parts_1d, work_out
 from .layouts import resolve
 from .recognition import agree, own_signature, random_twin, seeded
 from .reference import hierarchical_conv1d
@@ -24,8 +25,9 @@ def layout_1d_of(module: nn.Module) -> Layout1d | None:
         return None
     for paths in _PATHS:
         convs_path, bns_path = (tuple(path.split(".")) for path in paths)
-        convs, bns = list(resolve(module, convs_path)), list(resolve(module, bns_path))
-        if not convs or len(convs) != len(bns) or not all(isinstance(conv, nn.Conv1d) for conv in convs):
+        found, bns = list(resolve(module, convs_path)), list(resolve(module, bns_path))
+        convs = [conv for conv in found if isinstance(conv, nn.Conv1d)]
+        if not convs or not len(found) == len(convs) == len(bns):
             continue
         if len({(conv.in_channels, conv.out_channels, conv.kernel_size, conv.dilation) for conv in convs}) > 1:
             continue
@@ -50,7 +52,7 @@ def recognise_1d(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | No
 _confirmed: dict[tuple[object, ...], tuple[Chain1dConfig | None, str]] = {}
 
 
-def _structure(convs: list[nn.Module], bns: list[nn.Module]) -> str | None:
+def _structure(convs: list[nn.Conv1d], bns: list[nn.BatchNorm1d]) -> str | None:
     for i, (conv, bn) in enumerate(zip(convs, bns, strict=True)):
         if type(conv) is not nn.Conv1d:
             return f"the chain's convolution {i} is a {type(conv).__name__}, not a plain Conv1d"
@@ -63,7 +65,7 @@ def _structure(convs: list[nn.Module], bns: list[nn.Module]) -> str | None:
     return None
 
 
-def _candidates(convs: list[nn.Module]) -> Iterator[Chain1dConfig]:
+def _candidates(convs: list[nn.Conv1d]) -> Iterator[Chain1dConfig]:
     """Settings the chain may have; a wrapper may pad where the convolution inside does not."""
     for padding_mode, passthrough in itertools.product(PADDING_MODES, ("last", "first", "none", "first_added")):
         yield Chain1dConfig(convs[0].dilation[0], passthrough, padding_mode)
@@ -75,7 +77,8 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, 
             twin = random_twin(block).eval()  # in training mode the class's own forward runs
             convs, bns = parts_1d(twin, layout)
             width, longest = convs[0].in_channels, convs[0].dilation[0] * convs[0].kernel_size[0]
-            channels = twin.conv1.in_channels if layout.outer else (len(convs) + 1) * width
+            entry: Any = twin._modules.get("conv1")  # a convolution where there is an outer part
+            channels = entry.in_channels if layout.outer else (len(convs) + 1) * width
             errors = []
             for given in (channels, len(convs) * width):  # with a group that passes, and without
                 x = torch.randn(2, given, longest + 5, dtype=torch.float64, device="cpu")
@@ -98,7 +101,7 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, 
 def _reference(block: nn.Module, layout: Layout1d, x: Tensor, config: Chain1dConfig) -> Tensor | None:
     """What the module would compute with these settings, in eval mode; None where the channels do not fit them."""
     convs, bns = parts_1d(block, layout)
-    inner = block.bn1(block.relu(block.conv1(x))) if layout.outer else x
+    inner = enter_block_1d(block, x) if layout.outer else x
     if inner.shape[1] != config.chain.scale(len(convs)) * convs[0].in_channels:
         return None
     chain = work_out(convs, bns)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -116,12 +117,14 @@ def bias_of(biases: Sequence[Tensor] | None, k: int, u: Tensor) -> Tensor | None
 
 def affine_1d(r: Tensor, scale: Sequence[Tensor] | None, shift: Sequence[Tensor] | None, k: int) -> Tensor:
     """scale_k * r + shift_k for each channel of r (N, w, L), in the wider of their dtypes, then rounded to r's."""
-    return r if scale is None else (r * scale[k][:, None] + shift[k][:, None]).to(r.dtype)
+    return r if scale is None or shift is None else (r * scale[k][:, None] + shift[k][:, None]).to(r.dtype)
 
 
-def bottle2neck(
-    block: nn.Module | BlockParts, x: Tensor, config: ChainConfig, shortcut: Tensor | None = None
-) -> Tensor:
+# A block's modules: `BlockParts`, or a module with attributes of those names, of which nn.Module's types know nothing.
+Parts: TypeAlias = BlockParts | Any
+
+
+def bottle2neck(block: Parts, x: Tensor, config: ChainConfig, shortcut: Tensor | None = None) -> Tensor:
     """The whole bottleneck by the block's own submodules: conv1, the chain, conv3, attention, shortcut.
 
     `block` has conv1, bn1, convs, bns, conv3, bn3 and relu, and may have drop_block, se, drop_path and downsample.
@@ -143,9 +146,7 @@ def normalized(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
     return out if conv._modules.get("norm") is bn else bn(out)
 
 
-def finish_bottle2neck(
-    block: nn.Module | BlockParts, out: Tensor, x: Tensor, shortcut: Tensor | None = None
-) -> Tensor:
+def finish_bottle2neck(block: Parts, out: Tensor, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """What follows bn3: attention, stochastic depth, the shortcut (from x, unless given), and the last activation."""
     out = apply_optional(block, "drop_path", apply_optional(block, "se", out))
     if shortcut is None:
@@ -155,7 +156,7 @@ def finish_bottle2neck(
     return block.relu(out)
 
 
-def apply_optional(block: nn.Module | BlockParts, name: str, out: Tensor) -> Tensor:
+def apply_optional(block: Parts, name: str, out: Tensor) -> Tensor:
     module = getattr(block, name, None)
     return out if module is None else module(out)
 
@@ -265,7 +266,7 @@ class ReferenceDlaBottle2neck(ReferenceBottle2neck):
         scale: int = 4,
         *,
         stage: bool | None = None,
-        **layers: Callable[..., nn.Module] | None,
+        **layers: Any,
     ) -> None:
         if outplanes % self.expansion:
             raise ValueError(f"outplanes is {outplanes}; an even number is needed")

@@ -6,6 +6,8 @@ process gets the same bits, run after run. Processes may have batches of differe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ def gather(vector: Tensor, group: str) -> Tensor:
     """(n,) of every process, as (processes, n). group: the name of a process group of torch.distributed."""
     import torch.distributed._functional_collectives as collectives
 
-    gathered = collectives.all_gather_tensor(vector[None].contiguous(), 0, group)
+    name: Any = group  # later releases of torch have a type of its own for names
+    gathered = collectives.all_gather_tensor(vector[None].contiguous(), 0, name)
     return collectives.wait_tensor(gathered)
 
 

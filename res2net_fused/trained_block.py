@@ -6,6 +6,7 @@ The chain is one operator; conv1, bn1, conv3, bn3 and the shortcut stay the bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .backends.selection import choose_for_training, requested
 from .chain import ChainConfig, ChainProblem
 from .folding import is_frozen
 from .layouts import BlockParts
-from .reference import apply_optional, finish_bottle2neck, normalized
+from .reference import Parts, apply_optional, finish_bottle2neck, normalized
 from .training import Statistics
 from .training_operator import hierarchical_conv_bn
 
@@ -82,11 +83,13 @@ def synchronises(bn: nn.Module) -> bool:
     return torch.distributed.get_world_size(_group(bn)) > 1
 
 
-def _group(bn: nn.Module) -> torch.distributed.ProcessGroup:
-    return bn.process_group or torch.distributed.group.WORLD
+def _group(bn: nn.Module) -> Any:
+    """The ProcessGroup over which a SyncBatchNorm takes its statistics."""
+    group = bn.process_group if isinstance(bn, nn.SyncBatchNorm) else None
+    return group or torch.distributed.group.WORLD
 
 
-def _why_not_synchronised(block: nn.Module, backend: str, recompute: bool) -> str | None:
+def _why_not_synchronised(block: BlockParts, backend: str, recompute: bool) -> str | None:
     """Looks at nothing that may differ between processes, such as x: all must decide alike, or one would wait for ever."""
     if not all(map(synchronises, block.bns)) or len({_group(bn) for bn in block.bns}) > 1:
         return "the chain's SyncBatchNorms are not all of one process group"
@@ -110,7 +113,7 @@ def run_trained(
 
 
 def trained_chain(
-    chain: BlockParts | nn.Module, x: Tensor, config: ChainConfig, recompute: bool, backend: str
+    chain: Parts, x: Tensor, config: ChainConfig, recompute: bool, backend: str
 ) -> Tensor:
     """The chain of convs and bns, (N, s*w, H, W) -> (N, s*w, H', W'); running statistics are updated."""
     parameters = [_affine(bn, x) for bn in chain.bns]
@@ -129,7 +132,7 @@ def trained_chain(
     return trained.out
 
 
-def _affine(bn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def _affine(bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """BatchNorm's weight and bias, ones and zeros where it has none; both (w,)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     gamma = torch.ones(bn.num_features, dtype=dtype, device=x.device) if bn.weight is None else bn.weight
@@ -137,13 +140,13 @@ def _affine(bn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return gamma, beta
 
 
-def update_running_statistics(bns: Sequence[nn.Module], statistics: Statistics) -> None:
+def update_running_statistics(bns: Sequence[nn.BatchNorm2d], statistics: Statistics) -> None:
     """As nn.BatchNorm2d.forward does it, in place: momentum None averages over all batches."""
     with torch.no_grad():
         for bn, mean, variance in zip(bns, statistics.mean, statistics.variance, strict=True):
             if not bn.training or not bn.track_running_stats:
                 continue
-            factor = 0.0 if bn.momentum is None else bn.momentum
+            factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
             if bn.num_batches_tracked is not None:
                 bn.num_batches_tracked.add_(1)
                 if bn.momentum is None:

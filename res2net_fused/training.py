@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.selection import Backend
+from .backends.selection import Backend, TrainingBackend
 from .backward import activation_backward, convolution_backward, feeds_a_convolution, pool_backward
 from .chain import ChainConfig, ChainProblem, memory_format
 from .reference import activate, pool_passthrough
@@ -58,7 +58,7 @@ def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
     return both + (0 if recompute else problem.steps * group), both + (2 * problem.steps + sums) * group
 
 
-def describe_training(backend: Backend, problem: ChainProblem, recompute: bool, synchronised: bool) -> str:
+def describe_training(backend: TrainingBackend, problem: ChainProblem, recompute: bool, synchronised: bool) -> str:
     """One line for `explain`."""
     whose = " of all processes" if synchronised else ""
     how = backend.plan_training(problem) if not synchronised or getattr(backend, "SYNCHRONISES", False) else "ATen"
@@ -180,7 +180,7 @@ def train_backward(
         gradients = _train_backward(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
     grad_x, grad_weights, grad_gammas, grad_betas = gradients
     results = []
-    if need_x:
+    if grad_x is not None:
         results.append(grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)))
     if need_weights:
         results += [g.contiguous(memory_format=memory_format(weight)) for g, weight in zip(grad_weights, weights, strict=True)]

@@ -30,8 +30,8 @@ class Job:
     @property
     def tile(self) -> Tile:
         """What the launch has now."""
-        sizes = (self.call.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        return Tile(*sizes, self.call.options["num_warps"], self.call.options["num_stages"])
+        block_m, block_n, block_k = (self.call.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        return Tile(block_m, block_n, block_k, self.call.options["num_warps"], self.call.options["num_stages"])
 
     def with_tile(self, tile: Tile) -> KernelCall:
         """The same launch cut into other tiles."""
@@ -87,7 +87,7 @@ def _jobs_of_block(case: Case) -> Iterator[Job]:
     x = case.inputs()[0].contiguous(memory_format=torch.channels_last)
     own = capability(problem.device)
     folded = fold_block(parts_of(module), TORCH_DTYPES[case.dtype])
-    planes = module.conv3.out_channels
+    planes = folded.conv3_weight.shape[0]
     size = problem.batch, planes, problem.output_height, problem.output_width
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     shortcut = torch.randn_like(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -33,6 +34,16 @@ def assert_close(out: Tensor, reference: Tensor, bound: float | None = None) -> 
     bound = BOUNDS[out.dtype] if bound is None else bound
     error = relative_error(out, reference)
     assert error <= bound, f"relative error {error:.3g}; at most {bound:.3g} is allowed"
+
+
+def tool(found, name: str, remedy: str):
+    """What was found, or a skip where it is None."""
+    if found is None:
+        message = f"{name} is not installed: {remedy}"
+        if os.environ.get("CI"):
+            pytest.fail(message)  # continuous integration installs it: a skip there would hide the gate
+        pytest.skip(message)
+    return found
 
 
 # Chains ---------------------------------------------------------------------------------------------------------------

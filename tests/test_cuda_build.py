@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import tool
 
 from res2net_fused import build_flags, cuda_kernels, native
 from res2net_fused.backends import native_cuda
@@ -36,15 +37,6 @@ def find_nvcc():
     for folder in spec.submodule_search_locations or () if spec else ():
         candidates += sorted(Path(folder).glob("*/bin/nvcc"))
     return next((str(path) for path in candidates if path.is_file()), None)
-
-
-def tool(found, name, remedy):
-    if found is None:
-        message = f"{name} is not installed: {remedy}"
-        if os.environ.get("CI"):
-            pytest.fail(message)  # continuous integration installs it: a skip there would hide the gate
-        pytest.skip(message)
-    return found
 
 
 def compile_instance(instance, architecture, folder):

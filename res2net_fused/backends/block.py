@@ -21,6 +21,7 @@ def run_block(
     `shortcut` is already projected there, unless the backend says PROJECTS.
     """
     if shortcut is not None and folded.projection_weight is not None and not getattr(backend, "PROJECTS", False):
+        assert folded.projection_bias is not None
         bias = folded.projection_bias.to(shortcut.dtype)
         shortcut = F.conv2d(shortcut, folded.projection_weight, bias, folded.projection_stride)
     own = getattr(backend, "block_forward", None)

@@ -103,6 +103,7 @@ def forward_1d(
     chain, width = problem.config.chain, problem.width
     groups, outputs = x.split(width, 1), out.split(width, 1)
     products = name == "cpu" and multiplies(problem)
+    step: _Products | _Convolutions
     if products:
         step = _Products(problem, packed or pack_1d(weights), biases)
     else:
@@ -116,7 +117,7 @@ def forward_1d(
         rectified = step(k, group, outputs[i - 1] if chain.adds(i) else None)  # (N, w, L)
         if keep:
             kept.append(rectified.clone(memory_format=torch.contiguous_format) if products else rectified)
-        if affine_scale is None:
+        if affine_scale is None or affine_shift is None:
             slot.copy_(rectified)
         elif affine_scale[k].dtype == affine_shift[k].dtype == x.dtype:
             torch.addcmul(affine_shift[k][:, None], rectified, affine_scale[k][:, None], out=slot)
@@ -162,10 +163,11 @@ class _Products:
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         self.rows.fill(x, previous)
         first, *others = self.packed[k * self.taps : (k + 1) * self.taps]
-        if self.biases is None:
+        bias = bias_of(self.biases, k, x)
+        if bias is None:
             torch.mm(self.shifted[0], first, out=self.z)
         else:
-            torch.addmm(bias_of(self.biases, k, x), self.shifted[0], first, out=self.z)
+            torch.addmm(bias, self.shifted[0], first, out=self.z)
         for shifted, factor in zip(self.shifted[1:], others, strict=True):
             self.z.addmm_(shifted, factor)
         return self.rectified.relu_()

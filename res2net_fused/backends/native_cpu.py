@@ -101,7 +101,7 @@ def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
     """
     projection, bias = folded.conv1_weight.new_empty(0), folded.conv3_bias
     with torch.no_grad():
-        if folded.projection_weight is not None:
+        if folded.projection_weight is not None and folded.projection_bias is not None:
             projection, _ = _pack_pointwise(folded.projection_weight, folded.projection_bias)
             bias = bias + folded.projection_bias
         conv1, conv3 = _pack_pointwise(folded.conv1_weight, folded.conv1_bias), _pack_pointwise(folded.conv3_weight, bias)
@@ -153,7 +153,7 @@ def weight_gradient(
     if not convolves_faster(problem):
         return None, None
     found = _operators.cpu_weight_gradient.default(dz, u, weight_format == torch.channels_last, instruction_set())
-    return tuple(found) if found else (None, None)
+    return (found[0], found[1]) if found else (None, None)
 
 
 def _from_weights(

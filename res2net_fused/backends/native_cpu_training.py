@@ -8,6 +8,7 @@ All of it is channels-last. The sums are the same for any number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +22,20 @@ from .selection import Backend, get_backend
 _operators = torch.ops.res2net_fused_native
 
 
+class CpuBackend(Backend, Protocol):
+    """The backend that these kernels belong to."""
+
+    def instruction_set(self) -> int:
+        """The code of the one to use."""
+
+
 def covers(problem: ChainProblem) -> bool:
     """Whether these kernels run a call; another memory format is better off with ATen's than converted here and back."""
     return problem.dtype == torch.float32 and problem.channels_last
 
 
 def train_forward(
-    backend: Backend,
+    backend: CpuBackend,
     problem: ChainProblem,
     x: Tensor,
     weights: Sequence[Tensor],
@@ -69,7 +77,7 @@ def train_forward(
 
 
 def train_backward(
-    backend: Backend,
+    backend: CpuBackend,
     problem: ChainProblem,
     grad: Tensor,
     x: Tensor,
@@ -97,7 +105,8 @@ def train_backward(
     grad_x, grad_weights, _ = _walk_back(
         backend, problem, grad, x, out, weights, norm_backward, not z, (needed[0], needed[1], False)
     )
-    return grad_x, grad_weights, *([g[j].clone() for g in grad_affine] for j in (0, 1))  # no results that share memory
+    grad_gammas, grad_betas = ([g[j].clone() for g in grad_affine] for j in (0, 1))  # no results that share memory
+    return grad_x, grad_weights, grad_gammas, grad_betas
 
 
 def runs_chain_backward(problem: ChainProblem, by_name: bool) -> bool:
@@ -156,7 +165,7 @@ DownstreamGradient = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _walk_back(
-    backend: Backend,
+    backend: CpuBackend,
     problem: ChainProblem,
     grad: Tensor,
     x: Tensor,
@@ -176,7 +185,7 @@ def _walk_back(
     grad, x, out = (_channels_last(t) for t in (grad, x, out))
     groups, outputs, grads = (t.split(problem.width, 1) for t in (x, out, grad))
     grad_x = torch.empty_like(x) if need_x else None
-    slots = grad_x.split(problem.width, 1) if need_x else [None] * scale
+    slots: Any = [None] * scale if grad_x is None else grad_x.split(problem.width, 1)
     grad_weights: list[Tensor] = [grad] * problem.steps
     grad_biases: list[Tensor] = [grad] * problem.steps
     du: Tensor | None = None  # of group i+1, where that added y_i

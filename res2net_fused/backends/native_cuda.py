@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import native
 from ..chain import ChainConfig, ChainProblem
 from .native_cuda_block import block_forward, pack_block
-from .triton_settings import convolutions_use_tf32
+from .triton_settings import convolution_precision, convolutions_use_tf32
 
 __all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "plan_chain", "why_not", "why_not_auto"]
 
@@ -103,7 +103,7 @@ def precision_refusal(problem: ChainProblem) -> str | None:
     if problem.dtype != torch.float32 or convolutions_use_tf32():
         return None
     return (
-        f"x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is {torch.backends.cudnn.conv.fp32_precision!r}; "
+        f"x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is {convolution_precision()!r}; "
         "this backend multiplies torch.float32 in TF32, which 'tf32' (or torch.backends.cudnn.allow_tf32 = True) allows"
     )
 

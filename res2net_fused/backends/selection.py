@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,10 +36,9 @@ class Backend(Protocol):
     One with a backward of the whole chain without batch statistics offers `chain_backward`, as in `triton_training.py`, and
     `runs_chain_backward(problem, by_name) -> bool`: whether that takes a call that it can train; by_name: it was asked for.
 
-    One that runs the chain with BatchNorm in training mode offers `why_not_training(problem) -> str | None`, as `why_not`,
-    and `plan_training(problem) -> str`, a few words for `explain`. Where it has more than the convolutions it offers
-    `train_forward` and maybe `train_backward`, as in `native_cpu_training.py`; with `SYNCHRONISES = True` these take `group`,
-    the processes over which statistics are taken, else ATen's passes run in their place.
+    One that runs the chain with BatchNorm in training mode is a `TrainingBackend`. Where it has more than the convolutions it
+    offers `train_forward` and maybe `train_backward`, as in `native_cpu_training.py`; with `SYNCHRONISES = True` these take
+    `group`, the processes over which statistics are taken, else ATen's passes run in their place.
     """
 
     def why_not(self, problem: ChainProblem) -> str | None:
@@ -62,6 +61,16 @@ class Backend(Protocol):
         """One line for `explain`: how this call would run."""
 
 
+class TrainingBackend(Backend, Protocol):
+    """One that runs the chain with BatchNorm in training mode."""
+
+    def why_not_training(self, problem: ChainProblem) -> str | None:
+        """As `why_not`."""
+
+    def plan_training(self, problem: ChainProblem) -> str:
+        """A few words for `explain`."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A backend for one problem, and for every backend asked before it the reason against it."""
@@ -78,8 +87,9 @@ class Choice:
 
 
 @functools.cache
-def get_backend(name: str) -> Backend:
-    return importlib.import_module(f"{__package__}.{_MODULES[name]}")  # type: ignore[return-value]
+def get_backend(name: str) -> Any:
+    """A module that is a `Backend`; untyped, for what it may offer besides differs."""
+    return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 
 
 def requested(backend: str) -> tuple[str, str]:
@@ -97,7 +107,7 @@ def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
     """As `choose`, of the backends that run BatchNorm in training mode."""
     name, source = requested(backend)
     order = AUTO_ORDER.get(problem.device.type, ("reference",)) if name == "auto" else (name,)
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for candidate in order:
         module = get_backend(candidate)
         trains = getattr(module, "why_not_training", None)
@@ -110,7 +120,7 @@ def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
     raise RuntimeError(f"no backend can train {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
 
 
-def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
+def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Any:
     """The backend whose own `chain_backward` runs the backward of a chain without batch statistics; None for `backward.py`."""
     name, _ = requested(backend)
     by_name = name != "auto"
@@ -134,7 +144,8 @@ def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") 
         if why is not None:
             raise RuntimeError(f"{source} cannot run {problem}: {why}")
         return Choice(name, requested_by=source)
-    rejected, postponed = [], None
+    rejected: list[tuple[str, str]] = []
+    postponed = None
     order = AUTO_ORDER.get(problem.device.type, ("reference",))
     if layout in order[:-1] and get_backend(layout).why_not(problem) is None:
         return Choice(layout, (("others", "the weights are packed for this one"),))

@@ -52,7 +52,7 @@ def forward_1d(
         bias = torch.zeros(problem.steps, problem.width, dtype=torch.float32, device=x.device)
     else:
         bias = _stacked(biases)
-    affine = None if affine_scale is None else (_stacked(affine_scale), _stacked(affine_shift))
+    affine = None if affine_scale is None or affine_shift is None else (_stacked(affine_scale), _stacked(affine_shift))
     precision = dot_precision(problem.dtype, x.is_cuda and convolutions_use_tf32())
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         for call in chain_calls_1d(problem, x, out, pack_weights_1d(weights), bias, affine, rectified, precision):

@@ -18,9 +18,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else MINIMUM_CAPABILITY
 
 
+def convolution_precision() -> str:
+    """What cuDNN's convolutions may do with float32: "tf32", "ieee" or "none"."""
+    return torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # torch adds `conv` at run time
+
+
 def convolutions_use_tf32() -> bool:
     """Whether cuDNN's convolutions may round float32 to TF32; reading `allow_tf32` can raise, this does not."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return convolution_precision() == "tf32"
 
 
 def uses_tf32(problem: ChainProblem) -> bool:

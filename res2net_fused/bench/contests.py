@@ -34,7 +34,7 @@ from .training import (
     training_network,
     with_inner_chains,
 )
-from .workloads import TORCH_DTYPES, TRAINED, Case, Config, fused
+from .workloads import TORCH_DTYPES, TRAINED, Case, Config, channels_last, fused
 
 _CHECKED_IMAGES = 2  # of a network in the parity gate
 
@@ -237,7 +237,8 @@ class Contests:
         """Logits of `ours` as timed: compiling may have gone wrong where the accelerated model was right."""
         report = ParityReport()
         with torch.inference_mode():
-            expected = eager = None
+            expected: Tensor | None = None
+            eager = 0.0
             for (name, graph), one in built.items():
                 if name not in OURS:
                     continue
@@ -247,8 +248,10 @@ class Contests:
                     eager = relative_error(network(few), expected)
                 error = relative_error(one.contender.model(images)[:_CHECKED_IMAGES], expected)
                 label = "logits, graph" if graph else "logits"
-                row = (unit.workload, unit.config_name, label, unit.batch, name, unit.dtype, error, eager, network_bound(eager))
-                report.append(ParityRow(*row))
+                bound = network_bound(eager)
+                report.append(
+                    ParityRow(unit.workload, unit.config_name, label, unit.batch, name, unit.dtype, error, eager, bound)
+                )
         if report.misses:
             raise RedGate(report.misses)
 
@@ -333,9 +336,11 @@ def _case_builders(case: Case, module: nn.Module, conditions: Conditions) -> Bui
             why = get_backend(backend).why_not(problem)
             if why is not None:
                 raise RuntimeError(why)
-        model = fused(copy.deepcopy(module).to(memory_format=torch.channels_last), backend)
+        model = fused(channels_last(copy.deepcopy(module)), backend)
         frozen = graph and isinstance(model, nn.Module)  # a captured block would fold its BatchNorms at every replay
-        return freeze(model) if frozen else model, {"backend": backend, "frozen": frozen}
+        if frozen and isinstance(model, nn.Module):
+            freeze(model)
+        return model, {"backend": backend, "frozen": frozen}
 
     return build
 
@@ -347,7 +352,7 @@ def _network_builders(network: Network, compiles: bool, conditions: Conditions) 
         key = OURS[0] if name in OURS else name
         if key not in models:
             if name in OURS:
-                model = _ours(network, conditions)
+                model: Callable[[Tensor], Tensor] = _ours(network, conditions)
                 if compiles:
                     model = torch.compile(model, fullgraph=True, dynamic=False)
                 models[key] = model, {"backend": conditions.backend, "frozen": True, "compiled": compiles}
@@ -358,8 +363,8 @@ def _network_builders(network: Network, compiles: bool, conditions: Conditions) 
     return build
 
 
-def _ours(network: Network, conditions: Conditions) -> nn.Module:
-    return freeze(accelerate(copy.deepcopy(network), conditions.backend).to(memory_format=torch.channels_last))
+def _ours(network: Network, conditions: Conditions) -> Network:
+    return freeze(channels_last(accelerate(copy.deepcopy(network), conditions.backend)))
 
 
 def _training_builders(network: Network, unit: Unit, conditions: Conditions) -> Builder:
@@ -380,6 +385,7 @@ def _training_case_builders(case: Case, conditions: Conditions) -> Builder:
 
 
 def _case(unit: Unit, conditions: Conditions) -> Case:
+    assert unit.stage is not None  # of a chain or block
     return Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, conditions.device, unit.variant)
 
 

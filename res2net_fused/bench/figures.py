@@ -37,7 +37,7 @@ class _Times:
     """Medians of the CUDA-graph rows by case, with the run they come from."""
 
     def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
-        self._rows = {
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {
             (r["workload"], r["config"], r["stage"], r["variant"], r["batch"], r["provider"]): r
             for r in rows
             if r["dtype"] == DTYPE and r["graph"]

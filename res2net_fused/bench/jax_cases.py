@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..folding import fold
+from ..folding import fold, projection_of
+from ..layouts import parts_of
 from ..parity import relative_error
 from ..reference import ReferenceBottle2neck
 from ..tolerances import forward_bound, network_bound
@@ -52,7 +53,8 @@ def time_unit(unit: Unit, conditions: Conditions, seconds: float) -> Row:
     arrays |= {"x": x.float(), "expected": expected}
     count = max(2, rotation_count(sum(part.activations for part in parts), conditions.l2))
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder, "arrays.npz"), **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+        values: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+        np.savez(Path(folder, "arrays.npz"), **values)
         spec = {
             "program": program, "arrays": str(Path(folder, "arrays.npz")), "shape": shape, "dtype": unit.dtype,
             "count": count, "repeats": conditions.repeats, "gpu": torch.device(conditions.device).type == "cuda",
@@ -103,15 +105,18 @@ def _export(kind: str, module: nn.Module) -> tuple[dict[str, Any], dict[str, Ten
         return {"kind": kind, "blocks": [_description(module.config, len(module.weights))]}, arrays
     blocks = [block for block in module.modules() if isinstance(block, ReferenceBottle2neck)]
     for i, block in enumerate(blocks):
-        add(f"{i}.conv1", *fold(block.conv1, block.bn1, torch.float32))
-        for k, (conv, bn) in enumerate(zip(block.convs, block.bns, strict=True)):
+        parts = parts_of(block)
+        add(f"{i}.conv1", *fold(parts.conv1, parts.bn1, torch.float32))
+        for k, (conv, bn) in enumerate(zip(parts.convs, parts.bns, strict=True)):
             add(f"{i}.convs.{k}", *fold(conv, bn, torch.float32))
-        add(f"{i}.conv3", *fold(block.conv3, block.bn3, torch.float32))
-        if block.downsample is not None:
-            add(f"{i}.downsample", *fold(block.downsample[0], block.downsample[1], torch.float32))
+        add(f"{i}.conv3", *fold(parts.conv3, parts.bn3, torch.float32))
+        projection = projection_of(parts)
+        if projection is not None:
+            add(f"{i}.downsample", *fold(*projection[1:], torch.float32))
     if kind == "network":
-        add("stem", *fold(module.conv1, module.bn1, torch.float32))
-        add("head", module.fc.weight, module.fc.bias)
+        stem = cast(nn.Conv2d, module.get_submodule("conv1")), cast(nn.BatchNorm2d, module.get_submodule("bn1"))
+        add("stem", *fold(*stem, torch.float32))
+        add("head", module.get_parameter("fc.weight"), module.get_parameter("fc.bias"))
     return {"kind": kind, "blocks": [_description(b.chain_config, len(b.convs)) for b in blocks]}, arrays
 
 

@@ -9,15 +9,17 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
+
+Name = TypeVar("Name", bound=Hashable)  # of a contender
 
 _SPINNING_S = 0.01  # GCC's OpenMP threads spin for about half of this
 _LONG_MS = 50.0  # of a run beside which waking threads weighs nothing
@@ -47,7 +49,7 @@ class Contender:
         self.model, self.inputs = model, inputs
         self._next = itertools.cycle(inputs)
 
-    def run(self) -> object:
+    def run(self) -> Any:
         with torch.inference_mode():
             return self.model(next(self._next))
 
@@ -74,12 +76,13 @@ class GraphedContender(Contender):
                 # Kept, so that each call writes memory of its own, which the L2 does not hold yet.
                 self._outputs = [self.model(x) for x in inputs]
 
-    def run(self) -> object:
-        return self._graph.replay()
+    def run(self) -> Any:
+        self._graph.replay()
+        return None
 
 
 def measure(
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[Name, Contender],
     device: str,
     *,
     seconds: float,
@@ -87,7 +90,7 @@ def measure(
     max_repeats: int = 200,
     warm_up: int = 2,
     advance: Callable[[], object] = lambda: None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Times all contenders in turn, round after round, so that drifts of the machine meet all of them alike.
 
     Where a model computes in threads that are not PyTorch's (its attribute `own_threads`), every run starts when the threads
@@ -102,7 +105,7 @@ def measure(
     once = _cuda_ms if torch.device(device).type == "cuda" else _wall_ms
     if any(getattr(contender.model, "own_threads", False) for contender in contenders.values()):
         once = _settled_ms
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    samples: dict[Name, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     start = time.perf_counter()
     for repeat in range(max_repeats):

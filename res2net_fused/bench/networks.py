@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..explain import explain
+from ..layouts import parts_of
 from ..models.network import Network
 from ..models.registry import CONFIGURATIONS, create_model, model_name
 from ..parity import ParityReport, check_network, convolution_precision, relative_error
@@ -21,12 +22,12 @@ from ..reference import ReferenceBottle2neck
 from ..tables import format_table
 from ..tolerances import network_bound
 from . import runtimes
-from .measure import measure
+from .measure import Contender, measure
 from .photographs import calibrate, photographs
 from .progress import progress
 from .providers import OURS, PYTORCH, contender, forget_compiled
 from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
-from .workloads import TORCH_DTYPES
+from .workloads import TORCH_DTYPES, channels_last
 
 DEFAULT_MODELS = tuple(network_name(config) for config in (*FIGURE_CONFIGS, YARDSTICK))
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ def random_network(name: str, layers: Sequence[int] | None = None) -> Network:
         network = create_model(name, layers=layers, fused=False)
     for module in network.modules():
         if isinstance(module, ReferenceBottle2neck):
-            nn.init.constant_(module.bn3.weight, 0.25)
+            nn.init.constant_(parts_of(module).bn3.weight, 0.25)
     return network
 
 
@@ -77,7 +78,7 @@ def prepare_network(name: str, dtype: str, device: str, backend: str) -> Network
     images = photographs(CONFIGURATIONS[model_name(name)].image_size)
     network = calibrate(random_network(name), images).requires_grad_(False).to(device, TORCH_DTYPES[dtype])
     images = images.to(device, TORCH_DTYPES[dtype])
-    model = accelerate(copy.deepcopy(network), backend).to(memory_format=torch.channels_last)
+    model = channels_last(accelerate(copy.deepcopy(network), backend))
     native_layout = images.contiguous(memory_format=torch.channels_last)
     parity, differences = check_network(network, model, native_layout, spelt(name), dtype)
     return NetworkCase(spelt(name), dtype, network, model, images, parity, differences)
@@ -90,7 +91,8 @@ def time_networks(
 
     Raises RuntimeError where a provider as it would be timed computes something else than float64.
     """
-    contenders, errors = {}, {}
+    contenders: dict[tuple[str, str], Contender] = {}
+    errors: dict[tuple[str, str], float] = {}
     forget_compiled()
     steps = len(cases) * len(names) + repeats
     with (

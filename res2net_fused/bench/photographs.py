@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..accelerate import Model
+
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the published networks are trained with
 _NAMES = ("china.jpg", "flower.jpg")
 
@@ -34,7 +36,7 @@ def photographs(size: int = 224) -> Tensor:
     return ((x - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_DEVIATION).view(3, 1, 1)).contiguous()
 
 
-def calibrate(network: nn.Module, images: Tensor) -> nn.Module:
+def calibrate(network: Model, images: Tensor) -> Model:
     """Sets every BatchNorm's running statistics to those of `images`, by one forward in train mode; returns it in eval mode."""
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

@@ -59,12 +59,12 @@ def plot(data: dict[str, Any], path: Path) -> None:
         line[0].set_ylabel(f"milliseconds\nbatch {batch}, {dtype}")
     for axis in axes[-1]:
         axis.set_xlabel("scale s, width at equal FLOPs")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles.update((label, handle) for handle, label in zip(*axis.get_legend_handles_labels(), strict=True))
     environment = data["environment"]
     figure.suptitle(f"Res2Net latency by scale: {environment['device']}, torch {environment['torch']}", fontsize=11)
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=len(handles), frameon=False)
     legend_height = 0.45 / figure.get_figheight()
     figure.tight_layout(rect=(0, legend_height, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)

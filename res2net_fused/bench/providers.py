@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..accelerate import freeze
 from . import runtimes
 from .measure import Contender, GraphedContender
-from .workloads import fused
+from .workloads import channels_last, fused
 
 Model = Callable[[Tensor], Tensor]
 
@@ -36,19 +37,15 @@ class Provider:
     networks_only: bool = False
 
 
-def _channels_last(module: nn.Module) -> nn.Module:
-    return module.to(memory_format=torch.channels_last)
-
-
 def _frozen(model: Model) -> Model:
     return freeze(model) if isinstance(model, nn.Module) else model
 
 
-def _compiled(module: nn.Module, **options: object) -> Model:
+def _compiled(module: Model, **options: Any) -> Model:
     return torch.compile(module, fullgraph=True, dynamic=False, **options)
 
 
-def _compiled_frozen(module: nn.Module) -> Model:
+def _compiled_frozen(module: Model) -> Model:
     """Weights folded and packed by Inductor, for a first call without gradients.
 
     Dynamo asks for the global setting while it traces; given as an option of torch.compile alone, nothing is frozen.
@@ -74,28 +71,28 @@ def _runtime(name: str) -> Provider:
 
 PROVIDERS = {
     "eager": Provider(lambda module, _: module, channels_last=False),
-    "eager_channels_last": Provider(lambda module, _: _channels_last(module)),
-    "compile": Provider(lambda module, _: _compiled(_channels_last(module)), slow_start=True),
-    "compile_freezing": Provider(lambda module, _: _compiled_frozen(_channels_last(module)), devices=("cpu",), slow_start=True),
+    "eager_channels_last": Provider(lambda module, _: channels_last(module)),
+    "compile": Provider(lambda module, _: _compiled(channels_last(module)), slow_start=True),
+    "compile_freezing": Provider(lambda module, _: _compiled_frozen(channels_last(module)), devices=("cpu",), slow_start=True),
     # Its CUDA graph is captured as ours is: the one that torch.compile makes copies every input first.
     "compile_max_autotune": Provider(
-        lambda module, _: _compiled(_channels_last(module), mode="max-autotune-no-cudagraphs"),
+        lambda module, _: _compiled(channels_last(module), mode="max-autotune-no-cudagraphs"),
         devices=("cuda",),
         slow_start=True,
         graph=True,
     ),
     **{name: _runtime(name) for name in runtimes.RUNTIMES},
-    "ours": Provider(lambda module, backend: fused(_channels_last(module), backend)),
+    "ours": Provider(lambda module, backend: fused(channels_last(module), backend)),
     # What lies around the blocks compiled as a peer's is.
     "ours_compile": Provider(
-        lambda module, backend: _compiled_frozen(_frozen(fused(_channels_last(module), backend))),
+        lambda module, backend: _compiled_frozen(_frozen(fused(channels_last(module), backend))),
         devices=("cpu",),
         slow_start=True,
         networks_only=True,
     ),
     # Frozen, since a captured block would fold its BatchNorms at every replay.
     "ours_graph": Provider(
-        lambda module, backend: _frozen(fused(_channels_last(module), backend)), devices=("cuda",), graph=True
+        lambda module, backend: _frozen(fused(channels_last(module), backend)), devices=("cuda",), graph=True
     ),
 }
 OURS = ("ours", "ours_compile", "ours_graph")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.res2net import Res2Net
+from ..models.network import Network
 from .measure import Contender, measure
 from .workloads import TORCH_DTYPES
 
@@ -75,14 +75,15 @@ def least_work(module: nn.Module, shape: Sequence[int], dtype: str) -> Work:
     return Work(x.nbytes + out.nbytes, parameters, counter.get_total_flops())
 
 
-def least_work_of_network(network: Res2Net, shape: Sequence[int], dtype: str) -> list[Work]:
+def least_work_of_network(network: Network, shape: Sequence[int], dtype: str) -> list[Work]:
     """Stem, every block and head of a network, each as one kernel."""
     twin, x = _on_meta(network, shape, dtype)
-    stem = nn.Sequential(twin.conv1, twin.bn1, twin.relu, twin.maxpool)
-    blocks = [block for layer in (twin.layer1, twin.layer2, twin.layer3, twin.layer4) for block in layer]
+    stem = nn.Sequential(*(twin.get_submodule(name) for name in ("conv1", "bn1", "relu", "maxpool")))
+    blocks = [block for i in (1, 2, 3, 4) for block in twin.get_submodule(f"layer{i}").children()]
+    head = nn.Sequential(twin.get_submodule("avgpool"), nn.Flatten(), twin.get_submodule("fc"))
     parts = []
     with torch.no_grad():
-        for part in (stem, *blocks, nn.Sequential(twin.avgpool, nn.Flatten(), twin.fc)):
+        for part in (stem, *blocks, head):
             parts.append(least_work(part, x.shape, dtype))
             x = part(x)
     return parts

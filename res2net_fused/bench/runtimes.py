@@ -41,27 +41,30 @@ class ExportedModel:
         self._shape = torch.Size()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._call is None:
-            self._prepare(x)
+        call = self._call
+        if call is None:
+            assert self._module is not None
+            call = self._call = self._prepare(self._module, x)
         if x.shape != self._shape or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(
                 f"x is {x.dtype} {tuple(x.shape)} with strides {x.stride()}; {self.name} was given a module for contiguous "
                 f"torch.float32 {tuple(self._shape)}"
             )
-        return self._call(x)
+        return call(x)
 
-    def _prepare(self, x: Tensor) -> None:
+    def _prepare(self, module: nn.Module, x: Tensor) -> Call:
         self._shape = x.shape
         with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             example = torch.empty_like(x).copy_(x)  # x may be an inference tensor, which cannot be exported
-            expected = self._module(example)
+            expected = module(example)
             path = Path(folder, "model.onnx")
-            export(self._module, example, path)
+            export(module, example, path)
             call = RUNTIMES[self.name](path, example, expected, torch.get_num_threads())
             error = relative_error(call(example), expected)
         if not error <= BOUND:
             raise RuntimeError(f"{self.name} computes something else: relative error {error:.2g}, at most {BOUND:g} is allowed")
-        self._call, self._module = call, None
+        self._module = None  # the runtime has its weights
+        return call
 
 
 def export(module: nn.Module, x: Tensor, path: Path) -> None:

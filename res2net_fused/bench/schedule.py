@@ -114,13 +114,12 @@ def _networks(
 
 def _cuda_phases() -> Iterator[list[Unit]]:
     half, bf16 = "float16", "bfloat16"
-    blocks_of_a_network = {"configs": FIGURE_CONFIGS[:1], "variants": VARIANTS}
     # The figures that the record is made for.
     yield _stages("chain", FIGURE_CONFIGS, 32, bf16)
     yield _stages("chain", [_W48], 32, bf16)
-    yield _stages("block", batch=32, dtype=bf16, **blocks_of_a_network)
+    yield _stages("block", FIGURE_CONFIGS[:1], 32, bf16, variants=VARIANTS)
     yield _networks(FIGURE_CONFIGS, 32, bf16)
-    yield _stages("block", batch=256, dtype=bf16, **blocks_of_a_network)
+    yield _stages("block", FIGURE_CONFIGS[:1], 256, bf16, variants=VARIANTS)
     yield _stages("block", [_W48], 32, bf16)
     # The other batches, then what else is published.
     for batch in (256, 1):

@@ -201,7 +201,7 @@ def outcome_table(rows: list[dict[str, Any]]) -> str:
     cells: dict[tuple[object, ...], dict[str, float]] = {}
     for row in rows:
         stage = "all" if row["stage"] is None else row["stage"]
-        key = (row["workload"], row["config"], stage, row["batch"], row["dtype"])
+        key: tuple[object, ...] = (row["workload"], row["config"], stage, row["batch"], row["dtype"])
         cells.setdefault(key, {})[row["provider"]] = row["median_ms"]
     lines = []
     for key, times in cells.items():

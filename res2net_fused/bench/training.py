@@ -21,7 +21,7 @@ from ..reference import ReferenceBottle2neck, hierarchical_chain
 from ..tolerances import FORWARD, NETWORK_OVER_EAGER, network_bound
 from ..trained_block import trained_chain
 from .providers import OURS
-from .workloads import TORCH_DTYPES, TRAINED, Case
+from .workloads import TORCH_DTYPES, TRAINED, Case, channels_last
 
 LEARNING_RATE = 1e-3
 _CHECKED_IMAGES = 4  # at most, in the parity gate: float64 on a CPU takes its time
@@ -66,11 +66,13 @@ def training_module(case: Case, provider: str, backend: str) -> nn.Module:
     """
     block = replace(plain(case), workload="block").module().train().requires_grad_(True)
     named = backend if provider in OURS else provider if provider in BACKENDS else None
+    module: nn.Module = block
     if case.workload == "train_chain":
-        block = TrainedChain(block, named)
+        assert isinstance(block, ReferenceBottle2neck)
+        module = TrainedChain(block, named)
     elif named is not None:
-        block = accelerate(block, named)
-    return block if provider == "eager" else block.to(memory_format=torch.channels_last)
+        module = accelerate(block, named)
+    return module if provider == "eager" else channels_last(module)
 
 
 class TrainingStep:
@@ -103,7 +105,7 @@ class SgdStep:
     def __init__(self, network: nn.Module, dtype: str, compiles: bool = False) -> None:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False) if compiles else network
         self.optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, momentum=0.9)
-        self.classes, self.dtype = len(network.fc.bias), dtype  # fc is a convolution in DLA
+        self.classes, self.dtype = len(network.get_parameter("fc.bias")), dtype  # fc is a convolution in DLA
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
@@ -121,7 +123,7 @@ def training_network(network: nn.Module, provider: str, backend: str) -> nn.Modu
     model = copy.deepcopy(network).train().requires_grad_(True)
     if provider in OURS or provider in BACKENDS:
         accelerate(model, backend if provider in OURS else provider)
-    return model if provider == "eager" else model.to(memory_format=torch.channels_last)
+    return model if provider == "eager" else channels_last(model)
 
 
 def autocast(dtype: str, device: str | torch.device) -> torch.autocast:
@@ -151,16 +153,20 @@ def check_training_case(case: Case, provider: str, backend: str) -> ParityReport
     eager_out, *eager_gradients = peer.gradients(x, ours._grad)
     with torch.no_grad():
         expected = copy.deepcopy(exact)(x.double())
-    what = case.workload, str(case.config), f"{case.stage} {case.variant}", case.batch, provider, case.dtype
+    stage = f"{case.stage} {case.variant}"
+
+    def row(stage: str, error: float, eager_error: float, bound: float) -> ParityRow:
+        return ParityRow(
+            case.workload, str(case.config), stage, case.batch, provider, case.dtype, error, eager_error, bound
+        )
+
     limit, eager_error = FORWARD[case.dtype].limit, relative_error(eager_out, expected)
-    report = ParityReport(
-        [ParityRow(*what, relative_error(out, expected), eager_error, max(limit, network_bound(eager_error)))]
-    )
-    if case.workload == "train_chain":
+    report = ParityReport([row(stage, relative_error(out, expected), eager_error, max(limit, network_bound(eager_error)))])
+    if isinstance(exact, TrainedChain) and ours._grad is not None:
         error = _gradient_error(exact, x, out, ours._grad, gradients)
         eager_error = _gradient_error(exact, x, eager_out, ours._grad, eager_gradients)
         bound = max(_GRADIENTS_OVER_FORWARD * limit, NETWORK_OVER_EAGER * eager_error)
-        report.append(ParityRow(*what[:2], f"{what[2]}, gradients", *what[3:], error, eager_error, bound))
+        report.append(row(f"{stage}, gradients", error, eager_error, bound))
     return report
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..accelerate import accelerate
+from ..accelerate import Model, accelerate
 from ..chain import ChainConfig, ChainProblem
 from ..folding import fold
+from ..layouts import parts_of
 from ..models.res2net import PLANES
 from ..operator import hierarchical_conv2d
 from ..packing import pack_weights
@@ -122,19 +123,24 @@ class Case:
             randomise(block)
         module: nn.Module = block
         if self.workload == "chain":
-            folded = [fold(conv, bn, torch.float32) for conv, bn in zip(block.convs, block.bns, strict=True)]
-            module = ReferenceChain(*zip(*folded, strict=True), config=block.chain_config)
+            parts = parts_of(block)
+            folded = [fold(conv, bn, torch.float32) for conv, bn in zip(parts.convs, parts.bns, strict=True)]
+            weights, biases = zip(*folded, strict=True)
+            module = ReferenceChain(weights, biases, block.chain_config)
         return module.eval().requires_grad_(False).to(self.device, TORCH_DTYPES[self.dtype])
 
     def problem(self, module: nn.Module) -> ChainProblem:
         """The chain in this case's module, as backends are asked about it."""
-        config, convolutions = (
-            (module.config, module.weights) if isinstance(module, ReferenceChain) else (module.chain_config, module.convs)
-        )
+        if isinstance(module, ReferenceChain):
+            config, convolutions = module.config, len(module.weights)
+        elif isinstance(module, ReferenceBottle2neck):
+            config, convolutions = module.chain_config, len(module.convs)
+        else:
+            raise TypeError(f"module is a {type(module).__name__}; a module of `Case.module` is needed")
         dtype, size = TORCH_DTYPES[self.dtype], self.input_size
         width = replace(self, workload="chain").channels // self.config.scale
         return ChainProblem(
-            config, torch.device(self.device), dtype, self.batch, size, size, width, len(convolutions), channels_last=True
+            config, torch.device(self.device), dtype, self.batch, size, size, width, convolutions, channels_last=True
         )
 
     @property
@@ -164,8 +170,14 @@ def randomise(module: nn.Module) -> None:
         elif isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, 0, 0.2)
+            assert layer.running_mean is not None and layer.running_var is not None
             layer.running_mean.normal_(0, 0.2)
             layer.running_var.uniform_(0.5, 1.5)
+
+
+def channels_last(module: Model) -> Model:
+    """In place."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which torch's types lack
 
 
 def cases(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,14 +82,14 @@ class ChainGradients:
     def calls(self) -> Iterator[KernelCall]:
         """Every launch in order; PyTorch's operators run in between, on what the launches so far have left."""
         problem, config, norms = self.problem, self.problem.config, self.norms
-        packed = None
+        packed: Any = None
         if config.stride == 1:
             packed = pack_weights(turned(self.kernels, config.groups), config.groups, self.plan.lanes)
         behind: dict[str, Tensor] | None = None  # what gradient_step of group i+1 has left of group i
         added = False  # whether group i+1 added y_i
         for i in reversed(range(problem.scale)):
             if i == config.passed_group(problem.scale):
-                if self.need_x:
+                if self.x is not None:
                     slots = self.x.split(problem.width, 1)
                     dy = self.grads[i] + slots[i + 1] if added else self.grads[i]
                     slots[i].copy_(pool_backward(dy, self.groups[i], config))
@@ -113,11 +114,11 @@ class ChainGradients:
             if need_du and config.stride == 1:
                 epilogue = self._room(k - 1, self.plan.tile.block_m) if feeds else {}
                 behind = epilogue if feeds else None
-                forms_u = self.need_weights and added and u is None
-                if forms_u:
-                    u = torch.empty_like(dz)
+                own = {}
+                if self.need_weights and added and u is None:
+                    u = own["u"] = torch.empty_like(dz)
                 yield gradient_step_call(
-                    problem, self.plan, i, dz, packed[k], self.slots, epilogue | ({"u": u} if forms_u else {}),
+                    problem, self.plan, i, dz, packed[k], self.slots, epilogue | own,
                     self.need_x, feeds, norms is not None, self.need_sums,
                 )  # fmt: skip
             if self.need_weights or (need_du and config.stride > 1):
@@ -171,7 +172,7 @@ class ChainGradients:
             dz, u, weight, None, [config.stride] * 2, [config.dilation] * 2, [config.dilation] * 2, False, [0, 0],
             config.groups, [strided and self.need_x, self.need_weights, False],
         )  # fmt: skip
-        if strided and self.need_x:
+        if strided and self.x is not None:
             self.x.split(problem.width, 1)[i].copy_(du)
         if self.need_weights:
             channels = problem.width // config.groups

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -187,7 +188,8 @@ def chain_calls(
     buffers = [torch.empty(shape, dtype=problem.dtype, device=x.data.device) for _ in range(plan.scratch_buffers)]
     for start in range(0, problem.batch, images):
         x_chunk, out_chunk = x.images(start, images), out.images(start, images)
-        turns, written = itertools.cycle(buffers), None
+        turns = itertools.cycle(buffers)
+        written: Tensor | None = None
         for launch in plan.launches:
             source = written if launch.reads_u else None
             written = next(turns) if launch.forms_next else None
@@ -210,7 +212,7 @@ def step_call(
     images = x.data.shape[0]
     passed = config.passed_group(problem.scale)
     slot = config.first_convolved + launch.first_step
-    arguments = {
+    arguments: dict[str, Any] = {
         "x": x.data,
         "out": out.data,
         # Where nothing is written to scratch, x stands in for a pointer that is never followed.
@@ -238,6 +240,7 @@ def step_call(
     if launch.steps == 0:
         arguments |= {"x_slot": x.offset(slot), "ADDS": config.adds(slot)}
         return KernelCall(prepare_first_u, programs, arguments, options)
+    assert weights is not None and bias is not None
     arguments |= {
         "weights": weights[launch.first_step : launch.first_step + launch.steps],
         "bias": bias[launch.first_step : launch.first_step + launch.steps],

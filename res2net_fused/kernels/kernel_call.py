@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 
@@ -13,8 +15,8 @@ class KernelCall:
 
     kernel: triton.JITFunction
     programs: int
-    arguments: dict[str, object]
-    options: dict[str, object]
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
 
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments, **self.options)

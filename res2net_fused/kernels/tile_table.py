@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_TILES"
 SHIPPED = Path(__file__).with_name("tiles.json")
@@ -151,7 +152,7 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 def _parse(row: object, i: int) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"rows[{i}] is a {type(row).__name__}, not an object")
-    numbers = [row.get(name) for name in ("width", "inputs", "pixels")]
+    numbers: list[Any] = [row.get(name) for name in ("width", "inputs", "pixels")]
     tile, capability = row.get("tile"), row.get("capability")
     for name, value in zip(("width", "inputs", "pixels"), numbers, strict=True):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

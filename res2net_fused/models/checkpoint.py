@@ -10,12 +10,11 @@ import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Model = TypeVar("Model", bound=nn.Module)
+from ..accelerate import Model
 
 _NESTS = ("state_dict", "model", "model_state", "model_state_dict")  # where training scripts keep a model's state_dict
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile

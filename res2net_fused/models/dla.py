@@ -62,7 +62,7 @@ class Dla(Network):
         self.level0 = _convolution(first, first, 3, 1)
         self.level1 = _convolution(first, second, 3, 2)
         channels = second
-        out_strides = []
+        out_strides: list[int] = []
         for i, (stride, first_dilation, dilation) in enumerate(stage_geometry(STRIDES, output_stride)):
             stride = stride if i else 2  # of the first tree's input
             tree = Tree(
@@ -82,8 +82,8 @@ class Dla(Network):
     def stages(self, x: Tensor) -> list[Tensor]:
         x = self.level1(self.level0(self.base_layer(x)))
         features = []
-        for level in (self.level2, self.level3, self.level4, self.level5):
-            x = level(x)
+        for i in range(len(LEVEL_CHANNELS)):
+            x = self.get_submodule(f"level{i + 2}")(x)
             features.append(x)
         return features
 
@@ -117,12 +117,12 @@ class Tree(nn.Module):
         self.own_input = own_input
         # Sizes are rounded up, as convolutions do: the published code takes multiples of 32 only, where that changes nothing.
         self.downsample = nn.MaxPool2d(stride, stride, ceil_mode=True) if stride > 1 else nn.Identity()
-        self.project = nn.Identity()
+        self.project: nn.Module = nn.Identity()
         self.root: Root | None = None
         further_channels += in_channels if own_input else 0
         if depth > 1:
-            self.tree1 = Tree(depth - 1, build, in_channels, out_channels, stride, dilations, stage=stage)
-            self.tree2 = Tree(
+            self.tree1: nn.Module = Tree(depth - 1, build, in_channels, out_channels, stride, dilations, stage=stage)
+            self.tree2: nn.Module = Tree(
                 depth - 1, build, out_channels, out_channels, 1, (others, others),
                 further_channels=further_channels + out_channels,
             )  # fmt: skip

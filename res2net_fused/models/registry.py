@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from ..accelerate import accelerate
 from ..bottle2neck import Bottle2neck, DlaBottle2neck
@@ -144,7 +147,7 @@ def create_model(
     configuration = CONFIGURATIONS[model_name(name)]
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; it must be at least 1, or features_only=True")
-    settings = {
+    settings: dict[str, Any] = {
         "num_classes": configuration.num_classes if num_classes is None else num_classes,
         "cardinality": configuration.cardinality,
         "drop_path_rate": drop_path_rate,
@@ -154,7 +157,7 @@ def create_model(
     }
     dla = configuration.stem == "dla"
     if fused:
-        kind = DlaBottle2neck if dla else Bottle2neck
+        kind: type[nn.Module] = DlaBottle2neck if dla else Bottle2neck
     else:
         kind = ReferenceDlaBottle2neck if dla else ReferenceBottle2neck
     shape = (configuration.layers if layers is None else layers, configuration.base_width, configuration.scale, kind)

@@ -8,6 +8,7 @@ published Res2Net checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class Res2Net(Network):
         layers: Sequence[int],
         base_width: int = 26,
         scale: int = 4,
-        block: Callable[..., nn.Module] = Bottle2neck,
+        block: Any = Bottle2neck,
         num_classes: int = 1000,
         *,
         cardinality: int = 1,
@@ -73,8 +74,8 @@ class Res2Net(Network):
             out_channels = planes[i] * block.expansion
             blocks = []
             for j in range(layers[i]):
-                more = {"cardinality": cardinality, "dilation": dilation if j else first_dilation}
-                more = {name: value for name, value in more.items() if value != 1}
+                grouped = {"cardinality": cardinality, "dilation": dilation if j else first_dilation}
+                more: dict[str, object] = {name: value for name, value in grouped.items() if value != 1}
                 more |= {k: v for k, v in (("attn_layer", attn_layer), ("drop_path", next(drops))) if v is not None}
                 if not j and stage_passthrough != "last":
                     more["passthrough"] = stage_passthrough
@@ -114,7 +115,8 @@ def _stem(stem: str, in_chans: int) -> nn.Module:
         return nn.Conv2d(in_chans, STEM_CHANNELS, kernel_size=3, padding=1, bias=False)
     if stem == "imagenet":
         return nn.Conv2d(in_chans, STEM_CHANNELS, kernel_size=7, stride=2, padding=3, bias=False)
-    inner, layers = STEM_CHANNELS // 2, []
+    inner = STEM_CHANNELS // 2
+    layers: list[nn.Module] = []
     for channels, stride in ((in_chans, 2), (inner, 1)):
         layers.append(nn.Conv2d(channels, inner, kernel_size=3, stride=stride, padding=1, bias=False))
         layers += [nn.BatchNorm2d(inner), nn.ReLU(inplace=True)]
