@@ -6,8 +6,8 @@ Prints how far both are from timm's own output, and for every block whether it r
 from __future__ import annotations
 
 import argparse
+from types import ModuleType
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +20,19 @@ EXAMPLES = """examples:
 """
 
 
+def import_timm() -> ModuleType:
+    """timm; where it cannot be imported the program ends and says why."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # the latter from torchvision, which timm imports
+        raise SystemExit(
+            f"timm cannot be imported: {error}\n"
+            "pip install --no-deps timm torchvision huggingface_hub safetensors pyyaml; torchvision must be of torch's own "
+            "release and build, CPU or CUDA."
+        ) from error
+    return timm
+
+
 def taken_over(model: nn.Module) -> nn.Module:
     """The same model: keys, hooks and classes stay, every block that is recognised runs fused."""
     return res2net_fused.accelerate(model)
@@ -27,6 +40,7 @@ def taken_over(model: nn.Module) -> nn.Module:
 
 def rebuilt(name: str, model: nn.Module) -> nn.Module:
     """timm's network built with this package's block in the place of timm's, with the weights of `model`."""
+    timm = import_timm()
     own = timm.models.res2net.Bottle2neck
     try:
         timm.models.res2net.Bottle2neck = res2net_fused.Bottle2neck
@@ -50,7 +64,7 @@ def main() -> None:
     parser.add_argument("--pretrained", action="store_true", help="with timm's weights, which are fetched (default: random)")
     parser.add_argument("--size", type=int, default=224, help="rows and columns of the image (default 224)")
     arguments = parser.parse_args()
-    model = timm.create_model(arguments.model, pretrained=arguments.pretrained).eval()
+    model = import_timm().create_model(arguments.model, pretrained=arguments.pretrained).eval()
     images = torch.randn(1, 3, arguments.size, arguments.size).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = model(images)

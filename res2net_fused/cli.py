@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     networks.add_argument(
         "--model",
         type=_models,
-        help="whole networks, on two photographs: any of res2net_fused.models.list_models(), separated by commas, or all "
-        "(default: res2net50_26w4s,res2net50_14w8s,resnet50)",
+        help="whole networks, on two photographs: any of res2net_fused.models.list_models(), separated by commas, or all; "
+        "six at a time take turns (default: res2net50_26w4s,res2net50_14w8s,resnet50)",
     )
     networks.add_argument("--no-network", action="store_true", help="leave whole networks out")
     bench.add_argument("--model-batch", type=_batches, help="of the networks, such as 1,8 (default: --batch, else 1,8)")

@@ -233,11 +233,14 @@ def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
 
 def random_twin(block: nn.Module) -> nn.Module:
     """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
-    twin = copy.deepcopy(block)
+    groups = [module.process_group for module in block.modules() if isinstance(module, nn.SyncBatchNorm)]
+    twin = copy.deepcopy(block, {id(group): group for group in groups})  # a process group cannot be copied
     if any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers())):
         twin = twin.to_empty(device="cpu")
     twin = twin.to(device="cpu", dtype=torch.float64)
     for module in twin.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = _OneProcessNorm
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
             hooks.clear()
     for name, tensor in itertools.chain(twin.named_parameters(), twin.named_buffers()):
@@ -246,6 +249,12 @@ def random_twin(block: nn.Module) -> nn.Module:
         elif tensor.is_floating_point():
             tensor.normal_().mul_(1 / max(1, tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 1)
     return twin
+
+
+class _OneProcessNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm as it is in one process: its own forward would wait for the others, and refuses tensors on the CPU."""
+
+    forward = nn.BatchNorm2d.forward
 
 
 def _outputs(call: Callable[[], Tensor], twin: nn.Module, training: bool) -> Tensor:

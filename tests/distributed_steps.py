@@ -67,6 +67,15 @@ def synchronise_chains(model: nn.Module) -> nn.Module:
     return model
 
 
+def accelerated_in_eval_mode(group: dist.ProcessGroup) -> dict[str, object]:
+    """A network whose norms are all synchronised over a group of their own, before and after it is taken over."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(accelerated=False), group).eval()
+    with torch.no_grad():
+        expected = model(images(0))
+        out = accelerate(model)(images(0))
+    return {"expected": expected, "out": out, "reports": [(report.fused, report.reason) for report in explain(model)]}
+
+
 def main(kind: str, rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
@@ -84,9 +93,10 @@ def main(kind: str, rank: int, folder: Path) -> None:
         fully_shard(model)
         results["losses"] = train(model, batches(rank))
     else:
-        model = network(only_chains=True)
+        model = network(accelerated=False, only_chains=True)
         wrapped = nn.parallel.DistributedDataParallel(model)
-        synchronise_chains(model)  # wrapped before, since on a CPU it refuses any module with synchronised norms
+        # Wrapped before, since on a CPU it refuses any module with synchronised norms.
+        accelerate(synchronise_chains(model), "reference")
         results["losses"] = train(wrapped, batches(rank))
         results["plan"] = explain(model)[0].plan
         unasked = synchronise_chains(accelerate(network(accelerated=False, only_chains=True)))
@@ -95,6 +105,7 @@ def main(kind: str, rank: int, folder: Path) -> None:
         except ValueError as error:  # PyTorch's own synchronised norms run on GPUs only
             results["error"] = str(error)
         results["reason"] = explain(unasked)[0].reason
+        results["eval"] = accelerated_in_eval_mode(dist.new_group(range(WORLD)))
     state = model.state_dict()
     results["state"] = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in state.items()}
     results["fused"] = [report.fused for report in explain(model)]

@@ -43,6 +43,7 @@ MODELS = {
     "timm_next": lambda: timm_model("res2next50"),
     "timm_d": lambda: timm_model("res2net50d"),
     "timm_se": lambda: timm_model("res2net50_26w_4s", block_args={"scale": 4, "attn_layer": SqueezeExcite}),
+    "timm_d_dilated": lambda: timm_model("res2net50d", output_stride=8),
     "timm_dilated": lambda: timm_model("res2net50_26w_4s", output_stride=8),
 }
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())

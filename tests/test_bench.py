@@ -9,7 +9,7 @@ from torch import nn
 
 from res2net_fused.bench import measure, networks, photographs, plot, providers, results, runtimes, sweep, training, workloads
 from res2net_fused.bench.workloads import DEFAULT_CONFIGS, Case, Config
-from res2net_fused.models import Res2Net
+from res2net_fused.models import Res2Net, list_models
 from res2net_fused.parity import relative_error
 from res2net_fused.reference import ReferenceBottle2neck
 
@@ -279,6 +279,18 @@ def test_network_on_photographs():
     assert {row.backend for row in case.parity} == {"reference"}
     assert set(case.differences) == {row.stage for row in case.parity}
     assert all(0 <= difference < 1 for difference in case.differences.values())
+    assert case.coverage == "16 of 16"
+
+
+def test_many_networks_take_turns_in_groups(monkeypatch):
+    """Every one is timed at every batch, and never are the copies of more in memory than fit."""
+    calls = []
+    monkeypatch.setattr(sweep, "time_networks", lambda cases, batch, *_: calls.append((batch, cases)) or list(cases))
+    names = list_models()
+    assert sweep._time_networks(names, settings(model_batches=(1, 8))) == names * 2
+    assert max(len(cases) for _, cases in calls) <= 6 < len(names)
+    assert [batch for batch, _ in calls] == sorted(batch for batch, _ in calls) and {batch for batch, _ in calls} == {1, 8}
+    assert sweep._time_networks([], settings(model_batches=(1,))) == []
 
 
 # Training -------------------------------------------------------------------------------------------------------------

@@ -65,15 +65,19 @@ def test_full_timm_networks(name, tmp_path):
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("name", ["res2net50_26w_4s", pytest.param("res2next50", marks=pytest.mark.slow), "resnet50"])
+@pytest.mark.parametrize("name", quick(("res2net50_v1b", "res2net50_26w_4s", "res2next50"), "res2net50_v1b") + ["resnet50"])
 def test_dilated_as_timm(name, output_stride, tmp_path):
+    """Every stage's features, of sizes that no stride divides."""
     layers = (1, 1, 2, 2)
     theirs = randomize(timm_network(name, layers, output_stride=output_stride, num_classes=10))
     ours = small(name, layers=layers, output_stride=output_stride).eval()
     load_checkpoint(ours, save(theirs.state_dict(), tmp_path / "timm.pt"))
-    images = images_for(name)
+    images = torch.randn(2, 3, 61, 74)
     with torch.no_grad():
         assert_close(ours(images), theirs(images), ROUNDING)
+        own = theirs.forward_intermediates(images, indices=[1, 2, 3, 4], intermediates_only=True)
+        for feature, expected in zip(ours.stages(images), own, strict=True):
+            assert_close(feature, expected, ROUNDING)
 
 
 @timm_names

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_steps import STEPS, WORLD, batches, network, optimizer_of, train
+from helpers import assert_close
 from torch import nn
 
 from res2net_fused import synchronise
@@ -82,6 +83,9 @@ def test_synchronised_norms_are_those_of_the_joined_batch(tmp_path):
         # Where nobody asked for it, the class's own forward runs, and explain says why.
         assert "SyncBatchNorm" in result["reason"] and "asks for the operator" in result["reason"]
         assert "SyncBatchNorm" in result["error"] or "GPU" in result["error"]
+        evaluated = result["eval"]
+        assert evaluated["reports"] and all(fused for fused, _ in evaluated["reports"]), evaluated["reports"]
+        assert_close(evaluated["out"], evaluated["expected"], 1e-12)
 
 
 def test_moments_of_unequal_parts_are_those_of_the_whole(monkeypatch):

@@ -58,7 +58,7 @@ def test_digits_are_learnt_alike_by_both_paths(digits, tmp_path):
     assert is_picture(tmp_path / "digits.png")
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "accelerate_timm"])  # which imports timm
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_has_examples(name):
     done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True, check=True)
     assert "examples:" in done.stdout and f"python examples/{name}.py" in done.stdout
@@ -80,6 +80,12 @@ def test_blocks_of_timm(name, example, monkeypatch, capsys):
     differences = [float(line.split("relative difference ")[1].split()[0]) for line in out.splitlines() if "relative" in line]
     assert len(differences) == 2 and all(0 < difference < 1e-4 for difference in differences)
     assert timm.models.res2net.Bottle2neck is own
+
+
+def test_a_timm_that_cannot_be_imported_is_told(example, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SystemExit, match="timm cannot be imported.*\n.*pip install"):
+        run_main(example("accelerate_timm"), monkeypatch)
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def small_case(name="res2net50_26w4s"):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 32, 32)
     network = networks.calibrate(networks.random_network(name, (1, 1, 1, 1)), images).requires_grad_(False)
-    return NetworkCase(name, "float32", network, network, images, ParityReport(), {})
+    return NetworkCase(name, "float32", network, images, ParityReport(), {}, "1 of 1")
 
 
 def test_models():

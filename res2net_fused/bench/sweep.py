@@ -23,6 +23,7 @@ from .workloads import TRAINED, Case, Config, cases
 
 WORKLOADS = ("chain", "block")
 TRAIN = ("default", "all", "none")
+_TOGETHER = 6  # networks that take turns with each other: the copies of more would fill a machine's memory
 _TRAINERS = ("ours", "eager", "eager_channels_last")
 
 
@@ -98,11 +99,7 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
         for batch in settings.model_batches:
             print(f"a training step of {name} at batch {batch}", flush=True)
             rows += _time_trained_network(name, batch, settings)
-    if networks:
-        repeats = 3 if settings.quick else 10
-        for batch in settings.model_batches:
-            names = settings.providers("network")
-            rows += time_networks(networks, batch, names, settings.device, settings.backend, repeats)
+    rows += _time_networks(networks, settings)
     environment = results.environment(settings.device, command) | {"peers": runtimes.versions()}
     stem = f"bench-{torch.device(settings.device).type}"
     results.write(out / f"{stem}.json", environment, rows)
@@ -112,6 +109,15 @@ def run_sweep(settings: Settings, out: Path, command: str) -> int:
     plot(results.read(out / f"{stem}.json"), out / f"{stem}.png")
     print(f"\nWritten: {out / stem}.json and {out / stem}.png")
     return 0
+
+
+def _time_networks(networks: list[NetworkCase], settings: Settings) -> list[dict[str, Any]]:
+    rows, repeats = [], 3 if settings.quick else 10
+    for batch in settings.model_batches:
+        for i in range(0, len(networks), _TOGETHER):
+            some, names = networks[i : i + _TOGETHER], settings.providers("network")
+            rows += time_networks(some, batch, names, settings.device, settings.backend, repeats)
+    return rows
 
 
 def _time_case(case: Case, settings: Settings, bar: Any) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ class Res2Net(Network):
                 more |= {k: v for k, v in (("attn_layer", attn_layer), ("drop_path", next(drops))) if v is not None}
                 if not j and stage_passthrough != "last":
                     more["passthrough"] = stage_passthrough
-                shortcut = None if j else projection(channels, out_channels, stride, pooled_shortcut)
+                shortcut = None if j else projection(channels, out_channels, stride, pooled_shortcut, dilation > 1)
                 stype = "normal" if j else "stage"
                 first_stride = 1 if j else stride
                 blocks.append(
@@ -123,13 +123,23 @@ def _stem(stem: str, in_chans: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(inner, STEM_CHANNELS, kernel_size=3, padding=1, bias=False))
 
 
-def projection(in_channels: int, out_channels: int, stride: int, pooled: bool = False) -> nn.Module:
-    """The shortcut of a stage's first block, (N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride))."""
+def projection(in_channels: int, out_channels: int, stride: int, pooled: bool = False, dilated: bool = False) -> nn.Module:
+    """The shortcut of a stage's first block, (N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride)).
+
+    pooled: whether an average pool strides, before the 1x1 convolution. dilated: whether the stage dilates instead of striding;
+    a pool then reads the pixels that it would read on the strided input, two by two, as timm's networks do.
+    """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=1 if pooled else stride, bias=False)
+    norm = nn.BatchNorm2d(out_channels)
     if not pooled:
-        return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-    pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-    return nn.Sequential(pool, conv, nn.BatchNorm2d(out_channels))
+        return nn.Sequential(conv, norm)
+    if dilated:
+        pool: nn.Module = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))  # timm, too, counts the zeros
+    elif stride > 1:
+        pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+    else:
+        pool = nn.Identity()
+    return nn.Sequential(pool, conv, norm)
 
 
 def res2net50(
