@@ -7,6 +7,7 @@ block's own forward stay. The subclass pickles as (mixin, original class) and is
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Iterable, Iterator
 
@@ -71,13 +72,17 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives accelerated blocks their original classes back, in place; classes that others put on top later stay on top."""
+    """Gives accelerated blocks their original classes back, in place; classes that others put on top later stay on top.
+
+    Not while another thread calls the model: a call that has begun needs what this takes away.
+    """
     for module in model.modules():
         module.__dict__.pop(REFUSAL, None)
         generated = next((c for c in type(module).__mro__ if c in _originals), None)
         if generated is None:
             continue  # never accelerated; a Bottle2neck is fused by its own class
-        module.__class__ = _without(type(module), generated)
+        with _generating:
+            module.__class__ = _without(type(module), generated)
         del module.__dict__[STATE]
     return model
 
@@ -86,7 +91,9 @@ def freeze(model: nn.Module) -> nn.Module:
     """Folds and packs every fused block's weights now and keeps them, also under torch.compile, until `refresh`.
 
     For inference with parameters that no longer change: frozen blocks are not checked for changed weights. `train()`, `.to()`
-    and `load_state_dict` thaw them. Raises RuntimeError for a block whose BatchNorm is in training mode.
+    and `load_state_dict` thaw them. Other threads may call the model meanwhile. A CUDA graph captured of a frozen model reads
+    the frozen weights: keep the model frozen as long as the graph is replayed. Raises RuntimeError for a block whose BatchNorm
+    is in training mode.
     """
     for name, block in fused_blocks(model):
         if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
@@ -94,12 +101,12 @@ def freeze(model: nn.Module) -> nn.Module:
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
         if isinstance(state, BlockState1d):
-            state.frozen = work_out_and_pack(*parts_1d(block, state.layout), copy=True)
+            state.freeze(lambda block=block, state=state: work_out_and_pack(*parts_1d(block, state.layout), copy=True))
             continue
         parts = parts_of(block, state.layout)
         if why_not_foldable(parts) is not None:
             continue  # it runs its class's own forward; `explain` tells
-        state.frozen = fold_and_pack(parts, parts.conv1.weight.dtype, state)
+        state.freeze(lambda parts=parts, state=state: fold_and_pack(parts, parts.conv1.weight.dtype, state))
     return model
 
 
@@ -109,7 +116,10 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Drops all kept weights: needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`."""
+    """Drops all kept weights: needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+
+    Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
+    """
     for _, block in fused_blocks(model):
         getattr(block, STATE).drop()
     return model
@@ -125,11 +135,17 @@ def fused_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 # Generated classes ----------------------------------------------------------------------------------------------------
 
 _originals: dict[type, type] = {}  # generated class -> the class it stands in front of
+_generating = threading.Lock()  # functools.cache alone would let two threads generate a class each
+
+
+def fused_class(original: type, mixin: type) -> type:
+    """The subclass of `original` whose forward runs fused; the same one for every call, in any thread."""
+    with _generating:
+        return _generate(original, mixin)
 
 
 @functools.cache
-def fused_class(original: type, mixin: type) -> type:
-    """The subclass of `original` whose forward runs fused; the same one for every call."""
+def _generate(original: type, mixin: type) -> type:
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
     generated = type(f"Fused{original.__name__}", (mixin, original), body)
     _originals[generated] = original

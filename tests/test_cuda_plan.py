@@ -176,10 +176,17 @@ def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
         ({"width": 1024}, "1024 channels; at most 512"),
         ({"dtype": torch.float64}, "torch.float64; this backend runs torch.float16, torch.bfloat16, torch.float32"),
         ({"groups": 2}, "groups is 2"),
-        ({"height": 20000, "columns": 20000}, "an image has more than"),
+        ({"height": 20000, "columns": 20000}, "an image of x has 102400000000 bytes, its groups padded to 16; at most 1073741824"),
+        ({"height": 2**15 + 1}, "the height of x is 32769; at most 32768"),
+        ({"columns": 2**20 + 1}, "the width of x is 1048577; at most 1048576"),
+        ({"batch": 2**30 + 1}, "the batch is 1073741825; at most 1073741824"),
+        ({"batch": 2**30}, "x has 53876069761024 bytes, its groups padded to 16; at most 17592186044416"),
+        # dense, an image would be of 2^30 bytes, but the block pads groups of 2 channels to 8
+        ({"width": 2, "height": 2**13, "columns": 2**13}, "an image of x has 4294967296 bytes"),
+        ({"width": 2, "batch": 2**14, "height": 2**15, "columns": 512}, "16384 images, whose parts are more than the 2147483647"),
         ({"dilation": 4000}, "shared memory"),
         ({"dilation": 30000, "scale": 9, "columns": 100000, "height": 1}, "shared memory"),
-        ({"dilation": 2**31}, "dilation"),
+        ({"dilation": 2**31}, "dilation is .*; at most 32768"),
     ],
 )
 def test_what_cannot_run_says_why(changed, reason):

@@ -1,5 +1,6 @@
 #include "cpu/arena.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -45,6 +46,10 @@ class Cache {
     shrink(kCacheLimit);
   }
 
+  // Around a fork: the child must not inherit a lock held by a thread that it does not have.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
   int64_t held(bool release) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (release) shrink(0);
@@ -69,6 +74,9 @@ Cache& cache() {
   static Cache* const instance = new Cache;  // never destroyed: threads may outlive static objects
   return *instance;
 }
+
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork([] { cache().lock(); }, [] { cache().unlock(); }, [] { cache().unlock(); });
 
 CachedBlock allocate(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import triton
 
+from .step_plan import MAX_PROGRAMS
+
 
 @dataclass(frozen=True)
 class KernelCall:
@@ -15,6 +17,10 @@ class KernelCall:
     programs: int
     arguments: dict[str, object]
     options: dict[str, object]
+
+    def __post_init__(self) -> None:
+        if self.programs > MAX_PROGRAMS:
+            raise ValueError(f"the call needs {self.programs} programs in one launch; at most {MAX_PROGRAMS} are allowed")
 
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments, **self.options)
