@@ -30,7 +30,7 @@ def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = Fal
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
     keep the convolutions' outputs: less memory for one more convolution a step.
     Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
-    lists them with the reason. `restore(model)` takes it back.
+    lists them with the reason. `restore(model)` takes it back. Other threads may call the model meanwhile.
     Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
     """
     if not isinstance(model, nn.Module):

@@ -98,7 +98,8 @@ def test_changing_shapes(calls):
         with torch.inference_mode():
             block(torch.zeros(batch, 32, height, width))
             hierarchical_conv2d(torch.zeros(batch, 32, height, width), weights, biases)
-            hierarchical_conv1d(torch.zeros(batch, 16, height * width + 4), rows, dilation=1 + i % 3)
+            # of few lengths: PyTorch's own convolutions keep a thousand kernels of oneDNN's, one for each shape
+            hierarchical_conv1d(torch.zeros(batch, 16, height + 4), rows, dilation=1 + i % 3)
 
     assert_flat(call, calls)
 
