@@ -170,7 +170,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> 
         return fold_block(block, dtype)
     tensors = block_tensors(block)
     if not cacheable(tensors):
-        # A captured graph folds at every replay, and packs as the calls before it did: it launches the kernels that they loaded.
+        # A captured graph folds at every replay, and packs as calls before it did: so it launches kernels that are loaded.
         return fold_and_pack(block, dtype, state) if capturing() else fold_block(block, dtype)
     projection = projection_of(block)
     settings = (

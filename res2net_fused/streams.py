@@ -27,7 +27,7 @@ class MadeOn:
         self.event.synchronize()
 
     def lend(self, value: object) -> None:
-        """Lets the current stream read value's tensors: it waits for them, and their memory stays theirs until it is through."""
+        """Lets the current stream read value's tensors: it waits for them, and they keep their memory until it is through."""
         stream = torch.cuda.current_stream(self.stream.device)
         if stream == self.stream:
             return

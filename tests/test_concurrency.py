@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -141,7 +142,10 @@ def block_1d():
     return accelerate(randomize(SpeechBrainChain()).double().eval(), backend="cpu"), x
 
 
-@pytest.fixture(params=[(block_2d, fused_block, "fold_and_pack"), (block_1d, fused_block1d, "work_out_and_pack")], ids=["2d", "1d"])
+SLOW = {"2d": (block_2d, fused_block, "fold_and_pack"), "1d": (block_1d, fused_block1d, "work_out_and_pack")}
+
+
+@pytest.fixture(params=SLOW.values(), ids=SLOW.keys())
 def slow_block(request, monkeypatch):
     """(block, x, made, go): after folding, the first call sets `made` and waits for `go`."""
     make, module, name = request.param
@@ -156,10 +160,8 @@ def slow_block(request, monkeypatch):
             assert go.wait(60)
         return result
 
-    monkeypatch.setattr(module, name, slowly)
-    from res2net_fused import accelerate as function
-
-    monkeypatch.setitem(function.__globals__, name, slowly)  # `freeze` calls it too
+    for where in (module, sys.modules["res2net_fused.accelerate"]):  # `freeze` is there
+        monkeypatch.setattr(where, name, slowly)
     return block, x, made, go
 
 
@@ -359,7 +361,7 @@ def _right_in_a_child(call, expected) -> bool:
     return False
 
 
-def _child_with_lock(queue) -> None:
+def _call_in_a_child(queue) -> None:
     queue.put(float(hierarchical_conv2d(*Chain(width=3).tensors((1, 3, 3), torch.float32)).sum()))
 
 
@@ -371,7 +373,7 @@ def test_a_process_forked_by_multiprocessing():
     try:
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
-        child = context.Process(target=_child_with_lock, args=(queue,))
+        child = context.Process(target=_call_in_a_child, args=(queue,))
         child.start()
         found = queue.get(timeout=60)
         child.join(60)
@@ -385,6 +387,6 @@ def test_a_process_forked_by_multiprocessing():
 
 
 def test_the_module_leaves_free_threaded_python_its_freedom():
-    """Importing a module that does not say so turns the lock on again; without such a Python the declaration is all there is."""
+    """Importing a module that does not say so turns the lock on again. The declaration is what can be tested without one."""
     source = Path(__file__).parents[1] / "csrc/python/build_info_module.cpp"
     assert re.search(r"PYBIND11_MODULE\(_build_info, m, py::mod_gil_not_used\(\)\)", source.read_text())

@@ -176,7 +176,7 @@ def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
         ({"width": 1024}, "1024 channels; at most 512"),
         ({"dtype": torch.float64}, "torch.float64; this backend runs torch.float16, torch.bfloat16, torch.float32"),
         ({"groups": 2}, "groups is 2"),
-        ({"height": 20000, "columns": 20000}, "an image of x has 102400000000 bytes, its groups padded to 16; at most 1073741824"),
+        ({"height": 20000, "columns": 20000}, "an image of x has 102400000000 bytes, .* at most 1073741824"),
         ({"height": 2**15 + 1}, "the height of x is 32769; at most 32768"),
         ({"columns": 2**20 + 1}, "the width of x is 1048577; at most 1048576"),
         ({"batch": 2**30 + 1}, "the batch is 1073741825; at most 1073741824"),

@@ -187,7 +187,8 @@ def test_cuda_copies_slices_whose_images_are_too_large_to_count_in():
     storage = sparse_zeros(LIMIT, torch.bfloat16)
 
     def pitch(height, columns, channels):
-        return native_cuda.pixel_pitch(storage[: height * columns * channels].view(1, height, columns, channels).permute(0, 3, 1, 2))
+        x = storage[: height * columns * channels].view(1, height, columns, channels)
+        return native_cuda.pixel_pitch(x.permute(0, 3, 1, 2))
 
     assert pitch(2**10, 2**10, 2**9) == 2**9
     assert pitch(2**11, 2**10, 2**9) is None

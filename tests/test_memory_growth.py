@@ -28,7 +28,7 @@ def resident_megabytes():
 
 
 def growth(call, calls):
-    """(megabytes of the process, bytes of Python, Python's objects) that `calls` calls add, after as many to warm up as matter."""
+    """(megabytes of the process, bytes of Python, Python's objects) that `calls` calls add, once others have warmed up."""
     for i in range(calls // 5):
         call(i)
     gc.collect()

@@ -13,7 +13,6 @@ from ..kernels.step_plan import padded_lanes
 from .triton_backend import why_not_device
 from .triton_settings import convolutions_use_tf32
 
-
 MAX_LENGTH = 2**30 - 2**10  # of a row and of its padding: positions are int32, mirrored ones twice as large on the way
 MAX_WEIGHTS = 2**31 - 1  # of one convolution, padded
 
@@ -24,7 +23,8 @@ def why_not_1d(problem: Chain1dProblem) -> str | None:
 
 def _why_not_size(problem: Chain1dProblem) -> str | None:
     if problem.length > MAX_LENGTH or problem.padding > MAX_LENGTH:
-        return f"rows of x hold {problem.length} values and {problem.padding} more at each end; at most {MAX_LENGTH} are allowed"
+        found = f"{problem.length} values and {problem.padding} more at each end"
+        return f"rows of x hold {found}; at most {MAX_LENGTH} are allowed"
     weights = problem.kernel_size * problem.width * padded_lanes(problem.width)
     if weights > MAX_WEIGHTS:
         return f"a convolution has {weights} weights, padded; at most {MAX_WEIGHTS} are allowed"

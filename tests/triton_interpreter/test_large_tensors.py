@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 elements in the Triton kernels, in memory of which only a few pages exist; and what is too large for them."""
+"""Offsets beyond 2^31 elements in the Triton kernels, in memory of which only a few pages exist; how long a launch may be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from chain_cases import make_case, poison_new_memory
 from helpers import sparse_zeros, spread_out
+from triton.runtime.interpreter import interpreter_builder
 
 from res2net_fused import hierarchical_conv1d
 from res2net_fused.backends import triton_backend
@@ -77,18 +78,14 @@ def test_pixels_of_a_whole_batch() -> None:
     x, out = sparse_zeros(2 * pixels, torch.float16), sparse_zeros(2 * pixels, torch.float16)
     weight, bias = torch.eye(2, dtype=torch.float16), torch.ones(2)
     x[:2], x[-2:] = 2, 3
-    call = pointwise_call(
-        Pixels(x, 2, 2), weight, bias, None, Pixels(out, 2, 2), pixels, (2, 2), False, "ieee", tile
-    )  # fmt: skip
+    call = pointwise_call(Pixels(x, 2, 2), weight, bias, None, Pixels(out, 2, 2), pixels, (2, 2), False, "ieee", tile)
     assert call.programs == 2**28
-    from triton.runtime.interpreter import interpreter_builder
-
-    # The interpreter runs a whole grid; the builder's index is what program_id gives.
-    last = call.programs - 1
-    own = type(interpreter_builder).set_grid_idx
+    # A grid of two, of which the second program is told that it is the last of all.
+    builder, last = type(interpreter_builder), call.programs - 1
+    own_index, own_size = builder.set_grid_idx, builder.set_grid_dim
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(interpreter_builder), "set_grid_idx", lambda self, x, y, z: own(self, last * x, y, z))
-        patch.setattr(type(interpreter_builder), "set_grid_dim", lambda self, x, y, z: setattr(self, "grid_dim", (last + 1, y, z)))
+        patch.setattr(builder, "set_grid_idx", lambda self, x, y, z: own_index(self, last * x, y, z))
+        patch.setattr(builder, "set_grid_dim", lambda self, x, y, z: own_size(self, last + 1, y, z))
         call.kernel[(2,)](**call.arguments, **call.options)
     assert out[:2].eq(3).all() and out[-2:].eq(4).all()
     assert out[2**32 : 2**32 + 64].eq(0).all()
