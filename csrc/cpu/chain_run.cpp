@@ -53,8 +53,8 @@ class Sources {
 };
 
 // Reads one float of every cache line of some images, in the order of memory. The chain reads and writes a group at a time,
-// short pieces far apart, which comes from memory at a fraction of the speed at which whole rows do. Not of pixels far apart: what
-// lies between them would come too, gigabytes of it where x is a slice of something huge.
+// short pieces far apart, which comes from memory at a fraction of the speed at which whole rows do. Not of
+// pixels far apart: what lies between them would come too, gigabytes of it where x is a slice of something huge.
 void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, int64_t channels) {
   constexpr int64_t kLine = 16;
   if (view.pixel > 4 * channels) return;
