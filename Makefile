@@ -56,7 +56,7 @@ types: $(INSTALLED)
 $(DEPENDENCIES): Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0 triton==3.7.1
-	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja pybind11 ruff mypy==2.4.1
+	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja 'pybind11>=2.13' ruff mypy==2.4.1
 	touch $@
 
 # Editable, so that Python sources need no installing again; native code is built anew (by ninja, only what changed).

@@ -253,7 +253,7 @@ class NativeBuild(build_ext):
         try:
             import pybind11
         except ImportError:
-            raise Missing(f"pybind11 not found: `pip install pybind11`, then run `{REBUILD}`") from None
+            raise Missing(f"pybind11 not found: `pip install 'pybind11>=2.13'`, then run `{REBUILD}`") from None
         python_include = sysconfig.get_path("include")
         if not Path(python_include, "Python.h").is_file():
             raise Missing(f"{python_include}/Python.h not found: install Python's headers (Debian: python3-dev)")

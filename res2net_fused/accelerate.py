@@ -7,6 +7,7 @@ block's own forward stay. The subclass pickles as (mixin, original class) and is
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) 
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
     keep the convolutions' outputs: less memory for one more convolution a step.
     Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
-    lists them with the reason. `restore(model)` takes it back.
+    lists them with the reason. `restore(model)` takes it back. Other threads may call the model meanwhile.
     Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
     """
     if not isinstance(model, nn.Module):
@@ -76,14 +77,18 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
 
 
 def restore(model: Model) -> Model:
-    """Gives accelerated blocks their original classes back, in place; classes that others put on top later stay on top."""
+    """Gives accelerated blocks their original classes back, in place; classes that others put on top later stay on top.
+
+    Not while another thread calls the model: a call that has begun needs what this takes away.
+    """
     for module in model.modules():
         module.__dict__.pop(REFUSAL, None)
         generated = next((c for c in type(module).__mro__ if c in _originals), None)
         if generated is None:
             continue  # never accelerated; a Bottle2neck is fused by its own class
         own: Any = type(module)
-        module.__class__ = _without(own, generated)
+        with _generating:
+            module.__class__ = _without(own, generated)
         del module.__dict__[STATE]
     return model
 
@@ -92,7 +97,9 @@ def freeze(model: Model) -> Model:
     """Folds and packs every fused block's weights now and keeps them, also under torch.compile, until `refresh`.
 
     For inference with parameters that no longer change: frozen blocks are not checked for changed weights. `train()`, `.to()`
-    and `load_state_dict` thaw them. Raises RuntimeError for a block whose BatchNorm is in training mode.
+    and `load_state_dict` thaw them. Other threads may call the model meanwhile. A CUDA graph captured of a frozen model reads
+    the frozen weights: keep the model frozen as long as the graph is replayed. Raises RuntimeError for a block whose BatchNorm
+    is in training mode.
     """
     for name, block in fused_blocks(model):
         if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
@@ -100,12 +107,13 @@ def freeze(model: Model) -> Model:
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
         if isinstance(state, BlockState1d):
-            state.frozen = work_out_and_pack(*parts_1d(block, state.layout), copy=True)
+            parts_of_row = parts_1d(block, state.layout)
+            state.freeze(functools.partial(work_out_and_pack, *parts_of_row, copy=True))
             continue
         parts = parts_of(block, state.layout)
         if why_not_foldable(parts) is not None:
             continue  # it runs its class's own forward; `explain` tells
-        state.frozen = fold_and_pack(parts, parts.conv1.weight.dtype, state)
+        state.freeze(functools.partial(fold_and_pack, parts, parts.conv1.weight.dtype, state))
     return model
 
 
@@ -115,7 +123,10 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
 
 
 def refresh(model: Model) -> Model:
-    """Drops all kept weights: needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`."""
+    """Drops all kept weights: needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+
+    Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
+    """
     for _, block in fused_blocks(model):
         getattr(block, STATE).drop()
     return model
@@ -131,11 +142,17 @@ def fused_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 # Generated classes ----------------------------------------------------------------------------------------------------
 
 _originals: dict[type, type] = {}  # generated class -> the class it stands in front of
+_generating = threading.Lock()  # functools.cache alone would let two threads generate a class each
+
+
+def fused_class(original: type, mixin: type) -> type:
+    """The subclass of `original` whose forward runs fused; the same one for every call, in any thread."""
+    with _generating:
+        return _generate(original, mixin)
 
 
 @functools.cache
-def fused_class(original: Any, mixin: Any) -> Any:
-    """The subclass of `original` whose forward runs fused; the same one for every call."""
+def _generate(original: Any, mixin: Any) -> Any:
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
     generated = type(f"Fused{original.__name__}", (mixin, original), body)
     _originals[generated] = original

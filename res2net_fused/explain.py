@@ -79,7 +79,8 @@ def _report(name: str, module: nn.Module) -> BlockReport:
             synchronised = synchronises(parts_of(module, state.layout).bns[0])
             plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute, synchronised)}"
             return BlockReport(name, True, choice.name, choice.reason, plan)
-        folded = state.frozen or (state.kept[1] if state.kept else None)
+        kept = state.kept  # read once: another thread may drop it
+        folded = state.frozen or (kept[1] if kept else None)
         choice = choose(problem, state.backend, folded.layout if folded else "plain")
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))

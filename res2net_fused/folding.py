@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .layouts import BlockParts
+from .streams import MadeOn, use_kept
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
-_epoch = 0  # advanced by every optimizer step: fused optimizers write parameters without bumping `_version`
+# Another object after every optimizer step: fused optimizers write parameters without bumping `_version`. No counter, which
+# steps in several threads could set back to a number that kept weights still have.
+_epoch = object()
 
 
 def _advance_epoch(*_: object) -> None:
     global _epoch
-    _epoch += 1
+    _epoch = object()
 
 
 register_optimizer_step_post_hook(_advance_epoch)
@@ -47,6 +50,7 @@ class FoldedBlock:
     projection_stride: int = 1
     packed: list[Tensor] | None = None
     layout: str = "plain"
+    made: MadeOn | None = None  # where it is kept
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -159,9 +163,14 @@ def cacheable(tensors: Iterable[Tensor]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         return False
     return all(type(tensor) in _PLAIN_TYPES and not tensor.is_inference() for tensor in tensors)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: it holds the launches, and what they read has to outlive it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class CacheKey:
@@ -174,7 +183,7 @@ class CacheKey:
         self.fingerprints = [_fingerprint(tensor) for tensor in tensors]
 
     def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
-        if self.epoch != _epoch or self.settings != settings or len(tensors) != len(self.references):
+        if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.references):
             return False
         for tensor, reference, fingerprint in zip(tensors, self.references, self.fingerprints, strict=True):
             if reference() is not tensor or _fingerprint(tensor) != fingerprint:
@@ -184,3 +193,41 @@ class CacheKey:
 
 def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version
+
+
+class KeepsWeights:
+    """Of a block's state: what is kept from call to call, and when that is dropped.
+
+    Any number of threads may call the block while others drop or freeze what is kept. The fields are each read and written at
+    once, and `generation`, another object after every drop, tells weights that were read before it from later ones.
+    """
+
+    kept: tuple[CacheKey, Any] | None
+    frozen: Any
+    generation: object = None
+
+    def drop(self, frozen: bool = True) -> None:
+        if not torch.compiler.is_compiling():  # which would guard on it
+            self.generation = object()  # first: what is being made now must not be kept
+        self.kept = None
+        if frozen:
+            self.frozen = None
+
+    def keep(self, tensors: list[Tensor], settings: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """What is kept if nothing changed, else what `make` returns, which is kept from now on."""
+        settings = (self.generation, *settings)
+        kept = self.kept
+        if kept is None or not kept[0].matches(tensors, settings):
+            key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
+            self.kept = kept = key, make()
+        return use_kept(kept[1])
+
+    def freeze(self, make: Callable[[], Any]) -> None:
+        """Keeps what `make` returns until it is dropped; it is ready on every stream."""
+        generation = self.generation
+        frozen = make()
+        if frozen.made is not None:
+            frozen.made.wait()
+        self.frozen = frozen
+        if self.generation is not generation:
+            self.frozen = None  # dropped meanwhile

@@ -21,9 +21,11 @@ from .chain import ChainConfig, ChainProblem, memory_format
 from .folding import (
     CacheKey,
     FoldedBlock,
+    KeepsWeights,
     adds_at_once,
     block_tensors,
     cacheable,
+    capturing,
     fold_block,
     is_frozen,
     is_identity,
@@ -35,6 +37,7 @@ from .layouts import PUBLISHED, BlockLayout, BlockParts, parts_of, wrappers
 from .operator import fused_bottle2neck, hierarchical_conv2d
 from .packing import PackedWeights, one_operator, pack_block
 from .reference import activate, apply_optional, finish_bottle2neck
+from .streams import made_here, use_kept
 from .trained_block import is_auto, run_trained, uses_batch_statistics, why_not_trained
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
 
 
 @dataclass
-class BlockState:
+class BlockState(KeepsWeights):
     """What a fused block knows about itself; of this only the fields before `kept` are copied and pickled."""
 
     config: ChainConfig
@@ -59,11 +62,6 @@ class BlockState:
     last_problem: ChainProblem | None = None  # of the last fused call
     last_trained: bool = False  # whether that call had batch statistics
     last_refusal: str | None = None  # why the last call ran the class's own forward
-
-    def drop(self, frozen: bool = True) -> None:
-        self.kept = None
-        if frozen:
-            self.frozen = None
 
     def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("config", "backend", "geometry", "recompute", "shortcut", "layout")}
@@ -179,29 +177,26 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> 
     frozen = state.frozen
     if frozen is not None and frozen.conv1_weight.dtype == dtype:
         if frozen.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
-            return replace(frozen, projection_weight=None, packed=None, layout="plain")
-        return frozen
+            frozen = replace(frozen, projection_weight=None, packed=None, layout="plain")
+        return use_kept(frozen)
     if torch.compiler.is_compiling():
         return fold_block(block, dtype)
     tensors = block_tensors(block)
     if not cacheable(tensors):
-        return fold_block(block, dtype)
+        # A captured graph folds at every replay, and packs as calls before it did: so it launches kernels that are loaded.
+        return fold_and_pack(block, dtype, state) if capturing() else fold_block(block, dtype)
     projection = projection_of(block)
     settings = (
         dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
         None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
     )  # fmt: skip
-    kept = state.kept
-    if kept is None or not kept[0].matches(tensors, settings):
-        key = CacheKey(tensors, settings)  # before folding: a write meanwhile must show as a mismatch
-        state.kept = kept = key, fold_and_pack(block, dtype, state)
-    return kept[1]
+    return state.keep(tensors, settings, lambda: fold_and_pack(block, dtype, state))
 
 
 def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
     """Folded and packed for keeping: ordinary tensors outside autograd, also when called in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
-        return pack_block(fold_block(block, dtype), state.config, state.backend)
+        return made_here(pack_block(fold_block(block, dtype), state.config, state.backend), block.conv1.weight.device)
 
 
 def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:

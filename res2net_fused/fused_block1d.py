@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from .backends.chain1d import chain_pays_1d, choose_1d, pack_1d, plan_1d
 from .backends.selection import requested
 from .chain1d import Chain1dConfig, Chain1dProblem
-from .folding import CacheKey, affine_of, cacheable, why_not_bypassed
+from .folding import CacheKey, KeepsWeights, affine_of, cacheable, why_not_bypassed
 from .fused_block import STATE, FusedModule, given_shortcut, transformed
 from .layouts import Path, resolve
 from .operator1d import call_1d
+from .streams import MadeOn, made_here, use_kept
 from .trained_block import is_auto
 
 
@@ -42,10 +43,11 @@ class Chain1dWeights:
     scale: list[Tensor]
     shift: list[Tensor]
     packed: list[Tensor] | None = None
+    made: MadeOn | None = None  # where it is kept
 
 
 @dataclass
-class BlockState1d:
+class BlockState1d(KeepsWeights):
     """What a fused 1-D block knows about itself; of this only the fields before `kept` are copied and pickled."""
 
     config: Chain1dConfig
@@ -56,11 +58,6 @@ class BlockState1d:
     frozen: Chain1dWeights | None = field(default=None, repr=False)
     last_problem: Chain1dProblem | None = None  # of the last fused call
     last_refusal: str | None = None  # why the last call ran the class's own forward
-
-    def drop(self, frozen: bool = True) -> None:
-        self.kept = None
-        if frozen:
-            self.frozen = None
 
     def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("config", "backend", "layout", "geometry")}
@@ -123,16 +120,12 @@ def chain_weights(
     if _differentiable(convs, bns, x):
         return work_out(convs, bns)
     if frozen is not None and frozen.weights[0].dtype == convs[0].weight.dtype:
-        return frozen
+        return use_kept(frozen)
     tensors = _tensors(convs, bns)
     if not cacheable(tensors):
         return work_out(convs, bns)
     settings = requested(state.backend), tuple(bn.eps for bn in bns)
-    kept = state.kept
-    if kept is None or not kept[0].matches(tensors, settings):
-        key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
-        state.kept = kept = key, work_out_and_pack(convs, bns)
-    return kept[1]
+    return state.keep(tensors, settings, lambda: work_out_and_pack(convs, bns))
 
 
 def _tensors(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> list[Tensor]:
@@ -161,7 +154,7 @@ def work_out_and_pack(
             chain.biases = [bias.detach().clone() if copy else bias.detach() for bias in chain.biases]
         if chain.weights[0].device.type == "cpu":
             chain.packed = pack_1d(chain.weights)
-        return chain
+        return made_here(chain, chain.weights[0].device)
 
 
 def parts_1d(block: nn.Module, layout: Layout1d) -> tuple[list[nn.Conv1d], list[nn.BatchNorm1d]]:

@@ -1,5 +1,7 @@
 """Fixtures for all tests: reproducible numbers, no backend from the environment, memory poisoned on request."""
 
+import sys
+
 import pytest
 import torch
 
@@ -41,6 +43,15 @@ def poisoned_memory():
 def poisoned_scratch(monkeypatch):
     """The scratch memory of the native CPU kernels holds NaN before every call."""
     monkeypatch.setenv("RES2NET_FUSED_CPU_POISON", "1")
+
+
+@pytest.fixture
+def impatient_threads():
+    """The interpreter switches threads as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}threads")

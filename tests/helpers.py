@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import mmap
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -44,6 +47,46 @@ def tool(found, name: str, remedy: str):
             pytest.fail(message)  # continuous integration installs it: a skip there would hide the gate
         pytest.skip(message)
     return found
+
+
+def run_together(*work: Callable[[], object]) -> list[object]:
+    """Each in a thread of its own, all begun at one moment; what they returned, or the first error of any."""
+    results, errors, start = [None] * len(work), [], threading.Barrier(len(work))
+
+    def run(i: int) -> None:
+        try:
+            start.wait(60)
+            results[i] = work[i]()
+        except BaseException as error:  # a thread's own failure would be lost
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    return results
+
+
+def sparse_zeros(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros of which only those pages take memory that are written, so that there may be more of them than memory."""
+    size = elements * dtype.itemsize
+    # mmap.MAP_NORESERVE has a name from Python 3.13 on.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # which would be taken for every element
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def spread_out(x: Tensor, strides: tuple[int, int, int]) -> Tensor:
+    """x (N, C, H, W) with channels side by side and these strides of images, rows and pixels, in a sparse storage."""
+    sizes = x.shape[0], x.shape[2], x.shape[3]
+    last = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    image, row, pixel = strides
+    return sparse_zeros(last + x.shape[1], x.dtype).as_strided(x.shape, (image, 1, row, pixel)).copy_(x)
 
 
 # Chains ---------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """Kept weights: reused while nothing changes, dropped for every kind of change, absent from copies and files."""
 
 import copy
+import functools
 import io
 import pickle
-import sys
-import threading
 
 import pytest
 import torch
-from helpers import assert_close, randomize
+from helpers import assert_close, randomize, run_together
 from torch import nn
 
 from res2net_fused import Bottle2neck, freeze, fused_block, refresh
@@ -495,34 +494,17 @@ def test_kept_tensors_are_not_the_callers():
     assert not own & {t.untyped_storage().data_ptr() for t in kept_tensors(block)}
 
 
-@pytest.fixture
-def impatient_threads():
-    """The interpreter switches threads as often as it can."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
 @pytest.mark.usefixtures("impatient_threads")
 def test_replicas_in_threads():
     """DataParallel's replicas share their attributes, and so what is kept; none may get another's weights."""
     replicas = [randomize(make(), seed) for seed in (11, 12)]
     vars(replicas[1])[fused_block.STATE] = vars(replicas[0])[fused_block.STATE]
     expected = [own_forward(block) for block in replicas]
-    wrong = []
 
     def work(i):
-        for _ in range(40):
-            if not torch.allclose(fused(replicas[i]), expected[i], rtol=1e-10):
-                wrong.append(i)
+        return all(torch.allclose(fused(replicas[i]), expected[i], rtol=1e-10) for _ in range(40))
 
-    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert all(run_together(*(functools.partial(work, i % 2) for i in range(4))))
 
 
 # Freeze ---------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """The native CPU kernels: every instruction set and arithmetic against float64, sizes, scratch memory, threads, Inf and NaN."""
 
-import threading
+import functools
 
 import pytest
 import torch
 from cpu_kernel_cases import ARITHMETICS, INSTRUCTION_SETS, each_kernel
-from helpers import BOUNDS, CHAINS, Chain, assert_close, chains, relative_error
+from helpers import BOUNDS, CHAINS, Chain, assert_close, chains, relative_error, run_together
 
 from res2net_fused import hierarchical_conv2d, native, pack_weights, reference
 from res2net_fused.backends import native_cpu
@@ -241,22 +241,13 @@ def test_concurrent_calls_of_changing_shapes():
     for chain, shape in cases:
         tensors = chain.tensors(shape, torch.float32)
         prepared.append((chain, tensors, in_float64(chain, *tensors)))
-    errors = []
 
     def work(offset):
-        try:
-            for i in range(24):
-                chain, tensors, expected = prepared[(i + offset) % len(prepared)]
-                assert_close(call(chain, *tensors), expected)
-        except BaseException as error:  # a thread's own failure would be lost
-            errors.append(error)
+        for i in range(24):
+            chain, tensors, expected = prepared[(i + offset) % len(prepared)]
+            assert_close(call(chain, *tensors), expected)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert errors == []
+    run_together(*(functools.partial(work, i) for i in range(4)))
 
 
 def test_the_result_does_not_depend_on_what_scratch_held(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from res2net_fused import native
-from res2net_fused.backends import native_cuda, selection
+from res2net_fused.backends import native_cuda, selection, triton_backend
 from res2net_fused.backends.native_cuda import LIMITS, plan_chain
 from res2net_fused.chain import ChainConfig, ChainProblem
 from res2net_fused.parity import convolution_precision
@@ -176,16 +176,31 @@ def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
         ({"width": 1024}, "1024 channels; at most 512"),
         ({"dtype": torch.float64}, "torch.float64; this backend runs torch.float16, torch.bfloat16, torch.float32"),
         ({"groups": 2}, "groups is 2"),
-        ({"height": 20000, "columns": 20000}, "an image has more than"),
+        ({"height": 20000, "columns": 20000}, "an image of x has 102400000000 bytes, .* at most 1073741824"),
+        ({"height": 2**15 + 1}, "the height of x is 32769; at most 32768"),
+        ({"columns": 2**20 + 1}, "the width of x is 1048577; at most 1048576"),
+        ({"batch": 2**30 + 1}, "the batch is 1073741825; at most 1073741824"),
+        ({"batch": 2**30}, "x has 53876069761024 bytes, its groups padded to 16; at most 17592186044416"),
+        # dense, an image would be of 2^30 bytes, but the block pads groups of 2 channels to 8
+        ({"width": 2, "height": 2**13, "columns": 2**13}, "an image of x has 4294967296 bytes"),
         ({"dilation": 4000}, "shared memory"),
         ({"dilation": 30000, "scale": 9, "columns": 100000, "height": 1}, "shared memory"),
-        ({"dilation": 2**31}, "dilation"),
+        ({"dilation": 2**31}, "dilation is .*; at most 32768"),
     ],
 )
 def test_what_cannot_run_says_why(changed, reason):
     arguments = {"batch": 1, "width": 26, "scale": 4, "height": 14, "columns": 14} | changed
     with pytest.raises(ValueError, match=reason):
         plan_chain(problem(**arguments), LIMITS["sm_90"])
+
+
+@needs_library
+def test_no_grid_has_more_blocks_than_may_be_launched():
+    """Narrow groups with wide halos: small parts of many images, of which a batch less has a plan."""
+    shape = {"width": 2, "scale": 3, "height": 2**15, "columns": 512, "dilation": 6}
+    with pytest.raises(ValueError, match="x has 21845 images, whose parts are more than the 2147483647 blocks of a launch"):
+        plan_chain(problem(21845, **shape), LIMITS["sm_86"])
+    assert 2**30 < plan_chain(problem(15000, **shape), LIMITS["sm_86"]).ctas < 2**31
 
 
 @needs_library
@@ -298,6 +313,23 @@ def test_auto_keeps_to_the_backend_that_the_weights_are_packed_for(monkeypatch):
     assert selection.choose(p, layout="reference").name == "triton"  # which needs no packing
     stubs["cuda"].why = "no kernel"
     assert selection.choose(p, layout="cuda").name == "triton"
+
+
+@needs_library
+def test_auto_goes_on_where_a_size_is_too_large_and_says_so(monkeypatch):
+    """As on a GPU, which is only made believe."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(native_cuda.native, "cuda_library", native.cpu_library)
+    monkeypatch.setattr(native_cuda, "device_limits", lambda device: LIMITS["sm_90"])
+    monkeypatch.setattr(triton_backend, "capability", lambda device: (9, 0))
+    high = selection.choose(problem(1, 26, 4, 2**15 + 1, 56))
+    assert high.name == "triton" and high.reason == "cuda: the height of x is 32769; at most 32768 is allowed"
+    huge = selection.choose(problem(1, 26, 4, 2**15, 2**17))
+    assert huge.name == "reference"
+    assert "cuda: an image of x has 1099511627776 bytes" in huge.reason
+    assert "triton: an image of x gives 32768x131072 output pixels; at most 2147482624 are allowed" in huge.reason
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run .*: the height of x is 32769; at most 32768"):
+        selection.choose(problem(1, 26, 4, 2**15 + 1, 56), "cuda")
 
 
 def test_tensors_elsewhere_are_refused():

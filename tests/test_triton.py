@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused.backends import triton_backend, triton_settings
+from res2net_fused.backends import triton_backend, triton_chain1d, triton_settings
 from res2net_fused.chain import ChainConfig, ChainProblem
+from res2net_fused.chain1d import Chain1dConfig, Chain1dProblem
 from res2net_fused.kernels.step_plan import CHUNK_BYTES, plan_steps
 
 HERE = Path(__file__).parent
@@ -81,7 +82,10 @@ def test_backend_imports_without_triton() -> None:
         ({"dtype": torch.float64}, SM90, "float64"),
         ({"device": torch.device("meta")}, SM90, "must be on a CUDA device"),
         ({}, (7, 5), "compute capability 7.5; at least 8.0"),
-        ({"height": 2**16, "width_pixels": 2**16}, SM90, "65536x65536 output pixels"),
+        ({"height": 2**16, "width_pixels": 2**16}, SM90, "65536x65536 output pixels; at most 2147482624"),
+        ({"height": 2**14, "width_pixels": 2**14, "width": 64, "config": ChainConfig(groups=64)}, SM90, "at most 134217712"),
+        ({"width": 2**14}, SM90, "a convolution group has 16384 channels; at most 15360"),
+        ({"width": 2**14, "config": ChainConfig(groups=2)}, SM90, None),
         ({}, SM90, None),
         ({"dtype": torch.float32}, (8, 0), None),
     ],
@@ -91,6 +95,33 @@ def test_reasons(monkeypatch, changes, capability, reason) -> None:
     monkeypatch.setattr(triton_backend, "capability", lambda device: capability)
     why = triton_backend.why_not(problem(**changes))
     assert why is None if reason is None else reason in why
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"length": 2**30}, "rows of x hold 1073741824 values and 2 more at each end; at most 1073740800"),
+        ({"config": Chain1dConfig(dilation=2**30)}, "and 1073741824 more at each end"),
+        ({"width": 2**15}, "a convolution has 3221225472 weights"),
+        ({}, None),
+    ],
+)
+def test_reasons_along_rows(monkeypatch, changes, reason) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_backend, "capability", lambda device: SM90)
+    fields = {"config": Chain1dConfig(dilation=2), "device": torch.device("cuda", 0), "dtype": torch.float16, "batch": 3}
+    rows = Chain1dProblem(**{**fields, "length": 200, "width": 64, "steps": 7, "kernel_size": 3, **changes})
+    why = triton_chain1d.why_not_1d(rows)
+    assert why is None if reason is None else reason in why
+
+
+def test_a_launch_has_no_more_programs_than_a_grid_holds() -> None:
+    pytest.importorskip("triton")
+    from res2net_fused.kernels.kernel_call import KernelCall
+
+    assert KernelCall(None, 2**31 - 1, {}, {}).programs == 2**31 - 1
+    with pytest.raises(ValueError, match="2147483648 programs in one launch; at most 2147483647"):
+        KernelCall(None, 2**31, {}, {})
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")

@@ -1,5 +1,6 @@
 #include "cpu/arena.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -39,25 +40,32 @@ class Cache {
   }
 
   void give(CachedBlock block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     blocks_.push_back(block);
     held_ += block.bytes;
-    shrink(kCacheLimit);
+    shrink(kCacheLimit, lock);
   }
 
+  // Around a fork: the child must not inherit a lock held by a thread that it does not have.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
   int64_t held(bool release) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (release) shrink(0);
-    return static_cast<int64_t>(held_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    const size_t left = release ? 0 : held_;
+    if (release) shrink(0, lock);
+    return static_cast<int64_t>(left);
   }
 
  private:
-  void shrink(size_t limit) {
-    while (held_ > limit) {
-      held_ -= blocks_.front().bytes;
-      std::free(blocks_.front().data);
-      blocks_.erase(blocks_.begin());
-    }
+  // Unlocks before it frees: giving pages back takes long, and other calls wait meanwhile.
+  void shrink(size_t limit, std::unique_lock<std::mutex>& lock) {
+    auto last = blocks_.begin();
+    for (; held_ > limit; last++) held_ -= last->bytes;
+    const std::vector<CachedBlock> freed(blocks_.begin(), last);
+    blocks_.erase(blocks_.begin(), last);
+    lock.unlock();
+    for (const CachedBlock& block : freed) std::free(block.data);
   }
 
   std::mutex mutex_;
@@ -69,6 +77,9 @@ Cache& cache() {
   static Cache* const instance = new Cache;  // never destroyed: threads may outlive static objects
   return *instance;
 }
+
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork([] { cache().lock(); }, [] { cache().unlock(); }, [] { cache().unlock(); });
 
 CachedBlock allocate(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;

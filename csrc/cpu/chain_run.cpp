@@ -12,9 +12,11 @@ namespace res2net_fused {
 namespace {
 
 // Reads one float of every cache line of some images, in the order of memory. The chain reads and writes a group at a time,
-// short pieces far apart, which comes from memory at a fraction of the speed at which whole rows do.
+// short pieces far apart, which comes from memory at a fraction of the speed at which whole rows do. Not of
+// pixels far apart: what lies between them would come too, gigabytes of it where x is a slice of something huge.
 void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, int64_t channels) {
   constexpr int64_t kLine = 16;
+  if (view.pixel > 4 * channels) return;
   for (int64_t row = 0; row < images * height; row++) {
     const float* from = view.at(row / height, row % height, 0);
     const int64_t floats = (width - 1) * view.pixel + channels;

@@ -31,6 +31,16 @@ struct ChainArguments {
   ChainGeometry geometry;
 };
 
+// Whether the offsets within the images of one CTA, in bytes, are ints.
+inline bool offsets_fit(const ChainArguments& a, DataType type) {
+  const ChainGeometry& g = a.geometry;
+  const auto fit = [&](int height, int width, const Slots& slots) {
+    const int64_t most = INT32_MAX / (int64_t(g.tile_images) * bytes_of(type));
+    return int64_t(height) * width <= most / slots.pixel;
+  };
+  return fit(g.height, g.width, a.x_slots) && fit(g.out_height, g.out_width, a.out_slots);
+}
+
 // The widest move of at most 16 bytes that keeps to these alignments; 4 is what the plan guarantees.
 inline int widest_move(uint64_t alignments) { return alignments % 16 == 0 ? 16 : alignments % 8 == 0 ? 8 : 4; }
 

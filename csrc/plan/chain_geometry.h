@@ -115,6 +115,11 @@ struct ChainGeometry {
   int threads() const { return 32 * warps_m * warps_n * warps_k; }
 };
 
+// Whether ctas() is a number of blocks that a launch may have.
+inline bool grid_fits(const ChainGeometry& g) {
+  return int64_t(g.row_blocks) * g.column_blocks * g.channel_parts <= INT32_MAX / g.image_blocks;
+}
+
 inline ChainGeometry make_geometry(const ChainWork& work, const ChainTile& tile, int instance_depths, int instance_columns) {
   ChainGeometry g{};
   g.height = work.height, g.width = work.width, g.out_height = work.out_height(), g.out_width = work.out_width();

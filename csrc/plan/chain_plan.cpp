@@ -47,7 +47,7 @@ double cycles_of_cta(const ChainGeometry& g, const Instance& instance, const Dev
 bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, ChainPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
   const ChainGeometry g = geometry_of(work, tile, index);
-  if (int64_t(g.lines) * g.pitch > MAX_POSITIONS) return false;  // first: the bytes of more would not fit an int
+  if (!counts_fit(g)) return false;  // first: the bytes of more would not fit an int
   if (g.shared_bytes > device.shared_per_block || g.threads() > 32 * instance.warps) return false;
   const int resident = resident_ctas(g, instance, device);
   if (resident < 1) return false;
@@ -109,22 +109,30 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
     reason = "a group has " + std::to_string(work.channels) + " channels; in half precision an even number is needed";
     return {};
   }
-  if (work.images < 1 || work.images > (int64_t(1) << 30) || work.height > MAX_POSITIONS || work.width > (1 << 20)) {
-    reason = "the image or the batch is too large";
-    return {};
-  }
-  const int64_t most = MAX_IMAGE_BYTES / bytes_of(work.type);
-  if (int64_t(work.height) * work.width * work.channels * (work.steps + passes) > most) {
-    reason = "an image has more than " + std::to_string(most) + " elements";
-    return {};
-  }
-  if (work.dilation > MAX_POSITIONS || work.stride > MAX_POSITIONS || work.steps > 1024) {
-    reason = "the stride, the dilation or the number of convolutions is too large";
+  const struct {
+    const char* what;
+    int64_t value, most;
+  } limits[] = {{"the batch", work.images, MAX_IMAGES}, {"the height of x", work.height, MAX_ROWS},
+                {"the width of x", work.width, MAX_COLUMNS}, {"stride", work.stride, MAX_POSITIONS},
+                {"dilation", work.dilation, MAX_POSITIONS}, {"the number of convolutions", work.steps, 1024}};
+  for (const auto& limit : limits) {
+    if (limit.value <= limit.most) continue;
+    reason = std::string(limit.what) + " is " + std::to_string(limit.value) + "; at most " + std::to_string(limit.most) +
+             " is allowed";
     return {};
   }
   const int index = instance_for(work.channels, work.type);
   if (index < 0) {
     reason = "a group has " + std::to_string(work.channels) + " channels; at most 512 are allowed";
+    return {};
+  }
+  const int64_t slot_bytes = 16 * int64_t(divide_up(work.channels * bytes_of(work.type), 16));
+  const int64_t image_bytes = work.height * int64_t(work.width) * slot_bytes * (work.steps + passes);  // below 2^56
+  if (image_bytes > MAX_IMAGE_BYTES || image_bytes * work.images > MAX_BATCH_BYTES) {
+    const bool one = image_bytes > MAX_IMAGE_BYTES;
+    reason = (one ? "an image of x has " + std::to_string(image_bytes) : "x has " + std::to_string(image_bytes * work.images)) +
+             " bytes, its groups padded to 16; at most " + std::to_string(one ? MAX_IMAGE_BYTES : MAX_BATCH_BYTES) +
+             " are allowed";
     return {};
   }
   const int depths = work.depths();
@@ -171,9 +179,17 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
     if (best.microseconds < 1e30 && !fits) break;  // narrower parts only add halo
   }
   if (clusters) plan_clusters(work, passes, device, best);
-  if (best.microseconds == 1e30)
-    reason = "no part of an image with its halo fits the " + std::to_string(device.shared_per_block) +
-             " bytes of shared memory that a block may have";
+  if (best.microseconds == 1e30) {
+    ChainWork one_image = work;
+    one_image.images = 1;
+    if (work.images > 1) plan_chain(one_image, passes, device, reason, clusters);
+    if (work.images > 1 && reason.empty())
+      reason = "x has " + std::to_string(work.images) + " images, whose parts are more than the " + std::to_string(INT32_MAX) +
+               " blocks of a launch";
+    else
+      reason = "no part of an image with its halo fits the " + std::to_string(device.shared_per_block) +
+               " bytes of shared memory that a block may have";
+  }
   return best;
 }
 

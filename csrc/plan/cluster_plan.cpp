@@ -70,7 +70,7 @@ double cycles_of_cta(const ChainWork& work, const ChainGeometry& g, const ChainT
 bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, ChainPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
   const ChainGeometry g = geometry_of(work, tile, index);
-  if (int64_t(g.lines) * g.pitch > MAX_POSITIONS) return false;  // first: the bytes of more would not fit an int
+  if (!counts_fit(g)) return false;  // first: the bytes of more would not fit an int
   if (g.shared_bytes > device.shared_per_block || g.threads() > 32 * instance.warps) return false;
   const int resident = resident_ctas(g, instance, device);
   if (resident < 1) return false;

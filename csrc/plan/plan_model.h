@@ -8,7 +8,11 @@
 
 namespace res2net_fused::chain {
 
-constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;  // offsets within an image are ints
+// Offsets within the images of one CTA are ints. Of an image, its groups padded to 16 bytes as the block lays them out:
+constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;
+constexpr int64_t MAX_BATCH_BYTES = int64_t(1) << 44;  // keeps every count of the model below 2^63
+constexpr int64_t MAX_IMAGES = int64_t(1) << 30;
+constexpr int MAX_ROWS = 1 << 15, MAX_COLUMNS = 1 << 20;
 constexpr int MAX_POSITIONS = 1 << 15;                    // keeps FastDivisor exact
 
 // Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
@@ -35,6 +39,11 @@ inline int resident_ctas(const ChainGeometry& g, const Instance& instance, const
   const int by_registers = device.registers_per_multiprocessor / (registers_of(instance) * g.threads());
   const int by_threads = (device.major == 8 && device.minor > 0 ? 1536 : 2048) / g.threads();
   return std::min({by_shared, by_registers, by_threads});
+}
+
+// Whether the tile is one that may be launched: small enough to count in, and not too many of them for a grid.
+inline bool counts_fit(const ChainGeometry& g) {
+  return int64_t(g.lines) * g.pitch <= MAX_POSITIONS && grid_fits(g);
 }
 
 // All of a plan but the time.

@@ -6,7 +6,8 @@
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(_build_info, m) {
+// It holds no state, so that a free-threaded Python need not take its lock back.
+PYBIND11_MODULE(_build_info, m, py::mod_gil_not_used()) {
   m.doc() = "How the native libraries of this install were compiled.";
   m.def("build_info", [] {
     const res2net_fused::BuildInfo info = res2net_fused::build_info();

@@ -34,6 +34,7 @@ POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_ar
 STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
 CLUSTER_INSTANCES = ("cluster_c2t2", "cluster_c4t2", "cluster_c7t2")
 WGMMA_INSTANCES = ("wgmma_c6t2", "wgmma_c7t2", "wgmma_c12t2", "wgmma_c14t2")
+MAX_POSITIONS = 2**15  # pixels of several whole images in one CTA: csrc/plan/plan_model.h
 INSTANCE_NAMES = STRIP_INSTANCES + CLUSTER_INSTANCES + WGMMA_INSTANCES
 _INSTANCE_DEPTHS_COLUMNS = ((1, 2), (2, 4), (3, 6), (4, 7), (0, 6), (0, 7), (0, 4))
 
@@ -232,7 +233,7 @@ def pixel_pitch(x: Tensor) -> int | None:
     """Elements from one pixel of x (N, C, H, W) to the next, where the kernel can read x as it lies, else None.
 
     It needs channels side by side, pixels aligned to 4 bytes, and pixels in order; a slice of a wider channels-last tensor will
-    do.
+    do, unless an image then spans more bytes than the kernel counts.
     """
     batch, channels, height, columns = x.shape
     strides = (x.stride(3), x.stride(2), x.stride(0))
@@ -242,6 +243,8 @@ def pixel_pitch(x: Tensor) -> int | None:
     expected = (pitch, pitch * columns, pitch * columns * height)
     dense = all(size == 1 or stride == want for size, stride, want in zip(sizes, strides, expected, strict=True))
     if x.stride(1) != 1 or not dense or pitch < channels or pitch * x.itemsize % 4 or x.data_ptr() % 4:
+        return None
+    if max(height * columns, MAX_POSITIONS) * pitch * x.itemsize >= 2**31:
         return None
     return pitch
 

@@ -164,6 +164,6 @@ def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") 
     raise RuntimeError(f"no backend can run {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
 
 
-@functools.cache
+@functools.lru_cache(1024)  # reasons hold sizes: of ever new shapes there is no end
 def _log_once(candidate: str, why: str) -> None:
     _log.info("backend %s is not used: %s", candidate, why)

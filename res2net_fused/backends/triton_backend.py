@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chain import ChainConfig, ChainProblem
-from ..kernels.step_plan import MAX_PIXELS, padded_lanes
+from ..kernels.step_plan import padded_lanes, why_not_size
 from .triton_block import block_forward, pack_block
 from .triton_settings import MINIMUM_CAPABILITY, capability, plan_for
 from .triton_training import chain_backward, describe, runs_chain_backward, train_backward, train_forward, why_not_whole_batch
@@ -66,13 +66,7 @@ def why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not(problem: ChainProblem) -> str | None:
-    reason = _missing() or why_not_device(problem.device, problem.dtype)
-    if reason is not None:
-        return reason
-    if problem.output_height * problem.output_width > MAX_PIXELS:
-        found = f"{problem.output_height}x{problem.output_width}"
-        return f"an image has {found} output pixels; at most {MAX_PIXELS} are allowed"
-    return None
+    return _missing() or why_not_device(problem.device, problem.dtype) or why_not_size(problem)
 
 
 def why_not_training(problem: ChainProblem) -> str | None:

@@ -9,12 +9,26 @@ import torch
 from torch import Tensor
 
 from ..chain1d import Chain1dProblem
+from ..kernels.step_plan import padded_lanes
 from .triton_backend import why_not_device
 from .triton_settings import convolutions_use_tf32
 
+MAX_LENGTH = 2**30 - 2**10  # of a row and of its padding: positions are int32, mirrored ones twice as large on the way
+MAX_WEIGHTS = 2**31 - 1  # of one convolution, padded
+
 
 def why_not_1d(problem: Chain1dProblem) -> str | None:
-    return why_not_device(problem.device, problem.dtype)
+    return why_not_device(problem.device, problem.dtype) or _why_not_size(problem)
+
+
+def _why_not_size(problem: Chain1dProblem) -> str | None:
+    if problem.length > MAX_LENGTH or problem.padding > MAX_LENGTH:
+        found = f"{problem.length} values and {problem.padding} more at each end"
+        return f"rows of x hold {found}; at most {MAX_LENGTH} are allowed"
+    weights = problem.kernel_size * problem.width * padded_lanes(problem.width)
+    if weights > MAX_WEIGHTS:
+        return f"a convolution has {weights} weights, padded; at most {MAX_WEIGHTS} are allowed"
+    return None
 
 
 def plan_1d(problem: Chain1dProblem) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..chain import ChainProblem
-from ..kernels.step_plan import MAX_PIXELS, padded_lanes
+from ..kernels.step_plan import most_pixels, padded_lanes
 from ..reference import pool_passthrough
 from ..training import Statistics, convolve
 from .selection import Backend
@@ -21,8 +21,8 @@ Gradients = tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]
 def why_not_whole_batch(problem: ChainProblem) -> str | None:
     """Statistics are of the whole batch, which is therefore not cut into chunks."""
     pixels = problem.batch * problem.output_height * problem.output_width
-    if pixels > MAX_PIXELS:
-        return f"the batch has {pixels} output pixels; at most {MAX_PIXELS} are allowed in training mode"
+    if pixels > (most := most_pixels(problem)):
+        return f"the batch gives {pixels} output pixels; at most {most} are allowed in training mode"
     return None
 
 

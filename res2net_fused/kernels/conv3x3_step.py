@@ -103,7 +103,7 @@ def conv3x3_step(
         if passing:
             x_base = x + (image * x_image + pass_slot_x) * X_VEC + group * CHANNELS
             value = _pass_through(
-                x_base, x_row * X_VEC, x_pixel * X_VEC, exists, row, column, columns, height, width,
+                x_base, x_row.to(tl.int64) * X_VEC, x_pixel.to(tl.int64) * X_VEC, exists, row, column, columns, height, width,
                 CHANNELS, STRIDE, POOL,
             )  # fmt: skip
             out_base = slot_pointers(
@@ -160,8 +160,9 @@ def prepare_first_u(
     if PASSES:
         pass_base = x + (image * x_image + pass_slot_x) * X_VEC + group * CHANNELS
         value = _pass_through(
-            pass_base, x_row * X_VEC, x_pixel * X_VEC, exists, row, column, columns, height, width, CHANNELS, 1, POOL
-        )
+            pass_base, x_row.to(tl.int64) * X_VEC, x_pixel.to(tl.int64) * X_VEC, exists, row, column, columns, height, width,
+            CHANNELS, 1, POOL,
+        )  # fmt: skip
         y = value.to(out.dtype.element_ty)
         out_base = slot_pointers(
             out, image, row, column, out_image, out_row, out_pixel, pass_slot_out, group, CHANNELS, OUT_VEC

@@ -88,7 +88,7 @@ def gradient_step(
     dz_base = dz + (image * height * width * dz_pixel) * DZ_VEC + group * LANES
     weight_base = weights + group.to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
     total = multiply_taps(
-        dz_base, weight_base, exists, row, column, columns, width * dz_pixel, dz_pixel, height, width,
+        dz_base, weight_base, exists, row, column, columns, width.to(tl.int64) * dz_pixel, dz_pixel, height, width,
         CHANNELS, 1, DILATION, DZ_VEC, LANES, WEIGHT_LANES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 

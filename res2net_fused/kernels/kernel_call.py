@@ -8,6 +8,8 @@ from typing import Any
 
 import triton
 
+from .step_plan import MAX_PROGRAMS
+
 
 @dataclass(frozen=True)
 class KernelCall:
@@ -17,6 +19,10 @@ class KernelCall:
     programs: int
     arguments: Mapping[str, Any]
     options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.programs > MAX_PROGRAMS:
+            raise ValueError(f"the call needs {self.programs} programs in one launch; at most {MAX_PROGRAMS} are allowed")
 
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments, **self.options)

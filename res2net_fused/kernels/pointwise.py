@@ -42,9 +42,8 @@ def pointwise(
     n_tiles: tl.constexpr = (OUT_LANES + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     columns = program % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    number = program // n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = number < pixels
-    rows = number.to(tl.int64)
+    rows = (program // n_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # a whole batch may have more than 2^31
+    exists = rows < pixels
     source_rows = source + (rows * in_pixel)[:, None] * IN_VEC
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, (IN_LANES + BLOCK_K - 1) // BLOCK_K):
@@ -138,7 +137,9 @@ def pointwise_call(
     precision: str,
     tile: Tile,
 ) -> KernelCall:
-    """The launch that writes `out`; everything else is read."""
+    """The launch that writes `out`; everything else is read. ValueError for more weights than int32 counts."""
+    if weight.numel() >= 2**31:
+        raise ValueError(f"a 1x1 convolution has {weight.numel()} weights; at most {2**31 - 1} are allowed")
     second = shortcut if shortcut is not None else out
     arguments = {
         "source": source.start,

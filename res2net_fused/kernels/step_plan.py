@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..chain import ChainProblem
-from .tile_table import Shape, Tile, dtype_class, lookup
+from .tile_table import MIN_BLOCK, Shape, Tile, dtype_class, lookup
 
 MAX_PIXELS = 2**31 - 2**10  # the kernel counts the output pixels of one launch in int32, and one tile beyond
+MAX_PROGRAMS = 2**31 - 1  # of a one-dimensional grid
+MAX_CHANNELS = 15360  # of a convolution group: offsets within the weights of one convolution are int32
 # Per step and image: u is read, x_{i+1} read, y_i and u_{i+1} written. So much of it stays in an L2 of 40 MB and up.
 CHUNK_BYTES = 32 * 2**20
 # From so many output pixels on, aligning a badly aligned first group once costs less than nine unaligned reads of it.
@@ -89,7 +91,7 @@ def plan_steps(
     precision = dot_precision(problem.dtype, tf32)
     lanes = padded_lanes(problem.width // problem.config.groups)
     pixels_per_image = problem.output_height * problem.output_width
-    fitting = MAX_PIXELS // pixels_per_image
+    fitting = most_pixels(problem) // pixels_per_image
     if not _independent(problem):
         traffic = 4 * pixels_per_image * problem.config.groups * lanes * problem.dtype.itemsize
         fitting = min(fitting, CHUNK_BYTES // traffic)
@@ -118,6 +120,24 @@ def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: b
 def padded_lanes(channels: int) -> int:
     """Channels of a convolution group once padded: 8, for 16-byte loads of half types, or a multiple of 16, K of one mma."""
     return -(-channels // 8) * 8 if channels <= 8 else -(-channels // 16) * 16
+
+
+def most_pixels(problem: ChainProblem) -> int:
+    """Output pixels that one launch may have, whatever its tiles are."""
+    channels = problem.width // problem.config.groups
+    tasks = (problem.steps + 1) * problem.config.groups * -(-channels // MIN_BLOCK)
+    return min(MAX_PIXELS, MAX_PROGRAMS // tasks * MIN_BLOCK)
+
+
+def why_not_size(problem: ChainProblem) -> str | None:
+    """Why no launch can hold one image of this call, or None."""
+    channels, pixels = problem.width // problem.config.groups, problem.output_height * problem.output_width
+    if channels > MAX_CHANNELS:
+        return f"a convolution group has {channels} channels; at most {MAX_CHANNELS} are allowed"
+    if pixels > (most := most_pixels(problem)):
+        found = f"{problem.output_height}x{problem.output_width}"
+        return f"an image of x gives {found} output pixels; at most {most} are allowed"
+    return None
 
 
 def _independent(problem: ChainProblem) -> bool:

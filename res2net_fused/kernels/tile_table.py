@@ -26,6 +26,7 @@ DTYPE_CLASSES = ("half", "tf32", "ieee")
 # Farther apart than these factors, two shapes say nothing about each other.
 _NEAR = {"width": 1.3, "inputs": 2.0, "pixels": 4.0}
 _BLOCKS = (16, 32, 64, 128, 256)
+MIN_BLOCK = _BLOCKS[0]
 _log = logging.getLogger("res2net_fused")
 
 

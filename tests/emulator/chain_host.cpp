@@ -79,7 +79,7 @@ Entry find(const char* wanted) {
 
 extern "C" {
 // Writes "kind|count|first finding" per line, and {bank ways, multiplies, switches, ctas, shared bytes}; -1: instance not built,
-// -2: parts that do not fit together.
+// -2: parts that do not fit together, or offsets that no int holds.
 int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     const Instance& instance = INSTANCE_TABLE[call->instance];
     const Entry entry = find(instance.name);
@@ -97,6 +97,7 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool, a.add_passed = call->add_passed != 0;
     a.lower = call->lower, a.upper = call->upper;
     a.geometry = geometry_of(work, tile, call->instance);
+    if (!offsets_fit(a, type) || !grid_fits(a.geometry)) return -2;
     set_moves(a, type);
     const ChainGeometry& g = a.geometry;
     const size_t pixels = size_t(work.images) * work.height * work.width;

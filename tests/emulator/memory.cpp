@@ -5,7 +5,7 @@
 #include <cstdlib>
 
 namespace emulator {
-std::vector<std::vector<int>> writers;
+std::vector<Writers> writers;
 uint64_t write_number;
 
 bool in_region(SharedPtr pointer, int bytes, const char* what, const Where& where) {
@@ -153,8 +153,6 @@ void prepare_memory() {
     }
     write_number = 0;
     writers.assign(launch.buffers.size(), {});
-    for (size_t i = 0; i < launch.buffers.size(); i++)
-        if (launch.buffers[i].writable) writers[i].assign(launch.buffers[i].bytes / GRANULE + 1, -1);
 }
 
 void read_shared(SharedPtr from, void* to, int bytes, const Where& where) {
@@ -191,11 +189,11 @@ void write_global(void* to, const void* from, int bytes, const Where& where) {
         }
         const auto offset = static_cast<const char*>(to) - static_cast<const char*>(buffer.begin);
         const int self = ctas[current->rank].block * launch.threads + current->thread;
-        for (int at = int(offset / GRANULE); at < int((offset + bytes) / GRANULE); at++) {
-            int& writer = writers[index][at];
+        for (int64_t at = offset / GRANULE; at < (offset + bytes) / GRANULE; at++) {
+            int& writer = writers[index].of(at);
             if (writer >= 0 && writer != self)
-                finding(RACE, where, "stores byte %d of %s, which thread %d of block %d stored too", at * GRANULE, buffer.name,
-                        writer % launch.threads, writer / launch.threads);
+                finding(RACE, where, "stores byte %lld of %s, which thread %d of block %d stored too", (long long)(at * GRANULE),
+                        buffer.name, writer % launch.threads, writer / launch.threads);
             writer = self;
         }
     }

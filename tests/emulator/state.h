@@ -10,6 +10,8 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <unordered_map>
+#include <vector>
 
 namespace emulator {
 constexpr int GRANULE = 4;  // bytes of shared memory tracked together; no access is narrower
@@ -56,12 +58,26 @@ struct Fiber {
     std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
 };
 
+// Of each GRANULE bytes of a buffer the thread of the launch that wrote it, or -1. In pages, since buffers may be large and sparse.
+class Writers {
+public:
+    int& of(int64_t granule) {
+        std::vector<int>& page = pages_[granule / PAGE];
+        if (page.empty()) page.assign(PAGE, -1);
+        return page[granule % PAGE];
+    }
+
+private:
+    static constexpr int64_t PAGE = 1024;
+    std::unordered_map<int64_t, std::vector<int>> pages_;
+};
+
 extern Launch launch;
 extern Report report;
 extern std::vector<Cta> ctas;  // of the cluster that runs
 extern std::vector<Fiber> fibers;
 extern std::vector<uint32_t> warp_epoch;         // per warp of the cluster
-extern std::vector<std::vector<int>> writers;    // per buffer and GRANULE bytes: the thread of the launch that wrote it
+extern std::vector<Writers> writers;             // per buffer
 extern Fiber* current;
 extern uint32_t first_epoch;
 extern uint64_t write_number;

@@ -58,7 +58,7 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   STD_TORCH_CHECK(bias.scalar_type() == torch::headeronly::ScalarType::Float, "bias: expected float32");
 
   ChainWork work;
-  work.images = x.size(0);
+  work.images = narrow("images", x.size(0));
   work.height = narrow("height", x.size(2)), work.width = narrow("width", x.size(3));
   work.channels = narrow("channels", settings[0]), work.steps = narrow("steps", settings[1]);
   work.stride = narrow("stride", settings[2]), work.dilation = narrow("dilation", settings[3]), work.adds = settings[4] != 0;
@@ -93,6 +93,9 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   a.pool = narrow("pool", settings[7]);
   a.x_slots = {narrow("x pixel pitch", settings[8]), narrow("x slot pitch", settings[9])};
   a.out_slots = {narrow("out pixel pitch", settings[10]), narrow("out slot pitch", settings[11])};
+  STD_TORCH_CHECK(a.x_slots.pixel >= 1 && a.out_slots.pixel >= 1 && offsets_fit(a, type) && grid_fits(a.geometry),
+                  "x, out: an image of ", work.height, " x ", work.width, " pixels at a pitch of ", a.x_slots.pixel, " and ",
+                  a.out_slots.pixel, " elements, or the batch of ", work.images, ", is larger than the kernel counts");
   a.fill_channels = narrow("filled channels", settings[12]);
   STD_TORCH_CHECK(a.fill_channels >= work.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.out_slots.slot &&
                       a.fill_channels <= a.geometry.packed_columns * 8 &&
