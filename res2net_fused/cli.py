@@ -298,10 +298,10 @@ def _bench(options: argparse.Namespace) -> int:
     _resolve(options)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        if not os.access(options.out, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:  # said before the measurements rather than after them
         raise RuntimeError(f"--out {options.out} cannot be written ({error}): name another folder") from None
-    if not os.access(options.out, os.W_OK):  # said before the measurements rather than after them
-        raise RuntimeError(f"--out {options.out} cannot be written: name another folder")
     models = options.model or DEFAULT_MODELS[: 1 if options.quick else None]
     settings = Settings(
         configs=options.configs,

@@ -29,8 +29,6 @@ _OPERATORS = {
     },
     "cuda": {"cuda_build_info": 0, "cuda_chain": 8, "device_limits": 1},
 }  # fmt: skip
-# One of each: tells whether a copy of the library is in this process already.
-_MARKER_OPERATORS = {"cpu": "build_info", "cuda": "cuda_build_info"}
 _FILES = {"cpu": build_flags.CPU_LIBRARY, "cuda": build_flags.CUDA_LIBRARY}
 
 
@@ -97,7 +95,7 @@ class NativeLibraries:
             return reason
         if str(path) not in torch.ops.loaded_libraries:
             # Registering an operator twice would end the process, so a second copy is never opened.
-            if hasattr(torch.ops.res2net_fused_native, _MARKER_OPERATORS[name]):
+            if any(_arguments(operator) is not None for operator in _OPERATORS[name]):
                 return f"another copy of the {name} library is loaded in this process; {path} was left alone"
             try:
                 torch.ops.load_library(str(path))

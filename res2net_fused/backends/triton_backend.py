@@ -33,7 +33,7 @@ def _missing() -> str | None:
 
         version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
     except Exception as error:  # missing, or broken in whatever way, such as a folder left empty
-        return f"Triton cannot be imported ({type(error).__name__}: {error}): `pip install triton`"
+        return f"Triton cannot be imported ({error!r:.200}): `pip install triton`"
     if version < MINIMUM_TRITON:
         return f"Triton is {triton.__version__}; at least {'.'.join(map(str, MINIMUM_TRITON))} is needed"
     return None
@@ -50,9 +50,8 @@ def _driver_refusal() -> str | None:
 
         driver.active.get_current_target()
     except Exception as error:
-        said = (str(error).strip().splitlines() or ["no details"])[0]
         remedy = "it needs a C compiler (gcc or clang on PATH, or CC) and a cache folder that can be written (TRITON_CACHE_DIR)"
-        return f"Triton's driver does not start ({type(error).__name__}: {said}): {remedy}"
+        return f"Triton's driver does not start ({error!r:.200}): {remedy}"
     return None
 
 

@@ -86,10 +86,9 @@ def _read(path: Path) -> object:
         return reader(path)
     except pickle.UnpicklingError as error:
         problem = "holds more than tensors and plain values, or is no file of torch.save"
-        raise RuntimeError(f"{path} {problem}: {_first_line(error)}; get it anew, or save its state_dict alone") from error
+        raise RuntimeError(f"{path} {problem} ({error!r:.200}); get it anew, or save its state_dict alone") from error
     except Exception as error:  # of many types: damaged bytes may lead anywhere
-        kind = f"{type(error).__name__}: {_first_line(error)}"
-        raise RuntimeError(f"{path} is damaged or of another format ({kind}); get it anew") from error
+        raise RuntimeError(f"{path} is damaged or of another format ({error!r:.200}); get it anew") from error
 
 
 def _pickled(path: Path) -> object:
@@ -102,10 +101,6 @@ def _safetensors(path: Path) -> Callable[[Path], object]:
     except ImportError as error:
         raise ImportError(f"{path} needs safetensors ({error}): pip install safetensors") from error
     return load_file
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no details"])[0]
 
 
 def _fitted(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
