@@ -161,12 +161,13 @@ def test_the_wheel_checks_itself_in_a_clean_environment(tmp_path):
     wheel = build_wheel(ROOT, tmp_path, environment(RES2NET_FUSED_BUILD="require"))
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
-    (site,) = venv.glob("lib/python*/site-packages")
-    # A folder named by a .pth is searched, and its own .pth files, such as of an editable install, are not read.
-    (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent))
     pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     env = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    subprocess.run([*pip, str(wheel)], env=env, check=True, capture_output=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    # A folder named by a .pth is searched, and its own .pth files, such as of an editable install, are not read. Only now:
+    # pip would take the package there for the installed one.
+    (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent))
     for arguments, expected in (
         (("info", "--device", "cpu"), r"cpu library +loaded"),
         (("check", "--quick", "--no-network", "--device", "cpu"), r"block .* cpu .*\n(.*\n)*.* 0 misses"),
