@@ -276,6 +276,7 @@ def test_a_driver_that_does_not_start(monkeypatch):
     why = triton_backend.why_not(problem())  # so that auto moves on to the next backend
     triton_backend._driver_refusal.cache_clear()
     assert re.search(r"driver does not start.*C compiler.*TRITON_CACHE_DIR", why)
+    assert "AttributeError" not in why  # the functions that are called exist in every supported Triton
 
 
 # GPUs that no table knows ---------------------------------------------------------------------------------------------
