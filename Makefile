@@ -1,4 +1,4 @@
-# make bench | check | record | readme | test | test-full | mutate | sanitize | lint | types | clean
+# make bench | check | record | readme | test | test-full | mutate | sanitize | wheel | versions | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1".
 VENV ?= .venv
@@ -12,7 +12,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
 
-.PHONY: bench check record readme test test-full mutate sanitize lint types clean setup
+.PHONY: bench check record readme test test-full mutate sanitize wheel versions lint types clean setup
 
 setup: $(INSTALLED)
 
@@ -43,6 +43,15 @@ mutate: $(INSTALLED)
 # The CPU kernels' tests, the slow ones too, over a library that checks every access; ARGS="--plant" must turn it red.
 sanitize: $(INSTALLED)
 	$(BIN)/python tests/sanitizer/run.py $(ARGS)
+
+# One wheel for every torch from 2.11 on and every Python; a native part that does not build is an error here.
+wheel: $(DEPENDENCIES)
+	RES2NET_FUSED_BUILD=require $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist $(ARGS) .
+
+# The wheel with the oldest and the newest torch, each in an environment of its own under build/: gigabytes, and not in CI.
+versions: $(DEPENDENCIES)
+	$(MAKE) wheel ARGS=
+	$(BIN)/python tests/versions/run.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -186,8 +187,8 @@ class NativeBuild(build_ext):
     """Builds each part that the machine has the tools for and records what was built, or why not."""
 
     def run(self):
-        in_place = self.inplace or getattr(self, "editable_mode", False)
-        self.package_dir = ROOT / PACKAGE if in_place else Path(self.build_lib).resolve() / PACKAGE
+        self.in_place = self.inplace or getattr(self, "editable_mode", False)
+        self.package_dir = ROOT / PACKAGE if self.in_place else Path(self.build_lib).resolve() / PACKAGE
         self.mode = build_mode()
         self.parts = {}
         facts = {
@@ -250,6 +251,8 @@ class NativeBuild(build_ext):
         return flags.cpu_target(ROOT, find_torch(), platform.machine(), flags.BuildFacts(**facts)), {}, None
 
     def plan_python(self, facts):
+        if not self.in_place:
+            raise NotWanted("wheels serve every Python, and this module one: build.json says the same")
         try:
             import pybind11
         except ImportError:
@@ -289,5 +292,22 @@ class NativeBuild(build_ext):
         return {}
 
 
+class AnyPythonWheel(bdist_wheel):
+    """The libraries know torch's stable ABI and nothing of Python: one wheel per platform."""
+
+    def run(self):
+        # What earlier builds left, modules that are gone or another Python's, would be packed too.
+        left = Path(self.get_finalized_command("build").build_lib).resolve()
+        if left.is_relative_to(ROOT / "build") and not self.skip_build:
+            shutil.rmtree(left, ignore_errors=True)
+        super().run()
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 # The extension without sources tells setuptools that the wheel is not pure Python; NativeBuild names the real ones.
-setup(ext_modules=[Extension(f"{PACKAGE}.{flags.PYTHON_MODULE}", sources=[])], cmdclass={"build_ext": NativeBuild})
+setup(
+    ext_modules=[Extension(f"{PACKAGE}.{flags.PYTHON_MODULE}", sources=[])],
+    cmdclass={"build_ext": NativeBuild, "bdist_wheel": AnyPythonWheel},
+)

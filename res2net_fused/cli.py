@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments = arguments
     try:
         return options.run(options)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"res2net-fused {options.command}: {error}", file=sys.stderr)
         return 2
 
@@ -299,6 +299,12 @@ def _bench(options: argparse.Namespace) -> int:
     from .bench.sweep import Settings, command_line, run_sweep
 
     _resolve(options)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.out, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:  # said before the measurements rather than after them
+        raise RuntimeError(f"--out {options.out} cannot be written ({error}): name another folder") from None
     models = options.model or DEFAULT_MODELS[: 1 if options.quick else None]
     settings = Settings(
         configs=options.configs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,16 @@ from . import build_flags
 
 REBUILD = "`pip install --no-build-isolation -e .` in a checkout, or `pip install --no-build-isolation .`"
 
-# An operator that each library registers: tells whether a copy of it is in this process already.
-_MARKER_OPERATORS = {"cpu": "build_info", "cuda": "cuda_build_info"}
+# What csrc/ defines, with the number of arguments: a library of other sources is told by it, before anything is called.
+_OPERATORS = {
+    "cpu": {
+        "build_info": 0, "cpu_activation_backward": 6, "cpu_block_forward": 10, "cpu_chain_backward": 9,
+        "cpu_chain_forward": 8, "cpu_chain_from_weights": 7, "cpu_has_instruction_set": 1, "cpu_norm_backward": 10,
+        "cpu_norm_forward": 9, "cpu_norm_statistics": 3, "cpu_pack": 5, "cpu_pack_pointwise": 3, "cpu_plan": 6,
+        "cpu_scratch_bytes": 1, "cpu_sum": 3, "cpu_weight_gradient": 4, "cuda_chain_plan": 2, "cuda_chain_refusal": 2,
+    },
+    "cuda": {"cuda_build_info": 0, "cuda_chain": 8, "device_limits": 1},
+}  # fmt: skip
 _FILES = {"cpu": build_flags.CPU_LIBRARY, "cuda": build_flags.CUDA_LIBRARY}
 
 
@@ -69,57 +78,78 @@ class NativeLibraries:
         return found
 
     def record(self) -> dict[str, Any]:
-        """What setup.py wrote about its build: {"info": {...}, "parts": {...}}, or empty dicts."""
+        """What setup.py wrote about its build: {"info": {...}, "parts": {...}}, or empty dicts.
+
+        A part that is not as setup.py writes it counts as not recorded.
+        """
         try:
             found = json.loads((self._package_dir / build_flags.BUILD_RECORD).read_text())
-            return {"info": dict(found["info"]), "parts": dict(found["parts"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            info, parts = dict(found["info"]), dict(found["parts"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {"info": {}, "parts": {}}
+        return {"info": info, "parts": {name: part for name, part in parts.items() if _is_part(part)}}
 
     def _load(self, name: str, path: Path) -> str:
         """Loads the library; returns why it could not, or an empty string."""
         reason = self._unfit(name, path)
         if reason:
             return reason
-        if str(path) in torch.ops.loaded_libraries:
-            return ""
-        # Registering an operator twice would end the process, so a second copy is never opened.
-        if hasattr(torch.ops.res2net_fused_native, _MARKER_OPERATORS[name]):
-            return f"another copy of the {name} library is loaded in this process; {path} was left alone"
-        try:
-            torch.ops.load_library(str(path))
-        except Exception as error:  # whatever the loader or a registration raises, the package works without it
-            return f"{path} does not load ({error}); rebuild it: {REBUILD}"
+        if str(path) not in torch.ops.loaded_libraries:
+            # Registering an operator twice would end the process, so a second copy is never opened.
+            if any(_arguments(operator) is not None for operator in _OPERATORS[name]):
+                return f"another copy of the {name} library is loaded in this process; {path} was left alone"
+            try:
+                torch.ops.load_library(str(path))
+            except Exception as error:  # whatever the loader or a registration raises, the package works without it
+                return f"{path} does not load ({error}); rebuild it: {REBUILD}"
+        others = [operator for operator, count in _OPERATORS[name].items() if _arguments(operator) != count]
+        if others:
+            return (
+                f"{path} was built from other sources than this package: it lacks {', '.join(others)}, or they take other "
+                f"arguments; rebuild it: {REBUILD}"
+            )
         return ""
 
     def _unfit(self, name: str, path: Path) -> str:
         """Why the library must not be opened, or an empty string."""
-        parts, info = self.record()["parts"], self.record()["info"]
-        part = parts.get(name)
-        if not isinstance(part, dict):
+        record = self.record()
+        part = record["parts"].get(name)
+        if part is None:
             return f"the native extension is not built ({path.parent / 'build.json'} has no record of it): {REBUILD}"
-        if not part.get("built"):
-            return f"the {name} library was not built: {part.get('reason')}"
+        if not part["built"]:
+            return f"the {name} library was not built: {part['reason']}"
         try:
             size = path.stat().st_size
         except OSError as error:
             return f"{path} is missing ({error.strerror}); rebuild it: {REBUILD}"
         # Opening a truncated file can end the process with a bus error instead of raising.
-        if size != part.get("size"):
-            return f"{path} has {size} bytes where the build wrote {part.get('size')}; rebuild it: {REBUILD}"
+        if size != part["size"]:
+            return f"{path} has {size} bytes where the build wrote {part['size']}; rebuild it: {REBUILD}"
         if _release(torch.__version__) < build_flags.TORCH_TARGET:
             need = ".".join(map(str, build_flags.TORCH_TARGET))
             return f"torch {torch.__version__} is older than {need}, which the libraries need: upgrade torch"
         if name == "cuda":
-            return _unfit_for_cuda(info.get("cuda_version"))
+            return _unfit_for_cuda(record["info"].get("cuda_version"))
         return ""
 
 
-def _unfit_for_cuda(built_with: str | None) -> str:
+def _is_part(part: object) -> bool:
+    fields = {"built": bool, "file": str, "size": (int, type(None)), "reason": str}
+    return isinstance(part, dict) and all(isinstance(part.get(field), types) for field, types in fields.items())
+
+
+def _arguments(operator: str) -> int | None:
+    """How many arguments a loaded operator takes; None where there is none of that name."""
+    packet = getattr(torch.ops.res2net_fused_native, operator, None)
+    return None if packet is None else len(packet.default._schema.arguments)
+
+
+def _unfit_for_cuda(built_with: object) -> str:
+    """built_with: such as "13.0.88"; whatever else a record holds counts as unknown."""
     have = torch.version.cuda
     if have is None:
         return f"this torch ({torch.__version__}) has no CUDA: install a CUDA build of torch"
-    if built_with is None or built_with.split(".")[0] != have.split(".")[0]:
+    if not isinstance(built_with, str) or built_with.split(".")[0] != have.split(".")[0]:
         return (
             f"the CUDA library was built with CUDA {built_with} and torch with CUDA {have}; rebuild it with an nvcc of "
             f"torch's major version: {REBUILD}"
@@ -128,7 +158,7 @@ def _unfit_for_cuda(built_with: str | None) -> str:
 
 
 def _release(version: str) -> tuple[int, int]:
-    major, minor = version.split("+")[0].split(".")[:2]
+    major, minor = re.findall(r"\d+", version)[:2]  # of "2.13.0+cpu", "2.14.0a0+git1a2b3c", "2.14rc1"
     return int(major), int(minor)
 
 
@@ -163,8 +193,9 @@ def build_information() -> dict[str, Any]:
     record = _installed.record()
     try:
         # Asked of the record first: beside an editable install the import would find that one's module.
-        if not record["parts"]["python"]["built"]:
-            raise ImportError("the pybind11 module is not built")
+        part = record["parts"]["python"]
+        if not part["built"] or Path(__file__).with_name(part["file"]).stat().st_size != part["size"]:
+            raise ImportError("the pybind11 module is not built, or not whole")
         module = importlib.import_module("._build_info", __package__)
         info, source = dict(module.build_info()), "_build_info"
     except Exception:  # absent or broken: it is a convenience, and build.json says the same

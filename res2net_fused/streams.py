@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils import _pytree
 
 
-
 class MadeOn:
     """The stream on which tensors of a CUDA device are being made, and the moment at which they will be there."""
 

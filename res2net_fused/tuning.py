@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .bench.workloads import TORCH_DTYPES, Case, Config, cases
-from .kernels.tile_table import Row, Shape, Tile, dtype_class, merge, read, user_path, write
+from .kernels.tile_table import ENVIRONMENT_VARIABLE, Row, Shape, Tile, dtype_class, merge, read, user_path, write
 
 if TYPE_CHECKING:
     from .kernels.kernel_call import KernelCall  # imports Triton, which may be missing
@@ -123,7 +123,7 @@ def cuda_timer(call: KernelCall) -> float | None:
 
     try:
         with torch.cuda.stream(torch.cuda.Stream()):
-            return do_bench_cudagraph(call.run, rep=10, return_mode="median")
+            return do_bench_cudagraph(call.launch, rep=10, return_mode="median")
     except OutOfResources:
         return None
 
@@ -135,7 +135,12 @@ def run_tune(configs: Iterable[Config], batches: Iterable[int], dtypes: Iterable
     from tqdm import tqdm
 
     path = out or user_path()
-    known = read(path) if path.exists() else []
+    try:
+        known = read(path) if path.exists() else []
+        write(path, known)  # fails before the measurements rather than after them
+    except OSError as error:
+        remedy = f"name another file by --out or {ENVIRONMENT_VARIABLE}"
+        raise RuntimeError(f"{path} cannot be written ({error}): {remedy}") from None
     rows: list[Row] = []
     for dtype in dtypes:
         settings = cases(("block",), configs, batches, dtype, device, ("normal", "stage"))

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_SETTINGS = {"CXX", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"}  # variables that steer a build
@@ -102,11 +105,76 @@ def test_install_with_a_compiler(checkout, tmp_path):
     site = tmp_path / "site"
     done = pip_install(checkout, site, environment(RES2NET_FUSED_BUILD="require"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "libres2net_fused_cpu.so" in libraries_in(site)
+    assert libraries_in(site) == ["libres2net_fused_cpu.so"]
     assert (site / "bin" / "res2net-fused").exists()
     loaded, reason, information = loaded_from(site, tmp_path)
-    assert loaded, reason
-    assert information["source"] == "_build_info" and information["cuda_version"] is None
+    # It loads in that process; as the kernels were left out, their operators are missed and it is not used.
+    assert not loaded and re.search("lacks cpu_block_forward, .*cpu_pack, .*rebuild it: `pip install", reason), reason
+    assert information["source"] == "build.json" and information["cuda_version"] is None
+
+
+def build_wheel(source, target, env):
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(target)]
+    done = subprocess.run([*pip, str(source)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+def test_one_wheel_serves_every_python(checkout, tmp_path):
+    need_compiler()
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    stale = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "res2net_fused"
+    stale.mkdir(parents=True, exist_ok=True)
+    (stale / "removed_long_ago.py").touch()
+    (stale / f"_build_info{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    wheel = build_wheel(checkout, tmp_path, environment(RES2NET_FUSED_BUILD="require"))
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        (tag,) = [name for name in archive.namelist() if name.endswith("/WHEEL")]
+        assert f"Tag: py3-none-{platform}\n" in archive.read(tag).decode()
+        record = json.loads(archive.read("res2net_fused/lib/build.json"))
+    sources = [str(path.relative_to(checkout)) for path in (checkout / "res2net_fused").rglob("*.py")]
+    data = ["kernels/tiles.json", "lib/build.json", "lib/libres2net_fused_cpu.so"]
+    assert sorted(names) == sorted([*sources, *(f"res2net_fused/{name}" for name in data)])
+    assert record["parts"]["cpu"]["built"] and "serve every Python" in record["parts"]["python"]["reason"]
+
+
+def test_builds_in_place_have_the_pybind_module(checkout, request):
+    need_compiler()
+    pytest.importorskip("pybind11")
+    package = checkout / "res2net_fused"
+    request.addfinalizer(lambda: [path.unlink() for path in (*package.rglob("*.so"), package / "lib" / "build.json")])
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=checkout, env=environment(RES2NET_FUSED_BUILD="require"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(package.glob("_build_info*.so"))) == 1
+    loaded, reason, information = loaded_from(checkout, checkout.parent)
+    assert information["source"] == "_build_info"
+
+
+@pytest.mark.slow
+def test_the_wheel_checks_itself_in_a_clean_environment(tmp_path):
+    """Of this checkout, beside this environment's torch but not its copy of the package."""
+    need_compiler()
+    wheel = build_wheel(ROOT, tmp_path, environment(RES2NET_FUSED_BUILD="require"))
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--no-deps", "--no-index"]
+    env = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    subprocess.run([*pip, str(wheel)], env=env, check=True, capture_output=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    # A folder named by a .pth is searched, and its own .pth files, such as of an editable install, are not read. Only now:
+    # pip would take the package there for the installed one.
+    (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent))
+    for arguments, expected in (
+        (("info", "--device", "cpu"), r"cpu library +loaded"),
+        (("check", "--quick", "--no-network", "--device", "cpu"), r"block .* cpu .*\n(.*\n)*.* 0 misses"),
+    ):
+        command = [str(venv / "bin" / "res2net-fused"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and re.search(expected, done.stdout), done.stdout + done.stderr
 
 
 def test_require_fails_without_a_compiler(checkout, tmp_path):

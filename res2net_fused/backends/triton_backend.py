@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Sequence
 
 import torch
@@ -29,11 +30,28 @@ def _missing() -> str | None:
     """Why Triton cannot be used at all, or None."""
     try:
         import triton
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+        version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+    except Exception as error:  # missing, or broken in whatever way, such as a folder left empty
+        return f"Triton cannot be imported ({error!r:.200}): `pip install triton`"
     if version < MINIMUM_TRITON:
         return f"Triton is {triton.__version__}; at least {'.'.join(map(str, MINIMUM_TRITON))} is needed"
+    return None
+
+
+@functools.cache
+def _driver_refusal() -> str | None:
+    """Why Triton cannot launch anything on the GPU that is there, or None.
+
+    Its driver compiles a helper with the C compiler once, and keeps it in the cache folder.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:
+        remedy = "it needs a C compiler (gcc or clang on PATH, or CC) and a cache folder that can be written (TRITON_CACHE_DIR)"
+        return f"Triton's driver does not start ({error!r:.200}): {remedy}"
     return None
 
 
@@ -62,6 +80,8 @@ def why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
     elif capability(device) < MINIMUM_CAPABILITY:
         found = "{}.{}".format(*capability(device))
         return f"{device} has compute capability {found}; at least 8.0 is needed"
+    elif torch.cuda.is_available():
+        return _driver_refusal()
     return None
 
 

@@ -43,7 +43,7 @@ def environment(device: str, command: str) -> dict[str, Any]:
         import triton
 
         triton_version = triton.__version__
-    except ImportError:
+    except Exception:  # missing, or broken in whatever way
         triton_version = None
     return {
         "device": device_name(device),
@@ -102,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text())
         validate(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no result file: {error}") from None
     return data
 
@@ -114,6 +114,11 @@ def validate(data: object) -> None:
     for field in ENVIRONMENT_FIELDS:
         if field not in data["environment"]:
             raise ValueError(f"environment has no {field!r}")
+    for field, kind in (("failures", dict), ("runs", list)):  # of records that grow over several calls
+        if not isinstance(data["environment"].get(field, kind()), kind):
+            raise ValueError(f"environment has {field} of type {type(data['environment'][field]).__name__}")
+    if not all(isinstance(run, dict) and isinstance(run.get("command"), str) for run in data["environment"].get("runs", [])):
+        raise ValueError("environment has runs without a command")
     for i, row in enumerate(data["rows"]):
         if not isinstance(row, dict):
             raise ValueError(f"rows[{i}] is a {type(row).__name__}, not an object")

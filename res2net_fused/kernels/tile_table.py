@@ -27,6 +27,7 @@ DTYPE_CLASSES = ("half", "tf32", "ieee")
 _NEAR = {"width": 1.3, "inputs": 2.0, "pixels": 4.0}
 _BLOCKS = (16, 32, 64, 128, 256)
 MIN_BLOCK = _BLOCKS[0]
+_MOST = 2**63 - 1  # of a row's numbers: their ratios must be floats
 _log = logging.getLogger("res2net_fused")
 
 
@@ -41,6 +42,9 @@ class Tile:
     stages: int
 
     def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "warps", "stages"):
+            if type(getattr(self, name)) is not int:  # 64.0 and True are in the lists below
+                raise ValueError(f"{name} is {getattr(self, name)!r}; a whole number is needed")
         for name in ("block_m", "block_n", "block_k"):
             if getattr(self, name) not in _BLOCKS:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(str, _BLOCKS))}")
@@ -96,22 +100,27 @@ def lookup(shape: Shape) -> tuple[Tile, str] | None:
 
 
 def user_path() -> Path:
-    """The user's table: RES2NET_FUSED_TILES, else below the user's cache folder."""
+    """The user's table: RES2NET_FUSED_TILES, else below the user's cache folder. RuntimeError where there is no such folder."""
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen:
         return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError as error:  # a user without an entry or HOME, as in containers
+            raise RuntimeError(f"no folder for tuned tiles ({error}): set {ENVIRONMENT_VARIABLE} to a file") from None
     return Path(cache, "res2net_fused", "tiles.json")
 
 
 def read(path: Path) -> list[Row]:
-    """Reads a table; ValueError naming the file, the row and the field where it is none."""
+    """Reads a table; ValueError naming the file, the row and the field where it is none, OSError where it cannot be read."""
     try:
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
             raise ValueError("an object with 'rows' (a list) is needed")
         return [_parse(row, i) for i, row in enumerate(data["rows"])]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         remedy = "delete it, or write it anew with `res2net-fused tune`"
         raise ValueError(f"{path} is no table of tiles: {error}; {remedy}") from None
 
@@ -156,8 +165,8 @@ def _parse(row: object, i: int) -> Row:
     numbers: list[Any] = [row.get(name) for name in ("width", "inputs", "pixels")]
     tile, capability = row.get("tile"), row.get("capability")
     for name, value in zip(("width", "inputs", "pixels"), numbers, strict=True):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"rows[{i}] has {name}={value!r}; a whole number of at least 1 is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+            raise ValueError(f"rows[{i}] has {name}={value!r:.99}; a whole number from 1 to {_MOST} is needed")
     if row.get("kernel") not in KERNELS or row.get("dtype") not in DTYPE_CLASSES:
         raise ValueError(f"rows[{i}] has kernel={row.get('kernel')!r}, dtype={row.get('dtype')!r}")
     parts = capability.split(".") if isinstance(capability, str) else []
@@ -178,9 +187,10 @@ def _shipped_rows() -> tuple[Row, ...]:
 
 @functools.cache
 def _user_rows() -> tuple[Row, ...]:
-    path = user_path()
     try:
-        return tuple(read(path)) if path.exists() else ()
-    except (OSError, ValueError) as error:
+        return tuple(read(user_path()))
+    except FileNotFoundError:
+        return ()  # nothing was tuned
+    except (OSError, RuntimeError, ValueError) as error:
         _log.warning("tuned tiles are not used: %s", error)
         return ()

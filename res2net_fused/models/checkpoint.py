@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
     out. A model without a classifier takes files that have one. Weights take the model's dtype and device.
 
     Raises RuntimeError that lists every missing, unexpected and mis-shaped key, in which case nothing is loaded, or where the
-    file holds no state_dict, or more than tensors and plain values; FileNotFoundError where there is no file.
+    file is damaged, or holds no state_dict, or more than tensors and plain values; OSError where it cannot be read.
     """
     path = Path(path)
     own = model.state_dict()
@@ -53,16 +53,17 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """Of the file, without the nesting and the prefixes that training scripts add."""
     found: object = _read(path)
-    while isinstance(found, dict):
-        nest = next((name for name in _NESTS if isinstance(found.get(name), dict)), None)
+    for _ in _NESTS:  # no script nests deeper, and a hostile file can hold itself
+        nest = next((name for name in _NESTS if isinstance(found, dict) and isinstance(found.get(name), dict)), None)
         if nest is None:
             break
         found = found[nest]
     if not isinstance(found, dict) or not found:
         raise RuntimeError(f"{path} holds no state_dict, but a {type(found).__name__}")
-    others = [key for key, value in found.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    others = [key for key, value in found.items() if not isinstance(key, str) or not _is_plain(value)]
     if others:
-        raise RuntimeError(f"{path} holds no state_dict: {', '.join(map(repr, others[:5]))} are no tensors")
+        named = ", ".join(map(repr, others[:5]))
+        raise RuntimeError(f"{path} holds no state_dict: {named} are no dense tensors of real numbers")
     while True:
         prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in found)), None)
         if prefix is None:
@@ -70,18 +71,35 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         found = {key[len(prefix) :]: tensor for key, tensor in found.items()}
 
 
+def _is_plain(value: object) -> bool:
+    """Whether a parameter can be copied from it; what cannot would be noticed after others were overwritten."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_nested or value.is_quantized or value.is_complex())
+
+
 def _read(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f"{path} needs safetensors ({error}): pip install safetensors") from error
-        return load_file(path)
+    reader = _safetensors(path) if path.suffix == ".safetensors" else _pickled
+    path.open("rb").close()  # its OSError names the file, which the readers' do not all
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return reader(path)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"{path} holds more than tensors and plain values, or is no file of torch.save: {reason}") from error
+        problem = "holds more than tensors and plain values, or is no file of torch.save"
+        raise RuntimeError(f"{path} {problem} ({error!r:.200}); get it anew, or save its state_dict alone") from error
+    except Exception as error:  # of many types: damaged bytes may lead anywhere
+        raise RuntimeError(f"{path} is damaged or of another format ({error!r:.200}); get it anew") from error
+
+
+def _pickled(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _safetensors(path: Path) -> Callable[[Path], object]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"{path} needs safetensors ({error}): pip install safetensors") from error
+    return load_file
 
 
 def _fitted(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
