@@ -134,7 +134,7 @@ class NativeLibraries:
 
 
 def _is_part(part: object) -> bool:
-    fields = {"built": bool, "file": str, "size": (int, type(None)), "reason": str}
+    fields: dict[str, Any] = {"built": bool, "file": str, "size": (int, type(None)), "reason": str}
     return isinstance(part, dict) and all(isinstance(part.get(field), types) for field, types in fields.items())
 
 

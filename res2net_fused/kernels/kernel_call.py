@@ -9,11 +9,10 @@ from typing import Any
 import triton
 from triton.runtime.errors import OutOfResources
 
+from .step_plan import MAX_PROGRAMS
 from .tile_table import ENVIRONMENT_VARIABLE
 
 _TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-
-from .step_plan import MAX_PROGRAMS
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def user_path() -> Path:
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen:
         return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME")
+    cache: str | Path | None = os.environ.get("XDG_CACHE_HOME")
     if not cache:
         try:
             cache = Path.home() / ".cache"
