@@ -17,6 +17,7 @@ POOLS = (None, "avg3", "avg3_nopad")
 ACTIVATIONS = ("relu", "none", "hardtanh20")
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LARGEST = 2**31 - 1  # of stride, dilation and groups, which ATen's pools take as a C int
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -29,6 +30,8 @@ def at_least_one(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
+    if value > LARGEST:
+        raise ValueError(f"{name} is {value}; it must be at most {LARGEST}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class ChainConfig:
         at_least_one("stride", self.stride)
         at_least_one("dilation", self.dilation)
         at_least_one("groups", self.groups)
+        if not isinstance(self.hierarchical, bool):
+            raise TypeError(f"hierarchical is {self.hierarchical!r} of type {type(self.hierarchical).__name__}; a bool is needed")
         one_of("passthrough", self.passthrough, PASSTHROUGHS)
         one_of("pool", self.pool, POOLS)
         one_of("activation", self.activation, ACTIVATIONS)
@@ -185,6 +190,7 @@ def check_types(x: object, weights: object, biases: object) -> None:
     """TypeErrors for what is no tensor at all; shapes and dtypes are checked inside the operator."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {describe(x)}; a Tensor of shape (N, s*w, H, W) is needed")
+    check_dense("x", x)
     for name, values in (("weights", weights), ("biases", biases)):
         if name == "weights" or values is not None:
             sequence_types(name, values)
@@ -197,6 +203,13 @@ def sequence_types(name: str, values: object) -> None:
     for i, value in enumerate(values):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}[{i}] is a {describe(value)}; a Tensor is needed")
+        check_dense(f"{name}[{i}]", value)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a tensor of the layout {kind}; a dense one is needed, such as {name}.to_dense()")
 
 
 def check_weights(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> int:
