@@ -6,7 +6,7 @@ The settings come from the tables of published blocks; the recurrence itself sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ class ChainConfig:
         at_least_one("dilation", self.dilation)
         at_least_one("groups", self.groups)
         if not isinstance(self.hierarchical, bool):
-            raise TypeError(f"hierarchical is {self.hierarchical!r} of type {type(self.hierarchical).__name__}; a bool is needed")
+            kind = type(self.hierarchical).__name__
+            raise TypeError(f"hierarchical is {self.hierarchical!r} of type {kind}; a bool is needed")
         one_of("passthrough", self.passthrough, PASSTHROUGHS)
         one_of("pool", self.pool, POOLS)
         one_of("activation", self.activation, ACTIVATIONS)
@@ -103,6 +104,16 @@ class ChainConfig:
         first = self.first_convolved
         return self.hierarchical and (group > first or (group == 1 and self.passthrough == "first_added"))
 
+    def within(self, size: int) -> ChainConfig:
+        """The same for images of at most `size` rows and columns, with no stride or dilation beyond them.
+
+        Farther taps meet zeros and farther pixels are not there, but kernels take memory for the way, PyTorch's backward
+        above all.
+        """
+        if self.stride <= size and self.dilation <= size:
+            return self
+        return replace(self, stride=min(self.stride, size), dilation=min(self.dilation, size))
+
     def output_size(self, size: int) -> int:
         """Rows (or columns) of the output for `size` rows of x; the same for the convolutions and for the pool."""
         return (size - 1) // self.stride + 1
@@ -130,6 +141,8 @@ class ChainProblem:
         """A call on a tensor with x's batch, size, dtype, device and memory format; its channels are not looked at."""
         batch, _, height, width_pixels = x.shape
         last = memory_format(x) == torch.channels_last
+        if type(height) is int and type(width_pixels) is int:  # a traced size would be compared, and the graph kept to it
+            config = config.within(max(height, width_pixels))
         return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last)
 
     @classmethod
@@ -138,7 +151,7 @@ class ChainProblem:
         alone = ChainConfig(
             config.stride, config.dilation, config.groups, hierarchical=False, passthrough="none", activation="none"
         )
-        return cls.of(u, weight.shape[0], 1, alone)
+        return replace(cls.of(u, weight.shape[0], 1, alone), config=alone)  # u may be the gradient of a smaller output
 
     @property
     def scale(self) -> int:

@@ -118,7 +118,7 @@ def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> 
 @functools.partial(_library.impl, "hierarchical_conv1d_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> list[Tensor]:
     *chain, needed = settings
-    config = _cached_config(*chain)
+    config = _cached_config(*chain).within(x.shape[2])
     return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed)
 
 
