@@ -12,7 +12,7 @@ from helpers import NAMED_BACKENDS, Chain, SqueezeExcite, masked_gradients, rand
 from layouts import in_layout
 from torch import Tensor, nn
 
-from fuzz.checks import check_against, check_kinds, each_path, hostile_memory, untouched
+from fuzz.checks import Truth, check_against, check_kinds, each_path, hostile_memory, untouched
 from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, pack_weights, reference
 from res2net_fused.backends import chain1d as backends_1d
 from res2net_fused.chain import memory_format
@@ -67,14 +67,16 @@ class ChainCase:
             offsets = None if biases is None else [noise(b) for b in biases]
             return [reference.hierarchical_conv2d(noise(x), [noise(w) for w in weights], offsets, chain.config)]
 
+        truth = Truth(exact, dtype)
+
         def check_output(out: Tensor, where: str) -> None:
             assert out.dtype == dtype and memory_format(out) == memory_format(x), where
             assert out.is_contiguous(memory_format=memory_format(x)), where
             assert out.numel() == 0 or out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), where
             if self.values == "finite":
-                check_against([out], exact, dtype, where)
+                check_against([out], truth, where)
             else:
-                check_kinds(out, exact(lambda t: t.double())[0].to(dtype), where)
+                check_kinds(out, truth.results[0].to(dtype), where)
 
         with hostile_memory(self.threads):
             for backend, where in each_path(backends):
@@ -108,7 +110,7 @@ class ChainCase:
             wanted = masked_gradients(near, noise(x), [noise(w) for w in weights], offsets, out, noise(grad))
             return wanted[: len(leaves)]
 
-        check_against(found, exact, x.dtype, f"{where}, gradients")
+        check_against(found, Truth(exact, x.dtype), f"{where}, gradients")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ class RowsCase:
     threads: int = 1
     seed: int = 0
 
+    @property
+    def near(self) -> Chain1dConfig:
+        """PyTorch pads for all of a dilation."""
+        return Chain1dConfig(**self.settings).within(self.shape[1])
+
     def tensors(self) -> list[object]:
         """x, weights, biases, affine_scale, affine_shift."""
         dtype, generator = getattr(torch, self.dtype), torch.Generator().manual_seed(self.seed)
@@ -137,7 +144,7 @@ class RowsCase:
             return torch.randn(*size, generator=generator, dtype=torch.float64)
 
         batch, length = self.shape
-        scale = Chain1dConfig(**self.settings).chain.scale(self.steps)
+        scale = self.near.chain.scale(self.steps)
         x = in_layout(sprinkle(random(batch, scale * self.width, length).to(dtype), self.values, self.seed), self.layout)
         fan_in = self.width * self.kernel
         weights = [random(self.width, self.width, self.kernel) * (2 / fan_in) ** 0.5 for _ in range(self.steps)]
@@ -149,15 +156,16 @@ class RowsCase:
 
     def check(self, backends: Sequence[str] = EVERY_BACKEND) -> None:
         x, *lists = self.tensors()
-        config, flat = Chain1dConfig(**self.settings), [x, *(t for values in lists for t in values or ())]
+        flat = [x, *(t for values in lists for t in values or ())]
 
         def call(backend: str) -> Tensor:
             return hierarchical_conv1d(x, *lists, backend=backend, **self.settings)
 
         def exact(noise: Callable[[Tensor], Tensor]) -> list[Tensor]:
             wide = [None if values is None else [noise(t) for t in values] for values in lists]
-            return [reference.hierarchical_conv1d(noise(x), *wide, config)]
+            return [reference.hierarchical_conv1d(noise(x), *wide, self.near)]
 
+        truth = Truth(exact, x.dtype)
         with hostile_memory(self.threads):
             for backend, where in self._paths(backends):
                 if backend in ("triton", "cuda"):
@@ -168,9 +176,9 @@ class RowsCase:
                     out = call(backend)
                     assert out.dtype == x.dtype and out.is_contiguous(), where
                     if self.values == "finite":
-                        check_against([out], exact, x.dtype, where)
+                        check_against([out], truth, where)
                     else:
-                        check_kinds(out, exact(lambda t: t.double())[0].to(x.dtype), where)
+                        check_kinds(out, truth.results[0].to(x.dtype), where)
                     if self.gradient != "none":
                         self._check_gradients(flat, lists, backend, where)
 
@@ -192,7 +200,7 @@ class RowsCase:
             return torch.autograd.grad(out, leaves, gradient_in(self.gradient, out, self.seed))
 
         found = gradients(hierarchical_conv1d, backend=backend, **self.settings)
-        expected = gradients(reference.hierarchical_conv1d, Chain1dConfig(**self.settings))
+        expected = gradients(reference.hierarchical_conv1d, self.near)
         for a, b in zip(found, expected, strict=True):
             assert (a - b).norm() <= 1e-11 * (1 + b.norm()), f"{where}, gradients"
 
@@ -245,6 +253,7 @@ class BlockCase:
             with torch.no_grad():
                 return [reference.bottle2neck(in_float64(noise), noise(x), block.chain_config)]
 
+        truth = Truth(exact, dtype)
         with hostile_memory(self.threads):
             chain = Chain(block.chain_config.settings(), len(block.convs), block.width)
             for backend, where in each_path(backends):
@@ -257,7 +266,7 @@ class BlockCase:
                         out = twin(x)
                     assert twin._res2net_fused.last_refusal is None, where
                     assert out.dtype == dtype and out.is_contiguous(memory_format=memory_format(x)), where
-                    check_against([out], exact, dtype, where)
+                    check_against([out], truth, where)
                     if self.gradient != "none":
                         self._check_gradients(twin, x, where)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,9 +17,6 @@ from res2net_fused.parity import poisoned_allocations
 
 # Where terms cancel, rounding the inputs alone changes the result by more than a bound: by so many times that an error may be.
 CONDITION = 20.0
-Exact = Callable[[Callable[[Tensor], Tensor]], Sequence[Tensor]]
-
-
 def disturbed(seed: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Makes float64 of a tensor, every value off by up to one rounding of `dtype`."""
     generator = torch.Generator().manual_seed(seed)
@@ -30,23 +28,35 @@ def disturbed(seed: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return noise
 
 
-def check_against(found: Sequence[Tensor], exact: Exact, dtype: torch.dtype, where: object) -> None:
-    """Every tensor of `found` near its twin of `exact(to_float64)`, in the Frobenius norm."""
-    expected = exact(lambda t: t.detach().double())
-    spread: list[float] | None = None
-    for i, (out, ref) in enumerate(zip(found, expected, strict=True)):
-        assert out.shape == ref.shape, f"{where}: result {i} is {tuple(out.shape)} instead of {tuple(ref.shape)}"
-        error = (out.detach().double() - ref.detach()).norm().item()
+class Truth:
+    """What `function` makes of its tensors in float64; it takes them by the converter that it is given."""
+
+    def __init__(self, function: Callable[[Callable[[Tensor], Tensor]], Sequence[Tensor]], dtype: torch.dtype) -> None:
+        self.function, self.dtype = function, dtype
+
+    @functools.cached_property
+    def results(self) -> Sequence[Tensor]:
+        return [t.detach() for t in self.function(lambda t: t.detach().double())]
+
+    @functools.cached_property
+    def spread(self) -> list[float]:
+        """By how much rounding the tensors to `dtype` changes each result."""
+        runs = [self.function(disturbed(seed, self.dtype)) for seed in range(3)]
+        return [max((run[i].detach() - exact).norm().item() for run in runs) for i, exact in enumerate(self.results)]
+
+
+def check_against(found: Sequence[Tensor], truth: Truth, where: object) -> None:
+    """Every tensor of `found` near its twin, in the Frobenius norm."""
+    for i, (out, exact) in enumerate(zip(found, truth.results, strict=True)):
+        assert out.shape == exact.shape, f"{where}: result {i} is {tuple(out.shape)} instead of {tuple(exact.shape)}"
+        error, norm = (out.detach().double() - exact).norm().item(), exact.norm().item()
         info = torch.finfo(out.dtype)
         subnormal = info.smallest_normal * info.eps * out.numel() ** 0.5  # the distance of the smallest values
-        if error <= BOUNDS[dtype] * ref.norm().item() + subnormal:
+        if error <= BOUNDS[truth.dtype] * norm + subnormal:
             continue
-        if spread is None:
-            runs = [exact(disturbed(seed, dtype)) for seed in range(3)]
-            spread = [max((run[k] - expected[k]).norm().item() for run in runs) for k in range(len(expected))]
-        assert error <= CONDITION * spread[i] + subnormal, (
-            f"{where}: result {i} is off by {error:.3g} at a norm of {ref.norm().item():.3g}; inputs off by one rounding "
-            f"change it by {spread[i]:.3g}"
+        assert error <= CONDITION * truth.spread[i] + subnormal, (
+            f"{where}: result {i} is off by {error:.3g} at a norm of {norm:.3g}; inputs off by one rounding change it by "
+            f"{truth.spread[i]:.3g}"
         )
 
 

@@ -54,8 +54,9 @@ def test_what_was_found_stays_right(case):
 
 @some(20)
 @given(chains(), rows(), blocks(), calls())
-def test_cases_survive_a_file(*cases):
-    assert [from_json(json.loads(json.dumps(to_json(case)))) for case in cases] == list(cases)
+def test_cases_survive_a_file(chain, row, block, call):
+    for case in (chain, row, block, call):
+        assert from_json(json.loads(json.dumps(to_json(case)))) == case
     assert set(KINDS) == set(STRATEGIES)
 
 
@@ -68,14 +69,14 @@ def test_a_case_is_added_once(tmp_path, monkeypatch):
 
 
 def test_a_wrong_result_is_found(monkeypatch):
-    """Otherwise nothing above could fail: one value of the native kernels' output is off."""
+    """Otherwise nothing above could fail: one value of the output is off."""
     from res2net_fused.backends import aten
 
     right = aten.forward
 
     def wrong(*arguments):
         out = right(*arguments)
-        out.view(-1)[:1] += 1e-2 * out.norm()
+        out[0, 0, 0, 0] += 1e-2 * out.norm()
         return out
 
     monkeypatch.setattr(aten, "forward", wrong)
