@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
-from helpers import NAMED_BACKENDS, Chain, SqueezeExcite, masked_gradients, randomize, why_not
+from helpers import HALVES, NAMED_BACKENDS, Chain, SqueezeExcite, masked_gradients, randomize, why_not
 from layouts import in_layout
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ class ChainCase:
             assert out.numel() == 0 or out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), where
             if self.values == "finite":
                 check_against([out], truth, where)
-            else:
+            elif dtype not in HALVES or not where.startswith("reference"):  # PyTorch's own makes NaN of -Inf in half types
                 check_kinds(out, truth.results[0].to(dtype), where)
 
         with hostile_memory(self.threads):

@@ -65,11 +65,10 @@ def fuzz(kind: str, cases: int, seed: int) -> bool:
 
         try:
             run()
-        except Exception:  # the last case that ran is the simplest that fails
-            error = traceback.format_exc().splitlines()[-1]
+        except Exception as error:  # the last case that ran is the simplest that fails
             traceback.print_exc()
             print(f"\n{json.dumps(to_json(ran[0]))}\nadded to {corpus.FILE.relative_to(ROOT)}", flush=True)
-            corpus.add(ran[0], error)
+            corpus.add(ran[0], f"{type(error).__name__}: {error}".splitlines()[0])
             return False
     return True
 

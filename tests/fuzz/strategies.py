@@ -81,6 +81,8 @@ def rows(draw) -> RowsCase:
     count = int(max(1, min(count, MAX_PRODUCTS // (4 * kernel * width * width))))
     batch, *_ = fitting(draw(batches), 1, length, kernel * count * width * width)
     dtype, values = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["finite", "finite", "nan", "inf", "-inf"]))
+    if dtype in ("float16", "bfloat16"):
+        values = "finite"  # PyTorch's own convolution makes NaN of -Inf there
     differentiates = dtype == "float64" and values == "finite"
     return RowsCase(
         settings, count, width, kernel, (batch, length), dtype, draw(layouts), draw(weight_layouts),
