@@ -26,9 +26,9 @@ def sides(most: int) -> st.SearchStrategy[int]:
     return st.one_of(st.integers(1, 3), st.integers(1, 23), st.integers(1, most))
 
 
-def fitting(batch: int, height: int, width: int, products: int) -> tuple[int, int, int]:
+def fitting(batch: int, height: int, width: int, products: int, most: float = MAX_PRODUCTS) -> tuple[int, int, int]:
     """Not more pixels than are checked in a moment, with so many products for each."""
-    while batch * height * width * products > MAX_PRODUCTS and (batch > 1 or height > 1 or width > 1):
+    while batch * height * width * products > most and (batch > 1 or height > 1 or width > 1):
         if batch > 1:
             batch -= 1
         elif height >= width:
@@ -54,16 +54,16 @@ def chain_settings(draw) -> dict[str, object]:
 
 
 @st.composite
-def chains(draw, finite: bool = False, most_channels: int = 300) -> ChainCase:
+def chains(draw, finite: bool = False, most_channels: int = 300, most_products: float = MAX_PRODUCTS) -> ChainCase:
     """finite: without NaN, Inf and gradients."""
     settings, groups, count = draw(chain_settings()), draw(st.sampled_from([1, 1, 1, 2, 3])), draw(steps)
     per_group = st.one_of(st.integers(1, 9), st.integers(1, 40), st.integers(1, 120), st.just(most_channels))
     width = groups * min(draw(per_group), max(1, most_channels // groups))
-    count = int(max(1, min(count, MAX_PRODUCTS * groups // (36 * width * width))))
+    count = int(max(1, min(count, most_products * groups // (36 * width * width))))
     pixels = draw(batches), draw(sides(60)), draw(sides(200))
     values = "finite" if finite else draw(st.sampled_from(["finite", "finite", "finite", "nan", "inf", "-inf"]))
     return ChainCase(
-        settings | {"groups": groups}, count, width, fitting(*pixels, 9 * count * width * width // groups),
+        settings | {"groups": groups}, count, width, fitting(*pixels, 9 * count * width * width // groups, most_products),
         draw(st.sampled_from(DTYPES)), draw(layouts), draw(weight_layouts), draw(st.sampled_from(["same", "none", "float32"])),
         values, "none" if finite or values != "finite" else draw(gradients), draw(threads), draw(seeds),
     )  # fmt: skip
