@@ -1,4 +1,4 @@
-# make bench | check | record | readme | test | test-full | mutate | sanitize | wheel | versions | lint | types | clean
+# make bench | check | record | readme | test | test-full | fuzz | mutate | sanitize | wheel | versions | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1".
 VENV ?= .venv
@@ -12,7 +12,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
 
-.PHONY: bench check record readme test test-full mutate sanitize wheel versions lint types clean setup
+.PHONY: bench check record readme test test-full fuzz mutate sanitize wheel versions lint types clean setup
 
 setup: $(INSTALLED)
 
@@ -35,6 +35,10 @@ test: $(INSTALLED)
 # An empty marker expression selects the slow tests too.
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -m '' $(ARGS)
+
+# 5,000 random calls; what fails is added to tests/fuzz/corpus.json. ARGS="--cases 500 --seed 7 --only chain" for others.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
 # Removes every barrier and wait of the CUDA kernels in turn; each removal must turn a test red.
 mutate: $(INSTALLED)

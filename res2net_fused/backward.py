@@ -95,8 +95,20 @@ def convolution_backward(
         config.groups,
         [need_u and du is None, need_weight, need_bias],
     )
+    if need_weight and dz.device.type == "cpu" and dz.dtype in (torch.float16, torch.bfloat16):
+        clear_idle_taps(gradients[1], u, config)
     found = (du, dweight, dbias)
     return tuple(theirs if ours is None else ours for ours, theirs in zip(found, gradients, strict=True))
+
+
+def clear_idle_taps(dweight: Tensor, u: Tensor, config: ChainConfig) -> None:
+    """Zeros, in place, for taps that meet no pixel of u: oneDNN leaves there, in half types, whatever the memory held."""
+    for axis in (2, 3):
+        size = u.shape[axis]
+        if config.dilation > (config.output_size(size) - 1) * config.stride:
+            dweight.select(axis, 0).zero_()
+        if config.dilation >= size:
+            dweight.select(axis, 2).zero_()
 
 
 def feeds_a_convolution(config: ChainConfig, group: int) -> bool:

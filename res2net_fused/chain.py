@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -19,6 +19,7 @@ POOLS = (None, "avg3", "avg3_nopad")
 ACTIVATIONS = ("relu", "none", "hardtanh20")
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LARGEST = 2**31 - 1  # of stride, dilation and groups, which ATen's pools take as a C int
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -31,6 +32,8 @@ def at_least_one(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
+    if value > LARGEST:
+        raise ValueError(f"{name} is {value}; it must be at most {LARGEST}")
 
 
 class ChainSettings(TypedDict):
@@ -69,6 +72,9 @@ class ChainConfig:
         at_least_one("stride", self.stride)
         at_least_one("dilation", self.dilation)
         at_least_one("groups", self.groups)
+        if not isinstance(self.hierarchical, bool):
+            kind = type(self.hierarchical).__name__
+            raise TypeError(f"hierarchical is {self.hierarchical!r} of type {kind}; a bool is needed")
         one_of("passthrough", self.passthrough, PASSTHROUGHS)
         one_of("pool", self.pool, POOLS)
         one_of("activation", self.activation, ACTIVATIONS)
@@ -112,6 +118,16 @@ class ChainConfig:
         first = self.first_convolved
         return self.hierarchical and (group > first or (group == 1 and self.passthrough == "first_added"))
 
+    def within(self, size: int) -> ChainConfig:
+        """The same for images of at most `size` rows and columns, with no stride or dilation beyond them.
+
+        Farther taps meet zeros and farther pixels are not there, but kernels take memory for the way, PyTorch's backward
+        above all.
+        """
+        if self.stride <= size and self.dilation <= size:
+            return self
+        return replace(self, stride=min(self.stride, size), dilation=min(self.dilation, size))
+
     def output_size(self, size: int) -> int:
         """Rows (or columns) of the output for `size` rows of x; the same for the convolutions and for the pool."""
         return (size - 1) // self.stride + 1
@@ -144,12 +160,15 @@ class ChainProblem:
         """A call on a tensor with x's batch, size, dtype, device and memory format; its channels are not looked at."""
         batch, _, height, width_pixels = x.shape
         last = memory_format(x) == torch.channels_last
+        if type(height) is int and type(width_pixels) is int:  # a traced size would be compared, and the graph kept to it
+            config = config.within(max(height, width_pixels))
         return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last)
 
     @classmethod
     def of_one_convolution(cls, u: Tensor, weight: Tensor, config: ChainConfig) -> ChainProblem:
         """One of the chain's convolutions and nothing behind it, on u (N, w, H, W)."""
-        return cls.of(u, weight.shape[0], 1, _one_convolution(config))
+        alone = _one_convolution(config)
+        return replace(cls.of(u, weight.shape[0], 1, alone), config=alone)  # u may be the gradient of a smaller output
 
     @property
     def scale(self) -> int:
@@ -205,6 +224,7 @@ def check_types(x: object, weights: object, biases: object) -> None:
     """TypeErrors for what is no tensor at all; shapes and dtypes are checked inside the operator."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {describe(x)}; a Tensor of shape (N, s*w, H, W) is needed")
+    check_dense("x", x)
     for name, values in (("weights", weights), ("biases", biases)):
         if name == "weights" or values is not None:
             sequence_types(name, values)
@@ -217,6 +237,13 @@ def sequence_types(name: str, values: object) -> None:
     for i, value in enumerate(values):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}[{i}] is a {describe(value)}; a Tensor is needed")
+        check_dense(f"{name}[{i}]", value)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a tensor of the layout {kind}; a dense one is needed, such as {name}.to_dense()")
 
 
 def check_weights(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> int:

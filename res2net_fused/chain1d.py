@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class Chain1dConfig:
     def padding(self, kernel_size: int) -> int:
         """Values added at each end, so that rows keep their length."""
         return self.dilation * (kernel_size // 2)
+
+    def within(self, length: int) -> Chain1dConfig:
+        """The same for rows of this length: as `ChainConfig.within`; a row is longer than what it reflects."""
+        far = self.padding_mode == "zeros" and self.dilation > length
+        return replace(self, dilation=length) if far else self
 
     def settings(self) -> dict[str, object]:
         """As keyword arguments of `hierarchical_conv1d`, in the order of the operator's schema."""
@@ -91,7 +96,8 @@ def check_arguments_1d(
             raise TypeError(f"{name} is {describe(tensor)}; allowed dtypes are {', '.join(map(str, DTYPES))}")
     for i, weight in enumerate(weights):
         if weight.shape != first.shape or weight.dtype != x.dtype or weight.device != x.device:
-            raise ValueError(f"weights[{i}] is {describe(weight)}; {tuple(first.shape)} {x.dtype} on {x.device} is needed")
+            needed = f"{tuple(first.shape)} {x.dtype} on {x.device}"
+            raise ValueError(f"weights[{i}] is {describe(weight)}; {needed} is needed, as weights[0] and x are")
     width, steps, scale = first.shape[0], len(weights), config.chain.scale(len(weights))
     if (affine_scale is None) != (affine_shift is None):
         raise ValueError("affine_scale and affine_shift must both be given, or neither")
@@ -119,4 +125,4 @@ def check_arguments_1d(
             f"x is {describe(x)}; with dilation={config.dilation}, kernels of {problem.kernel_size} and "
             f"padding_mode={config.padding_mode!r}, L must be at least {least}"
         )
-    return problem
+    return replace(problem, config=config.within(problem.length)) if type(problem.length) is int else problem

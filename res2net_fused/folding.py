@@ -51,6 +51,12 @@ class FoldedBlock:
     packed: list[Tensor] | None = None
     layout: str = "plain"
     made: MadeOn | None = None  # where it is kept
+    overflowed: bool = False  # of one that is kept: what `overflows` said
+
+    def overflows(self) -> bool:
+        """Whether a folded weight is beyond float16's range, for 1 / sqrt(eps) may be a large factor."""
+        weights = (self.conv1_weight, *self.weights, self.conv3_weight, self.projection_weight)
+        return self.conv1_weight.dtype == torch.float16 and not all(w is None or w.isfinite().all() for w in weights)
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

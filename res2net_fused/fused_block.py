@@ -111,13 +111,19 @@ class FusedForward(FusedModule):
             if not torch.compiler.is_compiling():
                 state.last_problem, state.last_trained = chain_problem(parts, x, state), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
-        return run_fused(parts, x, shortcut, state)
+        out = run_fused(parts, x, shortcut, state)
+        if out is not None:
+            return out
+        if not torch.compiler.is_compiling():
+            state.last_refusal = "a folded weight is beyond float16's range: a BatchNorm with hardly any variance or eps"
+        return super().forward(x, *args, **kwargs)
 
 
-def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor:
+def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | None:
     """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts where that does not do.
 
-    given: the shortcut (N, planes * 4, H', W') of a caller who passes one, else None.
+    given: the shortcut (N, planes * 4, H', W') of a caller who passes one, else None. None where a folded weight overflows;
+    with gradients on, when every call folds, only CPUs look: others would have to wait for the answer.
     """
     dtype = compute_dtype(block, x)
     x_in = x.to(dtype)
@@ -129,8 +135,12 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
         state.last_problem, state.last_trained = chain_problem(block, x, state), False
     if differentiable or not is_identity(block.drop_block):
         folded = fold_block(block, dtype)
+        if dtype == torch.float16 and x.device.type == "cpu" and cacheable(block_tensors(block)) and folded.overflows():
+            return None
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, folded.weights, state), x, given)
     folded = folded_weights(block, dtype, state)
+    if folded.overflowed:
+        return None
     if not one_operator(state.config):
         chain = PackedWeights.of_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
@@ -196,7 +206,9 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> 
 def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
     """Folded and packed for keeping: ordinary tensors outside autograd, also when called in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
-        return made_here(pack_block(fold_block(block, dtype), state.config, state.backend), block.conv1.weight.device)
+        folded = fold_block(block, dtype)
+        packed = replace(pack_block(folded, state.config, state.backend), overflowed=folded.overflows())
+        return made_here(packed, block.conv1.weight.device)
 
 
 def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:

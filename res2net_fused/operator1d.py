@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from .backends.chain1d import choose_1d, forward_1d
 from .backward1d import chain_backward_1d
-from .chain import BACKENDS, one_of, sequence_types
+from .chain import BACKENDS, check_dense, one_of, sequence_types
 from .chain1d import Chain1dConfig, check_arguments_1d
 from .operator import TAGS, refuse_tangents
 
@@ -65,6 +65,7 @@ def hierarchical_conv1d(
     sequence_types("weights", weights)
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; a Tensor of shape (N, s*w, L) is needed")
+    check_dense("x", x)
     config = Chain1dConfig(dilation, passthrough, padding_mode)
     return call_1d(x, weights, biases, affine_scale, affine_shift, None, config, backend)
 
@@ -117,7 +118,7 @@ def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> 
 @functools.partial(_library.impl, "hierarchical_conv1d_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> list[Tensor]:
     *chain, needed = settings
-    config = _cached_config(*chain)
+    config = _cached_config(*chain).within(x.shape[2])
     return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed)
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chain import ChainConfig
+from .chain import LARGEST, ChainConfig, at_least_one
 from .chain1d import Chain1dConfig
 from .layouts import BlockParts
 
@@ -196,10 +196,11 @@ class ReferenceBottle2neck(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("inplanes", inplanes), ("planes", planes), ("scale", scale), ("cardinality", cardinality)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            at_least_one(name, value)
+        if not isinstance(baseWidth, (int, float)) or isinstance(baseWidth, bool):
+            raise TypeError(f"baseWidth is {baseWidth!r} of type {type(baseWidth).__name__}; a number is needed")
+        if not 0 < baseWidth <= LARGEST:
+            raise ValueError(f"baseWidth is {baseWidth}; it must be above 0 and at most {LARGEST}")
         if stype not in ("normal", "stage"):
             raise ValueError(f"stype is {stype!r}; allowed are 'normal', 'stage'")
         if stype == "normal" and stride != 1:

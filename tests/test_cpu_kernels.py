@@ -6,6 +6,7 @@ import pytest
 import torch
 from cpu_kernel_cases import ARITHMETICS, INSTRUCTION_SETS, each_kernel
 from helpers import BOUNDS, CHAINS, Chain, assert_close, chains, relative_error, run_together
+from layouts import SAME_VALUES, in_layout
 
 from res2net_fused import hierarchical_conv2d, native, pack_weights, reference
 from res2net_fused.backends import native_cpu
@@ -107,27 +108,14 @@ def test_empty_batch():
 # Layouts --------------------------------------------------------------------------------------------------------------
 
 
-def layouts_of(x):
-    """The same values in other places of memory, surrounded by NaN where there is room."""
-    yield "nchw", x.contiguous()
-    yield "nhwc", x.contiguous(memory_format=torch.channels_last)
-    n, c, h, w = x.shape
-    wide = torch.full((n, h + 2, w + 3, c + 5), torch.nan, dtype=x.dtype).permute(0, 3, 1, 2)
-    inner = wide[:, 2 : 2 + c, 1 : 1 + h, 1 : 1 + w]
-    yield "slice of a wider tensor", inner.copy_(x)
-    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
-    tight = torch.full((x.numel() + 64,), torch.nan, dtype=x.dtype)
-    end = tight[32:-32].view(n, h, w, c).permute(0, 3, 1, 2)
-    yield "between NaN", end.copy_(x)
-
-
 @pytest.mark.parametrize("width", [3, 10, 16, 26])
 @pytest.mark.parametrize("passthrough", ["last", "none"])
 def test_layouts(width, passthrough):
     chain = Chain({"passthrough": passthrough}, steps=2, width=width)
     x, weights, biases = chain.tensors((2, 9, 16), torch.float32)
     expected = in_float64(chain, x, weights, biases)
-    for name, same in layouts_of(x):
+    for name in SAME_VALUES:
+        same = in_layout(x, name)
         before = same.clone()
         wanted = torch.channels_last if same.stride(1) == 1 else torch.contiguous_format
         for kernel in each_kernel():

@@ -86,8 +86,15 @@ Tensor norm_statistics(const Tensor& z, double eps, int64_t instruction_set) {
       const double off = means[b * w + c] - mean;
       total += squares[b * w + c] + count * off * off;
     }
+    if (!std::isfinite(total)) {  // squares of fp32 overflow from 1e19 on
+      mean = total = 0;
+      for (int64_t p = 0; p < pixels; p++) mean += floats(z)[p * w + c];
+      mean /= static_cast<double>(pixels);
+      for (int64_t p = 0; p < pixels; p++) total += std::pow(floats(z)[p * w + c] - mean, 2);
+    }
+    const double spread = total / static_cast<double>(pixels) + eps;
     to[c] = static_cast<float>(mean);
-    to[w + c] = static_cast<float>(1 / std::sqrt(total / static_cast<double>(pixels) + eps));
+    to[w + c] = spread == 0 ? 0 : static_cast<float>(1 / std::sqrt(spread));  // as ATen
     to[2 * w + c] = static_cast<float>(total / static_cast<double>(pixels - 1));
   }
   return result;

@@ -103,7 +103,7 @@ Step BackwardRun::shape() const {
   step.in_height = step.height = problem_.height;
   step.in_width = step.width = problem_.width;
   step.channels = problem_.channels;
-  step.groups = step.stride = step.dilation = 1;
+  step.groups = step.stride = step.row_dilation = step.column_dilation = 1;
   step.activation = Activation::none;
   return step;
 }

@@ -17,6 +17,10 @@ struct ChainProblem {
   Pool pool;
   Activation activation;
 
+  // No farther than the image reaches: beyond it a tap reads zeros however far it is, and the border takes memory.
+  int64_t row_dilation() const { return dilation < height ? dilation : height; }
+  int64_t column_dilation() const { return dilation < width ? dilation : width; }
+
   int64_t padded() const { return round_up(channels, kUnit); }
   int64_t out_height() const { return (height - 1) / stride + 1; }
   int64_t out_width() const { return (width - 1) / stride + 1; }

@@ -116,7 +116,8 @@ Step Run::step(int64_t i, const Sources& sources, int64_t first_image) const {
   step.channels = p.channels;
   step.groups = p.groups;
   step.stride = p.stride;
-  step.dilation = p.dilation;
+  step.row_dilation = p.row_dilation();
+  step.column_dilation = p.column_dilation();
   step.activation = p.activation;
   step.source = from_x ? x_group(group, first_image) : constant(sources.view(i));
   step.source_has_border = !from_x;

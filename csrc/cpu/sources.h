@@ -11,13 +11,13 @@ constexpr int64_t kAlignment = 16;  // floats: one cache line
 
 inline ConstView constant(View view) { return {view.data, view.image, view.row, view.pixel}; }
 
-// The sources u of some images: (images, H + 2*border, W + 2*border, padded w), the border zero.
+// The sources u of some images: (images, H + 2*rows, W + 2*columns, padded w), so much border being zero.
 class Sources {
  public:
   Sources(const ChainProblem& problem, int64_t images) : problem_(problem), images_(images) {
     pixel_ = problem.padded();
-    row_ = (problem.width + 2 * problem.dilation) * pixel_;
-    image_ = (problem.height + 2 * problem.dilation) * row_;
+    row_ = (problem.width + 2 * problem.column_dilation()) * pixel_;
+    image_ = (problem.height + 2 * problem.row_dilation()) * row_;
   }
 
   int64_t floats() const { return 2 * one(); }
@@ -25,21 +25,22 @@ class Sources {
   void place(float* memory) { memory_ = memory; }
 
   void zero_borders() const {
-    const int64_t b = problem_.dilation;
+    const int64_t rows = problem_.row_dilation(), columns = problem_.column_dilation();
     for (int64_t i = 0; i < 2 * images_; i++) {
       float* image = memory_ + (i / images_) * one() + (i % images_) * image_;
-      clear(image, b * row_);
-      clear(image + (problem_.height + b) * row_, b * row_);
-      for (int64_t y = b; y < problem_.height + b; y++) {
-        clear(image + y * row_, b * pixel_);
-        clear(image + y * row_ + (problem_.width + b) * pixel_, b * pixel_);
+      clear(image, rows * row_);
+      clear(image + (problem_.height + rows) * row_, rows * row_);
+      for (int64_t y = rows; y < problem_.height + rows; y++) {
+        clear(image + y * row_, columns * pixel_);
+        clear(image + y * row_ + (problem_.width + columns) * pixel_, columns * pixel_);
       }
     }
   }
 
   // The source of convolution i, from its first pixel inside the border.
   View view(int64_t i) const {
-    return {memory_ + (i % 2) * one() + problem_.dilation * (row_ + pixel_), image_, row_, pixel_};
+    const int64_t border = problem_.row_dilation() * row_ + problem_.column_dilation() * pixel_;
+    return {memory_ + (i % 2) * one() + border, image_, row_, pixel_};
   }
 
  private:

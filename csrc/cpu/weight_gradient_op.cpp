@@ -51,7 +51,7 @@ std::vector<Tensor> weight_gradient(
   step.in_height = step.height = height;
   step.in_width = step.width = width;
   step.channels = channels;
-  step.groups = step.stride = step.dilation = 1;
+  step.groups = step.stride = step.row_dilation = step.column_dilation = 1;
   step.source = {static_cast<const float*>(u.const_data_ptr()), u.stride(0), u.stride(2), u.stride(3)};
   step.source_full_vectors = channels == padded;
   const ConstView gradient{static_cast<const float*>(dz.const_data_ptr()), dz.stride(0), dz.stride(2), dz.stride(3)};

@@ -68,11 +68,10 @@ void direct_run(const PixelRun& run, PanelPass pass) {
 
 void direct_rows(const Step& step, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   const int64_t group_channels = step.channels / step.groups, group_panels = panel_count(group_channels);
-  const int64_t border = step.dilation;
   PixelRun run{};
   run.source_pixel = step.stride * step.source.pixel;
-  run.tap_row = step.dilation * step.source.row;
-  run.tap_column = step.dilation * step.source.pixel;
+  run.tap_row = step.row_dilation * step.source.row;
+  run.tap_column = step.column_dilation * step.source.pixel;
   run.depth = group_channels;
   run.out_pixel = step.out.pixel;
   run.addend_pixel = step.addend.pixel;
@@ -91,7 +90,7 @@ void direct_rows(const Step& step, int64_t first, int64_t last, int64_t first_pa
       run.channels = smaller(group_channels - pass.first * kPanel, pass.width());
       for (int64_t row = first; row < last; row++) {
         const int64_t n = row / step.height, y = row % step.height;
-        run.source = step.source.at(n, y * step.stride - border, -border) + group * group_channels;
+        run.source = step.source.at(n, y * step.stride - step.row_dilation, -step.column_dilation) + group * group_channels;
         run.out = step.out.at(n, y, 0) + channel;
         const bool adds = step.next.data != nullptr;
         run.addend = adds ? step.addend.at(n, y, 0) + channel : nullptr;

@@ -38,10 +38,10 @@ struct View {
 struct Step {
   int64_t in_height, in_width, height, width;
   int64_t channels;  // of a group, w
-  int64_t groups, stride, dilation;
+  int64_t groups, stride, row_dilation, column_dilation;
   Activation activation;
   ConstView source;          // what is convolved: u between its zero borders, or a group of x
-  bool source_has_border;    // `dilation` zero pixels may be read around it
+  bool source_has_border;    // so many zero pixels as the dilations say may be read around it
   bool source_full_vectors;  // channels behind the group, up to a multiple of kUnit, may be read as well
   ConstView addend;          // the next group of x, and
   View next;                 // where its sum with y goes; data is null where the next step adds nothing

@@ -1,0 +1,1 @@
+"""Random calls of all there is to call: `strategies.py` draws cases, `cases.py` checks one, `corpus.json` has those found."""
