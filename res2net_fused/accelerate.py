@@ -30,6 +30,7 @@ REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, 
 def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) -> Model:
     """Makes every recognised Res2Net block of `model`, 2-D or along rows, run fused, in place, and returns the model.
 
+    model: any nn.Module; blocks keep class, parameters, state_dict keys and hooks.
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
     keep the convolutions' outputs: less memory for one more convolution a step.
     Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
@@ -77,8 +78,9 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
 
 
 def restore(model: Model) -> Model:
-    """Gives accelerated blocks their original classes back, in place; classes that others put on top later stay on top.
+    """Gives the accelerated blocks of `model` their original classes back, in place, and returns the model.
 
+    Classes that others put on top later stay on top. A `Bottle2neck` is fused by its own class and stays so.
     Not while another thread calls the model: a call that has begun needs what this takes away.
     """
     for module in model.modules():
@@ -94,12 +96,13 @@ def restore(model: Model) -> Model:
 
 
 def freeze(model: Model) -> Model:
-    """Folds and packs every fused block's weights now and keeps them, also under torch.compile, until `refresh`.
+    """Folds and packs the weights of all fused blocks of `model` now and keeps them, also under torch.compile, until `refresh`.
 
     For inference with parameters that no longer change: frozen blocks are not checked for changed weights. `train()`, `.to()`
-    and `load_state_dict` thaw them. Other threads may call the model meanwhile. A CUDA graph captured of a frozen model reads
-    the frozen weights: keep the model frozen as long as the graph is replayed. Raises RuntimeError for a block whose BatchNorm
-    is in training mode.
+    and `load_state_dict` thaw them. The folding is y = K x * scale + shift with scale = weight / sqrt(running_var + eps)
+    (docs/mathematics.md). Other threads may call the model meanwhile. A CUDA graph captured of a frozen model reads the frozen
+    weights: keep the model frozen as long as the graph is replayed. Returns the model.
+    Raises RuntimeError for a block whose BatchNorm is in training mode; nothing is frozen then.
     """
     for name, block in fused_blocks(model):
         if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
@@ -123,8 +126,9 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
 
 
 def refresh(model: Model) -> Model:
-    """Drops all kept weights: needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+    """Drops all weights that the fused blocks of `model` keep, and returns the model.
 
+    Needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
     Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
     """
     for _, block in fused_blocks(model):

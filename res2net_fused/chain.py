@@ -23,11 +23,13 @@ LARGEST = 2**31 - 1  # of stride, dilation and groups, which ATen's pools take a
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises ValueError, naming the argument, where `value` is none of the `allowed`. name: of the argument."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
 
 def at_least_one(name: str, value: object) -> None:
+    """Raises TypeError where the argument `name` has a value that is no int, ValueError where it is below 1."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int of at least 1 is needed")
     if value < 1:
@@ -58,6 +60,9 @@ class ChainConfig:
         also added to the second).
     pool: what the pass-through applies: None, "avg3" (AvgPool2d(3, stride, 1)) or "avg3_nopad" (padding not counted).
     activation: behind each convolution: "relu", "none" or "hardtanh20" (clamp to 0 ... 20).
+
+    The recurrence is equation 1 of arXiv:1904.01169. Raises ValueError or TypeError, naming the argument, for a value that
+    there is not, and for two that do not go together.
     """
 
     stride: int = 1
@@ -110,7 +115,7 @@ class ChainConfig:
         return int(self.passthrough in ("first", "first_added"))
 
     def passed_group(self, scale: int) -> int | None:
-        """The group without a convolution, or None."""
+        """The group without a convolution, of `scale` groups, or None."""
         return None if self.passthrough == "none" else 0 if self.first_convolved else scale - 1
 
     def adds(self, group: int) -> bool:
@@ -142,7 +147,8 @@ def _one_convolution(config: ChainConfig) -> ChainConfig:
 class ChainProblem:
     """One call of the operator, without its data: what a backend is chosen and a launch is planned by.
 
-    width is the number of channels of a group; steps the number of convolutions.
+    config: the settings. device, dtype: of x (N, s*w, H, W). batch, height, width_pixels: N, H, W. width: w, the channels of a
+    group. steps: the number of convolutions. channels_last: whether x has that memory format, else it is contiguous.
     """
 
     config: ChainConfig
@@ -157,7 +163,10 @@ class ChainProblem:
 
     @classmethod
     def of(cls, x: Tensor, width: int, steps: int, config: ChainConfig) -> ChainProblem:
-        """A call on a tensor with x's batch, size, dtype, device and memory format; its channels are not looked at."""
+        """A call on a tensor with x's batch, size, dtype, device and memory format; its channels are not looked at.
+
+        width: channels of a group. steps: convolutions. config: the settings.
+        """
         batch, _, height, width_pixels = x.shape
         last = memory_format(x) == torch.channels_last
         if type(height) is int and type(width_pixels) is int:  # a traced size would be compared, and the graph kept to it
@@ -166,7 +175,10 @@ class ChainProblem:
 
     @classmethod
     def of_one_convolution(cls, u: Tensor, weight: Tensor, config: ChainConfig) -> ChainProblem:
-        """One of the chain's convolutions and nothing behind it, on u (N, w, H, W)."""
+        """One of the chain's convolutions and nothing behind it, on u (N, w, H, W) with a weight (w, w/groups, 3, 3).
+
+        config: of the chain.
+        """
         alone = _one_convolution(config)
         return replace(cls.of(u, weight.shape[0], 1, alone), config=alone)  # u may be the gradient of a smaller output
 
@@ -206,7 +218,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def with_format(out: Tensor, channels_last: bool) -> Tensor:
-    """`out` in that memory format. An image of one pixel has both: its strides then say which is meant."""
+    """`out` (N, C, H, W) in channels_last, or contiguous. An image of one pixel has both: its strides say which is meant."""
     out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     _, channels, height, width = out.shape
     if height == width == 1:
@@ -215,13 +227,17 @@ def with_format(out: Tensor, channels_last: bool) -> Tensor:
 
 
 def describe(tensor: object) -> str:
+    """Shape, dtype and device of a tensor, or the type of what is none; for messages."""
     if isinstance(tensor, Tensor):
         return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
     return type(tensor).__name__
 
 
 def check_types(x: object, weights: object, biases: object) -> None:
-    """TypeErrors for what is no tensor at all; shapes and dtypes are checked inside the operator."""
+    """Raises TypeError where x is no tensor, or weights, or biases if given, no list of tensors.
+
+    Shapes and dtypes are checked inside the operator.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {describe(x)}; a Tensor of shape (N, s*w, H, W) is needed")
     check_dense("x", x)
@@ -231,7 +247,7 @@ def check_types(x: object, weights: object, biases: object) -> None:
 
 
 def sequence_types(name: str, values: object) -> None:
-    """TypeErrors for what is no list of tensors."""
+    """Raises TypeError where `values`, the argument `name`, is no list of tensors."""
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"{name} is a {describe(values)}; a list of Tensors, one per convolution, is needed")
     for i, value in enumerate(values):
@@ -247,7 +263,11 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_weights(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> int:
-    """Checks the weights among themselves; returns w, the channels of a group."""
+    """Checks weights and biases among themselves; returns w, the channels of a group.
+
+    weights: each (w, w/groups, 3, 3). biases: each (w,), or None. config: whose groups they are for.
+    Raises ValueError for shapes and devices, TypeError for dtypes, naming the argument.
+    """
     if len(weights) == 0:
         raise ValueError("weights is empty; one tensor of shape (w, w/groups, 3, 3) per convolution is needed")
     first = weights[0]
@@ -281,7 +301,10 @@ def check_weights(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, co
 def check_arguments(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig
 ) -> ChainProblem:
-    """Raises ValueError or TypeError naming the argument, what came and what is allowed; else describes the call."""
+    """Describes the call of `hierarchical_conv2d` on x (N, s*w, H, W) with these weights, biases and settings (config).
+
+    Raises ValueError or TypeError naming the argument, what came and what is allowed.
+    """
     width = check_weights(weights, biases, config)
     if x.dim() != 4:
         raise ValueError(f"x is {describe(x)}; four dimensions (N, s*w, H, W) are needed")

@@ -19,8 +19,11 @@ PADDING_MODES = ("zeros", "reflect")
 
 @dataclass(frozen=True)
 class Chain1dConfig:
-    """Settings of `hierarchical_conv1d`, without the tensors: the dilation of every convolution, the group that skips its
-    convolution (as in `ChainConfig`), and what stands beyond both ends of a row.
+    """Settings of `hierarchical_conv1d`, without the tensors.
+
+    dilation: of every convolution. passthrough: the group that skips its convolution, as in `ChainConfig`.
+    padding_mode: what stands beyond both ends of a row, "zeros" or "reflect".
+    Raises ValueError or TypeError, naming the argument, for a value that there is not.
     """
 
     dilation: int = 1
@@ -38,7 +41,7 @@ class Chain1dConfig:
         return ChainConfig(passthrough=self.passthrough)
 
     def padding(self, kernel_size: int) -> int:
-        """Values added at each end, so that rows keep their length."""
+        """Values added at each end, so that rows keep their length under kernels of kernel_size."""
         return self.dilation * (kernel_size // 2)
 
     def within(self, length: int) -> Chain1dConfig:
@@ -53,7 +56,11 @@ class Chain1dConfig:
 
 @dataclass(frozen=True)
 class Chain1dProblem:
-    """One call of the operator, without its data. width: channels of a group; steps: convolutions."""
+    """One call of the operator, without its data.
+
+    config: the settings. device, dtype: of x (N, s*w, L). batch, length: N and L. width: w, the channels of a group.
+    steps: the number of convolutions. kernel_size: k of their weights (w, w, k).
+    """
 
     config: Chain1dConfig
     device: torch.device
@@ -85,7 +92,11 @@ def check_arguments_1d(
     affine_shift: Sequence[Tensor] | None,
     config: Chain1dConfig,
 ) -> Chain1dProblem:
-    """Raises ValueError or TypeError naming the argument, what came and what is allowed; else describes the call."""
+    """Describes the call of `hierarchical_conv1d` on x (N, s*w, L) with these tensors and settings (config).
+
+    weights: each (w, w, k). biases, affine_scale, affine_shift: each (w,), or None.
+    Raises ValueError or TypeError naming the argument, what came and what is allowed.
+    """
     if len(weights) == 0:
         raise ValueError("weights is empty; one tensor of shape (w, w, k) per convolution is needed")
     first = weights[0]

@@ -34,7 +34,11 @@ _VARIABLES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 1 for a red parity gate, or 2 for a request that cannot be met."""
+    """Runs one command; returns the exit status: 0, or 1 for a red parity gate, or 2 for a request that cannot be met.
+
+    arguments: of the command line, without its name; None for sys.argv's. The reason for a 2 goes to stderr. Raises SystemExit,
+    as argparse does, for arguments that it does not know (2), and for --help and --version (0).
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     options.arguments = arguments

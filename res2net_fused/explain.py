@@ -47,10 +47,10 @@ class BlockReports(list[BlockReport]):
 
 
 def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
-    """Reports on every Res2Net block of `model`.
+    """Reports on every Res2Net block of `model`: a list of BlockReport that prints as a table.
 
-    With example inputs the model is run on them once, without gradients; its buffers, mode and the random state are left as
-    they were. Without, the report is about each block's last call.
+    With example_inputs the model is run on them once, without gradients; its buffers, mode and the random state are left as
+    they were; what its forward raises is raised. Without, the report is about each block's last call.
     """
     if example_inputs:
         _run_unnoticed(model, example_inputs)

@@ -115,7 +115,10 @@ def hierarchical_conv2d(
 
 
 def refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
-    """torch.library has no forward-mode rules and would lose the tangents in silence."""
+    """Raises NotImplementedError, naming the operator `name`, where one of the tensors has a tangent.
+
+    torch.library has no forward-mode rules and would lose it in silence.
+    """
     if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(f"{name} has no forward-mode derivative; compute it with res2net_fused.reference.{name}")
 
@@ -158,9 +161,10 @@ def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None,
 def fused_bottle2neck(
     x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool, config: ChainConfig, backend: str
 ) -> Tensor:
-    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; (N, inplanes, H, W) -> (N, planes * 4, H', W').
+    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; x (N, inplanes, H, W) -> (N, planes * 4, H', W').
 
-    Where `folded` has a projection, `shortcut` is what that reads.
+    Where `folded` has a projection, `shortcut` is what that reads. config: of the chain. backend: as for `hierarchical_conv2d`.
+    Raises ValueError or TypeError for tensors that do not fit, RuntimeError where an explicit backend cannot run.
     """
     f = folded
     return torch.ops.res2net_fused.bottle2neck.default(
@@ -295,7 +299,8 @@ register_autocast(_library, "hierarchical_conv2d", _cast)
 # FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
-def convolution_flops(weight_shapes, out_shape) -> int:
+def convolution_flops(weight_shapes: Sequence[Sequence[int]], out_shape: Sequence[int]) -> int:
+    """Multiplications and additions of convolutions by weight_shapes, all (w, w/groups, 3, 3), to out_shape (N, C, H', W')."""
     batch, _, height, width = out_shape
     out_channels, in_channels, rows, columns = weight_shapes[0]
     return 2 * batch * height * width * len(weight_shapes) * out_channels * in_channels * rows * columns

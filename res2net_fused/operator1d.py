@@ -80,7 +80,10 @@ def call_1d(
     config: Chain1dConfig,
     backend: str,
 ) -> Tensor:
-    """As `hierarchical_conv1d`, of arguments that are tensors, with weights that may be packed."""
+    """As `hierarchical_conv1d`, of arguments that are tensors, with weights that may be packed.
+
+    x (N, s*w, L), weights (w, w, k), biases, affine_scale, affine_shift (w,) and backend: as there. config: its settings.
+    """
     if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
         return reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, config)
     tensors = (x, *weights, *(biases or ()), *(affine_scale or ()), *(affine_shift or ()))

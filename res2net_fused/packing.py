@@ -18,6 +18,9 @@ from .folding import FoldedBlock
 class PackedWeights:
     """What `pack_weights` returns: the plain tensors, one backend's layout of them, and the settings they were packed for.
 
+    weights: each (w, w/groups, 3, 3). biases: each (w,), or None. packed, layout: what the backend of that name packed, in
+    its own shapes; [] and "plain" where nothing is packed. stride, dilation, groups: of the convolutions.
+
     Made for inference: the tensors are detached. A pytree, so `torch.utils._pytree.tree_map` reaches its tensors. A backend
     whose layout this is not packs again from the plain weights.
     """
@@ -32,12 +35,18 @@ class PackedWeights:
 
     @classmethod
     def of_block(cls, folded: FoldedBlock, config: ChainConfig) -> PackedWeights:
-        """The chain's weights of a block that is not one operator, in the layout that `pack_block` gave them."""
+        """The chain's weights of a block that is not one operator, in the layout that `pack_block` gave `folded`.
+
+        config: of the chain, from which stride, dilation and groups are taken.
+        """
         packed = folded.packed or []
         return cls(folded.weights, folded.biases, packed, folded.layout, config.stride, config.dilation, config.groups)
 
     def settings(self, *, biases: object, stride: int, dilation: int, groups: int) -> tuple[int, int, int]:
-        """(stride, dilation, groups) of the pack; ValueError where the call says something else."""
+        """(stride, dilation, groups) of the pack.
+
+        Raises ValueError where the call says something else: other values than these or 1, or biases of its own.
+        """
         if biases is not None:
             raise ValueError("biases is given beside packed weights, which carry their own; pass biases to pack_weights")
         for name, given in (("stride", stride), ("dilation", dilation), ("groups", groups)):
@@ -67,10 +76,15 @@ def pack_weights(
     groups: int = 1,
     backend: str = "auto",
 ) -> PackedWeights:
-    """Packs weights (w, w/groups, 3, 3) and biases (w,) for `hierarchical_conv2d`; arguments and errors as there.
+    """Packs the weights of a chain for many calls of `hierarchical_conv2d`, in inference.
 
-    With backend "auto" the layout is that of the first backend that can run on the weights' device. While a graph is
-    traced nothing is packed: the operator then packs inside its own body.
+    weights: one tensor (w, w/groups, 3, 3) for each convolution, fp32, fp64, fp16 or bf16.
+    biases: None, or one tensor (w,) for each convolution, of the weights' dtype or fp32.
+    stride, dilation, groups: of the 3x3 convolutions, as in the calls.
+    backend: whose layout; with "auto" that of the first backend that can run on the weights' device. While a graph is traced
+        nothing is packed: the operator then packs inside its own body.
+
+    Raises ValueError or TypeError for arguments that do not fit, RuntimeError where an explicit backend cannot run.
     """
     check_types(torch.empty(0), weights, biases)
     config = ChainConfig(stride=stride, dilation=dilation, groups=groups, passthrough="none")

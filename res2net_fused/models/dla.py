@@ -29,7 +29,8 @@ class Dla(Network):
 
     depths: of the trees; one of depth d has 2 ** d blocks. base_width, scale, cardinality: of the blocks.
     block: a class with the signature of `DlaBottle2neck`, called with x and its shortcut.
-    drop_path_rate, output_stride: as for `Res2Net`; output strides are 8, 16 and 32.
+    num_classes, drop_path_rate, output_stride, features_only, in_chans: as for `Res2Net`; output strides are 8, 16 and 32.
+    Raises ValueError, naming the argument, for values that do not fit.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Dla(Network):
         self.initialise()
 
     def stages(self, x: Tensor) -> list[Tensor]:
+        """Of x (N, in_chans, H, W) the output of each level of trees, as `Network.stages`."""
         x = self.level1(self.level0(self.base_layer(x)))
         features = []
         for i in range(len(LEVEL_CHANNELS)):
@@ -88,6 +90,7 @@ class Dla(Network):
         return features
 
     def classify(self, features: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the last level's features (N, 1024, H', W')."""
         return self.fc(self.global_pool(features)).flatten(1)
 
 

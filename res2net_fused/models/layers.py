@@ -20,12 +20,16 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(inner, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, channels, H, W) -> the same shape."""
         weights = self.fc1(x.mean((2, 3), keepdim=True)).relu()  # (N, inner, 1, 1)
         return x * self.fc2(weights).sigmoid()
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): in training, each image's x is 0 with probability `rate`, else x / (1 - rate)."""
+    """Stochastic depth (arXiv:1603.09382): in training, each image's x is 0 with probability `rate`, else x / (1 - rate).
+
+    Raises ValueError for a rate below 0, or of 1 and above.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -33,12 +37,14 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> the same shape."""
         if not self.training or self.rate == 0:
             return x
         kept = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
         return x * (kept / (1 - self.rate))
 
     def extra_repr(self) -> str:
+        """The rate, for printing."""
         return f"rate={self.rate}"
 
 

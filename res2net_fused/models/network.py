@@ -18,18 +18,23 @@ class Network(nn.Module):
     features_only: bool
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """The output of each stage, (N, feature_channels[i], H / feature_strides[i], W / feature_strides[i])."""
+        """The output of each stage, (N, feature_channels[i], H / feature_strides[i], W / feature_strides[i]).
+
+        x: (N, in_chans, H, W).
+        """
         raise NotImplementedError
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits (N, num_classes) of the last stage's output."""
+        """Logits (N, num_classes) of the last stage's output, `features` (N, feature_channels[-1], H', W')."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """x (N, in_chans, H, W) -> logits (N, num_classes), or with features_only the list of every stage's output."""
         features = self.stages(x)
         return features if self.features_only else self.classify(features[-1])
 
     def initialise(self) -> None:
+        """Random convolutions, normal by fan-out (arXiv:1502.01852), in place; BatchNorms as PyTorch makes them."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

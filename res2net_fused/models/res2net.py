@@ -36,6 +36,8 @@ class Res2Net(Network):
     attn_layer: called with a block's channels, makes the attention behind its bn3.
     drop_path_rate: stochastic depth of the last block; earlier ones drop proportionally less.
     output_stride: of the last stage, by dilation; the strides of the stages but the first are allowed, None for the last's.
+    features_only: no classifier; forward returns the list of every stage's output. in_chans: channels of the images.
+    Raises ValueError, naming the argument, for values that do not fit.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Res2Net(Network):
         self.initialise()
 
     def stages(self, x: Tensor) -> list[Tensor]:
+        """Of x (N, in_chans, H, W) the output of each stage, as `Network.stages`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features = []
         for i in range(len(self.feature_channels)):
@@ -106,6 +109,7 @@ class Res2Net(Network):
         return features
 
     def classify(self, features: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the last stage's features (N, C, H', W')."""
         return self.fc(self.avgpool(features).flatten(1))
 
 
@@ -145,10 +149,16 @@ def projection(in_channels: int, out_channels: int, stride: int, pooled: bool = 
 def res2net50(
     base_width: int = 26, scale: int = 4, block: Callable[..., nn.Module] = Bottle2neck, num_classes: int = 1000
 ) -> Res2Net:
-    """Res2Net-50 with random weights: 26w4s by default; 48w2s and 14w8s have the FLOPs of ResNet-50 too."""
+    """Res2Net-50 (arXiv:1904.01169) with random weights: 26w4s by default; 48w2s and 14w8s have the FLOPs of ResNet-50 too.
+
+    base_width, scale: w for 64 planes, and s. block, num_classes: as for `Res2Net`. (N, 3, H, W) -> (N, num_classes).
+    """
     return Res2Net(LAYERS_50, base_width, scale, block, num_classes)
 
 
 def resnet50(block: Callable[..., nn.Module] = Bottle2neck, num_classes: int = 1000) -> Res2Net:
-    """ResNet-50 as Res2Net with s = 1 and w = 64, the stride on the 3x3; keys are Res2Net's (`convs.0` for `conv2`)."""
+    """ResNet-50 as Res2Net with s = 1 and w = 64, the stride on the 3x3; keys are Res2Net's (`convs.0` for `conv2`).
+
+    block, num_classes: as for `Res2Net`. (N, 3, H, W) -> (N, num_classes).
+    """
     return Res2Net(LAYERS_50, 64, 1, block, num_classes)
