@@ -248,7 +248,7 @@ def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
 
 
 def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty gradient in the weight's own memory format, in which it is accumulated without a copy."""
+    """An empty gradient of `weight` (w, w/groups, 3, 3) in its own memory format, where it accumulates without a copy, and dtype."""
     return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=memory_format(weight))
 
 
