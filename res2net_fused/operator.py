@@ -248,7 +248,7 @@ def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
 
 
 def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty gradient of `weight` (w, w/groups, 3, 3) in its own memory format, where it accumulates without a copy, and dtype."""
+    """An empty gradient of `weight` (w, w/groups, 3, 3), of a dtype, in its memory format: it accumulates without a copy."""
     return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=memory_format(weight))
 
 
