@@ -12,13 +12,12 @@
 // tensor, packs the weights that it needs into its cache, and two barriers a step keep the parts together.
 #include "cpu/chain_backward.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/parts.h"
 #include "cpu/sources.h"
 #include "cpu/weight_totals.h"
 
@@ -32,7 +31,7 @@ class BackwardRun {
   BackwardRun(
       const ChainProblem& problem, const BackwardPlan& plan, const BackwardData& data, bool need_x, const Kernels& kernels)
       : problem_(problem), plan_(plan), data_(data), needs_x_(need_x), needs_weights_(data.gradients != nullptr),
-        kernels_(kernels),
+        kernels_(kernels), parts_{plan.parts},
         no_bias_(static_cast<size_t>(bias_floats(problem.channels))) {}
 
   void images() const;
@@ -63,13 +62,6 @@ class BackwardRun {
   void mask_rows(int64_t i, const Sources& dz, int64_t first_image, int64_t first_row, int64_t last_row) const;
   void sum_rows(int64_t i, const Sources& u, int64_t first_image, int64_t first_row, int64_t last_row) const;
 
-  template <class F>
-  void for_each_part(const F& f) const {
-    torch::stable::parallel_for(0, plan_.parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; part++) f(part);
-    });
-  }
-  int64_t share(int64_t total, int64_t part) const { return total * part / plan_.parts; }
   // Of V or Z in either layout.
   int64_t v_floats(int64_t tiles) const {
     return round_up(kPoints * PointLayout::panels_first(tiles, problem_.channels).point, kAlignment);
@@ -84,19 +76,10 @@ class BackwardRun {
   const BackwardData& data_;
   const bool needs_x_, needs_weights_;
   const Kernels& kernels_;
+  const Parts parts_;
   const std::vector<float> no_bias_;
   mutable std::atomic<bool> right_{true};
 };
-
-// Calls f(Block, its place among them) for tiles first ... last in blocks of nearly equal size.
-template <class F>
-void for_each_block(int64_t first, int64_t last, int64_t most, const F& f) {
-  const int64_t count = last - first, blocks = (count + most - 1) / most;
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t from = first + count * b / blocks;
-    f(Block{from, first + count * (b + 1) / blocks - from}, b);
-  }
-}
 
 Step BackwardRun::shape() const {
   Step step{};
@@ -183,7 +166,7 @@ void BackwardRun::images() const {
           data_.weights[i], w, packed + i * weights + panel * kPanel * w, winograd_point(w), panel, panel + 1);
     }
   });
-  for_each_part([&](int64_t part) {
+  parts_.for_each([&](int64_t part) {
     float* const memory = totals + steps * plan_.parts * total + part * each;
     Sources dz(problem_, plan_.images), u(problem_, plan_.images);
     dz.place(memory);
@@ -191,7 +174,7 @@ void BackwardRun::images() const {
     dz.zero_borders();
     u.zero_borders();
     float *const in = memory + 2 * sources, *const rest = in + v, *const sums = rest + v_floats(weight_tiles);
-    const int64_t begin = share(problem_.batch, part), end = share(problem_.batch, part + 1);
+    const int64_t begin = parts_.share(problem_.batch, part), end = parts_.share(problem_.batch, part + 1);
     for (int64_t n = begin; n < end; n += plan_.images) {
       const int64_t images = std::min(plan_.images, end - n), rows = images * problem_.height;
       for (int64_t i = steps - 1; i >= 0; i--) {
@@ -244,11 +227,12 @@ void BackwardRun::channels() const {
   };
   // What does not depend on the step behind it.
   const auto prepare = [&](int64_t i, int64_t part) {
-    sum_rows(i, u, 0, share(rows, part), share(rows, part + 1));
-    if (!is_fed(i)) mask_rows(i, dz, 0, share(rows, part), share(rows, part + 1));
+    sum_rows(i, u, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
+    if (!is_fed(i)) mask_rows(i, dz, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
   };
   const auto transform = [&](int64_t i, int64_t part) {
-    const int64_t first = share(panels, part) * kPanel, last = std::min(share(panels, part + 1) * kPanel, problem_.padded());
+    const int64_t first = parts_.share(panels, part) * kPanel;
+    const int64_t last = std::min(parts_.share(panels, part + 1) * kPanel, problem_.padded());
     const Step of_input = input_step(i, dz, 0), of_weight = weight_step(i, u, 0);
     blockwise([&](Block block, int64_t at) {
       if (needs_input(i)) {
@@ -263,7 +247,7 @@ void BackwardRun::channels() const {
   };
   const auto multiply = [&](int64_t i, int64_t part) {
     float *const memory = own + part * each, *const packed = memory + m;
-    const int64_t first = share(panels, part), count = share(panels, part + 1) - first;
+    const int64_t first = parts_.share(panels, part), count = parts_.share(panels, part + 1) - first;
     if (needs_weights_) {
       const int64_t last = std::min((first + count) * kPanel, w);
       const WeightGradients& gradients = data_.gradients[i];
@@ -282,10 +266,10 @@ void BackwardRun::channels() const {
       });
     }
   };
-  for_each_part([&](int64_t part) { prepare(problem_.steps - 1, part); });
+  parts_.for_each([&](int64_t part) { prepare(problem_.steps - 1, part); });
   for (int64_t i = problem_.steps - 1; i >= 0; i--) {
-    for_each_part([&](int64_t part) { transform(i, part); });
-    for_each_part([&](int64_t part) {
+    parts_.for_each([&](int64_t part) { transform(i, part); });
+    parts_.for_each([&](int64_t part) {
       multiply(i, part);
       if (i > 0) prepare(i - 1, part);  // into the other of the two sources
     });

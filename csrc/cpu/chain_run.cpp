@@ -1,11 +1,10 @@
 #include "cpu/chain_run.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "cpu/arena.h"
+#include "cpu/parts.h"
 #include "cpu/sources.h"
 
 namespace res2net_fused {
@@ -32,7 +31,7 @@ struct BlockScratch {
 class Run {
  public:
   Run(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels)
-      : problem_(problem), plan_(plan), data_(data), kernels_(kernels) {}
+      : problem_(problem), plan_(plan), data_(data), kernels_(kernels), parts_{plan.parts} {}
 
   void images() const;
   void tiles() const;
@@ -85,14 +84,6 @@ class Run {
     return view;
   }
 
-  // Calls f(part) for every part, shared out over torch's threads.
-  template <class F>
-  void for_each_part(const F& f) const {
-    torch::stable::parallel_for(0, plan_.parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; part++) f(part);
-    });
-  }
-  int64_t share(int64_t total, int64_t part) const { return total * part / plan_.parts; }
   void note(bool right) const {
     if (!right) right_ = false;
   }
@@ -101,6 +92,7 @@ class Run {
   const ChainPlan& plan_;
   const ChainData& data_;
   const Kernels& kernels_;
+  const Parts parts_;
   mutable std::atomic<bool> right_{true};
 };
 
@@ -157,17 +149,14 @@ void Run::pass(int64_t first_image, int64_t first_row, int64_t last_row) const {
       problem_.out_width(), problem_.channels, problem_.stride, problem_.pool, first_row, last_row);
 }
 
-// Tiles first ... last of the step's images, in blocks of nearly equal size.
+// Tiles first ... last of the step's images.
 void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const {
-  const int64_t blocks = (last - first + plan_.block_tiles - 1) / plan_.block_tiles;
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t from = first + (last - first) * b / blocks, to = first + (last - first) * (b + 1) / blocks;
-    const Block block{from, to - from};
+  for_each_block(first, last, plan_.block_tiles, [&](Block block, int64_t) {
     kernels_.winograd_input(
         step, plan_.grid, block, scratch.v, PointLayout::tiles_first(block.count, problem_.channels), 0, problem_.padded());
     note(kernels_.winograd_output(
         step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels)));
-  }
+  });
 }
 
 void Run::image_group(const Sources& sources, int64_t images, const BlockScratch& scratch) const {
@@ -193,10 +182,10 @@ void Run::image_group(const Sources& sources, int64_t images, const BlockScratch
 void Run::images() const {
   const int64_t each = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const Scratch scratch(each * plan_.parts);
-  for_each_part([&](int64_t part) {
+  parts_.for_each([&](int64_t part) {
     const ImageChain chain(problem_, plan_, kernels_, scratch.data() + part * each);
-    const int64_t last = share(problem_.batch, part + 1);
-    for (int64_t n = share(problem_.batch, part); n < last; n += plan_.images) {
+    const int64_t last = parts_.share(problem_.batch, part + 1);
+    for (int64_t n = parts_.share(problem_.batch, part); n < last; n += plan_.images) {
       ChainData data = data_;
       data.x.data += n * data.x.image;
       data.out.data += n * data.out.image;
@@ -218,25 +207,28 @@ void Run::tiles() const {
 
   const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
   const auto pass_all = [&] {
-    for_each_part([&](int64_t part) { pass(0, share(out_rows, part), share(out_rows, part + 1)); });
+    parts_.for_each([&](int64_t part) { pass(0, parts_.share(out_rows, part), parts_.share(out_rows, part + 1)); });
   };
   if (passes_first()) pass_all();
   for (int64_t i = 0; i < problem_.steps; i++) {
     if (needs_copy(i)) {
-      for_each_part([&](int64_t part) { copy_source(i, sources, 0, share(rows, part), share(rows, part + 1)); });
+      parts_.for_each([&](int64_t part) {
+        copy_source(i, sources, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
+      });
     }
     const Step step = this->step(i, sources, 0);
-    for_each_part([&](int64_t part) {
+    parts_.for_each([&](int64_t part) {
       if (plan_.winograd) {
         float* memory = blocks + part * each;
-        winograd_tiles(step, share(all_tiles, part), share(all_tiles, part + 1), {memory, memory + v, memory + v + m});
+        const BlockScratch own{memory, memory + v, memory + v + m};
+        winograd_tiles(step, parts_.share(all_tiles, part), parts_.share(all_tiles, part + 1), own);
         return;
       }
       const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
       if (out_rows >= 4 * plan_.parts) {
-        kernels_.direct_rows(step, share(out_rows, part), share(out_rows, part + 1), 0, panels);
+        kernels_.direct_rows(step, parts_.share(out_rows, part), parts_.share(out_rows, part + 1), 0, panels);
       } else {
-        kernels_.direct_rows(step, 0, out_rows, share(panels, part), share(panels, part + 1));
+        kernels_.direct_rows(step, 0, out_rows, parts_.share(panels, part), parts_.share(panels, part + 1));
       }
     });
   }
@@ -259,15 +251,13 @@ void Run::channels() const {
   float* const transformed = scratch.data() + sources.floats();
   float* const own = transformed + 2 * v;
 
-  const auto for_each_block = [&](const auto& f) {
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t first = tiles * b / blocks;
-      f(Block{first, tiles * (b + 1) / blocks - first}, b * block_v);
-    }
+  const auto blockwise = [&](const auto& f) {
+    for_each_block(0, tiles, plan_.block_tiles, [&](Block block, int64_t b) { f(block, b * block_v); });
   };
   const auto transform = [&](int64_t i, int64_t part) {
-    const int64_t first = share(panels, part) * kPanel, last = std::min(share(panels, part + 1) * kPanel, problem_.padded());
-    for_each_block([&](Block block, int64_t at) {
+    const int64_t first = parts_.share(panels, part) * kPanel;
+    const int64_t last = std::min(parts_.share(panels, part + 1) * kPanel, problem_.padded());
+    blockwise([&](Block block, int64_t at) {
       const PointLayout layout = PointLayout::tiles_first(block.count, w);
       kernels_.winograd_input(step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v + at, layout, first, last);
     });
@@ -282,7 +272,7 @@ void Run::channels() const {
       step.winograd_point = w * (std::min(last * kPanel, problem_.padded()) - first * kPanel);
       kernels_.pack_winograd(data_.plain[i], w, memory + m + patch, step.winograd_point, first, last);
     }
-    for_each_block([&](Block block, int64_t at) {
+    blockwise([&](Block block, int64_t at) {
       note(kernels_.winograd_output(
           step, plan_.grid, block, transformed + (i % 2) * v + at, memory, memory + m, first, last));
     });
@@ -291,12 +281,14 @@ void Run::channels() const {
   const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
   if (passes_first()) pass(0, 0, out_rows);
   if (needs_copy(0)) {
-    for_each_part([&](int64_t part) { copy_source(0, sources, 0, share(rows, part), share(rows, part + 1)); });
+    parts_.for_each([&](int64_t part) {
+      copy_source(0, sources, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
+    });
   }
-  for_each_part([&](int64_t part) { transform(0, part); });
+  parts_.for_each([&](int64_t part) { transform(0, part); });
   for (int64_t i = 0; i < problem_.steps; i++) {
-    for_each_part([&](int64_t part) {
-      const int64_t first = share(panels, part), count = share(panels, part + 1) - first;
+    parts_.for_each([&](int64_t part) {
+      const int64_t first = parts_.share(panels, part), count = parts_.share(panels, part + 1) - first;
       // Weights that are packed here stay in cache: no more of them than one pass takes.
       const int64_t passes = data_.plain == nullptr ? 1 : (count + kernels_.panels_per_pass - 1) / kernels_.panels_per_pass;
       for (int64_t p = 0; p < passes; p++) {

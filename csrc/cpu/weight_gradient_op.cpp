@@ -6,6 +6,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/chain_plan.h"
+#include "cpu/parts.h"
 #include "cpu/weight_totals.h"
 
 namespace res2net_fused {
@@ -63,24 +64,12 @@ std::vector<Tensor> weight_gradient(
   const Scratch scratch(2 * blocks * block_floats + shares.parts * own);
   float *const v = scratch.data(), *const z = v + blocks * block_floats, *const rest = z + blocks * block_floats;
   std::atomic<bool> finite{true};
-  const auto for_each_part = [&](const auto& f) {
-    torch::stable::parallel_for(0, shares.parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; part++) f(part);
-    });
-  };
-  const auto share = [&](int64_t all, int64_t part) { return all * part / shares.parts; };
-  // f(Block, its place among them) for tiles first ... last
-  const auto for_each_block = [&](int64_t first, int64_t last, const auto& f) {
-    for (int64_t b = 0; b < shares.blocks; b++) {
-      const int64_t from = first + (last - first) * b / shares.blocks;
-      f(Block{from, first + (last - first) * (b + 1) / shares.blocks - from}, b);
-    }
-  };
+  const Parts parts{shares.parts};
   if (!shares.by_channels) {
     float *const totals = rest, *const sums = rest + shares.parts * each;
-    for_each_part([&](int64_t part) {
+    parts.for_each([&](int64_t part) {
       float *const own_v = v + part * block_floats, *const own_z = z + part * block_floats, *const total = totals + part * each;
-      for_each_block(share(tiles, part), share(tiles, part + 1), [&](Block block, int64_t b) {
+      for_each_block(parts.share(tiles, part), parts.share(tiles, part + 1), shares.block_tiles, [&](Block block, int64_t b) {
         kernels.winograd_input(
             step, grid, block, own_v, PointLayout::panels_first(block.count, channels), 0, padded);
         kernels.winograd_gradient(gradient, channels, grid, block, own_z, 0, padded);
@@ -92,10 +81,10 @@ std::vector<Tensor> weight_gradient(
     finite = gradients.gather(totals, shares.parts, each);
   } else {
     const auto blockwise = [&](const auto& f) {
-      for_each_block(0, tiles, [&](Block block, int64_t b) { f(block, b * block_floats); });
+      for_each_block(0, tiles, shares.block_tiles, [&](Block block, int64_t b) { f(block, b * block_floats); });
     };
-    const auto first_of = [&](int64_t part) { return share(panels, part) * kPanel; };
-    for_each_part([&](int64_t part) {
+    const auto first_of = [&](int64_t part) { return parts.share(panels, part) * kPanel; };
+    parts.for_each([&](int64_t part) {
       const int64_t first = first_of(part), last = std::min(first_of(part + 1), padded);
       blockwise([&](Block block, int64_t at) {
         kernels.winograd_input(
@@ -103,7 +92,7 @@ std::vector<Tensor> weight_gradient(
         kernels.winograd_gradient(gradient, channels, grid, block, z + at, first, last);
       });
     });
-    for_each_part([&](int64_t part) {
+    parts.for_each([&](int64_t part) {
       const int64_t first = first_of(part), last = std::min(first_of(part + 1), channels);
       if (!gradients.form(kernels, grid, blockwise, v, z, rest + part * own, first, last)) finite = false;
     });
