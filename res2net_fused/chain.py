@@ -218,11 +218,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def with_format(out: Tensor, channels_last: bool) -> Tensor:
-    """`out` (N, C, H, W) in channels_last, or contiguous. An image of one pixel has both: its strides say which is meant."""
+    """`out` (N, C, H, W) in channels_last, or contiguous. One of one pixel or channel has both: its strides say which is meant."""
     out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     _, channels, height, width = out.shape
-    if height == width == 1:
-        out = out.as_strided(out.shape, (channels, 1, channels, channels) if channels_last else (channels, 1, 1, 1))
+    if channels == 1 or height == width == 1:
+        image = channels * height * width
+        strides = (image, 1, width * channels, channels) if channels_last else (image, height * width, width, 1)
+        out = out.as_strided(out.shape, strides)
     return out
 
 

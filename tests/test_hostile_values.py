@@ -145,6 +145,20 @@ def test_training_operator(place, value):
             assert torch.equal(ours.isfinite(), theirs.isfinite()), f"{where}, gradient {i}"
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 1), (2, 5, 1), (1, 1, 4)], ids=str)
+def test_taps_that_meet_no_pixel_have_no_gradient(shape, dtype):
+    """oneDNN leaves there what the memory held."""
+    chain = Chain({"hierarchical": False, "passthrough": "none", "stride": 2}, steps=1, width=3)
+    x, (weight,), biases = chain_tensors(chain, shape, dtype)
+    weight.requires_grad_()
+    for backend, where in each_path(PATHS):
+        out = run(chain, x, [weight], biases, backend)
+        (found,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+        idle = found[..., [0, 2]] if shape[2] == 1 else found[:, :, [0, 2]]
+        assert torch.equal(idle, torch.zeros_like(idle)), where
+
+
 # Denormals and overflow -------------------------------------------------------------------------------------------------------
 
 # Factors of x and of the weights. The last ones multiply what is denormal by what is huge.

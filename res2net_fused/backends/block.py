@@ -20,12 +20,13 @@ def run_block(
     `block_forward(problem, x, shortcut, folded, relu) -> Tensor`; `folded.packed` is what its packing returned, or None.
     `shortcut` is already projected there, unless the backend says PROJECTS.
     """
-    if shortcut is not None and folded.projection_weight is not None and not getattr(backend, "PROJECTS", False):
+    own = getattr(backend, "block_forward", None) if problem.batch else None
+    projects = own is not None and getattr(backend, "PROJECTS", False)
+    if shortcut is not None and folded.projection_weight is not None and not projects:
         assert folded.projection_bias is not None
         bias = folded.projection_bias.to(shortcut.dtype)
         shortcut = F.conv2d(shortcut, folded.projection_weight, bias, folded.projection_stride)
-    own = getattr(backend, "block_forward", None)
-    if own is not None and problem.batch:
+    if own is not None:
         return own(problem, x, shortcut, folded, relu)
     u = F.conv2d(x, folded.conv1_weight, folded.conv1_bias.to(x.dtype)).relu_()  # (N, s*w, H, W)
     if problem.batch:

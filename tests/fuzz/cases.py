@@ -22,6 +22,13 @@ EVERY_BACKEND = ("auto", *NAMED_BACKENDS)
 HOSTILE = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 
+def unsound(dtype: torch.dtype, size: Sequence[int], dilation: int) -> bool:
+    """Whether PyTorch's own convolution may give garbage: where a tap never meets a pixel, oneDNN reads memory that nobody
+    wrote, in half types. The native kernels do not call it, but `reference` and the gradients do.
+    """
+    return dtype in HALVES and min(size) <= dilation
+
+
 def sprinkle(x: Tensor, value: str, seed: int) -> Tensor:
     """x with the named value at up to three places."""
     if value != "finite" and x.numel():
@@ -80,6 +87,9 @@ class ChainCase:
 
         with hostile_memory(self.threads):
             for backend, where in each_path(backends):
+                garbage = unsound(dtype, self.shape[1:], chain.config.dilation)
+                if garbage and backend == "reference":
+                    continue
                 if backend != "auto" and why_not(backend, chain, x) is not None:
                     with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run"):
                         hierarchical_conv2d(x, weights, biases, backend=backend, **self.settings)
@@ -89,7 +99,7 @@ class ChainCase:
                     geometry = {name: self.settings.get(name, 1) for name in ("stride", "dilation", "groups")}
                     packed = pack_weights(weights, biases, backend=backend, **geometry)
                     check_output(hierarchical_conv2d(x, packed, backend=backend, **self.settings), f"{where}, packed")
-                    if self.gradient != "none":
+                    if self.gradient != "none" and not garbage:
                         self._check_gradients(chain, x, weights, biases, backend, where)
 
     def _check_gradients(self, chain: Chain, x, weights, biases, backend: str, where: str) -> None:
@@ -258,6 +268,8 @@ class BlockCase:
             chain = Chain(block.chain_config.settings(), len(block.convs), block.width)
             for backend, where in each_path(backends):
                 if backend != "auto" and why_not(backend, chain, x) is not None:
+                    continue
+                if backend == "reference" and unsound(dtype, self.shape[1:], block.chain_config.dilation):
                     continue
                 twin = copy.deepcopy(block)
                 twin._res2net_fused.backend = backend

@@ -52,7 +52,7 @@ def check_against(found: Sequence[Tensor], truth: Truth, where: object) -> None:
         error, norm = (out.detach().double() - exact).norm().item(), exact.norm().item()
         info = torch.finfo(out.dtype)
         subnormal = info.smallest_normal * info.eps * out.numel() ** 0.5  # the distance of the smallest values
-        if error <= BOUNDS[truth.dtype] * norm + subnormal:
+        if error <= max(BOUNDS[truth.dtype], info.eps) * norm + subnormal:
             continue
         assert error <= CONDITION * truth.spread[i] + subnormal, (
             f"{where}: result {i} is off by {error:.3g} at a norm of {norm:.3g}; inputs off by one rounding change it by "

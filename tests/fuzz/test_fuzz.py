@@ -16,7 +16,7 @@ def some(cases: int):
     return settings(UNHURRIED, max_examples=cases, derandomize=True)
 
 
-@some(60)
+@some(50)
 @given(chains())
 def test_chains(case):
     case.check()
@@ -28,7 +28,7 @@ def test_rows(case):
     case.check()
 
 
-@some(40)
+@some(30)
 @given(blocks())
 def test_blocks(case):
     case.check()
