@@ -218,7 +218,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def with_format(out: Tensor, channels_last: bool) -> Tensor:
-    """`out` (N, C, H, W) in channels_last, or contiguous. One of one pixel or channel has both: its strides say which is meant."""
+    """`out` (N, C, H, W) in channels_last or contiguous; of one pixel or channel it is both, and its strides say which."""
     out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     _, channels, height, width = out.shape
     if channels == 1 or height == width == 1:

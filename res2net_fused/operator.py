@@ -226,7 +226,7 @@ def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
         gradients = own.chain_backward(problem, grad, x, out, weights, needed)
     need_x, need_weights, need_biases = needed
     grad_x, grad_weights, grad_biases = gradients
-    results = [with_format(grad_x.to(x.dtype), problem.channels_last)] if grad_x is not None else []
+    results = [with_format(grad_x.to(x.dtype), problem.channels_last)] if need_x and grad_x is not None else []
     if need_weights:
         results += [g.contiguous(memory_format=memory_format(weight)) for g, weight in zip(grad_weights, weights, strict=True)]
     if need_biases:
