@@ -185,7 +185,7 @@ def test_large_maps_are_cut_into_strips_and_small_ones_kept_whole():
         ({"width": 2, "height": 2**13, "columns": 2**13}, "an image of x has 4294967296 bytes"),
         ({"dilation": 4000}, "shared memory"),
         ({"dilation": 30000, "scale": 9, "columns": 100000, "height": 1}, "shared memory"),
-        ({"dilation": 2**31}, "dilation is .*; at most 32768"),
+        ({"dilation": 2**31 - 1}, "dilation is .*; at most 32768"),
     ],
 )
 def test_what_cannot_run_says_why(changed, reason):
