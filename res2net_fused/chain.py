@@ -228,6 +228,11 @@ def with_format(out: Tensor, channels_last: bool) -> Tensor:
     return out
 
 
+def in_format_of(gradient: Tensor, weight: Tensor) -> Tensor:
+    """A weight's `gradient` in the memory format of `weight`, both (w, w/groups, 3, 3): it is accumulated without a copy."""
+    return with_format(gradient, memory_format(weight) == torch.channels_last)
+
+
 def describe(tensor: object) -> str:
     """Shape, dtype and device of a tensor, or the type of what is none; for messages."""
     if isinstance(tensor, Tensor):

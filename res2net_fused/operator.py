@@ -26,6 +26,7 @@ from .chain import (
     check_types,
     check_weights,
     describe,
+    in_format_of,
     memory_format,
     one_of,
     with_format,
@@ -226,9 +227,9 @@ def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
         gradients = own.chain_backward(problem, grad, x, out, weights, needed)
     need_x, need_weights, need_biases = needed
     grad_x, grad_weights, grad_biases = gradients
-    results = [with_format(grad_x.to(x.dtype), problem.channels_last)] if need_x and grad_x is not None else []
+    results = [with_format(grad_x.to(x.dtype), problem.channels_last)] if grad_x is not None else []
     if need_weights:
-        results += [g.contiguous(memory_format=memory_format(weight)) for g, weight in zip(grad_weights, weights, strict=True)]
+        results += [in_format_of(g, weight) for g, weight in zip(grad_weights, weights, strict=True)]
     if need_biases:
         results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
     return results
@@ -241,15 +242,10 @@ def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
     if need_x:
         results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
     if need_weights:
-        results += [like_weight(weight, weight.dtype) for weight in weights]
+        results += [in_format_of(weight.new_empty(weight.shape), weight) for weight in weights]
     if need_biases:
         results += [bias.new_empty(bias.shape) for bias in biases]
     return results
-
-
-def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty gradient of `weight` (w, w/groups, 3, 3), of a dtype, in its memory format: it accumulates without a copy."""
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=memory_format(weight))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .backends.selection import Backend, TrainingBackend
 from .backward import activation_backward, convolution_backward, feeds_a_convolution, pool_backward
-from .chain import ChainConfig, ChainProblem, memory_format
+from .chain import ChainConfig, ChainProblem, in_format_of, memory_format
 from .reference import activate, pool_passthrough
 from .synchronise import combine_moments, combine_sums
 
@@ -183,7 +183,7 @@ def train_backward(
     if grad_x is not None:
         results.append(grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)))
     if need_weights:
-        results += [g.contiguous(memory_format=memory_format(weight)) for g, weight in zip(grad_weights, weights, strict=True)]
+        results += [in_format_of(g, weight) for g, weight in zip(grad_weights, weights, strict=True)]
     for needs, gradients in ((need_gammas, grad_gammas), (need_betas, grad_betas)):
         if needs:
             results += [g.to(gamma.dtype) for g, gamma in zip(gradients, gammas, strict=True)]

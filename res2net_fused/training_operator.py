@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends.selection import choose_for_training, get_backend
-from .chain import ChainProblem, check_arguments, describe, memory_format, with_format
-from .operator import SETTINGS, TAGS, cached_config, convolution_flops, like_weight
+from .chain import ChainProblem, check_arguments, describe, in_format_of, memory_format, with_format
+from .operator import SETTINGS, TAGS, cached_config, convolution_flops
 from .registration import refuse_second_derivative, register_autocast
 from .training import Statistics, train_backward, train_forward, wide_dtype
 
@@ -140,7 +140,7 @@ def _backward_fake(grad, x, out, z, mean, invstd, weights, gammas, eps, *setting
     if need_x:
         results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
     if need_weights:
-        results += [like_weight(weight, x.dtype) for weight in weights]
+        results += [in_format_of(weight.new_empty(weight.shape, dtype=x.dtype), weight) for weight in weights]
     for needs in (need_gammas, need_betas):
         if needs:
             results += [gamma.new_empty(gamma.shape) for gamma in gammas]

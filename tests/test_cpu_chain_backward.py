@@ -101,6 +101,7 @@ def test_only_what_is_needed(needed, shape):
     problem, x, weights, biases, out, grad = operands(chain, shape)
     found = native_cpu.chain_backward(problem, grad, x, out, weights, needed)
     everything = native_cpu.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    assert (found[0] is None) == (not needed[0])
     for need, some, same in zip(needed, found, everything, strict=True):
         if need:
             torch.testing.assert_close(some, same, rtol=0, atol=0)
@@ -114,6 +115,43 @@ def test_gradients_of_weights_have_their_memory_format(memory_format):
     out = hierarchical_conv2d(x, leaves, biases)
     for gradient in torch.autograd.grad(out.sum(), leaves):
         assert gradient.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("width, groups", [(12, 1), (8, 8), (1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+def test_fake_gradients_have_the_strides_of_real_ones(width, groups, layout):
+    chain = Chain({"groups": groups}, steps=2, width=width)
+    x, weights, biases = chain.tensors((2, 9, 14), torch.float32)
+    weights = [w.to(memory_format=layout) for w in weights] + [weights[0].transpose(2, 3)]
+    x = torch.cat([x, x[:, :width]], 1).contiguous(memory_format=LAST)
+    settings = (1, 1, groups, True, "last", None, "relu", "auto", [True, True, True])
+    biases = [*biases, biases[0]]
+    operator = torch.ops.res2net_fused.hierarchical_conv2d_backward.default
+    real = operator(x, x, x, weights, biases, *settings)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given, *lists = mode.from_tensor(x), *[[mode.from_tensor(t) for t in ts] for ts in (weights, biases)]
+        fake = operator(given, given, given, *lists, *settings)
+    assert [(t.shape, t.stride()) for t in fake] == [(t.shape, t.stride()) for t in real]
+
+
+def test_a_total_of_its_own_only_for_a_part_with_tiles_enough(monkeypatch):
+    """Else 64 threads would hold 64 totals of all weights for one small image each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(64)
+    try:
+        check(Chain(steps=2, width=72), (64, 72, 7, 7))
+        assert torch.ops.res2net_fused_native.cpu_scratch_bytes(False) < 2**25
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_biases_that_do_not_fit_are_refused():
+    x, weights = torch.zeros(1, 12, 9, 14), [torch.zeros(12, 12, 3, 3)]
+    settings = native_cpu.settings(ChainProblem.of(x, 12, 1, ChainConfig(passthrough="none")))
+    with pytest.raises(RuntimeError, match="one bias for each of 1 convolutions"):
+        torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
+            x, weights, [torch.zeros(12)] * 40, False, settings, False, native_cpu.instruction_set()
+        )
 
 
 def test_operands_of_any_strides():

@@ -17,14 +17,13 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/chain_run.h"
 #include "cpu/parts.h"
 #include "cpu/sources.h"
 #include "cpu/weight_totals.h"
 
 namespace res2net_fused {
 namespace {
-
-constexpr int64_t kSharedBlockTiles = 32;  // of Schedule::channels, beside weights that stay in cache
 
 class BackwardRun {
  public:
@@ -63,7 +62,7 @@ class BackwardRun {
   void sum_rows(int64_t i, const Sources& u, int64_t first_image, int64_t first_row, int64_t last_row) const;
 
   // Of V or Z in either layout.
-  int64_t v_floats(int64_t tiles) const {
+  int64_t points_floats(int64_t tiles) const {
     return round_up(kPoints * PointLayout::panels_first(tiles, problem_.channels).point, kAlignment);
   }
   int64_t m_floats(int64_t tiles) const {
@@ -151,21 +150,16 @@ void BackwardRun::images() const {
   const int64_t w = problem_.channels, padded = problem_.padded(), panels = panel_count(w), steps = problem_.steps;
   const int64_t per_image = plan_.grid.per_image(), tiles = plan_.images * per_image;
   const int64_t weight_tiles = std::min(plan_.weight_tiles, tiles), block_tiles = std::min(plan_.block_tiles, tiles);
-  const int64_t v = v_floats(std::max(weight_tiles, block_tiles));
-  const int64_t other = std::max(v_floats(weight_tiles) + kWeightSums, m_floats(block_tiles));  // Z and sums, or M
+  const int64_t v = points_floats(std::max(weight_tiles, block_tiles));
+  const int64_t other = std::max(points_floats(weight_tiles) + kWeightSums, m_floats(block_tiles));  // Z and sums, or M
   const int64_t sources = Sources(problem_, plan_.images).floats();
   const int64_t each = round_up(2 * sources + v + other, 1024) + kAlignment, weights = winograd_floats(w);
   const int64_t total = needs_weights_ ? total_floats(w) : 0;
   const Scratch scratch(steps * (weights + plan_.parts * total) + plan_.parts * each);
   float *const packed = scratch.data(), *const totals = packed + steps * weights;
-  torch::stable::parallel_for(0, steps * panels, 1, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; item++) {
-      const int64_t i = item / panels, panel = item % panels;
-      if (!needs_input(i)) continue;
-      kernels_.pack_winograd(
-          data_.weights[i], w, packed + i * weights + panel * kPanel * w, winograd_point(w), panel, panel + 1);
-    }
-  });
+  for (int64_t i = 0; i < steps; i++) {
+    if (needs_input(i)) pack_ahead(data_.weights + i, 1, w, packed + i * weights, kernels_);
+  }
   parts_.for_each([&](int64_t part) {
     float* const memory = totals + steps * plan_.parts * total + part * each;
     Sources dz(problem_, plan_.images), u(problem_, plan_.images);
@@ -173,7 +167,7 @@ void BackwardRun::images() const {
     u.place(memory + sources);
     dz.zero_borders();
     u.zero_borders();
-    float *const in = memory + 2 * sources, *const rest = in + v, *const sums = rest + v_floats(weight_tiles);
+    float *const in = memory + 2 * sources, *const rest = in + v, *const sums = rest + points_floats(weight_tiles);
     const int64_t begin = parts_.share(problem_.batch, part), end = parts_.share(problem_.batch, part + 1);
     for (int64_t n = begin; n < end; n += plan_.images) {
       const int64_t images = std::min(plan_.images, end - n), rows = images * problem_.height;
@@ -210,7 +204,7 @@ void BackwardRun::channels() const {
   const int64_t w = problem_.channels, panels = panel_count(w), tiles = problem_.batch * plan_.grid.per_image();
   const int64_t rows = problem_.batch * problem_.height;
   const int64_t blocks = (tiles + plan_.block_tiles - 1) / plan_.block_tiles, block_tiles = (tiles + blocks - 1) / blocks;
-  const int64_t block_v = v_floats(block_tiles), all_v = blocks * block_v, m = m_floats(block_tiles);
+  const int64_t block_v = points_floats(block_tiles), all_v = blocks * block_v, m = m_floats(block_tiles);
   const int64_t sources = Sources(problem_, problem_.batch).floats();
   const int64_t packed_floats = kPoints * w * kernels_.panels_per_pass * kPanel;
   const int64_t each = round_up(std::max(m + packed_floats, form_floats(w)), 1024) + kAlignment;
@@ -276,19 +270,22 @@ void BackwardRun::channels() const {
   }
 }
 
-// More weights than pixels, and channels for every thread.
-bool shares_channels(const ChainProblem& problem, int64_t threads) {
-  const int64_t tiles = problem.batch * covering_tiles(problem.height, problem.width).per_image();
-  return 2 * tiles <= problem.channels && panel_count(problem.channels) >= threads;
+int64_t tiles_of(const ChainProblem& problem) {
+  return problem.batch * covering_tiles(problem.height, problem.width).per_image();
+}
+
+// Of Schedule::images.
+int64_t image_parts(const ChainProblem& problem, int64_t threads) {
+  return std::min({threads, problem.batch, std::max<int64_t>(1, tiles_of(problem) / kTilesWorthAPart)});
 }
 
 }  // namespace
 
 bool backward_covers(const ChainProblem& problem, int64_t threads) {
   if (!winograd_pays(problem) || problem.batch < 1) return false;
-  if (shares_channels(problem, threads)) return true;
-  const int64_t rounds = (problem.batch + threads - 1) / threads;
-  return rounds * threads * 4 <= problem.batch * 5;  // the slowest thread decides
+  if (shares_channels(tiles_of(problem), problem.channels, threads)) return true;
+  const int64_t parts = image_parts(problem, threads), rounds = (problem.batch + parts - 1) / parts;
+  return rounds * parts * 4 <= problem.batch * 5;  // the slowest thread decides
 }
 
 BackwardPlan plan_backward(const ChainProblem& problem, int64_t threads) {
@@ -296,7 +293,7 @@ BackwardPlan plan_backward(const ChainProblem& problem, int64_t threads) {
   BackwardPlan plan{};
   plan.grid = covering_tiles(problem.height, problem.width);
   const int64_t per_image = plan.grid.per_image();
-  if (shares_channels(problem, threads)) {
+  if (shares_channels(tiles_of(problem), problem.channels, threads)) {
     plan.schedule = Schedule::channels;
     plan.parts = threads;
     plan.images = problem.batch;
@@ -304,7 +301,7 @@ BackwardPlan plan_backward(const ChainProblem& problem, int64_t threads) {
     return plan;
   }
   plan.schedule = Schedule::images;
-  plan.parts = std::min(threads, problem.batch);
+  plan.parts = image_parts(problem, threads);
   plan.weight_tiles = weight_block_tiles(problem.channels);
   plan.block_tiles = problem.channels <= 64 ? 24 : 16;
   const int64_t rounds = (problem.batch + plan.parts - 1) / plan.parts;

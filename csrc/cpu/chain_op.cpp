@@ -76,15 +76,7 @@ std::vector<Tensor> chain_from_weights(
   const bool ahead = plan.schedule != Schedule::channels;
   const Scratch packed(ahead ? steps * winograd_floats(channels) : 0);
   if (ahead) {
-    const int64_t panels = panel_count(channels);
-    torch::stable::parallel_for(0, steps * panels, 1, [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; item++) {
-        const int64_t step = item / panels, panel = item % panels;
-        float* const to = packed.data() + step * winograd_floats(channels) + panel * kPanel * channels;
-        kernels.pack_winograd(
-            views[static_cast<size_t>(step)], channels, to, winograd_point(channels), panel, panel + 1);
-      }
-    });
+    pack_ahead(views.data(), steps, channels, packed.data(), kernels);
     data.winograd = packed.data();
   } else {
     data.plain = views.data();
@@ -110,7 +102,6 @@ std::vector<Tensor> pack(
     check_weight(weight, channels, group_channels);
     plain.push_back(torch::stable::contiguous(torch::stable::to(weight, ScalarType::Float)));
   }
-  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "one bias per weight is needed");
 
   const int64_t panels = panel_count(channels), direct_panels = groups * panel_count(group_channels);
   float* const u = static_cast<float*>(winograd.mutable_data_ptr());

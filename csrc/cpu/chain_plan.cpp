@@ -9,9 +9,6 @@ namespace {
 // Reading one weight from the L3 cache, in multiplications that take as long.
 constexpr int64_t kMatrixCost = 8;
 
-// Tiles of a block beside weights that stay in cache.
-constexpr int64_t kWeightBlockTiles = 32;
-
 // Of x and out together, that may well lie in cache when a call begins: 4 MB.
 constexpr int64_t kCachedFloats = 1 << 20;
 
@@ -112,7 +109,7 @@ ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads) {
   if (problem.batch * grid.per_image() > problem.channels || panels < threads) return plan;
   plan.schedule = Schedule::channels;
   plan.grid = grid;
-  plan.block_tiles = kWeightBlockTiles;
+  plan.block_tiles = kSharedBlockTiles;
   plan.images = 1;
   plan.copies_source = plan.brings_near = false;
   plan.parts = std::max<int64_t>(threads, 1);

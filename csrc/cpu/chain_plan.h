@@ -38,6 +38,15 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
 // For Winograd over weights that are packed in the call. With Schedule::channels by whoever needs them.
 ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads);
 
+// Tiles of a block beside weights, or their gradient, that stay in cache.
+constexpr int64_t kSharedBlockTiles = 32;
+
+// Whether each part should have its own channels of everything in a backward: more weights than pixels, so that totals of all
+// channels would be most of the traffic. Forward shares channels from half as many weights on: of pixels it has one buffer.
+inline bool shares_channels(int64_t tiles, int64_t channels, int64_t threads) {
+  return 2 * tiles <= channels && panel_count(channels) >= threads;
+}
+
 // Tiles that cover height x width output pixels (at least 2 x 2), each pixel once.
 TileGrid covering_tiles(int64_t height, int64_t width);
 

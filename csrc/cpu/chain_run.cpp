@@ -327,6 +327,15 @@ bool ImageChain::run(const ChainData& data, int64_t images) const {
   return run.right();
 }
 
+void pack_ahead(const WeightView* weights, int64_t steps, int64_t channels, float* packed, const Kernels& kernels) {
+  const int64_t panels = panel_count(channels);
+  Parts{steps * panels}.for_each([&](int64_t item) {
+    const int64_t step = item / panels, panel = item % panels;
+    float* const to = packed + step * winograd_floats(channels) + panel * kPanel * channels;
+    kernels.pack_winograd(weights[step], channels, to, winograd_point(channels), panel, panel + 1);
+  });
+}
+
 bool run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels) {
   const Run run(problem, plan, data, kernels);
   switch (plan.schedule) {

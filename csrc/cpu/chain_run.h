@@ -32,6 +32,9 @@ class ImageChain {
   float* scratch_;
 };
 
+// Winograd's weights of all steps by all threads, winograd_floats(channels) a step.
+void pack_ahead(const WeightView* weights, int64_t steps, int64_t channels, float* packed, const Kernels& kernels);
+
 // False where Winograd's result is not finite and data.direct is null: the output is then worth nothing.
 bool run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels);
 

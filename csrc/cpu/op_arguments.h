@@ -85,6 +85,9 @@ inline Tensor new_floats(int64_t rows, int64_t floats) {
 
 // (steps, bias_floats(channels)) in fp32, zero where there is no bias.
 inline Tensor pack_biases(const std::vector<Tensor>& biases, int64_t steps, int64_t channels) {
+  STD_TORCH_CHECK(
+      biases.empty() || static_cast<int64_t>(biases.size()) == steps, "one bias for each of ", steps,
+      " convolutions is needed");
   Tensor packed = new_floats(steps, bias_floats(channels));
   torch::stable::zero_(packed);
   for (size_t i = 0; i < biases.size(); i++) {

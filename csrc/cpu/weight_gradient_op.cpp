@@ -12,9 +12,6 @@
 namespace res2net_fused {
 namespace {
 
-constexpr int64_t kSharedBlockTiles = 32;
-constexpr int64_t kTilesWorthAPart = 16;  // fewer do not pay for a total of a thread's own
-
 // How one call is shared out: blocks of tiles, which all lie in memory at once where the parts share them.
 struct Shares {
   bool by_channels;  // each part takes all tiles to its own output channels; else its own tiles to a total of all channels
@@ -23,8 +20,7 @@ struct Shares {
 
 Shares share_out(int64_t tiles, int64_t channels, int64_t threads) {
   threads = std::max<int64_t>(threads, 1);
-  // More weights than pixels: one total of all channels is traffic enough. V and Z then cross from core to core.
-  const bool by_channels = 2 * tiles <= channels && panel_count(channels) >= threads;
+  const bool by_channels = shares_channels(tiles, channels, threads);
   const int64_t most = by_channels ? kSharedBlockTiles : weight_block_tiles(channels);
   const int64_t parts = by_channels ? threads : std::clamp<int64_t>(tiles / kTilesWorthAPart, 1, threads);
   const int64_t each = by_channels ? tiles : (tiles + parts - 1) / parts, blocks = (each + most - 1) / most;

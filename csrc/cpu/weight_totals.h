@@ -14,6 +14,9 @@ constexpr int64_t form_floats(int64_t channels) {
   return kWeightSums + kWeightRows * 9 * round_up(channels, kUnit) + 16;
 }
 
+// Fewer tiles do not pay for a total of a part's own.
+constexpr int64_t kTilesWorthAPart = 16;
+
 // Tiles of a block that are taken to the weights' gradient together: V and Z stay in cache, and the taps have enough of them.
 int64_t weight_block_tiles(int64_t channels);
 
@@ -31,7 +34,7 @@ struct WeightGradients {
   bool gather(const float* totals, int64_t count, int64_t each) const;
 
   // Forms those of output channels first ... last from V of u and Z of all tiles, without a total of all channels.
-  // for_each_block(f): calls f(Block, floats from the first block's V to this one's). False as `gather`.
+  // for_each_block(f): calls f(Block, floats from v to its V and from z to its Z). False as `gather`.
   template <class Blocks>
   bool form(
       const Kernels& kernels, const TileGrid& grid, const Blocks& for_each_block, const float* v, const float* z,
@@ -40,8 +43,10 @@ struct WeightGradients {
     bool finite = true;
     for (int64_t o = first; o < last; o += kWeightRows) {
       const int64_t end = o + kWeightRows < last ? o + kWeightRows : last;
+      bool add = false;
       for_each_block([&](Block block, int64_t at) {
-        kernels.winograd_weights(channels, grid, block, v + at, z + at, memory, rows, biases, o, end, at > 0);
+        kernels.winograd_weights(channels, grid, block, v + at, z + at, memory, rows, biases, o, end, add);
+        add = true;
       });
       finite &= write(rows, biases, 1, 0, o, end);
     }

@@ -1,8 +1,12 @@
-"""The chain with BatchNorm in training mode on the CPU, fp32: every pass over memory between two convolutions is one kernel.
+"""Training of the chain on the CPU, fp32: its backward without batch statistics, and both passes with them.
+
+Without statistics the backward of a whole chain is one operator where Winograd covers it. With them, and elsewhere, the chain
+goes group by group, and every pass over memory between two convolutions is one kernel.
 
 Per step forward reads z for its statistics, then z and x_{i+1}, and writes y_i to its slot and u_{i+1}. Backward reads dout_i,
 du_{i+1}, y_i and z_i and writes the masked gradient (and du_{i+1} to its slot), then turns that into dz_i in place.
-All of it is channels-last. The sums are the same for any number of threads.
+All of it is channels-last. BatchNorm's sums are the same for any number of threads; gradients of weights and biases repeat
+their bits for one number of threads.
 """
 
 from __future__ import annotations
@@ -140,8 +144,9 @@ def chain_backward(
         )  # fmt: skip
         if found:
             grad_x, *rest = found
-            _pass_back(problem, grad_x, grad, x)
-            return grad_x, rest[: problem.steps], rest[problem.steps :]
+            if needed[0]:
+                _pass_back(problem, grad_x, grad, x)
+            return grad_x if needed[0] else None, rest[: problem.steps], rest[problem.steps :]
 
     def activation_backward(k: int, dy: DownstreamGradient, y: Tensor, u: Tensor) -> Tensor:
         return _operators.cpu_activation_backward.default(*dy, y, _activation(problem.config), isa)

@@ -26,7 +26,7 @@ struct Epilogue {
 };
 
 // g where the activation passed its input on, which its output y shows, else 0; NaN in y passes, as in ATen's
-// threshold_backward.
+// threshold_backward (ATen's hardtanh_backward does either, vector by vector).
 template <class V>
 R2N_INLINE V masked(V g, V y, Activation activation) {
   if (activation == Activation::none) return g;
