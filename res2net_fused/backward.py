@@ -10,7 +10,7 @@ K_i^T dz_i, itself a 3x3 convolution, and dK_i are a backend's where that one sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ def chain_backward(
 
     grad, out: (N, s*w, H/stride, W/stride), any strides; x: (N, s*w, H, W).
     """
+    backend = None  # a strided convolution's input gradient is ATen's
+    if config.stride == 1:
+        backend = get_backend(choose(ChainProblem.of_one_convolution(out, weights[0], config)).name)
+
+    def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        return activation_backward(dy, y, config.activation).contiguous(memory_format=memory_format(out))
+
+    return walk_back(backend, grad, x, out, weights, config, output_backward, needed)
+
+
+def walk_back(
+    backend: Backend | None,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    config: ChainConfig,
+    output_backward: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """As `chain_backward`; output_backward: (k, dy_k, y_k, u_k) -> dz_k, the backward of all that follows convolution k."""
     need_x, need_weights, need_biases = needed
     width, steps = weights[0].shape[0], len(weights)
     groups, outputs, grads = (list(t.split(width, 1)) for t in (x, out, grad))
@@ -39,9 +60,6 @@ def chain_backward(
     grad_weights: list[Tensor] = [grad] * steps
     grad_biases: list[Tensor] = [grad] * steps
     into_previous: Tensor | None = None  # du_{i+1}, where group i+1 added y_i
-    backend = None  # a strided convolution's input gradient is ATen's
-    if config.stride == 1:
-        backend = get_backend(choose(ChainProblem.of_one_convolution(out, weights[0], config)).name)
     for i in reversed(range(scale)):
         dy = grads[i] if into_previous is None else grads[i] + into_previous
         into_previous = None
@@ -49,15 +67,14 @@ def chain_backward(
             grad_x[i] = pool_backward(dy, groups[i], config)
             continue
         k = i - config.first_convolved
-        dz = activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(out))
         u = groups[i] + outputs[i - 1] if config.adds(i) else groups[i]
+        dz = output_backward(k, dy, outputs[i], u)
         need_u = need_x or feeds_a_convolution(config, i)
-        du, grad_weights[k], grad_biases[k] = convolution_backward(
+        grad_x[i], grad_weights[k], grad_biases[k] = convolution_backward(
             backend, dz, u, weights[k], config, (need_u, need_weights, need_biases)
         )
-        grad_x[i] = du
         if config.adds(i):
-            into_previous = du
+            into_previous = grad_x[i]
     return torch.cat(grad_x, 1) if need_x else None, grad_weights, grad_biases
 
 

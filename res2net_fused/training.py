@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backends.selection import Backend, TrainingBackend
-from .backward import activation_backward, convolution_backward, feeds_a_convolution, pool_backward
+from .backward import activation_backward, walk_back
 from .chain import ChainConfig, ChainProblem, in_format_of, memory_format
 from .reference import activate, pool_passthrough
 from .synchronise import combine_moments, combine_sums
@@ -195,36 +195,22 @@ def _train_backward(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
     """As `train_backward`, not flattened, by PyTorch's operators and the backend's convolutions."""
     need_x, need_weights, need_gammas, need_betas = needed
-    config, scale, steps = problem.config, problem.scale, problem.steps
-    groups, outputs, grads = (list(t.split(problem.width, 1)) for t in (x, out, grad))
-    grad_x: list[Tensor] = [grad] * scale
-    grad_weights, grad_gammas, grad_betas = ([grad] * steps for _ in range(3))
-    into_previous: Tensor | None = None  # du_{i+1}, where group i+1 added y_i
-    for i in reversed(range(scale)):
-        dy = grads[i] if into_previous is None else grads[i] + into_previous
-        into_previous = None
-        if i == config.passed_group(scale):
-            grad_x[i] = pool_backward(dy, groups[i], config)
-            continue
-        k = i - config.first_convolved
-        u = groups[i] + outputs[i - 1] if config.adds(i) else groups[i]
-        zk = z[k] if z else convolve(backend, u, weights[k], config)
-        masked = activation_backward(dy, outputs[i], config.activation).contiguous(memory_format=memory_format(zk))
-        need_u = need_x or feeds_a_convolution(config, i)
-        gamma = gammas[k].to(mean.dtype)
+    grad_gammas, grad_betas = ([grad] * problem.steps for _ in range(2))
+
+    def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        zk = z[k] if z else convolve(backend, u, weights[k], problem.config)
+        masked = activation_backward(dy, y, problem.config.activation).contiguous(memory_format=memory_format(zk))
+        gamma, affine = gammas[k].to(mean.dtype), need_gammas or need_betas
         if group:
             gradients = _synchronised_norm_backward(masked, zk, gamma, mean[k], invstd[k], group)
         else:
             gradients = torch.ops.aten.native_batch_norm_backward(
-                masked, zk, gamma, None, None, mean[k], invstd[k], True, eps[k],
-                [need_u or need_weights, need_gammas or need_betas, need_gammas or need_betas],
-            )  # fmt: skip
+                masked, zk, gamma, None, None, mean[k], invstd[k], True, eps[k], [True, affine, affine]
+            )
         dz, grad_gammas[k], grad_betas[k] = gradients
-        if not need_u and not need_weights:
-            continue
-        grad_x[i], grad_weights[k], _ = convolution_backward(
-            backend, dz, u, weights[k], config, (need_u, need_weights, False)
-        )
-        if config.adds(i):
-            into_previous = grad_x[i]
-    return torch.cat(grad_x, 1) if need_x else None, grad_weights, grad_gammas, grad_betas
+        return dz
+
+    grad_x, grad_weights, _ = walk_back(
+        backend, grad, x, out, weights, problem.config, output_backward, (need_x, need_weights, False)
+    )
+    return grad_x, grad_weights, grad_gammas, grad_betas
