@@ -321,10 +321,11 @@ def test_sync_batch_norm_of_one_process_is_fused():
 def test_auto_trains_fused_only_where_that_is_faster(training_pays, monkeypatch):
     monkeypatch.setattr(trained_block, "training_pays", training_pays)
     small = torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last)
-    large = torch.randn(1, 128, 28, 28).contiguous(memory_format=torch.channels_last)
+    large = torch.randn(8, 128, 28, 28).contiguous(memory_format=torch.channels_last)
     for x, backend, recompute, fused in (
         (small, "auto", False, False), (large, "auto", False, True), (large.contiguous(), "auto", False, False),
         (small, "reference", False, True), (small, "auto", True, True), (large[..., :27], "auto", False, False),
+        (large[:7], "auto", False, False),
     ):  # fmt: skip
         block = accelerate(randomize(Bottle2neck(128, 32, baseWidth=64, scale=2)), backend, recompute=recompute).train()
         block(x)
