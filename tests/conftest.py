@@ -60,3 +60,15 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def user_table(monkeypatch, tmp_path):
+    """The path of a user's table of tiles, of this test's own, and no memory of others."""
+    from res2net_fused.kernels import tile_table
+
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv(tile_table.ENVIRONMENT_VARIABLE, str(path))
+    tile_table.forget()
+    yield path
+    tile_table.forget()

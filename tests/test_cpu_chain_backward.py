@@ -134,7 +134,7 @@ def test_fake_gradients_have_the_strides_of_real_ones(width, groups, layout):
     assert [(t.shape, t.stride()) for t in fake] == [(t.shape, t.stride()) for t in real]
 
 
-def test_a_total_of_its_own_only_for_a_part_with_tiles_enough(monkeypatch):
+def test_a_total_of_its_own_only_for_a_part_with_tiles_enough():
     """Else 64 threads would hold 64 totals of all weights for one small image each."""
     before = torch.get_num_threads()
     torch.set_num_threads(64)

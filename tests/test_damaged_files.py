@@ -94,15 +94,6 @@ ROW = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def user_table(monkeypatch, tmp_path):
-    path = tmp_path / "tiles.json"
-    monkeypatch.setenv(tile_table.ENVIRONMENT_VARIABLE, str(path))
-    tile_table.forget()
-    yield path
-    tile_table.forget()
-
-
 def table(**changes):
     return json.dumps({"rows": [ROW | changes]}).encode()
 

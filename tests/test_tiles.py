@@ -20,14 +20,7 @@ SHAPE = Shape("step", (9, 0), "half", 26, 26, 32 * 56 * 56)
 TILE = Tile(64, 32, 32, 4, 3)
 
 
-@pytest.fixture(autouse=True)
-def own_table(monkeypatch, tmp_path):
-    """A user's table of this test's own, and no memory of others."""
-    path = tmp_path / "tiles.json"
-    monkeypatch.setenv(tile_table.ENVIRONMENT_VARIABLE, str(path))
-    tile_table.forget()
-    yield path
-    tile_table.forget()
+pytestmark = pytest.mark.usefixtures("user_table")
 
 
 def test_the_shipped_table_answers_for_the_published_shapes():
@@ -43,9 +36,9 @@ def test_shipped_rows_are_those_of_known_kernels_and_distinct():
     assert {row.shape.capability for row in rows} == {(8, 0), (9, 0)}
 
 
-def test_the_nearest_row_answers(own_table):
+def test_the_nearest_row_answers(user_table):
     near, far = replace(SHAPE, pixels=SHAPE.pixels * 2), replace(SHAPE, pixels=SHAPE.pixels // 3)
-    write(own_table, [Row(far, Tile(16, 16, 16, 1, 2)), Row(near, TILE)])
+    write(user_table, [Row(far, Tile(16, 16, 16, 1, 2)), Row(near, TILE)])
     assert lookup(SHAPE) == (TILE, "tuned")
     assert lookup(replace(SHAPE, pixels=far.pixels)) == (Tile(16, 16, 16, 1, 2), "tuned")
 
@@ -57,7 +50,7 @@ def test_what_is_not_near_does_not_answer(changes):
     assert SHAPE.distance(replace(SHAPE, **changes)) == math.inf
 
 
-def test_a_plan_takes_its_tile_from_the_tables_and_says_so(own_table):
+def test_a_plan_takes_its_tile_from_the_tables_and_says_so(user_table):
     case = cases(("chain",), [Config(26, 4)], [32], "bfloat16", "cpu")[0]
     problem = replace(case.problem(case.module()), device=torch.device("cuda"))
     shipped = plan_steps(problem, (9, 0))
@@ -65,15 +58,15 @@ def test_a_plan_takes_its_tile_from_the_tables_and_says_so(own_table):
     assert plan_steps(problem, (12, 0)).tile_source == "rule"  # no row for such a GPU
     assert plan_steps(problem, (12, 0)).tile == default_tile(problem, (12, 0), "ieee", plan_steps(problem, (12, 0)).images)
     other = Tile(32, 16, 16, 2, 2)
-    write(own_table, [Row(step_shape(problem, (9, 0), "ieee", shipped.images), other)])
+    write(user_table, [Row(step_shape(problem, (9, 0), "ieee", shipped.images), other)])
     tuned = plan_steps(problem, (9, 0))
     assert (tuned.tile, tuned.tile_source) == (other, "tuned") and "(tuned)" in tuned.describe(problem)
 
 
-def test_round_trip_and_merge(own_table):
+def test_round_trip_and_merge(user_table):
     rows = [Row(SHAPE, TILE), Row(replace(SHAPE, width=52), Tile(128, 64, 64, 8, 3))]
-    write(own_table, rows)
-    assert read(own_table) == rows
+    write(user_table, rows)
+    assert read(user_table) == rows
     newer = Row(SHAPE, Tile(128, 32, 32, 4, 2))
     assert merge(rows, [newer]) == [newer, rows[1]]
 
@@ -100,11 +93,11 @@ GOOD = {
         (json.dumps({"rows": [GOOD | {"tile": [64, 32, 32, 4, 90]}]}), "stages is 90"),
     ],
 )
-def test_a_broken_table_names_itself_and_the_remedy(own_table, text, message, caplog):
-    own_table.write_text(text)
+def test_a_broken_table_names_itself_and_the_remedy(user_table, text, message, caplog):
+    user_table.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        read(own_table)
-    assert str(own_table) in str(error.value) and "res2net-fused tune" in str(error.value)
+        read(user_table)
+    assert str(user_table) in str(error.value) and "res2net-fused tune" in str(error.value)
     with caplog.at_level(logging.WARNING, "res2net_fused"):
         assert lookup(SHAPE)[1] == "shipped table"  # a chain still runs
     assert "tuned tiles are not used" in caplog.text

@@ -8,7 +8,8 @@ namespace res2net_fused {
 
 class Scratch {
  public:
-  // Throws std::bad_alloc. Of no floats: data() is null. The contents are whatever the last owner left; RES2NET_FUSED_CPU_POISON=1 fills them with NaN.
+  // Throws std::bad_alloc. Of no floats: data() is null. The contents are whatever the last owner left;
+  // RES2NET_FUSED_CPU_POISON=1 fills them with NaN.
   explicit Scratch(int64_t floats);
   ~Scratch();
   Scratch(const Scratch&) = delete;

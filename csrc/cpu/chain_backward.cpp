@@ -46,13 +46,8 @@ class BackwardRun {
   bool is_fed(int64_t step) const { return step + 1 < problem_.steps && feeds(step + 1); }
 
   template <class V>
-  static V group(V view, int64_t group, int64_t channels, int64_t first_image) {
-    view.data += first_image * view.image + group * channels;
-    return view;
-  }
-  template <class V>
   V group(V view, int64_t index, int64_t first_image) const {
-    return group(view, index, problem_.channels, first_image);
+    return res2net_fused::group_of(view, index, problem_.channels, first_image);
   }
 
   Step shape() const;
@@ -62,13 +57,8 @@ class BackwardRun {
   void sum_rows(int64_t i, const Sources& u, int64_t first_image, int64_t first_row, int64_t last_row) const;
 
   // Of V or Z in either layout.
-  int64_t points_floats(int64_t tiles) const {
-    return round_up(kPoints * PointLayout::panels_first(tiles, problem_.channels).point, kAlignment);
-  }
-  int64_t m_floats(int64_t tiles) const {
-    const int64_t width = std::min(problem_.padded(), kernels_.panels_per_pass * kPanel + kUnit);
-    return round_up(kPoints * point_pitch(tiles, width), kAlignment);
-  }
+  int64_t points_floats(int64_t tiles) const { return PointLayout::panels_first(tiles, problem_.channels).floats(); }
+  int64_t m_floats(int64_t tiles) const { return products_floats(kernels_, tiles, problem_.channels); }
 
   const ChainProblem& problem_;
   const BackwardPlan& plan_;
@@ -296,8 +286,7 @@ BackwardPlan plan_backward(const ChainProblem& problem, int64_t threads) {
   if (shares_channels(tiles_of(problem), problem.channels, threads)) {
     plan.schedule = Schedule::channels;
     plan.parts = threads;
-    plan.images = problem.batch;
-    plan.block_tiles = plan.weight_tiles = kSharedBlockTiles;
+    plan.block_tiles = kSharedBlockTiles;
     return plan;
   }
   plan.schedule = Schedule::images;

@@ -18,8 +18,8 @@ struct BackwardData {
 struct BackwardPlan {
   Schedule schedule;
   TileGrid grid;
-  int64_t parts, images;              // at a time, of one part
-  int64_t block_tiles, weight_tiles;  // of a block, to the input's gradient and to the weights'
+  int64_t parts, block_tiles;
+  int64_t images, weight_tiles;  // Schedule::images: at a time, of one part; of a block to the weights' gradient
 };
 
 // Whether chain_backward runs a problem at all, and faster than one operator after the other.

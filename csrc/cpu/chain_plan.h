@@ -1,6 +1,7 @@
 // How a call runs: arithmetic, tiles, and what the threads share out among themselves.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 #include "cpu/chain_problem.h"
@@ -40,6 +41,11 @@ ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads);
 
 // Tiles of a block beside weights, or their gradient, that stay in cache.
 constexpr int64_t kSharedBlockTiles = 32;
+
+// Floats of M of a block, as winograd_output asks for it.
+inline int64_t products_floats(const Kernels& kernels, int64_t tiles, int64_t channels) {
+  return kPoints * point_pitch(tiles, std::min(round_up(channels, kUnit), kernels.panels_per_pass * kPanel + kUnit));
+}
 
 // Whether each part should have its own channels of everything in a backward: more weights than pixels, so that totals of all
 // channels would be most of the traffic. Forward shares channels from half as many weights on: of pixels it has one buffer.

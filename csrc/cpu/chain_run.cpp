@@ -43,11 +43,8 @@ class Run {
   // Whether all results were finite, or computed again.
   bool right() const { return right_; }
 
-  int64_t v_floats(int64_t tiles) const { return kPoints * PointLayout::tiles_first(tiles, problem_.channels).point; }
-  int64_t m_floats(int64_t tiles) const {
-    const int64_t width = std::min(problem_.padded(), kernels_.panels_per_pass * kPanel + kUnit);
-    return kPoints * point_pitch(tiles, width);
-  }
+  int64_t v_floats(int64_t tiles) const { return PointLayout::tiles_first(tiles, problem_.channels).floats(); }
+  int64_t m_floats(int64_t tiles) const { return products_floats(kernels_, tiles, problem_.channels); }
   int64_t patch_floats() const { return round_up(kPoints * problem_.channels, kAlignment); }
   // Tiles of a block where whole images are worked on.
   int64_t image_tiles() const {
@@ -74,16 +71,11 @@ class Run {
   void winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const;
 
   ConstView x_group(int64_t group, int64_t first_image) const {
-    ConstView view = data_.x;
-    view.data += first_image * view.image + group * problem_.channels;
-    return view;
+    return res2net_fused::group_of(data_.x, group, problem_.channels, first_image);
   }
   View out_group(int64_t group, int64_t first_image) const {
-    View view = data_.out;
-    view.data += first_image * view.image + group * problem_.channels;
-    return view;
+    return res2net_fused::group_of(data_.out, group, problem_.channels, first_image);
   }
-
   void note(bool right) const {
     if (!right) right_ = false;
   }
@@ -241,8 +233,7 @@ void Run::channels() const {
   Sources sources(problem_, problem_.batch);
   const int64_t w = problem_.channels, tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(w);
   const int64_t blocks = (tiles + plan_.block_tiles - 1) / plan_.block_tiles, block_tiles = (tiles + blocks - 1) / blocks;
-  const int64_t block_v = round_up(v_floats(block_tiles), kAlignment), v = blocks * block_v;
-  const int64_t m = round_up(m_floats(block_tiles), kAlignment), patch = patch_floats();
+  const int64_t block_v = v_floats(block_tiles), v = blocks * block_v, m = m_floats(block_tiles), patch = patch_floats();
   const int64_t packed = data_.plain == nullptr ? 0 : kPoints * w * kernels_.panels_per_pass * kPanel;
   const int64_t each = round_up(m + patch + packed, 1024) + kAlignment;
   const Scratch scratch(sources.floats() + 2 * v + each * plan_.parts);

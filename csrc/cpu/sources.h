@@ -11,6 +11,13 @@ constexpr int64_t kAlignment = 16;  // floats: one cache line
 
 inline ConstView constant(View view) { return {view.data, view.image, view.row, view.pixel}; }
 
+// One group of so many channels, from an image on.
+template <class V>
+V group_of(V view, int64_t group, int64_t channels, int64_t first_image) {
+  view.data += first_image * view.image + group * channels;
+  return view;
+}
+
 // The sources u of some images: (images, H + 2*rows, W + 2*columns, padded w), so much border being zero.
 class Sources {
  public:

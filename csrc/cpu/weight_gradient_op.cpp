@@ -54,7 +54,7 @@ std::vector<Tensor> weight_gradient(
   const ConstView gradient{static_cast<const float*>(dz.const_data_ptr()), dz.stride(0), dz.stride(2), dz.stride(3)};
 
   const WeightGradients gradients(channels, channels_last);
-  const int64_t block_floats = round_up(kPoints * PointLayout::panels_first(shares.block_tiles, channels).point, 16);
+  const int64_t block_floats = PointLayout::panels_first(shares.block_tiles, channels).floats();
   const int64_t blocks = shares.by_channels ? shares.blocks : shares.parts, each = total_floats(channels);
   const int64_t own = shares.by_channels ? form_floats(channels) : each + kWeightSums;
   const Scratch scratch(2 * blocks * block_floats + shares.parts * own);

@@ -196,11 +196,8 @@ def _walk_back(
     du: Tensor | None = None  # of group i+1, where that added y_i
     for i in reversed(range(scale)):
         if i == config.passed_group(scale):
-            if not need_x:
-                continue
-            if du is not None:
+            if need_x and du is not None:
                 slots[i + 1].copy_(du)
-            slots[i].copy_(pool_backward(grads[i] if du is None else grads[i] + du, groups[i], config))
             du = None
             continue
         k = i - config.first_convolved
@@ -220,6 +217,8 @@ def _walk_back(
             slots[i].copy_(du)
         if not config.adds(i):
             du = None
+    if grad_x is not None:
+        _pass_back(problem, grad_x, grad, x)
     return grad_x, grad_weights, grad_biases
 
 
