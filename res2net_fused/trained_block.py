@@ -64,7 +64,7 @@ def is_auto(backend: str) -> bool:
 def training_pays(problem: ChainProblem) -> bool:
     """Whether a training step is measured to be faster by the operator than by the class's own forward.
 
-    On two AVX-512 cores, a block's forward and backward at batch 8: 1.02 to 1.16 times as fast as the faster of both memory
+    On two AVX-512 cores, a block's forward and backward at batch 8: 1.04 to 1.12 times as fast as the faster of both memory
     formats from 28x28 pixels on, 0.86 to 1.05 below, where NCHW's 1x1 convolutions are fast; at batch 1 0.86 to 1.06 there.
     Nothing is measured on GPUs, and compilers fuse the class's own forward.
     """
