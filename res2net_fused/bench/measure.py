@@ -53,6 +53,11 @@ class Contender:
         with torch.inference_mode():
             return self.model(next(self._next))
 
+    def outputs(self) -> list[Tensor]:
+        """What a run computes for each input, as it is timed."""
+        with torch.inference_mode():
+            return [self.model(x) for x in self.inputs]
+
 
 class GraphedContender(Contender):
     """A CUDA graph of calls for each input in turn, replayed as a whole: no time of the host is in it.
@@ -79,6 +84,15 @@ class GraphedContender(Contender):
     def run(self) -> Any:
         self._graph.replay()
         return None
+
+    def outputs(self) -> list[Tensor]:
+        """What a replay writes for each input, into memory that holds NaN before."""
+        with torch.inference_mode():
+            for out in self._outputs:
+                out.fill_(float("nan"))
+        self._graph.replay()
+        torch.cuda.synchronize()
+        return list(self._outputs)
 
 
 def measure(
