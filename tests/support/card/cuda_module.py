@@ -1,4 +1,4 @@
-"""`torch.cuda` over the stand-in's devices: the functions that torch's CUDA build has in C++, and its streams, events and graphs."""
+"""`torch.cuda` over the stand-in's devices: what torch's CUDA build has in C++, and its streams, events and graphs."""
 
 from __future__ import annotations
 
@@ -230,12 +230,12 @@ def _insert_copies() -> None:
     def broadcast_coalesced(tensors: Any, devices: Any, buffer_size: int = 0) -> list[Any]:
         return [[t if t.device.index == i else t.to(f"cuda:{i}") for t in tensors] for i in map(_index, devices)]
 
-    def scatter(tensor: Any, devices: Any = None, chunk_sizes: Any = None, dim: int = 0, streams: Any = None, *, out: Any = None):
+    def scatter(tensor: Any, devices: Any = None, chunk_sizes: Any = None, dim: int = 0, streams: Any = None) -> Any:
         devices = list(map(_index, devices))
         parts = tensor.split(chunk_sizes, dim) if chunk_sizes else tensor.chunk(len(devices), dim)
         return tuple(part.to(f"cuda:{i}") for part, i in zip(parts, devices, strict=False))
 
-    def gather(tensors: Any, dim: int = 0, destination: Any = None, *, out: Any = None) -> Any:
+    def gather(tensors: Any, dim: int = 0, destination: Any = None) -> Any:
         return torch.cat([t.to(f"cuda:{_index(destination)}") for t in tensors], dim)
 
     comm.broadcast_coalesced, comm.scatter, comm.gather = broadcast_coalesced, scatter, gather
