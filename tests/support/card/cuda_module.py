@@ -183,6 +183,9 @@ def insert(device: Device, card: Card, count: int) -> None:
     }  # fmt: skip
     for name, value in native.items():
         setattr(torch._C, name, value)
+    for name in ("_cuda_CUDAAllocator_AllocatorState", "_set_cached_tensors_enabled"):
+        if not hasattr(torch._C, name):  # which Inductor imports and does not come to use
+            setattr(torch._C, name, type(name, (), {}))
     cuda: Any = torch.cuda
     properties = types.SimpleNamespace(
         name=card.name, major=card.capability[0], minor=card.capability[1], total_memory=card.memory,
