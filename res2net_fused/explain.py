@@ -79,8 +79,10 @@ def _report(name: str, module: nn.Module) -> BlockReport:
             synchronised = synchronises(parts_of(module, state.layout).bns[0])
             plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute, synchronised)}"
             return BlockReport(name, True, choice.name, choice.reason, plan)
-        kept = state.kept  # read once: another thread may drop it
-        folded = state.frozen or (kept[1] if kept else None)
+        kept, frozen = state.kept, state.frozen  # read once: another thread may drop them
+        folded = kept[1] if kept else None
+        if frozen is not None:
+            folded = frozen.held.get((problem.dtype, problem.device))
         choice = choose(problem, state.backend, folded.layout if folded else "plain")
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))
