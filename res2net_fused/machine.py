@@ -58,7 +58,7 @@ def why_no_gpu(torch: TorchBuild, environ: Mapping[str, str] | None = None, root
     closed = [str(node) for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
     if closed:
         return f"this user may not open {', '.join(closed)}: ask for access (often the group video or render)"
-    return f"PyTorch {torch.version} says: {torch.error or 'no CUDA device is there'}; does `nvidia-smi` list the GPU?"
+    return f"PyTorch {torch.version} says: {torch.error or 'no CUDA device is there'}; does nvidia-smi list the GPU?"
 
 
 def why_no_gpu_here() -> str | None:

@@ -110,7 +110,7 @@ def test_a_variable_that_leaves_a_gpu(root, chosen):
     for i in range(2):
         root.file(f"dev/nvidia{i}")
     root.environ["CUDA_VISIBLE_DEVICES"] = chosen
-    assert "PyTorch 2.13.0+cu130 says: No CUDA GPUs are available; does `nvidia-smi` list" in root.why(CUDA_13)
+    assert "PyTorch 2.13.0+cu130 says: No CUDA GPUs are available; does nvidia-smi list" in root.why(CUDA_13)
 
 
 def test_what_else_may_be_missing(root, monkeypatch):
