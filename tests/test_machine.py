@@ -1,12 +1,15 @@
 """A GPU that PyTorch does not see: why, in one sentence with the remedy, before the CPU is measured in its place."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from res2net_fused import cli, machine
+from res2net_fused import cli, machine, parity
+from res2net_fused.backends import triton_backend
+from res2net_fused.bench import sweep
 
 CUDA_13 = machine.TorchBuild("2.13.0+cu130", "13.0", error="No CUDA GPUs are available")
 CPU_ONLY = machine.TorchBuild("2.13.0+cpu", None)
@@ -169,8 +172,8 @@ def test_commands_say_it_before_they_start(command, unseen, capsys, monkeypatch,
     def stop(*arguments, **keywords):
         raise Stopped
 
-    for module, name in (("parity", "check_cases"), ("parity", "unavailable_backends"), ("bench.sweep", "run_sweep")):
-        monkeypatch.setattr(f"res2net_fused.{module}.{name}", stop)
+    for module, name in ((parity, "check_cases"), (parity, "unavailable_backends"), (sweep, "run_sweep")):
+        monkeypatch.setattr(module, name, stop)
     out = ["--out", str(tmp_path)] if command == "bench" else []
     with pytest.raises(Stopped):
         cli.main([command, *out])
@@ -178,6 +181,20 @@ def test_commands_say_it_before_they_start(command, unseen, capsys, monkeypatch,
     with pytest.raises(SystemExit):
         cli.main([command, "--device", "cuda", *out])
     assert f"device is 'cuda'; this PyTorch sees 0 CUDA devices: {WHY}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's driver starts here")
+def test_info_names_what_keeps_a_gpu_from_its_kernels(capsys, monkeypatch):
+    pytest.importorskip("triton")
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a card")):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    monkeypatch.setattr(triton_backend, "capability", lambda device: (9, 0))
+    triton_backend._driver_refusal.cache_clear()
+    assert cli.main(["info"]) == 0
+    triton_backend._driver_refusal.cache_clear()
+    said = capsys.readouterr()
+    assert re.search(r"^  triton +Triton's driver does not start .* it needs a C compiler .* Python's headers", said.out, re.M)
+    assert re.search(r"^  cuda +\S", said.out, re.M) and re.search(r"^  device +a card$", said.out, re.M) and said.err == ""
 
 
 def test_the_record_says_it_too(unseen, capsys, monkeypatch):
