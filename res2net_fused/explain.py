@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from .accelerate import REFUSAL
-from .backends.selection import choose, choose_for_training, get_backend
+from .backends.selection import EXPERIMENTAL, choose, choose_for_training, get_backend
 from .fused_block import STATE, BlockState, FusedModule
 from .fused_block1d import FusedForward1d, report_1d
 from .layouts import parts_of
@@ -55,10 +55,15 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     if example_inputs:
         _run_unnoticed(model, example_inputs)
     return BlockReports(
-        _report(name, module)
+        _with_status(_report(name, module))
         for name, module in model.named_modules()
         if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
     )
+
+
+def _with_status(report: BlockReport) -> BlockReport:
+    status = EXPERIMENTAL.get(report.backend)
+    return report if status is None else replace(report, reason=f"{report.reason}; {status}")
 
 
 def _report(name: str, module: nn.Module) -> BlockReport:

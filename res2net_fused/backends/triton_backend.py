@@ -43,14 +43,15 @@ def _missing() -> str | None:
 def _driver_refusal() -> str | None:
     """Why Triton cannot launch anything on the GPU that is there, or None.
 
-    Its driver compiles a helper with the C compiler once, and keeps it in the cache folder.
+    Its driver compiles a helper, which includes Python.h, with the C compiler once, and keeps it in the cache folder.
     """
     try:
         from triton.runtime import driver
 
         driver.active.get_current_target()
     except Exception as error:
-        remedy = "it needs a C compiler (gcc or clang on PATH, or CC) and a cache folder that can be written (TRITON_CACHE_DIR)"
+        compiler = "it needs a C compiler (gcc or clang on PATH, or CC), Python's headers (Debian: python3-dev)"
+        remedy = f"{compiler} and a cache folder that can be written (TRITON_CACHE_DIR)"
         return f"Triton's driver does not start ({error!r:.200}): {remedy}"
     return None
 
