@@ -1,10 +1,8 @@
 """The commands of the GPU program on stand-in cards, from their command lines to the files that they leave."""
 
-import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
