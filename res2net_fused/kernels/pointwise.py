@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .implicit_gemm import rounded_factor
 from .kernel_call import KernelCall
 from .step_plan import multiprocessors
 from .tile_table import Shape, Tile, dtype_class, lookup
@@ -55,6 +56,7 @@ def pointwise(
             mask=(columns < OUT_LANES)[None, :] & lane_ok[:, None],
             other=0.0,
         )  # (BLOCK_K, BLOCK_N)
+        a = rounded_factor(a, PRECISION)
         total = tl.dot(a, w, total, input_precision=PRECISION)
     column_ok = columns < OUT_LANES
     total += tl.load(bias + columns, mask=column_ok, other=0.0)[None, :]
@@ -127,7 +129,7 @@ def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str
 
 def pointwise_call(
     source: Pixels,
-    weight: Tensor,  # (out.lanes, source.lanes)
+    weight: Tensor,  # (out.lanes, source.lanes), rounded for this precision
     bias: Tensor,  # (out.lanes,), fp32
     shortcut: Pixels | None,
     out: Pixels,
