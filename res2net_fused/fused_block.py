@@ -273,7 +273,7 @@ def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProbl
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which the convolutions of such weights run: autocast's where it is on, else their own."""
     kind = weight.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return weight.dtype
 
@@ -295,8 +295,9 @@ def why_not_fused(
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         return "x is not a 4-D floating-point tensor"
     weight_dtype = block.conv1.weight.dtype
-    castable = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight_dtype)
-    if x.dtype != weight_dtype and not castable:
+    if x.dtype != weight_dtype and (
+        torch.float64 in (x.dtype, weight_dtype) or not torch.is_autocast_enabled(x.device.type)
+    ):
         return f"x is {x.dtype} but the weights are {weight_dtype}"
     if not torch.compiler.is_compiling() and transformed():
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
