@@ -150,17 +150,19 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
     return list(distinct.values())
 
 
-def calls_of_training(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]) -> list[KernelCall]:
-    """The distinct launches of one chain's training, forward and backward, with batch statistics and with BatchNorm folded, at
-    batch 128, on tensors without memory.
+def calls_of_training(
+    shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int], batch: int = 128
+) -> list[KernelCall]:
+    """The distinct launches of one chain's training, forward and backward, with batch statistics and with BatchNorm folded, on
+    tensors without memory.
     """
     steps, device = shape.scale - 1, torch.device("cuda")
     problem = ChainProblem(
-        shape.config, device, dtype, 128, shape.size, shape.size, shape.width, steps, channels_last=True
+        shape.config, device, dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True
     )
 
     def pixels(channels: int, height: int) -> torch.Tensor:
-        data = torch.empty(128, channels, height, height, dtype=dtype, device="meta")
+        data = torch.empty(batch, channels, height, height, dtype=dtype, device="meta")
         return data.to(memory_format=torch.channels_last)
 
     channels = shape.scale * shape.width
