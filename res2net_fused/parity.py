@@ -110,22 +110,41 @@ def poisoned_allocations() -> Iterator[None]:
 def convolution_precision(dtype: str, device: str | torch.device) -> Iterator[None]:
     """For "tf32" CUDA's fp32 convolutions and products may round to TF32, for "float32" they may not.
 
-    Half types and other devices leave the settings alone: once they are set, Inductor and torch.export cannot read the older
-    `allow_tf32`, and raise.
+    Half types and other devices leave the settings alone. What the older names (`allow_tf32`) say agrees with what is set:
+    where it does not, whoever reads them raises, as Dynamo and torch.export do.
     """
     if dtype not in ("float32", "tf32") or torch.device(device).type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn  # `conv` is added at run time
-    settings = (cudnn.conv, torch.backends.cuda.matmul)
+    cudnn, mkldnn, cuda = (getattr(torch.backends, name) for name in ("cudnn", "mkldnn", "cuda"))
+    settings = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.matmul]
     before = [setting.fp32_precision for setting in settings]
+    # Where they cannot be read already, they were this.
+    allowed = _read(lambda: cudnn.allow_tf32, before[0] != "tf32")
+    products = _read(torch.get_float32_matmul_precision, "highest")
     try:
-        for setting in settings:
+        _set_older_names(dtype == "tf32", "high" if dtype == "tf32" else "highest")
+        for setting in settings[:3]:  # the older names leave "none" in place of "ieee", which a setting above may widen
             setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
         yield
     finally:
+        _set_older_names(allowed, products)
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+def _read(read: Callable[[], Any], otherwise: object) -> Any:
+    try:
+        return read()
+    except RuntimeError:
+        return otherwise
+
+
+def _set_older_names(allow_tf32: bool, products: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions announce that these names will go
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+        torch.set_float32_matmul_precision(products)
 
 
 def unavailable_backends(device: str) -> dict[str, str]:
