@@ -272,11 +272,13 @@ def _section(title: str, facts: dict[str, object]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from .bench.measure import use_device
     from .bench.networks import DEFAULT_MODELS, prepare_network
     from .bench.progress import progress
-    from .parity import check_cases, unavailable_backends
+    from .parity import check_cases, unavailable_backends, why_not
 
     _resolve(options)
+    use_device(options.device)
     dtypes = options.dtype or {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32", "tf32")}[options.kind]
     todo = []
     for dtype in dtypes:
@@ -284,16 +286,27 @@ def _check(options: argparse.Namespace) -> int:
         slow = options.kind == "cpu" and dtype != "float32" and options.batch is None
         batches = (_SMALL_BATCH,) if slow else options.batches
         todo += cases(("chain", "block"), options.configs, batches, dtype, options.device, VARIANTS)
+    none_can = None if options.backend is None else why_not(todo, options.backend)
+    if none_can is not None:
+        raise RuntimeError(none_can)
     with progress("parity against float64", len(todo)) as bar:
         report = check_cases(todo, options.backend, bar.update)
-    if not options.no_network:
+    if not (options.no_network or report.lost):
         print("Res2Net-50 on two photographs against float64", flush=True)
         for dtype in dtypes:
-            report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
+            try:
+                report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
+            except Exception as error:
+                report.failed(error, "network", DEFAULT_MODELS[0], "", 2, options.backend or "auto", dtype)
     print(f"\n{report}\n")
     if options.backend is None:
         for name, reason in unavailable_backends(options.device).items():
             print(f"not checked, backend {name}: {reason}")
+    for what, reason in report.unchecked.items():
+        print(f"not checked, {what}: {reason}")
+    for row in report:
+        if row.failure:
+            print(f"failed, {row.workload} {row.config} stage {row.stage} {row.dtype}, backend {row.backend}: {row.failure}")
     print(f"{len(report)} comparisons, {len(report.misses)} misses")
     return 0 if report.ok else 1
 
