@@ -34,7 +34,7 @@ _VARIABLES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 1 for a red parity gate, or 2 for a request that cannot be met.
+    """Runs one command; returns the exit status: 0, or 1 where something failed, or 2 for a request that cannot be met.
 
     arguments: of the command line, without its name; None for sys.argv's. The reason for a 2 goes to stderr. Raises SystemExit,
     as argparse does, for arguments that it does not know (2), and for --help and --version (0).
@@ -110,7 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     networks.add_argument("--no-network", action="store_true", help="leave whole networks out")
     bench.add_argument("--model-batch", type=_batches, help="of the networks, such as 1,8 (default: --batch, else 1,8)")
-    bench.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON and PNG (default: results)")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder of the JSON and PNG (default: results). The JSON grows case by case; a call with the options of one that "
+        "was cut short or had failures goes on behind them, any other begins anew and keeps the old file as <name>.before",
+    )
+    bench.add_argument("--again", action="store_true", help="begin anew in any case, and try again what failed")
+    bench.add_argument(
+        "--limit",
+        type=_positive,
+        default=420,
+        help="seconds on a GPU for compiling and checking one contender, after which it counts as hanging (default: 420)",
+    )
+    bench.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # the process that measures on a GPU
 
     tune = _command(
         commands,
@@ -313,7 +327,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from .bench.networks import DEFAULT_MODELS
-    from .bench.sweep import Settings, command_line, run_sweep
+    from .bench.supervise import AGAIN
+    from .bench.sweep import Settings, command_line, measure, run_sweep
 
     _resolve(options)
     try:
@@ -335,7 +350,15 @@ def _bench(options: argparse.Namespace) -> int:
         train=options.train or ("none" if options.quick else "default"),
         model_batches=options.model_batch or options.batch or ((_SMALL_BATCH,) if options.quick else (1, 8)),
     )
-    return run_sweep(settings, options.out, command_line(options.arguments))
+    if not options.child:
+        child = [sys.executable, "-m", "res2net_fused", *options.arguments, "--child"]
+        command = command_line(options.arguments)
+        return run_sweep(settings, options.out, command, again=options.again, limit_s=options.limit, child=child)
+    status = measure(settings, options.out, command_line(options.arguments[:-1]), options.limit)
+    if status == AGAIN:
+        sys.stdout.flush()
+        os._exit(status)  # what unloads a lost CUDA context may hang
+    return status
 
 
 def _tune(options: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ PROVIDERS = {
         slow_start=True,
         forms=(True,),
     ),
-    "tensorrt": Provider(lambda module, _: runtimes.tensorrt(module), channels_last=False, devices=("cuda",)),
+    runtimes.TENSORRT: Provider(lambda module, _: runtimes.tensorrt(module), channels_last=False, devices=("cuda",)),
     **{name: _runtime(name) for name in runtimes.RUNTIMES},
     "ours": Provider(lambda module, backend: fused(channels_last(module), backend), forms=(False,)),
     # What lies around the blocks compiled as a peer's is.
@@ -99,7 +99,7 @@ PROVIDERS = {
     ),
 }
 OURS = ("ours", "ours_compile", "ours_graph")
-PYTORCH = tuple(name for name in PROVIDERS if name not in (*OURS, *runtimes.RUNTIMES, "tensorrt"))
+PYTORCH = tuple(name for name in PROVIDERS if name not in (*OURS, *runtimes.RUNTIMES, runtimes.TENSORRT))
 
 
 def select(device: str, workload: str, peers: str, quick: bool = False, dtype: str = "float32") -> list[str]:
@@ -112,7 +112,7 @@ def select(device: str, workload: str, peers: str, quick: bool = False, dtype: s
     names = [name for name, provider in PROVIDERS.items() if kind in provider.devices]
     names = [name for name in names if workload == "network" or not PROVIDERS[name].networks_only]
     absent = unavailable(device, dtype)
-    names = [name for name in names if name not in absent and not (quick and name in (*runtimes.RUNTIMES, "tensorrt"))]
+    names = [name for name in names if name not in absent and not (quick and name in (*runtimes.RUNTIMES, runtimes.TENSORRT))]
     if peers == "all":
         return names
     compiled = set()
@@ -132,7 +132,7 @@ def contestants(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ..
 def unavailable(device: str, dtype: str = "float32") -> dict[str, str]:
     """Of the providers of this device that cannot be timed here, the reason."""
     if torch.device(device).type == "cuda":
-        reasons = {"tensorrt": runtimes.why_not_tensorrt()}
+        reasons = {runtimes.TENSORRT: runtimes.why_not_tensorrt()}
     else:
         reasons = {name: runtimes.why_not(name, dtype) for name in runtimes.RUNTIMES}
     return {name: why for name, why in reasons.items() if why is not None}

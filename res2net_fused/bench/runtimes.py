@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..backends.triton_settings import convolutions_use_tf32
 from ..parity import relative_error
 
 Call = Callable[[Tensor], Tensor]
+TENSORRT = "tensorrt"  # its name among the providers
 EXTRA = "pip install 'res2net-fused[peers]'"
 # Against eager PyTorch. fp32 kernels differ by some 1e-6 over a network; one that computes in bf16 or TF32 by 1e-3 or more.
 BOUND = 1e-4
@@ -150,7 +152,7 @@ def tensorrt(module: nn.Module) -> Call:
     reason = why_not_tensorrt()
     if reason is not None:
         raise ImportError(f"tensorrt: {reason}")
-    options = {
+    options: dict[str, Any] = {
         "use_explicit_typing": True,  # of the module's own dtype
         "disable_tf32": not convolutions_use_tf32(),
         "min_block_size": 1,
