@@ -27,7 +27,7 @@ import native_build  # noqa: E402
 import torch  # noqa: E402
 import torch._inductor.config  # noqa: E402
 
-from res2net_fused import native  # noqa: E402
+from res2net_fused import machine, native  # noqa: E402
 from res2net_fused.bench import contests, jax_cases, results, roofline, schedule  # noqa: E402
 from res2net_fused.bench.figures import figure_table, figures  # noqa: E402
 from res2net_fused.bench.record_file import Record, Row, failure_name, folder_name  # noqa: E402
@@ -45,14 +45,17 @@ class OutOfTime(BaseException):
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 for a red parity gate, or 2 for a request that cannot be met."""
     options = _parser().parse_args(arguments)
+    try:
+        if options.device is None or not options.list:
+            options.device = machine.choose_device(options.device, "record")
+    except RuntimeError as error:
+        print(f"record: {error}", file=sys.stderr)
+        return 2
     options.kind = torch.device(options.device).type
     units = _wanted(options)
     if options.list:
         print("\n".join(f"{i:4d}  {unit}" for i, unit in enumerate(units, 1)))
         return 0
-    if options.kind == "cuda" and not torch.cuda.is_available():
-        print("record: --device is cuda, but this PyTorch sees no GPU", file=sys.stderr)
-        return 2
     try:
         environment = _environment(options, arguments)
         path = options.out or _default_path(environment, options.quick)
@@ -87,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=schedule.PARTS, help="may be given again (default: all)")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no new case is started (default: 9)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1 or cpu")
+    parser.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/<device>/record.json)")
     parser.add_argument("--again", action="store_true", help="replace the record that is there instead of adding to it")
     parser.add_argument("--commit", help="name of the commit, where there is no .git")

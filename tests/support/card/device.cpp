@@ -379,7 +379,9 @@ class Call {
 };
 
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const std::lock_guard<std::recursive_mutex> lock(capture_mutex);
+  // Only in a capture, which is one thread's: others may come here with Python's lock, which the holder of this one may need.
+  std::unique_lock<std::recursive_mutex> lock(capture_mutex, std::defer_lock);
+  if (captures_here()) lock.lock();
   Call(op, stack).run(stack);
 }
 void record_stream(at::Tensor&, at::Stream) { counters[TENSORS_RECORDED]++; }
