@@ -290,6 +290,7 @@ def _section(title: str, facts: dict[str, object]) -> None:
 def _check(options: argparse.Namespace) -> int:
     from .bench.measure import use_device
     from .bench.networks import DEFAULT_MODELS, prepare_network
+    from .bench.photographs import photographs
     from .bench.progress import progress
     from .parity import check_cases, unavailable_backends, why_not
 
@@ -305,6 +306,8 @@ def _check(options: argparse.Namespace) -> int:
     none_can = None if options.backend is None else why_not(todo, options.backend)
     if none_can is not None:
         raise RuntimeError(none_can)
+    if not options.no_network:
+        photographs()  # what is missing for them is said before the comparisons
     with progress("parity against float64", len(todo)) as bar:
         report = check_cases(todo, options.backend, bar.update)
     if not (options.no_network or report.lost):

@@ -134,6 +134,12 @@ def test_a_mark_that_nobody_explained_is_a_failure(tmp_path):
     record.mark("x", "y", limit_s=1)
     assert record.running == ["x", "y"]
     record.close()
+    Mark(record.path).end(reason="a long reason " * 20)
+    later = Mark(record.path)
+    later.lock()
+    later.set(["x", "y"], 1)
+    assert later.read()["names"] == ["x", "y"]
+    later.close()
     again = Record(tmp_path / "record.json", ENVIRONMENT)
     assert set(again.failures) == {"x", "y"} and not again.running
     assert json.loads((tmp_path / "record.json").read_text())["environment"]["failures"] == again.failures

@@ -76,6 +76,8 @@ class Record:
     def _absorb(self, mark: dict[str, Any]) -> None:
         names, cut = mark.get("names", []), mark.get("cut_s")
         for name in names:
+            if self.settled(name):
+                continue  # the process that ended knew why
             if cut is None:
                 self.failures[name] = mark.get("reason", "its process ended while it ran")
             elif name in self._cut_off:
@@ -104,8 +106,11 @@ class Record:
         self._runs[-1].update(facts)
 
     def mark(self, *names: str, limit_s: float) -> None:
-        """Who is about to run: a failure if the process does not get to the next mark, within limit_s seconds."""
-        self._mark.set(names, limit_s)
+        """Who is about to run: a failure if the process does not get to the next mark, within limit_s seconds. Nobody: `unmark`."""
+        if names:
+            self._mark.set(names, limit_s)
+        else:
+            self._mark.clear()
 
     @property
     def running(self) -> list[str]:
@@ -113,7 +118,7 @@ class Record:
         return self._mark.read().get("names", [])
 
     def unmark(self) -> None:
-        self._mark.clear()
+        self.mark(limit_s=0)
 
     def settled(self, name: str) -> bool:
         """Whether it is known why there is no row."""

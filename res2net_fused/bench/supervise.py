@@ -81,7 +81,7 @@ class Mark:
             raise ValueError(f"another process measures into it ({self.path} is locked)") from None
         except OSError:
             pass  # a file system without locks
-        self._count = self.read().get("count", 0)
+        self._count, self._length = self.read().get("count", 0), os.fstat(self._file).st_size
 
     def read(self) -> dict[str, Any]:
         """count, which every change raises; while somebody runs also names and limit_s, and of a child that ended its end."""
