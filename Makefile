@@ -1,18 +1,26 @@
 # make bench | check | record | readme | test | test-full | fuzz | mutate | sanitize | wheel | versions | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
-# such as make bench ARGS="--quick --batch 1".
+# such as make bench ARGS="--quick --batch 1". TORCH and TRITON say what pip installs, such as make bench TORCH=torch==2.11.0;
+# PIP_INDEX_URL and pip's other variables say from where.
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+# Pinned for development only, so that everybody's tests and figures mean the same; the package itself takes any version from
+# torch 2.11 on.
+TORCH ?= torch==2.13.0
+TRITON ?= $(if $(filter file,$(origin TORCH)),triton==3.7.1,triton)
 BIN := $(VENV)/bin
 
-# The tests of the CUDA kernels need a compiler: PyPI's where no toolkit is installed.
-NVCC_EXTRA := $(shell command -v nvcc >/dev/null || echo ,nvcc)
+# An environment that make did not create keeps the torch that it has, unless TORCH is given. Asked when the recipe runs.
+MADE_HERE := $(VENV)/.made_here
+HAS_TORCH = [ ! -e $(MADE_HERE) ] && $(BIN)/python -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("torch"))'
+KEEPS_TORCH = $(if $(filter file,$(origin TORCH)),$(if $(filter-out .venv,$(VENV)),$(HAS_TORCH),false),false)
+PINS := $(VENV)/.pins
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
-NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py
+NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py res2net_fused/cuda_toolkit.py
 
-.PHONY: bench check record readme test test-full fuzz mutate sanitize wheel versions lint types clean setup
+.PHONY: bench check record readme test test-full fuzz mutate sanitize wheel versions lint types clean setup FORCE
 
 setup: $(INSTALLED)
 
@@ -49,7 +57,7 @@ sanitize: $(INSTALLED)
 	$(BIN)/python tests/sanitizer/run.py $(ARGS)
 
 # One wheel for every torch from 2.11 on and every Python; a native part that does not build is an error here.
-wheel: $(DEPENDENCIES)
+wheel: $(INSTALLED)
 	RES2NET_FUSED_BUILD=require $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist $(ARGS) .
 
 # The wheel with the oldest and the newest torch, each in an environment of its own under build/: gigabytes, and not in CI.
@@ -64,19 +72,25 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/python -m mypy $(ARGS)
 
-# torch and triton are pinned for development only, so that everybody's tests and figures mean the same; the package itself
-# takes any version from torch 2.11 on.
-$(DEPENDENCIES): Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install torch==2.13.0 triton==3.7.1
+# Written anew, and so newer than what is installed, only where they changed.
+$(PINS): FORCE
+	@test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV) && touch $(MADE_HERE); }
+	@echo '$(TORCH) $(TRITON)' | cmp -s - $@ || echo '$(TORCH) $(TRITON)' > $@
+
+$(DEPENDENCIES): Makefile $(PINS)
+	$(KEEPS_TORCH) || $(BIN)/python -m pip install $(TORCH) $(TRITON)
 	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja 'pybind11>=2.13' ruff mypy==2.4.1
 	touch $@
 
-# Editable, so that Python sources need no installing again; native code is built anew (by ninja, only what changed).
-# timm and torchvision come without their dependencies, which would change torch.
+# Editable, so that Python sources need no installing again. Native code is built behind it (by ninja, only what changed), when
+# PyPI's nvcc is there where it is the one that fits torch, and not by pip, which would hide for minutes that it compiles.
+# timm and torchvision, whose 0.28 is torch's 2.13, come without their dependencies, which would change torch.
+TORCHVISION = $(BIN)/python -c 'import importlib.metadata as m; print(int(m.version("torch").split(".")[1]) + 15)'
 $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --no-build-isolation -e '.[bench,test$(NVCC_EXTRA)]'
-	$(BIN)/python -m pip install --no-deps timm torchvision==0.28.0 safetensors pyyaml huggingface_hub
+	RES2NET_FUSED_BUILD=off $(BIN)/python -m pip install --no-build-isolation -e \
+		".[bench,test$$($(BIN)/python -I res2net_fused/cuda_toolkit.py)]"
+	$(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -m pip install --no-deps timm "torchvision==0.$$($(TORCHVISION)).*" safetensors pyyaml huggingface_hub
 	touch $@
 
 clean:

@@ -1,8 +1,8 @@
 """Builds the native extension through ninja; everything else about the package is in pyproject.toml.
 
 RES2NET_FUSED_BUILD: "auto" (default) builds what it can and says what is missing, "require" fails instead, "off" builds
-nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME (or
-PATH) choose the compilers, MAX_JOBS limits the parallel ones.
+nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME choose the
+compilers (else they are looked for: res2net_fused/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
 """
 
 import importlib.util
@@ -27,16 +27,16 @@ PACKAGE = "res2net_fused"
 REBUILD = "pip install --no-build-isolation ."
 
 
-def load_build_flags():
+def load(name):
     # By path: importing the package would import torch, which may not be there yet.
-    spec = importlib.util.spec_from_file_location("res2net_fused_build_flags", ROOT / PACKAGE / "build_flags.py")
+    spec = importlib.util.spec_from_file_location(f"res2net_fused_{name}", ROOT / PACKAGE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-flags = load_build_flags()
+flags, toolkit = load("build_flags"), load("cuda_toolkit")
 
 
 class Missing(Exception):
@@ -83,21 +83,13 @@ def find_compiler():
     )
 
 
-def find_nvcc():
-    """nvcc's path. torch.utils.cpp_extension is no help: its CUDA_HOME is None beside a CPU-only torch."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(variable):
-            path = Path(os.environ[variable], "bin", "nvcc")
-            if not path.is_file():
-                raise Missing(f"{variable}={os.environ[variable]} holds no bin/nvcc: correct or unset it")
-            return str(path)
-    path = shutil.which("nvcc")
-    if path is None:
-        raise NotWanted(
-            "nvcc not found: for the CUDA kernels install the CUDA toolkit of torch's CUDA version, put nvcc on PATH "
-            f"or set CUDA_HOME, then run `{REBUILD}`"
-        )
-    return path
+def find_nvcc(torch_folder):
+    try:
+        return toolkit.find_nvcc(toolkit.torch_cuda(torch_folder))
+    except toolkit.NvccNotFound as error:
+        raise NotWanted(f"{error}, then run `{REBUILD}`") from None
+    except toolkit.NoNvcc as error:
+        raise Missing(f"{error}, then run `{REBUILD}`") from None
 
 
 def find_ninja():
@@ -141,7 +133,7 @@ def locked(folder):
 
 def write_ninja(target, folder, cxx, nvcc):
     """Writes folder/build.ninja for one target of build_flags."""
-    words = [nvcc, "-ccbin", cxx[-1]] if target.compiler == "nvcc" else cxx
+    words = nvcc.command(cxx[-1]) if target.compiler == "nvcc" else cxx
     compiler = shlex.join(words).replace("$", "$$")
     lines = [
         "ninja_required_version = 1.5",
@@ -173,9 +165,14 @@ def write_ninja(target, folder, cxx, nvcc):
 def run_ninja(target, folder, ninja):
     jobs = os.environ.get("MAX_JOBS", "").strip()
     command = [ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    stale = len(re.findall(r"^\S+ compile ", output_of(*command, "-n") or "", re.M))
+    if stale:
+        print(f"res2net-fused: compiling the {target.name} part, {stale} of {len(target.units)} files", flush=True)
+    # On a terminal ninja shows how far it is; elsewhere it would print a line for each file.
+    pipes = {} if sys.stdout.isatty() else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, text=True, **pipes)
     if done.returncode:
-        print(done.stdout, file=sys.stderr)
+        print(done.stdout or "", file=sys.stderr)
         raise Missing(
             f"compiling the {target.name} part failed (the compiler's output is above; with pip, add -v to see it): it "
             f"needs C++20, such as GCC >= 11; then run `{REBUILD}`"
@@ -235,17 +232,17 @@ class NativeBuild(build_ext):
         requested = os.environ.get("RES2NET_FUSED_CUDA_ARCHS")
         if requested and requested.strip().lower() == "none":
             raise NotWanted("RES2NET_FUSED_CUDA_ARCHS=none asked for no CUDA library")
-        nvcc = find_nvcc()
-        version = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version") or "")
-        supported = [int(n) for n in re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch") or "")]
-        if version is None or not supported:
-            raise Missing(f"{nvcc} does not run, or is too old to list its architectures: install CUDA >= 12")
+        torch_folder = find_torch()
+        nvcc = find_nvcc(torch_folder)
+        supported = [int(n) for n in re.findall(r"compute_(\d+)", output_of(str(nvcc.path), "--list-gpu-arch") or "")]
+        if not supported:
+            raise Missing(f"{nvcc.path} is too old to list its architectures: install CUDA >= 12")
         try:
             architectures = flags.cuda_architectures(requested, supported)
         except ValueError as error:
             raise SystemExit(str(error)) from None
-        added = {"cuda_version": version.group(1), "cuda_architectures": architectures}
-        return flags.cuda_target(ROOT, find_torch(), flags.BuildFacts(**facts, **added)), added, nvcc
+        added = {"cuda_version": nvcc.version, "cuda_architectures": architectures}
+        return flags.cuda_target(ROOT, torch_folder, flags.BuildFacts(**facts, **added)), added, nvcc
 
     def plan_cpu(self, facts):
         return flags.cpu_target(ROOT, find_torch(), platform.machine(), flags.BuildFacts(**facts)), {}, None

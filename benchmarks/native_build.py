@@ -27,7 +27,7 @@ def build(capability: tuple[int, int] | None, commit: str | None) -> list[str]:
     if importlib.util.find_spec("setuptools") and (importlib.util.find_spec("ninja") or shutil.which("ninja")):
         environment = os.environ | {"RES2NET_FUSED_CUDA_ARCHS": chosen, "RES2NET_FUSED_BUILD": "auto"}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)  # it says what it compiles
         if done.returncode:
             return [f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]
         return [line for line in done.stderr.splitlines() if "NOT BUILT" in line]
@@ -35,27 +35,30 @@ def build(capability: tuple[int, int] | None, commit: str | None) -> list[str]:
 
 
 def _build_directly(chosen: str, commit: str) -> list[str]:
-    """The same flags as setup.py's, every source compiled anew."""
+    """The same flags as setup.py's."""
     import torch
 
     from res2net_fused import build_flags as flags
+    from res2net_fused import cuda_toolkit
 
     torch_root = Path(torch.__file__).parent
     facts = {"commit": commit, "instruction_sets": flags.kernel_instruction_sets(ROOT, platform.machine())}
     cxx = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
     parts, problems, cuda = {}, [], {}
     if cxx is None:
         return ["no C++ compiler found: no native library was built"]
-    if chosen != "none" and nvcc is not None:
-        cuda = {"cuda_version": torch.version.cuda or "", "cuda_architectures": (chosen,)}
+    if chosen != "none":
+        try:
+            nvcc = cuda_toolkit.find_nvcc(torch.version.cuda)
+            cuda = {"cuda_version": nvcc.version, "cuda_architectures": (chosen,)}
+        except cuda_toolkit.NoNvcc as error:
+            problems.append(f"the CUDA library was not built: {error}")
+            parts["cuda"] = {"built": False, "file": flags.CUDA_LIBRARY, "size": None, "reason": str(error)}
     todo = [("cpu", flags.cpu_target(ROOT, torch_root, platform.machine(), flags.BuildFacts(**facts, **cuda)))]
     if cuda:
         todo.insert(0, ("cuda", flags.cuda_target(ROOT, torch_root, flags.BuildFacts(**facts, **cuda))))
-    elif chosen != "none":
-        problems.append("nvcc not found: the CUDA library was not built")
     for name, target in todo:
-        compiler = [nvcc, "-ccbin", cxx] if target.compiler == "nvcc" else [cxx]
+        compiler = nvcc.command(cxx) if target.compiler == "nvcc" else [cxx]
         error = compile_target(target, compiler, ROOT / "build" / "direct" / name, PACKAGE / target.output)
         if error:
             problems.append(f"{name} library was not built: {error}")
@@ -73,14 +76,26 @@ def compile_target(target, compiler: list[str], folder: Path, output: Path) -> s
         subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
 
     def compile_unit(unit) -> None:
-        Path(folder, unit.object).parent.mkdir(parents=True, exist_ok=True)
-        run([*compiler, *unit.flags, "-c", str(unit.source), "-o", unit.object])
+        made = Path(folder, unit.object)
+        command = [*compiler, *unit.flags, "-MD", "-MF", f"{unit.object}.d", "-c", str(unit.source), "-o", unit.object]
+        if not _up_to_date(made, command):
+            made.parent.mkdir(parents=True, exist_ok=True)
+            note = made.with_name(made.name + ".command")
+            note.unlink(missing_ok=True)  # a compiler that is ended halfway leaves half an object
+            run(command)
+            note.write_text("\0".join(command))
 
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
+    title = f"building the {target.name} part, {len(target.units)} files"
+    print(title, flush=True)
     try:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_unit, target.units))
+            jobs = [pool.submit(compile_unit, unit) for unit in target.units]
+            for count, job in enumerate(concurrent.futures.as_completed(jobs), 1):
+                job.result()
+                if sys.stdout.isatty():
+                    print(f"\r{title}: {count} done", end="\n" if count == len(jobs) else "", flush=True)
         fresh = output.with_name(output.name + ".new")
         run([*compiler, *(unit.object for unit in target.units), *target.link_flags, "-o", str(fresh)])
         os.replace(fresh, output)
@@ -88,3 +103,14 @@ def compile_target(target, compiler: list[str], folder: Path, output: Path) -> s
         output.unlink(missing_ok=True)  # of an earlier build: it would not fit the rest
         return next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:300])
     return ""
+
+
+def _up_to_date(made: Path, command: list[str]) -> bool:
+    """Whether a compiler's output is newer than all that it was made from, by this very command."""
+    try:
+        if made.with_name(made.name + ".command").read_text() != "\0".join(command):
+            return False
+        sources = made.with_name(made.name + ".d").read_text().split(":", 1)[1].replace("\\\n", " ").split()
+        return all(os.stat(source).st_mtime <= made.stat().st_mtime for source in sources)
+    except (OSError, IndexError):
+        return False

@@ -29,7 +29,7 @@ import native_build  # noqa: E402
 import torch  # noqa: E402
 import torch._inductor.config  # noqa: E402
 
-from res2net_fused import native  # noqa: E402
+from res2net_fused import machine, native  # noqa: E402
 from res2net_fused.bench import jax_cases, results, roofline, schedule  # noqa: E402
 from res2net_fused.bench.contestants import Absent, Conditions  # noqa: E402
 from res2net_fused.bench.contests import Contests, ContextLost, Outcome  # noqa: E402
@@ -47,6 +47,12 @@ RATES = "the rates of the roofline"  # as a failure is named
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 where the record holds a failure, or 2 for a request that cannot be met; of a child AGAIN, too."""
     options = _parser().parse_args(arguments)
+    try:
+        if options.device is None or not options.list:
+            options.device = machine.choose_device(options.device, "record")
+    except RuntimeError as error:
+        print(f"record: {error}", file=sys.stderr)
+        return REFUSED
     options.kind = torch.device(options.device).type
     units = _wanted(options)
     if options.list:
@@ -74,8 +80,8 @@ def main(arguments: list[str]) -> int:
     record.close()
     status = 0
     if left:
-        command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--commit", str(environment["commit"])]
-        command += ["--out", str(path), "--child", str(STARTED)]
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--device", options.device]
+        command += ["--commit", str(environment["commit"]), "--out", str(path), "--child", str(STARTED)]
         status = supervise(command, path, deadline=STARTED + 60 * options.minutes + GRACE)
         record = Record(path, environment)
         record.close()
@@ -87,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=schedule.PARTS, help="may be given again (default: all)")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no new case is started (default: 9)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1 or cpu")
+    parser.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/<device>/record.json)")
     parser.add_argument("--again", action="store_true", help="begin the record anew; the old one is kept as <name>.before")
     parser.add_argument("--retry", action="store_true", help="try again what failed or could not run in earlier calls")
@@ -118,8 +124,6 @@ def _wanted(options: argparse.Namespace) -> list[Unit]:
 
 def _use(device: str) -> None:
     """Streams, graphs, events and memory figures are those of the current device. ValueError where there is no such one."""
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device is {device}, but this PyTorch sees no GPU")
     if (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {device}; this PyTorch sees {torch.cuda.device_count()} CUDA devices")
     torch.cuda.set_device(device)
@@ -136,7 +140,7 @@ def _environment(options: argparse.Namespace, arguments: list[str]) -> dict[str,
     libraries = {"cpu": native.cpu_library(), **({"cuda": native.cuda_library()} if options.kind == "cuda" else {})}
     for status in libraries.values() if options.child is None else ():
         print(f"{status.name} library: {'loaded' if status.loaded else status.reason}", flush=True)
-    typed = arguments if options.child is None else arguments[: arguments.index("--commit")]
+    typed = arguments if options.child is None else arguments[:-8]  # without what `main` adds for a child
     environment = results.environment(options.device, shlex.join(["python", "benchmarks/record.py", *typed]))
     environment["commit"] = options.commit or environment["commit"]
     if environment["commit"] == "unknown" and not options.quick:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .chain import BACKENDS, one_of
-from .folding import is_frozen
-from .fused_block import STATE, BlockState, FusedForward, FusedModule, block_geometry, fold_and_pack, why_not_foldable
-from .fused_block1d import BlockState1d, FusedForward1d, descendants, geometry_1d, parts_1d, work_out_and_pack
+from .folding import capturing, is_frozen
+from .fused_block import STATE, BlockState, FusedForward, FusedModule, block_geometry, freeze_block, why_not_foldable
+from .fused_block1d import BlockState1d, FusedForward1d, descendants, freeze_chain, geometry_1d, parts_1d
 from .layouts import parts_of
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
@@ -98,25 +98,34 @@ def restore(model: Model) -> Model:
 def freeze(model: Model) -> Model:
     """Folds and packs the weights of all fused blocks of `model` now and keeps them, also under torch.compile, until `refresh`.
 
-    For inference with parameters that no longer change: frozen blocks are not checked for changed weights. `train()`, `.to()`
-    and `load_state_dict` thaw them. The folding is y = K x * scale + shift with scale = weight / sqrt(running_var + eps)
-    (docs/mathematics.md). Other threads may call the model meanwhile. A CUDA graph captured of a frozen model reads the frozen
-    weights: keep the model frozen as long as the graph is replayed. Returns the model.
-    Raises RuntimeError for a block whose BatchNorm is in training mode; nothing is frozen then.
+    For inference with parameters that no longer change: frozen blocks are not checked for changed weights, but compute with
+    what they were when frozen, in every dtype and on every device. `train()`, `.to()` and `load_state_dict` thaw them. The
+    folding is y = K x * scale + shift with scale = weight / sqrt(running_var + eps) (docs/mathematics.md).
+
+    The folded weights have the parameters' dtype. Under autocast they are rounded to its dtype, once: here if freeze is called
+    under it, else at the first call under it, on another device (a replica of DataParallel) at the first call there. What is
+    made once is kept too, at most one copy for each dtype and device. Inside a CUDA graph nothing is made for keeping: a graph
+    that is captured before such a call rounds and packs at every replay, and a compiled one rounds.
+
+    Other threads may call the model meanwhile. A CUDA graph captured of a frozen model reads the frozen weights: keep the model
+    frozen as long as the graph is replayed. Returns the model.
+    Raises RuntimeError for a block whose BatchNorm is in training mode, nothing is frozen then, and while a CUDA graph is
+    captured.
     """
+    if capturing():
+        raise RuntimeError("freeze waits for the weights that it makes, but a CUDA graph is being captured; freeze before")
     for name, block in fused_blocks(model):
         if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
         if isinstance(state, BlockState1d):
-            parts_of_row = parts_1d(block, state.layout)
-            state.freeze(functools.partial(work_out_and_pack, *parts_of_row, copy=True))
+            freeze_chain(*parts_1d(block, state.layout), state)
             continue
         parts = parts_of(block, state.layout)
         if why_not_foldable(parts) is not None:
             continue  # it runs its class's own forward; `explain` tells
-        state.freeze(functools.partial(fold_and_pack, parts, parts.conv1.weight.dtype, state))
+        freeze_block(parts, state)
     return model
 
 

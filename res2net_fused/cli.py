@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, native
+from . import __version__, machine, native
 from .bench.workloads import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, Config, cases
 from .chain import BACKENDS
 from .tables import format_table
@@ -209,13 +209,15 @@ def _device(text: str) -> str:
     if device.type not in _DEFAULT_BATCH:
         raise argparse.ArgumentTypeError(f"device is {text!r}; allowed are cpu and cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"device is {text!r}; this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        why = machine.why_no_gpu_here()
+        seen = f"this PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        raise argparse.ArgumentTypeError(f"device is {text!r}; {seen}{f': {why}' if why else ''}")
     return text
 
 
 def _resolve(options: argparse.Namespace) -> None:
     """Fills in what depends on the machine."""
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = machine.choose_device(options.device, f"res2net-fused {options.command}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.command == "info":

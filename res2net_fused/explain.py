@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from .accelerate import REFUSAL
-from .backends.selection import choose, choose_for_training, get_backend
+from .backends.selection import EXPERIMENTAL, choose, choose_for_training, get_backend
 from .fused_block import STATE, BlockState, FusedModule
 from .fused_block1d import FusedForward1d, report_1d
 from .layouts import parts_of
@@ -55,10 +55,15 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     if example_inputs:
         _run_unnoticed(model, example_inputs)
     return BlockReports(
-        _report(name, module)
+        _with_status(_report(name, module))
         for name, module in model.named_modules()
         if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
     )
+
+
+def _with_status(report: BlockReport) -> BlockReport:
+    status = EXPERIMENTAL.get(report.backend)
+    return report if status is None else replace(report, reason=f"{report.reason}; {status}")
 
 
 def _report(name: str, module: nn.Module) -> BlockReport:
@@ -79,8 +84,10 @@ def _report(name: str, module: nn.Module) -> BlockReport:
             synchronised = synchronises(parts_of(module, state.layout).bns[0])
             plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute, synchronised)}"
             return BlockReport(name, True, choice.name, choice.reason, plan)
-        kept = state.kept  # read once: another thread may drop it
-        folded = state.frozen or (kept[1] if kept else None)
+        kept, frozen = state.kept, state.frozen  # read once: another thread may drop them
+        folded = kept[1] if kept else None
+        if frozen is not None:
+            folded = frozen.held.get((problem.dtype, problem.device))
         choice = choose(problem, state.backend, folded.layout if folded else "plain")
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))

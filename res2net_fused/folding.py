@@ -10,15 +10,16 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .layouts import BlockParts
-from .streams import MadeOn, use_kept
+from .streams import Made, MadeOn, made_here, use_kept
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 # Another object after every optimizer step: fused optimizers write parameters without bumping `_version`. No counter, which
@@ -51,12 +52,29 @@ class FoldedBlock:
     packed: list[Tensor] | None = None
     layout: str = "plain"
     made: MadeOn | None = None  # where it is kept
-    overflowed: bool = False  # of one that is kept: what `overflows` said
+    overflowed: bool = False  # of one that is kept, if float16 may be asked of it: what `overflows` said
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> FoldedBlock:
+        """The plain weights in `dtype`, all on `device`; biases keep their dtype."""
+        projection, bias = self.projection_weight, self.projection_bias
+        return FoldedBlock(
+            self.conv1_weight.to(device, dtype), self.conv1_bias.to(device),
+            [weight.to(device, dtype) for weight in self.weights], [bias.to(device) for bias in self.biases],
+            self.conv3_weight.to(device, dtype), self.conv3_bias.to(device),
+            None if projection is None else projection.to(device, dtype), None if bias is None else bias.to(device),
+            self.projection_stride, overflowed=self.overflowed,
+        )  # fmt: skip
+
+    def overflow(self) -> Tensor:
+        """NaN if a folded weight is beyond float16's range, for 1 / sqrt(eps) may be a large factor, else zero; shape ()."""
+        weights = (self.conv1_weight, *self.weights, self.conv3_weight, self.projection_weight)
+        halves = [weight.detach().half() for weight in weights if weight is not None]
+        return torch.stack([(half - half).sum(dtype=torch.float32) for half in halves]).sum()
 
     def overflows(self) -> bool:
-        """Whether a folded weight is beyond float16's range, for 1 / sqrt(eps) may be a large factor."""
-        weights = (self.conv1_weight, *self.weights, self.conv3_weight, self.projection_weight)
-        return self.conv1_weight.dtype == torch.float16 and not all(w is None or w.isfinite().all() for w in weights)
+        """Whether that is so; a device is waited for, which no CUDA graph may while it is captured."""
+        valueless = self.conv1_weight.is_meta or isinstance(self.conv1_weight, FakeTensor)
+        return not valueless and bool(self.overflow().isnan())
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -209,7 +227,7 @@ class KeepsWeights:
     """
 
     kept: tuple[CacheKey, Any] | None
-    frozen: Any
+    frozen: Frozen[Any] | None
     generation: object = None
 
     def drop(self, frozen: bool = True) -> None:
@@ -225,15 +243,67 @@ class KeepsWeights:
         kept = self.kept
         if kept is None or not kept[0].matches(tensors, settings):
             key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
-            self.kept = kept = key, make()
+            self.kept = kept = key, made_here(make(), tensors[0].device)
         return use_kept(kept[1])
 
-    def freeze(self, make: Callable[[], Any]) -> None:
-        """Keeps what `make` returns until it is dropped; it is ready on every stream."""
+    def unchanged(self, tensors: list[Tensor], settings: tuple[object, ...]) -> Any | None:
+        """What is kept if nothing changed, not to be read but to be asked, else None."""
+        kept = self.kept
+        return kept[1] if kept is not None and kept[0].matches(tensors, (self.generation, *settings)) else None
+
+    def freeze(self, make: Callable[[], Frozen[Any]]) -> None:
+        """Keeps what `make` returns until it is dropped."""
         generation = self.generation
-        frozen = make()
-        if frozen.made is not None:
-            frozen.made.wait()
-        self.frozen = frozen
+        self.frozen = make()
         if self.generation is not generation:
             self.frozen = None  # dropped meanwhile
+
+
+class Freezable(Made, Protocol):
+    """What `Frozen` keeps: weights that can be had in another dtype, on another device."""
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Any: ...
+
+
+Weights = TypeVar("Weights", bound=Freezable)
+
+
+class Frozen(Generic[Weights]):
+    """A block's weights as they were when it was frozen, in every dtype and on every device that its calls compute with.
+
+    All of them come from one original, so that neither a later write to the parameters nor the replicas of DataParallel, which
+    share the state of their model, make a difference between them. Each is made once, at the first call that needs it, ready on
+    every stream, and kept: at most one for each dtype of a network (its own and autocast's two) on each device.
+    """
+
+    def __init__(
+        self, original: Weights, device: torch.device, pack: Callable[[Weights], Weights], dtype: torch.dtype
+    ) -> None:
+        """original: plain weights on `device`, which nobody else writes. pack: adds a backend's layout. dtype: of the first."""
+        self.original = _ready(original, device)
+        self.pack = pack
+        self.held: dict[tuple[torch.dtype, torch.device], Weights] = {}
+        self._make(dtype, device)
+
+    def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        """For a call on the current stream."""
+        held = self.held.get((dtype, device))
+        return self._make(dtype, device) if held is None else use_kept(held)
+
+    def _make(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        if torch.compiler.is_compiling():
+            return self.original.to(dtype, device)
+        with torch.inference_mode(False), torch.no_grad():
+            weights = use_kept(self.original).to(dtype, device)
+            if not cacheable(()):  # a CUDA graph's, made again at every replay, or what some mode makes in place of tensors
+                return self.pack(weights) if capturing() else weights
+            self.held[dtype, device] = weights = _ready(self.pack(weights), device)
+        return weights
+
+
+def _ready(weights: Weights, device: torch.device) -> Weights:
+    """The same, waited for: a CUDA graph may read them, which must not wait for what lies outside it."""
+    made = made_here(weights, device).made
+    if made is not None:
+        made.wait()
+    return weights

@@ -7,6 +7,7 @@ operator that has BatchNorm in it. Whatever cannot run fused runs the class's ow
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from .chain import ChainConfig, ChainProblem, memory_format
 from .folding import (
     CacheKey,
     FoldedBlock,
+    Frozen,
     KeepsWeights,
     adds_at_once,
     block_tensors,
@@ -37,13 +39,14 @@ from .layouts import PUBLISHED, BlockLayout, BlockParts, parts_of, wrappers
 from .operator import fused_bottle2neck, hierarchical_conv2d
 from .packing import PackedWeights, one_operator, pack_block
 from .reference import activate, apply_optional, finish_bottle2neck
-from .streams import made_here, use_kept
 from .trained_block import is_auto, run_trained, uses_batch_statistics, why_not_trained
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's from Python 3.11 on
 
 STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
+OVERFLOWED = "a folded weight is beyond float16's range: a BatchNorm with hardly any variance or eps"
+UNSEEN = "a CUDA graph is captured in float16 and no call before it has seen that its range holds these folded weights"
 
 
 @dataclass
@@ -58,7 +61,7 @@ class BlockState(KeepsWeights):
     layout: BlockLayout = PUBLISHED  # where the block keeps its parts
     # One tuple, read and written at once: DataParallel's replicas share it among threads.
     kept: tuple[CacheKey, FoldedBlock] | None = field(default=None, repr=False)
-    frozen: FoldedBlock | None = field(default=None, repr=False)
+    frozen: Frozen[FoldedBlock] | None = field(default=None, repr=False)
     last_problem: ChainProblem | None = None  # of the last fused call
     last_trained: bool = False  # whether that call had batch statistics
     last_refusal: str | None = None  # why the last call ran the class's own forward
@@ -112,20 +115,21 @@ class FusedForward(FusedModule):
                 state.last_problem, state.last_trained = chain_problem(parts, x, state), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
         out = run_fused(parts, x, shortcut, state)
-        if out is not None:
+        if not isinstance(out, str):
             return out
         if not torch.compiler.is_compiling():
-            state.last_refusal = "a folded weight is beyond float16's range: a BatchNorm with hardly any variance or eps"
+            state.last_refusal = out
         return super().forward(x, *args, **kwargs)
 
 
-def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | None:
+def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | str:
     """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts where that does not do.
 
-    given: the shortcut (N, planes * 4, H', W') of a caller who passes one, else None. None where a folded weight overflows;
-    with gradients on, when every call folds, only CPUs look: others would have to wait for the answer.
+    given: the shortcut (N, planes * 4, H', W') of a caller who passes one, else None. The reason where a folded weight
+    overflows, or may; with gradients on, when every call folds, only CPUs look: others would have to wait for the answer.
     """
-    dtype = compute_dtype(block, x)
+    weight = block.conv1.weight
+    dtype = compute_dtype(weight)
     x_in = x.to(dtype)
     differentiable = torch.is_grad_enabled() and (
         any(t is not None and t.requires_grad for t in (x, given))
@@ -136,11 +140,14 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     if differentiable or not is_identity(block.drop_block):
         folded = fold_block(block, dtype)
         if dtype == torch.float16 and x.device.type == "cpu" and cacheable(block_tensors(block)) and folded.overflows():
-            return None
+            return OVERFLOWED
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, folded.weights, state), x, given)
-    folded = folded_weights(block, dtype, state)
-    if folded.overflowed:
-        return None
+    kept = folded_weights(block, dtype, weight.device, state)
+    if kept is None:
+        return UNSEEN
+    folded = kept
+    if folded.overflowed and dtype == torch.float16:
+        return OVERFLOWED
     if not one_operator(state.config):
         chain = PackedWeights.of_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
@@ -182,49 +189,93 @@ def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: FoldedBlock) -
     return x_in if pool is None else pool(x_in)
 
 
-def folded_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
-    """The frozen weights, the cached ones if nothing changed, or newly folded ones."""
+def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, state: BlockState) -> FoldedBlock | None:
+    """The frozen weights, the cached ones if nothing changed, or newly folded ones.
+
+    None where a CUDA graph is captured in float16 and no call before it has kept these weights: whether they overflow cannot be
+    asked now.
+    """
     frozen = state.frozen
-    if frozen is not None and frozen.conv1_weight.dtype == dtype:
-        if frozen.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
-            frozen = replace(frozen, projection_weight=None, packed=None, layout="plain")
-        return use_kept(frozen)
+    if frozen is not None:
+        folded = frozen.weights(dtype, device)
+        if folded.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
+            folded = replace(folded, projection_weight=None, packed=None, layout="plain")
+        return folded
     if torch.compiler.is_compiling():
         return fold_block(block, dtype)
     tensors = block_tensors(block)
-    if not cacheable(tensors):
-        # A captured graph folds at every replay, and packs as calls before it did: so it launches kernels that are loaded.
-        return fold_and_pack(block, dtype, state) if capturing() else fold_block(block, dtype)
+    keeps = cacheable(tensors)
+    if not keeps and not capturing():
+        return fold_block(block, dtype)
     projection = projection_of(block)
     settings = (
         dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
         None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
     )  # fmt: skip
-    return state.keep(tensors, settings, lambda: fold_and_pack(block, dtype, state))
+    if keeps:
+        return state.keep(tensors, settings, lambda: fold_and_pack(block, dtype, state))
+    return _folded_in_a_graph(block, dtype, state, state.unchanged(tensors, settings))
 
 
-def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState) -> FoldedBlock:
-    """Folded and packed for keeping: ordinary tensors outside autograd, also when called in inference mode."""
+def _folded_in_a_graph(
+    block: BlockParts, dtype: torch.dtype, state: BlockState, kept: FoldedBlock | None
+) -> FoldedBlock | None:
+    """For a CUDA graph, which folds at every replay, and packs as calls before it did: so it launches kernels that are loaded.
+
+    kept: what such a call has kept of the same weights, or None. In float16 that says whether they overflow: nothing else can
+    while the graph is captured.
+    """
+    if dtype == torch.float16 and (kept is None or kept.overflowed):
+        return kept
+    return fold_and_pack(block, dtype, state, in_graph=True)
+
+
+def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState, in_graph: bool = False) -> FoldedBlock:
+    """Folded and packed: ordinary tensors outside autograd, also when called in inference mode.
+
+    in_graph: whether a CUDA graph does it, again at each replay. No Python looks at the weights that are there then: where one
+    overflows, conv3's bias becomes NaN, and with it all that the block returns.
+    """
     with torch.inference_mode(False), torch.no_grad():
         folded = fold_block(block, dtype)
-        packed = replace(pack_block(folded, state.config, state.backend), overflowed=folded.overflows())
-        return made_here(packed, block.conv1.weight.device)
+        if dtype == torch.float16 and in_graph:
+            folded.conv3_bias = folded.conv3_bias + folded.overflow()
+        elif dtype == torch.float16:
+            folded.overflowed = folded.overflows()
+        return pack_block(folded, state.config, state.backend)
+
+
+def freeze_block(block: BlockParts, state: BlockState) -> None:
+    """Folds the block's weights and keeps that until it is dropped; packed in the dtype that a call would have now."""
+
+    def frozen() -> Frozen[FoldedBlock]:
+        weight = block.conv1.weight
+        with torch.inference_mode(False), torch.no_grad():
+            folded = fold_block(block, weight.dtype)
+            folded.overflowed = weight.dtype != torch.float64 and folded.overflows()
+        pack = functools.partial(pack_block, config=state.config, backend=state.backend)
+        return Frozen(folded, weight.device, pack, compute_dtype(weight))
+
+    state.freeze(frozen)
 
 
 def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:
     """The call of the chain inside, for the block's x."""
     rows, columns = block.conv1.stride
     problem = ChainProblem.of(x, block.convs[0].in_channels, len(block.convs), state.config)
+    dtype = compute_dtype(block.conv1.weight)
+    if rows == columns == 1 and dtype == x.dtype:
+        return problem
     height, width = (problem.height - 1) // rows + 1, (problem.width_pixels - 1) // columns + 1
-    return replace(problem, dtype=compute_dtype(block, x), height=height, width_pixels=width)
+    return replace(problem, dtype=dtype, height=height, width_pixels=width)
 
 
-def compute_dtype(block: BlockParts, x: Tensor) -> torch.dtype:
-    """The dtype in which the block's convolutions run: autocast's where it is on, else the weights' own."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and block.conv1.weight.dtype != torch.float64:
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the convolutions of such weights run: autocast's where it is on, else their own."""
+    kind = weight.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    return block.conv1.weight.dtype
+    return weight.dtype
 
 
 # Eligibility: cheap, at every call, since users hook, replace and parametrize submodules at any time ------------------
@@ -244,8 +295,9 @@ def why_not_fused(
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         return "x is not a 4-D floating-point tensor"
     weight_dtype = block.conv1.weight.dtype
-    castable = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight_dtype)
-    if x.dtype != weight_dtype and not castable:
+    if x.dtype != weight_dtype and (
+        torch.float64 in (x.dtype, weight_dtype) or not torch.is_autocast_enabled(x.device.type)
+    ):
         return f"x is {x.dtype} but the weights are {weight_dtype}"
     if not torch.compiler.is_compiling() and transformed():
         return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
@@ -262,7 +314,7 @@ def why_not_fused(
         return f"activation {type(block.relu).__name__} is not fused"
     if block_geometry(block) != state.geometry:
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
-    if is_auto(state.backend) and not clamped_chain_pays(chain_problem(block, x, state)):
+    if not one_operator(state.config) and is_auto(state.backend) and not clamped_chain_pays(chain_problem(block, x, state)):
         return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
@@ -297,7 +349,7 @@ def clamped_chain_pays(problem: ChainProblem) -> bool:
     On one AVX-512 core, blocks of speaker networks, fp32: 1.1 to 1.55 times as fast in channels-last, but for a strided one of
     few channels at batch 1 (0.8); 0.73 to 1.5 times as fast in NCHW, whose groups are converted for the chain.
     """
-    return one_operator(problem.config) or problem.channels_last or problem.device.type != "cpu"
+    return problem.channels_last or problem.device.type != "cpu"
 
 
 def transformed() -> bool:

@@ -8,7 +8,7 @@ those norms need the statistics of the batch, the class's own forward runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from .backends.chain1d import chain_pays_1d, choose_1d, pack_1d, plan_1d
 from .backends.selection import requested
 from .chain1d import Chain1dConfig, Chain1dProblem
-from .folding import CacheKey, KeepsWeights, affine_of, cacheable, why_not_bypassed
-from .fused_block import STATE, FusedModule, given_shortcut, transformed
+from .folding import CacheKey, Frozen, KeepsWeights, affine_of, cacheable, why_not_bypassed
+from .fused_block import STATE, FusedModule, compute_dtype, given_shortcut, transformed
 from .layouts import Path, resolve
 from .operator1d import call_1d
-from .streams import MadeOn, made_here, use_kept
+from .streams import MadeOn
 from .trained_block import is_auto
 
 
@@ -45,6 +45,12 @@ class Chain1dWeights:
     packed: list[Tensor] | None = None
     made: MadeOn | None = None  # where it is kept
 
+    def to(self, dtype: torch.dtype, device: torch.device) -> Chain1dWeights:
+        """The plain weights in `dtype`, all on `device`; what is added and scaled keeps its dtype."""
+        biases = None if self.biases is None else [bias.to(device) for bias in self.biases]
+        scale, shift = [scale.to(device) for scale in self.scale], [shift.to(device) for shift in self.shift]
+        return Chain1dWeights([weight.to(device, dtype) for weight in self.weights], biases, scale, shift)
+
 
 @dataclass
 class BlockState1d(KeepsWeights):
@@ -55,7 +61,7 @@ class BlockState1d(KeepsWeights):
     layout: Layout1d
     geometry: list[object]  # of all its modules when they were recognised: `geometry_1d`
     kept: tuple[CacheKey, Chain1dWeights] | None = field(default=None, repr=False)
-    frozen: Chain1dWeights | None = field(default=None, repr=False)
+    frozen: Frozen[Chain1dWeights] | None = field(default=None, repr=False)
     last_problem: Chain1dProblem | None = None  # of the last fused call
     last_refusal: str | None = None  # why the last call ran the class's own forward
 
@@ -97,35 +103,42 @@ def finish_block_1d(block: Any, out: Tensor, x: Tensor) -> Tensor:
 
 def run_chain_1d(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor, state: BlockState1d) -> Tensor:
     """(N, s*w, L) -> (N, s*w, L)."""
+    weight = convs[0].weight
+    dtype = compute_dtype(weight)
     if not torch.compiler.is_compiling():
-        state.last_problem = chain_problem_1d(convs, x, state)
-    chain = chain_weights(convs, bns, x, state)
+        state.last_problem = chain_problem_1d(convs, x, weight, dtype, state)
+    chain = chain_weights(convs, bns, x, dtype, weight.device, state)
     return call_1d(x, chain.weights, chain.biases, chain.scale, chain.shift, chain.packed, state.config, state.backend)
 
 
-def chain_problem_1d(convs: Sequence[nn.Conv1d], x: Tensor, state: BlockState1d) -> Chain1dProblem:
-    """The call of the chain, for an x of this batch and length."""
-    kind, (batch, _, length) = x.device.type, x.shape
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return Chain1dProblem(
-        state.config, x.device, dtype, batch, length, convs[0].in_channels, len(convs), convs[0].kernel_size[0]
-    )
+def chain_problem_1d(
+    convs: Sequence[nn.Conv1d], x: Tensor, weight: Tensor, dtype: torch.dtype, state: BlockState1d
+) -> Chain1dProblem:
+    """The call of the chain in `dtype`, for an x of this batch and length; weight: of the first convolution."""
+    batch, _, length = x.shape
+    width, _, kernel_size = weight.shape
+    return Chain1dProblem(state.config, x.device, dtype, batch, length, width, len(convs), kernel_size)
 
 
 def chain_weights(
-    convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor, state: BlockState1d
+    convs: Sequence[nn.Conv1d],
+    bns: Sequence[nn.BatchNorm1d],
+    x: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    state: BlockState1d,
 ) -> Chain1dWeights:
-    """The frozen tensors, the kept ones if nothing changed, or the block's own."""
-    frozen = state.frozen
+    """The frozen tensors, the kept ones if nothing changed, both in `dtype` on `device`, or the block's own."""
     if _differentiable(convs, bns, x):
         return work_out(convs, bns)
-    if frozen is not None and frozen.weights[0].dtype == convs[0].weight.dtype:
-        return use_kept(frozen)
+    frozen = state.frozen
+    if frozen is not None:
+        return frozen.weights(dtype, device)
     tensors = _tensors(convs, bns)
     if not cacheable(tensors):
         return work_out(convs, bns)
-    settings = requested(state.backend), tuple(bn.eps for bn in bns)
-    return state.keep(tensors, settings, lambda: work_out_and_pack(convs, bns))
+    settings = dtype, requested(state.backend), tuple(bn.eps for bn in bns)
+    return state.keep(tensors, settings, lambda: work_out_and_pack(convs, bns, dtype))
 
 
 def _tensors(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> list[Tensor]:
@@ -143,18 +156,36 @@ def work_out(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain
     return Chain1dWeights(weights, biases, [scale for scale, _ in affine], [shift for _, shift in affine])
 
 
-def work_out_and_pack(
-    convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], copy: bool = False
-) -> Chain1dWeights:
-    """For keeping: ordinary tensors outside autograd, also in inference mode. copy: none of them the block's own."""
+def work_out_and_pack(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], dtype: torch.dtype) -> Chain1dWeights:
+    """For keeping: ordinary tensors outside autograd, also in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
-        chain = work_out(convs, bns)
-        chain.weights = [weight.detach().clone() if copy else weight.detach() for weight in chain.weights]
-        if chain.biases is not None:
-            chain.biases = [bias.detach().clone() if copy else bias.detach() for bias in chain.biases]
-        if chain.weights[0].device.type == "cpu":
-            chain.packed = pack_1d(chain.weights)
-        return made_here(chain, chain.weights[0].device)
+        return _pack(_detached(work_out(convs, bns)).to(dtype, convs[0].weight.device))
+
+
+def _detached(chain: Chain1dWeights, copy: bool = False) -> Chain1dWeights:
+    """Outside autograd; copy: with weights and biases that are not the block's own."""
+
+    def detached(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensor.detach().clone() if copy else tensor.detach() for tensor in tensors]
+
+    return replace(chain, weights=detached(chain.weights), biases=None if chain.biases is None else detached(chain.biases))
+
+
+def _pack(chain: Chain1dWeights) -> Chain1dWeights:
+    """The same with its weights also in the layout of the backend that will run it."""
+    return replace(chain, packed=pack_1d(chain.weights) if chain.weights[0].device.type == "cpu" else None)
+
+
+def freeze_chain(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], state: BlockState1d) -> None:
+    """Keeps the chain's tensors as they are until that is dropped; packed in the dtype that a call would have now."""
+
+    def frozen() -> Frozen[Chain1dWeights]:
+        weight = convs[0].weight
+        with torch.inference_mode(False), torch.no_grad():
+            chain = _detached(work_out(convs, bns), copy=True)
+        return Frozen(chain, weight.device, _pack, compute_dtype(weight))
+
+    state.freeze(frozen)
 
 
 def parts_1d(block: nn.Module, layout: Layout1d) -> tuple[list[nn.Conv1d], list[nn.BatchNorm1d]]:
@@ -178,7 +209,7 @@ def why_not_fused_1d(
     """None if this call may run fused, else the reason."""
     if torch.onnx.is_in_onnx_export():
         return "exported to ONNX, which knows PyTorch's own operators only"
-    reason = given_shortcut(None, args, kwargs)[1]
+    reason = given_shortcut(None, args, kwargs)[1] if args or kwargs else None
     if reason is not None:
         return reason
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
@@ -205,7 +236,9 @@ def why_not_fused_1d(
 
 def _pays(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor, state: BlockState1d) -> bool:
     """In inference; an x of a whole bottleneck has the chain's rows."""
-    return not _differentiable(convs, bns, x) and chain_pays_1d(chain_problem_1d(convs, x, state))
+    weight = convs[0].weight
+    dtype = compute_dtype(weight)
+    return not _differentiable(convs, bns, x) and chain_pays_1d(chain_problem_1d(convs, x, weight, dtype, state))
 
 
 def _differentiable(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], x: Tensor) -> bool:

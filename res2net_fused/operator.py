@@ -7,6 +7,7 @@ checks the arguments and asks `backends.selection` for a backend; nothing of tha
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +125,22 @@ def refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
         raise NotImplementedError(f"{name} has no forward-mode derivative; compute it with res2net_fused.reference.{name}")
 
 
+def check_devices(x: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None:
+    """Raises ValueError, with the argument's name, where one of the `others` is not on x's device."""
+    allowed = {x.device}
+    for name, value in others.items():
+        if value is None:
+            continue
+        tensors = (value,) if isinstance(value, Tensor) else value
+        if not allowed.issuperset(map(_device_of, tensors)):
+            i = next(i for i, tensor in enumerate(tensors) if tensor.device != x.device)
+            name = name if isinstance(value, Tensor) else f"{name}[{i}]"
+            raise ValueError(f"{name} is on {tensors[i].device} but x is on {x.device}; both must be on one device")
+
+
+_device_of = operator.attrgetter("device")
+
+
 # Kernel ---------------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +159,8 @@ def _forward(
 ) -> Tensor:
     *chain, backend = settings
     problem = check_arguments(x, weights, biases, cached_config(*chain))
+    if packed:
+        check_devices(x, packed=packed)
     name = choose(problem, backend, layout).name
     if problem.batch == 0:
         return x.new_empty(_output_shape(problem))
@@ -174,15 +193,23 @@ def fused_bottle2neck(
     )  # fmt: skip
 
 
-def _block_problem(x: Tensor, conv1_weight: Tensor, weights: Sequence[Tensor], biases, config) -> ChainProblem:
-    """Checks conv1 against x and the chain against conv1, and describes the chain inside."""
+def _block_problem(
+    x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, packed: Sequence[Tensor] | None, config: ChainConfig
+) -> ChainProblem:
+    """Checks conv1 against x, the chain against conv1 and all devices, and describes the chain inside."""
+    conv1_weight, weights = folded.conv1_weight, folded.weights
     if x.dim() != 4 or conv1_weight.dim() != 4 or x.shape[1] != conv1_weight.shape[1]:
         raise ValueError(
             f"x is {describe(x)} and conv1_weight is {describe(conv1_weight)}; (N, C, H, W) and (s*w, C, 1, 1) are needed"
         )
-    width = check_weights(weights, biases, config)
+    width = check_weights(weights, folded.biases, config)
     if conv1_weight.shape[0] != config.scale(len(weights)) * width:
         raise ValueError(f"conv1_weight is {describe(conv1_weight)}; {len(weights)} weights of width {width} follow it")
+    check_devices(
+        x, shortcut=shortcut, conv1_weight=conv1_weight, conv1_bias=folded.conv1_bias, weights=weights[:1],
+        conv3_weight=folded.conv3_weight, conv3_bias=folded.conv3_bias, projection_weight=folded.projection_weight,
+        projection_bias=folded.projection_bias, packed=packed,
+    )  # fmt: skip
     return ChainProblem.of(x, width, len(weights), config)
 
 
@@ -191,7 +218,7 @@ def _block_forward(x, shortcut, *rest):
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
     folded = FoldedBlock(*tensors)
-    problem = _block_problem(x, folded.conv1_weight, folded.weights, folded.biases, cached_config(*chain))
+    problem = _block_problem(x, shortcut, folded, packed, cached_config(*chain))
     name = choose(problem, backend, layout).name
     if layout == name:
         folded.packed, folded.layout = packed, layout
@@ -199,10 +226,12 @@ def _block_forward(x, shortcut, *rest):
 
 
 @torch.library.register_fake("res2net_fused::bottle2neck", lib=_library)
-def _block_fake(x, shortcut, conv1_weight, conv1_bias, weights, biases, conv3_weight, *rest):
-    *chain, _ = rest[7:]
-    problem = _block_problem(x, conv1_weight, weights, biases, cached_config(*chain))
-    shape = problem.batch, conv3_weight.shape[0], problem.output_height, problem.output_width
+def _block_fake(x, shortcut, *rest):
+    *tensors, packed, _, _ = rest[:12]
+    *chain, _ = rest[12:]
+    folded = FoldedBlock(*tensors)
+    problem = _block_problem(x, shortcut, folded, packed, cached_config(*chain))
+    shape = problem.batch, folded.conv3_weight.shape[0], problem.output_height, problem.output_width
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
@@ -219,6 +248,7 @@ torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=
 @functools.partial(_library.impl, "hierarchical_conv2d_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
     *chain, backend, needed = settings
+    check_devices(x, grad=grad, out=out, weights=weights, biases=biases)
     problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
     own = backend_of_gradients(problem, backend)
     if own is None:

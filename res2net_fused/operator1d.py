@@ -14,7 +14,7 @@ from .backends.chain1d import choose_1d, forward_1d
 from .backward1d import chain_backward_1d
 from .chain import BACKENDS, check_dense, one_of, sequence_types
 from .chain1d import Chain1dConfig, check_arguments_1d
-from .operator import TAGS, refuse_tangents
+from .operator import TAGS, check_devices, refuse_tangents
 
 _SETTINGS = "int dilation, str passthrough, str padding_mode"
 _library = torch.library.Library("res2net_fused", "FRAGMENT")
@@ -104,6 +104,8 @@ def call_1d(
 def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
     *chain, keep, backend = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
+    if packed:
+        check_devices(x, packed=packed)
     name = choose_1d(problem, backend).name
     out, rectified = forward_1d(name, problem, x, weights, biases, affine_scale, affine_shift, packed, keep)
     return [out, *rectified]
@@ -121,6 +123,8 @@ def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> 
 @functools.partial(_library.impl, "hierarchical_conv1d_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> list[Tensor]:
     *chain, needed = settings
+    devices = dict(rectified=rectified, weights=weights, biases=biases, affine_scale=affine_scale, affine_shift=affine_shift)
+    check_devices(x, grad=grad, out=out, **devices)
     config = _cached_config(*chain).within(x.shape[2])
     return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed)
 

@@ -12,31 +12,49 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+_MANY_STREAMS = 256  # PyTorch's own are 32 of each priority a device; foreign ones may be made for ever
+
 
 class MadeOn:
-    """The stream on which tensors of a CUDA device are being made, and the moment at which they will be there."""
+    """Tensors that a stream of a CUDA device has been told to make, the moment they are there, and the streams that read them.
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.current_stream(device)
-        self.event = self.stream.record_event()
+    A stream is lent to once, at its first call, and that covers all its later ones. It waits for the event: what it is given
+    afterwards runs behind that. And it is recorded with every tensor, which is no promise about the work of that moment: the
+    allocator keeps the streams with the memory and, when the memory is freed, on whatever stream and however late, gives it
+    out again behind all work "queued on `stream` at the time of deallocation" (Tensor.record_stream). A call holds its weights
+    until its launches are queued, so a drop comes behind the launches of every call that has read them.
+
+    Streams are known by their ids. PyTorch's own live as long as the process. A foreign one's id is its handle, by which the
+    allocator knows it too: what is recorded holds for the next stream with that handle, and CUDA releases the handle of a
+    destroyed stream when that has done its work, the wait for the event included.
+    """
+
+    def __init__(self, value: object, device: torch.device) -> None:
+        stream = torch.cuda.current_stream(device)
+        self.device = device
+        self.event = stream.record_event()
+        self.tensors = [leaf for leaf in _pytree.tree_leaves(vars(value)) if isinstance(leaf, Tensor)]
+        self.readers = {stream.stream_id}
 
     def wait(self) -> None:
         """Until the tensors are there, which lets every stream read them."""
         self.event.synchronize()
 
-    def lend(self, value: object) -> None:
-        """Lets the current stream read value's tensors: it waits for them, and they keep their memory until it is through."""
-        stream = torch.cuda.current_stream(self.stream.device)
-        if stream == self.stream:
+    def lend(self) -> None:
+        """Lets the current stream read the tensors: it waits for them, and they keep their memory until it is through."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream.stream_id in self.readers:
             return
         # A graph must not wait for work outside it, and lives longer than any call: only frozen weights, which have been waited
         # for, come here then, and whoever replays the graph keeps the model frozen.
         if torch.cuda.is_current_stream_capturing():
             return
         stream.wait_event(self.event)
-        for leaf in _pytree.tree_leaves(vars(value)):
-            if isinstance(leaf, Tensor):
-                leaf.record_stream(stream)
+        for tensor in self.tensors:
+            tensor.record_stream(stream)
+        if len(self.readers) >= _MANY_STREAMS:
+            self.readers = set()
+        self.readers.add(stream.stream_id)  # last: another thread on this stream may rely on it
 
 
 class Made(Protocol):
@@ -51,12 +69,12 @@ Kept = TypeVar("Kept", bound=Made)
 def made_here(value: Kept, device: torch.device) -> Kept:
     """`value`, whose tensors the current stream has just been told to make, with a note of that; for keeping."""
     if device.type == "cuda":
-        value.made = MadeOn(device)
+        value.made = MadeOn(value, device)
     return value
 
 
 def use_kept(value: Kept) -> Kept:
     """`value` for a call on the current stream."""
     if value.made is not None and not torch.compiler.is_compiling():
-        value.made.lend(value)
+        value.made.lend()
     return value

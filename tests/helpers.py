@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from res2net_fused import reference
+from res2net_fused import cuda_toolkit, reference
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.chain import BACKENDS, ChainConfig, ChainProblem, memory_format
 from res2net_fused.tolerances import FORWARD
@@ -47,6 +47,14 @@ def tool(found, name: str, remedy: str):
             pytest.fail(message)  # continuous integration installs it: a skip there would hide the gate
         pytest.skip(message)
     return found
+
+
+def find_nvcc() -> str:
+    """The nvcc that a build takes, or a skip."""
+    try:
+        return str(cuda_toolkit.find_nvcc(torch.version.cuda).path)
+    except cuda_toolkit.NoNvcc as error:
+        return tool(None, "nvcc", str(error))
 
 
 def run_together(*work: Callable[[], object]) -> list[object]:

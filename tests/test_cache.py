@@ -545,6 +545,44 @@ def test_eval_keeps_a_frozen_block_frozen(folds):
     assert len(folds) == before
 
 
+def test_frozen_weights_are_the_same_in_every_dtype(folds):
+    block, x = make().float(), X.float()
+
+    def in_half():
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused(block, x)
+
+    expected = in_half(), fused(block, x)
+    freeze(block)
+    with torch.no_grad():
+        block.conv1.weight.mul_(2)
+    del folds[:]
+    for _ in range(2):
+        assert all(map(torch.equal, (in_half(), fused(block, x)), expected))
+        held = dict(getattr(block, fused_block.STATE).frozen.held)
+        assert not folds and {dtype for dtype, _ in held} == {torch.float32, torch.bfloat16}
+    in_half()
+    assert getattr(block, fused_block.STATE).frozen.held == held  # nothing is made again
+    refresh(block)
+    assert not torch.equal(in_half(), expected[0])
+
+
+def test_freeze_makes_what_the_next_call_needs():
+    block = make().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        freeze(block)
+        held = dict(getattr(block, fused_block.STATE).frozen.held)
+        fused(block, X.float())
+    assert list(held) == [(torch.bfloat16, torch.device("cpu"))] and getattr(block, fused_block.STATE).frozen.held == held
+
+
+def test_freeze_without_values():
+    """Of a model that is planned before it has weights."""
+    with torch.device("meta"):
+        block = Bottle2neck(32, 8).eval()
+        assert freeze(block)(torch.empty(2, 32, 5, 6)).shape == (2, 32, 5, 6)
+
+
 def test_frozen_blocks_still_have_gradients():
     block = freeze(make())
     block(X).sum().backward()

@@ -308,6 +308,24 @@ def test_frozen_block_folds_nothing_in_the_graph():
     assert not any("rsqrt" in target for target in targets)
 
 
+@pytest.mark.parametrize("where", ["freeze", "call"])
+def test_frozen_block_under_autocast(where):
+    """What freeze made is in the graph as it is; what it did not is rounded there, from what was frozen."""
+    block, x = make().float(), sample(2, 7, 9).float()
+    graphs, backend = counting()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=where == "freeze"):
+            freeze(block)
+        block.conv1.weight.mul_(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = compiled(block, backend)(x)
+            assert torch.equal(out, block(x))
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert not any("rsqrt" in target for target in targets)
+    casts = len(block.convs) + 2 if where == "call" else 0
+    assert sum(target.endswith("to") for target in targets) - casts in (1, 2), targets  # and x
+
+
 def test_block_through_inductor():
     block = make().float().to(memory_format=torch.channels_last)
     x = sample(2, 7, 9).float().contiguous(memory_format=torch.channels_last)

@@ -1,11 +1,12 @@
 """Threads, forks and workers: calls of one model and of several at once give what they give one after the other."""
 
 import copy
+import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import re
-import sys
 import threading
 import time
 from pathlib import Path
@@ -142,7 +143,7 @@ def block_1d():
     return accelerate(randomize(SpeechBrainChain()).double().eval(), backend="cpu"), x
 
 
-SLOW = {"2d": (block_2d, fused_block, "fold_and_pack"), "1d": (block_1d, fused_block1d, "work_out_and_pack")}
+SLOW = {"2d": (block_2d, fused_block, "fold_block"), "1d": (block_1d, fused_block1d, "work_out")}
 
 
 @pytest.fixture(params=SLOW.values(), ids=SLOW.keys())
@@ -160,8 +161,7 @@ def slow_block(request, monkeypatch):
             assert go.wait(60)
         return result
 
-    for where in (module, sys.modules["res2net_fused.accelerate"]):  # `freeze` is there
-        monkeypatch.setattr(where, name, slowly)
+    monkeypatch.setattr(module, name, slowly)
     return block, x, made, go
 
 
@@ -192,8 +192,10 @@ def test_refresh_is_not_undone_by_what_was_folded_before_it(slow_block, make):
 
 
 class FakeStream:
-    def __init__(self, device="cuda:0"):
-        self.device, self.waited = device, []
+    ids = itertools.count()
+
+    def __init__(self):
+        self.stream_id, self.waited = next(self.ids), []
 
     def record_event(self):
         return self
@@ -222,14 +224,33 @@ def test_kept_weights_are_waited_for_and_held_on_other_streams(current):
     maker, other = current.stream, FakeStream()
     infer(block, x)
     assert current.lent == []
+    # What a call has left out, a hooked projection for one, the stream's later calls may read.
     current.stream = other
-    infer(block, x)
-    assert other.waited == [maker] and maker.waited == []
-    lent = {id(tensor) for tensor, stream in current.lent if stream is other}
-    assert {id(t) for t in (folded.conv1_weight, folded.conv3_bias, *folded.weights, *folded.biases)} <= lent
-    current.capturing = True  # a graph cannot wait for what lies outside it
+    streams.use_kept(dataclasses.replace(folded, packed=None))
+    for _ in range(3):  # once is enough
+        infer(block, x)
+        assert other.waited == [maker] and maker.waited == []
+        lent = [id(tensor) for tensor, stream in current.lent if stream is other]
+        kept = folded.conv1_weight, folded.conv3_bias, *folded.weights, *folded.biases, *folded.packed
+        assert set(map(id, kept)) <= set(lent) and len(lent) == len(set(lent))
+    current.capturing, current.stream = True, FakeStream()  # a graph cannot wait for what lies outside it
     streams.use_kept(folded)
-    assert other.waited == [maker]
+    assert current.stream.waited == []
+    current.capturing = False  # and a stream that a graph was captured on is still to be lent to
+    streams.use_kept(folded)
+    assert current.stream.waited == [maker]
+
+
+def test_streams_without_end_are_not_remembered_without_end(current, monkeypatch):
+    monkeypatch.setattr(streams, "_MANY_STREAMS", 4)
+    block, x = block_2d()
+    infer(block, x)
+    folded = streams.made_here(getattr(block, STATE).kept[1], torch.device("cuda"))
+    for _ in range(20):
+        current.stream = FakeStream()
+        for _ in range(2):
+            infer(block, x)
+        assert len(current.stream.waited) == 1 and len(folded.made.readers) <= 4
 
 
 # Training ---------------------------------------------------------------------------------------------------------------

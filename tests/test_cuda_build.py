@@ -1,15 +1,12 @@
 """The CUDA kernels through nvcc: nothing spilled, no stack, nothing serialized, and as many tensor-core instructions as the
 source's loops say. Needs nvcc, no GPU."""
 
-import importlib.util
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import tool
+from helpers import find_nvcc, tool
 
 from res2net_fused import build_flags, cuda_kernels, native
 from res2net_fused.backends import native_cuda
@@ -28,26 +25,14 @@ def types_of(instance):
     return ["bf16", "fp16"] + ["tf32"] * instance.startswith("d0")
 
 
-def find_nvcc():
-    """nvcc of CUDA_HOME, of PATH, or of PyPI's packages, which the extra `nvcc` of pyproject.toml names."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = [Path(home, "bin", "nvcc")] if home else []
-    candidates += [Path(path) for path in [shutil.which("nvcc")] if path]
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        candidates += sorted(Path(folder).glob("*/bin/nvcc"))
-    return next((str(path) for path in candidates if path.is_file()), None)
-
-
 def compile_instance(instance, architecture, folder):
     """(compiled file, the compiler's messages)"""
-    nvcc = tool(find_nvcc(), "nvcc", "install the CUDA toolkit, or `pip install 'res2net-fused[nvcc]'`")
     binary = folder / f"{instance}_{architecture}.fatbin"
     # The flags of the shipped library, but for what is about linking.
     flags = [f for f in build_flags.NVCC_FLAGS if f not in ("-cudart", "static")]
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     source = ROOT / f"csrc/cuda/chain/instance_{instance}.cu"
-    command = [nvcc, *flags, target, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-fatbin", "-o", str(binary), str(source)]
+    command = [find_nvcc(), *flags, target, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-fatbin", "-o", str(binary), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return binary, done.stdout + done.stderr

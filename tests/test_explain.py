@@ -1,6 +1,8 @@
 """`explain`: one line per block, true for the example's or the last call's shapes, and nothing left behind."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,35 @@ def test_backend_and_who_asked_for_it(monkeypatch):
     accelerate(m)
     monkeypatch.setenv("RES2NET_FUSED_BACKEND", "reference")
     assert all("RES2NET_FUSED_BACKEND=reference" in r.reason for r in explain(m, IMAGES))
+
+
+def test_backends_that_no_gpu_has_run_are_experimental(monkeypatch):
+    from res2net_fused.backends import selection
+
+    m = model()
+    monkeypatch.setitem(selection.EXPERIMENTAL, "reference", "experimental: never measured on a GPU")
+    accelerate(m, backend="reference")
+    assert all(r.reason.endswith("'reference'; experimental: never measured on a GPU") for r in explain(m, IMAGES))
+    m.train()
+    assert all(r.reason.endswith("; experimental: never measured on a GPU") for r in explain(m, IMAGES))
+    monkeypatch.delitem(selection.EXPERIMENTAL, "reference")
+    assert all("experimental" not in r.reason for r in explain(m, IMAGES))
+
+
+def test_experimental_is_what_no_committed_record_has_measured():
+    from res2net_fused.backends.selection import EXPERIMENTAL
+
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    records = [json.loads(path.read_text()) for path in results.glob("*/*.json")]
+    measured = {
+        row["backend"]
+        for record in records
+        for row in record.get("rows", ())
+        if row["device"].startswith("cuda") and row.get("backend") in ("cuda", "triton")
+    }
+    assert records and set(EXPERIMENTAL) == {"cuda", "triton"} - measured
+    readme = results.parents[1] / "README.md"
+    assert ("experimental" in readme.read_text().split("## Use it")[0]) == bool(EXPERIMENTAL)
 
 
 def test_auto_gives_the_reason_against_what_it_passed_over(monkeypatch):

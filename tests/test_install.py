@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_SETTINGS = {"CXX", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"}  # variables that steer a build
@@ -205,8 +206,7 @@ def test_off_builds_nothing_and_removes_what_an_earlier_build_left(checkout, tmp
 def test_wrong_settings_are_named(checkout, tmp_path):
     done, _ = build(checkout, tmp_path, environment(RES2NET_FUSED_BUILD="maybe"))
     assert done.returncode != 0 and "expected 'auto', 'require' or 'off', got 'maybe'" in done.stderr
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed: the architectures are not looked at")
+    find_nvcc()  # without one the architectures are not looked at
     done, _ = build(checkout, tmp_path, environment(RES2NET_FUSED_CUDA_ARCHS="17"))
     assert done.returncode != 0 and "RES2NET_FUSED_CUDA_ARCHS: '17'" in done.stderr
 
@@ -229,12 +229,40 @@ def test_without_torch_the_build_says_so(checkout, tmp_path):
 
 
 def test_cuda_library_builds_without_a_gpu(checkout, tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
+    find_nvcc()
     done, record = build(checkout, tmp_path, environment(RES2NET_FUSED_CUDA_ARCHS="90a"))
     assert done.returncode == 0 and record["parts"]["cuda"]["built"], done.stderr
     assert record["info"]["cuda_architectures"] == ["90a"]
     assert "libres2net_fused_cuda.so" in libraries_in(tmp_path)
+    assert re.search(r"^res2net-fused: compiling the cuda part, (\d) of \1 files$", done.stdout, re.M)
+    done, _ = build(checkout, tmp_path, environment(RES2NET_FUSED_CUDA_ARCHS="90a"))
+    assert "compiling" not in done.stdout, "nothing changed"
+
+
+def fake_nvcc(folder, version):
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "nvcc").write_text(f"#!/bin/sh\necho V{version}\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return {"CUDA_HOME": str(folder), "RES2NET_FUSED_CUDA_ARCHS": "90a"}
+
+
+def test_an_nvcc_of_another_cuda_than_torchs_compiles_nothing(checkout, tmp_path):
+    need_compiler()
+    # A package that shadows torch's: what it says of its CUDA is all that differs.
+    shadow = tmp_path / "shadow" / "torch"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").touch()
+    (shadow / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    for name in ("include", "lib"):
+        (shadow / name).symlink_to(Path(torch.__file__).parent / name)
+    env = fake_nvcc(tmp_path / "cuda", "12.4.131") | {"PYTHONPATH": str(shadow.parent)}
+    done, record = build(checkout, tmp_path / "out", environment(**env))
+    assert done.returncode == 0 and record["parts"]["cpu"]["built"] and not record["parts"]["cuda"]["built"], done.stderr
+    reason = record["parts"]["cuda"]["reason"]
+    assert "nvcc is of CUDA 12.4.131, and torch of CUDA 13.0; the CUDA library needs an nvcc of torch's major version" in reason
+    assert "compiling the cuda part" not in done.stdout and "compiling the cpu part" in done.stdout
+    done, _ = build(checkout, tmp_path / "none", environment(**env, RES2NET_FUSED_BUILD="require"))
+    assert done.returncode != 0 and "RES2NET_FUSED_BUILD=require, cuda: " in done.stderr and "12.4.131" in done.stderr
 
 
 def test_kernels_of_every_instruction_set_reach_the_library(checkout, tmp_path, request):
@@ -274,3 +302,78 @@ def test_kernels_of_every_instruction_set_reach_the_library(checkout, tmp_path, 
     assert json.loads(done.stdout) == [expected[name] for name in record["info"]["instruction_sets"]]
     assert record["info"]["instruction_sets"][0] == "portable"
 
+
+
+# make -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(arguments): the Makefile's calls of Python in an empty checkout, in order; `make.torch` is what the Python has."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shutil.copy2(ROOT / "Makefile", tmp_path)
+    for name in ("setup.py", "pyproject.toml", "csrc/a.cpp", "res2net_fused/build_flags.py", "res2net_fused/cuda_toolkit.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    # Stands for the interpreter of an environment, and for the one that creates environments.
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'echo "${{RES2NET_FUSED_BUILD:+BUILD=$RES2NET_FUSED_BUILD }}$*" >> {tmp_path}/calls\n'
+        'case "$*" in\n'
+        '  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";;\n'
+        f"  *find_spec*) test -e {tmp_path}/has_torch;;\n"
+        "  *importlib.metadata*) echo 28;;\n"
+        "  *cuda_toolkit.py) echo ,nvcc;;\n"
+        "esac\n"
+    )
+    python.chmod(0o755)
+
+    def run(*arguments, origin=()):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        env = {k: v for k, v in os.environ.items() if k not in ("TORCH", "TRITON", "VENV", "MAKEFLAGS", "RES2NET_FUSED_BUILD")}
+        command = ["make", "setup", f"PYTHON={python}", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env | dict(origin), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+
+    run.python, run.folder = python, tmp_path
+    return run
+
+
+def torch_installed(calls):
+    return [call.removeprefix("-m pip install ") for call in calls if "install torch==" in call]
+
+
+def test_make_installs_the_pins_or_what_it_is_told(make):
+    pinned = re.search(r"^TORCH \?= (torch==\S+)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    assert torch_installed(make())[0].startswith(f"{pinned} triton==")
+    assert make() == [], "everything is there"
+    other = ("TORCH=torch==2.11.0", "TRITON=triton==3.6.0")
+    assert torch_installed(make(*other)) == ["torch==2.11.0 triton==3.6.0"]
+    assert make(*other) == []
+    assert torch_installed(make("TORCH=torch==2.11.0")) == ["torch==2.11.0 triton"], "which Triton, torch itself says"
+    assert torch_installed(make(origin={"TORCH": "torch==2.12.0"})) == ["torch==2.12.0 triton"]
+
+
+def test_make_builds_behind_the_compiler_that_it_installs(make):
+    calls = make()
+    (extras,) = [i for i, call in enumerate(calls) if "-e .[bench,test,nvcc]" in call]
+    assert calls[extras].startswith("BUILD=off ")
+    assert calls.index("setup.py build_ext --inplace") > extras
+    assert any("torchvision==0.28.*" in call for call in calls)
+
+
+def test_make_leaves_the_torch_of_an_environment_that_it_did_not_create(make):
+    for name in ("theirs", "empty"):
+        (make.folder / name / "bin").mkdir(parents=True)
+        shutil.copy2(make.python, make.folder / name / "bin" / "python")
+    assert torch_installed(make("VENV=empty")), "it has no torch"
+    (make.folder / "has_torch").touch()
+    assert torch_installed(make("VENV=theirs")) == [] and make("VENV=theirs") == []
+    assert torch_installed(make("VENV=theirs", "TORCH=torch==2.12.0")) == ["torch==2.12.0 triton"]
+    assert torch_installed(make("VENV=created"))
+    (make.folder / "Makefile").touch()
+    assert torch_installed(make("VENV=created")), "make's own follows the pins"
+    assert torch_installed(make()), "and so does the usual one"

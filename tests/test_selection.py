@@ -1,6 +1,7 @@
 """The one place where a backend is chosen: argument, then environment, then auto; reasons, and one log line each."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_auto_falls_back_and_logs_once(fallback, caplog):
     lines = [record.getMessage() for record in caplog.records if record.name == "res2net_fused"]
     assert len(lines) == 1
     assert "triton" in lines[0] and selection.get_backend("triton").why_not(PROBLEM) in lines[0]
+
+
+@pytest.mark.parametrize("pick", [selection.choose, selection.choose_for_training])
+def test_a_gpu_that_runs_no_kernel_is_warned_of_once(pick, monkeypatch, caplog):
+    monkeypatch.setattr(selection, "_warned", [])
+    for name, reason in (("cuda", "the CUDA library was not built"), ("triton", "Triton's driver does not start")):
+        for function in ("why_not", "why_not_training"):
+            monkeypatch.setattr(selection.get_backend(name), function, lambda problem, reason=reason: reason, raising=False)
+    problems = [replace(PROBLEM, device=torch.device(d), dtype=t) for d in ("cpu", "cuda") for t in (torch.float64, torch.half)]
+    for problem in problems[:3]:
+        assert pick(problem, "reference" if problem.device.type == "cpu" else "auto").name == "reference"
+    assert pick(problems[3], "reference").requested_by != "auto"
+    assert not caplog.records, "neither a CPU, nor float64, nor a choice by name"
+    for problem in (problems[3], replace(problems[3], batch=5)):
+        assert pick(problem).name == "reference"
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.name == "res2net_fused" and "PyTorch's own operators run on this GPU" in record.getMessage()
+    assert "cuda: the CUDA library was not built; triton: Triton's driver does not start" in record.getMessage()
 
 
 def test_a_choice_remembers_what_was_rejected(fallback):

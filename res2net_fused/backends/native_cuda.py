@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .. import native
 from ..chain import ChainConfig, ChainProblem
+from ..kernels.tf32 import round_to_tf32
 from .native_cuda_block import block_forward, pack_block
-from .triton_settings import convolution_precision, convolutions_use_tf32
+from .triton_settings import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
 
 __all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "plan_chain", "why_not", "why_not_auto"]
 
@@ -103,6 +104,8 @@ def precision_refusal(problem: ChainProblem) -> str | None:
     """Why PyTorch's current settings forbid this call, or None."""
     if problem.dtype != torch.float32 or convolutions_use_tf32():
         return None
+    if tf32_is_overridden():
+        return f"x is torch.float32 and {OVERRIDE}=0 in the environment forbids TF32, in which this backend multiplies it"
     return (
         f"x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is {convolution_precision()!r}; "
         "this backend multiplies torch.float32 in TF32, which 'tf32' (or torch.backends.cudnn.allow_tf32 = True) allows"
@@ -284,9 +287,3 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
     if biases is not None:
         bias[:, :width] = torch.stack([b.detach().float() for b in biases])
     return [packed, bias]
-
-
-def round_to_tf32(values: Tensor) -> Tensor:
-    """float32 `values` rounded to the nearest TF32 number, away from zero at equal distance; Inf and NaN stay."""
-    rounded = ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..chain import BACKENDS, ChainConfig, ChainProblem
@@ -21,6 +22,8 @@ from ..chain import BACKENDS, ChainConfig, ChainProblem
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
 AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _MODULES = {"reference": "aten", "triton": "triton_backend", "cpu": "native_cpu", "cuda": "native_cuda"}
+# Backends whose kernels no committed record has measured on a GPU, and what `explain` says of them; empty once one has.
+EXPERIMENTAL = dict.fromkeys(("cuda", "triton"), "experimental: never measured on a GPU")
 _log = logging.getLogger("res2net_fused")
 
 
@@ -113,6 +116,7 @@ def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
         trains = getattr(module, "why_not_training", None)
         why = "it has no kernels for BatchNorm in training mode" if trains is None else trains(problem)
         if why is None:
+            _warn_of_reference(candidate, problem, rejected)
             return Choice(candidate, tuple(rejected), source)
         rejected.append((candidate, why))
     if name != "auto":
@@ -158,6 +162,7 @@ def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") 
             why = module.why_not_auto(problem)
             postponed = None if why is None else candidate
         if why is None:
+            _warn_of_reference(candidate, problem, rejected)
             return Choice(candidate, tuple(rejected))
         rejected.append((candidate, why))
         _log_once(candidate, why)
@@ -167,3 +172,14 @@ def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") 
 @functools.lru_cache(1024)  # reasons hold sizes: of ever new shapes there is no end
 def _log_once(candidate: str, why: str) -> None:
     _log.info("backend %s is not used: %s", candidate, why)
+
+
+_warned: list[str] = []
+
+
+def _warn_of_reference(chosen: str, problem: ChainProblem, rejected: Sequence[tuple[str, str]]) -> None:
+    """Once a process, that a GPU runs none of the kernels; torch.float64 has none anywhere."""
+    if _warned or not rejected or chosen != "reference" or problem.device.type != "cuda" or problem.dtype == torch.float64:
+        return
+    _warned.append("; ".join(f"{name}: {why}" for name, why in rejected))
+    _log.warning("PyTorch's own operators run on this GPU, not this package's kernels: %s", _warned[0])

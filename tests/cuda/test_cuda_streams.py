@@ -60,6 +60,7 @@ def test_dropped_weights_stay_until_the_streams_that_read_them_are_through(drop,
         freeze(block)
     reader = torch.cuda.Stream()
     with torch.cuda.stream(reader):
+        infer(block, x)  # for which the stream is lent to, once for all
         torch.cuda._sleep(LONG)
         result = infer(block, x)
     if drop == "train":

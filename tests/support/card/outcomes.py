@@ -1,0 +1,214 @@
+"""What a backend's calls give on the stand-in card, where nobody runs the kernels: PyTorch's own operators' results.
+
+The package's functions run as ever, down to their launches. What they return is then overwritten with the reference's result,
+computed in float32 on the same memory, so that a result that nobody wrote shows as NaN where this module is switched off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import faults
+from .cards import Card
+from .cuda_module import Device
+
+if TYPE_CHECKING:
+    from . import Settings
+
+PACKAGE = "res2net_fused"
+
+
+def insert(device: Device, card: Card, settings: Settings) -> None:
+    """Prepares what happens to modules of the package when they are imported."""
+    planted = faults.read()
+    changes: dict[str, Callable[[Any], None]] = {f"{PACKAGE}.native": lambda m: _use_library(m, device, card, settings)}
+    for name, module in (("triton", "triton_backend"), ("cuda", "native_cuda")):
+        changes[f"{PACKAGE}.backends.{module}"] = functools.partial(_answer, name, settings, planted)
+    if settings.batch > 1:
+        changes[f"{PACKAGE}.backends.triton_settings"] = functools.partial(_larger, "plan_for", settings.batch)
+    sys.meta_path.insert(0, _Changed(changes))
+
+
+class _Changed(importlib.abc.MetaPathFinder):
+    """Calls a function with a module as soon as it has been imported."""
+
+    def __init__(self, changes: dict[str, Callable[[Any], None]]) -> None:
+        self.changes = changes
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in self.changes:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            change, execute = self.changes[name], spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                change(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _larger(name: str, factor: int, module: Any) -> None:
+    """Plans as for a batch that is `factor` times as large."""
+    import dataclasses
+
+    own = getattr(module, name)
+
+    @functools.wraps(own)
+    def planned(problem: Any, *args: Any, **options: Any) -> Any:
+        return own(dataclasses.replace(problem, batch=problem.batch * factor), *args, **options)
+
+    setattr(module, name, planned)
+
+
+def _use_library(native: Any, device: Device, card: Card, settings: Settings) -> None:
+    """The package's libraries, with the CUDA one over the stub of the runtime in place of the real one."""
+    own = native._installed
+    record = own.record()
+    folder = Path(device.c._name).with_suffix(f".{settings.card}{'' if settings.cuda_library else '-no-cuda'}")
+    part = {"built": False, "file": native.build_flags.CUDA_LIBRARY, "size": None, "reason": "not wanted on this card"}
+    if settings.cuda_library and importlib.util.find_spec("card.cuda_library") is not None:
+        from . import BUILD, cuda_library
+
+        built = cuda_library.build(BUILD / "cuda_library")
+        cuda_library.runtime(built).set_cards([card.limits] * settings.count)
+        part = {**part, "built": True, "size": built.stat().st_size, "reason": ""}
+        _link(folder / native.build_flags.CUDA_LIBRARY, built)
+    _link(folder / native.build_flags.CPU_LIBRARY, own._package_dir / native.build_flags.CPU_LIBRARY)
+    record["parts"]["cuda"] = part
+    record["info"] = {**record["info"], "cuda_version": "13.0.88"}
+    target = folder / native.build_flags.BUILD_RECORD
+    fresh = target.with_suffix(".new")
+    fresh.write_text(json.dumps(record))
+    fresh.replace(target)
+    native._installed = native.NativeLibraries(folder)
+
+
+def _link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.resolve() != target.resolve():
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def _answer(name: str, settings: Settings, planted: faults.Faults, backend: Any) -> None:
+    """Wraps the calls of one backend."""
+    answers = _ANSWERS if settings.launch == "reference" else {}
+    for call in ("forward", "block_forward", "train_forward", "train_backward", "chain_backward"):
+        own = getattr(backend, call, None)
+        if own is not None:
+            setattr(backend, call, _wrapped(own, name, call, answers.get(call), planted))
+
+
+def _wrapped(own: Any, name: str, call: str, answer: Any, planted: faults.Faults) -> Any:
+    @functools.wraps(own)
+    def answered(*args: Any, **options: Any) -> Any:
+        problem = next(a for a in args if type(a).__name__ == "ChainProblem")
+        with planted.around(name, call, problem) as wrong:
+            result = own(*args, **options)
+            if answer is not None:
+                answer(result, *args, **options)
+            if wrong:
+                (result if call in ("forward", "block_forward") else result[0]).mul_(1.5)
+        return result
+
+    return answered
+
+
+def _forward(out: Any, problem: Any, x: Any, weights: Any, biases: Any, packed: Any) -> None:
+    from res2net_fused import reference
+
+    if out.numel():
+        kept = _plain(weights, biases, packed, problem)
+        out.copy_(reference.hierarchical_conv2d(x.float(), *kept, problem.config))
+
+
+def _plain(weights: Any, biases: Any, packed: Any, problem: Any) -> tuple[Any, Any]:
+    return [w.float() for w in weights], None if biases is None else [b.float() for b in biases]
+
+
+def _block(out: Any, problem: Any, x: Any, shortcut: Any, folded: Any, relu: bool) -> None:
+    import torch.nn.functional as F
+
+    from res2net_fused import reference
+
+    u = F.conv2d(x.float(), folded.conv1_weight.float(), folded.conv1_bias.float()).relu_()
+    y = reference.hierarchical_conv2d(
+        u, [w.float() for w in folded.weights], [b.float() for b in folded.biases], problem.config
+    )
+    y = F.conv2d(y, folded.conv3_weight.float(), folded.conv3_bias.float())
+    y = y if shortcut is None else y + shortcut.float()
+    out.copy_(y.relu_() if relu else y)
+
+
+def _copy(into: Any, other: Any) -> None:
+    import torch
+
+    if isinstance(into, torch.Tensor):
+        into.copy_(other)
+    elif into is not None:
+        for a, b in zip(into, other, strict=True):
+            _copy(a, b)
+
+
+def _train_forward(result: Any, backend: Any, *args: Any, **options: Any) -> None:
+    from res2net_fused import training
+    from res2net_fused.backends.selection import get_backend
+
+    out, statistics, z = result
+    other, other_statistics, other_z = training.train_forward(get_backend("reference"), *args, **options)
+    _copy((out, *vars(statistics).values()), (other, *vars(other_statistics).values()))
+    _copy(z, other_z if z else [])
+
+
+def _train_backward(
+    result: Any, backend: Any, problem: Any, grad: Any, x: Any, out: Any, z: Any, mean: Any, invstd: Any, weights: Any,
+    gammas: Any, needed: Any, group: str = "",
+) -> None:  # fmt: skip
+    from res2net_fused import training
+    from res2net_fused.backends.selection import get_backend
+
+    reference, eps = get_backend("reference"), [1e-5] * problem.steps  # which the saved statistics hold already
+    arguments = grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group
+    _copy_needed(result, training._train_backward(reference, problem, *arguments), needed)
+
+
+def _chain_backward(result: Any, problem: Any, grad: Any, x: Any, out: Any, weights: Any, needed: Any) -> None:
+    from res2net_fused import backward
+
+    def output_backward(k: int, dy: Any, y: Any, u: Any) -> Any:
+        return backward.activation_backward(dy, y, problem.config.activation)
+
+    _copy_needed(result, backward.walk_back(None, grad, x, out, weights, problem.config, output_backward, needed), needed)
+
+
+def _copy_needed(result: Any, other: Any, needed: Any) -> None:
+    for mine, theirs, wanted in zip(result, other, (*needed, *needed[-1:]), strict=False):
+        if wanted:
+            _copy(mine, theirs)
+
+
+def _rows(result: Any, problem: Any, x: Any, weights: Any, biases: Any, scale: Any, shift: Any, keep: bool) -> None:
+    from res2net_fused import reference
+
+    out, rectified = result
+    _copy((out, rectified), reference.hierarchical_conv1d(x, weights, biases, scale, shift, problem.config, keep))
+
+
+_ANSWERS: dict[str, Any] = {
+    "forward": _forward, "block_forward": _block, "train_forward": _train_forward, "train_backward": _train_backward,
+    "chain_backward": _chain_backward,
+}  # fmt: skip

@@ -1,0 +1,38 @@
+"""The GPU program on stand-in cards: starts the processes that have one, since PyTorch must not have been imported before."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "support"))
+
+import card  # noqa: E402
+
+CARDS = ("H100", "RTX4090")  # the others in `make test-full`
+
+
+def rehearse(name, *arguments, **settings):
+    """pytest on two stand-in cards; its output, which must show no failure."""
+    env = card.environment(card.Settings(name, count=2, **settings))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", [n if n in CARDS else pytest.param(n, marks=pytest.mark.slow) for n in card.CARDS])
+def test_rehearsals(name):
+    found = re.search(r"(\d+) passed", rehearse(name, str(HERE / "rehearsal")))
+    assert found and int(found[1]) >= 15
+
+
+def test_the_card_stays_out_of_other_processes():
+    assert "STAND_IN_CARD" not in os.environ
+    import torch
+
+    assert torch.version.cuda is None or torch.cuda.is_available()
