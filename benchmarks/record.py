@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
             options.device = machine.choose_device(options.device, "record")
     except RuntimeError as error:
         print(f"record: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     options.kind = torch.device(options.device).type
     units = _wanted(options)
     if options.list:
@@ -81,8 +81,8 @@ def main(arguments: list[str]) -> int:
     record.close()
     status = 0
     if left:
-        command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--commit", str(environment["commit"])]
-        command += ["--out", str(path), "--child", str(STARTED)]
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--device", options.device]
+        command += ["--commit", str(environment["commit"]), "--out", str(path), "--child", str(STARTED)]
         status = supervise(command, path, deadline=STARTED + 60 * options.minutes + GRACE)
         record = Record(path, environment)
         record.close()
@@ -125,8 +125,6 @@ def _wanted(options: argparse.Namespace) -> list[Unit]:
 
 def _use(device: str) -> None:
     """Streams, graphs, events and memory figures are those of the current device. ValueError where there is no such one."""
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device is {device}, but this PyTorch sees no GPU")
     if (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {device}; this PyTorch sees {torch.cuda.device_count()} CUDA devices")
     use_device(device)
@@ -143,7 +141,7 @@ def _environment(options: argparse.Namespace, arguments: list[str]) -> dict[str,
     libraries = {"cpu": native.cpu_library(), **({"cuda": native.cuda_library()} if options.kind == "cuda" else {})}
     for status in libraries.values() if options.child is None else ():
         print(f"{status.name} library: {'loaded' if status.loaded else status.reason}", flush=True)
-    typed = arguments if options.child is None else arguments[: arguments.index("--commit")]
+    typed = arguments if options.child is None else arguments[:-8]  # without what `main` adds for a child
     environment = results.environment(options.device, shlex.join(["python", "benchmarks/record.py", *typed]))
     environment["commit"] = options.commit or environment["commit"]
     if environment["commit"] == "unknown" and not options.quick:

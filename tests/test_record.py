@@ -121,8 +121,8 @@ def record(tmp_path):
 
 def run_child(path, *arguments):
     """The process that measures, in this one."""
-    child = ["--commit", "test", "--out", str(path), "--child", str(time.time())]
-    return script("record").main(["--device", "cpu", "--quick", *arguments, *child])
+    child = ["--device", "cpu", "--commit", "test", "--out", str(path), "--child", str(time.time())]
+    return script("record").main(["--quick", *arguments, *child])
 
 
 def quick_unit(workload):

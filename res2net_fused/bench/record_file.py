@@ -106,7 +106,7 @@ class Record:
         self._runs[-1].update(facts)
 
     def mark(self, *names: str, limit_s: float) -> None:
-        """Who is about to run: a failure if the process does not get to the next mark, within limit_s seconds. Nobody: `unmark`."""
+        """Who is about to run, or nobody: a failure if the process does not get to the next mark within limit_s seconds."""
         if names:
             self._mark.set(names, limit_s)
         else:
