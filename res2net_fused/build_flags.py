@@ -40,6 +40,8 @@ CUDA_DEFINES = ("-DUSE_CUDA",)
 DEFAULT_CUDA_ARCHITECTURES = ("80", "90a", "100")
 # Sources of this name are compiled for this architecture alone.
 WGMMA_PREFIX, WGMMA_ARCHITECTURE = "instance_wgmma_", "90a"
+# The oldest PTX with the instructions of thread-block clusters, which kernels have from there on (csrc/cuda/chain/hardware.h).
+CLUSTER_PTX = 90
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) ->
 
 def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     """The CUDA operator library for `facts.cuda_architectures`. Needs nvcc, but neither a GPU nor a CUDA torch."""
-    device = (*NVCC_FLAGS, *gencode_flags(facts.cuda_architectures))
-    flags = (*device, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
+    code = gencode_flags(facts.cuda_architectures)
+    flags = (*NVCC_FLAGS, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
     plans = [s for s in _sources(root, "plan/*.cpp") if not s.name.endswith("_op.cpp")]
     sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, "cuda/**/*.cpp", "cuda/**/*.cu")]
     have_wgmma = WGMMA_ARCHITECTURE in facts.cuda_architectures
@@ -135,14 +137,13 @@ def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     units = []
     for source in sources:
         if not source.name.startswith(WGMMA_PREFIX):
-            units.append(_unit(root, source, flags, facts))
+            units.append(_unit(root, source, (*flags, *code), facts))
         elif have_wgmma:
-            others = gencode_flags([a for a in facts.cuda_architectures if a != WGMMA_ARCHITECTURE])
-            units.append(_unit(root, source, tuple(f for f in flags if f not in others), facts))
+            units.append(_unit(root, source, (*flags, _machine_code(WGMMA_ARCHITECTURE)), facts))
     # libtorch.so pulls in libtorch_cuda.so where torch has CUDA; linking it by name would need such a torch here.
     # One -Xlinker list, since nvcc moves -l options.
     torch_libraries = (f"-L{torch_root / 'lib'}", "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu")
-    link = ("-shared", "-cudart", "static", *gencode_flags(facts.cuda_architectures), *torch_libraries)
+    link = ("-shared", "-cudart", "static", *code, *torch_libraries)
     return Target("cuda", CUDA_LIBRARY, "nvcc", tuple(units), link)
 
 
@@ -176,13 +177,13 @@ def cuda_architectures(requested: str | None, supported: Sequence[int]) -> tuple
 
 
 def gencode_flags(architectures: Sequence[str]) -> tuple[str, ...]:
-    """nvcc's flags for machine code of each architecture, and PTX of the newest plain one for devices to come."""
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    plain = [a for a in architectures if a.isdigit()]
-    if plain:
-        newest = max(plain, key=int)
-        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    return tuple(flags)
+    """nvcc's flags for machine code of each architecture, and for devices to come PTX of the newest, with clusters in any case."""
+    newest = max((CLUSTER_PTX, *(number for a in architectures if (number := _arch_number(a)))))
+    return (*map(_machine_code, architectures), f"-gencode=arch=compute_{newest},code=compute_{newest}")
+
+
+def _machine_code(architecture: str) -> str:
+    return f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
 
 
 def _arch_number(arch: str) -> int | None:
