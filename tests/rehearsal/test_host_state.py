@@ -294,10 +294,11 @@ def test_a_stream_waits_and_is_recorded_once(kind, keep):
     expected = infer(keep(block), x)
     streams = [torch.cuda.Stream() for _ in range(3)]
 
-    def costs(stream):
+    def costs(stream, autocast=None):
         before = counter("waits"), counter("recorded_tensors")
         with torch.cuda.stream(stream):
-            assert torch.equal(infer(block, x), expected)
+            out = infer(block, x, autocast)
+        assert autocast or torch.equal(out, expected)
         return counter("waits") - before[0], counter("recorded_tensors") - before[1]
 
     assert costs(torch.cuda.current_stream()) == (0, 0)
@@ -308,3 +309,5 @@ def test_a_stream_waits_and_is_recorded_once(kind, keep):
     keep(block)  # other weights, of which the streams know nothing
     infer(block, x)
     assert costs(streams[0])[0] == 1
+    if keep is freeze:  # another dtype is made from them, and then lent for itself
+        assert [costs(stream, torch.float16)[0] for stream in streams[1:] * 2] == [1, 1, 0, 0]
