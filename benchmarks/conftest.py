@@ -24,7 +24,8 @@ def time_module(benchmark):
             pytest.skip(f"{name}: {reason}")
         providers.forget_compiled()
         with parity.convolution_precision(DTYPE, DEVICE):
-            contender = providers.contender(name, module, inputs, BACKEND)
+            _, graph = providers.contestants([name], DEVICE)[-1]
+            contender = providers.contender(name, module, inputs, BACKEND, graph)
 
             def once():
                 contender.run()

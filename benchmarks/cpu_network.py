@@ -10,7 +10,7 @@ ResNet-50 in PyTorch's fastest mode. A ratio above 1 means that ours is faster. 
 it is timed.
 
 Exit status 1: a ratio is below its bar, or the parity gate is red. 2: a bar cannot be judged, since a peer was not timed, or
-a peer computes something else.
+somebody failed or computes something else as it would be timed.
 
 The machine must be otherwise idle: one busy neighbour makes every barrier between two threads wait for it.
 """
@@ -20,13 +20,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from res2net_fused.bench import networks, providers, results, runtimes
+from res2net_fused.bench.network_contests import NetworkContests, TurnConditions
 from res2net_fused.bench.networks import NetworkRatios
+from res2net_fused.bench.record_file import Record
 
 BACKEND = "auto"
 _JUDGED_BY = {"bar_pytorch": ("pytorch",), "bar_peer": tuple(runtimes.RUNTIMES), "bar_resnet": ("resnet50",)}
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"cpu_network: --bar-peer needs {' and '.join(absent)}", file=sys.stderr)
         return 2
     names = [name for name in providers.select("cpu", "network", "all") if not (options.no_compile and "compile" in name)]
+    command = shlex.join(["python", "benchmarks/cpu_network.py", *arguments])
+    environment = results.environment("cpu", command) | {"peers": runtimes.versions()}
     try:
         cases = []
         for model in networks.DEFAULT_MODELS:
@@ -51,18 +56,25 @@ def main(arguments: Sequence[str]) -> int:
             if not cases[-1].parity.ok:
                 print(f"The parity gate is red, so nothing is timed. Misses:\n{cases[-1].parity.misses}")
                 return 1
-        rows = []
-        for batch in options.batch:
-            rows += networks.time_networks(cases, batch, names, "cpu", BACKEND, options.repeats)
-    except (ImportError, RuntimeError) as error:
+        with tempfile.TemporaryDirectory() as folder:
+            record = Record(options.out or Path(folder, "rows.json"), environment, again=True)
+            record.begin_run()
+            rounds = (options.repeats, options.repeats)
+            timer = NetworkContests(TurnConditions("cpu", BACKEND, False, None, None, 1, seconds=0, rounds=rounds), record)
+            for batch in options.batch:
+                outcome = timer.time_networks(cases, batch, providers.contestants(names, "cpu"))
+                record.add(outcome.rows, outcome.failures)
+            record.close()
+    except (ImportError, RuntimeError, ValueError) as error:
         print(f"cpu_network: {error}", file=sys.stderr)
         return 2
-    command = shlex.join(["python", "benchmarks/cpu_network.py", *arguments])
-    environment = results.environment("cpu", command) | {"peers": runtimes.versions()}
     if options.out:
-        results.write(options.out, environment, rows)
         print(f"Written: {options.out}")
-    return report(networks.network_ratios(rows), environment, {name: getattr(options, name) for name in _JUDGED_BY})
+    for name, reason in record.failures.items():
+        print(f"cpu_network: failed, {name}: {reason}", file=sys.stderr)
+    found = networks.network_ratios(record.rows)
+    status = report(found, environment, {name: getattr(options, name) for name in _JUDGED_BY})
+    return 2 if record.failures else status
 
 
 def report(found: Sequence[NetworkRatios], environment: dict[str, object], bars: dict[str, float | None]) -> int:

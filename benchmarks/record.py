@@ -5,21 +5,23 @@
     python benchmarks/record.py --part network --minutes 5
     python benchmarks/record.py --list --device cuda  # what would be measured, in which order
 
-Needs torch, triton and numpy, and runs from a plain checkout. Every result is compared with float64 before it is timed; the
-first miss ends the call with exit status 1. benchmarks/README.md says what is timed and how.
+Needs torch, triton and numpy, and runs from a plain checkout. Whatever is timed is compared with float64 as it is timed; what
+misses, fails, hangs or takes its process with it is a recorded failure, everything else is measured, and the exit status is 1.
+benchmarks/README.md says what is timed and how.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import shlex
-import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-STARTED = time.monotonic()
+STARTED = time.time()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -28,62 +30,64 @@ import torch  # noqa: E402
 import torch._inductor.config  # noqa: E402
 
 from res2net_fused import machine, native  # noqa: E402
-from res2net_fused.bench import contests, jax_cases, results, roofline, schedule  # noqa: E402
+from res2net_fused.bench import jax_cases, results, roofline, schedule  # noqa: E402
+from res2net_fused.bench.contestants import Absent, Conditions  # noqa: E402
+from res2net_fused.bench.contests import Contests, ContextLost, Outcome  # noqa: E402
 from res2net_fused.bench.figures import figure_table, figures  # noqa: E402
+from res2net_fused.bench.measure import use_device  # noqa: E402
 from res2net_fused.bench.record_file import Record, Row, failure_name, folder_name  # noqa: E402
 from res2net_fused.bench.schedule import Budget, Unit  # noqa: E402
+from res2net_fused.bench.supervise import AGAIN, REFUSED, supervise  # noqa: E402
 from res2net_fused.bench.workloads import Config  # noqa: E402
 from res2net_fused.chain import BACKENDS  # noqa: E402
 
 GRACE = 40  # seconds beyond --minutes, after which the unit that runs is given up
-
-
-class OutOfTime(BaseException):
-    """Raised by the alarm; no `except Exception` on the way may swallow it."""
+RATES = "the rates of the roofline"  # as a failure is named
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 for a red parity gate, or 2 for a request that cannot be met."""
+    """Returns 0, 1 where the record holds a failure, or 2 for a request that cannot be met; of a child AGAIN, too."""
     options = _parser().parse_args(arguments)
     try:
         if options.device is None or not options.list:
             options.device = machine.choose_device(options.device, "record")
     except RuntimeError as error:
         print(f"record: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     options.kind = torch.device(options.device).type
     units = _wanted(options)
     if options.list:
         print("\n".join(f"{i:4d}  {unit}" for i, unit in enumerate(units, 1)))
         return 0
     try:
+        if options.kind == "cuda":
+            _use(options.device)
         environment = _environment(options, arguments)
         path = options.out or _default_path(environment, options.quick)
-        record = Record(path, environment, options.again)
+        record = Record(path, environment, options.again and options.child is None)
     except ValueError as error:
         print(f"record: {error}", file=sys.stderr)
-        return 2
-    budget = Budget(options.minutes, STARTED)
-    units = [unit for unit in units if record.missing(unit.keys(options.device), unit)]
-    print(f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}; {len(units)} units to go")
-    signal.signal(signal.SIGALRM, _give_up)
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, budget.left + GRACE))
-    red = None
-    left = list(units)
-    try:
-        _measure_all(left, record, budget, options)
-    except contests.RedGate as error:
-        red = error
-    except OutOfTime:
-        print(f"[{budget.elapsed:4.0f} s] out of time; the case that ran is given up", flush=True)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        record.save()
-    if red is not None:
-        print(f"\n{red}\nNothing that had not passed was timed. Rows of earlier gates are in {path}")
-        return 1
-    _report(record, left)
-    return 0
+        return REFUSED
+    if options.child is not None:
+        return _measure(units, record, options)
+    if options.retry:
+        record.retry()
+    left = _left(units, record, options)
+    print(
+        f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}; {len(left)} units to go",
+        flush=True,
+    )
+    record.save()
+    record.close()
+    status = 0
+    if left:
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--device", options.device]
+        command += ["--commit", str(environment["commit"]), "--out", str(path), "--child", str(STARTED)]
+        status = supervise(command, path, deadline=STARTED + 60 * options.minutes + GRACE)
+        record = Record(path, environment)
+        record.close()
+    _report(record, _left(units, record, options))
+    return status or int(bool(record.failures))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no new case is started (default: 9)")
     parser.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, help="the record (default: benchmarks/results/<device>/record.json)")
-    parser.add_argument("--again", action="store_true", help="replace the record that is there instead of adding to it")
+    parser.add_argument("--again", action="store_true", help="begin the record anew; the old one is kept as <name>.before")
+    parser.add_argument("--retry", action="store_true", help="try again what failed or could not run in earlier calls")
+    parser.add_argument(
+        "--limit", type=float, default=420.0, help="seconds for one contestant's compiling and checking (default: 420)"
+    )
     parser.add_argument("--commit", help="name of the commit, where there is no .git")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of ours (default: auto)")
     parser.add_argument("--configs", help="only these, such as 26w4s,14w8s")
@@ -101,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-build", action="store_true", help="use the native libraries that are there")
     parser.add_argument("--quick", action="store_true", help="a few tiny cases, to try the machinery; no figures to quote")
     parser.add_argument("--list", action="store_true", help="print what would be measured, and stop")
+    parser.add_argument("--child", type=float, help=argparse.SUPPRESS)  # the process that measures: when the call began
     return parser
 
 
@@ -114,18 +123,26 @@ def _wanted(options: argparse.Namespace) -> list[Unit]:
     return units
 
 
+def _use(device: str) -> None:
+    """Streams, graphs, events and memory figures are those of the current device. ValueError where there is no such one."""
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {device}; this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    use_device(device)
+
+
 def _environment(options: argparse.Namespace, arguments: list[str]) -> dict[str, object]:
     """Builds the native code too, which is part of the environment. ValueError where the commit has no name."""
     problems = []
-    if not options.no_build:
+    if not options.no_build and options.child is None:
         capability = torch.cuda.get_device_capability(options.device) if options.kind == "cuda" else None
         problems = native_build.build(capability, options.commit)
     for problem in problems:
         print(f"build: {problem}", flush=True)
     libraries = {"cpu": native.cpu_library(), **({"cuda": native.cuda_library()} if options.kind == "cuda" else {})}
-    for status in libraries.values():
+    for status in libraries.values() if options.child is None else ():
         print(f"{status.name} library: {'loaded' if status.loaded else status.reason}", flush=True)
-    environment = results.environment(options.device, shlex.join(["python", "benchmarks/record.py", *arguments]))
+    typed = arguments if options.child is None else arguments[:-8]  # without what `main` adds for a child
+    environment = results.environment(options.device, shlex.join(["python", "benchmarks/record.py", *typed]))
     environment["commit"] = options.commit or environment["commit"]
     if environment["commit"] == "unknown" and not options.quick:
         raise ValueError("there is no .git here: name the commit with --commit")
@@ -140,68 +157,62 @@ def _default_path(environment: dict[str, object], quick: bool) -> Path:
     return ROOT / "benchmarks" / "results" / folder_name(str(environment["device"])) / "record.json"
 
 
-def _give_up(*_: object) -> None:
-    raise OutOfTime
+def _left(units: list[Unit], record: Record, options: argparse.Namespace) -> list[Unit]:
+    return [unit for unit in units if record.missing(unit.keys(options.device), unit)]
 
 
-def _measure_all(left: list[Unit], record: Record, budget: Budget, options: argparse.Namespace) -> None:
-    """Times units in order, taking each from `left` when its rows are in the record."""
-    if not left:
-        return
-    dtypes = list(dict.fromkeys(unit.dtype for unit in left))
-    rates = roofline.measure_rates(options.device, dtypes, options.quick)
-    known = {"copy_gb_s": round(rates.copy_gb_s), "matrix_tflops": {k: round(v, 2) for k, v in rates.matrix_tflops.items()}}
-    record.describe_run(**known, jax=jax_cases.why_not() or "installed")
-    print(f"[{budget.elapsed:4.0f} s] copy {known['copy_gb_s']} GB/s, matrix TFLOP/s {known['matrix_tflops']}", flush=True)
-    conditions = contests.Conditions(
-        options.device, options.backend, options.quick, rates, roofline.l2_bytes(options.device), record.run
-    )
+def _measure(units: list[Unit], record: Record, options: argparse.Namespace) -> int:
+    """In the child: times units in order, as long as the time of the call allows."""
+    budget = Budget(options.minutes, options.child, clock=time.time)
+    try:
+        record.begin_run()
+        _measure_all(_left(units, record, options), record, budget, options)
+    except ContextLost as error:
+        print(f"[{budget.elapsed:4.0f} s] the CUDA context is lost: {error}", flush=True)
+        return AGAIN
+    finally:
+        record.save()
+        record.close()
+    return 0
+
+
+def _measure_all(units: list[Unit], record: Record, budget: Budget, options: argparse.Namespace) -> None:
+    l2 = roofline.l2_bytes(options.device)
+    conditions = Conditions(options.device, options.backend, options.quick, None, l2, record.run, options.limit)
+    timer = Contests(conditions, record)
+    with timer.noted([RATES], Outcome()):
+        if not record.settled(RATES):
+            rates = roofline.measure_rates(options.device, list(dict.fromkeys(unit.dtype for unit in units)), options.quick)
+            copied, products = round(rates.copy_gb_s), {dtype: round(rate, 2) for dtype, rate in rates.matrix_tflops.items()}
+            record.describe_run(copy_gb_s=copied, matrix_tflops=products, jax=jax_cases.why_not() or "installed")
+            print(f"[{budget.elapsed:4.0f} s] copy {copied} GB/s, matrix TFLOP/s {products}", flush=True)
+            timer.conditions = replace(conditions, rates=rates)
     torch._inductor.config.autotune_num_choices_displayed = 0  # else max-autotune prints a table for every convolution
-    timer, passed = contests.Contests(conditions), set()
-    for unit in list(left):
+    for unit in units:
         kind = "jax" if unit.contestants[0][0] == "jax" else unit.workload
         if not budget.fits(kind):
             continue
-        if unit.phase not in passed:
-            together = [other for other in left if other.phase == unit.phase]
-            report = contests.gate(together, conditions)
-            passed.add(unit.phase)
-            if report:
-                print(f"[{budget.elapsed:4.0f} s] parity: {len(report)} comparisons, 0 misses", flush=True)
-            if not budget.fits(kind):
-                continue
         started = budget.elapsed
-        if kind == "jax":
-            outcome = _time_jax(unit, conditions, budget)
-        else:
-            try:
-                outcome = timer.time(unit)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-                outcome = contests.Outcome(failures={failure_name(unit, *who): reason for who in unit.contestants})
-        record.add(outcome.rows, outcome.failures)
+        outcome = _time_jax(unit, timer) if kind == "jax" else timer.time(unit)
+        record.add(outcome.rows, outcome.failures, outcome.absent)
         budget.note(kind, budget.elapsed - started)
-        left.remove(unit)
         print(f"[{budget.elapsed:4.0f} s] {unit}: {_line(outcome)}", flush=True)
         gc.collect()
         if options.kind == "cuda":
             torch.cuda.empty_cache()
 
 
-def _time_jax(unit: Unit, conditions: contests.Conditions, budget: Budget) -> contests.Outcome:
-    outcome = contests.Outcome()
-    reason = jax_cases.why_not()
-    if reason is None:
-        try:
-            outcome.rows.append(jax_cases.time_unit(unit, conditions, budget.left))
-        except RuntimeError as error:
-            reason = str(error)
-    if reason is not None:
-        outcome.failures[failure_name(unit, "jax", False)] = reason
+def _time_jax(unit: Unit, timer: Contests) -> Outcome:
+    outcome = Outcome()
+    with timer.noted([failure_name(unit, *contestant) for contestant in unit.contestants], outcome):
+        reason = jax_cases.why_not()
+        if reason is not None:
+            raise Absent(reason)
+        outcome.rows.append(jax_cases.time_unit(unit, timer.conditions, timer.conditions.limit_s))
     return outcome
 
 
-def _line(outcome: contests.Outcome) -> str:
+def _line(outcome: Outcome) -> str:
     """Medians in milliseconds, those from CUDA graphs marked with a star."""
 
     def label(row: Row) -> str:
@@ -210,6 +221,7 @@ def _line(outcome: contests.Outcome) -> str:
 
     texts = [label(row) for row in outcome.rows]
     texts += [f"{name.split(', ')[-1]} FAILED ({reason})" for name, reason in outcome.failures.items()]
+    texts += [f"no {name.split(', ')[-1]} ({reason})" for name, reason in outcome.absent.items()]
     return ", ".join(texts)
 
 
@@ -218,8 +230,15 @@ def _report(record: Record, left: list[Unit]) -> None:
         print(f"\nNot measured yet ({len(left)} units); call again to go on:")
         print("\n".join(f"  {unit}" for unit in left))
     print(f"\nFigures: bf16, both sides in CUDA graphs, medians of one run.\n{figure_table(figures(record.rows))}")
+    if record.failures:
+        print(f"\nFailed ({len(record.failures)}; --retry tries them again):")
+        print("\n".join(f"  {name}: {reason}" for name, reason in record.failures.items()))
     print(f"\nWritten: {record.path} ({len(record.rows)} rows)")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_status = main(sys.argv[1:])
+    if exit_status == AGAIN:
+        sys.stdout.flush()
+        os._exit(AGAIN)  # what unloads a lost CUDA context may hang
+    sys.exit(exit_status)

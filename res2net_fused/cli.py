@@ -34,7 +34,7 @@ _VARIABLES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 1 for a red parity gate, or 2 for a request that cannot be met.
+    """Runs one command; returns the exit status: 0, or 1 where something failed, or 2 for a request that cannot be met.
 
     arguments: of the command line, without its name; None for sys.argv's. The reason for a 2 goes to stderr. Raises SystemExit,
     as argparse does, for arguments that it does not know (2), and for --help and --version (0).
@@ -110,7 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     networks.add_argument("--no-network", action="store_true", help="leave whole networks out")
     bench.add_argument("--model-batch", type=_batches, help="of the networks, such as 1,8 (default: --batch, else 1,8)")
-    bench.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON and PNG (default: results)")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder of the JSON and PNG (default: results). The JSON grows case by case; a call with the options of one that "
+        "was cut short or had failures goes on behind them, any other begins anew and keeps the old file as <name>.before",
+    )
+    bench.add_argument("--again", action="store_true", help="begin anew in any case, and try again what failed")
+    bench.add_argument(
+        "--limit",
+        type=_positive,
+        default=420,
+        help="seconds on a GPU for compiling and checking one contender, after which it counts as hanging (default: 420)",
+    )
+    bench.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # the process that measures on a GPU
 
     tune = _command(
         commands,
@@ -274,11 +288,14 @@ def _section(title: str, facts: dict[str, object]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from .bench.measure import use_device
     from .bench.networks import DEFAULT_MODELS, prepare_network
+    from .bench.photographs import photographs
     from .bench.progress import progress
-    from .parity import check_cases, unavailable_backends
+    from .parity import check_cases, unavailable_backends, why_not
 
     _resolve(options)
+    use_device(options.device)
     dtypes = options.dtype or {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32", "tf32")}[options.kind]
     todo = []
     for dtype in dtypes:
@@ -286,23 +303,37 @@ def _check(options: argparse.Namespace) -> int:
         slow = options.kind == "cpu" and dtype != "float32" and options.batch is None
         batches = (_SMALL_BATCH,) if slow else options.batches
         todo += cases(("chain", "block"), options.configs, batches, dtype, options.device, VARIANTS)
+    none_can = None if options.backend is None else why_not(todo, options.backend)
+    if none_can is not None:
+        raise RuntimeError(none_can)
+    if not options.no_network:
+        photographs()  # what is missing for them is said before the comparisons
     with progress("parity against float64", len(todo)) as bar:
         report = check_cases(todo, options.backend, bar.update)
-    if not options.no_network:
+    if not (options.no_network or report.lost):
         print("Res2Net-50 on two photographs against float64", flush=True)
         for dtype in dtypes:
-            report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
+            try:
+                report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
+            except Exception as error:
+                report.failed(error, "network", DEFAULT_MODELS[0], "", 2, options.backend or "auto", dtype)
     print(f"\n{report}\n")
     if options.backend is None:
         for name, reason in unavailable_backends(options.device).items():
             print(f"not checked, backend {name}: {reason}")
+    for what, reason in report.unchecked.items():
+        print(f"not checked, {what}: {reason}")
+    for row in report:
+        if row.failure:
+            print(f"failed, {row.workload} {row.config} stage {row.stage} {row.dtype}, backend {row.backend}: {row.failure}")
     print(f"{len(report)} comparisons, {len(report.misses)} misses")
     return 0 if report.ok else 1
 
 
 def _bench(options: argparse.Namespace) -> int:
     from .bench.networks import DEFAULT_MODELS
-    from .bench.sweep import Settings, command_line, run_sweep
+    from .bench.supervise import AGAIN
+    from .bench.sweep import Settings, command_line, measure, run_sweep
 
     _resolve(options)
     try:
@@ -324,7 +355,15 @@ def _bench(options: argparse.Namespace) -> int:
         train=options.train or ("none" if options.quick else "default"),
         model_batches=options.model_batch or options.batch or ((_SMALL_BATCH,) if options.quick else (1, 8)),
     )
-    return run_sweep(settings, options.out, command_line(options.arguments))
+    if not options.child:
+        child = [sys.executable, "-m", "res2net_fused", *options.arguments, "--child"]
+        command = command_line(options.arguments)
+        return run_sweep(settings, options.out, command, again=options.again, limit_s=options.limit, child=child)
+    status = measure(settings, options.out, command_line(options.arguments[:-1]), options.limit)
+    if status == AGAIN:
+        sys.stdout.flush()
+        os._exit(status)  # what unloads a lost CUDA context may hang
+    return status
 
 
 def _tune(options: argparse.Namespace) -> int:

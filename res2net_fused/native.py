@@ -54,6 +54,7 @@ class DeviceLimits(NamedTuple):
     registers_per_multiprocessor: int
     l2_bytes: int
     wgmma: int  # 1 where the device is of the Hopper generation and the CUDA library holds sm_90a code, the only one with wgmma
+    code: int  # version of the PTX, such as 90, that the CUDA library's code for it was compiled from; 0: there is none
 
 
 class NativeLibraries:

@@ -90,15 +90,75 @@ def test_poisoned_allocations_and_what_they_leave_behind():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_convolution_precision_is_given_back():
-    before = torch.backends.cudnn.conv.fp32_precision
-    with parity.convolution_precision("tf32", "cuda"):
-        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-    with parity.convolution_precision("float32", "cuda:1"):
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    with parity.convolution_precision("float32", torch.device("cpu")):
-        assert torch.backends.cudnn.conv.fp32_precision == before
-    assert torch.backends.cudnn.conv.fp32_precision == before
+def precisions():
+    """What every name of PyTorch for the precision of fp32 says, or "raises"."""
+    names = {"cudnn": ("conv", "rnn"), "mkldnn": ("conv", "rnn", "matmul"), "cuda": ("matmul",)}
+    found = {(a, b): getattr(getattr(torch.backends, a), b).fp32_precision for a, parts in names.items() for b in parts}
+    readers = {
+        "allow_tf32 of cuDNN": lambda: torch.backends.cudnn.allow_tf32,
+        "allow_tf32 of products": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "products": torch.get_float32_matmul_precision,
+    }
+    for name, read in readers.items():
+        try:
+            found[name] = read()
+        except RuntimeError:
+            found[name] = "raises"
+    return found
+
+
+@pytest.fixture
+def precision_as_it_was():
+    before = precisions()
+    yield
+    torch.backends.cudnn.allow_tf32 = before["allow_tf32 of cuDNN"]
+    torch.set_float32_matmul_precision(before["products"])
+    for (part, operation), value in ((key, value) for key, value in before.items() if isinstance(key, tuple)):
+        getattr(getattr(torch.backends, part), operation).fp32_precision = value
+
+
+def nothing():
+    pass
+
+
+def old_names():
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("medium")
+
+
+def new_names():
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.usefixtures("precision_as_it_was")
+@pytest.mark.parametrize("user", [nothing, old_names, new_names])
+def test_precision_can_be_read_by_every_name_and_is_given_back(user):
+    """new_names alone already makes the older ones raise: they are as they were afterwards, and readable inside."""
+    user()
+    before = precisions()
+    for dtype, device, word in (("tf32", "cuda", "tf32"), ("float32", "cuda:1", "ieee"), ("float32", "cuda", "ieee")):
+        with parity.convolution_precision(dtype, device):
+            inside = precisions()
+        rounds = word == "tf32"
+        assert inside["cudnn", "conv"] == inside["cudnn", "rnn"] == inside["cuda", "matmul"] == word
+        assert inside["allow_tf32 of cuDNN"] is inside["allow_tf32 of products"] is rounds
+        assert inside["products"] == ("high" if rounds else "highest")
+        assert precisions() == before
+    for dtype, device in (("float32", torch.device("cpu")), ("bfloat16", "cuda")):
+        with parity.convolution_precision(dtype, device):
+            assert precisions() == before
+
+
+@pytest.mark.usefixtures("precision_as_it_was")
+def test_models_are_exported_whatever_the_precision():
+    """torch.export reads the older names."""
+    (x,) = CASE.inputs()
+    block = torch.nn.Conv2d(x.shape[1], 3, 1)
+    for dtype in ("tf32", "float32"):
+        with parity.convolution_precision(dtype, "cuda"):
+            assert torch.equal(torch.export.export(block, (x,)).module()(x), block(x))
+        assert torch.equal(torch.export.export(block, (x,)).module()(x), block(x))
 
 
 def test_relative_error():

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import relative_error
+from record_cases import conditions
 
 from res2net_fused import cli
-from res2net_fused.bench import contests, measure, networks, plot, providers, results, roofline, runtimes, schedule, sweep
+from res2net_fused.bench import contests, measure, networks, plot, providers, results, runtimes, schedule, sweep
 from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase
+from res2net_fused.bench.record_file import Record
 from res2net_fused.bench.workloads import Case, Config
 from res2net_fused.models.registry import list_models, model_name
 from res2net_fused.parity import ParityReport
@@ -302,14 +304,14 @@ def test_the_record_of_a_cpu_has_the_peers():
     assert not {"onnxruntime", "openvino"} & {name for unit in schedule.schedule("cuda") for name, _ in unit.contestants}
 
 
-def test_a_record_says_which_peers_are_not_installed(nothing_installed, monkeypatch):
+def test_a_record_says_which_peers_are_not_installed(nothing_installed, tmp_path):
     contestants = (("ours", False), ("openvino", False))
     unit = schedule.Unit("chain", Config(26, 4), 4, "normal", 1, "float32", contestants)
-    conditions = contests.Conditions("cpu", "auto", True, roofline.Rates(10, {"float32": 0.1}), None, 1)
-    outcome = contests.Contests(conditions).time(unit)
-    assert [row["provider"] for row in outcome.rows] == ["ours"]
-    ((name, reason),) = outcome.failures.items()
-    assert name.endswith(", openvino") and "openvino: not installed" in reason
+    record = Record(tmp_path / "record.json", results.environment("cpu", "record"))
+    outcome = contests.Contests(conditions(), record).time(unit)
+    assert [row["provider"] for row in outcome.rows] == ["ours"] and not outcome.failures
+    ((name, reason),) = outcome.absent.items()
+    assert name.endswith(", openvino") and reason.startswith("not installed (openvino")
 
 
 # The script -----------------------------------------------------------------------------------------------------------

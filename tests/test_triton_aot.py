@@ -1,4 +1,4 @@
-"""Every kernel configuration for the published shapes, compiled for three architectures with no GPU.
+"""Every kernel configuration for the published shapes, compiled for five architectures with no GPU.
 
 Read from the results: shared memory, register spills (from the binary, since Triton's own count needs a driver),
 tensor-core instructions and 16-byte copies. A default run compiles a rotation, one dtype, batch and architecture per shape;
@@ -30,14 +30,22 @@ from res2net_fused.kernels.conv3x3_step import chain_calls, conv3x3_step, interp
 from res2net_fused.kernels.gradient_step import gradient_step  # noqa: E402
 from res2net_fused.kernels.implicit_gemm import Slots, pack_weights  # noqa: E402
 from res2net_fused.kernels.kernel_call import KernelCall  # noqa: E402
-from res2net_fused.kernels.step_plan import dot_precision, padded_lanes, plan_steps, plan_training  # noqa: E402
+from res2net_fused.kernels.step_plan import (  # noqa: E402
+    dot_precision,
+    has_wide_products,
+    padded_lanes,
+    plan_steps,
+    plan_training,
+)
 from res2net_fused.kernels.train_step import train_calls, train_step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")
 
 SPEECHBRAIN = Chain1dConfig(dilation=2, passthrough="first", padding_mode="reflect")
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+SHARED_LIMIT = {
+    (8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (12, 0): 99 * 1024,
+}  # fmt: skip
 CAPABILITIES = tuple(SHARED_LIMIT)
 PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True))
 BATCHES = (32, 1, 256)
@@ -105,7 +113,7 @@ def calls(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, i
 
     x, out = slots(shape.size, shape.size), slots(problem.output_height, problem.output_width)
     weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
-    weights = pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))
+    weights = pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))[None]
     bias = torch.empty(steps, shape.width, device="meta")
     distinct = {}
     for call in chain_calls(problem, plan, x, out, weights, bias):
@@ -129,11 +137,11 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
     weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
     x, out = pixels(planes * 4, shape.size), pixels(planes * 4, problem.output_height)
     packed = [
-        torch.empty(lanes, planes * 4, dtype=dtype, device="meta"),
+        torch.empty(1, lanes, planes * 4, dtype=dtype, device="meta"),
         torch.empty(lanes, device="meta"),
-        pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups)),
+        pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))[None],
         torch.empty(steps, shape.width, device="meta"),
-        torch.empty(planes * 4, lanes, dtype=dtype, device="meta"),
+        torch.empty(1, planes * 4, lanes, dtype=dtype, device="meta"),
         torch.empty(planes * 4, device="meta"),
     ]
     distinct = {}
@@ -142,17 +150,19 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
     return list(distinct.values())
 
 
-def calls_of_training(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]) -> list[KernelCall]:
-    """The distinct launches of one chain's training, forward and backward, with batch statistics and with BatchNorm folded, at
-    batch 128, on tensors without memory.
+def calls_of_training(
+    shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int], batch: int = 128
+) -> list[KernelCall]:
+    """The distinct launches of one chain's training, forward and backward, with batch statistics and with BatchNorm folded, on
+    tensors without memory.
     """
     steps, device = shape.scale - 1, torch.device("cuda")
     problem = ChainProblem(
-        shape.config, device, dtype, 128, shape.size, shape.size, shape.width, steps, channels_last=True
+        shape.config, device, dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True
     )
 
     def pixels(channels: int, height: int) -> torch.Tensor:
-        data = torch.empty(128, channels, height, height, dtype=dtype, device="meta")
+        data = torch.empty(batch, channels, height, height, dtype=dtype, device="meta")
         return data.to(memory_format=torch.channels_last)
 
     channels = shape.scale * shape.width
@@ -231,19 +241,33 @@ def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) 
     compiled = compile_for(call, capability)
     assert compiled.metadata.shared <= SHARED_LIMIT[capability]
     assert stack_bytes(compiled.asm["cubin"], folder) == 0, "registers are spilled"
+    masks = re.findall(r"and\.b32 .*, -8192;", compiled.asm["ptx"])  # that leave the bits of TF32
+    assert bool(masks) == rounds(call), masks
     if "BLOCK_K" in call.arguments:
         check_tensor_cores(call, compiled.asm["ptx"], capability)
     if call.kernel in (conv3x3_step, train_step, gradient_step):
         check_wide_copies(call, compiled.asm["ptx"])
 
 
+def rounds(call: KernelCall) -> bool:
+    """Whether a kernel rounds factors: what it reads of x, or what it leaves for another product."""
+    arguments = call.arguments
+    if arguments.get("PRECISION") != "tf32":
+        return False
+    if "ROUNDS" in arguments:
+        return arguments["ROUNDS"] or arguments.get("FORMS_NEXT", False)
+    if "NORM" in arguments:  # with batch statistics norm_gradient does it
+        return arguments.get("FEEDS", True) and not arguments["NORM"]
+    return arguments.get("FORMS_NEXT", True)
+
+
 def check_tensor_cores(call: KernelCall, ptx: str, capability: tuple[int, int]) -> None:
     found = {name: name in ptx for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma")}
-    arguments = call.arguments
+    arguments, warps = call.arguments, call.options["num_warps"]
     dtype = arguments["weight" if "weight" in arguments else "weights"].dtype
     if dtype == torch.float32 and arguments["PRECISION"] == "ieee":
         assert not any(found.values()), "an exact float32 product cannot come from tensor cores"
-    elif capability >= (9, 0) and arguments.get("BLOCK_M", arguments.get("BLOCK_C")) >= 64 and call.options["num_warps"] >= 4:
+    elif has_wide_products(capability) and arguments.get("BLOCK_M", arguments.get("BLOCK_C")) >= 64 <= 16 * warps:
         assert found["wgmma.mma_async" if capability == (9, 0) else "tcgen05.mma"], found
     else:
         assert found["mma.sync"], found
@@ -293,9 +317,16 @@ def check_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int], b
             assert call.arguments["SOURCE_VEC"] * dtype.itemsize == 16 or shape.groups > 1, "the padded layout is aligned"
 
 
-@pytest.mark.parametrize("shape", [BLOCKS[0], BLOCKS[3], BLOCKS[12]], ids=str)
-def test_block(shape, tmp_path) -> None:
-    check_block(shape, torch.bfloat16, (9, 0), 32, tmp_path)
+SOME_BLOCKS = [
+    (BLOCKS[0], torch.bfloat16, (12, 0)),  # of all pointwise tiles the widest
+    (BLOCKS[3], torch.bfloat16, (9, 0)),
+    (BLOCKS[12], torch.float32, (9, 0)),  # in TF32, PyTorch's default for convolutions
+]
+
+
+@pytest.mark.parametrize("shape, dtype, capability", SOME_BLOCKS, ids=_name)
+def test_block(shape, dtype, capability, tmp_path) -> None:
+    check_block(shape, dtype, capability, 32, tmp_path)
 
 
 TRAINED = [shape for shape in SHAPES if shape.pitch is None]
@@ -318,7 +349,7 @@ SOME_ROWS = [(128, torch.bfloat16, False, (9, 0)), (64, torch.float16, False, (8
 @pytest.mark.parametrize("width, dtype, tf32, capability", SOME_ROWS, ids=_name)
 def test_rows(width, dtype, tf32, capability, tmp_path) -> None:
     compiled = calls_of_rows(width, dtype, tf32)
-    assert len(compiled) == 2, "with and without a next convolution"
+    assert len(compiled) == 2 + tf32, "with and without a next convolution, and the first, which rounds x"
     for call in compiled:
         check_compiled(call, capability, tmp_path)
 

@@ -1,11 +1,30 @@
 #include "cuda/device.h"
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #define RES2NET_FUSED_STRING_(x) #x
 #define RES2NET_FUSED_STRING(x) RES2NET_FUSED_STRING_(x)
 
-int res2net_fused_query_device(int device, res2net_fused_device_limits* limits) {
+namespace {
+
+// Compiled for the same architectures as the kernels, so that it tells what they run as, and loaded in no time.
+__global__ void probe() {}
+
+cudaError_t query_code(int device, int* version) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, probe);
+  cudaSetDevice(before);
+  const bool none = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+  *version = error == cudaSuccess ? attributes.ptxVersion : 0;
+  if (none) cudaGetLastError();
+  return none ? cudaSuccess : error;
+}
+
+cudaError_t query(int device, res2net_fused_device_limits* limits) {
   // cudaDeviceGetAttribute, not cudaGetDeviceProperties: microseconds instead of milliseconds, and one layout in every
   // runtime version.
   const struct {
@@ -22,9 +41,17 @@ int res2net_fused_query_device(int device, res2net_fused_device_limits* limits) 
   };
   for (const auto& query : queries) {
     const cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, device);
-    if (error != cudaSuccess) return static_cast<int>(error);
+    if (error != cudaSuccess) return error;
   }
-  return 0;
+  return query_code(device, &limits->code);
+}
+
+}  // namespace
+
+int res2net_fused_query_device(int device, res2net_fused_device_limits* limits) {
+  const cudaError_t error = query(device, limits);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here; the runtime's slot would hand it to the next caller
+  return error;
 }
 
 const char* res2net_fused_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

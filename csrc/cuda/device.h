@@ -13,6 +13,7 @@ typedef struct {
   int shared_per_multiprocessor;  // bytes
   int registers_per_multiprocessor;
   int l2_bytes;
+  int code;  // version of the PTX, such as 90, that this library's code for the device was compiled from; 0: there is none
 } res2net_fused_device_limits;
 
 // 0, or the cudaError_t that the runtime gave.

@@ -35,7 +35,8 @@ std::vector<int64_t> device_limits(int64_t device) {
   return {limits.capability_major,          limits.capability_minor,
           limits.multiprocessors,           limits.shared_per_block_optin,
           limits.shared_per_multiprocessor, limits.registers_per_multiprocessor,
-          limits.l2_bytes,                  HAVE_WGMMA && limits.capability_major == 9};
+          limits.l2_bytes,                  HAVE_WGMMA && limits.capability_major == 9,
+          limits.code};
 }
 
 }  // namespace

@@ -105,6 +105,11 @@ ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& dev
              "; at least 8.0 is needed";
     return {};
   }
+  if (device.code == 0) {
+    reason = "the CUDA library holds no code for compute capability " + std::to_string(device.major) + "." +
+             std::to_string(device.minor) + "; build it where RES2NET_FUSED_CUDA_ARCHS names that, or is not set";
+    return {};
+  }
   if (work.channels % (4 / bytes_of(work.type)) != 0) {
     reason = "a group has " + std::to_string(work.channels) + " channels; in half precision an even number is needed";
     return {};
@@ -225,7 +230,7 @@ std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* devi
   const bool passes = problem[8] != 0;
   work.type = DataType(problem[9]);
   const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
-                            int(device[4]), int(device[5]), int(device[6]), int(device[7])};
+                            int(device[4]), int(device[5]), int(device[6]), int(device[7]), int(device[8])};
   std::string reason;
   const ChainPlan plan = plan_chain(work, passes, limits, reason, clusters);
   std::snprintf(text, size, "%s", reason.c_str());
@@ -233,8 +238,9 @@ std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* devi
   const ChainTile& t = plan.tile;
   return {plan.instance, t.rows, t.columns, t.images, t.whole, t.warps_m, t.warps_n, t.slices, t.stages,
           t.row_parts, t.channel_parts, t.warps_k, plan.ctas, plan.threads, plan.shared_bytes,
-          plan.ctas_per_multiprocessor, plan.packed_columns, plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops, int64_t(1000 * plan.microseconds),
-          int64_t(1000 * predict_steps(work, passes, limits))};
+          plan.ctas_per_multiprocessor, plan.packed_columns, plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops,
+          int64_t(1000 * plan.microseconds), int64_t(1000 * predict_steps(work, passes, limits)),
+          capability_of(limits.major, limits.minor), rates_of(limits.major, limits.minor).capability};
 }
 
 }  // namespace res2net_fused::chain

@@ -37,6 +37,7 @@ inline constexpr int WGMMA_INSTANCES = INSTANCES_COUNT - (0 RES2NET_WGMMA_INSTAN
 struct DeviceLimits {
   int major, minor, multiprocessors, shared_per_block, shared_per_multiprocessor, registers_per_multiprocessor, l2_bytes;
   int wgmma;  // 1 where the device has wgmma and the library code for it
+  int code;   // version of the PTX that the library's code for it was compiled from, such as 90; 0: there is none
 };
 
 struct ChainPlan {
@@ -82,7 +83,8 @@ double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& dev
 //   device: in the order of DeviceLimits
 //   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, row parts, channel parts, warps_k,
 //     CTAs, threads, shared bytes, CTAs per multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs,
-//     nanoseconds, nanoseconds of the per-step path; empty if there is no plan, and `text` says why
+//     nanoseconds, nanoseconds of the per-step path, the
+//     device's capability, such as 90, and the capability whose rates these times are counted with; empty if there is no plan, and `text` says why
 std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size,
                                      bool clusters = true);
 

@@ -14,6 +14,7 @@
 namespace res2net_fused::chain {
 
 constexpr int MAX_CLUSTER = 8;  // CTAs; what every device with clusters runs
+constexpr int CLUSTER_CODE = 90;  // version of the PTX from which on code has the instructions of a cluster
 
 inline bool exchanges(const ChainWork& work, const ChainTile& tile) {
   return work.adds && work.steps > 1 && tile.row_parts * tile.channel_parts > 1;

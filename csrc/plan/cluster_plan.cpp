@@ -120,7 +120,7 @@ void try_warps(const ChainWork& work, bool passes, const DeviceLimits& device, i
 
 void plan_clusters(const ChainWork& work, bool passes, const DeviceLimits& device, ChainPlan& best) {
   const bool sends = work.adds && work.steps > 1;
-  if (work.type == TF32 || (sends && device.major < 9)) return;
+  if (work.type == TF32 || (sends && (device.major < 9 || device.code < CLUSTER_CODE))) return;
   const int columns = divide_up(work.channels, 8);
   for (int index = STRIP_INSTANCES; index < WGMMA_INSTANCES; index++) {
     const Instance& instance = INSTANCE_TABLE[index];

@@ -12,7 +12,7 @@ namespace {
 
 std::vector<int64_t> plan(const std::vector<int64_t>& problem, const std::vector<int64_t>& device, std::string& reason) {
   STD_TORCH_CHECK(problem.size() == 10, "problem: expected 10 numbers, got ", problem.size());
-  STD_TORCH_CHECK(device.size() == 8, "device: expected 8 numbers, got ", device.size());
+  STD_TORCH_CHECK(device.size() == 9, "device: expected 9 numbers, got ", device.size());
   for (size_t i = 0; i < 7; i++)
     STD_TORCH_CHECK(problem[i] >= 1 && problem[i] <= int64_t(1) << 40, "problem: number ", i, " is ", problem[i],
                     "; expected 1 or more");

@@ -32,13 +32,20 @@ inline double overlap(int warps_per_scheduler) {
 // The same of wgmma, whose products run while their warps go on: a guess, as is DRAIN_CYCLES.
 inline double overlap_async(int warps_per_scheduler) { return warps_per_scheduler >= 2 ? 0.85 : 0.7; }
 
-inline int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
+constexpr int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
+
+// Threads are no limit of their own: registers allow 512 of them at most, and every multiprocessor has 1536 or more.
+constexpr bool registers_bound_the_threads() {
+  for (const Instance& instance : INSTANCE_TABLE)
+    if (registers_of(instance) * 1536 < 65536) return false;
+  return true;
+}
+static_assert(registers_bound_the_threads());
 
 inline int resident_ctas(const ChainGeometry& g, const Instance& instance, const DeviceLimits& device) {
   const int by_shared = device.shared_per_multiprocessor / (g.shared_bytes + 1024);  // the driver keeps 1 KiB of each
   const int by_registers = device.registers_per_multiprocessor / (registers_of(instance) * g.threads());
-  const int by_threads = (device.major == 8 && device.minor > 0 ? 1536 : 2048) / g.threads();
-  return std::min({by_shared, by_registers, by_threads});
+  return std::min(by_shared, by_registers);
 }
 
 // Whether the tile is one that may be launched: small enough to count in, and not too many of them for a grid.

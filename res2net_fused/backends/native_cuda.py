@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .. import native
 from ..chain import ChainConfig, ChainProblem
+from ..kernels.tf32 import round_to_tf32
 from .native_cuda_block import block_forward, pack_block
-from .triton_settings import convolution_precision, convolutions_use_tf32
+from .triton_settings import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
 
 __all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "plan_chain", "why_not", "why_not_auto"]
 
@@ -40,11 +41,12 @@ _INSTANCE_DEPTHS_COLUMNS = ((1, 2), (2, 4), (3, 6), (4, 7), (0, 6), (0, 7), (0, 
 
 # What a plan needs to know of a device without having it, in the order of native.DeviceLimits.
 LIMITS = {
-    "sm_80": native.DeviceLimits(8, 0, 108, 166912, 167936, 65536, 40 * 2**20, 0),
-    "sm_86": native.DeviceLimits(8, 6, 84, 101376, 102400, 65536, 6 * 2**20, 0),
-    "sm_89": native.DeviceLimits(8, 9, 128, 101376, 102400, 65536, 72 * 2**20, 0),
-    "sm_90": native.DeviceLimits(9, 0, 132, 232448, 233472, 65536, 50 * 2**20, 1),
-    "sm_100": native.DeviceLimits(10, 0, 148, 232448, 233472, 65536, 126 * 2**20, 0),
+    "sm_80": native.DeviceLimits(8, 0, 108, 166912, 167936, 65536, 40 * 2**20, 0, 80),
+    "sm_86": native.DeviceLimits(8, 6, 84, 101376, 102400, 65536, 6 * 2**20, 0, 80),
+    "sm_89": native.DeviceLimits(8, 9, 128, 101376, 102400, 65536, 72 * 2**20, 0, 80),
+    "sm_90": native.DeviceLimits(9, 0, 132, 232448, 233472, 65536, 50 * 2**20, 1, 90),
+    "sm_100": native.DeviceLimits(10, 0, 148, 232448, 233472, 65536, 126 * 2**20, 0, 100),
+    "sm_120": native.DeviceLimits(12, 0, 170, 101376, 102400, 65536, 96 * 2**20, 0, 100),
 }
 
 
@@ -74,6 +76,8 @@ class Plan(NamedTuple):
     mma_flops: int  # with halos and padding
     nanoseconds: int  # predicted
     steps_nanoseconds: int  # predicted for one launch per convolution
+    capability: int  # of the device, such as 90
+    rates: int  # the capability whose rates the two times are counted with
 
 
 def why_not(problem: ChainProblem) -> str | None:
@@ -103,6 +107,8 @@ def precision_refusal(problem: ChainProblem) -> str | None:
     """Why PyTorch's current settings forbid this call, or None."""
     if problem.dtype != torch.float32 or convolutions_use_tf32():
         return None
+    if tf32_is_overridden():
+        return f"x is torch.float32 and {OVERRIDE}=0 in the environment forbids TF32, in which this backend multiplies it"
     return (
         f"x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is {convolution_precision()!r}; "
         "this backend multiplies torch.float32 in TF32, which 'tf32' (or torch.backends.cudnn.allow_tf32 = True) allows"
@@ -170,10 +176,11 @@ def describe(plan: Plan, dtype: torch.dtype) -> str:
     parts = ""
     if INSTANCE_NAMES[plan.instance] in CLUSTER_INSTANCES:
         parts = f" in {plan.row_parts} row x {plan.channel_parts} channel parts"
+    rates = "" if plan.rates == plan.capability else f" (rates of sm_{plan.rates}, the nearest known to sm_{plan.capability})"
     return (
         f"CUDA, 1 launch, {instance}, {plan.ctas} CTAs of {part}{parts}, {warps(plan)} warps, "
         f"{plan.shared_bytes / 1024:.0f} KiB shared, {plan.ctas_per_multiprocessor} per SM; predicted "
-        f"{plan.nanoseconds / 1000:.0f} us, per step {plan.steps_nanoseconds / 1000:.0f} us"
+        f"{plan.nanoseconds / 1000:.0f} us, per step {plan.steps_nanoseconds / 1000:.0f} us{rates}"
     )
 
 
@@ -284,9 +291,3 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
     if biases is not None:
         bias[:, :width] = torch.stack([b.detach().float() for b in biases])
     return [packed, bias]
-
-
-def round_to_tf32(values: Tensor) -> Tensor:
-    """float32 `values` rounded to the nearest TF32 number, away from zero at equal distance; Inf and NaN stay."""
-    rounded = ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..chain import ChainConfig, ChainProblem
 from ..folding import FoldedBlock
+from ..kernels.tf32 import round_to_tf32
 from . import triton_backend
 from .triton_block import slot_pitch
 from .triton_settings import capability, uses_tf32
@@ -35,6 +36,8 @@ def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
     conv1 = pad_slots(folded.conv1_weight.flatten(1)).contiguous()
     conv1_bias = pad_slots(folded.conv1_bias.float()).reshape(-1)
     conv3 = pad_slots(folded.conv3_weight.flatten(1).t()).t().contiguous()
+    if weight.dtype == torch.float32:  # which this backend multiplies in TF32 alone
+        conv1, conv3 = round_to_tf32(conv1), round_to_tf32(conv3)
     chain = pack(folded.weights, folded.biases, config)
     return [conv1, conv1_bias, conv3, folded.conv3_bias.detach().float(), *chain]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..chain import BACKENDS, ChainConfig, ChainProblem
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
+FIRST_CHOICE = "first choice on this device"  # as a reason
 AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _MODULES = {"reference": "aten", "triton": "triton_backend", "cpu": "native_cpu", "cuda": "native_cuda"}
 # Backends whose kernels no committed record has measured on a GPU, and what `explain` says of them; empty once one has.
@@ -86,7 +87,7 @@ class Choice:
     def reason(self) -> str:
         if self.requested_by != "auto":
             return f"asked for by {self.requested_by}"
-        return "; ".join(f"{name}: {why}" for name, why in self.rejected) or "first choice on this device"
+        return "; ".join(f"{name}: {why}" for name, why in self.rejected) or FIRST_CHOICE
 
 
 @functools.cache

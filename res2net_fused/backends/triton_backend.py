@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..chain import ChainConfig, ChainProblem
 from ..kernels.step_plan import padded_lanes, why_not_size
+from ..kernels.tf32 import for_every_precision
 from .triton_block import block_forward, pack_block
 from .triton_settings import MINIMUM_CAPABILITY, capability, plan_for
 from .triton_training import chain_backward, describe, runs_chain_backward, train_backward, train_forward, why_not_whole_batch
@@ -98,12 +99,18 @@ def plan_training(problem: ChainProblem) -> str:
     return describe(problem)
 
 
-def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
-    """[(steps, groups, 9, w/groups, w/groups padded), biases (steps, w) in fp32]."""
+def pack(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig, only: str | None = None
+) -> list[Tensor]:
+    """[(precisions, steps, groups, 9, w/groups, w/groups padded), biases (steps, w) in fp32].
+
+    precisions: those of `for_every_precision`, or only this one.
+    """
     from ..kernels.implicit_gemm import pack_weights
 
     width = weights[0].shape[0]
     packed = pack_weights(list(weights), config.groups, padded_lanes(width // config.groups))
+    packed = for_every_precision(packed, only)
     if biases is None:
         return [packed, torch.zeros(len(weights), width, dtype=torch.float32, device=packed.device)]
     return [packed, torch.stack([bias.detach().float() for bias in biases])]
@@ -128,7 +135,6 @@ def forward(
     from ..kernels.conv3x3_step import chain_calls
     from ..kernels.implicit_gemm import Slots
 
-    packed_weights, bias = packed if packed else pack(weights, biases, problem.config)
     # The kernels read and write channels side by side; every other stride may be what it is.
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -137,6 +143,7 @@ def forward(
         x_slots = Slots(x, problem.width, problem.width)
         out_slots = Slots(direct, problem.width, problem.width)
         chain = plan_for(problem, capability(problem.device))
+        packed_weights, bias = packed if packed else pack(weights, biases, problem.config, chain.precision)
         for call in chain_calls(problem, chain, x_slots, out_slots, packed_weights, bias):
             call.run()
     return out if direct is out else out.copy_(direct)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..chain import ChainConfig, ChainProblem
 from ..folding import FoldedBlock
-from ..kernels.step_plan import padded_lanes
+from ..kernels.tf32 import for_every_precision, of_precision
 from ..kernels.tile_table import Tile
-from .triton_settings import capability, plan_for
+from .triton_settings import capability, plan_for, precision_of
 
 if TYPE_CHECKING:
     from ..kernels.kernel_call import KernelCall  # imports Triton, which may be missing
@@ -40,9 +40,12 @@ def in_place(config: ChainConfig, scale: int) -> bool:
     return config.passthrough == "last" and config.pool is None and config.hierarchical and config.stride == 1 and scale > 1
 
 
-def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
-    """[conv1 (s*pitch, inplanes), its bias, the chain's weights and biases, conv3 (planes * 4, s*pitch), its bias]."""
-    from ..kernels.implicit_gemm import pack_weights
+def pack_block(folded: FoldedBlock, config: ChainConfig, only: str | None = None) -> list[Tensor]:
+    """[conv1 (s*pitch, inplanes), its bias, the chain's weights and biases, conv3 (planes * 4, s*pitch), its bias].
+
+    Weights have one dimension more in front, as those of `triton_backend.pack`.
+    """
+    from .triton_backend import pack  # which offers this function as its own
 
     weight = folded.weights[0]
     width, dtype = weight.shape[0], weight.dtype
@@ -59,19 +62,19 @@ def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
     conv1_bias = pad_slots(folded.conv1_bias.float()).reshape(-1)
     conv3 = folded.conv3_weight.detach().reshape(-1, scale, width)
     conv3 = torch.nn.functional.pad(conv3, (0, pitch - width)).reshape(-1, scale * pitch).contiguous()
-    chain = pack_weights(folded.weights, config.groups, padded_lanes(width // config.groups))
-    biases = torch.stack([bias.detach().float() for bias in folded.biases])
-    return [conv1, conv1_bias, chain, biases, conv3, folded.conv3_bias.detach().float()]
+    conv1, conv3 = (for_every_precision(weights, only) for weights in (conv1, conv3))
+    chain = pack(folded.weights, folded.biases, config, only)
+    return [conv1, conv1_bias, *chain, conv3, folded.conv3_bias.detach().float()]
 
 
 def block_forward(
     problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: FoldedBlock, relu: bool
 ) -> Tensor:
-    packed = folded.packed or pack_block(folded, problem.config)
+    packed = folded.packed or pack_block(folded, problem.config, precision_of(problem))
     x = x.contiguous(memory_format=torch.channels_last)
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-    shape = problem.batch, packed[4].shape[0], problem.output_height, problem.output_width
+    shape = problem.batch, packed[4].shape[1], problem.output_height, problem.output_width
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         for call in block_calls(problem, capability(x.device), x, shortcut, packed, relu, out):
@@ -93,7 +96,8 @@ def block_calls(
     from ..kernels.implicit_gemm import Slots
     from ..kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
-    conv1, conv1_bias, weights, biases, conv3, conv3_bias = packed
+    conv1, conv1_bias, chain, biases, conv3, conv3_bias = packed
+    conv1, conv3 = (of_precision(weights, precision_of(problem)) for weights in (conv1, conv3))
     config, scale, width = problem.config, problem.scale, problem.width
     pitch, planes = slot_pitch(width, config.groups, x.dtype.itemsize), conv3.shape[0]
     lanes = scale * pitch
@@ -117,7 +121,7 @@ def block_calls(
     )  # fmt: skip
     y = u if shared else buffer(scale, problem.output_height, problem.output_width)
     x_slots = Slots(u, pitch, pitch, scale * shared)
-    yield from chain_calls(problem, plan, x_slots, Slots(y, pitch, pitch), weights, biases)
+    yield from chain_calls(problem, plan, x_slots, Slots(y, pitch, pitch), chain, biases)
     yield pointwise_call(
         Pixels(y, lanes, y.shape[1]), conv3, conv3_bias, Pixels(shortcut, planes, planes) if shortcut is not None else None,
         Pixels(out, planes, planes), outer, (planes, planes), relu, plan.precision, tile(outer, planes, lanes),

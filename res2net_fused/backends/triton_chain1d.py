@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..chain1d import Chain1dProblem
 from ..kernels.step_plan import padded_lanes
+from ..kernels.tf32 import for_precision
 from .triton_backend import why_not_device
-from .triton_settings import convolutions_use_tf32
+from .triton_settings import precision_of
 
 MAX_LENGTH = 2**30 - 2**10  # of a row and of its padding: positions are int32, mirrored ones twice as large on the way
 MAX_WEIGHTS = 2**31 - 1  # of one convolution, padded
@@ -49,7 +50,6 @@ def forward_1d(
 ) -> tuple[Tensor, list[Tensor]]:
     """As `chain1d.forward_1d`."""
     from ..kernels.conv1d_step import chain_calls_1d, pack_weights_1d
-    from ..kernels.step_plan import dot_precision
 
     if x.stride(2) != 1:
         x = x.contiguous()
@@ -67,9 +67,10 @@ def forward_1d(
     else:
         bias = _stacked(biases)
     affine = None if affine_scale is None or affine_shift is None else (_stacked(affine_scale), _stacked(affine_shift))
-    precision = dot_precision(problem.dtype, x.is_cuda and convolutions_use_tf32())
+    precision = precision_of(problem)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        for call in chain_calls_1d(problem, x, out, pack_weights_1d(weights), bias, affine, rectified, precision):
+        packed = for_precision(pack_weights_1d(weights), precision)
+        for call in chain_calls_1d(problem, x, out, packed, bias, affine, rectified, precision):
             call.run()
     return out, rectified
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..chain import ChainProblem
 from ..kernels.step_plan import most_pixels, padded_lanes
+from ..kernels.tf32 import for_precision
 from ..reference import pool_passthrough
 from ..training import Statistics, convolve
 from .selection import Backend
@@ -62,6 +63,7 @@ def train_forward(
     gammas, betas = (_single(tensors) for tensors in (gammas, betas))
     with _device_of(x):
         plan = plan_training_for(problem, capability(problem.device))
+        packed = for_precision(packed, plan.precision)
         passed = config.passed_group(problem.scale)
         if passed is not None and plan.launches[0].steps > 0:
             out.split(width, 1)[passed].copy_(pool_passthrough(x.split(width, 1)[passed], config))

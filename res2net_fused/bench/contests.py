@@ -1,215 +1,187 @@
-"""How one unit of a record is checked and timed: its contestants built, rotated past the L2, and run in turn."""
+"""How one unit of a record is checked and timed: its contestants built, compared with float64, and run in turn past the L2."""
 
 from __future__ import annotations
 
-import copy
+import gc
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch._dynamo.config
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..accelerate import accelerate, freeze
-from ..backends.selection import choose, choose_for_training, get_backend
-from ..chain import BACKENDS
-from ..models.network import Network
-from ..parity import ParityReport, ParityRow, check_case, check_network, relative_error
-from ..tolerances import network_bound
-from .measure import Contender, GraphedContender, Timing, measure
-from .networks import random_network
-from .photographs import calibrate
-from .providers import OURS, PROVIDERS, forget_compiled
-from .record_file import Row, failure_name
-from .roofline import Rates, Work, floor_ms, least_work, least_work_of_network, rotation_count
-from .schedule import YARDSTICK, Contestant, Unit, network_name
-from .training import (
-    SgdStep,
-    TrainingStep,
-    autocast,
-    check_training_case,
-    plain,
-    training_module,
-    training_network,
-    with_inner_chains,
+from ..parity import ParityRow, convolution_precision
+from ..tolerances import forward_bound, network_bound
+from .contestants import (
+    Absent,
+    Builder,
+    Built,
+    Conditions,
+    Model,
+    build_network,
+    case_builders,
+    case_of,
+    is_ours,
+    network_builders,
+    random_images,
+    random_tensors,
+    training_builders,
+    training_case_builders,
 )
-from .workloads import TORCH_DTYPES, TRAINED, Case, Config, channels_last, fused
+from .exact import CHECKED_IMAGES, CHECKED_IMAGES_OF_NETWORKS, Truth, Wrong, allowed
+from .measure import Contender, GraphedContender, Name, Timing, measure
+from .providers import PROVIDERS, forget_compiled
+from .record_file import Record, Row, failure_name
+from .roofline import least_work, least_work_of_network, rotation_count
+from .schedule import YARDSTICK, Contestant, Unit
+from .supervise import poisons_context
+from .training import SgdStep, SgdTruth, TrainingStep, TrainingTruth, check_training_case, plain, with_inner_chains
+from .workloads import TRAINED, Case
 
-_CHECKED_IMAGES = 2  # of a network in the parity gate
+_TIMED_SHARE = 0.25  # of the limit for building: what is timed is compiled, and was run before
 
-
-class RedGate(RuntimeError):
-    """A result missed its bound: nothing may be timed."""
-
-    def __init__(self, misses: ParityReport) -> None:
-        super().__init__(f"the parity gate is red:\n{misses}")
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Of all units in one call. run: its number in the record. l2: bytes, None on a CPU."""
-
-    device: str
-    backend: str
-    quick: bool
-    rates: Rates
-    l2: int | None
-    run: int
-
-    @property
-    def repeats(self) -> int:
-        return 3 if self.quick else 50 if self.l2 is not None else 10
-
-    @property
-    def image_size(self) -> int:
-        return 64 if self.quick else 224
+# Of a contestant that is built: compared with float64, Wrong where it misses.
+Check = Callable[[str, Contender, Model], ParityRow]
 
 
-@dataclass
-class Built:
-    """A contestant ready to be timed, and what its row says beside the times."""
-
-    contender: Contender
-    facts: dict[str, object]
+class ContextLost(Exception):
+    """Nothing that this process does on its device can be trusted any more; the fault is in the record."""
 
 
 @dataclass
 class Outcome:
-    """Rows of a unit, and by unit and provider why there is none."""
+    """Rows of a unit, and by unit and provider what went wrong and what cannot run here."""
 
     rows: list[Row] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def explains(self, name: str) -> bool:
+        return name in self.failures or name in self.absent
 
 
-# The parity gate ------------------------------------------------------------------------------------------------------
+class Marking(Mapping[Name, Contender]):
+    """Contenders for `measure`; each is marked as running when it is handed out, which is before its time is taken."""
 
+    def __init__(self, contenders: Mapping[Name, Contender], names: Mapping[Name, str], record: Record, limit_s: float) -> None:
+        """names: in the record."""
+        self._contenders, self._names, self._record, self._limit_s = contenders, names, record, limit_s
+        self.current = next(iter(contenders))
 
-def gate(units: Sequence[Unit], conditions: Conditions) -> ParityReport:
-    """Compares with float64 whatever of ours these units would time. Raises RedGate on a miss."""
-    report = ParityReport()
-    for unit in units:
-        if unit.contestants[0][0] not in OURS:
-            continue
-        if unit.workload == "network":
-            report += _check_network(unit, conditions)
-        elif unit.workload == "train_step":
-            report.append(_check_training(unit, conditions))
-        elif unit.workload in TRAINED:
-            report += _check_trained(unit, conditions)
-        else:
-            case = _case(unit, conditions)
-            backend = None if conditions.backend == "auto" else conditions.backend
-            if backend is None or get_backend(backend).why_not(case.problem(case.module())) is None:
-                report += check_case(case, backend)  # what cannot run is a recorded failure of its row, not a miss
-        if report.misses:
-            raise RedGate(report.misses)
-    return report
+    def __getitem__(self, key: Name) -> Contender:
+        self.current = key
+        self._record.mark(self._names[key], limit_s=self._limit_s)
+        return self._contenders[key]
 
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._contenders)
 
-def _check_trained(unit: Unit, conditions: Conditions) -> ParityReport:
-    """Of ours what can train here; what cannot is a recorded failure of its row, not a miss."""
-    case, report = _case(unit, conditions), ParityReport()
-    problem = plain(case).problem(plain(case).module())
-    for name in dict.fromkeys(name for name, _ in unit.contestants if name in OURS or name in BACKENDS):
-        try:
-            choose_for_training(problem, conditions.backend if name in OURS else name)
-        except RuntimeError:
-            continue
-        for one in with_inner_chains([case]):
-            report += check_training_case(one, name, conditions.backend)
-    return report
-
-
-def _check_network(unit: Unit, conditions: Conditions) -> ParityReport:
-    network = build_network(unit.config, unit.dtype, conditions)
-    images = _images(_CHECKED_IMAGES, 1, unit.dtype, conditions)[0]
-    return check_network(network, _ours(network, conditions), images, unit.config_name, unit.dtype)[0]
-
-
-def _check_training(unit: Unit, conditions: Conditions) -> ParityRow:
-    """Logits in training mode under autocast, BatchNorm with the statistics of the batch."""
-    network = build_network(unit.config, "float32", conditions).train()
-    images = _images(_CHECKED_IMAGES, 1, "float32", conditions)[0]
-    with torch.no_grad():
-        expected = copy.deepcopy(network).double()(images.double())
-        with autocast(unit.dtype, conditions.device):
-            eager = relative_error(copy.deepcopy(network)(images), expected)
-            error = relative_error(accelerate(copy.deepcopy(network), conditions.backend)(images), expected)
-    what = unit.workload, unit.config_name, "logits", _CHECKED_IMAGES, conditions.backend, unit.dtype
-    return ParityRow(*what, error, eager, network_bound(eager))
-
-
-# One unit -------------------------------------------------------------------------------------------------------------
+    def __len__(self) -> int:
+        return len(self._contenders)
 
 
 class Contests:
     """Times units; the ResNet-50 of the last network stays, since the next one is timed beside it."""
 
-    def __init__(self, conditions: Conditions) -> None:
-        self.conditions = conditions
-        self._yardstick: tuple[object, dict[Contestant, Built], dict[str, str], float | None] | None = None
+    def __init__(self, conditions: Conditions, record: Record) -> None:
+        """record: where failures are written as they happen, and who runs is marked."""
+        self.conditions, self.record = conditions, record
+        self._yardstick: tuple[object, dict[Contestant, Built], float | None] | None = None
 
     def time(self, unit: Unit) -> Outcome:
-        """Builds, warms up and times a unit's contestants in turn. Raises RedGate where a compiled network is wrong."""
+        """Builds, checks and times a unit's contestants in turn, without those of which the record knows why they cannot.
+
+        Whatever one of them raises is its own failure, and the others go on. Raises ContextLost where they cannot.
+        """
+        outcome = Outcome()
+        names = {contestant: failure_name(unit, *contestant) for contestant in unit.contestants}
+        left = tuple(contestant for contestant, name in names.items() if not self.record.settled(name))
+        unit = replace(unit, contestants=left)
         if self._yardstick is None or self._yardstick[0] != _yardstick_key(unit):
             self._yardstick = None
             forget_compiled()
         torch._dynamo.config.recompile_limit = 64  # several networks share one class; beyond it they would run eager
-        with _fastest_cudnn():
-            return self._time_network(unit) if unit.stage is None else self._time_case(unit)
+        with self.noted([names[contestant] for contestant in left], outcome):
+            with fastest_cudnn(), convolution_precision(unit.dtype, self.conditions.device):
+                if unit.workload in TRAINED:
+                    self._time_training_case(unit, case_of(unit, self.conditions), outcome)
+                elif unit.stage is not None:
+                    self._time_case(unit, case_of(unit, self.conditions), outcome)
+                else:
+                    self._time_network(unit, outcome)
+        return outcome
 
-    def _time_case(self, unit: Unit) -> Outcome:
-        case, outcome = _case(unit, self.conditions), Outcome()
-        if unit.workload in TRAINED:
-            return self._time_training_case(unit, case, outcome)
+    @contextmanager
+    def noted(self, names: Sequence[str], outcome: Outcome) -> Iterator[None]:
+        """Marks them as running, in the place of who is; what is raised is why there are no rows of those that have no
+        reason of their own yet."""
+        before = self.record.running
+        self.record.mark(*names, limit_s=self.conditions.limit_s)
+        try:
+            yield
+        except ContextLost:
+            raise
+        except Absent as error:
+            outcome.absent |= dict.fromkeys(names, str(error))
+        except Exception as error:  # a peer's compiler may raise anything
+            text = str(error).strip()[:300]
+            reason = text if isinstance(error, Wrong) else f"{type(error).__name__}: {text}"
+            outcome.failures |= {name: reason for name in names if not outcome.explains(name)}
+            self.record.add(failures=outcome.failures, absent=outcome.absent)
+            if poisons_context(error):
+                raise ContextLost(reason) from error
+            traceback.clear_frames(error.__traceback__)  # which hold what did not fit into memory
+            gc.collect()
+        self.record.mark(*before, limit_s=self.conditions.limit_s)
+
+    def _time_case(self, unit: Unit, case: Case, outcome: Outcome) -> None:
         module = case.module()
         shape = (unit.batch, case.channels, case.input_size, case.input_size)
         work = least_work(module, shape, unit.dtype)
-        inputs = _random(shape, rotation_count(work.activations, self.conditions.l2), unit.dtype, self.conditions.device)
-        builders = _case_builders(case, module, self.conditions)
-        built = _build(unit, builders, inputs, 8, outcome)
-        timings = self._measure(built)
-        least = self._floor([work], unit.dtype)
-        for contestant, timing in timings.items():
-            outcome.rows.append(self._row(unit, contestant, timing, built[contestant], least))
-        return outcome
+        count = rotation_count(work.activations, self.conditions.l2)
+        inputs = random_tensors(shape, count, unit.dtype, self.conditions.device)
+        truth = Truth(unit, module, inputs, CHECKED_IMAGES, lambda eager: forward_bound(unit.dtype, eager))
+        built = self.build(unit, case_builders(case, module, self.conditions), inputs, 8, truth.check, outcome)
+        self._measure(unit, built, outcome, self.conditions.floor_ms([work], unit.dtype))
 
-    def _time_training_case(self, unit: Unit, case: Case, outcome: Outcome) -> Outcome:
+    def _time_training_case(self, unit: Unit, case: Case, outcome: Outcome) -> None:
         shape = unit.batch, plain(case).channels, case.input_size, case.input_size
-        inputs = _random(shape, 2, "float32", self.conditions.device)
-        built = _build(unit, _training_case_builders(case, self.conditions), inputs, 1, outcome)
-        for contestant, timing in self._measure(built).items():
-            outcome.rows.append(self._row(unit, contestant, timing, built[contestant], None))
-        return outcome
+        inputs = random_tensors(shape, 2, "float32", self.conditions.device)
+        truth = TrainingTruth(case)
 
-    def _time_network(self, unit: Unit) -> Outcome:
-        outcome = Outcome()
+        def check(name: str, contender: Contender, model: Model) -> ParityRow:
+            assert isinstance(contender.model, TrainingStep)
+            report = truth.check(contender.model, name)
+            for inner in with_inner_chains([case])[:-1] if is_ours(name) else []:
+                report += check_training_case(inner, name, self.conditions.backend)
+            return judged(report, name)
+
+        built = self.build(unit, training_case_builders(case, self.conditions), inputs, 1, check, outcome)
+        self._measure(unit, built, outcome, None)
+
+    def _time_network(self, unit: Unit, outcome: Outcome) -> None:
         ours, least = self._network(unit, outcome)
         if self._yardstick is None:
-            others = tuple(contestant for contestant in unit.contestants if contestant[0] not in (*OURS, *BACKENDS))
-            peers = replace(unit, config=YARDSTICK, contestants=others)
-            of_peers = Outcome()
-            built, floor = self._network(peers, of_peers)
-            self._yardstick = _yardstick_key(unit), built, of_peers.failures, floor
-        _, yardstick, failures, yardstick_floor = self._yardstick
-        outcome.failures |= failures
-        timings = self._measure({**{(False, c): b for c, b in ours.items()}, **{(True, c): b for c, b in yardstick.items()}})
-        for (is_yardstick, contestant), timing in timings.items():
-            if is_yardstick:
-                named = replace(unit, config=YARDSTICK)
-                row = self._row(named, contestant, timing, yardstick[contestant], yardstick_floor)
-            else:
-                row = self._row(unit, contestant, timing, ours[contestant], least)
-                peer = timings.get((True, self._same_way(unit, contestant)))
-                row["yardstick_ms"] = peer and peer.median_ms
-            outcome.rows.append(row)
-        return outcome
+            others = tuple(contestant for contestant in unit.contestants if not is_ours(contestant[0]))
+            self._yardstick = _yardstick_key(unit), *self._network(replace(unit, config=YARDSTICK, contestants=others), outcome)
+        _, yardstick, yardstick_floor = self._yardstick
+        resnet = replace(unit, config=YARDSTICK)
+        together = {(unit, c): one for c, one in ours.items()} | {(resnet, c): one for c, one in yardstick.items()}
+        timings = self.take_turns(together, outcome)
+        for (of, contestant), timing in timings.items():
+            if of == resnet:
+                outcome.rows.append(self.row(of, contestant, timing, yardstick[contestant], yardstick_floor))
+                continue
+            row = self.row(unit, contestant, timing, ours[contestant], least)
+            peer = timings.get((resnet, self._same_way(unit, contestant)))
+            outcome.rows.append(row | {"yardstick_ms": peer and peer.median_ms})
 
     def _same_way(self, unit: Unit, contestant: Contestant) -> Contestant:
         """The contestant of the yardstick that is compiled and replayed as this one of a Res2Net."""
         name, graph = contestant
-        if name not in OURS and name not in BACKENDS:
+        if not is_ours(name):
             return contestant
         return ("compile" if self._compiles(unit) else "eager_channels_last", graph)
 
@@ -223,48 +195,79 @@ class Contests:
         network = build_network(unit.config, "float32" if training else unit.dtype, self.conditions)
         shape = (unit.batch, 3, self.conditions.image_size, self.conditions.image_size)
         if training:
-            images = _images(unit.batch, 2, "float32", self.conditions)
-            builders = _training_builders(network, unit, self.conditions)
-            return _build(unit, builders, images, 1, outcome), None
+            images = random_images(unit.batch, 2, "float32", self.conditions)
+            steps = SgdTruth(unit, network, images[0])
+
+            def check(name: str, contender: Contender, model: Model) -> ParityRow:
+                assert isinstance(contender.model, SgdStep)
+                return judged(steps.check(contender.model, name), name)
+
+            return self.build(unit, training_builders(network, unit, self.conditions), images, 1, check, outcome), None
         parts = least_work_of_network(network, shape, unit.dtype)
         moved = sum(part.activations + part.parameters for part in parts)
-        images = _images(unit.batch, max(2, rotation_count(moved, self.conditions.l2)), unit.dtype, self.conditions)
-        built = _build(unit, _network_builders(network, self._compiles(unit), self.conditions), images, 2, outcome)
-        self._check_built(unit, network, built, images[0])
-        return built, self._floor(parts, unit.dtype)
+        images = random_images(unit.batch, max(2, rotation_count(moved, self.conditions.l2)), unit.dtype, self.conditions)
+        truth = Truth(unit, network, images, CHECKED_IMAGES_OF_NETWORKS, network_bound)
+        builders = network_builders(network, unit.dtype, self._compiles(unit), self.conditions)
+        return self.build(unit, builders, images, 2, truth.check, outcome), self.conditions.floor_ms(parts, unit.dtype)
 
-    def _check_built(self, unit: Unit, network: Network, built: Mapping[Contestant, Built], images: Tensor) -> None:
-        """Logits of `ours` as timed: compiling may have gone wrong where the accelerated model was right."""
-        report = ParityReport()
-        with torch.inference_mode():
-            expected: Tensor | None = None
-            eager = 0.0
-            for (name, graph), one in built.items():
-                if name not in OURS:
-                    continue
-                if expected is None:
-                    few = images[:_CHECKED_IMAGES]
-                    expected = copy.deepcopy(network).double()(few.double())
-                    eager = relative_error(network(few), expected)
-                error = relative_error(one.contender.model(images)[:_CHECKED_IMAGES], expected)
-                label = "logits, graph" if graph else "logits"
-                bound = network_bound(eager)
-                report.append(
-                    ParityRow(unit.workload, unit.config_name, label, unit.batch, name, unit.dtype, error, eager, bound)
-                )
-        if report.misses:
-            raise RedGate(report.misses)
+    def build(
+        self, unit: Unit, builder: Builder, inputs: Sequence[Tensor], min_calls: int, check: Check, outcome: Outcome
+    ) -> dict[Contestant, Built]:
+        """Every contestant that can be built here and is right, warmed up."""
+        built: dict[Contestant, Built] = {}
+        for name, graph in unit.contestants:
+            who = failure_name(unit, name, graph)
+            if self.record.settled(who):
+                continue  # of the yardstick, whose contestants are not known before
+            with self.noted([who], outcome):
+                model = builder(name, graph)
+                last = is_ours(name) or PROVIDERS[name].channels_last
+                layout = torch.channels_last if last else torch.contiguous_format
+                # Or one contestant would warm the L2 for the next. Other values while graphs are captured: no intermediate
+                # that is left of a capture may look like a replay's.
+                own = [x.clone(memory_format=layout).mul_(0.5) for x in inputs]
+                contender = GraphedContender(model.call, own, min_calls) if graph else Contender(model.call, own)
+                contender.run()
+                for mine, x in zip(own, inputs, strict=True):
+                    mine.copy_(x)
+                row = check(name, contender, model)
+                built[name, graph] = Built(contender, model.facts | {"error": row.error, "allowed_error": row.bound})
+        return built
 
-    def _measure(self, built: Mapping) -> dict:
-        contenders = {key: one.contender for key, one in built.items()}
-        repeats = self.conditions.repeats
-        return measure(contenders, self.conditions.device, seconds=0.5, min_repeats=repeats, max_repeats=4 * repeats)
+    def _measure(self, unit: Unit, built: Mapping[Contestant, Built], outcome: Outcome, least: float | None) -> None:
+        for (_, contestant), timing in self.take_turns({(unit, c): one for c, one in built.items()}, outcome).items():
+            outcome.rows.append(self.row(unit, contestant, timing, built[contestant], least))
 
-    def _floor(self, parts: Sequence[Work], dtype: str) -> float:
-        return floor_ms(parts, self.conditions.rates, dtype)
+    def take_turns(
+        self, built: Mapping[tuple[Unit, Contestant], Built], outcome: Outcome
+    ) -> dict[tuple[Unit, Contestant], Timing]:
+        """Times all of them together; who fails is left out, and the others begin anew."""
+        limit_s = _TIMED_SHARE * self.conditions.limit_s
+        names = {(unit, contestant): failure_name(unit, *contestant) for unit, contestant in built}
+        left = {key: one.contender for key, one in built.items()}
+        while left:
+            marking = Marking(left, names, self.record, limit_s)
+            error: Exception
+            try:
+                return measure(marking, self.conditions.device, **self.conditions.turns)
+            except Exception as caught:
+                error = caught
+            with self.noted([names[marking.current]], outcome):
+                raise error
+            del left[marking.current]
+        return {}
 
-    def _row(self, unit: Unit, contestant: Contestant, timing: Timing, built: Built, least: float | None) -> Row:
+    def row(self, unit: Unit, contestant: Contestant, timing: Timing, built: Built, least: float | None) -> Row:
         return make_row(unit, contestant, timing, self.conditions, least) | built.facts | {"calls": built.contender.calls}
+
+
+def judged(report: Sequence[ParityRow], name: str) -> ParityRow:
+    """The row nearest to its bound; Wrong where one missed it."""
+    rows = [replace(row, bound=allowed(row.bound, name)) for row in report]
+    for row in rows:
+        if not row.ok:
+            raise Wrong(row)
+    return max(rows, key=lambda row: row.error / row.bound)
 
 
 def _yardstick_key(unit: Unit) -> object:
@@ -283,7 +286,7 @@ def make_row(unit: Unit, contestant: Contestant, timing: Timing, conditions: Con
 
 
 @contextmanager
-def _fastest_cudnn() -> Iterator[None]:
+def fastest_cudnn() -> Iterator[None]:
     """cuDNN tries its algorithms for each shape, which is to the good of the peers."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -291,121 +294,3 @@ def _fastest_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-# Contestants ----------------------------------------------------------------------------------------------------------
-
-# By provider and whether it will be captured: the model to call, and facts for its row.
-Builder = Callable[[str, bool], tuple[Callable[[Tensor], Tensor], dict[str, object]]]
-
-
-def _build(
-    unit: Unit, builder: Builder, inputs: Sequence[Tensor], min_calls: int, outcome: Outcome
-) -> dict[Contestant, Built]:
-    """Every contestant that can be built here, warmed up; of the others the reason goes to `outcome`."""
-    built: dict[Contestant, Built] = {}
-    for name, graph in unit.contestants:
-        try:
-            model, facts = builder(name, graph)
-            layout = torch.channels_last if name not in PROVIDERS or PROVIDERS[name].channels_last else torch.contiguous_format
-            own = [x.clone(memory_format=layout) for x in inputs]  # or one contestant would warm the L2 for the next
-            contender = GraphedContender(model, own, min_calls) if graph else Contender(model, own)
-            contender.run()
-        except Exception as error:  # a peer's compiler may raise anything
-            if "CUDA error" in str(error):
-                raise  # nothing after it on this device can be trusted
-            outcome.failures[failure_name(unit, name, graph)] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            continue
-        built[name, graph] = Built(contender, facts)
-    return built
-
-
-def _case_builders(case: Case, module: nn.Module, conditions: Conditions) -> Builder:
-    problem = case.problem(module)
-    compiled: dict[str, Callable[[Tensor], Tensor]] = {}
-
-    def build(name: str, graph: bool):
-        if name in PROVIDERS and name not in OURS:
-            if name not in compiled:
-                compiled[name] = PROVIDERS[name].build(copy.deepcopy(module), "")
-            return compiled[name], {}
-        if name in OURS:
-            backend = choose(problem, conditions.backend).name  # by its name, so that weights are packed for it
-        else:
-            backend = name
-            why = get_backend(backend).why_not(problem)
-            if why is not None:
-                raise RuntimeError(why)
-        model = fused(channels_last(copy.deepcopy(module)), backend)
-        frozen = graph and isinstance(model, nn.Module)  # a captured block would fold its BatchNorms at every replay
-        if frozen and isinstance(model, nn.Module):
-            freeze(model)
-        return model, {"backend": backend, "frozen": frozen}
-
-    return build
-
-
-def _network_builders(network: Network, compiles: bool, conditions: Conditions) -> Builder:
-    models: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, object]]] = {}
-
-    def build(name: str, graph: bool):
-        key = OURS[0] if name in OURS else name
-        if key not in models:
-            if name in OURS:
-                model: Callable[[Tensor], Tensor] = _ours(network, conditions)
-                if compiles:
-                    model = torch.compile(model, fullgraph=True, dynamic=False)
-                models[key] = model, {"backend": conditions.backend, "frozen": True, "compiled": compiles}
-            else:
-                models[key] = PROVIDERS[name].build(copy.deepcopy(network), ""), {}
-        return models[key]
-
-    return build
-
-
-def _ours(network: Network, conditions: Conditions) -> Network:
-    return freeze(channels_last(accelerate(copy.deepcopy(network), conditions.backend)))
-
-
-def _training_builders(network: Network, unit: Unit, conditions: Conditions) -> Builder:
-    def build(name: str, graph: bool):
-        return SgdStep(training_network(network, name, conditions.backend), unit.dtype, name == "compile"), {}
-
-    return build
-
-
-def _training_case_builders(case: Case, conditions: Conditions) -> Builder:
-    def build(name: str, graph: bool):
-        return TrainingStep(training_module(case, name, conditions.backend), case.dtype, name == "compile"), {}
-
-    return build
-
-
-# Modules and inputs ---------------------------------------------------------------------------------------------------
-
-
-def _case(unit: Unit, conditions: Conditions) -> Case:
-    assert unit.stage is not None  # of a chain or block
-    return Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, conditions.device, unit.variant)
-
-
-def build_network(config: Config, dtype: str, conditions: Conditions) -> Network:
-    """Res2Net-50 or, of config 64w1s, ResNet-50, with random weights and fitting statistics; one block a stage if quick."""
-    layers = (1, 1, 1, 1) if conditions.quick else None
-    network = random_network(network_name(config), layers).to(conditions.device)
-    calibrate(network, _images(4, 1, "float32", conditions)[0])
-    return network.requires_grad_(False).to(TORCH_DTYPES[dtype])
-
-
-def _images(batch: int, count: int, dtype: str, conditions: Conditions) -> list[Tensor]:
-    """Random images (N, 3, H, W) in channels-last; normal as normalised photographs are."""
-    shape = (batch, 3, conditions.image_size, conditions.image_size)
-    images = _random(shape, count, dtype, conditions.device, rectified=False)
-    return [x.contiguous(memory_format=torch.channels_last) for x in images]
-
-
-def _random(shape: Sequence[int], count: int, dtype: str, device: str, rectified: bool = True) -> list[Tensor]:
-    """Made where they are used: the large ones would take the CPU seconds. Non-negative if `rectified`, as behind a ReLU."""
-    generator = torch.Generator(device).manual_seed(1)
-    tensors = [torch.randn(shape, generator=generator, dtype=TORCH_DTYPES[dtype], device=device) for _ in range(count)]
-    return [x.relu_() for x in tensors] if rectified else tensors

@@ -13,7 +13,7 @@ from .schedule import FIGURE_CONFIGS, network_name
 from .workloads import STAGES, Config
 
 DTYPE = "bfloat16"
-COMPILED = ("compile", "compile_max_autotune")
+COMPILED = ("compile", "compile_freezing", "compile_max_autotune")
 OURS = "ours_graph"
 TRAINERS = ("ours", "triton")
 _NO_SLOWER = Config(48, 2)
@@ -102,7 +102,7 @@ def _training_figures(rows: Iterable[dict[str, Any]]) -> list[Figure]:
 
 
 def _blocks_of_a_network(times: _Times, batch: int) -> Figure:
-    """All 16 blocks of Res2Net-50 26w4s, each stage's first block and its normal ones; the faster torch.compile of each."""
+    """All 16 blocks of Res2Net-50 26w4s, each stage's first block and its normal ones; the fastest torch.compile of each."""
     peer_ms = ours_ms = 0.0
     missing = []
     for stage, depth in zip(STAGES, LAYERS_50, strict=True):

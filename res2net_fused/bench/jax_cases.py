@@ -20,10 +20,11 @@ from ..layouts import parts_of
 from ..parity import relative_error
 from ..reference import ReferenceBottle2neck
 from ..tolerances import forward_bound, network_bound
-from .contests import Conditions, build_network, make_row
+from .contestants import Conditions, build_network
+from .contests import make_row
 from .measure import Timing
 from .record_file import Row
-from .roofline import floor_ms, least_work, least_work_of_network, rotation_count
+from .roofline import least_work, least_work_of_network, rotation_count
 from .schedule import Unit
 from .workloads import TORCH_DTYPES, Case, ReferenceChain
 
@@ -60,16 +61,20 @@ def time_unit(unit: Unit, conditions: Conditions, seconds: float) -> Row:
             "count": count, "repeats": conditions.repeats, "gpu": torch.device(conditions.device).type == "cuda",
         }  # fmt: skip
         Path(folder, "spec.json").write_text(json.dumps(spec))
-        found = _run(Path(folder, "spec.json"), seconds)
+        found = _run(Path(folder, "spec.json"), seconds, torch.device(conditions.device))
     if not found["error"] <= bound:
         raise RuntimeError(f"JAX's relative error is {found['error']:.2g}; at most {bound:.2g} is allowed")
     timing = Timing(found["median_ms"], found["p20_ms"], found["p80_ms"], found["repeats"], found["peak_mb"])
-    row = make_row(unit, ("jax", False), timing, conditions, floor_ms(parts, conditions.rates, unit.dtype))
+    row = make_row(unit, ("jax", False), timing, conditions, conditions.floor_ms(parts, unit.dtype))
     return row | {"calls": found["calls"], "jax": found["jax"]}
 
 
-def _run(spec: Path, seconds: float) -> dict[str, Any]:
+def _run(spec: Path, seconds: float, device: torch.device) -> dict[str, Any]:
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if device.type == "cuda":  # JAX takes the first that it sees
+        index = torch.cuda.current_device() if device.index is None else device.index
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
     try:
         done = subprocess.run([sys.executable, str(PEER), str(spec)], env=environment, capture_output=True, text=True,
                               timeout=seconds)  # fmt: skip

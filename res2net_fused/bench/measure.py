@@ -1,4 +1,4 @@
-"""Timing: interleaved repeats on CPU or CUDA, medians and percentiles, and peak memory."""
+"""Timing: interleaved repeats on a CPU or one CUDA device, medians and percentiles, and peak memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,17 @@ Name = TypeVar("Name", bound=Hashable)  # of a contender
 
 _SPINNING_S = 0.01  # GCC's OpenMP threads spin for about half of this
 _LONG_MS = 50.0  # of a run beside which waking threads weighs nothing
+
+
+def use_device(device: str) -> None:
+    """Streams, events, captures and launches are those of the current device: to be called before anything else runs on it."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
+
+
+def _on(device: str | torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -69,17 +81,19 @@ class GraphedContender(Contender):
         super().__init__(model, inputs)
         rounds = -(-min_calls // len(inputs))
         self.calls = rounds * len(inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, tunes and packs outside the capture
-                super().run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self._graph):
-            for _ in range(rounds):
-                # Kept, so that each call writes memory of its own, which the L2 does not hold yet.
-                self._outputs = [self.model(x) for x in inputs]
+        self._device = inputs[0].device
+        with _on(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # compiles, tunes and packs outside the capture
+                    super().run()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.inference_mode(), torch.cuda.graph(self._graph, stream=stream):
+                for _ in range(rounds):
+                    # Kept, so that each call writes memory of its own, which the L2 does not hold yet.
+                    self._outputs = [self.model(x) for x in inputs]
 
     def run(self) -> Any:
         self._graph.replay()
@@ -91,7 +105,7 @@ class GraphedContender(Contender):
             for out in self._outputs:
                 out.fill_(float("nan"))
         self._graph.replay()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         return list(self._outputs)
 
 
@@ -107,28 +121,30 @@ def measure(
 ) -> dict[Name, Timing]:
     """Times all contenders in turn, round after round, so that drifts of the machine meet all of them alike.
 
+    Each is taken from `contenders` just before it runs, so that a Mapping knows who does. What one raises is raised.
     Where a model computes in threads that are not PyTorch's (its attribute `own_threads`), every run starts when the threads
     of the one before have gone to sleep.
     seconds: for all contenders together, after warm-up; at least `min_repeats` rounds are run, at most `max_repeats`.
     advance: called after every round.
     """
-    peaks = {name: peak_mb(contender, device) for name, contender in contenders.items()}
-    for contender in contenders.values():
-        for _ in range(warm_up):
-            contender.run()
-    once = _cuda_ms if torch.device(device).type == "cuda" else _wall_ms
-    if any(getattr(contender.model, "own_threads", False) for contender in contenders.values()):
-        once = _settled_ms
-    samples: dict[Name, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    start = time.perf_counter()
-    for repeat in range(max_repeats):
-        if repeat >= min_repeats and time.perf_counter() - start > seconds:
-            break
-        first = repeat % len(names)  # nobody always follows the same neighbour's cache contents
-        for name in names[first:] + names[:first]:
-            samples[name].append(once(contenders[name]))
-        advance()
+    with _on(device):
+        peaks = {name: peak_mb(contender, device) for name, contender in contenders.items()}
+        for contender in contenders.values():
+            for _ in range(warm_up):
+                contender.run()
+        once = _cuda_ms if torch.device(device).type == "cuda" else _wall_ms
+        if any(getattr(contender.model, "own_threads", False) for contender in contenders.values()):
+            once = _settled_ms
+        samples: dict[Name, list[float]] = {name: [] for name in contenders}
+        names = list(contenders)
+        start = time.perf_counter()
+        for repeat in range(max_repeats):
+            if repeat >= min_repeats and time.perf_counter() - start > seconds:
+                break
+            first = repeat % len(names)  # nobody always follows the same neighbour's cache contents
+            for name in names[first:] + names[:first]:
+                samples[name].append(once(contenders[name]))
+            advance()
     return {name: _timing(values, peaks[name]) for name, values in samples.items()}
 
 
@@ -170,13 +186,13 @@ def peak_mb(contender: Contender, device: str) -> float:
     with torch.inference_mode():
         contender.model(contender.inputs[0])  # compiles and packs
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         with torch.inference_mode():
             contender.model(contender.inputs[0])
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     return _cpu_peak_mb(contender)
 
 

@@ -1,35 +1,34 @@
-"""Whole networks on two photographs: compared with float64, timed in turn, and the ratios that they are judged by."""
+"""Whole networks on two photographs: compared with float64, and the ratios that their times are judged by."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
+from ..backends.selection import choose
 from ..explain import explain
+from ..fused_block import STATE, FusedModule
 from ..layouts import parts_of
 from ..models.network import Network
 from ..models.registry import CONFIGURATIONS, create_model, model_name
-from ..parity import ParityReport, check_network, convolution_precision, relative_error
+from ..parity import ParityReport, check_network, convolution_precision
 from ..reference import ReferenceBottle2neck
 from ..tables import format_table
-from ..tolerances import network_bound
 from . import runtimes
-from .measure import Contender, measure
 from .photographs import calibrate, photographs
-from .progress import progress
-from .providers import OURS, PYTORCH, contender, forget_compiled
+from .providers import OURS, PYTORCH, label
 from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
 from .workloads import TORCH_DTYPES, channels_last
 
 DEFAULT_MODELS = tuple(network_name(config) for config in (*FIGURE_CONFIGS, YARDSTICK))
+RUNTIMES = (*runtimes.RUNTIMES, runtimes.TENSORRT)  # that are no mode of PyTorch
 Row = dict[str, Any]
 
 
@@ -41,13 +40,22 @@ class NetworkCase:
     dtype: str
     network: Network
     images: Tensor  # (2, 3, H, W), of the size that the network is published for
-    parity: ParityReport
-    differences: dict[str, float]  # by place, the largest absolute one between network and copy
-    coverage: str  # how many of the copy's blocks ran fused, such as 16 of 16
+    parity: ParityReport = field(default_factory=ParityReport)  # empty before it is compared
+    differences: dict[str, float] = field(default_factory=dict)  # by place, the largest absolute one between network and copy
+    coverage: str = ""  # how many of the copy's blocks ran fused, such as 16 of 16
+    choices: list[tuple[str, str]] = field(default_factory=list)  # backends of the copy's blocks, and why it was those
 
     def batch(self, size: int) -> Tensor:
         """(size, 3, H, W): the photographs as often as it takes."""
         return self.images.repeat(-(-size // len(self.images)), 1, 1, 1)[:size].contiguous()
+
+    def table(self) -> list[list[str]]:
+        """Cells of a line for each place that was compared."""
+        return [
+            [self.name, row.stage, self.coverage, row.backend, f"{self.differences[row.stage]:.1e}", f"{row.error:.1e}",
+             f"{row.eager_error:.1e}"]
+            for row in self.parity
+        ]  # fmt: skip
 
 
 def spelt(name: str) -> str:
@@ -67,61 +75,29 @@ def random_network(name: str, layers: Sequence[int] | None = None) -> Network:
     return network
 
 
-def prepare_network(name: str, dtype: str, device: str, backend: str) -> NetworkCase:
-    """A network with the statistics of the photographs, and its comparison with float64."""
+def plain_network(name: str, dtype: str, device: str) -> NetworkCase:
+    """A network with the statistics of the photographs, not compared yet."""
     images = photographs(CONFIGURATIONS[model_name(name)].image_size)
     network = calibrate(random_network(name), images).requires_grad_(False).to(device, TORCH_DTYPES[dtype])
-    images = images.to(device, TORCH_DTYPES[dtype])
-    model = channels_last(accelerate(copy.deepcopy(network), backend))
-    native_layout = images.contiguous(memory_format=torch.channels_last)
-    parity, differences = check_network(network, model, native_layout, spelt(name), dtype)
+    return NetworkCase(spelt(name), dtype, network, images.to(device, TORCH_DTYPES[dtype]))
+
+
+def compare(case: NetworkCase, backend: str) -> NetworkCase:
+    """The case with its comparison with float64. RuntimeError where a block would not run fused."""
+    model = channels_last(accelerate(copy.deepcopy(case.network), backend))
+    images = case.images.contiguous(memory_format=torch.channels_last)
+    case.parity, case.differences = check_network(case.network, model, images, case.name, case.dtype)
     reports = explain(model)
-    coverage = f"{sum(report.fused is True for report in reports)} of {len(reports)}"
-    return NetworkCase(spelt(name), dtype, network, images, parity, differences, coverage)
+    case.coverage = f"{sum(report.fused is True for report in reports)} of {len(reports)}"
+    states = [getattr(block, STATE) for block in model.modules() if isinstance(block, FusedModule)]
+    with convolution_precision(case.dtype, case.images.device):
+        choices = [choose(state.last_problem, backend) for state in states if state.last_problem is not None]
+    case.choices = list(dict.fromkeys((choice.name, choice.reason) for choice in choices))
+    return case
 
 
-def time_networks(
-    cases: Sequence[NetworkCase], batch: int, names: Sequence[str], device: str, backend: str, repeats: int
-) -> list[Row]:
-    """Times every provider on every network, all in turn, `repeats` rounds; one row each.
-
-    Raises RuntimeError where a provider as it would be timed computes something else than float64.
-    """
-    contenders: dict[tuple[str, str], Contender] = {}
-    errors: dict[tuple[str, str], float] = {}
-    forget_compiled()
-    steps = len(cases) * len(names) + repeats
-    with (
-        progress(f"timing {', '.join(case.name for case in cases)} at batch {batch}", steps, "steps") as bar,
-        convolution_precision(cases[0].dtype, device),
-        torch._dynamo.config.patch(recompile_limit=64),  # the networks share one class; beyond it they would run eager
-    ):
-        for case in cases:
-            images = case.batch(batch)
-            few = images[: len(case.images)]  # what follows are the same photographs
-            with torch.inference_mode():
-                expected = copy.deepcopy(case.network).double()(few.double())
-                allowed = network_bound(relative_error(case.network(few), expected))
-            for name in names:
-                bar.set_postfix_str(f"preparing {name} of {case.name}")  # exporting and compiling take seconds
-                made = contender(name, case.network, [images], backend)
-                error = relative_error(made.run()[: len(few)], expected)
-                bound = allowed if name in OURS else max(allowed, runtimes.BOUND)
-                if not error <= bound:
-                    raise RuntimeError(f"{name} on {case.name}: relative error {error:.2g}; at most {bound:.2g} is allowed")
-                contenders[case.name, name], errors[case.name, name] = made, error
-                bar.update()
-        bar.set_postfix_str("")
-        timings = measure(
-            contenders, device, seconds=0, min_repeats=repeats, max_repeats=repeats, warm_up=1, advance=bar.update
-        )
-    return [
-        timing.row(
-            workload="network", config=config, stage=None, batch=batch, dtype=cases[0].dtype, device=device, provider=name,
-            error=errors[config, name],
-        )  # fmt: skip
-        for (config, name), timing in timings.items()
-    ]
+def prepare_network(name: str, dtype: str, device: str, backend: str) -> NetworkCase:
+    return compare(plain_network(name, dtype, device), backend)
 
 
 # Ratios ---------------------------------------------------------------------------------------------------------------
@@ -148,30 +124,31 @@ class NetworkRatios:
 
 def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
     """From rows of one run; networks that ours was not timed on are left out, and so is ResNet-50 itself."""
-    times: dict[tuple[str, int], dict[str, float]] = {}
+    by_case: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["workload"] == "network":
-            times.setdefault((row["config"], row["batch"]), {})[row["provider"]] = row["median_ms"]
+            by_case.setdefault((row["config"], row["batch"]), []).append(row)
     found = []
-    for (model, batch), by_provider in times.items():
-        ours = _fastest(by_provider, OURS)
+    for (model, batch), of_case in by_case.items():
+        ours = _fastest(of_case, OURS)
         if ours is None or model == network_name(YARDSTICK):
             continue
-        others = {"pytorch": _fastest(by_provider, PYTORCH)}
-        others |= {name: _fastest(by_provider, [name]) for name in runtimes.RUNTIMES}
-        others["resnet50"] = _fastest(times.get((network_name(YARDSTICK), batch), {}), PYTORCH)
+        others = {"pytorch": _fastest(of_case, PYTORCH)}
+        others |= {name: _fastest(of_case, [name]) for name in RUNTIMES}
+        others["resnet50"] = _fastest(by_case.get((network_name(YARDSTICK), batch), []), PYTORCH)
         found.append(NetworkRatios(model, batch, ours[1], ours[0], {k: v for k, v in others.items() if v is not None}))
     return found
 
 
-def _fastest(times: dict[str, float], names: Iterable[str]) -> tuple[float, str] | None:
-    return min(((times[name], name) for name in names if name in times), default=None)
+def _fastest(rows: Iterable[Row], names: Iterable[str]) -> tuple[float, str] | None:
+    return min(((row["median_ms"], label(row)) for row in rows if row["provider"] in names), default=None)
 
 
 def ratio_table(ratios: Sequence[NetworkRatios]) -> str:
     """One line for each network and batch; ratios above 1 mean that ours is faster."""
-    others = ("pytorch", *runtimes.RUNTIMES, "resnet50")
-    head = ["network", "batch", "ours", "ms", "over PyTorch", *(f"over {name}" for name in runtimes.RUNTIMES), "over ResNet-50"]
+    measured = [name for name in RUNTIMES if any(name in found.others for found in ratios)]
+    others = ("pytorch", *measured, "resnet50")
+    head = ["network", "batch", "ours", "ms", "over PyTorch", *(f"over {name}" for name in measured), "over ResNet-50"]
     lines = []
     for found in ratios:
         cells = []
@@ -180,8 +157,7 @@ def ratio_table(ratios: Sequence[NetworkRatios]) -> str:
                 cells.append("not timed")
                 continue
             ms, provider = found.others[other]
-            which = "" if other in runtimes.RUNTIMES else f" {provider}"
+            which = "" if other in measured else f" {provider}"
             cells.append(f"{found.ratio(other):.2f}x ({ms:.4g} ms{which})")
         lines.append([found.model, str(found.batch), found.provider, f"{found.ms:.4g}", *cells])
     return format_table(head, lines, left=1)
-

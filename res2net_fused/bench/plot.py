@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from . import results
-from .workloads import SIZES, STAGES, Config
+from .providers import label
+from .workloads import SIZES, Config
 
+_PANEL = (3.4, 2.9)  # inches
+_LEGEND_ENTRY = (2.1, 0.22)
+_LETTERS = 10  # of the title to an inch
 _COLOURS = {  # in the order of the legend
     "eager": "#8c8c8c",
     "eager_channels_last": "#4c72b0",
@@ -17,8 +23,10 @@ _COLOURS = {  # in the order of the legend
     "compile_max_autotune": "#8172b3",
     "onnxruntime": "#8c6d31",
     "openvino": "#17617a",
+    "tensorrt": "#76b900",
     "jax": "#2f4b4f",
     "ours": "#c44e52",
+    "ours_compile": "#b5651d",
     "ours_graph": "#55a868",
     "triton": "#64b5cd",
     "cuda": "#da8bc3",
@@ -27,7 +35,8 @@ _COLOURS = {  # in the order of the legend
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """Draws the chains and blocks of a result file: one column per stage, one row per workload, batch and dtype.
+    """Draws the chains and blocks of a result file: a column for each stage that it has, a row for each workload, variant,
+    batch and dtype. Dashed: replayed from a CUDA graph.
 
     Raises ImportError where matplotlib is missing, ValueError where the file holds neither chains nor blocks.
     """
@@ -41,46 +50,70 @@ def plot(data: dict[str, Any], path: Path) -> None:
     rows = [row for row in data["rows"] if row["stage"] is not None]
     if not rows:
         raise ValueError("the result file holds no chain and no block to plot")
-    groups = list(dict.fromkeys((row["workload"], row["batch"], row["dtype"]) for row in rows))
-    providers = sorted({row["provider"] for row in rows}, key=list(_COLOURS).index)
-    figure, axes = plt.subplots(
-        len(groups), len(STAGES), figsize=(3.4 * len(STAGES), 2.9 * len(groups) + 1.2), squeeze=False, sharex=True
-    )
-    for line, (workload, batch, dtype) in zip(axes, groups, strict=True):
-        for axis, stage in zip(line, STAGES, strict=True):
-            here = [r for r in rows if (r["workload"], r["batch"], r["dtype"], r["stage"]) == (workload, batch, dtype, stage)]
-            for provider in providers:
-                _draw(axis, provider, [row for row in here if row["provider"] == provider])
+    groups = list(dict.fromkeys(map(_group, rows)))
+    stages = sorted({row["stage"] for row in rows})
+    order = list(_COLOURS)
+    lines = sorted({_line(row) for row in rows}, key=lambda line: (order.index(line[0]), line[1]))
+    scales = sorted({Config.parse(row["config"]).scale for row in rows})
+    width = max(2, len(stages)) * _PANEL[0]
+    columns = min(len(lines), int(width / _LEGEND_ENTRY[0]))
+    legend_height = 0.25 + _LEGEND_ENTRY[1] * math.ceil(len(lines) / columns)
+    environment = data["environment"]
+    title = f"Res2Net latency by scale: {environment['device']}, torch {environment['torch']}"
+    title = textwrap.fill(title, int(width * _LETTERS))
+    height = _PANEL[1] * len(groups) + legend_height + 0.3 * (2 + title.count("\n"))
+    figure, axes = plt.subplots(len(groups), len(stages), figsize=(width, height), squeeze=False)
+    handles: dict[str, Any] = {}
+    for panels, group in zip(axes, groups, strict=True):
+        workload, variant, batch, dtype = group
+        of_group = [row for row in rows if _group(row) == group]
+        first = True
+        for axis, stage in zip(panels, stages, strict=True):
+            here = [row for row in of_group if row["stage"] == stage]
+            axis.set_visible(bool(here))
+            if not here:
+                continue
+            for line in lines:
+                _draw(axis, [row for row in here if _line(row) == line])
+            handles.update((text, handle) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True))
             size = SIZES[stage - 1]
-            axis.set_title(f"{workload}, stage {stage} ({size}x{size})", fontsize=10)
+            what = workload if variant == "normal" else f"{workload} ({variant})"
+            axis.set_title(f"{what}, stage {stage} ({size}x{size})", fontsize=10)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            axis.set_xticks(sorted({Config.parse(row["config"]).scale for row in rows}))
-        line[0].set_ylabel(f"milliseconds\nbatch {batch}, {dtype}")
-    for axis in axes[-1]:
-        axis.set_xlabel("scale s, width at equal FLOPs")
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles.update((label, handle) for handle, label in zip(*axis.get_legend_handles_labels(), strict=True))
-    environment = data["environment"]
-    figure.suptitle(f"Res2Net latency by scale: {environment['device']}, torch {environment['torch']}", fontsize=11)
-    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=len(handles), frameon=False)
-    legend_height = 0.45 / figure.get_figheight()
-    figure.tight_layout(rect=(0, legend_height, 1, 1))
+            axis.set_xticks(scales)
+            axis.set_xlim(scales[0] - 0.5, scales[-1] + 0.5)
+            axis.set_xlabel("scale s, width at equal FLOPs")
+            if first:
+                axis.set_ylabel(f"milliseconds\nbatch {batch}, {dtype}")
+            first = False
+    figure.suptitle(title, fontsize=11)
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=columns, frameon=False)
+    figure.tight_layout(rect=(0, legend_height / height, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _draw(axis: Any, provider: str, rows: list[dict[str, Any]]) -> None:
+def _group(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["workload"], row.get("variant", "normal"), row["batch"], row["dtype"]
+
+
+def _line(row: dict[str, Any]) -> tuple[str, bool]:
+    return row["provider"], bool(row.get("graph"))
+
+
+def _draw(axis: Any, rows: list[dict[str, Any]]) -> None:
     """One line of medians with a band from the 20th to the 80th percentile."""
     rows = sorted(rows, key=lambda row: Config.parse(row["config"]).scale)
     if not rows:
         return
     scales = [Config.parse(row["config"]).scale for row in rows]
-    colour = _COLOURS[provider]
-    label = provider.replace("_", " ")
-    axis.plot(scales, [row["median_ms"] for row in rows], marker="o", markersize=4, color=colour, label=label)
+    colour, text = _COLOURS[rows[0]["provider"]], label(rows[0]).replace("_", " ")
+    style = "--" if rows[0].get("graph") else "-"
+    axis.plot(
+        scales, [row["median_ms"] for row in rows], style, marker="o", markersize=4, color=colour, label=text, clip_on=False
+    )
     low, high = ([row[name] for row in rows] for name in ("p20_ms", "p80_ms"))
     axis.fill_between(scales, low, high, color=colour, alpha=0.15, linewidth=0)
 

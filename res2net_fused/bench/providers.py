@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Provider:
 
     build(module, backend): the model to call; may change `module`, which is a copy of its own.
     channels_last: of the inputs. devices: where it exists. slow_start: it compiles for seconds before its first result.
-    graph: whether its calls are replayed from a CUDA graph.
+    forms: on a GPU, its calls launched one by one (False), replayed from a CUDA graph (True), or both in turn.
     networks_only: it differs from another one in what lies around the blocks.
     """
 
@@ -33,7 +33,7 @@ class Provider:
     channels_last: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     slow_start: bool = False
-    graph: bool = False
+    forms: tuple[bool, ...] = (False, True)
     networks_only: bool = False
 
 
@@ -70,65 +70,89 @@ def _runtime(name: str) -> Provider:
 
 
 PROVIDERS = {
-    "eager": Provider(lambda module, _: module, channels_last=False),
+    "eager": Provider(lambda module, _: module, channels_last=False, forms=(False,)),
     "eager_channels_last": Provider(lambda module, _: channels_last(module)),
     "compile": Provider(lambda module, _: _compiled(channels_last(module)), slow_start=True),
-    "compile_freezing": Provider(lambda module, _: _compiled_frozen(channels_last(module)), devices=("cpu",), slow_start=True),
-    # Its CUDA graph is captured as ours is: the one that torch.compile makes copies every input first.
+    "compile_freezing": Provider(
+        lambda module, _: _compiled_frozen(channels_last(module)), slow_start=True, forms=(True,)
+    ),
+    # Captured as ours is: the CUDA graph that torch.compile makes copies every input first.
     "compile_max_autotune": Provider(
         lambda module, _: _compiled(channels_last(module), mode="max-autotune-no-cudagraphs"),
         devices=("cuda",),
         slow_start=True,
-        graph=True,
+        forms=(True,),
     ),
+    runtimes.TENSORRT: Provider(lambda module, _: runtimes.tensorrt(module), channels_last=False, devices=("cuda",)),
     **{name: _runtime(name) for name in runtimes.RUNTIMES},
-    "ours": Provider(lambda module, backend: fused(channels_last(module), backend)),
+    "ours": Provider(lambda module, backend: fused(channels_last(module), backend), forms=(False,)),
     # What lies around the blocks compiled as a peer's is.
     "ours_compile": Provider(
         lambda module, backend: _compiled_frozen(_frozen(fused(channels_last(module), backend))),
-        devices=("cpu",),
         slow_start=True,
+        forms=(True,),
         networks_only=True,
     ),
     # Frozen, since a captured block would fold its BatchNorms at every replay.
     "ours_graph": Provider(
-        lambda module, backend: _frozen(fused(channels_last(module), backend)), devices=("cuda",), graph=True
+        lambda module, backend: _frozen(fused(channels_last(module), backend)), devices=("cuda",), forms=(True,)
     ),
 }
 OURS = ("ours", "ours_compile", "ours_graph")
-PYTORCH = tuple(name for name in PROVIDERS if name not in OURS and name not in runtimes.RUNTIMES)
+PYTORCH = tuple(name for name in PROVIDERS if name not in (*OURS, *runtimes.RUNTIMES, runtimes.TENSORRT))
 
 
 def select(device: str, workload: str, peers: str, quick: bool = False, dtype: str = "float32") -> list[str]:
-    """Names of the providers for one workload. "default" peers compile blocks only and in one way; "all" leaves none out.
+    """Names of the providers for one workload; "all" leaves none out.
 
-    ONNX Runtime and OpenVINO are among both, where they are installed, but not among the quick ones.
+    "default" peers are what runs the module as it is, torch.compile of blocks and, on a GPU, also what folds BatchNorms of
+    blocks and networks as ours does. Other runtimes are among both, where they are installed, but not among the quick ones.
     """
     kind = torch.device(device).type
     names = [name for name, provider in PROVIDERS.items() if kind in provider.devices]
     names = [name for name in names if workload == "network" or not PROVIDERS[name].networks_only]
     absent = unavailable(device, dtype)
-    names = [name for name in names if name not in absent and not (quick and name in runtimes.RUNTIMES)]
+    names = [name for name in names if name not in absent and not (quick and name in (*runtimes.RUNTIMES, runtimes.TENSORRT))]
     if peers == "all":
         return names
-    compiled = ("compile",) if workload == "block" and not quick else ()
+    compiled = set()
+    if not quick:
+        compiled |= {"compile"} if workload == "block" else set()
+        compiled |= {"compile_freezing", "ours_compile"} if kind == "cuda" and workload != "chain" else set()
     return [name for name in names if not PROVIDERS[name].slow_start or name in compiled]
+
+
+def contestants(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ...]:
+    """Each with whether its calls are replayed from a CUDA graph, once for each of its forms."""
+    if torch.device(device).type != "cuda":
+        return tuple((name, False) for name in names)
+    return tuple((name, graph) for name in names for graph in PROVIDERS[name].forms)
 
 
 def unavailable(device: str, dtype: str = "float32") -> dict[str, str]:
     """Of the providers of this device that cannot be timed here, the reason."""
-    if torch.device(device).type != "cpu":
-        return {}
-    return {name: why for name in runtimes.RUNTIMES if (why := runtimes.why_not(name, dtype)) is not None}
+    if torch.device(device).type == "cuda":
+        reasons = {runtimes.TENSORRT: runtimes.why_not_tensorrt()}
+    else:
+        reasons = {name: runtimes.why_not(name, dtype) for name in runtimes.RUNTIMES}
+    return {name: why for name, why in reasons.items() if why is not None}
 
 
-def contender(name: str, module: nn.Module, inputs: Sequence[Tensor], backend: str = "auto") -> Contender:
+def label(row: Mapping[str, Any]) -> str:
+    """The provider of a row for people; a star says that its calls are replayed from a CUDA graph, where the name does not."""
+    name = row["provider"]
+    return name + ("*" if row.get("graph") and not name.endswith("_graph") else "")
+
+
+def contender(
+    name: str, module: nn.Module, inputs: Sequence[Tensor], backend: str = "auto", graph: bool = False
+) -> Contender:
     """The provider ready to be timed on a module in eval mode; neither the module nor the inputs are changed."""
     provider = PROVIDERS[name]
     layout = torch.channels_last if provider.channels_last else torch.contiguous_format
     own = [x.clone(memory_format=layout) for x in inputs]
     model = provider.build(copy.deepcopy(module), backend)
-    return (GraphedContender if provider.graph else Contender)(model, own)
+    return (GraphedContender if graph else Contender)(model, own)
 
 
 def forget_compiled() -> None:

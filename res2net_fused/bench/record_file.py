@@ -1,12 +1,15 @@
-"""A record that grows over several calls: rows merged by key, one environment, written whole after every case."""
+"""A record that grows over several calls: rows merged by key, failures, who runs; written whole after every unit."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import results
+from .supervise import Mark
 
 # What must not change within one record. Threads matter to a CPU only; `native` says which libraries were loaded.
 _SAME = ("device", "torch", "triton", "cuda", "commit", "native", "quick")
@@ -33,26 +36,57 @@ def folder_name(device_name: str) -> str:
 
 
 class Record:
-    """The rows at `path` and those that are added. `environment` is that of this call."""
+    """The rows at `path` and those that are added, by one process at a time. `environment` is that of this call.
+
+    failures: by name (`failure_name`), why something went wrong. absent: by name, why it cannot run here. What has a row or
+    stands in one of the two is not run again. A mark that an earlier process left is a failure from here on.
+    """
 
     def __init__(self, path: Path, environment: dict[str, Any], again: bool = False) -> None:
-        """again: forget the rows that are there. ValueError where they come from another environment."""
+        """again: begin anew; the file that is there is kept as <name>.before. ValueError where the rows come from another
+        environment, the file cannot be read, or another process measures into it."""
         self.path, self.environment = path, environment
         self._rows: dict[tuple[object, ...], Row] = {}
-        self.failures: dict[str, str] = {}  # by unit and provider, the reason
+        self.failures: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
+        self._cut_off: dict[str, float] = {}  # by name, seconds after which the time of a call was up
         self._runs: list[dict[str, Any]] = []
         if path.exists() and not again:
-            old = results.read(path)
-            different = different_fields(old["environment"], environment)
-            if different:
-                raise ValueError(
-                    f"{path} was measured elsewhere or with other code ({'; '.join(different)}): name another file with --out, "
-                    "or replace it with --again"
-                )
-            self._rows = {row_key(row): row for row in old["rows"]}
-            self.failures = dict(old["environment"].get("failures", {}))
-            self._runs = list(old["environment"].get("runs", []))
-        self._runs.append({"command": environment["command"]})
+            self._take(results.read(path))
+        self._mark = Mark(path)
+        self._mark.lock()
+        if again:
+            self._mark.clear()
+            if path.exists():
+                os.replace(path, path.with_name(path.name + ".before"))
+        self._absorb(self._mark.read())
+
+    def _take(self, old: dict[str, Any]) -> None:
+        environment = old["environment"]
+        different = different_fields(environment, self.environment)
+        if different:
+            raise ValueError(
+                f"{self.path} was measured elsewhere or with other code ({'; '.join(different)}): name another file with "
+                "--out, or replace it with --again"
+            )
+        self._rows = {row_key(row): row for row in old["rows"]}
+        self.failures, self.absent = dict(environment.get("failures", {})), dict(environment.get("absent", {}))
+        self._cut_off, self._runs = dict(environment.get("cut_off", {})), list(environment.get("runs", []))
+
+    def _absorb(self, mark: dict[str, Any]) -> None:
+        names, cut = mark.get("names", []), mark.get("cut_s")
+        for name in names:
+            if self.settled(name):
+                continue  # the process that ended knew why
+            if cut is None:
+                self.failures[name] = mark.get("reason", "its process ended while it ran")
+            elif name in self._cut_off:
+                self.failures[name] = f"took all the time that was left, twice ({self._cut_off[name]} s, {cut} s)"
+            else:
+                self._cut_off[name] = cut
+        if names:
+            self.save()
+            self._mark.clear()
 
     @property
     def rows(self) -> list[Row]:
@@ -60,27 +94,63 @@ class Record:
 
     @property
     def run(self) -> int:
-        """Number of this call; ratios are taken between rows of one run."""
+        """Number of this run, from 1 on; ratios are taken between rows of one run."""
         return len(self._runs)
 
+    def begin_run(self) -> None:
+        """To be called by a process that measures, before its first row."""
+        self._runs.append({"command": self.environment["command"]})
+
     def describe_run(self, **facts: object) -> None:
-        """Adds facts about this call to the environment."""
+        """Adds facts about this run to the environment."""
         self._runs[-1].update(facts)
 
-    def missing(self, keys: list[tuple[object, ...]], unit: object) -> list[tuple[object, ...]]:
-        """Of these keys those that have neither a row nor a recorded failure."""
-        return [key for key in keys if key not in self._rows and failure_name(unit, key[-2], key[-1]) not in self.failures]
+    def mark(self, *names: str, limit_s: float) -> None:
+        """Who is about to run, or nobody: a failure if the process does not get to the next mark within limit_s seconds."""
+        if names:
+            self._mark.set(names, limit_s)
+        else:
+            self._mark.clear()
 
-    def add(self, rows: list[Row], failures: dict[str, str]) -> None:
+    @property
+    def running(self) -> list[str]:
+        """Who is marked."""
+        return self._mark.read().get("names", [])
+
+    def unmark(self) -> None:
+        self.mark(limit_s=0)
+
+    def settled(self, name: str) -> bool:
+        """Whether it is known why there is no row."""
+        return name in self.failures or name in self.absent
+
+    def missing(self, keys: list[tuple[object, ...]], unit: object) -> list[tuple[object, ...]]:
+        """Of these keys those that have neither a row nor a recorded reason."""
+        return [key for key in keys if key not in self._rows and not self.settled(failure_name(unit, key[-2], key[-1]))]
+
+    def add(self, rows: Sequence[Row] = (), failures: Mapping[str, str] = {}, absent: Mapping[str, str] = {}) -> None:
         """Merges and writes, so that whatever happens next loses nothing."""
         self._rows.update((row_key(row), row) for row in rows)
         self.failures.update(failures)
+        self.absent.update(absent)
         self.save()
 
+    def retry(self) -> None:
+        """Forgets why there is no row of those that have none."""
+        for reasons in (self.failures, self.absent, self._cut_off):
+            reasons.clear()
+
     def save(self) -> None:
-        commands = list(dict.fromkeys(run["command"] for run in self._runs))
-        extra = {"command": "; ".join(commands), "runs": self._runs, "failures": self.failures}
+        commands = list(dict.fromkeys(run["command"] for run in self._runs)) or [self.environment["command"]]
+        extra = {
+            "command": "; ".join(commands), "runs": self._runs, "failures": self.failures, "absent": self.absent,
+            "cut_off": self._cut_off,
+        }  # fmt: skip
         results.write(self.path, self.environment | extra, self.rows)
+
+    def close(self) -> None:
+        """Lets another process open it."""
+        self._mark.close()
 
 
 def failure_name(unit: object, provider: object, graph: object) -> str:

@@ -17,7 +17,7 @@ from .. import native
 WORKLOADS = ("chain", "block", "network", "train_chain", "train_block", "train_step")
 PROVIDERS = (
     "eager", "eager_channels_last", "compile", "compile_freezing", "compile_max_autotune",
-    "onnxruntime", "openvino", "jax",
+    "tensorrt", "onnxruntime", "openvino", "jax",
     "ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu",  # the last three: ours on that backend
 )  # fmt: skip
 ENVIRONMENT_FIELDS = ("device", "torch", "triton", "cuda", "commit", "command")
@@ -114,7 +114,8 @@ def validate(data: object) -> None:
     for field in ENVIRONMENT_FIELDS:
         if field not in data["environment"]:
             raise ValueError(f"environment has no {field!r}")
-    for field, kind in (("failures", dict), ("runs", list)):  # of records that grow over several calls
+    # Of records that grow over several calls.
+    for field, kind in (("failures", dict), ("absent", dict), ("cut_off", dict), ("runs", list)):
         if not isinstance(data["environment"].get(field, kind()), kind):
             raise ValueError(f"environment has {field} of type {type(data['environment'][field]).__name__}")
     if not all(isinstance(run, dict) and isinstance(run.get("command"), str) for run in data["environment"].get("runs", [])):

@@ -1,20 +1,26 @@
-"""ONNX Runtime and OpenVINO as peers: a module exported at its first call, compared with eager, then called without copies."""
+"""Other runtimes as peers: ONNX Runtime and OpenVINO on a CPU, on a module exported at its first call and without copies; on a
+GPU TensorRT, as a backend of torch.compile."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backends.triton_settings import convolutions_use_tf32
 from ..parity import relative_error
 
 Call = Callable[[Tensor], Tensor]
+TENSORRT = "tensorrt"  # its name among the providers
 EXTRA = "pip install 'res2net-fused[peers]'"
 # Against eager PyTorch. fp32 kernels differ by some 1e-6 over a network; one that computes in bf16 or TF32 by 1e-3 or more.
 BOUND = 1e-4
@@ -129,10 +135,36 @@ def why_not(name: str, dtype: str) -> str | None:
     return None if dtype == "float32" else f"timed in float32 only, not in {dtype}"
 
 
-def versions() -> dict[str, str]:
-    """Of each runtime, or "not installed"."""
+@functools.cache  # importing it takes seconds, also where it fails
+def why_not_tensorrt() -> str | None:
+    """As `why_not`."""
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        return "not installed (torch_tensorrt): pip install torch-tensorrt, of the release that fits this PyTorch"
+    try:
+        importlib.import_module("torch_tensorrt")
+    except Exception as error:  # it loads TensorRT and CUDA libraries, of versions that need not fit
+        return f"torch_tensorrt cannot be imported ({type(error).__name__}: {str(error).strip()[:200]})"
+    return None
+
+
+def tensorrt(module: nn.Module) -> Call:
+    """The module built by TensorRT at its first call, which may take minutes. Raises ImportError where it cannot be used."""
+    reason = why_not_tensorrt()
+    if reason is not None:
+        raise ImportError(f"tensorrt: {reason}")
+    options: dict[str, Any] = {
+        "use_explicit_typing": True,  # of the module's own dtype
+        "disable_tf32": not convolutions_use_tf32(),
+        "min_block_size": 1,
+        "pass_through_build_failures": True,  # or PyTorch would run what TensorRT could not build
+    }
+    return torch.compile(module, backend="torch_tensorrt", dynamic=False, options=options)
+
+
+def versions(device: str = "cpu") -> dict[str, str]:
+    """Of each runtime for this device, or "not installed"."""
     found = {}
-    for name in RUNTIMES:
+    for name in RUNTIMES if torch.device(device).type == "cpu" else ("torch_tensorrt",):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .workloads import STAGES, TRAINED, VARIANTS, Config
 
@@ -23,6 +23,8 @@ _GRAPHED: tuple[Contestant, ...] = (
     ("triton", True),
     ("cuda", True),
 )
+# Peers that fold BatchNorms, of which a chain has none.
+_FOLDING: tuple[Contestant, ...] = (("compile_freezing", True), ("tensorrt", True))
 _LAUNCHED: tuple[Contestant, ...] = (("ours", False), ("compile", False), ("eager_channels_last", False), ("eager", False))
 _ON_CPU: tuple[Contestant, ...] = (
     *_LAUNCHED,
@@ -30,7 +32,13 @@ _ON_CPU: tuple[Contestant, ...] = (
     ("onnxruntime", False),
     ("openvino", False),
 )
-_NETWORK: tuple[Contestant, ...] = (("ours_graph", True), ("compile", True), ("eager_channels_last", True), *_LAUNCHED)
+_NETWORK: tuple[Contestant, ...] = (
+    ("ours_graph", True),
+    ("compile", True),
+    *_FOLDING,
+    ("eager_channels_last", True),
+    *_LAUNCHED,
+)
 _TRAIN: tuple[Contestant, ...] = _LAUNCHED
 _TRAIN_CUDA: tuple[Contestant, ...] = (*_TRAIN, ("triton", False))  # ours asked for, since auto takes only what is measured
 _TRAIN_CPU: tuple[Contestant, ...] = (*_TRAIN, ("cpu", False))
@@ -42,8 +50,7 @@ _JAX: tuple[Contestant, ...] = (("jax", False),)
 class Unit:
     """One case whose contestants are timed in turn, so that their ratios come from one run.
 
-    stage: None for a network, which is timed beside the ResNet-50 of the same contestants. phase: units with the same one
-    pass the parity gate together, before the first of them is timed.
+    stage: None for a network, which is timed beside the ResNet-50 of the same contestants.
     """
 
     workload: str
@@ -53,7 +60,6 @@ class Unit:
     batch: int
     dtype: str
     contestants: tuple[Contestant, ...]
-    phase: str = ""
 
     @property
     def part(self) -> str:
@@ -81,12 +87,7 @@ def network_name(config: Config) -> str:
 def schedule(kind: str, parts: Sequence[str] = PARTS, quick: bool = False) -> list[Unit]:
     """Every unit of these parts on a "cuda" or "cpu" device, what matters most first."""
     phases = _quick_phases() if quick else _cuda_phases() if kind == "cuda" else _cpu_phases()
-    units: dict[Unit, Unit] = {}
-    for i, phase in enumerate(phases):
-        for unit in phase:
-            if unit.part in parts:
-                units.setdefault(unit, replace(unit, phase=f"{i}"))  # a unit of two phases belongs to the first
-    return list(units.values())
+    return list(dict.fromkeys(unit for phase in phases for unit in phase if unit.part in parts))
 
 
 def _stages(
@@ -94,10 +95,12 @@ def _stages(
     configs: Iterable[Config],
     batch: int,
     dtype: str,
-    contestants: tuple[Contestant, ...] = (*_GRAPHED, *_LAUNCHED),
+    contestants: tuple[Contestant, ...] | None = None,
     variants: Sequence[str] = ("normal",),
     stages: Sequence[int] = STAGES,
 ) -> list[Unit]:
+    if contestants is None:
+        contestants = (*_GRAPHED, *(_FOLDING if workload == "block" else ()), *_LAUNCHED)
     return [
         Unit(workload, config, stage, variant, batch, dtype, contestants)
         for config in configs

@@ -1,24 +1,35 @@
-"""The main job: the parity gate, then scale against latency for chains and blocks, their training, then whole networks."""
+"""The main job: scale against latency for chains and blocks, their training, then whole networks; nothing unchecked is timed.
+
+What is measured goes into the result file case by case. On a GPU a child process measures (`supervise`), so that a fault costs
+the contender that met it, and nothing else.
+"""
 
 from __future__ import annotations
 
+import json
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..parity import check_cases, convolution_precision
-from ..tables import format_table
-from . import results, runtimes
-from .measure import Contender, measure
-from .networks import NetworkCase, network_ratios, prepare_network, random_network, ratio_table, time_networks
+from .. import native
+from ..parity import why_not
+from . import results, roofline, runtimes
+from .contests import ContextLost, Outcome
+from .measure import use_device
+from .network_contests import NetworkContests, TurnConditions, network_unit
+from .networks import NetworkCase, plain_network, random_network
+from .outcome import print_outcome
 from .photographs import photographs
 from .progress import progress
-from .providers import OURS, PROVIDERS, contender, forget_compiled, select, unavailable
-from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
-from .training import SgdStep, TrainingStep, check_training_case, plain, training_module, training_network, with_inner_chains
+from .providers import contestants, select, unavailable
+from .record_file import Record, different_fields
+from .schedule import FIGURE_CONFIGS, YARDSTICK, Unit, network_name
+from .supervise import AGAIN, supervise
 from .workloads import TRAINED, Case, Config, cases
 
 WORKLOADS = ("chain", "block")
@@ -42,6 +53,15 @@ class Settings:
     model_batches: tuple[int, ...] = ()
     train: str = "none"  # of TRAIN
 
+    @property
+    def cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def name(self) -> str:
+        """Of the files."""
+        return f"bench-{torch.device(self.device).type}"
+
     def cases(self) -> list[Case]:
         return cases(WORKLOADS, self.configs, self.batches, self.dtype, self.device)
 
@@ -61,163 +81,214 @@ class Settings:
     def training_providers(self) -> list[str]:
         return [*_TRAINERS, *(["compile"] if self.peers == "all" else [])]
 
-    def providers(self, workload: str) -> list[str]:
-        return select(self.device, workload, self.peers, self.quick, self.dtype)
+    def contestants(self, workload: str) -> tuple[tuple[str, bool], ...]:
+        """Training is launched from Python by everybody, as a training run is."""
+        if workload in TRAINED or workload == "train_step":
+            return tuple((name, False) for name in self.training_providers())
+        return contestants(select(self.device, workload, self.peers, self.quick, self.dtype), self.device)
+
+    def units(self, some: Sequence[Case]) -> list[Unit]:
+        return [
+            Unit(case.workload, case.config, case.stage, case.variant, case.batch, case.dtype, self.contestants(case.workload))
+            for case in some
+        ]
+
+    def network_units(self) -> list[Unit]:
+        steps = [
+            network_unit(name, batch, self.dtype, self.contestants("train_step"), "train_step")
+            for name in self.trained_networks()
+            for batch in self.model_batches
+        ]
+        return steps + [
+            network_unit(name, batch, self.dtype, self.contestants("network"))
+            for batch in self.model_batches
+            for name in self.models
+        ]
 
 
-def run_sweep(settings: Settings, out: Path, command: str) -> int:
-    """Checks, measures, prints, and writes `out`/bench-<device>.json and .png; returns the exit status."""
-    todo = settings.cases()
-    with progress("parity against float64", len(todo)) as bar:
-        parity = check_cases(todo, settings.backend, bar.update)
-    trained = settings.trained_cases()
-    checked = with_inner_chains(trained)
-    with progress("gradients against float64", len(checked)) as bar, convolution_precision(settings.dtype, settings.device):
-        for case in checked:
-            parity += check_training_case(case, "ours", settings.backend)
-            bar.update()
-    networks = []
-    for name in settings.models:
-        print(f"{name} on two photographs against float64", flush=True)
-        networks.append(prepare_network(name, settings.dtype, settings.device, settings.backend))
-        parity += networks[-1].parity
-    print("\nLargest error of each kind (relative to float64):")
-    print(parity.worst())
-    if not parity.ok:
-        print(f"\nThe parity gate is red, so nothing is timed. Misses:\n{parity.misses}")
-        return 1
-    rows = []
-    with progress("timing chains and blocks", len(todo)) as bar, convolution_precision(settings.dtype, settings.device):
-        for case in todo:
-            rows += _time_case(case, settings, bar)
-            bar.update()
-    with progress("timing forward and backward", len(trained)) as bar, convolution_precision(settings.dtype, settings.device):
-        for case in trained:
-            rows += _time_trained(case, settings)
-            bar.update()
-    for name in settings.trained_networks():
-        for batch in settings.model_batches:
-            print(f"a training step of {name} at batch {batch}", flush=True)
-            rows += _time_trained_network(name, batch, settings)
-    rows += _time_networks(networks, settings)
-    environment = results.environment(settings.device, command) | {"peers": runtimes.versions()}
-    stem = f"bench-{torch.device(settings.device).type}"
-    results.write(out / f"{stem}.json", environment, rows)
-    _print_outcome(rows, environment, networks, unavailable(settings.device, settings.dtype))
-    from .plot import plot  # matplotlib takes a second to import
+def run_sweep(
+    settings: Settings, out: Path, command: str, *, again: bool = False, limit_s: float = 420.0, child: Sequence[str] = ()
+) -> int:
+    """Measures, prints, and writes `out`/bench-<device>.json and .png; returns the exit status: 1 where something failed.
 
-    plot(results.read(out / f"{stem}.json"), out / f"{stem}.png")
-    print(f"\nWritten: {out / stem}.json and {out / stem}.png")
+    What an earlier call with the same settings began, and did not finish or could not, is gone on with; `again` does not.
+    limit_s: for building and checking one contender on a GPU. child: the command that calls `measure` there.
+    Raises RuntimeError for a backend that can run none of it, ImportError where there are no photographs for the networks.
+    """
+    use_device(settings.device)
+    none_can = None if settings.backend == "auto" else why_not(settings.cases(), settings.backend)
+    if none_can is not None:
+        raise RuntimeError(none_can)
+    if settings.models:
+        photographs()
+    path, environment = out / f"{settings.name}.json", _environment(settings, command)
+    record = _open(path, environment, settings, again)
+    status = 0
+    if not _left(settings, record):
+        print(f"Nothing is left to measure of what {path} was begun for: --again measures anew.")
+    elif settings.cuda:
+        record.save()
+        record.close()
+        status = supervise(child, path)
+        record = Record(path, environment)
+    else:
+        status = _measure(settings, record, limit_s)
+    record.save()
+    record.close()
+    data = results.read(path)
+    print_outcome(data, unavailable(settings.device, settings.dtype))
+    _draw(data, path.with_suffix(".png"))
+    print(f"Written: {path}")
+    return status or int(bool(record.failures))
+
+
+def measure(settings: Settings, out: Path, command: str, limit_s: float) -> int:
+    """The child process of `run_sweep`; returns its exit status for `supervise`."""
+    use_device(settings.device)
+    record = Record(out / f"{settings.name}.json", _environment(settings, command))
+    try:
+        return _measure(settings, record, limit_s)
+    finally:
+        record.close()
+
+
+def _environment(settings: Settings, command: str) -> dict[str, Any]:
+    libraries = [native.cpu_library(), *([native.cuda_library()] if settings.cuda else [])]
+    return results.environment(settings.device, command) | {
+        "peers": runtimes.versions(settings.device),
+        "native": {library.name: library.loaded for library in libraries},
+        "quick": settings.quick,
+        "settings": json.loads(json.dumps(asdict(settings) | {"configs": [str(config) for config in settings.configs]})),
+    }
+
+
+def _open(path: Path, environment: dict[str, Any], settings: Settings, again: bool) -> Record:
+    """Goes on with the file of an earlier call of the same that left something unmeasured or failed; else begins anew."""
+    try:
+        old = results.read(path)["environment"]
+        same = not different_fields(old, environment) and old.get("settings") == environment["settings"]
+    except (OSError, ValueError):
+        same = False
+    record = Record(path, environment, again or not same)
+    if record.failures or _left(settings, record):
+        return record
+    record.close()
+    return Record(path, environment, again=True)
+
+
+def _left(settings: Settings, record: Record) -> list[Unit]:
+    units = settings.units([*settings.cases(), *settings.trained_cases()]) + settings.network_units()
+    return [unit for unit in units if record.missing(unit.keys(settings.device), unit)]
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+class _Timer(NetworkContests):
+    """Tells a progress bar who is being prepared or timed."""
+
+    bar: Any = None
+
+    @contextmanager
+    def noted(self, names: Sequence[str], outcome: Outcome) -> Iterator[None]:
+        if self.bar is not None and names:
+            self.bar.set_postfix_str(names[0])  # exporting and compiling take seconds to minutes
+        with super().noted(names, outcome):
+            yield
+
+
+def _measure(settings: Settings, record: Record, limit_s: float) -> int:
+    quick, l2 = settings.quick, roofline.l2_bytes(settings.device)
+    if quick and l2 is not None:
+        l2 = 0  # one input, and no minute to make the others
+    record.begin_run()
+    conditions = TurnConditions(settings.device, settings.backend, quick, None, l2, record.run, limit_s)
+    timer = _Timer(conditions, record)
+    left = _left(settings, record)
+
+    def begin(seconds: float, rounds: tuple[int, int]) -> None:
+        timer.conditions = replace(conditions, seconds=0.2 if quick else seconds, rounds=rounds)
+
+    try:
+        begin(1.5, (5, 200))
+        _each(timer, "chains and blocks", [unit for unit in left if unit.workload in WORKLOADS], timer.time)
+        begin(1.0, (3, 200))
+        _each(timer, "forward and backward", [unit for unit in left if unit.workload in TRAINED], timer.time)
+        begin(1.5, (3, 200))
+        steps = [unit for unit in left if unit.workload == "train_step"]
+        _each(timer, "steps of SGD", steps, lambda unit: _time_steps(timer, unit))
+        timer.conditions = replace(conditions, seconds=0, rounds=(3, 3) if quick else (10, 10))
+        _time_networks(timer, settings, {(unit.config_name, unit.batch) for unit in left if unit.workload == "network"})
+    except ContextLost as error:
+        print(f"the CUDA context is lost: {error}", flush=True)
+        return AGAIN
+    finally:
+        record.unmark()
     return 0
 
 
-def _time_networks(networks: list[NetworkCase], settings: Settings) -> list[dict[str, Any]]:
-    rows, repeats = [], 3 if settings.quick else 10
-    for batch in settings.model_batches:
-        for i in range(0, len(networks), _TOGETHER):
-            some, names = networks[i : i + _TOGETHER], settings.providers("network")
-            rows += time_networks(some, batch, names, settings.device, settings.backend, repeats)
-    return rows
+def _each(timer: _Timer, what: str, units: Sequence[Unit], time: Callable[[Any], Outcome]) -> None:
+    with _bar(timer, what, len(units), "cases") as bar:
+        for unit in units:
+            _note(timer, time(unit))
+            bar.update()
 
 
-def _time_case(case: Case, settings: Settings, bar: Any) -> list[dict[str, Any]]:
-    module, inputs = case.module(), case.inputs(2 if settings.quick else 4)
-    forget_compiled()
-    contenders = {}
-    for name in settings.providers(case.workload):
-        bar.set_postfix_str(f"preparing {name}")  # exporting and compiling take seconds
-        contenders[name] = contender(name, module, inputs, settings.backend)
-        contenders[name].run()
-    bar.set_postfix_str("")
-    timings = measure(contenders, settings.device, seconds=0.2 if settings.quick else 1.5)
-    return [
-        timing.row(
-            workload=case.workload, config=str(case.config), stage=case.stage, batch=case.batch, dtype=case.dtype,
-            device=case.device, provider=name,
-        )  # fmt: skip
-        for name, timing in timings.items()
-    ]
-
-
-def _time_trained(case: Case, settings: Settings) -> list[dict[str, Any]]:
-    forget_compiled()
-    inputs = plain(case).inputs(2)
-    contenders = {}
-    for name in settings.training_providers():
-        step = TrainingStep(training_module(case, name, settings.backend), case.dtype, name == "compile")
-        contenders[name] = Contender(step, _own(inputs, name))
-        contenders[name].run()
-    timings = measure(contenders, settings.device, seconds=0.2 if settings.quick else 1.0, min_repeats=3)
-    case_fields = {name: getattr(case, name) for name in ("workload", "stage", "batch", "dtype", "device")}
-    return [timing.row(**case_fields, config=str(case.config), provider=name) for name, timing in timings.items()]
-
-
-def _time_trained_network(model: str, batch: int, settings: Settings) -> list[dict[str, Any]]:
-    forget_compiled()
-    network = random_network(model).to(settings.device)
-    images = photographs().to(settings.device)
-    images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
-    contenders = {}
-    for name in settings.training_providers():
-        step = SgdStep(training_network(network, name, settings.backend), settings.dtype, name == "compile")
-        contenders[name] = Contender(step, _own([images], name))
-    timings = measure(contenders, settings.device, seconds=1.5, min_repeats=3, warm_up=1)
-    fields = {"workload": "train_step", "config": model, "stage": None, "batch": batch}
-    return [
-        timing.row(**fields, dtype=settings.dtype, device=settings.device, provider=name) for name, timing in timings.items()
-    ]
-
-
-def _own(inputs: list[torch.Tensor], name: str) -> list[torch.Tensor]:
-    layout = torch.channels_last if PROVIDERS[name].channels_last else torch.contiguous_format
-    return [x.clone(memory_format=layout) for x in inputs]
-
-
-def _print_outcome(
-    rows: list[dict[str, Any]], environment: dict[str, Any], networks: list[NetworkCase], absent: dict[str, str]
-) -> None:
-    print(
-        f"\nMedian milliseconds of interleaved runs on {environment['device']}, {environment['threads']} threads, "
-        f"torch {environment['torch']}, commit {environment['commit']}."
-    )
-    print("Chains are compared with BatchNorms folded on all sides; a peer's block or network runs as PyTorch runs it.")
-    print("train_*: forward and backward with BatchNorm in training mode, of a network a step of SGD.\n")
-    print(outcome_table(rows))
-    for name, reason in absent.items():
-        print(f"not timed, {name}: {reason}")
-    if not networks:
+@contextmanager
+def _bar(timer: _Timer, what: str, total: int, of: str) -> Iterator[Any]:
+    """Nothing is said of what there is nothing of."""
+    if not total:
+        yield None
         return
-    print("\nNetworks, times of the others over our fastest (above 1x, ours is faster):")
-    print(ratio_table(network_ratios(rows)))
-    print("\nNetworks on two photographs: how many blocks run fused, largest absolute difference from the un-accelerated")
-    print("network, and errors relative to float64:")
-    head = ("network", "", "fused", "backend", "difference", "error of ours", "error of eager")
-    lines = [
-        (case.name, row.stage, case.coverage, row.backend, f"{case.differences[row.stage]:.1e}", f"{row.error:.1e}",
-         f"{row.eager_error:.1e}")
-        for case in networks
-        for row in case.parity
-    ]  # fmt: skip
-    print(format_table(head, lines, left=4))
+    with progress(f"checking and timing {what}", total, of) as bar:
+        timer.bar = bar
+        try:
+            yield bar
+        finally:
+            timer.bar = None
 
 
-def outcome_table(rows: list[dict[str, Any]]) -> str:
-    """One line for each workload, batch, config and stage: every provider's median, and the best peer's over our best."""
-    providers = [name for name in PROVIDERS if any(row["provider"] == name for row in rows)]
-    cells: dict[tuple[object, ...], dict[str, float]] = {}
-    for row in rows:
-        stage = "all" if row["stage"] is None else row["stage"]
-        key: tuple[object, ...] = (row["workload"], row["config"], stage, row["batch"], row["dtype"])
-        cells.setdefault(key, {})[row["provider"]] = row["median_ms"]
-    lines = []
-    for key, times in cells.items():
-        peers = {name: ms for name, ms in times.items() if name not in OURS}
-        best = min(peers, key=peers.__getitem__)
-        ours = min(ms for name, ms in times.items() if name in OURS)
-        measured = [f"{times[name]:.3g}" if name in times else "-" for name in providers]
-        lines.append([*map(str, key), *measured, f"{peers[best] / ours:.2f}x", best])
-    head = ["workload", "config", "stage", "batch", "dtype", *providers, "speed-up", "over the best peer"]
-    return format_table(head, lines, left=2)
+def _note(timer: _Timer, outcome: Outcome) -> None:
+    timer.record.add(outcome.rows, outcome.failures, outcome.absent)
+    for name, reason in outcome.failures.items():
+        print(f"failed, {name}: {reason}", flush=True)
+
+
+def _time_steps(timer: _Timer, unit: Any) -> Outcome:
+    network = random_network(unit.model).to(timer.conditions.device)
+    images = photographs().to(timer.conditions.device)
+    return timer.time_training(network, unit, images.repeat(-(-unit.batch // len(images)), 1, 1, 1)[: unit.batch])
+
+
+def _time_networks(timer: _Timer, settings: Settings, left: set[tuple[str, int]]) -> None:
+    """Networks of one group are timed together, also those that have been: their times are compared."""
+    made: dict[str, NetworkCase] = {}
+    groups = [
+        (batch, settings.models[i : i + _TOGETHER])
+        for batch in settings.model_batches
+        for i in range(0, len(settings.models), _TOGETHER)
+    ]
+    groups = [(batch, names) for batch, names in groups if any((name, batch) in left for name in names)]
+    with _bar(timer, f"networks {', '.join(settings.models)}", len(groups), "groups") as bar:
+        for batch, names in groups:
+            for name in names:
+                if name not in made:
+                    made[name] = plain_network(name, settings.dtype, settings.device)
+            together = [made[name] for name in names]
+            _note(timer, timer.time_networks(together, batch, settings.contestants("network")))
+            tables = {name: case.table() for name, case in made.items() if case.parity}
+            timer.record.describe_run(networks=tables)
+            timer.record.save()
+            bar.update()
+
+
+def _draw(data: dict[str, Any], path: Path) -> None:
+    from .plot import plot  # matplotlib takes a second to import
+
+    try:
+        plot(data, path)
+    except (ImportError, ValueError) as error:
+        print(f"No plot: {error}")
 
 
 def command_line(arguments: list[str]) -> str:

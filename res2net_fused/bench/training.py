@@ -18,15 +18,17 @@ from ..accelerate import accelerate
 from ..chain import BACKENDS
 from ..parity import ParityReport, ParityRow, relative_error
 from ..reference import ReferenceBottle2neck, hierarchical_chain
-from ..tolerances import FORWARD, NETWORK_OVER_EAGER, network_bound
+from ..tolerances import FORWARD, network_bound
 from ..trained_block import trained_chain
 from .providers import OURS
+from .schedule import Unit
 from .workloads import TORCH_DTYPES, TRAINED, Case, channels_last
 
 LEARNING_RATE = 1e-3
-_CHECKED_IMAGES = 4  # at most, in the parity gate: float64 on a CPU takes its time
+_DIFFERENT_IMAGES = 4  # at most, of those that are checked: float64 takes its time and its memory
 # BatchNorm's backward subtracts means, which leaves its gradients small: a digit more than an output's bound.
 _GRADIENTS_OVER_FORWARD = 10.0
+_MOST_OF_GRADIENTS = 0.9  # however far flipped ReLUs take eager's: gradients of zero are off by 1
 
 
 class TrainedChain(nn.Module):
@@ -88,14 +90,15 @@ class TrainingStep:
         return self.gradients(x)[0]
 
     def gradients(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The output, and the gradients of x and of every parameter; grad: as the output, else always the same random one."""
+        """The output, and the gradients of x and of every parameter; grad: of the output's shape, else always the same random
+        one."""
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().requires_grad_()
             with autocast(self.dtype, x.device):
                 out = self.forward(x)
             if grad is None and self._grad is None:
                 self._grad = torch.randn_like(out, requires_grad=False)
-            grad = self._grad if grad is None else grad
+            grad = self._grad if grad is None else grad.to(out.dtype)
             return out.detach(), *torch.autograd.grad(out, [x, *self.parameters], grad)
 
 
@@ -103,19 +106,25 @@ class SgdStep:
     """A network's forward, backward and step of SGD as one call: images (N, 3, H, W) -> the loss; also in inference mode."""
 
     def __init__(self, network: nn.Module, dtype: str, compiles: bool = False) -> None:
+        self.network = network
         self.forward: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False) if compiles else network
         self.optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, momentum=0.9)
-        self.classes, self.dtype = len(network.get_parameter("fc.bias")), dtype  # fc is a convolution in DLA
+        self.dtype = dtype
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            labels = torch.arange(len(images), device=images.device) % self.classes
             with autocast(self.dtype, images.device):
-                loss = F.cross_entropy(self.forward(images).float(), labels)
+                logits = self.forward(images).float()
+                loss = F.cross_entropy(logits, labels_of(logits))
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss.detach()
+
+
+def labels_of(logits: Tensor) -> Tensor:
+    """(N,) for (N, classes): the classes in turn."""
+    return torch.arange(len(logits), device=logits.device) % logits.shape[1]
 
 
 def training_network(network: nn.Module, provider: str, backend: str) -> nn.Module:
@@ -139,41 +148,139 @@ def with_inner_chains(cases: Iterable[Case]) -> list[Case]:
 
 
 def check_training_case(case: Case, provider: str, backend: str) -> ParityReport:
-    """Output and gradients of ours against float64, of at most four images.
+    """Output and gradients of ours at the case's own batch against float64: see `TrainingTruth`."""
+    step = TrainingStep(training_module(case, provider, backend), case.dtype)
+    return TrainingTruth(case).check(step, provider)
 
-    A chain's gradients are compared under the masks of its own output. Of a block, where other activations have masks as well,
-    it is the output alone.
+
+class Copies:
+    """A batch of at most four different images in a random order, so that float64 has to compute those few alone.
+
+    BatchNorm's statistics are those of the few, for each occurs equally often. So are an image's output and gradient;
+    gradients of parameters are `count` times as large.
     """
-    case = replace(case, batch=min(case.batch, _CHECKED_IMAGES))
-    (x,) = plain(case).inputs()
-    x = x.contiguous(memory_format=torch.channels_last)
-    peer, ours = (TrainingStep(training_module(case, who, backend), case.dtype) for who in ("eager_channels_last", provider))
-    exact = training_module(case, "eager_channels_last", backend).double()
-    out, *gradients = ours.gradients(x)
-    eager_out, *eager_gradients = peer.gradients(x, ours._grad)
-    with torch.no_grad():
-        expected = copy.deepcopy(exact)(x.double())
-    stage = f"{case.stage} {case.variant}"
 
-    def row(stage: str, error: float, eager_error: float, bound: float) -> ParityRow:
-        return ParityRow(
-            case.workload, str(case.config), stage, case.batch, provider, case.dtype, error, eager_error, bound
+    def __init__(self, images: Tensor, batch: int) -> None:
+        """images: (at least four or `batch`, C, H, W), of which the first ones are taken."""
+        different = max(k for k in range(1, _DIFFERENT_IMAGES + 1) if batch % k == 0)
+        generator = torch.Generator().manual_seed(2)
+        self.index = (torch.randperm(batch, generator=generator) % different).to(images.device)
+        self.few, self.count = images[:different], batch // different
+
+    def spread(self, few: Tensor) -> Tensor:
+        """(k, ...) -> (N, ...), channels-last where it has four dimensions."""
+        return few[self.index].contiguous(memory_format=torch.channels_last if few.dim() == 4 else torch.contiguous_format)
+
+    def first(self, out: Tensor) -> Tensor:
+        """(N, ...) -> (k, ...): where each of the few occurs first."""
+        return torch.stack([out[self.index == i][0] for i in range(len(self.few))])
+
+    def error(self, out: Tensor, expected: Tensor) -> float:
+        """The relative error of a whole batch, a few of whose images are in float64 at a time."""
+        if len(out) != len(self.index) or out.shape[1:] != expected.shape[1:]:
+            return float("nan")
+        difference = sum((out[self.index == i].double() - one).square().sum() for i, one in enumerate(expected))
+        return float((difference / (self.count * expected.square().sum())) ** 0.5)
+
+
+class TrainingTruth:
+    """Output and gradients of a training case in float64, for a batch of copies.
+
+    A chain's gradients are compared under the masks of the tested path's own output. A block has masks inside: its gradients
+    are those of float64's, where eager's flipped ReLUs say how far the tested path's may be; its chain is a case of its own.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        (x,) = replace(plain(case), batch=min(case.batch, _DIFFERENT_IMAGES)).inputs()
+        self._copies = Copies(x, case.batch)
+        few = self._copies.few.contiguous(memory_format=torch.channels_last)
+        peer = TrainingStep(training_module(case, "eager_channels_last", ""), case.dtype)
+        self._exact = training_module(case, "eager_channels_last", "").double()
+        with torch.no_grad():
+            self._expected = copy.deepcopy(self._exact)(few.double())
+        grad = torch.randn(self._expected.shape, generator=torch.Generator().manual_seed(3))
+        self._grad = grad.to(x.device, TORCH_DTYPES[case.dtype]).float()  # rounded alike for all
+        out, *gradients = peer.gradients(few, self._grad)
+        self.eager_error = relative_error(out, self._expected)
+        expected = self._gradients(out)
+        self.eager_gradient_error = worst(relative_error(a, b) for a, b in zip(gradients, expected, strict=True))
+
+    def check(self, step: TrainingStep, name: str) -> ParityReport:
+        """Of a step as it is timed: at the case's batch."""
+        copies, case = self._copies, self.case
+        out, of_x, *of_parameters = step.gradients(copies.spread(copies.few), copies.spread(self._grad))
+        expected_x, *expected = self._gradients(copies.first(out))
+        errors = [copies.error(of_x, expected_x)]
+        errors += [relative_error(a, copies.count * b) for a, b in zip(of_parameters, expected, strict=True)]
+        limit = FORWARD[case.dtype].limit
+        bounds = max(limit, network_bound(self.eager_error)), gradient_bound(limit, self.eager_gradient_error)
+        stage, what = f"{case.stage} {case.variant}", (case.workload, str(case.config))
+        rows = (
+            (stage, copies.error(out, self._expected), self.eager_error, bounds[0]),
+            (f"{stage}, gradients", worst(errors), self.eager_gradient_error, bounds[1]),
+        )
+        return ParityReport(
+            ParityRow(*what, place, case.batch, name, case.dtype, error, eager_error, bound)
+            for place, error, eager_error, bound in rows
         )
 
-    limit, eager_error = FORWARD[case.dtype].limit, relative_error(eager_out, expected)
-    report = ParityReport([row(stage, relative_error(out, expected), eager_error, max(limit, network_bound(eager_error)))])
-    if isinstance(exact, TrainedChain) and ours._grad is not None:
-        error = _gradient_error(exact, x, out, ours._grad, gradients)
-        eager_error = _gradient_error(exact, x, eager_out, ours._grad, eager_gradients)
-        bound = max(_GRADIENTS_OVER_FORWARD * limit, NETWORK_OVER_EAGER * eager_error)
-        report.append(row(f"{stage}, gradients", error, eager_error, bound))
-    return report
+    def _gradients(self, masks: Tensor) -> tuple[Tensor, ...]:
+        """In float64, of x and of every parameter, for the few images."""
+        x = self._copies.few.double().requires_grad_()
+        exact = copy.deepcopy(self._exact)
+        out = exact(x, masks) if isinstance(exact, TrainedChain) else exact(x)
+        return torch.autograd.grad(out, [x, *exact.parameters()], self._grad.double())
 
 
-def _gradient_error(exact: TrainedChain, x: Tensor, out: Tensor, grad: Tensor, gradients: list[Tensor]) -> float:
-    """The largest error of one gradient under the masks of `out`; NaN where one is not finite."""
-    x = x.double().requires_grad_()
-    parameters = list(exact.parameters())
-    expected = torch.autograd.grad(exact(x, out), [x, *parameters], grad.double())
-    errors = [relative_error(a, b) for a, b in zip(gradients, expected, strict=True)]
+class SgdTruth:
+    """The loss of a network and the gradients of a step of SGD in float64, for a batch of copies."""
+
+    def __init__(self, unit: Unit, network: nn.Module, images: Tensor) -> None:
+        """network: with the parameters that every step begins with. images: (N, 3, H, W)."""
+        self.unit, self._network, self._copies = unit, network, Copies(images, len(images))
+        exact = copy.deepcopy(network).train().requires_grad_(True).double()
+        logits = exact(self._copies.few.double())[self._copies.index]
+        self._loss = F.cross_entropy(logits, labels_of(logits))
+        self._loss.backward()
+        self._gradients = _joined(p.grad for p in exact.parameters())
+        self._loss = self._loss.detach()
+        eager = SgdStep(training_network(network, "eager_channels_last", ""), unit.dtype)
+        self.eager_errors = self._errors(eager)
+
+    def check(self, step: SgdStep, name: str) -> ParityReport:
+        """Of a step as it is timed, from the network's parameters on; it moves them."""
+        unit, limit = self.unit, FORWARD[self.unit.dtype].limit
+        loss, gradients = self.eager_errors
+        bounds = max(limit, network_bound(loss)), gradient_bound(limit, gradients)
+        return ParityReport(
+            ParityRow(unit.workload, unit.config_name, place, unit.batch, name, unit.dtype, error, eager, bound)
+            for place, error, eager, bound in zip(
+                ("loss", "gradients"), self._errors(step), self.eager_errors, bounds, strict=True
+            )
+        )
+
+    def _errors(self, step: SgdStep) -> tuple[float, float]:
+        """Of the loss and of all gradients as one vector, which are the momentum after a first step."""
+        with torch.no_grad():
+            for own, first in zip(step.network.state_dict().values(), self._network.state_dict().values(), strict=True):
+                own.copy_(first)
+        step.optimizer.state.clear()
+        loss = step(self._copies.spread(self._copies.few))
+        momentum = (step.optimizer.state[p]["momentum_buffer"] for p in step.network.parameters())
+        return relative_error(loss, self._loss), relative_error(_joined(momentum), self._gradients)
+
+
+def _joined(tensors: Iterable[Tensor | None]) -> Tensor:
+    return torch.cat([t.detach().double().flatten() for t in tensors if t is not None])
+
+
+def gradient_bound(limit: float, eager_error: float) -> float:
+    """limit: of an output."""
+    return max(_GRADIENTS_OVER_FORWARD * limit, min(_MOST_OF_GRADIENTS, network_bound(eager_error)))
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN where one is."""
+    errors = list(errors)
     return float("nan") if any(e != e for e in errors) else max(errors)

@@ -26,6 +26,7 @@ from .implicit_gemm import Slots, pack_weights, turned
 from .kernel_call import KernelCall
 from .norm_gradient import norm_gradient_call
 from .step_plan import StepPlan
+from .tf32 import for_precision
 from .tile_sums import sum_calls
 from .train_step import PASS_BLOCK_M
 
@@ -85,6 +86,7 @@ class ChainGradients:
         packed: Any = None
         if config.stride == 1:
             packed = pack_weights(turned(self.kernels, config.groups), config.groups, self.plan.lanes)
+            packed = for_precision(packed, self.plan.precision)
         behind: dict[str, Tensor] | None = None  # what gradient_step of group i+1 has left of group i
         added = False  # whether group i+1 added y_i
         for i in reversed(range(problem.scale)):
@@ -97,7 +99,7 @@ class ChainGradients:
             k, added = i - config.first_convolved, config.adds(i)
             if behind is None:
                 behind = self._room(k, PASS_BLOCK_M)
-                yield mask_gradient_call(problem, i, self.slots, behind, norms is not None, self.need_sums)
+                yield mask_gradient_call(problem, self.plan, i, self.slots, behind, norms is not None, self.need_sums)
             if self.need_sums:
                 yield from sum_calls(behind["tile_sums"], self.sums[k].view(-1))
             feeds = feeds_a_convolution(config, i)
@@ -108,7 +110,7 @@ class ChainGradients:
                 if norms.group:
                     sums = combine_sums(sums, len(dz), norms.group) * len(dz)  # the kernel divides by the pixels that it has
                 yield norm_gradient_call(
-                    dz, behind["z"], norms.mean[k], norms.invstd[k], norms.gammas[k], sums, config.groups
+                    dz, behind["z"], norms.mean[k], norms.invstd[k], norms.gammas[k], sums, config.groups, self.plan.precision
                 )
             u, behind = behind.get("own_u"), None
             if need_du and config.stride == 1:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chain1d import Chain1dProblem
+from .implicit_gemm import rounded_factor
 from .kernel_call import KernelCall
 from .step_plan import padded_lanes
 
@@ -32,11 +33,11 @@ def conv1d_step(
     source, x, out, scratch, rectified, weights, bias, scale, shift,
     length, source_image, source_channel, source_slot, x_image, x_channel, x_slot, out_image, out_channel, out_slot,
     WIDTH: tl.constexpr, WEIGHT_LANES: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, REFLECTS: tl.constexpr,
-    AFFINE: tl.constexpr, FORMS_NEXT: tl.constexpr, KEEPS: tl.constexpr,
+    AFFINE: tl.constexpr, FORMS_NEXT: tl.constexpr, KEEPS: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """scratch and rectified: (N, w, L) without a gap; weights: (taps, w, lanes) of this convolution; bias, scale, shift: (w,)
-    in fp32; *_slot: where the group begins in its image, in elements.
+    in fp32; *_slot: where the group begins in its image, in elements. ROUNDS: as of `multiply_taps`.
     """
     k_blocks: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     c_tiles: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
@@ -70,6 +71,8 @@ def conv1d_step(
             mask=column_ok[:, None] & (lanes < WEIGHT_LANES)[None, :],
             other=0.0,
         )  # (BLOCK_C, BLOCK_K)
+        if ROUNDS:
+            u = rounded_factor(u, PRECISION)
         total = tl.dot(weight, u, total, input_precision=PRECISION)
 
     written = column_ok[:, None] & exists[None, :]
@@ -88,8 +91,8 @@ def conv1d_step(
     if FORMS_NEXT:
         x_pointers = x + image * x_image + x_slot + lines * x_channel + positions[None, :]
         following = tl.load(x_pointers, mask=written, other=0.0)
-        summed = following.to(tl.float32) + y.to(tl.float32)
-        tl.store(scratch + dense, summed.to(scratch.dtype.element_ty), mask=written)
+        summed = (following.to(tl.float32) + y.to(tl.float32)).to(scratch.dtype.element_ty)
+        tl.store(scratch + dense, rounded_factor(summed, PRECISION), mask=written)
 
 
 def pack_weights_1d(weights: Sequence[Tensor]) -> Tensor:
@@ -111,7 +114,7 @@ def chain_calls_1d(
     problem: Chain1dProblem,
     x: Tensor,  # (N, s*w, L), rows without gaps
     out: Tensor,  # as x
-    weights: Tensor,  # from `pack_weights_1d`
+    weights: Tensor,  # from `pack_weights_1d`, rounded for this precision
     bias: Tensor,  # (steps, w) in fp32, as the affine map
     affine: tuple[Tensor, Tensor] | None,
     rectified: Sequence[Tensor],  # each (N, w, L), where they are kept; else empty
@@ -145,6 +148,7 @@ def chain_calls_1d(
             "out_image": out.stride(0), "out_channel": out.stride(1), "out_slot": group * width * out.stride(1),
             "WIDTH": width, "WEIGHT_LANES": weights.shape[-1], "TAPS": problem.kernel_size,
             "DILATION": problem.config.dilation, "REFLECTS": problem.config.padding_mode == "reflect",
-            "AFFINE": affine is not None, "FORMS_NEXT": forms_next, "KEEPS": bool(rectified), "PRECISION": precision, **tile,
+            "AFFINE": affine is not None, "FORMS_NEXT": forms_next, "KEEPS": bool(rectified),
+            "ROUNDS": precision == "tf32" and (source is None or source is first), "PRECISION": precision, **tile,
         }  # fmt: skip
         yield KernelCall(conv1d_step, programs, arguments, {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True})

@@ -30,9 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chain import ChainProblem
-from .implicit_gemm import SIZES, Slots, activate, locate, multiply_taps, slot_pointers, source_arguments
+from .implicit_gemm import SIZES, Slots, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
 from .kernel_call import KernelCall
 from .step_plan import Launch, StepPlan
+from .tf32 import of_precision
 
 _STRIDES = [f"{name}_{axis}" for name in ("source", "x", "out") for axis in ("image", "row", "pixel")]
 _SLOTS = ["source_slot", "source_slot_step", "x_slot", "out_slot", "out_slot_step", "pass_slot_x", "pass_slot_out"]
@@ -79,7 +80,7 @@ def conv3x3_step(
     SOURCE_VEC: tl.constexpr, SOURCE_LANES: tl.constexpr, SOURCE_GROUP: tl.constexpr,
     X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_LANES: tl.constexpr,
     SCRATCH_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
-    ACTIVATION: tl.constexpr, POOL: tl.constexpr, FORMS_NEXT: tl.constexpr, PASSES: tl.constexpr,
+    ACTIVATION: tl.constexpr, POOL: tl.constexpr, FORMS_NEXT: tl.constexpr, PASSES: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`steps` convolutions (one, unless nothing is added) and, with PASSES, the group that passes through.
@@ -116,7 +117,7 @@ def conv3x3_step(
     weight_base = weights + (step * GROUPS + group).to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
     total = multiply_taps(
         source_base, weight_base, exists, row, column, columns, source_row, source_pixel, height, width,
-        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_LANES, WEIGHT_LANES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_LANES, WEIGHT_LANES, ROUNDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     lane_ok = columns < CHANNELS
@@ -132,7 +133,7 @@ def conv3x3_step(
         u_next = (y.to(tl.float32) + x_next.to(tl.float32)).to(scratch.dtype.element_ty)
         scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_LANES
         scratch_ok = exists[:, None] & (columns < SCRATCH_LANES)[None, :]
-        tl.store(scratch_base[:, None] + columns[None, :], u_next, mask=scratch_ok)
+        tl.store(scratch_base[:, None] + columns[None, :], rounded_factor(u_next, PRECISION), mask=scratch_ok)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *_STRIDES, *_SLOTS])
@@ -144,7 +145,8 @@ def prepare_first_u(
     pass_slot_x, pass_slot_out,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
     X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_LANES: tl.constexpr, SCRATCH_LANES: tl.constexpr,
-    POOL: tl.constexpr, PASSES: tl.constexpr, ADDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POOL: tl.constexpr, PASSES: tl.constexpr, ADDS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The u of the first convolution into scratch: its x alone (for alignment), or with ADDS the passed y added."""
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
@@ -171,7 +173,8 @@ def prepare_first_u(
         if ADDS:
             u = (u.to(tl.float32) + y.to(tl.float32)).to(scratch.dtype.element_ty)
     scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_LANES
-    tl.store(scratch_base[:, None] + columns[None, :], u, mask=exists[:, None] & (columns < SCRATCH_LANES)[None, :])
+    scratch_ok = exists[:, None] & (columns < SCRATCH_LANES)[None, :]
+    tl.store(scratch_base[:, None] + columns[None, :], rounded_factor(u, PRECISION), mask=scratch_ok)
 
 
 def interpreted() -> bool:
@@ -182,7 +185,8 @@ def interpreted() -> bool:
 def chain_calls(
     problem: ChainProblem, plan: StepPlan, x: Slots, out: Slots, weights: Tensor, bias: Tensor
 ) -> Iterator[KernelCall]:
-    """Every launch of the chain, in order. weights from `pack_weights`; bias (steps, w) in fp32."""
+    """Every launch of the chain, in order. weights: from `triton_backend.pack`; bias (steps, w) in fp32."""
+    weights = of_precision(weights, plan.precision)
     images = min(plan.images, problem.batch)
     pixels = images * problem.height * problem.width_pixels
     shape = (pixels, problem.config.groups * plan.lanes)
@@ -233,6 +237,7 @@ def step_call(
         "SCRATCH_LANES": plan.lanes,
         "POOL": config.pool or "none",
         "PASSES": launch.passes,
+        "PRECISION": plan.precision,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
@@ -254,8 +259,7 @@ def step_call(
         "WEIGHT_LANES": weights.shape[-1],
         "ACTIVATION": config.activation,
         "FORMS_NEXT": launch.forms_next,
-        "PRECISION": plan.precision,
         "BLOCK_K": tile.block_k,
-        **source_arguments(problem, plan.lanes, x, source, slot),
+        **source_arguments(problem, plan, x, source, slot),
     }
     return KernelCall(conv3x3_step, programs, arguments, options)

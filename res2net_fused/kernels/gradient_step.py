@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chain import ChainProblem
-from .implicit_gemm import SIZES, Slots, locate, multiply_taps, slot_pointers
+from .implicit_gemm import SIZES, Slots, locate, multiply_taps, rounded_factor, slot_pointers
 from .kernel_call import KernelCall
 from .step_plan import StepPlan
 from .train_step import PASS_BLOCK_M, PASS_BLOCK_N, pass_programs
@@ -37,7 +37,7 @@ _INTEGERS = [*SIZES, *(f"{name}_{axis}" for name in ("grad_x", "grad", "out", "x
 def _leave_gradient(
     dy, y, z, mean, target, tile_sums, number, exists, tile, group, columns,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dy and y (BLOCK_M, BLOCK_N), dy in fp32, into g and, with SUMS, its sums; as torch, NaN in y lets dy pass."""
     column_ok = columns < CHANNELS
@@ -49,9 +49,11 @@ def _leave_gradient(
     # A padded lane is Inf * 0 = NaN where dz holds an Inf, so it is set rather than trusted to be zero.
     g = tl.where(ok, dy, 0.0).to(target.dtype.element_ty)
     target_base = target + (number.to(tl.int64) * GROUPS + group) * LANES
-    tl.store(target_base[:, None] + columns[None, :], g, mask=exists[:, None] & (columns < LANES)[None, :])
+    # Without NORM g is dz already, a factor of the next product; its sums are the gradient of the bias and lose no bits.
+    kept = g if NORM else rounded_factor(g, PRECISION)
+    tl.store(target_base[:, None] + columns[None, :], kept, mask=exists[:, None] & (columns < LANES)[None, :])
     if SUMS:
-        value = g.to(tl.float32)  # sums are of what is kept
+        value = g.to(tl.float32)  # as it was rounded to its type
         channel = group * CHANNELS + columns
         row = tile_sums + tile.to(tl.int64) * ((1 + NORM) * GROUPS * CHANNELS) + channel
         tl.store(row, tl.sum(value, 0), mask=column_ok)
@@ -89,7 +91,7 @@ def gradient_step(
     weight_base = weights + group.to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
     total = multiply_taps(
         dz_base, weight_base, exists, row, column, columns, width.to(tl.int64) * dz_pixel, dz_pixel, height, width,
-        CHANNELS, 1, DILATION, DZ_VEC, LANES, WEIGHT_LANES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        CHANNELS, 1, DILATION, DZ_VEC, LANES, WEIGHT_LANES, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     ok = exists[:, None] & (columns < CHANNELS)[None, :]
@@ -114,7 +116,7 @@ def gradient_step(
             dout = tl.load(grad_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
             _leave_gradient(
                 dout + du.to(tl.float32), y, z, mean, target, tile_sums, number, exists, tile, group, columns,
-                GROUPS, CHANNELS, LANES, ACTIVATION, NORM, SUMS,
+                GROUPS, CHANNELS, LANES, ACTIVATION, NORM, SUMS, PRECISION,
             )  # fmt: skip
 
 
@@ -123,7 +125,8 @@ def mask_gradient(
     grad, out, z, mean, target, tile_sums, pixels, height, width,
     grad_image, grad_row, grad_pixel, grad_slot, out_image, out_row, out_pixel, out_slot,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g_i = dout_i * act'(y_i) into target, and its sums; height and width are the output's."""
     n_tiles: tl.constexpr = (LANES + BLOCK_N - 1) // BLOCK_N
@@ -140,7 +143,7 @@ def mask_gradient(
     dout = tl.load(grad_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
     _leave_gradient(
         dout, y, z, mean, target, tile_sums, number, exists, tile, group, columns,
-        GROUPS, CHANNELS, LANES, ACTIVATION, NORM, SUMS,
+        GROUPS, CHANNELS, LANES, ACTIVATION, NORM, SUMS, PRECISION,
     )  # fmt: skip
 
 
@@ -149,7 +152,7 @@ def gradient_step_call(
     plan: StepPlan,
     group: int,  # i
     dz: Tensor,  # (N*H*W, groups*lanes), as target and u
-    weight: Tensor,  # one step of `pack_weights`, of turned weights
+    weight: Tensor,  # one step of `pack_weights`, of turned weights, rounded for the plan's precision
     slots: dict[str, Slots],  # grad_x, grad, out, x
     epilogue: dict[str, Tensor],  # z, mean, target, tile_sums, u: those that are used
     keeps: bool,
@@ -178,6 +181,7 @@ def gradient_step_call(
 
 def mask_gradient_call(
     problem: ChainProblem,
+    plan: StepPlan,
     group: int,
     slots: dict[str, Slots],  # grad, out
     epilogue: dict[str, Tensor],  # z, mean, target, tile_sums: those that are used
@@ -192,7 +196,8 @@ def mask_gradient_call(
         "pixels": pixels, "height": problem.output_height, "width": problem.output_width,
         **_slot_arguments({name: slots[name] for name in ("grad", "out")}, {"grad": group, "out": group}),
         "GROUPS": config.groups, "CHANNELS": problem.width // config.groups, "LANES": lanes,
-        "ACTIVATION": config.activation, "NORM": norm, "SUMS": sums, "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
+        "ACTIVATION": config.activation, "NORM": norm, "SUMS": sums, "PRECISION": plan.precision,
+        "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
     }  # fmt: skip
     return KernelCall(mask_gradient, pass_programs(pixels, lanes, config.groups), arguments, {"num_warps": 4})
 

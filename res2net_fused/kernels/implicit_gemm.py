@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chain import ChainProblem
+from .step_plan import StepPlan
 
 SIZES = ["pixels", "height", "width"]
 
@@ -37,6 +38,16 @@ def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "hardtanh20":
         y = tl.minimum(y, 20.0, propagate_nan=tl.PropagateNan.ALL)
     return y
+
+
+@triton.jit
+def rounded_factor(value, PRECISION: tl.constexpr):
+    """`value` as a factor of `tl.dot`: for "tf32" rounded to the nearest, since the product only cuts bits off. NaN stays."""
+    if PRECISION == "tf32":
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + tl.where(value == value, 0x1000, 0)) & -0x2000  # half of the last bit kept; then without the others
+        value = bits.to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit
@@ -64,13 +75,14 @@ def slot_pointers(
 def multiply_taps(
     source_base, weight_base, exists, row, column, columns, source_row, source_pixel, height, width,
     CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    SOURCE_VEC: tl.constexpr, SOURCE_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
+    SOURCE_VEC: tl.constexpr, SOURCE_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The convolution at output pixels (row, column) of images, in fp32: (BLOCK_M, BLOCK_N).
 
     source_base: (BLOCK_M,) pointers to the images' first pixels. weight_base: (9, CHANNELS, WEIGHT_LANES), as `pack_weights`
     lays them out. columns: output channels, of which those below CHANNELS exist. height, width: of the source.
+    ROUNDS: whether the source is rounded here; weights, and what our kernels leave in scratch, are rounded already.
     """
     k_blocks: tl.constexpr = (SOURCE_LANES + BLOCK_K - 1) // BLOCK_K
     first_row = row * STRIDE - DILATION
@@ -96,6 +108,8 @@ def multiply_taps(
             mask=(columns < CHANNELS)[None, :] & (lanes < WEIGHT_LANES)[:, None],
             other=0.0,
         )  # (BLOCK_K, BLOCK_N)
+        if ROUNDS:
+            u = rounded_factor(u, PRECISION)
         total = tl.dot(u, weight, total, input_precision=PRECISION)
     return total
 
@@ -140,7 +154,7 @@ class Slots:
 
 
 def pack_weights(weights: Sequence[Tensor], groups: int, lanes: int) -> Tensor:
-    """(steps, groups, 9, w/groups, lanes): input channels innermost, padded with exact zeros."""
+    """(steps, groups, 9, w/groups, lanes): input channels innermost, padded with exact zeros. Not rounded yet: see `tf32`."""
     stacked = torch.stack([weight.detach() for weight in weights])  # (steps, w, w/groups, 3, 3)
     steps, width, channels = stacked.shape[:3]
     taps = stacked.reshape(steps, groups, width // groups, channels, 9).permute(0, 1, 4, 2, 3)
@@ -156,11 +170,11 @@ def turned(weights: Sequence[Tensor], groups: int) -> list[Tensor]:
     return turned
 
 
-def source_arguments(problem: ChainProblem, lanes: int, x: Slots, scratch: Tensor | None, slot: int) -> dict[str, object]:
+def source_arguments(problem: ChainProblem, plan: StepPlan, x: Slots, scratch: Tensor | None, slot: int) -> dict[str, object]:
     """What the convolution reads: scratch (N*H*W, groups*lanes), whose lanes beyond a group's channels are exact zeros, or
     x's slot.
     """
-    groups = problem.config.groups
+    groups, lanes = problem.config.groups, plan.lanes
     if scratch is None:
         return {
             "source": x.data,
@@ -170,6 +184,7 @@ def source_arguments(problem: ChainProblem, lanes: int, x: Slots, scratch: Tenso
             "SOURCE_VEC": x.vec,
             "SOURCE_LANES": x.lanes if groups == 1 else problem.width // groups,
             "SOURCE_GROUP": problem.width // groups,
+            "ROUNDS": plan.precision == "tf32",  # False in all others, so that they share kernels with those of scratch
         }
     vec = 16 // scratch.element_size() if lanes % 8 == 0 else 1
     pixel = groups * lanes // vec
@@ -183,4 +198,5 @@ def source_arguments(problem: ChainProblem, lanes: int, x: Slots, scratch: Tenso
         "SOURCE_VEC": vec,
         "SOURCE_LANES": lanes,
         "SOURCE_GROUP": lanes,
+        "ROUNDS": False,
     }

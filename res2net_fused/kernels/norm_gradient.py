@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .implicit_gemm import rounded_factor
 from .kernel_call import KernelCall
 from .train_step import PASS_BLOCK_M, PASS_BLOCK_N, pass_programs
 
@@ -19,7 +20,8 @@ from .train_step import PASS_BLOCK_M, PASS_BLOCK_N, pass_programs
 @triton.jit(do_not_specialize=["pixels"])
 def norm_gradient(
     g, z, mean, invstd, gamma, sums, pixels,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g: (pixels, GROUPS * LANES). z: (pixels, w). sums: (2, w) in fp32, of g and of g * (z - mean)."""
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
@@ -41,7 +43,7 @@ def norm_gradient(
     value = tl.load(place, mask=ok, other=0.0).to(tl.float32)
     own = tl.load(z + number[:, None] * (GROUPS * CHANNELS) + channel[None, :], mask=ok, other=0.0).to(tl.float32)
     dz = scale[None, :] * ((value - shift[None, :]) - (own - own_mean[None, :]) * slope[None, :])
-    tl.store(place, dz.to(g.dtype.element_ty), mask=ok)
+    tl.store(place, rounded_factor(dz.to(g.dtype.element_ty), PRECISION), mask=ok)
 
 
 def norm_gradient_call(
@@ -52,10 +54,12 @@ def norm_gradient_call(
     gamma: Tensor,
     sums: Tensor,  # (2, w) in fp32
     groups: int,
+    precision: str,
 ) -> KernelCall:
     pixels, channels = len(g), z.shape[1] // groups
     arguments = {
         "g": g, "z": z, "mean": mean, "invstd": invstd, "gamma": gamma, "sums": sums, "pixels": pixels, "GROUPS": groups,
-        "CHANNELS": channels, "LANES": g.shape[1] // groups, "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
+        "CHANNELS": channels, "LANES": g.shape[1] // groups, "PRECISION": precision,
+        "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
     }  # fmt: skip
     return KernelCall(norm_gradient, pass_programs(pixels, channels, groups), arguments, {"num_warps": 4})

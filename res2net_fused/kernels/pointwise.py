@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .implicit_gemm import rounded_factor
 from .kernel_call import KernelCall
-from .step_plan import multiprocessors
+from .step_plan import has_wide_products, multiprocessors
 from .tile_table import Shape, Tile, dtype_class, lookup
 
 _INTEGERS = ["pixels", "in_pixel", "out_pixel", "shortcut_pixel"]
@@ -55,6 +56,7 @@ def pointwise(
             mask=(columns < OUT_LANES)[None, :] & lane_ok[:, None],
             other=0.0,
         )  # (BLOCK_K, BLOCK_N)
+        a = rounded_factor(a, PRECISION)
         total = tl.dot(a, w, total, input_precision=PRECISION)
     column_ok = columns < OUT_LANES
     total += tl.load(bias + columns, mask=column_ok, other=0.0)[None, :]
@@ -114,7 +116,7 @@ def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str
         block_k, stages = 32, 3
     else:
         shapes = [(128, 256), (128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16)]
-        shapes = shapes if capability >= (9, 0) else shapes[1:]  # 256 accumulators a thread spill without wgmma
+        shapes = shapes if has_wide_products(capability) else shapes[1:]  # else 256 accumulators a thread spill
         block_k, stages = 64, 3
     block_k = min(block_k, max(16, 1 << (in_lanes - 1).bit_length()))
     block_m, block_n = shapes[-1]
@@ -127,7 +129,7 @@ def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str
 
 def pointwise_call(
     source: Pixels,
-    weight: Tensor,  # (out.lanes, source.lanes)
+    weight: Tensor,  # (out.lanes, source.lanes), rounded for this precision
     bias: Tensor,  # (out.lanes,), fp32
     shortcut: Pixels | None,
     out: Pixels,

@@ -20,7 +20,8 @@ MAX_CHANNELS = 15360  # of a convolution group: offsets within the weights of on
 CHUNK_BYTES = 32 * 2**20
 # From so many output pixels on, aligning a badly aligned first group once costs less than nine unaligned reads of it.
 ALIGN_FIRST_PIXELS = 50_000
-_MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
+# Of the usual GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
+_MULTIPROCESSORS = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StepPlan:
     """tile: of every launch, from `tile_source`. images: per run through `launches`, so that a chunk of the batch stays in L2.
 
     lanes: channels that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
-    precision: of the products, as `tl.dot` names it; only float32 is affected.
+    precision: of the products, as `tl.dot` names it; only float32 is affected. capability: of the GPU, known or not.
     """
 
     tile: Tile
@@ -52,6 +53,7 @@ class StepPlan:
     images: int
     lanes: int
     precision: str
+    capability: tuple[int, int]
 
     @property
     def scratch_buffers(self) -> int:
@@ -65,13 +67,15 @@ class StepPlan:
 
     def describe(self, problem: ChainProblem) -> str:
         chunks = -(-problem.batch // max(1, self.images))
-        tile = self.tile
+        tile, known = self.tile, nearest_known(self.capability)
+        own, stand_in = ("{}.{}".format(*capability) for capability in (self.capability, known))
         return (
             f"Triton, {len(self.launches) * chunks} launches"
             + (f" ({chunks} chunks of {self.images} images)" if chunks > 1 else "")
             + f", tile {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.warps} warps, {tile.stages} stages"
             + f" ({self.tile_source})"
             + (f", {self.precision}" if problem.dtype == torch.float32 else "")
+            + (f", as for compute capability {stand_in}, since {own} is not known" if own != stand_in else "")
         )
 
 
@@ -103,7 +107,7 @@ def plan_steps(
     )
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
-    return StepPlan(tile, tile_source, launches, images, lanes, precision)
+    return StepPlan(tile, tile_source, launches, images, lanes, precision, capability)
 
 
 def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False) -> StepPlan:
@@ -190,9 +194,22 @@ def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: 
     return Tile(block_m, block_n, block_k, warps, stages)
 
 
+def nearest_known(capability: tuple[int, int]) -> tuple[int, int]:
+    """The compute capability whose usual GPU a plan is made for; of two that are equally near the older one."""
+    return min(sorted(_MULTIPROCESSORS), key=lambda known: abs(10 * (known[0] - capability[0]) + known[1] - capability[1]))
+
+
 def multiprocessors(capability: tuple[int, int]) -> int:
     """Of the usual GPU of a compute capability; a plan wants at least as many programs."""
-    return _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[8, 0])
+    return _MULTIPROCESSORS[nearest_known(capability)]
+
+
+def has_wide_products(capability: tuple[int, int]) -> bool:
+    """Whether one instruction multiplies for four warps or more (wgmma, tcgen05), so that large tiles leave registers free.
+
+    Hopper's and Blackwell's data centre cards have them, 12.x (RTX 50) multiplies as 8.x does and has as little shared memory.
+    """
+    return (9, 0) <= capability < (12, 0)
 
 
 def _tiles(problem: ChainProblem, block_m: int, block_n: int, images: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..chain import ChainProblem
 from ..synchronise import combine_moments
 from .conv3x3_step import step_call
-from .implicit_gemm import SIZES, Slots, activate, locate, multiply_taps, slot_pointers, source_arguments
+from .implicit_gemm import SIZES, Slots, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
 from .kernel_call import KernelCall
 from .step_plan import StepPlan
 from .tile_sums import STATISTICS, statistics_calls
@@ -42,7 +42,7 @@ def train_step(
     source_image, source_row, source_pixel, source_slot,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     SOURCE_VEC: tl.constexpr, SOURCE_LANES: tl.constexpr, SOURCE_GROUP: tl.constexpr, WEIGHT_LANES: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROUNDS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One convolution and the moments of what it leaves.
 
@@ -59,7 +59,7 @@ def train_step(
     weight_base = weights + group.to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
     total = multiply_taps(
         source_base, weight_base, exists, row, column, columns, source_row, source_pixel, height, width,
-        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_LANES, WEIGHT_LANES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_LANES, WEIGHT_LANES, ROUNDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     column_ok = columns < CHANNELS
@@ -81,7 +81,7 @@ def normalise_step(
     x_image, x_row, x_pixel, x_slot, out_image, out_row, out_pixel, out_slot,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SCRATCH_LANES: tl.constexpr,
     X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, ACTIVATION: tl.constexpr, FORMS_NEXT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out's slot = act((z - mean) * scale + beta), and with FORMS_NEXT scratch = x's slot + that; sizes are the output's."""
     n_tiles: tl.constexpr = (SCRATCH_LANES + BLOCK_N - 1) // BLOCK_N
@@ -106,7 +106,8 @@ def normalise_step(
         x_next = tl.load(x_base[:, None] + columns[None, :], mask=written, other=0.0)
         u = tl.where(written, y.to(tl.float32) + x_next.to(tl.float32), 0.0).to(scratch.dtype.element_ty)
         scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_LANES
-        tl.store(scratch_base[:, None] + columns[None, :], u, mask=exists[:, None] & (columns < SCRATCH_LANES)[None, :])
+        scratch_ok = exists[:, None] & (columns < SCRATCH_LANES)[None, :]
+        tl.store(scratch_base[:, None] + columns[None, :], rounded_factor(u, PRECISION), mask=scratch_ok)
 
 
 def pass_programs(pixels: int, lanes: int, groups: int) -> int:
@@ -121,7 +122,7 @@ def train_calls(
     out: Slots,
     z: Sequence[Tensor],  # each (N, w, H', W'), channels-last
     statistics: Tensor,  # (4, steps, w) in fp32, written: see STATISTICS
-    weights: Tensor,  # from `pack_weights`
+    weights: Tensor,  # from `pack_weights`, rounded for the plan's precision
     gammas: Sequence[Tensor],  # each (w,) in fp32, as betas
     betas: Sequence[Tensor],
     eps: Sequence[float],
@@ -143,7 +144,7 @@ def train_calls(
         yield step_call(problem, plan, plan.launches[0], x, out, None, u, None, None)
     for k in range(problem.steps):
         slot = config.first_convolved + k
-        source = source_arguments(problem, plan.lanes, x, u, slot)
+        source = source_arguments(problem, plan, x, u, slot)
         del source["source_slot_step"]
         arguments = {
             **source, "weights": weights[k], "z": z[k], "tile_means": moments[0], "tile_squares": moments[1],
@@ -165,7 +166,7 @@ def train_calls(
             **x.arguments("x"), "x_slot": x.offset(slot + 1) if forms_next else 0,
             **out.arguments("out"), "out_slot": out.offset(slot), "GROUPS": config.groups, "CHANNELS": channels,
             "SCRATCH_LANES": plan.lanes, "X_VEC": x.vec, "OUT_VEC": out.vec, "ACTIVATION": config.activation,
-            "FORMS_NEXT": forms_next, "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
+            "FORMS_NEXT": forms_next, "PRECISION": plan.precision, "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
         }  # fmt: skip
         yield KernelCall(normalise_step, pass_programs(pixels, plan.lanes, config.groups), arguments, {"num_warps": 4})
 

@@ -2,34 +2,33 @@
 
 import pytest
 import torch
-from emulator.harness import TOLERANCES, Case, expected_of, make_tensors, plan_of, replace
-from test_emulated_chain import HALVES, SETTINGS, SINGLES, WIDTHS
-from test_emulated_cluster import SHARED, SHARED_SETTINGS
+from emulator.harness import TOLERANCES, expected_of, make_tensors, replace
+from gpu_cases import CUT, FULL, IN_TF32, ODD, PLANNED, PUBLISHED, SMALL, TIMED, launch_of, problem_of
+from helpers import assert_close
+from test_emulated_chain import HALVES, SETTINGS, SINGLES
 
-from res2net_fused import hierarchical_conv2d
+from res2net_fused import hierarchical_conv2d, reference
 from res2net_fused.backends import native_cuda
-from res2net_fused.chain import ChainProblem
 from res2net_fused.parity import convolution_precision
+from res2net_fused.tolerances import FORWARD
+
+CHECKED = 3  # images of a large batch that are compared with float64: the first, one in the middle and the last
 
 
-def unavailable():
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU"
-    problem = ChainProblem(WIDTHS[0].config, torch.device("cuda"), torch.bfloat16, 1, 14, 14, 26, 3, True)
-    return native_cuda.why_not(problem)
+@pytest.fixture(autouse=True)
+def usable():
+    problem = problem_of(PUBLISHED[0])
+    why = native_cuda.why_not(problem)
+    if why is not None:
+        pytest.skip(why)
 
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "available")
-ODD = [Case(26, 4, 3, 57, 33), Case(52, 4, 2, 29, 31), Case(104, 4, 5, 15, 13), Case(208, 4, 9, 7, 7), Case(14, 8, 2, 61, 129)]
-# Wide groups in batches that fill a Hopper GPU: the wgmma kernel there.
-FULL = [Case(52, 4, 64, 28, 28), Case(104, 4, 256, 14, 14), Case(48, 2, 32, 56, 56), Case(56, 8, 130, 14, 13)]
-FULL += [Case(96, 3, 130, 15, 9), Case(208, 2, 257, 7, 7)]
-PUBLISHED = [Case(w << i, s, 3, 56 >> i, 56 >> i) for w, s in ((26, 4), (14, 8), (48, 2)) for i in range(4)]
-IN_TF32 = [case for case in SINGLES if not case.pad] + [Case(**{**c.__dict__, "dtype": torch.float32}) for c in ODD + PUBLISHED]
-CASES = [case for case in WIDTHS + SETTINGS + ODD + PUBLISHED + FULL if not case.pad]
-# Batches of one and two are what clusters share; the odd number of images leaves the last CTA with less than its part.
-SMALL = [replace(case, images=images) for case in ODD + PUBLISHED for images in (1, 2)]
-CLUSTERS = [case for case in SHARED + SHARED_SETTINGS if not case.pad]
+def skip_where_refused(case):
+    """Of a card that has too little shared memory for the call, the plan's reason."""
+    try:
+        return launch_of(case, native_cuda.device_limits(torch.device("cuda")))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def on_gpu(case, tensors):
@@ -45,9 +44,10 @@ def run(case, tensors, **options):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", CASES + SMALL, ids=str)
+@pytest.mark.parametrize("case", PLANNED, ids=str)
 def test_exact_for_integers(case, dtype, poisoned_memory):
-    case = Case(**{**case.__dict__, "dtype": dtype})
+    case = replace(case, dtype=dtype)
+    skip_where_refused(case)
     tensors = make_tensors(case, True, 1)
     out = run(case, tensors).permute(0, 2, 3, 1).cpu()
     assert torch.equal(out.double(), expected_of(case, *tensors))
@@ -56,7 +56,8 @@ def test_exact_for_integers(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", ODD + PUBLISHED + SMALL + FULL, ids=str)
 def test_close_for_random_numbers(case, dtype, poisoned_memory):
-    case = Case(**{**case.__dict__, "dtype": dtype})
+    case = replace(case, dtype=dtype)
+    skip_where_refused(case)
     tensors = make_tensors(case, False, 1)
     out = run(case, tensors).permute(0, 2, 3, 1).cpu().double()
     expected = expected_of(case, *tensors)
@@ -66,6 +67,7 @@ def test_close_for_random_numbers(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "random"])
 @pytest.mark.parametrize("case", IN_TF32, ids=str)
 def test_float32_is_multiplied_in_tf32(case, integers, poisoned_memory):
+    skip_where_refused(case)
     tensors = make_tensors(case, integers, 1)
     with convolution_precision("tf32", "cuda"):
         out = run(case, tensors).permute(0, 2, 3, 1).cpu().double()
@@ -78,16 +80,39 @@ def test_float32_is_refused_where_tf32_is_not_allowed():
         run(SINGLES[3], make_tensors(SINGLES[3], True, 1))
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs clusters")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", CLUSTERS, ids=str)
-def test_every_way_to_share_is_exact_for_integers(case, dtype, poisoned_memory, monkeypatch):
-    """The launches that the emulator runs, cut by hand."""
+@pytest.mark.parametrize("case", CUT, ids=str)
+def test_every_way_to_cut_a_call_is_exact_for_integers(case, dtype, poisoned_memory, monkeypatch):
+    """The launches that the emulator runs, of all three kernels, cut by hand."""
     case = replace(case, dtype=dtype)
-    monkeypatch.setattr(native_cuda, "plan_chain", lambda problem, limits: plan_of(case)._replace(**case.tile))
+    plan = skip_where_refused(case)
+    monkeypatch.setattr(native_cuda, "plan_chain", lambda problem, limits: plan)
     tensors = make_tensors(case, True, 1)
     out = run(case, tensors).permute(0, 2, 3, 1).cpu()
     assert torch.equal(out.double(), expected_of(case, *tensors))
+
+
+@pytest.mark.parametrize("case", TIMED, ids=str)
+def test_the_calls_that_are_timed(case, poisoned_memory):
+    """The published chains at the record's batches: the launches that `info --kernels` predicts."""
+    skip_where_refused(case)
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = case.images, case.scale * case.width, case.height, case.columns
+    x = torch.randn(shape, generator=generator, device="cuda", dtype=case.dtype).relu_()
+    x = x.contiguous(memory_format=torch.channels_last)
+    size = case.width, case.width, 3, 3
+    weights = [
+        torch.randn(size, generator=generator, device="cuda", dtype=case.dtype) / (4.5 * case.width) ** 0.5
+        for _ in range(case.steps)
+    ]
+    biases = [torch.randn(case.width, generator=generator, device="cuda") for _ in range(case.steps)]
+    dtype = "tf32" if case.dtype == torch.float32 else str(case.dtype)[6:]
+    with convolution_precision(dtype, "cuda"):
+        out = hierarchical_conv2d(x, weights, biases, backend="cuda")
+    some = sorted({0, case.images // 2, case.images - 1})[:CHECKED]
+    exact = [w.double() for w in weights], [b.double() for b in biases]
+    expected = reference.hierarchical_conv2d(x[some].double(), *exact, case.config)
+    assert_close(out[some], expected, FORWARD[dtype].limit)
 
 
 @pytest.mark.parametrize("case", [ODD[0], ODD[2], SETTINGS[0]], ids=str)

@@ -5,6 +5,8 @@ import torch
 from helpers import Chain, randomize
 
 from res2net_fused import Bottle2neck, accelerate, hierarchical_conv1d, hierarchical_conv2d
+from res2net_fused.backends.selection import choose, get_backend
+from res2net_fused.chain import ChainConfig, ChainProblem
 from res2net_fused.parity import convolution_precision
 
 LIMIT = 2**31
@@ -20,9 +22,12 @@ def needs(gigabytes):
 
 
 @pytest.fixture(autouse=True)
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+def gpu(request):
+    """Skips where the test's backend cannot run in bf16."""
+    backend = request.node.callspec.params.get("backend", "triton") if hasattr(request.node, "callspec") else "triton"
+    problem = ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, 1, 14, 14, 16, 3, True)
+    if (why := get_backend(backend).why_not(problem)) is not None:
+        pytest.skip(why)
     yield
     torch.cuda.empty_cache()
 
@@ -101,9 +106,8 @@ def test_backward():
 
 def test_what_is_too_large_for_one_backend_runs_on_the_next(monkeypatch):
     """Auto, with the reason in the choice; nothing is allocated for it."""
-    from res2net_fused.backends import selection
-    from res2net_fused.chain import ChainConfig, ChainProblem
-
+    if get_backend("cuda").why_not(ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, 1, 14, 14, 16, 3, True)):
+        pytest.skip("needs the cuda backend, which refuses it")
     problem = ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, 1, 2**15 + 1, 64, 16, 3, True)
-    choice = selection.choose(problem)
+    choice = choose(problem)
     assert choice.name == "triton" and "the height of x is 32769; at most 32768" in choice.reason

@@ -7,10 +7,12 @@ import torch
 from helpers import relative_error
 from networks import FAMILIES, images_for, pair
 
-from res2net_fused import explain, freeze
+from res2net_fused import accelerate, explain, freeze
+from res2net_fused.bench.measure import GraphedContender
+from res2net_fused.bench.networks import random_network
+from res2net_fused.bench.photographs import calibrate, photographs
 from res2net_fused.tolerances import network_bound
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 families = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -60,3 +62,16 @@ def test_torch_compile_makes_a_graph(name):
             for x, exact, bound in zip(images, expected, bounds, strict=True):
                 torch.compiler.cudagraph_mark_step_begin()
                 assert relative_error(compiled(x).clone(), exact) <= bound
+
+
+def test_a_graph_of_res2net50_at_batch_32():
+    """26w4s at 224x224, every launch that the record's first network makes, from memory that holds NaN."""
+    network = calibrate(random_network("res2net50_26w4s"), photographs()).requires_grad_(False).cuda().bfloat16()
+    model = freeze(accelerate(copy.deepcopy(network)).to(memory_format=torch.channels_last))
+    images = torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    contender = GraphedContender(model, [images])
+    (out,) = contender.outputs()
+    with torch.inference_mode():
+        expected = copy.deepcopy(network).double()(images[:2].double())
+        bound = network_bound(relative_error(network(images)[:2], expected))
+    assert relative_error(out[:2], expected) <= bound

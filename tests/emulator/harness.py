@@ -151,7 +151,8 @@ class Run:
 
 def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -> native_cuda.Plan:
     """The plan that the shipped chooser makes for this call on such a device, among the kernels that the case asks for."""
-    device = (*device[:-1], device[-1] * case.wgmma)
+    device = native_cuda.native.DeviceLimits(*device)
+    device = device._replace(wgmma=device.wgmma * case.wgmma)
     lib = library("d1c2t4")  # every library holds the plan
     c = case.config
     problem = (ctypes.c_int64 * 10)(
@@ -159,7 +160,7 @@ def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -
         c.passthrough != "none", native_cuda.TYPES[case.dtype],
     )  # fmt: skip
     numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
-    if lib.plan_call(problem, (ctypes.c_int64 * 8)(*device), case.clusters, numbers, text, len(text)):
+    if lib.plan_call(problem, (ctypes.c_int64 * len(device))(*device), case.clusters, numbers, text, len(text)):
         raise ValueError(text.value.decode())
     return native_cuda.Plan(*numbers)
 

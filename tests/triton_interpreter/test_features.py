@@ -136,7 +136,7 @@ def test_batch_split_for_the_pixel_counter(monkeypatch, hierarchical) -> None:
 def test_packed_weights_give_the_same_bits() -> None:
     case = make_case(ChainConfig(groups=2), width=6, dtype=torch.float16)
     packed = triton_backend.pack(case.weights, case.biases, case.config)
-    assert packed[0].shape == (2, 2, 9, 3, 8) and packed[0][..., 3:].count_nonzero() == 0
+    assert packed[0].shape == (1, 2, 2, 9, 3, 8) and packed[0][..., 3:].count_nonzero() == 0
     assert packed[1].shape == (2, 6) and packed[1].dtype == torch.float32
     assert torch.equal(case.run(packed), case.run())
 

@@ -50,6 +50,11 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   STD_TORCH_CHECK(plan.size() >= 12, "plan: expected at least 12 numbers, got ", plan.size());
   STD_TORCH_CHECK(settings.size() == 14, "settings: expected 14 numbers, got ", settings.size());
   STD_TORCH_CHECK(x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
+  const int32_t device = x.get_device_index();
+  const auto check_device = [&](const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(t.get_device_index() == device, name, ": on cuda:", t.get_device_index(), "; expected cuda:", device, ", where x is");
+  };
+  check_device("weight", weight), check_device("bias", bias), check_device("out", out);
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: expected four dimensions");
   const auto dtype = x.scalar_type();
   const DataType type = type_of(dtype);
@@ -107,9 +112,11 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   STD_TORCH_CHECK((reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out)) % 4 == 0 &&
                       (settings[8] | settings[9] | settings[10] | settings[11]) % pair == 0,
                   "x, out: expected pixels and slots that are aligned to 4 bytes");
+  // Of copies of 16 bytes, and of loads of two numbers.
+  STD_TORCH_CHECK(reinterpret_cast<uint64_t>(a.weight) % 16 == 0, "weight: expected memory that is aligned to 16 bytes");
+  STD_TORCH_CHECK(reinterpret_cast<uint64_t>(a.bias) % 8 == 0, "bias: expected memory that is aligned to 8 bytes");
   set_moves(a, type);
 
-  const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");

@@ -65,16 +65,21 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
-// Thread-block clusters, from sm_90 on; kernels for older devices hold the calls but are not launched that way.
+// Thread-block clusters, from sm_90 on. Code for older devices holds the calls too, and must never come to them: it may run on a
+// newer device, compiled there from PTX, where numbers without barriers would be wrong in silence.
 // Every thread of the cluster arrives and then waits: what one did before it arrived is visible to all after they waited.
 DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 // To the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
@@ -85,6 +90,8 @@ DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value) {
           to.address()),
       "r"(rank), "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
       : "memory");
+#else
+  __trap();
 #endif
 }
 

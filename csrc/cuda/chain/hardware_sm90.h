@@ -6,9 +6,10 @@
 
 // A matrix of K = 32 bytes in shared memory, without a swizzle. It consists of blocks of 8 rows of 16 bytes, 128 bytes on end;
 // `leading` bytes from a block to the one with the next 16 bytes of K, `stride` bytes to the one with the next 8 rows (of A)
-// or columns (of B). In units of 16 bytes: the address in bits 0-13, leading in 16-29, stride in 32-45.
+// or columns (of B). In units of 16 bytes: the address in bits 0-13 (of 18 bits, whatever stands above), leading in 16-29,
+// stride in 32-45.
 RES2NET_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
-  return uint64_t(address >> 4) | uint64_t(uint32_t(leading) >> 4) << 16 | uint64_t(uint32_t(stride) >> 4) << 32;
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(uint32_t(leading) >> 4) << 16 | uint64_t(uint32_t(stride) >> 4) << 32;
 }
 
 #if !defined(__CUDACC__)

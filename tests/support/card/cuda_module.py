@@ -15,6 +15,7 @@ import torch
 from . import faults
 from .cards import Card
 
+HOST_MEMORY = 4 * 2**30  # bytes that tests of large tensors may find free
 TYPE = 1  # c10::DeviceType::CUDA
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 _work: dict[int, Callable[[], object]] = {}  # of captures, kept for their replays
@@ -207,7 +208,7 @@ def insert(device: Device, card: Card, count: int) -> None:
         "Event": Event,
         "CUDAGraph": CUDAGraph,
         "is_current_stream_capturing": native["_cuda_isCurrentStreamCapturing"],
-        "mem_get_info": lambda device=None: (card.memory - c.card_allocated(c.card_current()), card.memory),
+        "mem_get_info": lambda device=None: (min(card.memory, HOST_MEMORY) - c.card_allocated(c.card_current()), card.memory),
     }
     for name, value in replaced.items():
         setattr(cuda, name, value)

@@ -1,0 +1,35 @@
+"""The plain use: an accelerated Res2Net-50 called as it is, beside eager PyTorch, at batch 1, 8 and 32."""
+
+import copy
+
+import pytest
+import torch
+from helpers import relative_error
+
+from res2net_fused import accelerate, explain
+from res2net_fused.bench.networks import random_network
+from res2net_fused.bench.photographs import calibrate, photographs
+from res2net_fused.tolerances import network_bound
+
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
+
+@pytest.fixture(scope="module")
+def network():
+    images = photographs()
+    return calibrate(random_network("res2net50_26w4s"), images).requires_grad_(False).cuda(), images.cuda()
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+def test_eager_use_is_as_right_as_pytorch(network, dtype, batch):
+    plain, images = network
+    x = images.repeat(-(-batch // 2), 1, 1, 1)[:batch].to(dtype)
+    plain = copy.deepcopy(plain).to(dtype)
+    model = accelerate(copy.deepcopy(plain))
+    with torch.inference_mode():
+        expected = copy.deepcopy(plain).double()(x[:2].double())
+        bound = network_bound(relative_error(plain(x)[:2], expected))
+        for _ in range(2):  # folded, then kept
+            assert relative_error(model(x)[:2], expected) <= bound
+    assert all(report.fused for report in explain(model))

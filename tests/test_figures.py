@@ -1,0 +1,133 @@
+"""The figures of a record, and the README's results."""
+
+import json
+
+import pytest
+from record_cases import environment, row, script
+
+from res2net_fused.bench import figures, results
+from res2net_fused.bench.workloads import STAGES
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def by_name(rows):
+    return {figure.name: figure for figure in figures.figures(rows)}
+
+
+def test_chain_figures():
+    rows = [row(), row(provider="eager_channels_last", median_ms=5.5), row(provider="compile_max_autotune", median_ms=1.9)]
+    found = by_name(rows)
+    eager = found["chain 26w4s stage 1, batch 32, over eager_channels_last"]
+    assert (eager.value, eager.bar, eager.outcome) == (5.5, 5.0, "pass")
+    assert found["chain 26w4s stage 1, batch 32, over compile_max_autotune"].outcome == "FAIL"
+    assert found["chain 26w4s stage 2, batch 32, over eager_channels_last"].outcome == "unmeasured"
+    assert len([f for f in found if f.startswith("chain 26w4s") or f.startswith("chain 14w8s")]) == 16
+
+
+@pytest.mark.parametrize("change", [{"run": 2}, {"graph": False}, {"dtype": "float16"}, {"batch": 1}, {"variant": "stage"}])
+def test_ratios_are_taken_between_like_rows_of_one_run(change):
+    rows = [row(), row(provider="eager_channels_last", median_ms=9.0) | change]
+    assert by_name(rows)["chain 26w4s stage 1, batch 32, over eager_channels_last"].value is None
+
+
+def test_blocks_are_summed_as_often_as_they_occur():
+    peer = {("stage", 1): 10.0, ("normal", 3): 20.0}
+    rows = []
+    for variant in ("stage", "normal"):
+        for stage in STAGES:
+            case = {"workload": "block", "stage": stage, "variant": variant}
+            slow = peer.get((variant, stage), 2.0)
+            rows += [row(**case), row(**case, provider="compile", median_ms=99.0),
+                     row(**case, provider="compile_max_autotune", median_ms=slow)]  # fmt: skip
+    name = "blocks of Res2Net-50 26w4s summed, batch 32, over torch.compile"
+    found = by_name(rows)[name]
+    assert found.value == pytest.approx((10 + 3 * 2 + (2 + 3 + 2) * 2 + 5 * 20) / 16)
+    assert by_name(rows[:-3])[name].value is None
+    assert by_name(rows[:-3])[name].note == "missing: 1 of 8, such as normal block of stage 4"
+
+
+def test_the_worst_of_48w2s_counts():
+    rows = []
+    for stage, batch, peer in ((1, 32, 1.5), (4, 256, 0.9), (2, 1, 1.2)):
+        case = {"config": "48w2s", "stage": stage, "batch": batch}
+        rows += [row(**case), row(**case, provider="compile", median_ms=peer)]
+    found = by_name(rows)["chain 48w2s over torch.compile"]
+    assert (found.value, found.outcome, found.note) == (0.9, "FAIL", "worst of 3: stage 4, batch 256")
+
+
+def test_networks_are_compared_with_the_yardstick():
+    case = {"workload": "network", "config": "res2net50_14w8s", "stage": None, "batch": 256}
+    rows = [row(**case, median_ms=4.0, yardstick_ms=5.0)]
+    assert by_name(rows)["res2net50_14w8s, batch 256, over compiled ResNet-50"].value == 1.25
+    assert "1.25x" in figures.figure_table(figures.figures(rows))
+    assert by_name([])["res2net50_26w4s, batch 32, over compiled ResNet-50"].outcome == "unmeasured"
+
+
+def test_training_figures():
+    case = {"workload": "train_step", "config": "res2net50_26w4s", "stage": None, "batch": 128, "graph": False}
+    rows = [row(**case, provider="ours", median_ms=10.0, peak_mb=100.0),
+            row(**case, provider="triton", median_ms=5.0, peak_mb=70.0),
+            row(**case, provider="eager_channels_last", median_ms=10.0, peak_mb=100.0),
+            row(**case, provider="compile", median_ms=6.0, peak_mb=90.0)]  # fmt: skip
+    found = by_name(rows)
+    assert found["res2net50_26w4s training step, batch 128, over eager_channels_last"].outcome == "pass"
+    assert found["res2net50_26w4s training step, batch 128, over compile"].value == pytest.approx(1.2)
+    assert found["res2net50_26w4s training peak memory, batch 128, over eager_channels_last"].value == pytest.approx(1 / 0.7)
+    assert found["res2net50_14w8s training step, batch 256, over compile"].outcome == "unmeasured"
+
+
+# README ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_committed_records():
+    assert script("readme_results").main(["--check"]) == 0
+
+
+def test_readme_is_written_and_checked(tmp_path, capsys):
+    readme = script("readme_results")
+    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    rows = [
+        row(stage=stage, provider=provider, graph=graph, median_ms=ms, roofline_share=0.5, workload=workload)
+        for workload in ("chain", "block")
+        for stage in STAGES
+        for provider, graph, ms in (("ours_graph", True, 1.0), ("compile", False, 9.0), ("compile", True, 3.0 - stage / 2))
+    ]
+    rows.append(row(workload="block", stage=1, variant="stage", median_ms=100.0))
+    network = {"workload": "network", "config": "res2net50_26w4s", "stage": None}
+    rows.append(row(**network, median_ms=4.0, yardstick_ms=3.0))
+    path = tmp_path / "benchmarks" / "results" / "some-gpu" / "record.json"
+    results.write(path, environment(device="Some GPU", cuda="13.0", command="make record"), rows)
+    arguments = ["--root", str(tmp_path)]
+    assert readme.main([*arguments, "--check"]) == 1
+    assert readme.main(arguments) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    assert "### Some GPU" in text and "CUDA 13.0" in text and "`make record`" in text
+    line = next(line for line in text.splitlines() if line.startswith("| 26w4s"))
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "26w4s", "32", "bfloat16", "7", "4", "2.50 2.00 1.50 1.00", "50 50 50 50",
+    ]  # fmt: skip
+    assert "0.75" in next(line for line in text.splitlines() if line.startswith("| res2net50_26w4s"))  # a loss, shown
+    assert "(benchmarks/results/some-gpu/record.png)" in text
+    assert readme.main([*arguments, "--check"]) == 0
+    path.with_suffix(".png").unlink()
+    assert readme.main([*arguments, "--check"]) == 1
+    assert "no plot" in capsys.readouterr().out
+
+
+def test_bad_records_and_readmes_are_named(tmp_path, capsys):
+    readme = script("readme_results")
+    (tmp_path / "README.md").write_text("no markers")
+    assert readme.main(["--root", str(tmp_path)]) == 2
+    path = tmp_path / "benchmarks" / "results" / "x" / "bad.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps([]))
+    assert readme.main(["--root", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "results:begin" in err and "bad.json" in err
+
+
+def test_markdown_columns_are_aligned():
+    table = script("readme_results").markdown_table(["a", "long head"], [["first", "1"]])
+    assert table == "| a     | long head |\n| :---- | --------: |\n| first |         1 |"
