@@ -81,7 +81,21 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
         assert text.count("LDSM.16.M88.2") == UNROLL * (columns % 2)
         clusters = instance.startswith("cluster") and architecture != "80"
         assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * clusters
+        assert ("BPT.TRAP" in text) == (instance.startswith("cluster") and not clusters)
     assert len(functions) == len(types)
+
+
+@pytest.mark.parametrize("version, traps", [(80, True), (90, False)])
+def test_code_without_clusters_traps_where_it_would_need_them(version, traps, tmp_path):
+    """The driver of a newer device compiles it from PTX: there a missing barrier would give wrong numbers in silence."""
+    text = tmp_path / "cluster.ptx"
+    source = ROOT / "csrc/cuda/chain/instance_cluster_c2t2.cu"
+    command = [find_nvcc(), "-std=c++20", "-O3", f"-arch=compute_{version}", f"-I{ROOT / 'csrc'}", "-ptx", "-o", str(text), str(source)]
+    subprocess.run(command, check=True)
+    kernels = text.read_text().split(".entry")[1:]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert ("trap;" in kernel) == traps and ("barrier.cluster" in kernel) != traps
 
 
 def test_the_table_lists_every_instance_of_the_built_library():
