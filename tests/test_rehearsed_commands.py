@@ -14,16 +14,16 @@ from res2net_fused.bench import results
 ROOT = HERE.parent
 RF = "-m", "res2net_fused"
 RECORD = (str(ROOT / "benchmarks" / "record.py"),)
-# Cut to the batch of 1, while plans and tiles see 32.
+# Work of one image on small maps, in the launches of 32 images on the true ones.
 CUT = {"batch": 32}
 on_cards = pytest.mark.parametrize("name", ["H100", "RTX4090"])
 
 
-def run(name, *arguments, faults=(), expected=0, folder=None, timeout=600, **settings):
-    """A command on two stand-in cards; its output."""
-    env = card.environment(card.Settings(name, count=2, **settings), json.dumps(faults))
+def run(name, *arguments, faults=(), expected=0, timeout=600, **settings):
+    """A command on two stand-in cards, its work cut; its output."""
+    env = card.environment(card.Settings(name, count=2, **CUT | settings), json.dumps(faults))
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, env=env, cwd=folder or ROOT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == expected, f"exit status {done.returncode}\n{done.stdout[-5000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
@@ -40,7 +40,8 @@ def opened(folder, stem="bench-cuda"):
 def test_rehearsed_info_names_the_card_and_what_can_run(name):
     text = run(name, *RF, "info", "--device", "cuda:1")
     assert card.CARDS[name].name in text
-    assert "can run" in text.split("triton")[1].splitlines()[0]
+    backends = dict(line.split(maxsplit=1) for line in text.split("backends for cuda:1:")[1].splitlines()[1:5])
+    assert all(backends[backend] == "can run" for backend in ("cuda", "triton", "reference")), backends
 
 
 @on_cards
@@ -72,7 +73,7 @@ def test_rehearsed_quick_bench_writes_all_its_rows(name, tmp_path):
 def test_rehearsed_bench_runs_all_its_default_parts(name, tmp_path):
     """At a batch of 1, planned as one of 32: chains, blocks, their training, three networks, peers that compile."""
     arguments = ["bench", "--batch", "1", "--out", tmp_path, "--configs", "26w4s"]
-    text = run(name, *RF, *arguments, **CUT)
+    text = run(name, *RF, *arguments)
     data = opened(tmp_path)
     assert not data["environment"]["failures"], text
     kinds = {(row["workload"], row["provider"]) for row in data["rows"]}
@@ -154,7 +155,7 @@ def test_rehearsed_record_goes_on_where_it_stopped(name, tmp_path):
     text = run(name, *RECORD, *arguments)
     data = results.read(path)
     assert not data["environment"]["failures"], text
-    assert {row["workload"] for row in data["rows"]} == {"chain", "block", "network", "train_chain", "train_block", "train_step"}
+    assert {row["workload"] for row in data["rows"]} == set(results.WORKLOADS)
     assert "Not measured yet" not in text
     again = run(name, *RECORD, *arguments)
     assert results.read(path)["rows"] == data["rows"] and "0 units to go" in again

@@ -33,14 +33,10 @@ def insert(device: Device, card: Card, settings: Settings) -> None:
     for name, module in (("triton", "triton_backend"), ("cuda", "native_cuda")):
         changes[f"{PACKAGE}.backends.{module}"] = functools.partial(_answer, name, settings, planted)
     if settings.batch > 1:
-        changes[f"{PACKAGE}.backends.triton_settings"] = functools.partial(_larger, "plan_for", settings.batch)
-        answer = changes[f"{PACKAGE}.backends.native_cuda"]
+        from . import cuts
 
-        def both(module: Any) -> None:
-            answer(module)
-            _larger("plan_chain", settings.batch, module)
-
-        changes[f"{PACKAGE}.backends.native_cuda"] = both
+        for name, change in cuts.changes(settings.batch).items():
+            changes[f"{PACKAGE}.{name}"] = _both(changes.get(f"{PACKAGE}.{name}"), change)
     sys.meta_path.insert(0, _Changed(changes))
 
 
@@ -65,17 +61,13 @@ class _Changed(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _larger(name: str, factor: int, module: Any) -> None:
-    """Plans as for a batch that is `factor` times as large."""
-    import dataclasses
+def _both(first: Callable[[Any], None] | None, second: Callable[[Any], None]) -> Callable[[Any], None]:
+    def both(module: Any) -> None:
+        if first is not None:
+            first(module)
+        second(module)
 
-    own = getattr(module, name)
-
-    @functools.wraps(own)
-    def planned(problem: Any, *args: Any, **options: Any) -> Any:
-        return own(dataclasses.replace(problem, batch=problem.batch * factor), *args, **options)
-
-    setattr(module, name, planned)
+    return both
 
 
 def _use_library(native: Any, device: Device, card: Card, settings: Settings) -> None:
