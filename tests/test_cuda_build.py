@@ -90,8 +90,8 @@ def test_code_without_clusters_traps_where_it_would_need_them(version, traps, tm
     """The driver of a newer device compiles it from PTX: there a missing barrier would give wrong numbers in silence."""
     text = tmp_path / "cluster.ptx"
     source = ROOT / "csrc/cuda/chain/instance_cluster_c2t2.cu"
-    command = [find_nvcc(), "-std=c++20", "-O3", f"-arch=compute_{version}", f"-I{ROOT / 'csrc'}", "-ptx", "-o", str(text), str(source)]
-    subprocess.run(command, check=True)
+    flags = ["-std=c++20", "-O3", f"-arch=compute_{version}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([find_nvcc(), *flags, "-ptx", "-o", str(text), str(source)], check=True)
     kernels = text.read_text().split(".entry")[1:]
     assert len(kernels) == 2
     for kernel in kernels:
