@@ -98,6 +98,12 @@ def test_code_without_clusters_traps_where_it_would_need_them(version, traps, tm
         assert ("trap;" in kernel) == traps and ("barrier.cluster" in kernel) != traps
 
 
+@pytest.mark.parametrize("architectures, ptx", [("80", 90), ("86", 90), ("90a", 90), ("80;90a", 90), ("80;90a;100", 100)])
+def test_ptx_for_devices_to_come_has_clusters(architectures, ptx):
+    flags = build_flags.gencode_flags(architectures.split(";"))
+    assert [flag for flag in flags if "code=compute" in flag] == [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
 def test_the_table_lists_every_instance_of_the_built_library():
     tool(cuda_kernels.find_cuobjdump(), "cuobjdump", "install triton")
     record = native.NativeLibraries(Path(native.__file__).parent).record()["parts"].get("cuda", {})
