@@ -31,13 +31,14 @@ import torch._inductor.config  # noqa: E402
 
 from res2net_fused import machine, native  # noqa: E402
 from res2net_fused.bench import jax_cases, results, roofline, schedule  # noqa: E402
-from res2net_fused.bench.contestants import Absent, Conditions  # noqa: E402
-from res2net_fused.bench.contests import Contests, ContextLost, Outcome  # noqa: E402
+from res2net_fused.bench.contestants import Conditions  # noqa: E402
+from res2net_fused.bench.contests import Contests  # noqa: E402
 from res2net_fused.bench.figures import figure_table, figures  # noqa: E402
 from res2net_fused.bench.measure import use_device  # noqa: E402
 from res2net_fused.bench.record_file import Record, Row, failure_name, folder_name  # noqa: E402
 from res2net_fused.bench.schedule import Budget, Unit  # noqa: E402
 from res2net_fused.bench.supervise import AGAIN, REFUSED, supervise  # noqa: E402
+from res2net_fused.bench.turns import Absent, ContextLost, Outcome  # noqa: E402
 from res2net_fused.bench.workloads import Config  # noqa: E402
 from res2net_fused.chain import BACKENDS  # noqa: E402
 

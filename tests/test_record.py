@@ -10,7 +10,18 @@ import pytest
 import torch
 from record_cases import ROOT, conditions, environment, row, script
 
-from res2net_fused.bench import contestants, contests, jax_cases, measure, record_file, results, schedule, supervise, training
+from res2net_fused.bench import (
+    contestants,
+    contests,
+    jax_cases,
+    measure,
+    record_file,
+    results,
+    schedule,
+    supervise,
+    training,
+    turns,
+)
 from res2net_fused.bench.schedule import Unit
 from res2net_fused.bench.workloads import TRAINED, Config
 
@@ -107,7 +118,7 @@ def timed(monkeypatch):
         found.append({key[-1][0] for key in contenders})
         return measure.measure(contenders, device, seconds=0, min_repeats=1, warm_up=0)
 
-    monkeypatch.setattr(contests, "measure", once)
+    monkeypatch.setattr(turns, "measure", once)
     return found
 
 

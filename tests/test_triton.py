@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused.backends import triton_backend, triton_chain1d, triton_settings
+from res2net_fused.backends import native_cuda, triton_backend, triton_chain1d, triton_settings
 from res2net_fused.chain import ChainConfig, ChainProblem
 from res2net_fused.chain1d import Chain1dConfig, Chain1dProblem
-from res2net_fused.kernels.step_plan import CHUNK_BYTES, plan_steps
+from res2net_fused.kernels.step_plan import CHUNK_BYTES, default_tile, multiprocessors, plan_steps
 
 HERE = Path(__file__).parent
 SM90 = (9, 0)
@@ -151,6 +151,40 @@ def test_tf32_follows_the_old_flag_too() -> None:
         "    assert tf32() == flag\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+@pytest.mark.parametrize("override", ["0", "1", None])
+def test_tf32_is_forbidden_by_the_environment_and_never_forced(setting, override, monkeypatch) -> None:
+    """As NVIDIA's libraries read the variable: every value but 0 is reserved and changes nothing."""
+    for module in (triton_settings, native_cuda):
+        monkeypatch.setattr(module, "convolution_precision", lambda: setting)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if override is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    allowed = setting == "tf32" and override != "0"
+    single = problem(dtype=torch.float32)
+    assert triton_settings.convolutions_use_tf32() == allowed
+    assert triton_settings.plan_for(single, SM90).precision == ("tf32" if allowed else "ieee")
+    assert triton_settings.plan_training_for(single, SM90).precision == ("tf32" if allowed else "ieee")
+    refusal = native_cuda.precision_refusal(single)
+    if allowed:
+        assert refusal is None
+    else:
+        assert ("NVIDIA_TF32_OVERRIDE=0" if override == "0" else "fp32_precision is 'ieee'") in refusal
+
+
+STAND_INS = {(8, 6): None, (12, 0): None, (8, 7): "8.6", (10, 3): "10.0", (11, 0): "10.0", (12, 1): "12.0", (13, 0): "12.0"}
+
+
+@pytest.mark.parametrize("capability, stand_in", STAND_INS.items())
+def test_an_unknown_card_is_planned_as_the_nearest_known_one_and_said_so(capability, stand_in) -> None:
+    known = capability if stand_in is None else tuple(map(int, stand_in.split(".")))
+    plan, own = plan_steps(problem(batch=2), capability), "{}.{}".format(*capability)
+    assert plan.tile == default_tile(problem(batch=2), known, "ieee", plan.images)
+    said = f", as for compute capability {stand_in}, since {own} is not known"
+    assert plan.describe(problem(batch=2)).endswith(said) == (stand_in is not None)
+    assert multiprocessors(capability) == multiprocessors(known) > 80
 
 
 @pytest.mark.parametrize("tf32", [False, True])

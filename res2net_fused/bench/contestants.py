@@ -21,11 +21,8 @@ from .providers import OURS, PROVIDERS, unavailable
 from .roofline import Rates, Work, floor_ms
 from .schedule import Unit, network_name
 from .training import SgdStep, TrainingStep, plain, training_module, training_network
+from .turns import Absent
 from .workloads import TORCH_DTYPES, Case, Config, channels_last, fused
-
-
-class Absent(Exception):
-    """A contestant that cannot run here, with the reason: no fault of anybody."""
 
 
 @dataclass(frozen=True)

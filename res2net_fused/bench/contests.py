@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import torch
 import torch._dynamo.config
@@ -15,7 +13,6 @@ from torch import Tensor
 from ..parity import ParityRow, convolution_precision
 from ..tolerances import forward_bound, network_bound
 from .contestants import (
-    Absent,
     Builder,
     Built,
     Conditions,
@@ -30,56 +27,20 @@ from .contestants import (
     training_builders,
     training_case_builders,
 )
-from .exact import CHECKED_IMAGES, CHECKED_IMAGES_OF_NETWORKS, Truth, Wrong, allowed
-from .measure import Contender, GraphedContender, Name, Timing, measure
+from .exact import CHECKED_IMAGES, CHECKED_IMAGES_OF_NETWORKS, Miss, Truth, allowed
+from .measure import Contender, GraphedContender, Timing
 from .providers import PROVIDERS, forget_compiled
 from .record_file import Record, Row, failure_name
 from .roofline import least_work, least_work_of_network, rotation_count
 from .schedule import YARDSTICK, Contestant, Unit
-from .supervise import poisons_context
 from .training import SgdStep, SgdTruth, TrainingStep, TrainingTruth, check_training_case, plain, with_inner_chains
+from .turns import Outcome, noted, take_turns
 from .workloads import TRAINED, Case
 
 _TIMED_SHARE = 0.25  # of the limit for building: what is timed is compiled, and was run before
 
-# Of a contestant that is built: compared with float64, Wrong where it misses.
+# Of a contestant that is built: compared with float64, Miss where it misses.
 Check = Callable[[str, Contender, Model], ParityRow]
-
-
-class ContextLost(Exception):
-    """Nothing that this process does on its device can be trusted any more; the fault is in the record."""
-
-
-@dataclass
-class Outcome:
-    """Rows of a unit, and by unit and provider what went wrong and what cannot run here."""
-
-    rows: list[Row] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-
-    def explains(self, name: str) -> bool:
-        return name in self.failures or name in self.absent
-
-
-class Marking(Mapping[Name, Contender]):
-    """Contenders for `measure`; each is marked as running when it is handed out, which is before its time is taken."""
-
-    def __init__(self, contenders: Mapping[Name, Contender], names: Mapping[Name, str], record: Record, limit_s: float) -> None:
-        """names: in the record."""
-        self._contenders, self._names, self._record, self._limit_s = contenders, names, record, limit_s
-        self.current = next(iter(contenders))
-
-    def __getitem__(self, key: Name) -> Contender:
-        self.current = key
-        self._record.mark(self._names[key], limit_s=self._limit_s)
-        return self._contenders[key]
-
-    def __iter__(self) -> Iterator[Name]:
-        return iter(self._contenders)
-
-    def __len__(self) -> int:
-        return len(self._contenders)
 
 
 class Contests:
@@ -113,28 +74,9 @@ class Contests:
                     self._time_network(unit, outcome)
         return outcome
 
-    @contextmanager
-    def noted(self, names: Sequence[str], outcome: Outcome) -> Iterator[None]:
-        """Marks them as running, in the place of who is; what is raised is why there are no rows of those that have no
-        reason of their own yet."""
-        before = self.record.running
-        self.record.mark(*names, limit_s=self.conditions.limit_s)
-        try:
-            yield
-        except ContextLost:
-            raise
-        except Absent as error:
-            outcome.absent |= dict.fromkeys(names, str(error))
-        except Exception as error:  # a peer's compiler may raise anything
-            text = str(error).strip()[:300]
-            reason = text if isinstance(error, Wrong) else f"{type(error).__name__}: {text}"
-            outcome.failures |= {name: reason for name in names if not outcome.explains(name)}
-            self.record.add(failures=outcome.failures, absent=outcome.absent)
-            if poisons_context(error):
-                raise ContextLost(reason) from error
-            traceback.clear_frames(error.__traceback__)  # which hold what did not fit into memory
-            gc.collect()
-        self.record.mark(*before, limit_s=self.conditions.limit_s)
+    def noted(self, names: Sequence[str], outcome: Outcome) -> AbstractContextManager[None]:
+        """See `turns.noted`."""
+        return noted(self.record, names, outcome, self.conditions.limit_s)
 
     def _time_case(self, unit: Unit, case: Case, outcome: Outcome) -> None:
         module = case.module()
@@ -241,32 +183,22 @@ class Contests:
     def take_turns(
         self, built: Mapping[tuple[Unit, Contestant], Built], outcome: Outcome
     ) -> dict[tuple[Unit, Contestant], Timing]:
-        """Times all of them together; who fails is left out, and the others begin anew."""
-        limit_s = _TIMED_SHARE * self.conditions.limit_s
+        """See `turns.take_turns`."""
         names = {(unit, contestant): failure_name(unit, *contestant) for unit, contestant in built}
-        left = {key: one.contender for key, one in built.items()}
-        while left:
-            marking = Marking(left, names, self.record, limit_s)
-            error: Exception
-            try:
-                return measure(marking, self.conditions.device, **self.conditions.turns)
-            except Exception as caught:
-                error = caught
-            with self.noted([names[marking.current]], outcome):
-                raise error
-            del left[marking.current]
-        return {}
+        contenders = {key: one.contender for key, one in built.items()}
+        limit_s = _TIMED_SHARE * self.conditions.limit_s
+        return take_turns(contenders, names, self.record, outcome, self.conditions.device, limit_s, self.conditions.turns)
 
     def row(self, unit: Unit, contestant: Contestant, timing: Timing, built: Built, least: float | None) -> Row:
         return make_row(unit, contestant, timing, self.conditions, least) | built.facts | {"calls": built.contender.calls}
 
 
 def judged(report: Sequence[ParityRow], name: str) -> ParityRow:
-    """The row nearest to its bound; Wrong where one missed it."""
+    """The row nearest to its bound; Miss where one missed it."""
     rows = [replace(row, bound=allowed(row.bound, name)) for row in report]
     for row in rows:
         if not row.ok:
-            raise Wrong(row)
+            raise Miss(row)
     return max(rows, key=lambda row: row.error / row.bound)
 
 

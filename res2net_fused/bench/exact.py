@@ -15,6 +15,7 @@ from .contestants import Model, is_ours
 from .measure import Contender
 from .schedule import Unit
 from .training import worst
+from .turns import Wrong
 
 CHECKED_IMAGES = 32  # of each input, the first and the last among them, are compared with float64
 CHECKED_IMAGES_OF_NETWORKS = 4
@@ -22,8 +23,8 @@ CHECKED_IMAGES_OF_NETWORKS = 4
 PEER_OVER_OURS = 4.0
 
 
-class Wrong(Exception):
-    """A contestant's result missed its bound: it may not be timed."""
+class Miss(Wrong):
+    """Of a comparison with float64."""
 
     def __init__(self, row: ParityRow) -> None:
         super().__init__(
@@ -55,7 +56,7 @@ class Truth:
         self.bound = bound(self.eager_error)
 
     def check(self, name: str, contender: Contender, model: Model) -> ParityRow:
-        """Of a contestant as it will be timed, on these inputs; Wrong if it misses."""
+        """Of a contestant as it will be timed, on these inputs; Miss if it misses."""
         outputs = contender.outputs()
         errors = [self._error(out, i) for i, out in enumerate(outputs)]
         del outputs
@@ -74,7 +75,7 @@ class Truth:
             allowed(self.bound, name),
         )  # fmt: skip
         if not row.ok:
-            raise Wrong(row)
+            raise Miss(row)
         return row
 
     def _error(self, out: Tensor, i: int) -> float:

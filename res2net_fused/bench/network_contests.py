@@ -17,8 +17,8 @@ from ..models.network import Network
 from ..parity import convolution_precision
 from ..tolerances import network_bound
 from .contestants import Builder, Built, Conditions, Model, is_ours, training_builders
-from .contests import Contests, Outcome, fastest_cudnn, judged
-from .exact import CHECKED_IMAGES_OF_NETWORKS, Truth, Wrong
+from .contests import Contests, fastest_cudnn, judged
+from .exact import CHECKED_IMAGES_OF_NETWORKS, Miss, Truth
 from .measure import Contender
 from .networks import NetworkCase, compare
 from .providers import PROVIDERS, forget_compiled
@@ -26,6 +26,7 @@ from .record_file import failure_name
 from .roofline import least_work_of_network, rotation_count
 from .schedule import YARDSTICK, Contestant, Unit
 from .training import SgdStep, SgdTruth
+from .turns import Outcome
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _gate(case: NetworkCase, backend: str) -> None:
     if not case.parity:
         compare(case, backend)
     for row in case.parity.misses:
-        raise Wrong(row)
+        raise Miss(row)
 
 
 def _builders(case: NetworkCase, backend: str) -> Builder:

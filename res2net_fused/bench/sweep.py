@@ -19,7 +19,6 @@ import torch
 from .. import native
 from ..parity import why_not
 from . import results, roofline, runtimes
-from .contests import ContextLost, Outcome
 from .measure import use_device
 from .network_contests import NetworkContests, TurnConditions, network_unit
 from .networks import NetworkCase, plain_network, random_network
@@ -30,6 +29,7 @@ from .providers import contestants, select, unavailable
 from .record_file import Record, different_fields
 from .schedule import FIGURE_CONFIGS, YARDSTICK, Unit, network_name
 from .supervise import AGAIN, supervise
+from .turns import ContextLost, Outcome
 from .workloads import TRAINED, Case, Config, cases
 
 WORKLOADS = ("chain", "block")

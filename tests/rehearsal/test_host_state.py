@@ -1,18 +1,18 @@
 """What blocks keep from call to call, on cards: in captures, under autocast, over two devices and on many streams."""
 
-import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
-from helpers import assert_close, randomize
+from helpers import Chain, assert_close, randomize
 from published_blocks.speakers1d import SpeechBrainChain
 from test_rehearsed_card import capture, counter
 from torch import nn
 
-from res2net_fused import Bottle2neck, accelerate, explain, freeze, fused_block, fused_block1d, refresh
+from res2net_fused import Bottle2neck, accelerate, explain, freeze, fused_block, fused_block1d, pack_weights, refresh
+from res2net_fused.chain import ChainConfig
 from res2net_fused.fused_block import OVERFLOWED, STATE, UNSEEN
-from res2net_fused.operator import fused_bottle2neck
 
 HALVES = [torch.float16, torch.bfloat16]
 KINDS = ["2d", "1d"]
@@ -124,12 +124,16 @@ def test_weights_beyond_float16_run_the_blocks_own_forward_in_a_capture(how, whe
 
 def test_weights_that_overflow_only_at_a_replay_show_as_nan():
     block, x = make(dtype=torch.float16)
+    with torch.no_grad():
+        block.bn1.bias.fill_(50)  # all that the chain reads is positive
     call = functools.partial(infer, block, x)
     call()
     graph, out = capture(call)
-    with torch.no_grad():
+    graph.replay()
+    assert torch.equal(out, call())
+    with torch.no_grad():  # of which ReLU makes zeros, but for the pixels that padding reaches
         block.bns[1].weight.fill_(6e4)
-        block.convs[1].weight.fill_(100)
+        block.convs[1].weight.fill_(-100)
     graph.replay()
     assert out.isnan().all()
 
@@ -211,23 +215,73 @@ def test_replicas_of_a_frozen_model_copy_its_weights_once(kind, autocast, folds)
     assert not torch.equal(infer(model, x, autocast), expected)
 
 
-def test_operators_name_the_tensor_of_another_card():
+def block_call():
     block, x = make()
     infer(block, x)
-    folded = getattr(block, STATE).kept[1]
-    call = functools.partial(fused_bottle2neck, config=block.chain_config, backend="auto", relu=True)
-    with pytest.raises(ValueError, match="conv1_weight is on cuda:0 but x is on cuda:1; both must be on one device"):
-        call(x.to("cuda:1"), None, folded)
-    with pytest.raises(ValueError, match="shortcut is on cuda:1 but x is on cuda:0"):
-        call(x, x.to("cuda:1"), folded)
-    with pytest.raises(ValueError, match=r"packed\[0\] is on cuda:1 but x is on cuda:0"):
-        other = copy.copy(folded)
-        other.packed = [tensor.to("cuda:1") for tensor in folded.packed]
-        call(x, x, other)
-    freeze(block)
-    for wrong in (x.to("cuda:1"), x.cpu()):
-        with pytest.raises(ValueError, match="is on cuda:0 but x is on"):
-            infer(block, wrong)
+    f = getattr(block, STATE).kept[1]
+    tensors = [getattr(f, field.name) for field in dataclasses.fields(f)][:9]
+    return x, x, *tensors, f.packed, f.layout, True, *block.chain_config.settings().values(), "auto"
+
+
+def chain_call():
+    x, weights, biases = Chain().tensors((2, 7, 9), torch.float32, "cuda")
+    pack = pack_weights(weights, biases, backend="triton")
+    return x, weights, biases, pack.packed, pack.layout, *ChainConfig().settings().values(), "auto"
+
+
+def chain_backward_call():
+    x, weights, biases, _, _, *settings = chain_call()
+    return x, x, x, weights, biases, *settings, [True] * 3
+
+
+def row_call():
+    block, x = make("1d")
+    infer(block, x)
+    chain, config = getattr(block, STATE).kept[1], getattr(block, STATE).config
+    return x, chain.weights, chain.biases, chain.scale, chain.shift, chain.weights, *config.settings().values(), False, "auto"
+
+
+def row_backward_call():
+    x, weights, biases, scale, shift, _, *settings = row_call()
+    return x, x, x, [x, x], weights, biases, scale, shift, *settings[:-2], [True] * 5
+
+
+OPERATORS = {
+    "bottle2neck": block_call,
+    "hierarchical_conv2d": chain_call,
+    "hierarchical_conv2d_backward": chain_backward_call,
+    "hierarchical_conv1d": row_call,
+    "hierarchical_conv1d_backward": row_backward_call,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_name_the_tensor_of_another_card(name):
+    operator = getattr(torch.ops.res2net_fused, name).default
+    arguments, tried = OPERATORS[name](), 0
+    if not name.endswith("backward"):
+        with torch.no_grad():
+            operator(*arguments)
+    for i, (argument, value) in enumerate(zip(operator._schema.arguments, arguments, strict=True)):
+        if isinstance(value, torch.Tensor):
+            wrong = value.to("cuda:1")
+        elif isinstance(value, list) and isinstance(value[-1], torch.Tensor):
+            wrong = [*value[:-1], value[-1].to("cuda:1")]
+        else:
+            continue
+        tried += 1
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"(?=.*\b{argument.name}\b)(?=.*cuda:1)"):
+            operator(*arguments[:i], wrong, *arguments[i + 1 :])
+    assert tried >= 4
+
+
+@pytest.mark.parametrize("keep", [refresh, freeze], ids=["kept", "frozen"])
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_an_x_of_another_device_is_refused(keep, device):
+    block, x = make()
+    keep(block)
+    with pytest.raises(ValueError, match=f"is on cuda:0 but x is on {device}; both must be on one device"):
+        infer(block, x.to(device))
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
@@ -240,10 +294,11 @@ def test_a_stream_waits_and_is_recorded_once(kind, keep):
     expected = infer(keep(block), x)
     streams = [torch.cuda.Stream() for _ in range(3)]
 
-    def costs(stream):
+    def costs(stream, autocast=None):
         before = counter("waits"), counter("recorded_tensors")
         with torch.cuda.stream(stream):
-            assert torch.equal(infer(block, x), expected)
+            out = infer(block, x, autocast)
+        assert autocast or torch.equal(out, expected)
         return counter("waits") - before[0], counter("recorded_tensors") - before[1]
 
     assert costs(torch.cuda.current_stream()) == (0, 0)
@@ -254,3 +309,5 @@ def test_a_stream_waits_and_is_recorded_once(kind, keep):
     keep(block)  # other weights, of which the streams know nothing
     infer(block, x)
     assert costs(streams[0])[0] == 1
+    if keep is freeze:  # another dtype is made from them, and then lent for itself
+        assert [costs(stream, torch.float16)[0] for stream in streams[1:] * 2] == [1, 1, 0, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import make_case, poison_new_memory
+from chain_cases import error, make_case, poison_new_memory
 from helpers import sparse_zeros, spread_out
 from triton.runtime.interpreter import interpreter_builder
 
@@ -109,4 +109,4 @@ def test_a_batch_is_cut_where_the_grid_ends(monkeypatch) -> None:
     monkeypatch.setattr(step_plan, "MAX_PROGRAMS", 12 * 3)
     plan = plan_steps(problem, (9, 0))
     assert plan.images == 2 and all(plan.programs(problem, launch, plan.images) <= 36 for launch in plan.launches)
-    assert torch.equal(case.run(), expected)
+    assert error(case.run(), expected.double()) <= 1e-6  # numpy may add in another order where there are fewer pixels

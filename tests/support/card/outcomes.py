@@ -34,6 +34,13 @@ def insert(device: Device, card: Card, settings: Settings) -> None:
         changes[f"{PACKAGE}.backends.{module}"] = functools.partial(_answer, name, settings, planted)
     if settings.batch > 1:
         changes[f"{PACKAGE}.backends.triton_settings"] = functools.partial(_larger, "plan_for", settings.batch)
+        answer = changes[f"{PACKAGE}.backends.native_cuda"]
+
+        def both(module: Any) -> None:
+            answer(module)
+            _larger("plan_chain", settings.batch, module)
+
+        changes[f"{PACKAGE}.backends.native_cuda"] = both
     sys.meta_path.insert(0, _Changed(changes))
 
 
@@ -77,11 +84,13 @@ def _use_library(native: Any, device: Device, card: Card, settings: Settings) ->
     record = own.record()
     folder = Path(device.c._name).with_suffix(f".{settings.card}{'' if settings.cuda_library else '-no-cuda'}")
     part = {"built": False, "file": native.build_flags.CUDA_LIBRARY, "size": None, "reason": "not wanted on this card"}
-    if settings.cuda_library and importlib.util.find_spec("card.cuda_library") is not None:
+    if settings.cuda_library:
         from . import BUILD, cuda_library
 
         built = cuda_library.build(BUILD / "cuda_library")
-        cuda_library.runtime(built).set_cards([card.limits] * settings.count)
+        runtime = cuda_library.runtime(built)
+        runtime.set_cards([card.limits] * settings.count)
+        runtime.execute(settings.launch == "interpreter")
         part = {**part, "built": True, "size": built.stat().st_size, "reason": ""}
         _link(folder / native.build_flags.CUDA_LIBRARY, built)
     _link(folder / native.build_flags.CPU_LIBRARY, own._package_dir / native.build_flags.CPU_LIBRARY)
