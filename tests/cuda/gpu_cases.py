@@ -109,7 +109,7 @@ def kernel_calls(todo: Iterable[Case], capability: tuple[int, int]) -> Iterator[
         else:
             found = aot.calls_of_training(shape, dtype, tf32, capability, case.batch)
         for call in found:
-            key = aot._key(call)
+            key = aot._key(call), *(v.dtype for v in call.arguments.values() if isinstance(v, torch.Tensor))
             if key not in seen:
                 seen.add(key)
                 yield call
