@@ -128,7 +128,7 @@ def _wrapped(own: Any, name: str, call: str, answer: Any, planted: faults.Faults
 
 
 def _forward(out: Any, problem: Any, x: Any, weights: Any, biases: Any, packed: Any) -> None:
-    """Rounded where kernels round: each y and each u = x + y to the dtype, and float32 factors to TF32 where that is allowed."""
+    """Rounded where kernels round: each y and each u = x + y to the dtype, and float32 factors to TF32 if that is allowed."""
     import torch
     import torch.nn.functional as F
 
