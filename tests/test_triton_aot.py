@@ -201,14 +201,14 @@ def calls_of_rows(
 
 
 def _key(call: KernelCall) -> tuple:
-    """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype and alignment."""
+    """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype, alignment."""
     constants = [call.arguments[p.name] for p in call.kernel.params if p.is_constexpr]
     aligned = [p.name for p in call.kernel.params if _aligned(call, p)]
     return (call.kernel.__name__, *constants, *aligned, *map(str, sorted(call.options.items())))
 
 
 def _aligned(call: KernelCall, parameter) -> bool:
-    """Whether a launch promises that this pointer is divisible by 16, as PyTorch's allocations are, but not all their slices."""
+    """Whether a launch promises that a pointer is divisible by 16, as PyTorch's allocations are, but not all of their slices."""
     value = call.arguments[parameter.name]
     if not isinstance(value, torch.Tensor) or parameter.do_not_specialize_on_alignment:
         return False
@@ -216,7 +216,7 @@ def _aligned(call: KernelCall, parameter) -> bool:
 
 
 def source(call: KernelCall) -> ASTSource:
-    """As a launch compiles the call, down to the key in Triton's cache: integers are opaque, what is promised stands by place."""
+    """As a launch compiles the call, down to the key in Triton's cache: integers are opaque, promises stand by place."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]

@@ -1,7 +1,7 @@
 """Work cut to what a CPU computes in seconds, while plans and tiles are made at true size.
 
-Batches are those of the command; maps, images, rounds and the inputs that take turns become fewer. What plans is asked about the
-maps and the batch that stand for them.
+Batches are those of the command; maps, images, rounds and the inputs that take turns become fewer. What plans is asked about
+the batch and the maps that stand for them; the CUDA kernel's, whose launches must fit the map, about the batch alone.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ IMAGE = 64
 def changes(batch: int) -> dict[str, Callable[[Any], None]]:
     """By module of the package, what is done to it once it has been imported. batch: by how much the true one is larger."""
     return {
-        "backends.triton_settings": lambda m: _planned(m, ("plan_for", "plan_training_for"), batch),
-        "backends.native_cuda": lambda m: _planned(m, ("plan_chain",), batch),
+        "backends.triton_settings": lambda m: _planned(m, ("plan_for", "plan_training_for"), batch, TRUE),
+        "backends.native_cuda": lambda m: _planned(m, ("plan_chain",), batch, {}),
         "bench.workloads": lambda m: setattr(m, "SIZES", SIZES),
         "bench.photographs": _small_photographs,
         "bench.measure": _few_rounds,
@@ -29,13 +29,13 @@ def changes(batch: int) -> dict[str, Callable[[Any], None]]:
     }
 
 
-def _planned(module: Any, names: tuple[str, ...], batch: int) -> None:
+def _planned(module: Any, names: tuple[str, ...], batch: int, sizes: dict[int, int]) -> None:
     for name in names:
         own = getattr(module, name)
 
         @functools.wraps(own)
         def planned(problem: Any, *args: Any, own: Any = own, **options: Any) -> Any:
-            height, width = (TRUE.get(size, size) for size in (problem.height, problem.width_pixels))
+            height, width = (sizes.get(size, size) for size in (problem.height, problem.width_pixels))
             true = dataclasses.replace(problem, batch=problem.batch * batch, height=height, width_pixels=width)
             return own(true, *args, **options)
 
