@@ -208,7 +208,7 @@ def _key(call: KernelCall) -> tuple:
 
 
 def _aligned(call: KernelCall, parameter) -> bool:
-    """Whether a launch promises that a pointer is divisible by 16, as PyTorch's allocations are, but not all of their slices."""
+    """Whether a launch promises that a pointer is divisible by 16, as PyTorch's allocations are, but not all their slices."""
     value = call.arguments[parameter.name]
     if not isinstance(value, torch.Tensor) or parameter.do_not_specialize_on_alignment:
         return False
