@@ -103,7 +103,10 @@ def test_odd_shapes_get_a_plan_or_a_reason(device, dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("device, shared", [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True), ("sm_120", True)])
+@pytest.mark.parametrize(
+    "device, shared",
+    [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True), ("sm_120", True)],
+)
 def test_small_calls_are_shared_by_clusters_where_there_are_any(device, shared):
     for width, size in ((52, 28), (104, 14), (208, 7)):
         plan = plan_chain(problem(1, width, 4, size, size), LIMITS[device])
@@ -117,7 +120,7 @@ def test_code_without_the_instructions_of_clusters_gets_none(device):
     limits = LIMITS[device]
     for p in published(batches=(1,)):
         assert "cluster" not in name_of(plan_chain(p, limits._replace(code=80))) or p.steps == 1
-    with pytest.raises(ValueError, match=r"holds no code for compute capability \d+\.0; build it where RES2NET_FUSED_CUDA_ARCHS"):
+    with pytest.raises(ValueError, match=r"no code for compute capability \d+\.0; build it where RES2NET_FUSED_CUDA_ARCHS"):
         plan_chain(p, limits._replace(code=0))
 
 

@@ -1,50 +1,65 @@
 """Triton's kernels of the GPU tests, compiled before the tests that launch them, all processors at once.
 
-They land in Triton's cache folder under the very keys that a launch looks up: tests/test_gpu_coverage.py tries it.
+They land in Triton's cache folder under the very keys that a launch looks up: tests/test_cuda_coverage.py tries it.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-SECONDS = 1.5  # of a processor for one kernel: at most, of those measured ahead of time
+MOST_KERNELS = 640  # on any card
+SECONDS = 1.5  # of a processor for one kernel, the largest among them included
 
-_calls: list[object] = []
+
+class Task(NamedTuple):
+    """One kernel to compile, as another process can be told: a `triton.compiler.ASTSource` and its options."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
 
 
 def arithmetic(kernels: int, processes: int) -> str:
-    return f"{kernels} kernels x {SECONDS} s / {processes} processes = about {kernels * SECONDS / processes:.0f} s"
+    return f"{kernels} kernels x {SECONDS} s / {processes} processes = {kernels * SECONDS / processes:.0f} s"
 
 
-def compile_all(capability: tuple[int, int], processes: int | None = None) -> tuple[int, list[str]]:
-    """Compiles what `gpu_cases` launches on such a card; returns how many kernels that are, and what failed."""
-    processes = processes or os.cpu_count() or 1
-    _prepare(capability)
-    count = len(_calls)
-    print(f"\ncompiling Triton kernels: {arithmetic(count, processes)}", flush=True)
+def task_of(call: Any) -> Task:
+    from test_triton_aot import source
+
+    s = source(call)
+    return Task(s.fn.__module__, s.fn.__name__, s.signature, s.constants, s.attrs, dict(call.options))
+
+
+def compile_all(calls: Sequence[object], capability: tuple[int, int], processes: int | None = None) -> list[str]:
+    """Compiles the kernels of these `KernelCall`s for such a card; returns what failed."""
+    processes = max(1, min(processes or len(os.sched_getaffinity(0)), len(calls)))
+    print(f"\ncompiling {len(calls)} Triton kernels in {processes} processes", flush=True)
     start, failures = time.monotonic(), []
     context = multiprocessing.get_context("spawn")  # a CUDA context survives no fork
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _prepare, (capability,)) as pool:
-        jobs = {pool.submit(_compile, i, capability): i for i in range(count)}
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        jobs = {pool.submit(compile_task, task_of(call), capability): call for call in calls}
         for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
             if job.exception() is not None:
-                failures.append(f"kernel {jobs[job]}: {job.exception()!r:.300}")
-            if done % 50 == 0 or done == count:
-                print(f"compiled {done} of {count} ({time.monotonic() - start:.0f} s)", flush=True)
-    return count, failures
+                failures.append(f"{jobs[job].kernel.__name__}: {job.exception()!r:.300}")
+            if done % 50 == 0 or done == len(calls):
+                print(f"compiled {done} of {len(calls)} ({time.monotonic() - start:.0f} s)", flush=True)
+    return failures
 
 
-def _prepare(capability: tuple[int, int]) -> None:
-    """In every process, since a launch cannot be sent to another."""
-    import gpu_cases
+def compile_task(task: Task, capability: tuple[int, int]) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
-    _calls[:] = gpu_cases.kernel_calls([*gpu_cases.INFERENCE, *gpu_cases.TRAINING], capability)
-
-
-def _compile(index: int, capability: tuple[int, int]) -> None:
-    from test_triton_aot import compile_for
-
-    compile_for(_calls[index], capability)
+    kernel = getattr(importlib.import_module(task.module), task.kernel)
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    triton.compile(ASTSource(kernel, task.signature, task.constants, task.attributes), target=target, options=task.options)

@@ -1,7 +1,10 @@
-"""GPU tests in the order of a first run on a card: what others rest on comes first. Without a GPU all are skipped."""
+"""GPU tests in the order of a first run on a card: what others rest on comes first. Without a GPU all are skipped.
 
-import os
-import sys
+The Triton kernels that the chosen tests launch are compiled before the first of them, as far as their files say which: a
+function `launches(parameters, capability)` for the parameters of one test.
+"""
+
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ORDER = ("primitives", "chain", "networks", "sanitizer", "eager", "triton", "streams", "large_tensors")
+FAILURES = pytest.StashKey[list[str]]()
 
 
 def _subject(item) -> str:
@@ -23,18 +27,52 @@ def pytest_collection_modifyitems(items):
     items[:] = [item for item in items if item.path.parent != HERE] + sorted(ours, key=lambda i: ORDER.index(_subject(i)))
 
 
-@pytest.fixture(scope="session")
-def compiled_kernels():
-    """Compiles the Triton kernels of the GPU tests first; skips where Triton cannot be used."""
+def why_not_triton():
+    """Why no Triton kernel can be launched here, or None."""
     from res2net_fused.backends import triton_backend
 
-    why = triton_backend.why_not_device(torch.device("cuda"), torch.bfloat16)
-    if why is not None:
-        pytest.skip(why)
-    sys.path.insert(0, str(HERE))
-    from compile_pool import compile_all
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    return triton_backend.why_not_device(torch.device("cuda"), torch.bfloat16)
 
-    if "STAND_IN_CARD" in os.environ:
-        return  # which binds kernels without compiling them
-    _, failures = compile_all(torch.cuda.get_device_capability())
+
+def kernels_of(items, capability):
+    """Every kernel once that these tests launch."""
+    from gpu_cases import distinct
+
+    from res2net_fused.parity import convolution_precision
+
+    asked = {}
+    for item in items:
+        launches = getattr(getattr(item, "module", None), "launches", None)
+        if item.path.parent == HERE and launches is not None:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            asked[item.module, repr(parameters)] = functools.partial(launches, parameters, capability)
+    with convolution_precision("float32", "cuda"):  # as in the tests, whose fixtures are not there yet
+        return distinct(call for ask in asked.values() for call in ask())
+
+
+def pytest_collection_finish(session):
+    if why_not_triton() is not None:
+        return
+    capability = torch.cuda.get_device_capability()
+    calls = kernels_of(session.items, capability)
+    if not calls:
+        return
+    from compile_pool import arithmetic, compile_all
+    from gpu_cases import STAND_IN
+
+    with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        if session.config.option.collectonly or STAND_IN:  # which binds kernels without compiling them
+            print(f"Triton kernels to compile: {arithmetic(len(calls), 8)}")
+        else:
+            session.config.stash[FAILURES] = compile_all(calls, capability)
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(pytestconfig):
+    """Skips where Triton cannot be used; fails where a kernel of these tests did not compile."""
+    if (why := why_not_triton()) is not None:
+        pytest.skip(why)
+    failures = pytestconfig.stash.get(FAILURES, [])
     assert not failures, "\n".join(failures)

@@ -1,10 +1,12 @@
 """What the GPU tests run, as data, so that a test without a GPU can tell which instances and tiles they launch on which card.
 
-tests/test_gpu_coverage.py holds these lists against everything that the plans of the published networks choose.
+tests/test_cuda_coverage.py holds these lists against everything that the plans of the published networks choose.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -19,7 +21,21 @@ from test_emulated_wgmma import SETTINGS as WGMMA_SETTINGS
 from res2net_fused.backends import native_cuda
 from res2net_fused.bench.workloads import TORCH_DTYPES, VARIANTS, Case, Config, cases
 from res2net_fused.chain import ChainProblem
+from res2net_fused.cuda_kernels import PUBLISHED as PUBLISHED_CONFIGS
 from res2net_fused.native import DeviceLimits
+from res2net_fused.parity import convolution_precision
+
+# A stand-in card computes on the CPU, and of `launch="reference"` no kernel: PyTorch answers whole calls.
+STAND_IN = os.environ.get("STAND_IN_CARD", "")
+RUNS_KERNELS = not STAND_IN or "interpreter" in STAND_IN
+
+
+def affordable(case):
+    """The case, of either kind; on a stand-in card one image of it."""
+    if not STAND_IN:
+        return case
+    return replace(case, **{"images" if isinstance(case, Chain) else "batch": 1})
+
 
 # Chains of the `cuda` backend -----------------------------------------------------------------------------------------
 
@@ -28,12 +44,13 @@ ODD += [Chain(14, 8, 2, 61, 129)]
 # Wide groups in batches that fill a Hopper GPU: the wgmma kernel there.
 FULL = [Chain(52, 4, 64, 28, 28), Chain(104, 4, 256, 14, 14), Chain(48, 2, 32, 56, 56), Chain(56, 8, 130, 14, 13)]
 FULL += [Chain(96, 3, 130, 15, 9), Chain(208, 2, 257, 7, 7)]
-SIZES = [(w << i, s, 56 >> i) for w, s in ((26, 4), (14, 8), (48, 2)) for i in range(4)]
+SIZES = [(w << i, s, 56 >> i) for w, s in PUBLISHED_CONFIGS for i in range(4)]
 PUBLISHED = [Chain(w, s, 3, size, size) for w, s, size in SIZES]
 # Batches of one and two are what clusters share; the odd number of images leaves the last CTA with less than its part.
 SMALL = [replace(case, images=images) for case in ODD + PUBLISHED for images in (1, 2)]
 PLANNED = [case for case in WIDTHS + STRIP_SETTINGS + ODD + PUBLISHED + FULL + SMALL if not case.pad and not case.tile]
-IN_TF32 = [case for case in SINGLES if not case.pad] + [replace(c, dtype=torch.float32) for c in ODD + PUBLISHED]
+PLANNED_TF32 = [case for case in SINGLES if not case.pad and not case.tile]
+PLANNED_TF32 += [replace(case, dtype=torch.float32) for case in ODD + PUBLISHED]
 # As they are timed: the very launches that `info --kernels` predicts.
 TIMED = [
     Chain(w, s, batch, size, size, dtype)
@@ -41,8 +58,10 @@ TIMED = [
     for batch in (1, 32, 256)
     for w, s, size in SIZES
 ]
-# The launches that the emulator runs, cut by hand.
-CUT = [case for case in TILES + STRIP_SETTINGS + CUTS + WGMMA_SETTINGS + SHARED + SHARED_SETTINGS if case.tile and not case.pad]
+# What the emulator cuts by hand, and what it runs in padded slots, of all three kernels.
+_BY_HAND = TILES + STRIP_SETTINGS + CUTS + WGMMA_SETTINGS + SHARED + SHARED_SETTINGS
+CUT = [replace(case, dtype=dtype) for case in _BY_HAND if case.tile or case.pad for dtype in HALVES]
+CUT += [case for case in SINGLES if case.tile or case.pad]
 
 
 def problem_of(case: Chain) -> ChainProblem:
@@ -56,14 +75,15 @@ def launch_of(case: Chain, limits: DeviceLimits) -> native_cuda.Plan:
         return native_cuda.plan_chain(problem_of(case), limits)
     if case.wgmma and not limits.wgmma:
         raise ValueError("the device has no wgmma")
-    if case.clusters and problem_of(case).steps > 1 and case.config.hierarchical and limits.capability_major < 9:
+    sends = case.clusters and case.steps > 1 and case.config.hierarchical
+    if sends and (limits.capability_major < 9 or limits.code < 90):
         raise ValueError("the device has no thread-block clusters")
-    # What is not cut by hand is the strip kernel's plan for a device that has nothing else.
+    # What is not cut by hand is the plan for such a device without clusters and wgmma.
     plan = native_cuda.plan_chain(problem_of(case), limits._replace(capability_major=8, capability_minor=0, wgmma=0))
-    cut = plan._replace(**{"row_parts": 1, "channel_parts": 1, "warps_k": 1} | case.tile)
-    if not case.clusters and not case.wgmma:
-        cut = cut._replace(instance=strip_instance(case))
-    return cut
+    if "instance" not in case.tile:
+        plan = plan._replace(instance=strip_instance(case))
+    plan = plan._replace(**{"row_parts": 1, "channel_parts": 1, "warps_k": 1} | case.tile)
+    return plan
 
 
 def strip_instance(case: Chain) -> int:
@@ -77,39 +97,73 @@ def strip_instance(case: Chain) -> int:
 
 # Calls of the Triton kernels: cases of the benchmark, at its sizes ----------------------------------------------------
 
-_BOTH = Config(26, 4), Config(14, 8)
-_CONFIGS = (*_BOTH, Config(48, 2))
+_26W4S = (Config(26, 4),)
+_BOTH = (*_26W4S, Config(14, 8))
+_ALL = tuple(Config(*config) for config in PUBLISHED_CONFIGS)
+
+
+def _single(workload: str, batches: tuple[int, ...]) -> list[Case]:
+    """In float32 and TF32: what has a tile of its own."""
+    every = [c for dtype in ("tf32", "float32") for c in cases((workload,), _ALL, batches, dtype, "cuda")]
+    return [case for case in every if case.config in _26W4S or case.stage == 1]
+
+
 INFERENCE: list[Case] = [
-    *cases(("chain", "block"), _CONFIGS, (1, 32, 256), "bfloat16", "cuda"),
-    *cases(("chain", "block"), _BOTH[:1], (32,), "bfloat16", "cuda", VARIANTS[1:]),
-    *cases(("chain", "block"), _BOTH[:1], (32,), "float16", "cuda"),
-    *cases(("chain",), _BOTH[:1], (1, 32), "tf32", "cuda"),
-    *cases(("chain",), _BOTH[:1], (1, 32), "float32", "cuda"),
+    *cases(("chain", "block"), _BOTH, (1, 32), "bfloat16", "cuda"),
+    *cases(("block",), _BOTH, (1, 32), "bfloat16", "cuda", VARIANTS[1:]),
+    *cases(("block",), _26W4S, (32,), "float16", "cuda"),
+    *cases(("chain",), _ALL[2:], (1, 32), "bfloat16", "cuda"),
+    *cases(("chain",), _ALL, (256,), "bfloat16", "cuda"),
+    *_single("chain", (1, 32)),
 ]
 TRAINING: list[Case] = [
-    *cases(("train_chain",), _BOTH, (32, 128, 256), "bfloat16", "cuda"),
-    *cases(("train_block",), _BOTH[:1], (32,), "bfloat16", "cuda"),
-    *cases(("train_chain",), _BOTH[:1], (32,), "float32", "cuda"),
+    *cases(("train_chain",), _ALL, (32, 128), "bfloat16", "cuda"),
+    *cases(("train_block",), _26W4S, (32,), "bfloat16", "cuda"),
+    *_single("train_chain", (32,)),
 ]
+
+
+def network_blocks(dtype: str, batch: int) -> list[Case]:
+    """Those of a Res2Net-50 26w4s."""
+    return cases(("block",), _26W4S, (batch,), dtype, "cuda", VARIANTS)
 
 
 def kernel_calls(todo: Iterable[Case], capability: tuple[int, int]) -> Iterator[object]:
-    """Every distinct launch of these cases on a card, as `KernelCall`s on tensors without memory."""
+    """The launches of these cases on a card, as `KernelCall`s on tensors without memory."""
     import test_triton_aot as aot
 
-    seen = set()
     for case in todo:
         width = case.config.width << (case.stage - 1)
         shape = aot.Shape(str(case.config), width, case.config.scale, case.input_size, stage=case.variant == "stage")
         dtype, tf32 = TORCH_DTYPES[case.dtype], case.dtype == "tf32"
-        if case.workload == "chain":
-            found = aot.calls(shape, dtype, tf32, capability, case.batch)
-        elif case.workload == "block":
-            found = aot.calls_of_block(shape, dtype, capability, case.batch)
-        else:
-            found = aot.calls_of_training(shape, dtype, tf32, capability, case.batch)
-        for call in found:
-            key = aot._key(call)
-            if key not in seen:
-                seen.add(key)
-                yield call
+        with convolution_precision(case.dtype, "cuda"):  # which a block's plan asks for
+            if case.workload == "chain":
+                yield from aot.calls(shape, dtype, tf32, capability, case.batch)
+            elif case.workload == "block":
+                yield from aot.calls_of_block(shape, dtype, capability, case.batch)
+            else:
+                yield from aot.calls_of_training(shape, dtype, tf32, capability, case.batch)
+
+
+def distinct(calls: Iterable[object]) -> list[object]:
+    """Of the calls that are one kernel to Triton the first."""
+    import test_triton_aot as aot
+
+    found: dict[object, object] = {}
+    for call in calls:
+        dtypes = [value.dtype for value in call.arguments.values() if isinstance(value, torch.Tensor)]
+        found.setdefault((aot._key(call), *dtypes), call)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[object]]:
+    """A list that grows with every launch of a Triton kernel, none of which is made."""
+    from res2net_fused.kernels.kernel_call import KernelCall
+
+    calls: list[object] = []
+    own, KernelCall.launch = KernelCall.launch, calls.append  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        KernelCall.launch = own  # type: ignore[method-assign]

@@ -117,8 +117,8 @@ uint32_t pack_fp16(int low, int high) {
   return bits[low] | bits[high] << 16;
 }
 
-// The same of float32: row i of 16 x 8 is words 8 i ... 8 i + 7 of `in`, B is k + 7 j of 8 x 16. TRUNCATES: every factor has its lowest
-// 13 bits set, which the product must not see.
+// The same of float32: row i of 16 x 8 is words 8 i ... 8 i + 7 of `in`, B is k + 7 j of 8 x 16. TRUNCATES: every factor has
+// its lowest 13 bits set, which the product must not see.
 template <bool TRUNCATES>
 __global__ void tf32_product(const uint32_t* in, uint32_t* out) {
   const SharedPtr shared = shared_memory();
@@ -131,7 +131,10 @@ __global__ void tf32_product(const uint32_t* in, uint32_t* out) {
   const bool columns_right = columns.word[0] == a.word[0] && columns.word[1] == a.word[2];  // rows 0 to 7
   FragmentB b[2];
   for (int j = 0; j < 2; j++)
-    for (int half = 0; half < 2; half++) b[j].word[half] = bits_of(float((lane % 4 + half * 4 + (j * 8 + lane / 4) * 7) % 3 + 1)) | low;
+    for (int half = 0; half < 2; half++) {
+      const int k = lane % 4 + half * 4, column = j * 8 + lane / 4;
+      b[j].word[half] = bits_of(float((k + column * 7) % 3 + 1)) | low;
+    }
   Accumulator c[2];
   for (int j = 0; j < 2; j++)
     for (int i = 0; i < 4; i++) c[j].value[i] = columns_right ? 0.5f : NAN;

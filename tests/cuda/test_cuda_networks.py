@@ -1,11 +1,13 @@
 """Networks on a GPU: captured in a CUDA graph, and compiled with one."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from gpu_cases import STAND_IN, kernel_calls, network_blocks, recorded
 from helpers import relative_error
-from networks import FAMILIES, images_for, pair
+from networks import FAMILIES, images_for, pair, quick
 
 from res2net_fused import accelerate, explain, freeze
 from res2net_fused.bench.measure import GraphedContender
@@ -13,7 +15,23 @@ from res2net_fused.bench.networks import random_network
 from res2net_fused.bench.photographs import calibrate, photographs
 from res2net_fused.tolerances import network_bound
 
-families = pytest.mark.parametrize("name", FAMILIES)
+BATCH = 1 if STAND_IN else 32
+
+
+def launches(parameters, capability):
+    if "name" in parameters:
+        return launches_of(parameters["name"])
+    return kernel_calls(network_blocks("bfloat16", BATCH), capability)
+
+
+@functools.cache
+def launches_of(name):
+    """Of the backend that is chosen on this card."""
+    network = pair(name)[1].cuda().bfloat16().to(memory_format=torch.channels_last)
+    x = images_for(name).cuda().bfloat16().contiguous(memory_format=torch.channels_last)
+    with recorded() as calls, torch.inference_mode():
+        network(x)
+    return calls
 
 
 def on_gpu(name, dtype=torch.bfloat16):
@@ -31,7 +49,7 @@ def on_gpu(name, dtype=torch.bfloat16):
     return images, fused, expected, bounds
 
 
-@families
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_captured_graph_gives_the_results_of_new_images(name):
     images, fused, expected, bounds = on_gpu(name)
     static = images[0].clone()
@@ -52,7 +70,8 @@ def test_a_captured_graph_gives_the_results_of_new_images(name):
     assert all(report.fused for report in explain(fused))
 
 
-@families
+# Inductor compiles all around the blocks, which no pool does for it.
+@pytest.mark.parametrize("name", quick(FAMILIES, "res2net50_26w_4s"))
 def test_torch_compile_makes_a_graph(name):
     images, fused, expected, bounds = on_gpu(name)
     torch._dynamo.reset()
@@ -68,7 +87,7 @@ def test_a_graph_of_res2net50_at_batch_32():
     """26w4s at 224x224, every launch that the record's first network makes, from memory that holds NaN."""
     network = calibrate(random_network("res2net50_26w4s"), photographs()).requires_grad_(False).cuda().bfloat16()
     model = freeze(accelerate(copy.deepcopy(network)).to(memory_format=torch.channels_last))
-    images = torch.randn(32, 3, 224, 224, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, 224, 224, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     contender = GraphedContender(model, [images])
     (out,) = contender.outputs()
     with torch.inference_mode():

@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from gpu_cases import CUT, IN_TF32, launch_of
+from gpu_cases import CUT, PLANNED_TF32, STAND_IN, launch_of
 
 from res2net_fused.backends import native_cuda
 
 HERE = Path(__file__).parent
-CHAIN = HERE / "test_cuda_chain.py"
+CHAIN, STREAMS = HERE / "test_cuda_chain.py", HERE / "test_cuda_streams.py"
 
 
 def first(instance, **fields):
@@ -21,22 +20,23 @@ def first(instance, **fields):
     for case in CUT:
         plan = launch_of(case, native_cuda.LIMITS["sm_90"])
         if native_cuda.INSTANCE_NAMES[plan.instance] == instance and all(getattr(case, k) == v for k, v in fields.items()):
-            return f"{CHAIN}::test_every_way_to_cut_a_call_is_exact_for_integers[{case}-torch.bfloat16]"
+            return f"{CHAIN}::test_every_way_to_cut_a_call_is_exact_for_integers[{case}]"
     raise LookupError(f"no case is cut for {instance}")
 
 
 def calls():
     """By kind of kernel, a test that launches it."""
-    singles = next(case for case in IN_TF32 if case.width == 27)
+    single = next(case for case in PLANNED_TF32 if case.width == 27)
     return {
         "strip, depths fixed": first("d2c4t4"),
         "strip, depths at run time": first("d0c7t2"),
-        "strip, TF32, odd width": f"{CHAIN}::test_float32_is_multiplied_in_tf32[{singles}-integers]",
-        "cluster": first("cluster_c2t2", images=1),
-        "cluster, several rows": first("cluster_c4t2"),
+        "strip, padded slots": first("d2c4t4", pad=6, fill=True),
+        "strip, TF32, odd width": f"{CHAIN}::test_float32_is_multiplied_in_tf32[{single}-integers]",
+        "cluster": first("cluster_c2t2", clusters=True),
+        "cluster, several rows": first("cluster_c4t2", clusters=True),
         "wgmma": first("wgmma_c7t2"),
-        "Triton, block": f"{HERE / 'test_cuda_streams.py'}::test_frozen_weights_are_there_on_every_stream[triton]",
-        "Triton, training": f"{HERE / 'test_cuda_streams.py'}::test_training_on_a_side_stream_gives_the_same_bits[triton]",
+        "Triton, pointwise and step": f"{STREAMS}::test_frozen_weights_are_there_on_every_stream[triton]",
+        "Triton, training": f"{STREAMS}::test_training_on_a_side_stream_gives_the_same_bits[triton]",
     }
 
 
@@ -52,10 +52,11 @@ def find_sanitizer():
 
 
 @pytest.mark.skipif(not find_sanitizer(), reason="compute-sanitizer of the CUDA toolkit is not on PATH or under CUDA_HOME")
+@pytest.mark.skipif(bool(STAND_IN), reason="a stand-in card runs no device code")
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("kind", ["strip", "cluster", "wgmma", "Triton"])
-def test_sanitizer_finds_nothing(kind, tool):
-    chosen = [call for name, call in calls().items() if name.startswith(kind)]
+def test_sanitizer_finds_nothing(tool):
+    """In one process: to start it costs more time than all the calls."""
+    chosen = list(calls().values())
     # Without torch's cache every tensor is an allocation of its own, whose bounds the tool knows.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = [find_sanitizer(), "--tool", tool, *TOOLS[tool], "--error-exitcode", "9"]
@@ -65,4 +66,5 @@ def test_sanitizer_finds_nothing(kind, tool):
     text = done.stdout + done.stderr
     if done.returncode == 0 and " passed" not in text:
         pytest.skip(f"this card or machine has none of these kernels: {text[-300:]}")
-    assert done.returncode == 0 and "SUMMARY: 0 " in text and torch.cuda.is_available(), text[-6000:]
+    assert done.returncode == 0 and "SUMMARY: 0 " in text, text[-6000:]
+    print(text)  # which kinds this card or machine has not

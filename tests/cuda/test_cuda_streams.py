@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from gpu_cases import recorded
 from helpers import assert_close, randomize, run_together
 from torch import nn
 
@@ -17,14 +18,36 @@ BACKENDS = ("cuda", "triton", "reference", "auto")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def make(backend, seed=0):
-    """A block, its images, and what it gives. Skips where the backend cannot run here."""
+def launches(parameters, capability):
+    """Of inference by this backend, and of a step of training."""
+    if parameters["backend"] == "reference" or refusal(parameters["backend"]) is not None:
+        return []
+    block, x = build(parameters["backend"])
+    with recorded() as calls:
+        infer(block, x)
+        if parameters["backend"] == "triton":
+            gradients("triton")
+    return calls
+
+
+def refusal(backend):
+    """Why the backend cannot run here, or None."""
     why = unavailable_backends("cuda").get(backend)
-    if why is not None and "fp32_precision" not in why:  # of float32 alone
-        pytest.skip(why)
+    return None if why is None or "fp32_precision" in why else why  # of float32 alone
+
+
+def build(backend, seed=0):
     block = randomize(Bottle2neck(104, 26), seed).cuda().bfloat16().to(memory_format=torch.channels_last).eval()
     accelerate(block, backend=backend)
     x = torch.randn(4, 104, 28, 28, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    return block, x
+
+
+def make(backend, seed=0):
+    """A block, its images, and what it gives. Skips where the backend cannot run here."""
+    if (why := refusal(backend)) is not None:
+        pytest.skip(why)
+    block, x = build(backend, seed)
     expected = infer(block, x)  # kernels are compiled now
     assert explain(block)[0].fused
     exact = copy.deepcopy(block).double()
@@ -148,27 +171,28 @@ def test_a_graph_of_a_frozen_model_keeps_its_weights(backend):
     assert frozen is getattr(block, STATE).frozen
 
 
+def gradients(backend):
+    """Of a step of training, with the buffers that it leaves."""
+    block = randomize(Bottle2neck(104, 26)).cuda().to(memory_format=torch.channels_last).train()
+    accelerate(block, backend=backend)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 104, 28, 28, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
+    nn.functional.mse_loss(block(x), x).backward()
+    return [p.grad for p in block.parameters()] + [b.clone() for b in block.buffers()]
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_training_on_a_side_stream_gives_the_same_bits(backend):
     why = unavailable_backends("cuda").get(backend)
     if why is not None:
         pytest.skip(why)
-
-    def gradients():
-        block = randomize(Bottle2neck(104, 26)).cuda().to(memory_format=torch.channels_last).train()
-        accelerate(block, backend=backend)
-        generator = torch.Generator().manual_seed(3)
-        x = torch.randn(4, 104, 28, 28, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
-        nn.functional.mse_loss(block(x), x).backward()
-        return [p.grad for p in block.parameters()] + [b.clone() for b in block.buffers()]
-
     torch.use_deterministic_algorithms(True)
     try:
-        expected = gradients()
+        expected = gradients(backend)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            found = gradients()
+            found = gradients(backend)
         torch.cuda.synchronize()
     finally:
         torch.use_deterministic_algorithms(False)

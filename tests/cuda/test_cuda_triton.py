@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from gpu_cases import INFERENCE, TRAINING
+from gpu_cases import INFERENCE, TRAINING, affordable, kernel_calls
 
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.bench.training import check_training_case
 from res2net_fused.parity import check_case, convolution_precision
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
+
+def launches(parameters, capability):
+    return kernel_calls([parameters["case"]], capability)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +31,7 @@ def skip_without_memory(case):
 
 @pytest.mark.parametrize("case", INFERENCE, ids=str)
 def test_inference(case):
+    case = affordable(case)
     skip_without_memory(case)
     why = get_backend("triton").why_not(case.problem(case.module()))
     if why is not None:
@@ -37,6 +42,7 @@ def test_inference(case):
 
 @pytest.mark.parametrize("case", TRAINING, ids=str)
 def test_training(case):
+    case = affordable(case)
     skip_without_memory(case)
     with convolution_precision(case.dtype, "cuda"):
         report = check_training_case(case, "triton", "triton")

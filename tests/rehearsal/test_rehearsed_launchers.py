@@ -1,4 +1,4 @@
-"""The CUDA library's host code, launchers and operators, over the stand-in for the CUDA runtime (tests/support/card/cuda_runtime)."""
+"""The CUDA library's operators and launchers over the stand-in for the CUDA runtime (tests/support/card/cuda_runtime)."""
 
 import ctypes
 import os

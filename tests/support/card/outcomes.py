@@ -6,6 +6,7 @@ computed in float32 on the same memory, so that a result that nobody wrote shows
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.abc
 import importlib.machinery
@@ -33,14 +34,10 @@ def insert(device: Device, card: Card, settings: Settings) -> None:
     for name, module in (("triton", "triton_backend"), ("cuda", "native_cuda")):
         changes[f"{PACKAGE}.backends.{module}"] = functools.partial(_answer, name, settings, planted)
     if settings.batch > 1:
-        changes[f"{PACKAGE}.backends.triton_settings"] = functools.partial(_larger, "plan_for", settings.batch)
-        answer = changes[f"{PACKAGE}.backends.native_cuda"]
+        from . import cuts
 
-        def both(module: Any) -> None:
-            answer(module)
-            _larger("plan_chain", settings.batch, module)
-
-        changes[f"{PACKAGE}.backends.native_cuda"] = both
+        for name, change in cuts.changes(settings.batch).items():
+            changes[f"{PACKAGE}.{name}"] = _both(changes.get(f"{PACKAGE}.{name}"), change)
     sys.meta_path.insert(0, _Changed(changes))
 
 
@@ -65,17 +62,13 @@ class _Changed(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _larger(name: str, factor: int, module: Any) -> None:
-    """Plans as for a batch that is `factor` times as large."""
-    import dataclasses
+def _both(first: Callable[[Any], None] | None, second: Callable[[Any], None]) -> Callable[[Any], None]:
+    def both(module: Any) -> None:
+        if first is not None:
+            first(module)
+        second(module)
 
-    own = getattr(module, name)
-
-    @functools.wraps(own)
-    def planned(problem: Any, *args: Any, **options: Any) -> Any:
-        return own(dataclasses.replace(problem, batch=problem.batch * factor), *args, **options)
-
-    setattr(module, name, planned)
+    return both
 
 
 def _use_library(native: Any, device: Device, card: Card, settings: Settings) -> None:
@@ -138,15 +131,31 @@ def _wrapped(own: Any, name: str, call: str, answer: Any, planted: faults.Faults
 
 
 def _forward(out: Any, problem: Any, x: Any, weights: Any, biases: Any, packed: Any) -> None:
+    """Rounded where kernels round: each y and each u = x + y to the dtype, and float32 factors to TF32 if that is allowed."""
+    import torch
+    import torch.nn.functional as F
+
     from res2net_fused import reference
+    from res2net_fused.backends.triton_settings import uses_tf32
+    from res2net_fused.kernels.tf32 import round_to_tf32
+
+    c, tf32 = problem.config, x.itemsize == 4 and uses_tf32(problem)
+
+    def rounded(t: Any) -> Any:
+        return t.to(x.dtype).float()
+
+    def convolution(k: int, u: Any) -> Any:
+        u, weight = rounded(u), weights[k].float()
+        if tf32:
+            u, weight = round_to_tf32(u), round_to_tf32(weight)
+        y = F.conv2d(u, weight, None if biases is None else biases[k].float(), c.stride, c.dilation, c.dilation, c.groups)
+        return rounded(reference.activate(y, c.activation))
 
     if out.numel():
-        kept = _plain(weights, biases, packed, problem)
-        out.copy_(reference.hierarchical_conv2d(x.float(), *kept, problem.config))
-
-
-def _plain(weights: Any, biases: Any, packed: Any, problem: Any) -> tuple[Any, Any]:
-    return [w.float() for w in weights], None if biases is None else [b.float() for b in biases]
+        groups = list(x.float().split(problem.width, 1))
+        if c.passthrough == "first_added":  # what is added is what passes, rounded
+            groups[0], c = rounded(reference.pool_passthrough(groups[0], c)), dataclasses.replace(c, pool=None)
+        out.copy_(torch.cat(reference.hierarchical_chain(groups, convolution, c), 1))
 
 
 def _block(out: Any, problem: Any, x: Any, shortcut: Any, folded: Any, relu: bool) -> None:
