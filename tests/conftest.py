@@ -93,6 +93,7 @@ def timed(monkeypatch):
 def record(tmp_path):
     """An empty record."""
     from record_cases import environment
+
     from res2net_fused.bench.record_file import Record
 
     record = Record(tmp_path / "record.json", environment())

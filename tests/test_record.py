@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from record_cases import ROOT, conditions, environment, quick_unit, row, run_child, script
+
 from res2net_fused.bench import contestants, contests, jax_cases, record_file, results, schedule
 from res2net_fused.bench.schedule import Unit
 from res2net_fused.bench.workloads import TRAINED, Config

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from record_cases import ROOT, conditions, quick_unit, run_child, script
+
 from res2net_fused.bench import contestants, contests, measure, results, supervise, training, turns
 from res2net_fused.bench.schedule import Unit
 from res2net_fused.bench.workloads import Config

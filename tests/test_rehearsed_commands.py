@@ -49,7 +49,7 @@ def test_rehearsed_info_names_the_card_and_what_can_run(name):
 
 @on_rtx4090
 def test_rehearsed_check_is_green(name):
-    text = run(name, *RF, "check", "--quick", "--configs", "26w4s", "--device", "cuda:1")
+    text = run(name, *RF, "check", "--quick", "--configs", "26w4s", "--device", "cuda:1", "--dtype", "bfloat16,tf32")
     assert " 0 misses" in text and "triton" in text and "MISS" not in text
 
 
@@ -58,12 +58,13 @@ def test_rehearsed_check_is_green(name):
 
 @on_rtx4090
 def test_rehearsed_quick_bench_writes_all_its_rows(name, tmp_path):
-    text = run(name, *RF, "bench", "--quick", "--batch", "1", "--out", tmp_path, "--device", "cuda:1", "--configs", "26w4s")
+    text = run(name, *RF, "bench", "--quick", "--batch", "1", "--out", tmp_path, "--device", "cuda:1", "--configs", "26w4s",
+               "--no-network")  # fmt: skip
     data = opened(tmp_path)
     assert not data["environment"]["failures"], text
     assert data["environment"]["device"] == card.CARDS[name].name
     rows = data["rows"]
-    assert {row["workload"] for row in rows} == {"chain", "block", "network"}
+    assert {row["workload"] for row in rows} == {"chain", "block"}
     assert {row["device"] for row in rows} == {"cuda:1"}
     for workload in ("chain", "block"):
         for stage in (1, 2, 3, 4):
@@ -117,7 +118,7 @@ def check_faults(environment, rows, ours, told):
 
 
 def test_rehearsed_bench_survives_every_fault(tmp_path):
-    arguments = ["bench", "--batch", "1", "--quick", "--no-network", "--configs", "26w4s", "--out", tmp_path, "--limit", "20"]
+    arguments = ["bench", "--batch", "1", "--quick", "--no-network", "--configs", "26w4s", "--out", tmp_path, "--limit", "12"]
     options = {"faults": FAULTS, "expected": 1, "cuda_library": False, "timeout": 900}
     text = run("H100", *RF, *arguments, **options)
     data = results.read(tmp_path / "bench-cuda.json")
