@@ -29,7 +29,8 @@ def timer(tmp_path):
 def small_network():
     images = torch.randn(2, 3, 32, 32)
     network = networks.calibrate(networks.random_network("res2net50_26w4s", (1, 1, 1, 1)), images).requires_grad_(False)
-    return networks.NetworkCase("res2net50_26w4s", "bfloat16", network.to(SECOND, torch.bfloat16), images.to(SECOND, torch.bfloat16))
+    network, images = network.to(SECOND, torch.bfloat16), images.to(SECOND, torch.bfloat16)
+    return networks.NetworkCase("res2net50_26w4s", "bfloat16", network, images)
 
 
 def cells(rows):
