@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..kernels.compile_progress import compile_progress
+
 _SILENCE_S = 30.0  # after which a line says what is going on
 
 
@@ -17,7 +19,7 @@ def progress(title: str, total: int, of: str = "cases") -> Iterator[Any]:
 
     start = time.perf_counter()
     print(f"{title} ({total} {of})", flush=True)
-    with tqdm(total=total, desc=title, disable=None, leave=False) as bar:
+    with tqdm(total=total, desc=title, disable=None, leave=False) as bar, compile_progress(bar):
         yield _Lines(total) if bar.disable else bar
     print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
 
