@@ -90,7 +90,9 @@ class GraphedContender(Contender):
                     super().run()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.inference_mode(), torch.cuda.graph(self._graph, stream=stream):
+            # PyTorch leaves the capture's stream the current one where a capture fails: whoever comes next would run on it.
+            own = torch.cuda.stream(torch.cuda.current_stream())
+            with own, torch.inference_mode(), torch.cuda.graph(self._graph, stream=stream):
                 for _ in range(rounds):
                     # Kept, so that each call writes memory of its own, which the L2 does not hold yet.
                     self._outputs = [self.model(x) for x in inputs]

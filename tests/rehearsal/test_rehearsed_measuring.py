@@ -157,3 +157,12 @@ def test_backends_are_chosen_under_the_precision_that_is_checked(monkeypatch):
         seen.clear()
         report = parity.check_case(Case("chain", Config(26, 4), 4, 1, dtype, "cuda"))
         assert report.ok and set(seen) == {word}
+
+
+def test_a_capture_that_fails_leaves_the_stream_to_who_comes_next():
+    def model(x):
+        return x * x.sum().item() if torch.cuda.is_current_stream_capturing() else x
+
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        measure.GraphedContender(model, [torch.ones(3, device="cuda")])
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
