@@ -1,4 +1,4 @@
-# make bench | check | record | readme | test | test-full | fuzz | mutate | sanitize | wheel | versions | lint | types | clean
+# make bench | check | record | readme | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1". TORCH and TRITON say what pip installs, such as make bench TORCH=torch==2.11.0;
 # PIP_INDEX_URL and pip's other variables say from where.
@@ -20,7 +20,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py res2net_fused/cuda_toolkit.py
 
-.PHONY: bench check record readme test test-full fuzz mutate sanitize wheel versions lint types clean setup FORCE
+.PHONY: bench check record readme test test-full test-gpu fuzz mutate sanitize wheel versions lint types clean setup FORCE
 
 setup: $(INSTALLED)
 
@@ -43,6 +43,10 @@ test: $(INSTALLED)
 # An empty marker expression selects the slow tests too.
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -m '' $(ARGS)
+
+# What a first run on a GPU needs, in that order; Triton's kernels are compiled first, on all processors.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -rs tests/cuda $(ARGS)
 
 # 5,000 random calls; what fails is added to tests/fuzz/corpus.json. ARGS="--cases 500 --seed 7 --only chain" for others.
 fuzz: $(INSTALLED)

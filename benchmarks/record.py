@@ -41,6 +41,7 @@ from res2net_fused.bench.supervise import AGAIN, REFUSED, supervise  # noqa: E40
 from res2net_fused.bench.turns import Absent, ContextLost, Outcome  # noqa: E402
 from res2net_fused.bench.workloads import Config  # noqa: E402
 from res2net_fused.chain import BACKENDS  # noqa: E402
+from res2net_fused.kernels.compile_progress import compile_progress  # noqa: E402
 
 GRACE = 40  # seconds beyond --minutes, after which the unit that runs is given up
 RATES = "the rates of the roofline"  # as a failure is named
@@ -167,7 +168,8 @@ def _measure(units: list[Unit], record: Record, options: argparse.Namespace) -> 
     budget = Budget(options.minutes, options.child, clock=time.time)
     try:
         record.begin_run()
-        _measure_all(_left(units, record, options), record, budget, options)
+        with compile_progress():
+            _measure_all(_left(units, record, options), record, budget, options)
     except ContextLost as error:
         print(f"[{budget.elapsed:4.0f} s] the CUDA context is lost: {error}", flush=True)
         return AGAIN

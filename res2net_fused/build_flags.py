@@ -177,7 +177,7 @@ def cuda_architectures(requested: str | None, supported: Sequence[int]) -> tuple
 
 
 def gencode_flags(architectures: Sequence[str]) -> tuple[str, ...]:
-    """nvcc's flags for machine code of each architecture, and for devices to come PTX of the newest, with clusters in any case."""
+    """nvcc's flags for machine code of each architecture, and for devices to come PTX of the newest, never without clusters."""
     newest = max((CLUSTER_PTX, *(number for a in architectures if (number := _arch_number(a)))))
     return (*map(_machine_code, architectures), f"-gencode=arch=compute_{newest},code=compute_{newest}")
 

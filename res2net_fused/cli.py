@@ -131,11 +131,17 @@ def _parser() -> argparse.ArgumentParser:
         "tune",
         _tune,
         "measure tiles of the Triton kernels on this GPU and keep the fastest",
-        "res2net-fused tune\n  res2net-fused tune --configs 26w4s --batch 1,32 --dtype bfloat16",
+        "res2net-fused tune\n  res2net-fused tune --configs 26w4s --batch 1,32 --dtype bfloat16 --minutes 5",
     )
     _add_shapes(tune)
     tune.add_argument("--dtype", type=_dtypes, default=("bfloat16",), help="separated by commas (default: bfloat16)")
     tune.add_argument("--out", type=Path, help="table to write (default: RES2NET_FUSED_TILES, else in the user's cache folder)")
+    tune.add_argument("--minutes", type=_positive, default=20, help="after which no block is begun; a later call goes on (20)")
+    tune.add_argument("--again", action="store_true", help="measure shapes anew that the table has, and what failed")
+    tune.add_argument(
+        "--limit", type=_positive, default=120, help="seconds for one tile, after which it counts as hanging (default: 120)"
+    )
+    tune.add_argument("--child", type=float, help=argparse.SUPPRESS)  # the process that measures: when it is to end
     return parser
 
 
@@ -367,7 +373,18 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from .tuning import run_tune
+    from .bench.supervise import AGAIN
+    from .bench.sweep import command_line
+    from .tuning import measure_tiles, run_tune, settings_of
 
     _resolve(options)
-    return run_tune(options.configs, options.batches, options.dtype, options.device, options.out)
+    settings = settings_of(options.configs, options.batches, options.dtype, options.device)
+    if options.child is None:
+        child = [sys.executable, "-m", "res2net_fused", *options.arguments]
+        command = command_line(options.arguments)
+        return run_tune(settings, options.device, options.out, command, child, options.minutes, options.again)
+    command = command_line(options.arguments[:-4])  # without what `run_tune` adds for a child
+    if measure_tiles(settings, options.device, options.out, command, options.limit, options.child):
+        sys.stdout.flush()
+        os._exit(AGAIN)  # what unloads a lost CUDA context may hang
+    return 0

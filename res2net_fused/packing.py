@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from .backends.selection import choose, get_backend
+from .backends.selection import choose, get_backend, requested
 from .chain import ChainConfig, ChainProblem, check_types, check_weights
 from .folding import FoldedBlock
 
@@ -93,7 +93,7 @@ def pack_weights(
     biases = None if biases is None else [bias.detach() for bias in biases]
     layout, packed = "plain", []
     if not torch.compiler.is_compiling():
-        layout = choose(_nominal_problem(weights, width, config), backend).name
+        layout = choose(_nominal_problem(weights, width, config, backend), backend).name
         packed = get_backend(layout).pack(weights, biases, config)
     return PackedWeights(weights, biases, packed, layout, stride, dilation, groups)
 
@@ -105,17 +105,18 @@ def one_operator(config: ChainConfig) -> bool:
 
 def pack_block(folded: FoldedBlock, config: ChainConfig, backend: str) -> FoldedBlock:
     """The folded block with its weights also in the layout of the backend that will run it."""
-    layout = choose(_nominal_problem(folded.weights, folded.weights[0].shape[0], config), backend).name
+    layout = choose(_nominal_problem(folded.weights, folded.weights[0].shape[0], config, backend), backend).name
     module = get_backend(layout)
     pack = getattr(module, "pack_block", None) if one_operator(config) else None
     packed = module.pack(folded.weights, folded.biases, config) if pack is None else pack(folded, config)
     return replace(folded, packed=packed, layout=layout)
 
 
-def _nominal_problem(weights: Sequence[Tensor], width: int, config: ChainConfig) -> ChainProblem:
+def _nominal_problem(weights: Sequence[Tensor], width: int, config: ChainConfig, backend: str) -> ChainProblem:
     """A call with these weights: backends state their reasons for whole problems, and x is not known yet.
 
-    In the published models channels x rows is much the same at every stage, 104 x 56 at the first of 26w4s.
+    In the published models channels x rows is much the same at every stage, 104 x 56 at the first of 26w4s. A backend that is
+    asked for by name is packed for if it runs the smallest x: whether a larger one fits the device is said at its call.
     """
-    size = max(7, 104 * 56 // (config.scale(len(weights)) * width))
+    size = max(7, 104 * 56 // (config.scale(len(weights)) * width)) if requested(backend)[0] == "auto" else 1
     return ChainProblem(config, weights[0].device, weights[0].dtype, 32, size, size, width, len(weights), True)

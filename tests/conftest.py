@@ -72,3 +72,31 @@ def user_table(monkeypatch, tmp_path):
     tile_table.forget()
     yield path
     tile_table.forget()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """What units of a record timed, by the names of the contestants; each runs once."""
+    from res2net_fused.bench import measure, turns
+
+    found = []
+
+    def once(contenders, device, **_):
+        found.append({key[-1][0] for key in contenders})
+        return measure.measure(contenders, device, seconds=0, min_repeats=1, warm_up=0)
+
+    monkeypatch.setattr(turns, "measure", once)
+    return found
+
+
+@pytest.fixture
+def record(tmp_path):
+    """An empty record."""
+    from record_cases import environment
+
+    from res2net_fused.bench.record_file import Record
+
+    record = Record(tmp_path / "record.json", environment())
+    record.begin_run()
+    yield record
+    record.close()

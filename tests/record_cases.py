@@ -2,10 +2,11 @@
 
 import importlib
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
-from res2net_fused.bench import results, roofline
+from res2net_fused.bench import results, roofline, schedule
 from res2net_fused.bench.contestants import Conditions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,3 +33,13 @@ def row(**changes):
 def conditions(**changes):
     rates = roofline.Rates(10, {"float32": 0.1})
     return replace(Conditions("cpu", "auto", True, rates, None, 1), **changes)
+
+
+def run_child(path, *arguments):
+    """The process that measures, in this one."""
+    child = ["--device", "cpu", "--commit", "test", "--out", str(path), "--child", str(time.time())]
+    return script("record").main(["--quick", *arguments, *child])
+
+
+def quick_unit(workload):
+    return next(u for u in schedule.schedule("cpu", quick=True) if u.workload == workload)

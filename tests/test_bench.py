@@ -2,12 +2,29 @@
 
 import copy
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from res2net_fused.bench import measure, networks, photographs, plot, providers, results, runtimes, sweep, training, workloads
+from res2net_fused.backends.selection import FIRST_CHOICE
+from res2net_fused.bench import (
+    contests,
+    measure,
+    network_contests,
+    networks,
+    outcome,
+    photographs,
+    plot,
+    providers,
+    results,
+    runtimes,
+    sweep,
+    training,
+    workloads,
+)
+from res2net_fused.bench.record_file import Record
 from res2net_fused.bench.workloads import DEFAULT_CONFIGS, Case, Config
 from res2net_fused.models import Res2Net, list_models
 from res2net_fused.parity import relative_error
@@ -92,12 +109,15 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("provider", ["ours", "ours_graph"])
-def test_graphs_replay_the_same_results(provider):
+@pytest.mark.parametrize("provider, graph", [("ours", False), ("ours_graph", True), ("eager_channels_last", True)])
+def test_graphs_replay_the_same_results(provider, graph):
     case = Case("block", Config(14, 8), 4, 2, "float16", "cuda")
-    contender = providers.contender(provider, case.module(), case.inputs(3))
+    module, inputs = case.module(), case.inputs(3)
+    contender = providers.contender(provider, module, inputs, graph=graph)
     timing = measure.measure({provider: contender}, "cuda", seconds=0)[provider]
     assert timing.peak_mb > 0
+    for out, x in zip(contender.outputs(), inputs, strict=True):
+        assert relative_error(out, module.double()(x.double())) < 1e-2
 
 
 # Providers ------------------------------------------------------------------------------------------------------------
@@ -110,6 +130,25 @@ def test_selection_of_peers(monkeypatch):
     assert "compile" not in providers.select("cpu", "block", "default", quick=True)
     assert "compile_max_autotune" in providers.select("cuda", "chain", "all")
     assert "compile_max_autotune" not in providers.select("cpu", "chain", "all")
+    assert "compile_freezing" not in providers.select("cpu", "block", "default")
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_peers_on_a_gpu_are_captured_and_fold_as_ours_does(monkeypatch, installed):
+    monkeypatch.setattr(runtimes, "why_not_tensorrt", lambda: None if installed else "not installed")
+    for workload in ("chain", "block", "network"):
+        found = providers.contestants(providers.select("cuda", workload, "default"), "cuda")
+        captured = {name for name, graph in found if graph}
+        assert {"eager_channels_last", "ours_graph"} <= captured and ("ours", False) in found
+        assert ("compile_freezing" in captured) == (workload != "chain")  # chains are folded for everybody
+        assert ("compile" in captured) == (workload == "block")
+        assert ("tensorrt" in captured) == installed
+    assert providers.unavailable("cuda") == ({} if installed else {"tensorrt": "not installed"})
+    assert {name for name, _ in found} >= {"compile_freezing", "ours_compile"}  # of networks, compiled on both sides
+    quick = {name for name, _ in providers.contestants(providers.select("cuda", "network", "default", quick=True), "cuda")}
+    assert quick == {"eager", "eager_channels_last", "ours", "ours_graph"}
+    everybody = providers.select("cpu", "network", "all")
+    assert providers.contestants(everybody, "cpu") == tuple((name, False) for name in everybody)
 
 
 @pytest.mark.parametrize("workload", ["chain", "block"])
@@ -229,6 +268,60 @@ def test_plot_is_a_picture(tmp_path):
     assert len(picture) > 10_000
 
 
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws rows and gives the figure."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+
+    def draw(rows):
+        plot.plot({"environment": example_file()["environment"], "rows": rows}, tmp_path / "plot.png")
+        return plt.gcf()
+
+    yield draw
+    monkeypatch.undo()
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [("block", 3, "26w4s")],
+        [("chain", 1, "26w4s"), ("chain", 1, "14w8s"), ("block", 4, "26w4s")],
+        [(workload, stage, "26w4s") for workload in ("chain", "block", "train_chain") for stage in (1, 2, 3, 4)],
+    ],
+    ids=["one", "few", "all"],
+)
+def test_no_panel_is_empty_and_nothing_is_cut_off(drawn, cases):
+    """With every provider in both forms, which is the longest legend, and a device with a long name."""
+    forms = [(name, graph) for name in plot._COLOURS for graph in (False, True)]
+    figure = drawn([
+        example_row(workload=workload, stage=stage, config=config, provider=name, graph=graph, median_ms=1.0 + i)
+        for workload, stage, config in cases
+        for i, (name, graph) in enumerate(forms)
+    ])  # fmt: skip
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(panels) == len({case[:2] for case in cases})
+    assert all(len(axis.lines) == len(forms) for axis in panels)
+    box = figure.bbox
+    for what in (figure.legends[0], figure._suptitle, *(axis for axis in panels)):
+        extent = what.get_tightbbox(figure.canvas.get_renderer()) if what in panels else what.get_window_extent()
+        assert extent.x0 >= box.x0 and extent.x1 <= box.x1 and extent.y0 >= box.y0 and extent.y1 <= box.y1, what
+    below = min(axis.get_tightbbox(figure.canvas.get_renderer()).y0 for axis in panels)
+    assert figure.legends[0].get_window_extent().y1 <= below
+
+
+def test_a_line_holds_one_form_of_a_provider(drawn):
+    rows = [
+        example_row(config=config, provider="compile", graph=graph, median_ms=ms)
+        for graph, ms in ((False, 4.0), (True, 1.0))
+        for config in ("48w2s", "26w4s")
+    ]
+    (axis,) = drawn(rows).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in axis.lines} == {"compile": [4, 4], "compile*": [1, 1]}
+
+
 def test_plot_of_networks_alone_is_refused(tmp_path):
     data = example_file()
     data["rows"] = data["rows"][-1:]
@@ -241,9 +334,31 @@ def test_table_compares_our_best_with_the_best_peer():
         example_row(provider=provider, median_ms=ms)
         for provider, ms in (("ours_graph", 1.0), ("eager", 9.0), ("compile", 3.0), ("ours", 2.0))
     ]
-    head, _, line = sweep.outcome_table(rows).splitlines()
+    head, _, line = outcome.outcome_table(rows).splitlines()
     assert line.split() == ["block", "26w4s", "1", "8", "float32", "9", "3", "2", "1", "3.00x", "compile"]
     assert head.split()[5:9] == ["eager", "compile", "ours", "ours_graph"]
+
+
+def test_table_tells_forms_apart_and_names_the_backend():
+    rows = [example_row(provider="compile", graph=graph, median_ms=ms) for graph, ms in ((True, 1.5), (False, 3.0))]
+    rows += [
+        example_row(provider="ours_graph", graph=True, median_ms=1.0, backend="triton", reason="cuda: not built"),
+        example_row(stage=2, provider="ours", backend="triton", reason="cuda: not built"),
+        example_row(stage=3, provider="ours", backend="cuda", reason=FIRST_CHOICE),
+        example_row(stage=4, provider="compile"),
+    ]
+    head, _, *lines = outcome.outcome_table(rows).splitlines()
+    assert head.split()[5:9] == ["compile", "compile*", "ours", "ours_graph"]
+    assert lines[0].split()[5:] == ["3", "1.5", "-", "1", "1.50x", "compile*", "triton"]
+    assert [line.split()[-3:] for line in lines[1:]] == [["-", "-", "triton"], ["-", "-", "cuda"], ["-", "-", "-"]]
+    environment = {"failures": {"a": "it broke", "b": "it broke", "c": "wrong"}, "absent": {"d": "not installed"}}
+    assert outcome.remarks(environment, rows, {"tensorrt": "not here"}) == [
+        "not timed, tensorrt: not here",
+        "backend triton (block 26w4s stage 1 and 1 more): cuda: not built",
+        "not timed, d: not installed",
+        "failed, a; b: it broke",
+        "failed, c: wrong",
+    ]
 
 
 # Photographs ----------------------------------------------------------------------------------------------------------
@@ -282,15 +397,30 @@ def test_network_on_photographs():
     assert case.coverage == "16 of 16"
 
 
-def test_many_networks_take_turns_in_groups(monkeypatch):
+def test_many_networks_take_turns_in_groups(monkeypatch, tmp_path):
     """Every one is timed at every batch, and never are the copies of more in memory than fit."""
     calls = []
-    monkeypatch.setattr(sweep, "time_networks", lambda cases, batch, *_: calls.append((batch, cases)) or list(cases))
-    names = list_models()
-    assert sweep._time_networks(names, settings(model_batches=(1, 8))) == names * 2
-    assert max(len(cases) for _, cases in calls) <= 6 < len(names)
-    assert [batch for batch, _ in calls] == sorted(batch for batch, _ in calls) and {batch for batch, _ in calls} == {1, 8}
-    assert sweep._time_networks([], settings(model_batches=(1,))) == []
+
+    def time_networks(timer, cases, batch, contestants):
+        calls.append((batch, [case.name for case in cases]))
+        return contests.Outcome()
+
+    monkeypatch.setattr(network_contests.NetworkContests, "time_networks", time_networks)
+    monkeypatch.setattr(sweep, "plain_network", lambda name, *_: networks.NetworkCase(name, "float32", None, None))
+    names = tuple(map(networks.spelt, list_models()))
+    some = settings(models=names, model_batches=(1, 8))
+    with opened_timer(tmp_path) as timer:
+        everything = {(name, batch) for name in names for batch in (1, 8)}
+        sweep._time_networks(timer, some, everything)
+        assert [name for _, group in calls for name in group] == [*names, *names]
+        assert max(len(group) for _, group in calls) <= 6 < len(names)
+        assert [batch for batch, _ in calls] == sorted(batch for batch, _ in calls) and {batch for batch, _ in calls} == {1, 8}
+        calls.clear()
+        sweep._time_networks(timer, some, {(names[7], 8)})  # with those that its times are compared with
+        assert calls == [(8, list(names[6:12]))]
+        calls.clear()
+        sweep._time_networks(timer, some, set())
+        assert not calls
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -314,12 +444,26 @@ def test_what_is_trained():
     assert settings().trained_cases() == []
 
 
+@contextmanager
+def opened_timer(folder):
+    """What times units into a record of `folder`."""
+    record = Record(folder / "bench-cpu.json", results.environment("cpu", "x"))
+    record.begin_run()
+    conditions = network_contests.TurnConditions("cpu", "auto", True, None, None, 1, seconds=0, rounds=(2, 2))
+    try:
+        yield sweep._Timer(conditions, record)
+    finally:
+        record.close()
+
+
 @pytest.mark.parametrize("workload", ["train_chain", "train_block"])
-def test_training_is_timed_in_turn(workload):
-    case = Case(workload, Config(26, 4), 4, 1, "float32", "cpu")
-    rows = sweep._time_trained(case, settings(quick=True))
+def test_training_is_timed_in_turn(workload, tmp_path):
+    (unit,) = settings(quick=True).units([Case(workload, Config(26, 4), 4, 1, "float32", "cpu")])
+    with opened_timer(tmp_path) as timer:
+        rows = timer.time(unit).rows
     results.validate({"environment": dict.fromkeys(results.ENVIRONMENT_FIELDS), "rows": rows})
     assert [row["provider"] for row in rows] == ["ours", "eager", "eager_channels_last"]
+    assert all(row["repeats"] == 2 and row["error"] <= row["allowed_error"] for row in rows)
 
 
 def test_everybody_trains_the_same_chain():

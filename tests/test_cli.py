@@ -111,22 +111,37 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_no_speed_up_on_a_red_gate(monkeypatch, capsys, tmp_path, threads):
-    wrong_last_group(monkeypatch)
-    arguments = ["bench", "--quick", *SMALL, "--configs", "14w8s", "--backend", "reference", "--out", str(tmp_path)]
-    assert cli.main(arguments) == 1
-    printed = capsys.readouterr().out
-    assert "MISS" in printed
-    assert "speed-up" not in printed
-    assert not SPEED_UP.search(printed)
-    assert not list(tmp_path.iterdir())
-
-
 def test_check_fails_on_a_miss(monkeypatch, capsys, threads):
     wrong_last_group(monkeypatch)
     arguments = ["check", "--quick", *SMALL, "--configs", "14w8s", "--backend", "reference", "--dtype", "float32"]
     assert cli.main(arguments) == 1
     assert re.search(r"16 comparisons, 16 misses", capsys.readouterr().out)
+
+
+def test_check_goes_on_behind_what_raises(monkeypatch, capsys, threads):
+    right = aten.forward
+
+    def forward(problem, x, *rest):
+        if problem.height == 7:
+            raise RuntimeError("it broke")
+        return right(problem, x, *rest)
+
+    monkeypatch.setattr(aten, "forward", forward)
+    arguments = ["check", "--quick", *SMALL, "--configs", "14w8s", "--backend", "reference", "--dtype", "float32"]
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr().out
+    failed = re.findall(r"^failed, (\w+) 14w8s stage 4 \w+ float32, backend reference: RuntimeError: it broke$", printed, re.M)
+    assert sorted(set(failed)) == ["block", "chain"] and printed.count(" ok") == 16 - len(failed)
+
+
+def test_photographs_are_asked_for_before_anything_is_measured(monkeypatch, capsys, tmp_path, threads):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    for command in ("check", "bench"):
+        arguments = [command, "--quick", "--batch", "1", "--device", "cpu"]
+        assert cli.main([*arguments, *(["--out", str(tmp_path)] if command == "bench" else [])]) == 2
+        printed = capsys.readouterr()
+        assert "--no-network" in printed.err and "parity" not in printed.out and "timing" not in printed.out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,27 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
         assert text.count("LDSM.16.M88.2") == UNROLL * (columns % 2)
         clusters = instance.startswith("cluster") and architecture != "80"
         assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * clusters
+        assert ("BPT.TRAP" in text) == (instance.startswith("cluster") and not clusters)
     assert len(functions) == len(types)
+
+
+@pytest.mark.parametrize("version, traps", [(80, True), (90, False)])
+def test_code_without_clusters_traps_where_it_would_need_them(version, traps, tmp_path):
+    """The driver of a newer device compiles it from PTX: there a missing barrier would give wrong numbers in silence."""
+    text = tmp_path / "cluster.ptx"
+    source = ROOT / "csrc/cuda/chain/instance_cluster_c2t2.cu"
+    flags = ["-std=c++20", "-O3", f"-arch=compute_{version}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([find_nvcc(), *flags, "-ptx", "-o", str(text), str(source)], check=True)
+    kernels = text.read_text().split(".entry")[1:]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert ("trap;" in kernel) == traps and ("barrier.cluster" in kernel) != traps
+
+
+@pytest.mark.parametrize("architectures, ptx", [("80", 90), ("86", 90), ("90a", 90), ("80;90a", 90), ("80;90a;100", 100)])
+def test_ptx_for_devices_to_come_has_clusters(architectures, ptx):
+    flags = build_flags.gencode_flags(architectures.split(";"))
+    assert [flag for flag in flags if "code=compute" in flag] == [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
 def test_the_table_lists_every_instance_of_the_built_library():

@@ -103,11 +103,49 @@ def test_odd_shapes_get_a_plan_or_a_reason(device, dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("device, shared", [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)])
+@pytest.mark.parametrize(
+    "device, shared",
+    [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True), ("sm_120", True)],
+)
 def test_small_calls_are_shared_by_clusters_where_there_are_any(device, shared):
     for width, size in ((52, 28), (104, 14), (208, 7)):
         plan = plan_chain(problem(1, width, 4, size, size), LIMITS[device])
         assert ("cluster" in native_cuda.INSTANCE_NAMES[plan.instance]) == shared
+
+
+@needs_library
+@pytest.mark.parametrize("device", ["sm_90", "sm_100", "sm_120"])
+def test_code_without_the_instructions_of_clusters_gets_none(device):
+    """What the driver compiles from PTX for older devices."""
+    limits = LIMITS[device]
+    for p in published(batches=(1,)):
+        assert "cluster" not in name_of(plan_chain(p, limits._replace(code=80))) or p.steps == 1
+    with pytest.raises(ValueError, match=r"no code for compute capability \d+\.0; build it where RES2NET_FUSED_CUDA_ARCHS"):
+        plan_chain(p, limits._replace(code=0))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "capability, rates", [((8, 7), 86), ((8, 8), 89), ((10, 3), 100), ((11, 0), 100), ((12, 1), 120), ((13, 0), 120)]
+)
+def test_an_unknown_card_gets_the_rates_of_the_nearest_and_the_plan_says_so(capability, rates):
+    p = problem(256, 26, 4, 56, 56)
+    major, minor = capability
+    plan = plan_chain(p, LIMITS["sm_86"]._replace(capability_major=major, capability_minor=minor, code=80))
+    note = f"rates of sm_{rates}, the nearest known to sm_{major}{minor}"
+    assert note in native_cuda.describe(plan, p.dtype)
+    known = plan_chain(p, LIMITS["sm_86"]._replace(capability_major=rates // 10, capability_minor=rates % 10, code=80))
+    assert (plan.nanoseconds, plan.steps_nanoseconds) == (known.nanoseconds, known.steps_nanoseconds)
+    assert "rates" not in native_cuda.describe(known, p.dtype)
+
+
+@needs_library
+def test_small_blackwell_has_rates_of_its_own():
+    """An RTX 5090 moves 1.8 TB/s and multiplies 512 numbers a cycle and multiprocessor; not what a B200 does."""
+    plan = plan_chain(problem(256, 26, 4, 56, 56), LIMITS["sm_120"])
+    assert plan.rates == plan.capability == 120
+    assert plan.nanoseconds >= plan.dram_bytes / 1.8e12 * 1e9
+    assert plan.nanoseconds >= plan.mma_flops / (512 * 170 * 2.41e9) * 1e9
 
 
 @needs_library
@@ -234,7 +272,7 @@ def test_wide_groups_run_on_wgmma_where_there_is_any(width, scale, size):
     without = plan_chain(p, limits._replace(wgmma=0))  # the library holds no code for sm_90a
     assert name_of(without) not in native_cuda.WGMMA_INSTANCES and without.nanoseconds > plan.nanoseconds
     assert without.packed_columns == plan.packed_columns
-    for device in ("sm_80", "sm_89", "sm_100"):
+    for device in ("sm_80", "sm_89", "sm_100", "sm_120"):
         assert name_of(plan_chain(p, LIMITS[device])) not in native_cuda.WGMMA_INSTANCES
 
 
@@ -262,7 +300,7 @@ def test_python_names_the_instances_of_the_table():
 
 
 def test_the_line_for_explain_names_the_cut_and_the_prediction():
-    plan = native_cuda.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 1, 1, 1, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000)
+    plan = native_cuda.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 1, 1, 1, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000, 90, 90)
     assert ", tf32, 128 CTAs" in native_cuda.describe(plan, torch.float32)
     line = native_cuda.describe(plan, torch.bfloat16)
     assert "parts" not in line and "4x1 warps" in line

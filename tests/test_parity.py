@@ -1,5 +1,7 @@
 """The parity gate: it passes what is right and catches what is wrong, unwritten or not a number."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,6 +76,59 @@ def test_a_block_that_runs_its_own_forward_is_no_pass(monkeypatch):
     monkeypatch.setattr(fused_block, "why_not_fused", lambda *_: "because of the test")
     with pytest.raises(RuntimeError, match="because of the test"):
         parity.check_case(Case("block", Config(14, 8), 4, 1, "float32", "cpu"), "reference")
+
+
+def raising(words):
+    def damage(out, problem):
+        if problem.dtype == torch.bfloat16:
+            raise RuntimeError(words)
+        return out
+
+    return damage
+
+
+MIXED = [replace(CASE, dtype="bfloat16"), CASE, replace(CASE, workload="block")]
+
+
+def test_what_raises_is_a_failure_of_its_row(monkeypatch):
+    break_backend(monkeypatch, raising("it broke"))
+    report = parity.check_cases(MIXED, "reference")
+    assert [row.outcome for row in report] == ["FAILED", "ok", "ok"] and not report.ok and not report.lost
+    assert report[0].failure == "RuntimeError: it broke" and "FAILED" in str(report)
+    assert report.misses == report[:1] and not report.unchecked
+    with pytest.raises(RuntimeError, match="it broke"):
+        parity.check_case(MIXED[0], "reference")
+
+
+def test_nothing_is_compared_on_a_lost_device(monkeypatch):
+    """Rows of before are kept."""
+    break_backend(monkeypatch, raising("CUDA error: an illegal memory access was encountered"))
+    report = parity.check_cases([MIXED[1], MIXED[0], MIXED[2]], "reference")
+    assert [row.outcome for row in report] == ["ok", "FAILED"] and report.lost
+    assert report.unchecked == {str(MIXED[2]): "the device was lost before"}
+
+
+def test_a_case_that_cannot_be_made_is_a_failure(monkeypatch):
+    module = Case.module
+
+    def make(case):
+        if case.workload == "block":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return module(case)
+
+    monkeypatch.setattr(Case, "module", make)
+    report = parity.check_cases([MIXED[2], CASE], "reference")
+    assert [(row.workload, row.outcome) for row in report] == [("block", "FAILED"), ("chain", "ok")]
+
+
+def test_cases_that_a_backend_cannot_run_are_not_checked(monkeypatch):
+    monkeypatch.setattr(aten, "why_not", lambda problem: "no halves here" if problem.dtype == torch.bfloat16 else None)
+    report = parity.check_cases(MIXED, "reference")
+    assert [row.outcome for row in report] == ["ok", "ok"] and report.ok
+    (reason,) = report.unchecked.values()
+    assert "no halves here" in reason
+    assert parity.why_not(MIXED, "reference") is None
+    assert "no halves here" in parity.why_not(MIXED[:1], "reference")
 
 
 def test_an_empty_report_is_no_pass():

@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import sys
 import time
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,21 @@ import torch
 from helpers import relative_error
 from record_cases import conditions
 
-from res2net_fused import cli
-from res2net_fused.bench import contests, measure, networks, plot, providers, results, runtimes, schedule, sweep
+from res2net_fused import cli, parity
+from res2net_fused.bench import (
+    contests,
+    measure,
+    network_contests,
+    networks,
+    outcome,
+    plot,
+    providers,
+    results,
+    runtimes,
+    schedule,
+    sweep,
+)
+from res2net_fused.bench.network_contests import NetworkContests, TurnConditions
 from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase
 from res2net_fused.bench.record_file import Record
 from res2net_fused.bench.workloads import Case, Config
@@ -105,12 +120,12 @@ def test_inputs_that_would_be_copied_are_refused(fake):
 def test_what_is_absent_says_so(nothing_installed, capsys):
     assert runtimes.why_not("openvino", "float32").startswith("not installed (openvino, onnx, onnxscript): pip install")
     assert set(providers.unavailable("cpu")) == set(runtimes.RUNTIMES)
-    assert providers.unavailable("cuda") == {}
+    assert providers.unavailable("cuda")["tensorrt"].startswith("not installed (torch_tensorrt): pip install")
     assert not set(providers.select("cpu", "network", "all")) & set(runtimes.RUNTIMES)
     with pytest.raises(ImportError, match="onnxruntime: not installed"):
         providers.contender("onnxruntime", CASE.module(), CASE.inputs())
     rows = [network_row(provider=name) for name in ("eager", "ours")]
-    sweep._print_outcome(rows, results.environment("cpu", "x"), [], providers.unavailable("cpu"))
+    outcome.print_outcome({"environment": results.environment("cpu", "x"), "rows": rows}, providers.unavailable("cpu"))
     out = capsys.readouterr().out
     assert "not timed, onnxruntime: not installed" in out and "not timed, openvino: not installed" in out
 
@@ -137,11 +152,54 @@ def test_versions_name_every_runtime():
     found = runtimes.versions()
     assert set(found) == set(runtimes.RUNTIMES)
     assert all(found.values())
+    assert set(runtimes.versions("cuda:1")) == {"torch_tensorrt"}
 
 
 def test_every_provider_has_a_colour_and_a_place_in_files():
     assert set(providers.PROVIDERS) <= set(results.PROVIDERS)
-    assert set(providers.PROVIDERS) - {"ours_compile"} <= set(plot._COLOURS)  # of networks, which are not drawn
+    assert set(results.PROVIDERS) <= set(plot._COLOURS)
+
+
+@pytest.fixture
+def tensorrt(monkeypatch):
+    """A torch_tensorrt that runs what was traced; gives the options that it was compiled with."""
+    seen = []
+
+    def backend(graph, inputs, *, options):
+        seen.append(options)
+        return graph.forward
+
+    found = importlib.util.find_spec
+    specification = lambda name, *rest: name if name == "torch_tensorrt" else found(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", specification)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))
+    torch._dynamo.register_backend(backend, "torch_tensorrt")
+    runtimes.why_not_tensorrt.cache_clear()
+    yield seen
+    runtimes.why_not_tensorrt.cache_clear()
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("torch_tensorrt", None)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_tensorrt_builds_the_module_in_its_own_precision(tensorrt, precision):
+    (x,) = CASE.inputs()
+    with parity.convolution_precision(precision, "cuda"):
+        contender = providers.contender("tensorrt", CASE.module(), [x])
+        assert relative_error(contender.run(), CASE.module()(x)) <= 1e-6
+    (options,) = tensorrt
+    assert options["disable_tf32"] is (precision == "float32") and options["use_explicit_typing"]
+    assert options["pass_through_build_failures"]  # PyTorch does not run in its place
+
+
+def test_a_tensorrt_that_cannot_be_imported_says_why(monkeypatch, tensorrt):
+    monkeypatch.delitem(sys.modules, "torch_tensorrt")  # the specification is no real one
+    monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(OSError("libnvinfer.so.10 not found")))
+    reason = providers.unavailable("cuda")["tensorrt"]
+    assert "cannot be imported" in reason and "libnvinfer" in reason
+    assert "tensorrt" not in providers.select("cuda", "block", "all")
+    with pytest.raises(ImportError, match="libnvinfer"):
+        providers.contender("tensorrt", CASE.module(), CASE.inputs())
 
 
 @pytest.mark.slow
@@ -197,11 +255,11 @@ def test_every_round_advances():
 
 
 def small_case(name="res2net50_26w4s"):
-    """One block a stage on small images; parity is not compared."""
+    """One block a stage on small images, not compared yet."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, 32, 32)
     network = networks.calibrate(networks.random_network(name, (1, 1, 1, 1)), images).requires_grad_(False)
-    return NetworkCase(name, "float32", network, images, ParityReport(), {}, "1 of 1")
+    return NetworkCase(name, "float32", network, images)
 
 
 def test_models():
@@ -213,33 +271,67 @@ def test_models():
     assert small_case().batch(1).shape[0] == 1
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_networks_take_turns(fake):
+@pytest.fixture
+def time_networks(tmp_path, one_thread):
+    """Networks timed at one batch by providers of these names: the outcome, and the record."""
+
+    def run(cases, batch, names, repeats):
+        record = Record(tmp_path / "record.json", results.environment("cpu", "x"))
+        record.begin_run()
+        conditions = TurnConditions("cpu", "auto", False, None, None, 1, seconds=0, rounds=(repeats, repeats))
+        found = NetworkContests(conditions, record).time_networks(cases, batch, providers.contestants(names, "cpu"))
+        assert not record.running
+        record.close()
+        return found, record
+
+    return run
+
+
+def test_networks_take_turns(fake, time_networks):
     fake()
     cases = [small_case(name) for name in DEFAULT_MODELS]
     names = ["eager", "onnxruntime", "ours"]
-    rows = networks.time_networks(cases, 3, names, "cpu", "auto", repeats=2)
-    results.validate({"environment": results.environment("cpu", "x"), "rows": rows})
-    assert {(row["config"], row["provider"], row["batch"], row["repeats"]) for row in rows} == {
+    found, _ = time_networks(cases, 3, names, repeats=2)
+    assert not found.failures
+    results.validate({"environment": results.environment("cpu", "x"), "rows": found.rows})
+    assert {(row["config"], row["provider"], row["batch"], row["repeats"]) for row in found.rows} == {
         (model, name, 3, 2) for model in DEFAULT_MODELS for name in names
     }
-    assert all(0 <= row["error"] < 1e-4 for row in rows)
+    assert all(0 <= row["error"] < 1e-4 for row in found.rows)
+    assert {row["backend"] for row in found.rows if row["provider"] == "ours"} == {"cpu"}
+    assert all(case.parity.ok and case.coverage == "4 of 4" for case in cases)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("provider", ["ours", "eager_channels_last"])
-def test_a_network_that_is_wrong_as_timed_is_an_error(provider, monkeypatch):
-    right = networks.contender
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_a_network_that_is_wrong_as_timed_fails_alone(provider, fault, monkeypatch, time_networks):
+    right = providers.PROVIDERS[provider]
 
-    def contender(name, *rest):
-        made = right(name, *rest)
-        if name == provider:
-            made.model = lambda x, model=made.model: model(x) * 1.01
-        return made
+    def build(module, backend):
+        model = right.build(module, backend)
+        return (lambda x: model(x) * 1.01) if fault == "wrong" else None
 
-    monkeypatch.setattr(networks, "contender", contender)
-    with pytest.raises(RuntimeError, match=f"{provider} on res2net50_26w4s: relative error 0.01;"):
-        networks.time_networks([small_case()], 2, ["eager", "eager_channels_last", "ours"], "cpu", "auto", repeats=1)
+    monkeypatch.setitem(providers.PROVIDERS, provider, replace(right, build=build))
+    found, record = time_networks([small_case()], 2, ["eager", "eager_channels_last", "ours"], repeats=1)
+    ((name, reason),) = record.failures.items()
+    assert name == f"network res2net50_26w4s batch 2 float32, {provider}"
+    assert ("relative error is 0.01;" if fault == "wrong" else "TypeError") in reason
+    assert {row["provider"] for row in found.rows} == {"eager", "eager_channels_last", "ours"} - {provider}
+
+
+def test_ours_is_not_timed_on_a_network_whose_features_are_wrong(monkeypatch, time_networks):
+    """At no batch; its peers are."""
+    case, compare = small_case(), networks.compare
+
+    def compare_wrong(case, backend):
+        case = compare(case, backend)
+        case.parity[0] = replace(case.parity[0], error=0.5)
+
+    monkeypatch.setattr(network_contests, "compare", compare_wrong)
+    for batch in (1, 2):
+        found, record = time_networks([case], batch, ["eager", "ours"], repeats=1)
+        assert [row["provider"] for row in found.rows] == ["eager"]
+        assert "relative error is 0.5" in record.failures[f"network res2net50_26w4s batch {batch} float32, ours"]
 
 
 def network_row(**changes):
@@ -274,7 +366,7 @@ def test_ratios_are_taken_within_a_batch():
 
 def test_options_of_networks(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr(sweep, "run_sweep", lambda settings, out, command: seen.append(settings) or 0)
+    monkeypatch.setattr(sweep, "run_sweep", lambda settings, out, command, **_: seen.append(settings) or 0)
     for arguments, models, batches in (
         ([], DEFAULT_MODELS, (1, 8)),
         (["--model", "dla60_res2net,res2net50_14w_8s,res2net50_14w8s"], ("dla60_res2net", "res2net50_14w8s"), (1, 8)),
@@ -368,7 +460,7 @@ def test_the_script_times_and_writes(cpu_network, nothing_installed, monkeypatch
     }
     assert set(data["environment"]["peers"]) == set(runtimes.RUNTIMES)
     out = capsys.readouterr().out
-    assert out.count("not timed") >= 4 and "res2net50_14w8s" in out
+    assert out.count("not timed, ") == 2 and "res2net50_14w8s" in out
     passed = None  # from here on every gate is red
     assert cpu_network.main(["--batch", "1"]) == 1
     assert "parity gate is red" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The tables of tiles, and tuning with a made-up clock: nothing here needs a GPU or compiles anything."""
+"""The tables of tiles: nothing here needs a GPU or compiles anything."""
 
 import json
 import logging
@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from res2net_fused import cli, tuning
 from res2net_fused.bench.workloads import Config, cases
 from res2net_fused.kernels import tile_table
 from res2net_fused.kernels.step_plan import default_tile, plan_steps, step_shape
@@ -101,54 +100,3 @@ def test_a_broken_table_names_itself_and_the_remedy(user_table, text, message, c
     with caplog.at_level(logging.WARNING, "res2net_fused"):
         assert lookup(SHAPE)[1] == "shipped table"  # a chain still runs
     assert "tuned tiles are not used" in caplog.text
-
-
-def jobs():
-    return list(tuning.jobs(cases(("block",), [Config(26, 4)], [1], "float16", "cpu")))
-
-
-def test_jobs_are_the_distinct_launches_of_the_blocks():
-    found = jobs()
-    assert len({job.shape for job in found}) == len(found)
-    assert {job.shape.kernel for job in found} == {"step", "pointwise"}
-    assert {job.shape.width for job in found if job.shape.kernel == "step"} == {26, 52, 104, 208}
-
-
-def test_another_tile_covers_the_same_work():
-    for job in jobs():
-        call = job.with_tile(Tile(16, 16, 16, 1, 2))
-        columns = call.arguments.get("OUT_LANES" if job.shape.kernel == "pointwise" else "CHANNELS")
-        tasks = 1 if job.shape.kernel == "pointwise" else call.arguments["STEPS"] + call.arguments["PASSES"]
-        assert call.programs == tasks * -(-call.arguments["pixels"] // 16) * -(-columns // 16)
-        assert job.with_tile(job.tile).programs == job.call.programs
-
-
-def test_the_fastest_tile_that_fits_is_kept():
-    def clock(call):
-        tile = call.arguments["BLOCK_M"], call.arguments["BLOCK_N"], call.options["num_warps"]
-        return None if tile[0] == 128 else abs(tile[0] - 64) + abs(tile[1] - 32) + abs(tile[2] - 2) + 1.0
-
-    advanced = []
-    some = jobs()[:3]
-    rows = tuning.tune(some, clock, lambda: advanced.append(1))
-    assert len(advanced) == len(rows) == 3
-    for job, row in zip(some, rows, strict=True):
-        assert row.shape == job.shape
-        best = min(filter(None, (clock(job.with_tile(t)) for t in (job.tile, *tuning.candidates(job.shape)))))
-        assert clock(job.with_tile(row.tile)) == best
-
-
-def test_a_shape_that_no_tile_fits_is_left_to_the_rule():
-    assert tuning.tune(jobs()[:1], lambda call: None) == []
-
-
-@pytest.mark.parametrize("kind", tile_table.DTYPE_CLASSES)
-@pytest.mark.parametrize("width", [4, 26, 208, 2048])
-def test_candidates_are_many_and_valid(kind, width):
-    found = list(tuning.candidates(Shape("pointwise", (9, 0), kind, width, width, 1000)))
-    assert len(found) == len(set(found)) > 5 and all(tile.block_n <= max(16, 2 * width) for tile in found)
-
-
-def test_tuning_needs_a_gpu(capsys):
-    assert cli.main(["tune", "--device", "cpu"]) == 2
-    assert "CUDA device" in capsys.readouterr().err

@@ -203,21 +203,30 @@ def calls_of_rows(
 
 
 def _key(call: KernelCall) -> tuple:
-    """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype."""
+    """What Triton's own cache distinguishes: no integer is specialised, and no tensor differs but in dtype, alignment."""
     constants = [call.arguments[p.name] for p in call.kernel.params if p.is_constexpr]
-    return (call.kernel.__name__, *constants, *map(str, sorted(call.options.items())))
+    aligned = [p.name for p in call.kernel.params if _aligned(call, p)]
+    return (call.kernel.__name__, *constants, *aligned, *map(str, sorted(call.options.items())))
+
+
+def _aligned(call: KernelCall, parameter) -> bool:
+    """Whether a launch promises that a pointer is divisible by 16, as PyTorch's allocations are, but not all their slices."""
+    value = call.arguments[parameter.name]
+    if not isinstance(value, torch.Tensor) or parameter.do_not_specialize_on_alignment:
+        return False
+    return value.storage_offset() * value.element_size() % 16 == 0
 
 
 def source(call: KernelCall) -> ASTSource:
-    """As Triton would compile the call: pointers from PyTorch's allocator are divisible by 16, integers are opaque."""
+    """As a launch compiles the call, down to the key in Triton's cache: integers are opaque, promises stand by place."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]
         if parameter.is_constexpr:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            signature[parameter.name], constants[parameter.name], attributes[(i,)] = "constexpr", value, []
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[(i,)] = [["tt.divisibility", 16]] if _aligned(call, parameter) else []
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

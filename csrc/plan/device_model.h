@@ -20,7 +20,8 @@ inline constexpr DeviceRates KNOWN_RATES[] = {
     {89, 2.20e9, 4.0, 0, 0.9e12, 3.0e12, 2.0e-6},
     {90, 1.70e9, 1.55, 1.05, 4.3e12, 4.6e12, 2.0e-6},  // mma.sync: 62 % of the peak
     {100, 1.85e9, 1.5, 0, 7.0e12, 8.0e12, 2.0e-6},
-    {120, 2.41e9, 8.0, 0, 1.79e12, 4.4e12, 2.0e-6},  // RTX 5090: sums in fp32 at half the rate; L2 as of sm_89, by multiprocessors and clock
+    // RTX 5090: sums in fp32 at half the rate; L2 as of sm_89, by multiprocessors and clock
+    {120, 2.41e9, 8.0, 0, 1.79e12, 4.4e12, 2.0e-6},
 };
 
 constexpr int capability_of(int major, int minor) { return 10 * major + minor; }

@@ -18,7 +18,7 @@ from ..folding import FoldedBlock
 from ..kernels.tf32 import round_to_tf32
 from . import triton_backend
 from .triton_block import slot_pitch
-from .triton_settings import capability, uses_tf32
+from .triton_settings import capability, precision_of
 
 
 def pack_block(folded: FoldedBlock, config: ChainConfig) -> list[Tensor]:
@@ -81,10 +81,9 @@ def _pointwise(
     """out = relu(conv1x1(x) + bias + shortcut)"""
     if triton_backend.why_not(problem) is None:
         from ..kernels.pointwise import Pixels, pointwise_call, pointwise_tile
-        from ..kernels.step_plan import dot_precision
 
         lanes, pixels = out.shape[1], x.numel() // x.shape[1]
-        precision = dot_precision(x.dtype, uses_tf32(problem))
+        precision = precision_of(problem)
         tile = pointwise_tile(pixels, lanes, x.shape[1], x.dtype.itemsize, precision, capability(x.device))
         added = None if shortcut is None else Pixels(shortcut, lanes, lanes)
         source, target = Pixels(x, x.shape[1], x.shape[1]), Pixels(out, lanes, lanes)

@@ -124,17 +124,19 @@ def run_sweep(
     path, environment = out / f"{settings.name}.json", _environment(settings, command)
     record = _open(path, environment, settings, again)
     status = 0
-    if not _left(settings, record):
-        print(f"Nothing is left to measure of what {path} was begun for: --again measures anew.")
-    elif settings.cuda:
+    try:
+        if not _left(settings, record):
+            print(f"Nothing is left to measure of what {path} was begun for: --again measures anew.")
+        elif settings.cuda:
+            record.save()
+            record.close()
+            status = supervise(child, path)
+            record = Record(path, environment)
+        else:
+            status = _measure(settings, record, limit_s)
         record.save()
+    finally:
         record.close()
-        status = supervise(child, path)
-        record = Record(path, environment)
-    else:
-        status = _measure(settings, record, limit_s)
-    record.save()
-    record.close()
     data = results.read(path)
     print_outcome(data, unavailable(settings.device, settings.dtype))
     _draw(data, path.with_suffix(".png"))

@@ -118,6 +118,8 @@ def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: b
         tile = replace(tile, block_m=32, block_n=min(tile.block_n, 32), block_k=16, warps=4, stages=3)
     elif not (9, 0) <= capability < (10, 0):
         tile = replace(tile, block_m=min(tile.block_m, 64), stages=4)
+        if capability >= (12, 0):  # where ptxas would spill a register to fit one more block of 256 threads
+            tile = replace(tile, block_n=min(tile.block_n, 64), warps=min(tile.warps, 4))
     return replace(plan, tile=tile)
 
 

@@ -117,6 +117,66 @@ uint32_t pack_fp16(int low, int high) {
   return bits[low] | bits[high] << 16;
 }
 
+// The same of float32: row i of 16 x 8 is words 8 i ... 8 i + 7 of `in`, B is k + 7 j of 8 x 16. TRUNCATES: every factor has
+// its lowest 13 bits set, which the product must not see.
+template <bool TRUNCATES>
+__global__ void tf32_product(const uint32_t* in, uint32_t* out) {
+  const SharedPtr shared = shared_memory();
+  const int lane = thread_index();
+  const uint32_t low = TRUNCATES ? 0x1fff : 0;
+  for (int i = lane; i < 128; i += 32) shared_store(shared + i * 4, global_load<uint32_t>(in + i) | low);
+  sync_warp();
+  const FragmentA a = load_matrix(shared + (lane % 16 * 8 + lane / 16 * 4) * 4);
+  const FragmentB columns = load_columns(shared + (lane % 8 * 8 + lane / 8 % 2 * 4) * 4);
+  const bool columns_right = columns.word[0] == a.word[0] && columns.word[1] == a.word[2];  // rows 0 to 7
+  FragmentB b[2];
+  for (int j = 0; j < 2; j++)
+    for (int half = 0; half < 2; half++) {
+      const int k = lane % 4 + half * 4, column = j * 8 + lane / 4;
+      b[j].word[half] = bits_of(float((k + column * 7) % 3 + 1)) | low;
+    }
+  Accumulator c[2];
+  for (int j = 0; j < 2; j++)
+    for (int i = 0; i < 4; i++) c[j].value[i] = columns_right ? 0.5f : NAN;
+  multiply<tf32>(c, a, b);
+  for (int j = 0; j < 2; j++)
+    for (int i = 0; i < 4; i++)
+      out[(lane / 4 + i / 2 * 8) * 16 + j * 8 + lane % 4 * 2 + i % 2] = as_bits(c[j].value[i]);
+}
+
+template <bool TRUNCATES>
+void test_tf32_product(const char* what) {
+  std::vector<uint32_t> a(128);
+  const auto factor_a = [](int row, int k) { return float((row * 3 + k) % 5 + 1); };
+  for (int row = 0; row < 16; row++)
+    for (int k = 0; k < 8; k++) a[row * 8 + k] = as_bits(factor_a(row, k));
+  const auto c = run(tf32_product<TRUNCATES>, 32, a, 256);
+  for (int row = 0; row < 16; row++)
+    for (int column = 0; column < 16; column++) {
+      float sum = 0.5f;
+      for (int k = 0; k < 8; k++) sum += factor_a(row, k) * float((k + column * 7) % 3 + 1);
+      expect(what, as_float(c[row * 16 + column]) == sum);
+    }
+}
+
+// Ties go away from zero, what rounds up past the largest number becomes infinite, NaN stays NaN.
+__global__ void tf32_rounding(const uint32_t* in, uint32_t* out) { out[thread_index()] = round_to_tf32(in[thread_index()]); }
+
+void test_tf32_rounding() {
+  const uint32_t cases[][2] = {
+      {0x3f800000, 0x3f800000}, {0x3f800fff, 0x3f800000}, {0x3f801000, 0x3f802000}, {0x3f802fff, 0x3f802000},
+      {0x3f803000, 0x3f804000}, {0xbf801000, 0xbf802000}, {0xbf800fff, 0xbf800000}, {0x3fffffff, 0x40000000},
+      {0x7f7fffff, 0x7f800000}, {0x7f800000, 0x7f800000}, {0xff800000, 0xff800000}, {0x80000000, 0x80000000},
+  };
+  std::vector<uint32_t> in;
+  for (const auto& pair : cases) in.push_back(pair[0]);
+  const size_t numbers = in.size();
+  in.resize(32, 0x7f800001);  // a warp
+  const auto out = run(tf32_rounding, 32, in, 32);
+  for (size_t i = 0; i < numbers; i++) expect("rounding to TF32", out[i] == cases[i][1]);
+  for (size_t i = numbers; i < 32; i++) expect("NaN rounded to TF32", std::isnan(as_float(out[i])));
+}
+
 // Four warps multiply the 64 rows from row 1, then those from row 2, of A in two planes of 67 rows, by B in blocks of 8
 // columns.
 // The shared memory that they read is filled by copies and by stores.
@@ -284,6 +344,9 @@ void test_arithmetic(float step, const char* name) {  // step: the distance of n
 int main() {
   test_matrix_product<bf16>(pack_bf16, "matrix product, bf16");
   test_matrix_product<fp16>(pack_fp16, "matrix product, fp16");
+  test_tf32_product<false>("matrix product, tf32");
+  test_tf32_product<true>("matrix product, tf32, lowest bits of the factors");
+  test_tf32_rounding();
   test_async_products<bf16>(pack_bf16, "wgmma, bf16");
   test_async_products<fp16>(pack_fp16, "wgmma, fp16");
   test_copies();

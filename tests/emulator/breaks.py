@@ -15,7 +15,7 @@ from .harness import Case
 # Statements that order memory accesses. Each stands on a line of its own in the kernel.
 _NAMES = r"sync_cta|sync_warp|cluster_arrive|cluster_wait|copy_async_wait|copy_async_commit|proxy_fence|products_\w+"
 ORDERING = re.compile(rf"^\s*({_NAMES})\(.*\);")
-FLAGS = ("-O1", "-w")
+FLAGS = (*harness.KERNEL_FLAGS, "-w")
 _STRIP = {"whole": 0, "images": 1}
 _WHOLE = {"whole": 1, "slices": 9, "stages": 2}
 _CLUSTER = {"instance": harness.INSTANCES.index("cluster_c2t2"), "images": 1, "warps_n": 1}

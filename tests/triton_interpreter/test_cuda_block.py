@@ -12,3 +12,8 @@ def test_emulated_block_in_padded_slots(
 ) -> None:
     assert name in BLOCKS
     assert relative_error_of_block(name, dtype, monkeypatch) < bound
+
+
+def test_its_1x1_convolutions_lose_no_bits_of_tf32(monkeypatch: pytest.MonkeyPatch, poisoned_memory, cut_off) -> None:
+    assert 5e-6 < relative_error_of_block("w26s4", torch.float32, monkeypatch) < 1e-3
+    assert not cut_off

@@ -52,7 +52,8 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   STD_TORCH_CHECK(x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
   const int32_t device = x.get_device_index();
   const auto check_device = [&](const char* name, const Tensor& t) {
-    STD_TORCH_CHECK(t.get_device_index() == device, name, ": on cuda:", t.get_device_index(), "; expected cuda:", device, ", where x is");
+    STD_TORCH_CHECK(t.get_device_index() == device, name, ": on cuda:", t.get_device_index(), "; expected cuda:", device,
+                    ", where x is");
   };
   check_device("weight", weight), check_device("bias", bias), check_device("out", out);
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: expected four dimensions");

@@ -15,8 +15,8 @@ constexpr int PREPARED_DEVICES = 64;  // those beyond are prepared at every laun
 template <auto KERNEL>
 std::atomic<int> code_version[PREPARED_DEVICES];
 
-// Once for a kernel and a device: a block may then have all the shared memory that the device gives to any. Not what this launch
-// needs: a launch of another thread, or a node of a captured graph, may need more, and the limit is the kernel's, not the launch's.
+// Once for a kernel and a device: a block may then have all the shared memory that the device gives to any. Not what this
+// launch needs: the limit is the kernel's, and a launch of another thread, or a node of a captured graph, may need more.
 template <auto KERNEL>
 cudaError_t prepare(int* version) {
   int device = 0, shared_bytes = 0;

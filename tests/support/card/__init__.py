@@ -35,7 +35,7 @@ VARIABLE, FAULTS_VARIABLE = "STAND_IN_CARD", "STAND_IN_FAULTS"
 class Settings:
     """card: a key of CARDS. compiles: whether Triton's kernels are compiled for it. cuda_library: whether there is one.
 
-    batch: by how much the batch that plans and tiles see is larger than the tensors'.
+    batch: by how much the batch that plans and tiles see is larger than the tensors'; above 1 all is cut, as cuts.py says.
     """
 
     card: str = "H100"

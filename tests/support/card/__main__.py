@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--launch", choices=LAUNCH, default="reference", help="what a launch does (default: reference)")
     parser.add_argument("--compile", action="store_true", help="compile Triton's kernels for the card")
     parser.add_argument("--no-cuda-library", action="store_true", help="without the CUDA operator library")
-    parser.add_argument("--batch", type=int, default=1, help="by how much larger a batch plans and tiles see")
+    parser.add_argument("--batch", type=int, default=1, help="by how much larger a batch plans see; above 1 work is cut")
     parser.add_argument("--faults", default="", help="see faults.py")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="behind --")
     o = parser.parse_args(arguments)

@@ -1,14 +1,15 @@
 """The CUDA operator library for a machine without CUDA: its host code over a stand-in for the CUDA runtime (cuda_runtime/).
 
-    path = build(folder)                     # the library; torch.ops.load_library(path) registers cuda_chain, device_limits, ...
-    cards = runtime(path)                    # the runtime that it is linked with; before or after the library is loaded
-    cards.set_cards([(9, 0, 132, 232448, 233472, 65536, 50 * 2**20)])     # once a process
-    ... calls of the operators ...
-    cards.launches()                         # what was launched, in order
+    path = build(folder)       # the library: torch.ops.load_library(path) registers cuda_chain, device_limits, ...
+    cards = runtime(path)      # the runtime that it is linked with; before or after the library is loaded
+    cards.set_cards([(9, 0, 132, 232448, 233472, 65536, 50 * 2**20)])  # once a process
+    ...                        # calls of the operators
+    cards.launches()           # what was launched, in order
 
-All sources of the library are the real ones; the kernels are compiled against the emulator's hardware (tests/emulator) and run only
-after `execute(True)`. The runtime refuses and remembers errors as CUDA's does; see `Runtime`. The current device and stream are those
-of the c10 device guard for CUDA where one is registered (device.cpp registers one), else `Runtime.set_device` and stream 0.
+All sources of the library are the real ones; the kernels are compiled against the emulator's hardware (tests/emulator) and run
+only after `execute(True)`. The runtime refuses and remembers errors as CUDA's does; see `Runtime`. The current device and
+stream are those of the c10 device guard for CUDA where one is registered (device.cpp registers one), else that of
+`Runtime.set_device` and stream 0.
 """
 
 from __future__ import annotations
@@ -121,10 +122,10 @@ def runtime(library: Path) -> Runtime:
 class Runtime:
     """Cards, planted errors and the record of launches.
 
-    As with CUDA: a call that fails returns its error and leaves it as the thread's last error, which successful calls keep and which
-    `take_last_error` clears; a launch fails where it has more shared memory than its kernel was allowed on this device, more than
-    1024 threads, no blocks, a cluster on a card before compute capability 9 or of code for one, or where the library
-    has no code for the card.
+    As with CUDA: a call that fails returns its error and leaves it as the thread's last error, which successful calls keep and
+    `take_last_error` clears; a launch fails where it has more shared memory than its kernel was allowed on this device, more
+    than 1024 threads, no blocks, a cluster on a card before compute capability 9 or with code for such cards, or where the
+    library has no code for the card.
     """
 
     def __init__(self, library: Path) -> None:
@@ -182,7 +183,7 @@ class Runtime:
         self._c.stand_in_plant_stale_error(code)
 
     def fail_next_launch(self, code: int) -> None:
-        """The next launch, of any thread, gives this cudaError_t. One that ends a context (700, 719, ...) stays until `clear`."""
+        """The next launch, of any thread, gives this cudaError_t; one that ends a context (700, 719, ...) until `clear`."""
         self._c.stand_in_fail_next_launch(code)
 
     def last_error(self) -> int:

@@ -220,6 +220,7 @@ class Call {
     if (from.isTensor() && is_ours(to.toTensor())) {
       const at::Tensor& target = to.toTensor();
       if (!from.toTensor().defined() || from.toTensor().data_ptr() == target.data_ptr()) return;
+      if (from.toTensor().sizes() != target.sizes()) return;  // an empty one, which an operator behind this one resized to fill
       on_host(target).copy_(from.toTensor());
     } else if (from.isTensorList()) {
       for (size_t i = 0; i < from.toTensorList().size(); i++)

@@ -34,7 +34,10 @@ def insert(device: Device, card: Card, settings: Settings) -> None:
     for name, module in (("triton", "triton_backend"), ("cuda", "native_cuda")):
         changes[f"{PACKAGE}.backends.{module}"] = functools.partial(_answer, name, settings, planted)
     if settings.batch > 1:
-        changes[f"{PACKAGE}.backends.triton_settings"] = functools.partial(_larger, "plan_for", settings.batch)
+        from . import cuts
+
+        for name, change in cuts.changes(settings.batch).items():
+            changes[f"{PACKAGE}.{name}"] = _both(changes.get(f"{PACKAGE}.{name}"), change)
     sys.meta_path.insert(0, _Changed(changes))
 
 
@@ -59,15 +62,13 @@ class _Changed(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _larger(name: str, factor: int, module: Any) -> None:
-    """Plans as for a batch that is `factor` times as large."""
-    own = getattr(module, name)
+def _both(first: Callable[[Any], None] | None, second: Callable[[Any], None]) -> Callable[[Any], None]:
+    def both(module: Any) -> None:
+        if first is not None:
+            first(module)
+        second(module)
 
-    @functools.wraps(own)
-    def planned(problem: Any, *args: Any, **options: Any) -> Any:
-        return own(dataclasses.replace(problem, batch=problem.batch * factor), *args, **options)
-
-    setattr(module, name, planned)
+    return both
 
 
 def _use_library(native: Any, device: Device, card: Card, settings: Settings) -> None:
@@ -76,11 +77,13 @@ def _use_library(native: Any, device: Device, card: Card, settings: Settings) ->
     record = own.record()
     folder = Path(device.c._name).with_suffix(f".{settings.card}{'' if settings.cuda_library else '-no-cuda'}")
     part = {"built": False, "file": native.build_flags.CUDA_LIBRARY, "size": None, "reason": "not wanted on this card"}
-    if settings.cuda_library and importlib.util.find_spec("card.cuda_library") is not None:
+    if settings.cuda_library:
         from . import BUILD, cuda_library
 
         built = cuda_library.build(BUILD / "cuda_library")
-        cuda_library.runtime(built).set_cards([card.limits] * settings.count)
+        runtime = cuda_library.runtime(built)
+        runtime.set_cards([card.limits] * settings.count)
+        runtime.execute(settings.launch == "interpreter")
         part = {**part, "built": True, "size": built.stat().st_size, "reason": ""}
         _link(folder / native.build_flags.CUDA_LIBRARY, built)
     _link(folder / native.build_flags.CPU_LIBRARY, own._package_dir / native.build_flags.CPU_LIBRARY)

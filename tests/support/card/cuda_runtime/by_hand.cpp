@@ -1,11 +1,12 @@
-// In the stand-in CUDA library beside its operators: one launcher called with a geometry of a few numbers, as tests of the launchers
-// need it. The kernel's body would make nothing of such arguments.
+// In the stand-in CUDA library beside its operators: a launcher called with a geometry of few numbers, for its tests.
+// The kernel's body would make nothing of such arguments.
 #include <cstring>
 
 #include "cuda/chain/chain_launch.h"
 
 // grid: blocks, which the parts of a cluster divide. 0, a cudaError_t, or -1 where there is no such instance.
-extern "C" int stand_in_launch_by_hand(const char* name, int type, int grid, int warps, int shared_bytes, int parts, void* stream) {
+extern "C" int stand_in_launch_by_hand(const char* name, int type, int grid, int warps, int shared_bytes, int parts,
+                                       void* stream) {
   res2net_fused::chain::ChainArguments a{};
   a.geometry.row_blocks = grid / parts, a.geometry.column_blocks = a.geometry.image_blocks = 1;
   a.geometry.row_parts = 1, a.geometry.channel_parts = parts, a.geometry.sends = parts > 1;

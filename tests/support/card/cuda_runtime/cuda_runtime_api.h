@@ -1,5 +1,5 @@
-// A stand-in for the CUDA runtime's header: what the launchers under csrc/cuda use of it, and nothing else. A launcher that begins
-// to use more does not compile; then runtime.cpp has to learn what that does.
+// A stand-in for the CUDA runtime's header: what the launchers under csrc/cuda use of it, and nothing else. A launcher that
+// begins to use more does not compile; then runtime.cpp has to learn what that does.
 #pragma once
 #include <cstddef>
 #include <functional>

@@ -1,4 +1,4 @@
-// The stand-in for the CUDA runtime: cards of given limits, errors as the real runtime keeps them, and a record of every launch.
+// The stand-in for the CUDA runtime: cards of given limits, errors as the real runtime keeps them, a record of every launch.
 #include "cuda_runtime_api.h"
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -75,7 +75,8 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, int devi
   if (grid.x < 1 || grid.x > MOST_BLOCKS || grid.y != 1 || grid.z != 1) return cudaErrorInvalidConfiguration;
   if (block.x < 1 || block.x > MOST_THREADS || block.y != 1 || block.z != 1) return cudaErrorInvalidConfiguration;
   const auto limit = shared_limits.find({kernel, device});
-  if (config.dynamicSmemBytes > size_t(limit == shared_limits.end() ? DEFAULT_SHARED : limit->second)) return cudaErrorInvalidValue;
+  const int most_shared = limit == shared_limits.end() ? DEFAULT_SHARED : limit->second;
+  if (config.dynamicSmemBytes > size_t(most_shared)) return cudaErrorInvalidValue;
   if (cluster == 0) return cudaSuccess;
   if (cards[device].major < 9 || code < 90) return cudaErrorNotSupported;
   if (cluster < 1 || cluster > MOST_CLUSTER || grid.x % cluster != 0) return cudaErrorInvalidClusterSize;
@@ -125,8 +126,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   if (const cudaError_t error = check(config, kernel, device, cluster)) return ended(error);
   Record record{};
   Dl_info info{};
-  if (dladdr(kernel, &info) != 0 && info.dli_sname != nullptr) std::strncpy(record.symbol, info.dli_sname, sizeof record.symbol - 1);
-  record.grid = int(config.gridDim.x), record.block = int(config.blockDim.x), record.shared_bytes = int(config.dynamicSmemBytes);
+  if (dladdr(kernel, &info) != 0 && info.dli_sname != nullptr)
+    std::strncpy(record.symbol, info.dli_sname, sizeof record.symbol - 1);
+  record.grid = int(config.gridDim.x), record.block = int(config.blockDim.x);
+  record.shared_bytes = int(config.dynamicSmemBytes);
   record.cluster = std::max(1, cluster), record.device = device, record.stream = reinterpret_cast<int64_t>(config.stream);
   records.push_back(record);
   if (executes) {

@@ -1,0 +1,300 @@
+"""What a record does with contestants that are wrong, raise, hang or end their process: planted on the CPU."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from record_cases import ROOT, conditions, quick_unit, run_child, script
+
+from res2net_fused.bench import contestants, contests, measure, results, supervise, training, turns
+from res2net_fused.bench.schedule import Unit
+from res2net_fused.bench.workloads import Config
+
+# What is wrong is not timed -------------------------------------------------------------------------------------------
+
+
+def wrong(monkeypatch, backend, factor=1.001):
+    """What a backend of ours computes is off by a thousandth."""
+    right = contestants.fused
+
+    def planted(module, name):
+        model = right(module, name)
+        return model if name != backend else lambda x: model(x) * factor
+
+    monkeypatch.setattr(contestants, "fused", planted)
+
+
+BACKENDS = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", tuple((n, False) for n in ("ours", "reference", "cpu")))
+
+
+def test_a_miss_bars_its_backend_alone(timed, record, monkeypatch):
+    wrong(monkeypatch, "cpu")
+    outcome = contests.Contests(conditions(), record).time(BACKENDS)
+    assert timed == [{"reference"}]  # auto takes cpu
+    assert set(outcome.failures) == {f"{BACKENDS}, ours", f"{BACKENDS}, cpu"} == set(record.failures)
+    assert "relative error is 0.001; at most 5e-06" in outcome.failures[f"{BACKENDS}, cpu"]
+
+
+def test_a_backend_by_name_leaves_the_others_checked(timed, record, monkeypatch):
+    wrong(monkeypatch, "cpu")
+    outcome = contests.Contests(conditions(backend="reference"), record).time(BACKENDS)
+    assert timed == [{"ours", "reference"}] and set(outcome.failures) == {f"{BACKENDS}, cpu"}
+
+
+def test_a_peer_has_to_compute_the_same(timed, record, monkeypatch):
+    provider = contests.PROVIDERS["eager_channels_last"]
+    planted = replace(provider, build=lambda module, _: lambda x: module(x) * 1.001)
+    monkeypatch.setitem(contests.PROVIDERS, "eager_channels_last", planted)
+    outcome = contests.Contests(conditions(), record).time(quick_unit("chain"))
+    assert timed == [{"ours"}] and len(outcome.failures) == 1
+
+
+class Replay(measure.Contender):
+    """A graph that holds nothing, or whose only result is that of its capture."""
+
+    outputs_of: str
+
+    def __init__(self, model, inputs, min_calls=1):
+        super().__init__(model, inputs)
+        self._kept = super().outputs()
+
+    def run(self):
+        return None
+
+    def outputs(self):
+        return [torch.full_like(out, float("nan")) for out in self._kept] if self.outputs_of == "nobody" else self._kept
+
+
+@pytest.mark.parametrize("outputs_of", ["nobody", "the capture"])
+def test_an_empty_graph_is_no_result(timed, record, monkeypatch, outputs_of):
+    monkeypatch.setattr(Replay, "outputs_of", outputs_of, raising=False)
+    monkeypatch.setattr(contests, "GraphedContender", Replay)
+    unit = replace(quick_unit("chain"), contestants=(("ours", True), ("ours", False)))
+    outcome = contests.Contests(conditions(), record).time(unit)
+    assert [r["graph"] for r in outcome.rows] == [False]
+    assert "wrong 3 normal" in outcome.failures[f"{unit}, ours in a CUDA graph"]
+
+
+@pytest.mark.parametrize("image", [0, 21, 39])
+def test_all_images_of_a_batch_are_looked_at(timed, record, monkeypatch, image):
+    """A batch as it is timed; one image that nobody wrote."""
+    right = contestants.fused
+
+    def planted(module, name):
+        model, seen = right(module, name), []
+
+        def call(x):
+            seen.append(len(x))
+            assert set(seen) == {40}
+            out = model(x).clone()
+            out[image, 5, 0, 0] = float("nan")
+            return out
+
+        return call
+
+    monkeypatch.setattr(contestants, "fused", planted)
+    outcome = contests.Contests(conditions(), record).time(replace(quick_unit("chain"), stage=4, batch=40))
+    assert timed == [{"eager_channels_last"}] and "wrong" in next(iter(outcome.failures.values()))
+
+
+def test_a_wrong_compiled_network_is_noticed(timed, record, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: lambda x: network(x) * 1.001)
+    timer = contests.Contests(conditions(), record)
+    monkeypatch.setattr(timer, "_compiles", lambda unit: True)
+    outcome = timer.time(quick_unit("network"))
+    assert compiled is not torch.compile and timed == [{"eager_channels_last"}]
+    assert "wrong logits" in outcome.failures[f"{quick_unit('network')}, ours"]
+
+
+def test_a_network_whose_blocks_are_not_fused_is_not_timed(timed, record, monkeypatch):
+    monkeypatch.setattr(contestants, "accelerate", lambda network, _: network)
+    outcome = contests.Contests(conditions(), record).time(quick_unit("network"))
+    assert timed == [{"eager_channels_last"}] and "fused" in next(iter(outcome.failures.values()))
+
+
+def test_training_is_checked_at_its_own_batch(timed, record, monkeypatch):
+    """The second weight's gradient is off by a thousandth where the batch is the one that is timed."""
+    own, seen = training.TrainingStep.gradients, set()
+
+    def planted(step, x, grad=None):
+        out, *gradients = own(step, x, grad)
+        if step.forward.backend is not None and len(x) == 6:
+            gradients[2] *= 1.001
+        seen.add(len(x))
+        return out, *gradients
+
+    monkeypatch.setattr(training.TrainingStep, "gradients", planted)
+    unit = replace(quick_unit("train_chain"), batch=6)
+    outcome = contests.Contests(conditions(), record).time(unit)
+    assert timed == [{"eager_channels_last"}] and "wrong 4 normal, gradients" in outcome.failures[f"{unit}, ours"]
+    assert seen == {3, 6}  # float64 and eager's error are taken of the different ones
+
+
+def test_copies_of_images_train_as_a_whole_batch():
+    """What the checks rest on: float64 of the few images is float64 of the batch."""
+    case = replace(contestants.case_of(quick_unit("train_chain"), conditions()), batch=8)
+    (x,) = training.plain(case).inputs()
+    copies = training.Copies(x, 8)
+    assert copies.count == 2 and not torch.equal(copies.index, torch.arange(8) % 4)
+    exact = training.training_module(case, "eager_channels_last", "").double()
+    few, grad = copies.few.double(), torch.randn(exact(copies.few.double()).shape, dtype=torch.float64)
+    step = training.TrainingStep(exact, "float32")
+    out, of_x, *gradients = step.gradients(few, grad)
+    whole, of_whole, *of_parameters = step.gradients(copies.spread(few), copies.spread(grad))
+    assert copies.error(whole, out) < 1e-13 and copies.error(of_whole, of_x) < 1e-12
+    for a, b in zip(of_parameters, gradients, strict=True):
+        torch.testing.assert_close(a, 2 * b)
+    assert torch.equal(copies.first(whole), whole[[int((copies.index == i).nonzero()[0]) for i in range(4)]])
+
+
+def test_a_wrong_training_step_is_not_timed_under_its_own_name(timed, record, monkeypatch):
+    """`cpu` asked for by name, where `ours` is right: its step does not move one layer's parameters."""
+    right = contestants.training_network
+
+    def planted(network, name, backend):
+        model = right(network, name, backend)
+        if name == "cpu":
+            model.get_parameter("layer1.0.conv1.weight").register_hook(lambda grad: 3 * grad)
+        return model
+
+    monkeypatch.setattr(contestants, "training_network", planted)
+    unit = replace(quick_unit("train_step"), contestants=(("ours", False), ("cpu", False)))
+    outcome = contests.Contests(conditions(), record).time(unit)
+    assert [r["provider"] for r in outcome.rows if r["config"] != "resnet50"] == ["ours"]
+    assert "wrong gradients" in outcome.failures[f"{unit}, cpu"]
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "compile error": RuntimeError("at 10:4: expected a power of two"),
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "CUDA": RuntimeError("CUDA error: an illegal memory access was encountered"),
+    "Triton": RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+}
+
+
+def plant(monkeypatch, error, after):
+    """Ours of the first unit raises at this call."""
+    right = contestants.fused
+
+    def planted(module, name):
+        model, calls = right(module, name), []
+
+        def call(x):
+            calls.append(x)
+            if len(calls) == after and x.shape[-1] == 14:
+                raise error
+            return model(x)
+
+        return call
+
+    monkeypatch.setattr(contestants, "fused", planted)
+
+
+# The first call warms up, then each of 4 inputs is checked and the first again, from poisoned memory; the last ones are timed.
+@pytest.mark.parametrize("fault, after", [("memory", 1), ("compile error", 3), ("memory", 8), ("CUDA", 1), ("Triton", 8)])
+def test_a_fault_is_a_recorded_failure(tmp_path, timed, monkeypatch, fault, after):
+    error, path = FAULTS[fault], tmp_path / "record.json"
+    plant(monkeypatch, error, after)
+    lost = supervise.poisons_context(error)
+    assert run_child(path, "--part", "chain") == (supervise.AGAIN if lost else 0)
+    if lost:  # nothing else of this process counts
+        assert len(results.read(path)["rows"]) == 0
+        assert run_child(path, "--part", "chain") == 0
+    data = results.read(path)
+    assert [(r["stage"], r["provider"]) for r in data["rows"]] == [
+        (3, "eager_channels_last"), (4, "ours"), (4, "eager_channels_last"),
+    ]  # fmt: skip
+    ((name, reason),) = data["environment"]["failures"].items()
+    assert name == f"{quick_unit('chain')}, ours" and str(error) in reason
+
+
+def test_what_all_contestants_share_fails_for_all(tmp_path, timed, monkeypatch):
+    def inputs(shape, *_):
+        if shape[-1] == 14:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(shape, *_)
+
+    own = contests.random_tensors
+    monkeypatch.setattr(contests, "random_tensors", inputs)
+    assert run_child(tmp_path / "record.json", "--part", "chain") == 0
+    data = results.read(tmp_path / "record.json")
+    assert {r["stage"] for r in data["rows"]} == {4} and len(data["environment"]["failures"]) == 2
+
+
+def test_rates_that_cannot_be_measured_stop_nothing(tmp_path, timed, monkeypatch):
+    record = script("record")
+    monkeypatch.setattr(record.roofline, "measure_rates", lambda *_: 1 / 0)
+    assert run_child(tmp_path / "record.json", "--part", "chain") == 0
+    data = results.read(tmp_path / "record.json")
+    assert len(data["rows"]) == 4 and record.RATES in data["environment"]["failures"]
+
+
+PLANTED = """
+import os, signal, sys, time
+if "--child" in sys.orig_argv:
+    import torch
+    from res2net_fused.bench import contestants, contests
+    right = contestants.case_builders
+
+    def planted(case, module, conditions):
+        build = right(case, module, conditions)
+
+        def at(name, graph):
+            model = build(name, graph)
+            if name != "ours":
+                return model
+            where = case.workload, case.stage, case.variant
+            if where == ("chain", 3, "normal"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if where == ("chain", 4, "normal"):
+                time.sleep(600)
+            if where == ("block", 4, "normal"):
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return contestants.Model(lambda x: model.call(x) * 1.001, model.facts)
+
+        return at
+
+    contests.case_builders = planted
+"""
+
+
+def test_a_call_goes_on_behind_whatever_ends_its_processes(tmp_path):
+    """SIGKILL, a hang, a lost context and a wrong result, each in its unit; then a second call."""
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    path = tmp_path / "record.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "record.py"), "--device", "cpu", "--quick", "--no-build"]
+    command += ["--part", "chain", "--part", "block", "--limit", "12", "--out", str(path)]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    data = results.read(path)
+    assert [r["provider"] for r in data["rows"]] == ["eager_channels_last"] * 4
+    reasons = list(data["environment"]["failures"].values())
+    for reason, words in zip(reasons, ("SIGKILL", "hung for 12 s", "unspecified launch failure", "wrong 4 stage"), strict=True):
+        assert words in reason
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 1 and "0 units to go" in again.stdout and "SIGKILL" in again.stdout
+    assert results.read(path)["rows"] == data["rows"]
+    assert [p.name for p in tmp_path.glob("record*")] == ["record.json"]
+
+
+def test_whoever_is_timed_is_marked(record):
+    """Each of them, in every round; and nobody behind them."""
+    seen = []
+
+    class Contender(measure.Contender):
+        def run(self):
+            seen.append((self.model(None), record.running))
+
+    contenders = {name: Contender(lambda _, name=name: name, [torch.zeros(1)]) for name in ("a", "b")}
+    names = {name: f"unit, {name}" for name in contenders}
+    settings = {"seconds": 0, "min_repeats": 2, "max_repeats": 2, "warm_up": 1}
+    with turns.noted(record, [], turns.Outcome(), 10):
+        turns.take_turns(contenders, names, record, turns.Outcome(), "cpu", 10, settings)
+    assert len(seen) == 6 and all(running == [names[name]] for name, running in seen) and not record.running
