@@ -1,6 +1,6 @@
 """What the GPU tests run, as data, so that a test without a GPU can tell which instances and tiles they launch on which card.
 
-tests/test_cuda_coverage.py holds these lists against everything that the plans of the published networks choose.
+tests/test_gpu_coverage.py holds these lists against everything that the plans of the published networks choose.
 """
 
 from __future__ import annotations
@@ -129,8 +129,12 @@ GRADIENTS: list[Case] = [
 ]
 
 
+# Res2Net-50 26w4s called as it is: dtypes and batches.
+EAGER = [(dtype, batch) for dtype in ("bfloat16", "float16", "float32") for batch in (1, 8, 32)]
+
+
 def network_blocks(dtype: str, batch: int) -> list[Case]:
-    """Those of a Res2Net-50 26w4s."""
+    """The blocks of that network."""
     return cases(("block",), _26W4S, (batch,), dtype, "cuda", VARIANTS)
 
 
