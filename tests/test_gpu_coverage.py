@@ -1,12 +1,13 @@
 """Which CUDA instances and Triton tiles the GPU tests launch on which card, counted without a GPU.
 
-What the plans of the published networks choose at the record's batches must be launched by a GPU test on that card.
+What the plans of the published networks choose, and what a record times, must be launched by a GPU test on that card.
 """
 
+import itertools
 import os
+import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,120 +20,157 @@ sys.path.insert(0, str(HERE / "cuda"))
 
 import compile_pool  # noqa: E402
 import gpu_cases  # noqa: E402
+import test_emulated_chain  # noqa: E402
+import test_emulated_cluster  # noqa: E402
+import test_emulated_wgmma  # noqa: E402
 from test_rehearsals import card  # noqa: E402
 
 from res2net_fused import native  # noqa: E402
 from res2net_fused.backends import native_cuda  # noqa: E402
 from res2net_fused.bench import schedule  # noqa: E402
-from res2net_fused.bench.workloads import Case  # noqa: E402
+from res2net_fused.bench.workloads import Case, Config, cases  # noqa: E402
 from res2net_fused.cuda_kernels import PUBLISHED, _problem, _published  # noqa: E402
 from res2net_fused.tables import format_table  # noqa: E402
 
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-MOST_KERNELS = 450  # of Triton, compiled for one card by `make test-gpu`: beside them CUDA's own come with the library
+BATCHES = (1, 32, 256)  # of `info --kernels`
+REASONS = "fits the .* bytes of shared memory|no wgmma|no thread-block clusters"  # of a card that cannot
 needs_plans = pytest.mark.skipif(not native.cpu_library().loaded, reason="the plans are in the CPU library")
-
-
-def limits(capability):
-    return native_cuda.LIMITS["sm_{}{}".format(*capability)]
-
-
-def launched(todo, device):
-    """Instances by name, how many cases of `todo` run on each, and how many a card refuses."""
-    counts = Counter()
-    for case in todo:
-        try:
-            counts[native_cuda.INSTANCE_NAMES[gpu_cases.launch_of(case, device).instance]] += 1
-        except ValueError:
-            counts["refused"] += 1
-    return counts
-
-
-def planned(device):
-    """Every instance that `info --kernels` names, at the record's batches and in every type."""
-    found = set()
-    for width, scale, stage, size in _published():
-        for batch in (1, 32, 256):
-            for dtype in native_cuda.TYPES:
-                try:
-                    plan = native_cuda.plan_chain(_problem(batch, width << stage, scale, size, dtype), device)
-                except ValueError:
-                    continue  # a card without the shared memory for it: PyTorch's or Triton's then
-                found.add(native_cuda.INSTANCE_NAMES[plan.instance])
-    return found
+on_devices = pytest.mark.parametrize("device", native_cuda.LIMITS)
 
 
 def in_halves(todo):
     return [gpu_cases.replace(case, dtype=dtype) for case in todo for dtype in gpu_cases.HALVES]
 
 
-@needs_plans
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-def test_every_planned_cuda_instance_is_launched(capability):
-    device = limits(capability)
-    lists = {
-        "planned": in_halves(gpu_cases.PLANNED), "timed": gpu_cases.TIMED, "TF32": gpu_cases.IN_TF32,
-        "cut by hand": in_halves(gpu_cases.CUT),
-    }  # fmt: skip
-    counts = {name: launched(todo, device) for name, todo in lists.items()}
-    every = sorted(set().union(*counts.values()))
-    rows = [(name, *(str(counts[name][instance]) for instance in every)) for name in counts]
-    table = format_table(("cases", *every), rows, left=1)
-    assert len(PUBLISHED) == 3 and planned(device) <= set(every), table
-    assert sum(counts["timed"].values()) - counts["timed"]["refused"] >= 60, table
+# What tests/cuda/test_cuda_chain.py launches.
+CHAINS = [*in_halves(gpu_cases.PLANNED), *gpu_cases.PLANNED_TF32, *gpu_cases.TIMED, *gpu_cases.CUT]
+
+
+def launch(plan, dtype):
+    """(what is told to a launch, dtype), the instance first."""
+    return plan[:12], dtype
+
+
+def launched(device):
+    """By launch the first case, and by case the reason of those that the device refuses."""
+    launches, refused = {}, {}
+    for case in CHAINS:
+        try:
+            launches.setdefault(launch(gpu_cases.launch_of(case, native_cuda.LIMITS[device]), case.dtype), str(case))
+        except ValueError as error:
+            refused[str(case)] = str(error)
+    return launches, refused
+
+
+def instances(launches):
+    return {(native_cuda.INSTANCE_NAMES[numbers[0]], dtype) for numbers, dtype in launches}
 
 
 @needs_plans
-def test_hopper_launches_every_instance_there_is():
-    device = limits((9, 0))
-    every = launched([*in_halves(gpu_cases.PLANNED + gpu_cases.CUT), *gpu_cases.TIMED], device)
-    assert set(native_cuda.INSTANCE_NAMES) <= set(every) and not every["refused"]
+@on_devices
+def test_every_launch_of_the_published_chains_is_tried(device):
+    """Those that `info --kernels` predicts, in every type: instance and cut."""
+    launches, refused = launched(device)
+    wanted = {}
+    for (width, scale, stage, size), batch, dtype in itertools.product(_published(), BATCHES, native_cuda.TYPES):
+        try:
+            plan = native_cuda.plan_chain(_problem(batch, width << stage, scale, size, dtype), native_cuda.LIMITS[device])
+        except ValueError:
+            continue  # a card without the shared memory for it: Triton's or PyTorch's then
+        wanted[launch(plan, dtype)] = f"{width}w{scale}s {size} batch {batch} {dtype}"
+    rows = [(f"{native_cuda.INSTANCE_NAMES[key[0][0]]}", case, launches.get(key, "nobody")) for key, case in wanted.items()]
+    assert set(wanted) <= set(launches), format_table(("instance", "chain", "launched by"), rows, left=3)
+    assert len(PUBLISHED) == 3 and len(wanted) >= 60
+    assert all(re.search(REASONS, reason) for reason in refused.values()), refused
 
 
 @needs_plans
-@pytest.mark.parametrize("case", gpu_cases.CUT, ids=str)
+def test_hopper_launches_every_instance_and_every_case():
+    launches, refused = launched("sm_90")
+    assert {name for name, _ in instances(launches)} == set(native_cuda.INSTANCE_NAMES) and not refused
+
+
+def test_what_the_emulator_runs_by_hand_reaches_a_gpu():
+    """Every case that is cut, or in padded slots, or in TF32, of the emulator's own lists."""
+    mine = {str(case) for case in CHAINS}
+    for module in (test_emulated_chain, test_emulated_cluster, test_emulated_wgmma):
+        lists = [v for v in vars(module).values() if isinstance(v, list) and v and isinstance(v[0], gpu_cases.Chain)]
+        assert lists and {str(case) for own in lists for case in own} <= mine
+
+
+@needs_plans
+@pytest.mark.parametrize("case", [case for case in gpu_cases.CUT if case.tile and case.dtype != torch.float16], ids=str)
 def test_launches_cut_by_hand_are_the_emulators(case):
     from emulator import harness
 
     emulated = harness.plan_of(case)._replace(**case.tile)
-    own = gpu_cases.launch_of(case, limits((9, 0)))
+    own = gpu_cases.launch_of(case, native_cuda.LIMITS["sm_90"])
     told = set(case.tile) | {"instance", "whole"}
     assert {name: getattr(own, name) for name in told} == {name: getattr(emulated, name) for name in told}
 
 
-def tiles(calls):
-    """By kernel."""
-    named = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    return {
-        (call.kernel.__name__, *((call.arguments | call.options).get(name) for name in named)) for call in calls
-    }
+# Triton ---------------------------------------------------------------------------------------------------------------
+
+TRITON = [*gpu_cases.INFERENCE, *gpu_cases.TRAINING, *gpu_cases.GRADIENTS]
+EAGER = [case for dtype, batch in gpu_cases.EAGER for case in gpu_cases.network_blocks(dtype, batch)]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-def test_every_triton_tile_that_is_timed_is_launched_and_the_kernels_are_few(capability):
-    recorded = [
-        Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, "cuda", unit.variant)
-        for unit in schedule.schedule("cuda")
-        if unit.stage is not None and unit.config.scale > 1
-    ]
-    calls = list(gpu_cases.kernel_calls([*gpu_cases.INFERENCE, *gpu_cases.TRAINING], capability))
-    missing = tiles(gpu_cases.kernel_calls(recorded, capability)) - tiles(calls)
-    assert not missing
-    assert len(calls) <= MOST_KERNELS, compile_pool.arithmetic(len(calls), 8)
-    assert len(calls) * compile_pool.SECONDS / 8 < 120, "of ten minutes, on eight processors"
+def published_cases():
+    """The published networks' chains and blocks, and their training, in what has a tile of its own: halves, float32 and TF32."""
+    configs = [Config(*config) for config in PUBLISHED]
+    for dtype in ("bfloat16", "float32", "tf32"):
+        yield from cases(("chain",), configs, BATCHES[:2], dtype, "cuda")
+        yield from cases(("train_chain",), configs, (32, 128) if dtype == "bfloat16" else (32,), dtype, "cuda")
+    yield from cases(("chain", "block"), configs, BATCHES, "bfloat16", "cuda")
+    for unit in schedule.schedule("cuda"):
+        if unit.stage is not None and unit.config.scale > 1:
+            yield Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, "cuda", unit.variant)
+
+
+def tiles(todo, capability):
+    """(kernel, precision, tile), and a case that takes it."""
+    named = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "num_warps", "num_stages")
+    found = {}
+    for case in todo:
+        kind = "half" if case.dtype in ("bfloat16", "float16") else case.dtype
+        for call in gpu_cases.kernel_calls([case], capability):
+            tile = [(call.arguments | call.options).get(name) for name in named]
+            found.setdefault((call.kernel.__name__, kind, *tile), str(case))
+    return found
+
+
+@on_devices
+def test_every_triton_tile_that_is_timed_is_launched(device):
+    capability = native_cuda.LIMITS[device][:2]
+    mine, wanted = tiles(TRITON, capability), tiles(dict.fromkeys(published_cases()), capability)
+    missing = {tile: case for tile, case in wanted.items() if tile not in mine}
+    assert not missing, "\n".join(f"{tile}: {case}" for tile, case in missing.items())
+
+
+@pytest.mark.parametrize("name", ["H100", *(pytest.param(n, marks=pytest.mark.slow) for n in card.CARDS if n != "H100")])
+def test_the_kernels_to_compile_are_counted(name):
+    """By what `make test-gpu` asks its tests before it compiles: on a stand-in card without the CUDA library, which runs most."""
+    env = card.environment(card.Settings(name, cuda_library=False))
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "cuda"]
+    done = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True)
+    found = re.search(r"compile: (\d+) kernels", done.stdout)
+    assert done.returncode == 0 and found, done.stdout[-3000:] + done.stderr[-3000:]
+    assert 500 < int(found[1]) <= compile_pool.MOST_KERNELS
+    seconds = compile_pool.MOST_KERNELS * compile_pool.SECONDS / 8
+    assert seconds <= 150, "of ten minutes, on eight processors"
+    assert compile_pool.arithmetic(compile_pool.MOST_KERNELS, 8) in (HERE.parent / "CONTRIBUTING.md").read_text()
 
 
 def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
-    """On a stand-in card, with the real compiler: a launch behind `compile_for` adds nothing to Triton's cache."""
+    """On a stand-in card, with the real compiler: a launch behind the pool adds nothing to Triton's cache."""
     code = (
         "import sys; sys.path[:0] = ['tests', 'tests/cuda']\n"
-        "import torch, pathlib, gpu_cases\n"
-        "from test_triton_aot import compile_for\n"
+        "import torch, pathlib, compile_pool, gpu_cases\n"
         "from res2net_fused.bench.workloads import Config, cases, fused\n"
         "case = cases(['block'], [Config(26, 4)], [1], 'bfloat16', 'cuda')[3]\n"
-        "folder = pathlib.Path(sys.argv[1])\n"
-        "for call in gpu_cases.kernel_calls([case], torch.cuda.get_device_capability()):\n"
-        "    compile_for(call, torch.cuda.get_device_capability())\n"
+        "folder, capability = pathlib.Path(sys.argv[1]), torch.cuda.get_device_capability()\n"
+        "calls = gpu_cases.distinct(gpu_cases.kernel_calls([case], capability))\n"
+        "assert not compile_pool.compile_all(calls, capability, 2)\n"
         "ahead = {path.name for path in folder.rglob('*.cubin')}, len(list(folder.iterdir()))\n"
         "x = case.inputs()[0].contiguous(memory_format=torch.channels_last)\n"
         "with torch.inference_mode():\n"
@@ -141,10 +179,22 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
         "assert LAUNCHES.count >= 5 and len(ahead[0]) >= 2, (LAUNCHES.count, ahead)\n"
         "assert ahead == ({path.name for path in folder.rglob('*.cubin')}, len(list(folder.iterdir())))\n"
     )
-    env = card.environment(card.Settings("H100", compiles=True, cuda_library=False)) | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    cache = str(tmp_path / "cache")
+    env = card.environment(card.Settings("H100", compiles=True, cuda_library=False)) | {"TRITON_CACHE_DIR": cache}
+    (tmp_path / "code.py").write_text(f"if __name__ == '__main__':\n    exec({code!r})\n")  # the pool's processes import it
+    command = [sys.executable, str(tmp_path / "code.py"), cache]
     done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"compiling \d+ Triton kernels in 2 processes", done.stdout)
+
+
+# The tests themselves -------------------------------------------------------------------------------------------------
+
+
+def test_the_order_names_every_file():
+    order = re.search(r"ORDER = \(([^)]*)\)", (HERE / "cuda" / "conftest.py").read_text())[1]
+    named = [f"test_cuda_{name}.py" for name in re.findall(r"\w+", order)]
+    assert sorted(named) == sorted(path.name for path in (HERE / "cuda").glob("test_*.py"))
 
 
 def test_no_gpu_test_runs_without_a_gpu():
@@ -153,3 +203,18 @@ def test_no_gpu_test_runs_without_a_gpu():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "cuda")]
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lacks", ["nothing", "CUDA library", "Triton"])
+@pytest.mark.parametrize("name", card.CARDS)
+def test_gpu_tests_are_green_or_skipped_on_every_card(name, lacks, tmp_path):
+    env = card.environment(card.Settings(name, cuda_library=lacks != "CUDA library"))
+    if lacks == "Triton":
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('hidden by a test')")
+        env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "cuda"]
+    done = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50

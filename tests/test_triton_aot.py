@@ -151,10 +151,11 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
 
 
 def calls_of_training(
-    shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int], batch: int = 128
-) -> list[KernelCall]:
-    """The distinct launches of one chain's training, forward and backward, with batch statistics and with BatchNorm folded, on
-    tensors without memory.
+    shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int], batch: int = 128,
+    statistics_of_batch: tuple[bool, ...] = (True, False),
+) -> list[KernelCall]:  # fmt: skip
+    """The distinct launches of one chain's training on tensors without memory: forward and backward with batch statistics, and
+    the backward with BatchNorm folded.
     """
     steps, device = shape.scale - 1, torch.device("cuda")
     problem = ChainProblem(
@@ -178,7 +179,8 @@ def calls_of_training(
     folded = ChainGradients(problem, plan, out, x, out, weights, None, (True, True, False))
     every = train_calls(problem, plan, *slots, z, statistics, packed, vectors, vectors, [1e-5] * steps)
     distinct = {}
-    for call in itertools.chain(every, batch_statistics.calls(), folded.calls()):
+    trained = itertools.chain(every, batch_statistics.calls()) if True in statistics_of_batch else ()
+    for call in itertools.chain(trained, folded.calls() if False in statistics_of_batch else ()):
         distinct.setdefault(_key(call), call)
     return list(distinct.values())
 

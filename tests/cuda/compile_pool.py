@@ -1,6 +1,6 @@
 """Triton's kernels of the GPU tests, compiled before the tests that launch them, all processors at once.
 
-They land in Triton's cache folder under the very keys that a launch looks up: tests/test_cuda_coverage.py tries it.
+They land in Triton's cache folder under the very keys that a launch looks up: tests/test_gpu_coverage.py tries it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-MOST_KERNELS = 640  # on any card
+MOST_KERNELS = 640  # on any card, counted by the same file
 SECONDS = 1.5  # of a processor for one kernel, the largest among them included
 
 

@@ -1,6 +1,6 @@
 """What the GPU tests run, as data, so that a test without a GPU can tell which instances and tiles they launch on which card.
 
-tests/test_cuda_coverage.py holds these lists against everything that the plans of the published networks choose.
+tests/test_gpu_coverage.py holds these lists against everything that the plans of the published networks choose.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from test_emulated_wgmma import CUTS
 from test_emulated_wgmma import SETTINGS as WGMMA_SETTINGS
 
 from res2net_fused.backends import native_cuda
-from res2net_fused.bench.workloads import TORCH_DTYPES, VARIANTS, Case, Config, cases
+from res2net_fused.bench.workloads import TORCH_DTYPES, TRAINED, VARIANTS, Case, Config, cases
 from res2net_fused.chain import ChainProblem
 from res2net_fused.cuda_kernels import PUBLISHED as PUBLISHED_CONFIGS
 from res2net_fused.native import DeviceLimits
@@ -121,10 +121,20 @@ TRAINING: list[Case] = [
     *cases(("train_block",), _26W4S, (32,), "bfloat16", "cuda"),
     *_single("train_chain", (32,)),
 ]
+# The backward with BatchNorms folded, as of `hierarchical_conv2d`.
+FOLDED = "gradients"
+GRADIENTS: list[Case] = [
+    *cases((FOLDED,), _26W4S, (32, 128), "bfloat16", "cuda"),
+    *cases((FOLDED,), _26W4S, (32,), "float32", "cuda"),
+]
+
+
+# Res2Net-50 26w4s called as it is: dtypes and batches.
+EAGER = [(dtype, batch) for dtype in ("bfloat16", "float16", "float32") for batch in (1, 8, 32)]
 
 
 def network_blocks(dtype: str, batch: int) -> list[Case]:
-    """Those of a Res2Net-50 26w4s."""
+    """The blocks of that network."""
     return cases(("block",), _26W4S, (batch,), dtype, "cuda", VARIANTS)
 
 
@@ -142,7 +152,8 @@ def kernel_calls(todo: Iterable[Case], capability: tuple[int, int]) -> Iterator[
             elif case.workload == "block":
                 yield from aot.calls_of_block(shape, dtype, capability, case.batch)
             else:
-                yield from aot.calls_of_training(shape, dtype, tf32, capability, case.batch)
+                statistics = (case.workload in TRAINED,)
+                yield from aot.calls_of_training(shape, dtype, tf32, capability, case.batch, statistics)
 
 
 def distinct(calls: Iterable[object]) -> list[object]:

@@ -4,20 +4,20 @@ import copy
 
 import pytest
 import torch
-from gpu_cases import STAND_IN, kernel_calls, network_blocks
+from gpu_cases import EAGER, STAND_IN, kernel_calls, network_blocks
 from helpers import relative_error
 
 from res2net_fused import accelerate, explain
 from res2net_fused.bench.networks import random_network
 from res2net_fused.bench.photographs import calibrate, photographs
+from res2net_fused.bench.workloads import TORCH_DTYPES
 from res2net_fused.tolerances import network_bound
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 def launches(parameters, capability):
-    dtype = str(parameters["dtype"]).removeprefix("torch.")
-    return kernel_calls(network_blocks(dtype, parameters["batch"]), capability)
+    return kernel_calls(network_blocks(parameters["dtype"], parameters["batch"]), capability)
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,13 @@ def network():
     return calibrate(random_network("res2net50_26w4s"), images).requires_grad_(False).cuda(), images.cuda()
 
 
-@pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype, batch", EAGER)
 def test_eager_use_is_as_right_as_pytorch(network, dtype, batch):
     plain, images = network
     if STAND_IN and batch > 1:
         pytest.skip("a stand-in card computes on the CPU")
-    x = images.repeat(-(-batch // 2), 1, 1, 1)[:batch].to(dtype)
-    plain = copy.deepcopy(plain).to(dtype)
+    x = images.repeat(-(-batch // 2), 1, 1, 1)[:batch].to(TORCH_DTYPES[dtype])
+    plain = copy.deepcopy(plain).to(x.dtype)
     model = accelerate(copy.deepcopy(plain))
     with torch.inference_mode():
         expected = copy.deepcopy(plain).double()(x[:2].double())

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from gpu_cases import INFERENCE, TRAINING, affordable, kernel_calls
+from gpu_cases import GRADIENTS, INFERENCE, TRAINING, affordable, kernel_calls, replace
+from helpers import Chain, masked_gradients, relative_error
 
+from res2net_fused import hierarchical_conv2d
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.bench.training import check_training_case
 from res2net_fused.parity import check_case, convolution_precision
+from res2net_fused.tolerances import FORWARD
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -47,3 +50,21 @@ def test_training(case):
     with convolution_precision(case.dtype, "cuda"):
         report = check_training_case(case, "triton", "triton")
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_gradients_with_batchnorm_folded(case):
+    case = replace(affordable(case), workload="chain")
+    skip_without_memory(case)
+    module = case.module()
+    (x,) = case.inputs()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights, biases = ([t.requires_grad_() for t in own] for own in (module.weights, module.biases))
+    with convolution_precision(case.dtype, "cuda"):
+        out = hierarchical_conv2d(x, weights, biases, backend="triton")
+        grad = torch.randn_like(out)
+        found = torch.autograd.grad(out, [x, *weights, *biases], grad)
+    chain = Chain(steps=len(weights), width=x.shape[1] // (len(weights) + 1))
+    expected = masked_gradients(chain, x, weights, biases, out, grad)
+    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+    assert max(errors) <= FORWARD[case.dtype].limit and all(e == e for e in errors), errors
