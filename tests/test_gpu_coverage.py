@@ -116,7 +116,7 @@ EAGER = [case for dtype, batch in gpu_cases.EAGER for case in gpu_cases.network_
 
 
 def published_cases():
-    """The published networks' chains and blocks, and their training, in what has a tile of its own: halves, float32 and TF32."""
+    """The published networks' chains and blocks, and their training, in what has tiles of its own: halves, float32, TF32."""
     configs = [Config(*config) for config in PUBLISHED]
     for dtype in ("bfloat16", "float32", "tf32"):
         yield from cases(("chain",), configs, BATCHES[:2], dtype, "cuda")
@@ -149,7 +149,7 @@ def test_every_triton_tile_that_is_timed_is_launched(device):
 
 @pytest.mark.parametrize("name", ["H100", *(pytest.param(n, marks=pytest.mark.slow) for n in card.CARDS if n != "H100")])
 def test_the_kernels_to_compile_are_counted(name):
-    """By what `make test-gpu` asks its tests before it compiles: on a stand-in card without the CUDA library, which runs most."""
+    """By what `make test-gpu` asks its tests before it compiles: on a card without the CUDA library, which runs most."""
     env = card.environment(card.Settings(name, cuda_library=False))
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "cuda"]
     done = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True)
