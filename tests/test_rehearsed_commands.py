@@ -118,7 +118,7 @@ def check_faults(environment, rows, ours, told):
 
 
 def test_rehearsed_bench_survives_every_fault(tmp_path):
-    arguments = ["bench", "--batch", "1", "--quick", "--no-network", "--configs", "26w4s", "--out", tmp_path, "--limit", "12"]
+    arguments = ["bench", "--batch", "1", "--quick", "--no-network", "--configs", "26w4s", "--out", tmp_path, "--limit", "30"]
     options = {"faults": FAULTS, "expected": 1, "cuda_library": False, "timeout": 900}
     text = run("H100", *RF, *arguments, **options)
     data = results.read(tmp_path / "bench-cuda.json")
