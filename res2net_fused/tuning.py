@@ -321,18 +321,20 @@ def run_tune(
     """
     if torch.device(device).type != "cuda":
         raise RuntimeError(f"device is {device}; tiles are measured on a CUDA device")
-    use_device(device)
     table, end = out or user_path(), time.time() + 60 * minutes
-    planned = list(jobs(settings))
     try:
         known = _known(table)
+        write(table, known)  # fails before the measurements rather than after them
         if again and known:
             shutil.copyfile(table, _unused(table))
-        shapes = {job.shape for job in planned} if again else set[Shape]()
-        write(table, [row for row in known if row.shape not in shapes])  # fails before the measurements rather than after them
     except OSError as error:
         remedy = f"name another file by --out or {ENVIRONMENT_VARIABLE}"
         raise RuntimeError(f"{table} cannot be written ({error}): {remedy}") from None
+    use_device(device)
+    planned = list(jobs(settings))
+    if again:
+        shapes = {job.shape for job in planned}
+        write(table, [row for row in known if row.shape not in shapes])
     record = open_record(table, device, command)
     if again:
         record.retry()

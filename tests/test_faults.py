@@ -19,7 +19,6 @@ from helpers import CHAINS, assert_close
 
 from res2net_fused import build_flags, cli, hierarchical_conv2d, native, tuning
 from res2net_fused.backends import native_cpu, native_cuda, selection, triton_backend
-from res2net_fused.bench.workloads import Config
 from res2net_fused.chain import ChainConfig, ChainProblem
 from res2net_fused.kernels import tile_table
 from res2net_fused.kernels.step_plan import plan_steps, plan_training
@@ -191,7 +190,7 @@ def test_a_broken_pybind_module_is_not_opened(monkeypatch, tmp_path, content):
 def test_tune_says_at_once_that_its_table_cannot_be_written(blocked, monkeypatch):
     monkeypatch.setattr(tuning, "jobs", lambda settings: pytest.fail("it measures first"))
     with pytest.raises(RuntimeError, match="tiles.json cannot be written.*name another file by --out or RES2NET_FUSED_TILES"):
-        tuning.run_tune([Config(26, 4)], [1], ["float16"], "cuda", blocked / "tiles.json")
+        tuning.run_tune([], "cuda", blocked / "tiles.json", "tune", [], 1.0, False)
 
 
 def test_bench_says_at_once_that_its_folder_cannot_be_written(blocked, capsys):
@@ -219,7 +218,7 @@ def test_tiles_without_a_home(monkeypatch, fresh_tables, caplog):
     assert plan_steps(problem(), (9, 0)).tile_source == "shipped table"
     assert "RES2NET_FUSED_TILES" in caplog.text
     with pytest.raises(RuntimeError, match="set RES2NET_FUSED_TILES to a file"):
-        tuning.run_tune([Config(26, 4)], [1], ["float16"], "cuda", None)
+        tuning.run_tune([], "cuda", None, "tune", [], 1.0, False)
 
 
 @pytest.mark.parametrize("kind", ["folder", "below a file"])

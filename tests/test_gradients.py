@@ -87,8 +87,9 @@ def test_against_float64_with_own_masks(chain, device, dtype):
         eager_expected = masked_gradients(chain, x, weights, biases, out, grad)
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):
             assert_close(a, b)
-            if dtype in HALVES:
-                assert relative_error(a, b) <= max(2 * relative_error(eager[i], eager_expected[i]), BOUNDS[torch.float32])
+            if dtype in HALVES:  # of four numbers, eager's may all have been rounded the right way: one rounding is no error
+                eager_error = relative_error(eager[i], eager_expected[i])
+                assert relative_error(a, b) <= max(2 * eager_error, torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.skipif("cpu" not in runnable_backends("cpu"), reason="the native CPU kernels are not built")
