@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers import (
-    BOUNDS,
     CHAINS,
     DEVICES,
     HALVES,

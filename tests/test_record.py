@@ -199,7 +199,7 @@ def test_the_named_device_is_the_current_one(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(record, "_environment", lambda *_: environment())
     arguments = ["--no-build", "--out", str(tmp_path / "r.json"), "--minutes", "0", "--part", "chain"]
     monkeypatch.setattr(record, "supervise", lambda *_, **__: 0)
-    assert record.main(["--device", "cuda:1", *arguments]) == 0 and chosen == ["cuda:1"]
+    assert record.main(["--device", "cuda:1", *arguments]) == 0 and chosen == [torch.device("cuda", 1)]
     assert record.main(["--device", "cuda:2", *arguments]) == 2 and len(chosen) == 1
     assert "sees 2 CUDA devices" in capsys.readouterr().err
 
