@@ -39,6 +39,7 @@ for i, name in enumerate(sys.argv[3:]):
         record.close()
         sys.exit(supervise.AGAIN)
     record.add([row | {"provider": "ours", "stage": i}])
+record.unmark()
 record.close()
 """
 ENVIRONMENT = results.environment("cpu", "parent")
