@@ -18,7 +18,7 @@ KEEPS_TORCH = $(if $(filter file,$(origin TORCH)),$(if $(filter-out .venv,$(VENV
 PINS := $(VENV)/.pins
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
-NATIVE := $(shell find csrc -type f) res2net_fused/build_flags.py res2net_fused/cuda_toolkit.py
+NATIVE := $(shell find csrc -type f) res2net_fused/_native/build_flags.py res2net_fused/_native/cuda_toolkit.py
 
 .PHONY: bench check record readme test test-full test-gpu fuzz mutate sanitize wheel versions lint types clean setup FORCE
 
@@ -92,7 +92,7 @@ $(DEPENDENCIES): Makefile $(PINS)
 TORCHVISION = $(BIN)/python -c 'import importlib.metadata as m; print(int(m.version("torch").split(".")[1]) + 15)'
 $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	RES2NET_FUSED_BUILD=off $(BIN)/python -m pip install --no-build-isolation -e \
-		".[bench,test$$($(BIN)/python -I res2net_fused/cuda_toolkit.py)]"
+		".[bench,test$$($(BIN)/python -I res2net_fused/_native/cuda_toolkit.py)]"
 	$(BIN)/python setup.py build_ext --inplace
 	$(BIN)/python -m pip install --no-deps timm "torchvision==0.$$($(TORCHVISION)).*" safetensors pyyaml huggingface_hub
 	touch $@

@@ -2,7 +2,7 @@
 
 RES2NET_FUSED_BUILD: "auto" (default) builds what it can and says what is missing, "require" fails instead, "off" builds
 nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME choose the
-compilers (else they are looked for: res2net_fused/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
+compilers (else they are looked for: res2net_fused/_native/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ REBUILD = "pip install --no-build-isolation ."
 
 def load(name):
     # By path: importing the package would import torch, which may not be there yet.
-    spec = importlib.util.spec_from_file_location(f"res2net_fused_{name}", ROOT / PACKAGE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"res2net_fused_{name}", ROOT / PACKAGE / "_native" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -262,7 +262,7 @@ class NativeBuild(build_ext):
         return flags.python_target(ROOT, includes, suffix, flags.BuildFacts(**facts)), {}, None
 
     def write_record(self, facts):
-        """lib/build.json: what res2net_fused/native.py reads."""
+        """lib/build.json: what res2net_fused/_native/library.py reads."""
         built_cpu = self.parts["cpu"]["built"]
         version = output_of(*find_compiler(), "--version") if built_cpu else None
         info = {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from res2net_fused import parity
 from res2net_fused.bench import providers
 from res2net_fused.bench.networks import DEFAULT_MODELS, prepare_network
-from res2net_fused.bench.workloads import Case
+from res2net_fused.testing import parity
+from res2net_fused.testing.cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"

@@ -21,10 +21,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from res2net_fused import hierarchical_conv2d, pack_weights, reference
-from res2net_fused.bench.measure import Contender, measure
-from res2net_fused.chain import ChainConfig
-from res2net_fused.tables import format_table
+from res2net_fused import hierarchical_conv2d, pack_weights
+from res2net_fused._tables import format_table
+from res2net_fused.bench.timing import Contender, measure
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import ChainConfig
 
 # (w, s) of the three published widths at stage 1; w doubles from stage to stage
 WIDTHS = ((26, 4), (14, 8), (48, 2))

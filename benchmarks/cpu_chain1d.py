@@ -3,7 +3,7 @@
     python benchmarks/cpu_chain1d.py [--repeats 25]
 
 s = 8, kernels of 3. The peer is what those libraries run: padding, convolution, ReLU, BatchNorm, one concatenation. Ours are
-both arrangements of the `cpu` backend, with packed weights; the one that it would take is marked. Processor time of this thread
+both arrangements of the `cpu` chain1d, with packed weights; the one that it would take is marked. Processor time of this thread
 is counted, so that neighbours disturb less. Medians, interleaved; parity with float64 comes before any figure.
 """
 
@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from res2net_fused import reference
-from res2net_fused.backends import chain1d as backend
-from res2net_fused.chain1d import Chain1dConfig
-from res2net_fused.operator1d import call_1d
-from res2net_fused.tables import format_table
+from res2net_fused._tables import format_table
+from res2net_fused.backends import policy
+from res2net_fused.backends.cpu import chain1d
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig
+from res2net_fused.ops.hierarchical_conv1d import call_1d
 
 FORMS = {
     "SpeechBrain": Chain1dConfig(dilation=2, passthrough="first", padding_mode="reflect"),
@@ -41,7 +42,7 @@ def contenders(x: Tensor, width: int, config: Chain1dConfig) -> tuple[dict[str, 
     variances = [0.5 + torch.rand(width) for _ in range(steps)]
     scale = [gamma * (variance + 1e-5).rsqrt() for gamma, variance in zip(gammas, variances, strict=True)]
     shift = [beta - mean * a for beta, mean, a in zip(betas, means, scale, strict=True)]
-    packed = backend.pack_1d(weights)
+    packed = chain1d.pack_1d(weights)
 
     def eager() -> Tensor:
         def convolution(k: int, u: Tensor) -> Tensor:
@@ -58,11 +59,11 @@ def contenders(x: Tensor, width: int, config: Chain1dConfig) -> tuple[dict[str, 
         return torch.cat(reference.hierarchical_chain(x.split(width, 1), convolution, config.chain), 1)
 
     def ours(rows: int) -> Tensor:
-        own, backend.ROWS_FOR_PRODUCTS = backend.ROWS_FOR_PRODUCTS, rows
+        own, policy.ROWS_FOR_PRODUCTS = policy.ROWS_FOR_PRODUCTS, rows
         try:
             return call_1d(x, weights, biases, scale, shift, packed, config, "cpu")
         finally:
-            backend.ROWS_FOR_PRODUCTS = own
+            policy.ROWS_FOR_PRODUCTS = own
 
     doubles = [[tensor.double() for tensor in tensors] for tensors in (weights, biases, scale, shift)]
     return {
@@ -94,7 +95,7 @@ def main() -> None:
                     call()
                     times[name].append(1e3 * (time.thread_time() - begin))
             ms = {name: statistics.median(values) for name, values in times.items()}
-            taken = "products" if batch * length <= backend.ROWS_FOR_PRODUCTS else "convolutions"
+            taken = "products" if batch * length <= policy.ROWS_FOR_PRODUCTS else "convolutions"
             figures = [f"{value:.3g}{' *' if name == taken else ''}" for name, value in ms.items()]
             rows.append((form, str(tuple(x.shape)), *figures, f"{ms['PyTorch'] / ms[taken]:.2f}"))
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, float32, milliseconds, * taken")

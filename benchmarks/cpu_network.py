@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from res2net_fused.bench import networks, providers, results, runtimes
-from res2net_fused.bench.network_contests import NetworkContests, TurnConditions
+from res2net_fused.bench.network_runner import NetworkContests, TurnConditions
 from res2net_fused.bench.networks import NetworkRatios
 from res2net_fused.bench.record_file import Record
 

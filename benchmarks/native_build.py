@@ -38,11 +38,10 @@ def _build_directly(chosen: str, commit: str) -> list[str]:
     """The same flags as setup.py's."""
     import torch
 
-    from res2net_fused import build_flags as flags
-    from res2net_fused import cuda_toolkit
+    from res2net_fused._native import build_flags, cuda_toolkit
 
     torch_root = Path(torch.__file__).parent
-    facts = {"commit": commit, "instruction_sets": flags.kernel_instruction_sets(ROOT, platform.machine())}
+    facts = {"commit": commit, "instruction_sets": build_flags.kernel_instruction_sets(ROOT, platform.machine())}
     cxx = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     parts, problems, cuda = {}, [], {}
     if cxx is None:
@@ -53,10 +52,10 @@ def _build_directly(chosen: str, commit: str) -> list[str]:
             cuda = {"cuda_version": nvcc.version, "cuda_architectures": (chosen,)}
         except cuda_toolkit.NoNvcc as error:
             problems.append(f"the CUDA library was not built: {error}")
-            parts["cuda"] = {"built": False, "file": flags.CUDA_LIBRARY, "size": None, "reason": str(error)}
-    todo = [("cpu", flags.cpu_target(ROOT, torch_root, platform.machine(), flags.BuildFacts(**facts, **cuda)))]
+            parts["cuda"] = {"built": False, "file": build_flags.CUDA_LIBRARY, "size": None, "reason": str(error)}
+    todo = [("cpu", build_flags.cpu_target(ROOT, torch_root, platform.machine(), build_flags.BuildFacts(**facts, **cuda)))]
     if cuda:
-        todo.insert(0, ("cuda", flags.cuda_target(ROOT, torch_root, flags.BuildFacts(**facts, **cuda))))
+        todo.insert(0, ("cuda", build_flags.cuda_target(ROOT, torch_root, build_flags.BuildFacts(**facts, **cuda))))
     for name, target in todo:
         compiler = nvcc.command(cxx) if target.compiler == "nvcc" else [cxx]
         error = compile_target(target, compiler, ROOT / "build" / "direct" / name, PACKAGE / target.output)
@@ -64,8 +63,8 @@ def _build_directly(chosen: str, commit: str) -> list[str]:
             problems.append(f"{name} library was not built: {error}")
         size = None if error else (PACKAGE / target.output).stat().st_size
         parts[name] = {"built": not error, "file": target.output, "size": size, "reason": error}
-    info = {"compiler": cxx, "torch_target": ".".join(map(str, flags.TORCH_TARGET)), **facts, **cuda}
-    (PACKAGE / flags.BUILD_RECORD).write_text(json.dumps({"info": info, "parts": parts}, indent=2) + "\n")
+    info = {"compiler": cxx, "torch_target": ".".join(map(str, build_flags.TORCH_TARGET)), **facts, **cuda}
+    (PACKAGE / build_flags.BUILD_RECORD).write_text(json.dumps({"info": info, "parts": parts}, indent=2) + "\n")
     return problems
 
 

@@ -1,7 +1,7 @@
 """Writes the README's results from the committed records: tables between its markers, and a plot beside each record.
 
-    python benchmarks/readme_results.py           # after adding or changing benchmarks/results/<device>/*.json
-    python benchmarks/readme_results.py --check   # exit status 1 where the README says something else than the records
+python benchmarks/readme_results.py           # after adding or changing benchmarks/results/<device>/*.json
+python benchmarks/readme_results.py --check   # exit status 1 where the README says something else than the records
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from res2net_fused.bench import results  # noqa: E402
-from res2net_fused.bench.workloads import STAGES, Config  # noqa: E402
+from res2net_fused.testing.cases import STAGES, Config  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 OURS = ("ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")

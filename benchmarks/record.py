@@ -29,19 +29,22 @@ import native_build  # noqa: E402
 import torch  # noqa: E402
 import torch._inductor.config  # noqa: E402
 
-from res2net_fused import machine, native  # noqa: E402
-from res2net_fused.bench import jax_cases, results, roofline, schedule  # noqa: E402
-from res2net_fused.bench.contestants import Conditions  # noqa: E402
-from res2net_fused.bench.contests import Contests  # noqa: E402
-from res2net_fused.bench.figures import figure_table, figures  # noqa: E402
-from res2net_fused.bench.measure import use_device  # noqa: E402
+from res2net_fused._native import (  # noqa: E402
+    library,
+    machine,  # noqa: E402
+)
+from res2net_fused.backends.base import BACKENDS  # noqa: E402
+from res2net_fused.backends.triton.compile_progress import compile_progress  # noqa: E402
+from res2net_fused.bench import jax_case, results, roofline, schedule  # noqa: E402
+from res2net_fused.bench.candidates import Conditions  # noqa: E402
 from res2net_fused.bench.record_file import Record, Row, failure_name, folder_name  # noqa: E402
+from res2net_fused.bench.runner import Contests  # noqa: E402
 from res2net_fused.bench.schedule import Budget, Unit  # noqa: E402
 from res2net_fused.bench.supervise import AGAIN, REFUSED, supervise  # noqa: E402
+from res2net_fused.bench.targets import figure_table, figures  # noqa: E402
+from res2net_fused.bench.timing import use_device  # noqa: E402
 from res2net_fused.bench.turns import Absent, ContextLost, Outcome  # noqa: E402
-from res2net_fused.bench.workloads import Config  # noqa: E402
-from res2net_fused.chain import BACKENDS  # noqa: E402
-from res2net_fused.kernels.compile_progress import compile_progress  # noqa: E402
+from res2net_fused.testing.cases import Config  # noqa: E402
 
 GRACE = 40  # seconds beyond --minutes, after which the unit that runs is given up
 RATES = "the rates of the roofline"  # as a failure is named
@@ -140,7 +143,7 @@ def _environment(options: argparse.Namespace, arguments: list[str]) -> dict[str,
         problems = native_build.build(capability, options.commit)
     for problem in problems:
         print(f"build: {problem}", flush=True)
-    libraries = {"cpu": native.cpu_library(), **({"cuda": native.cuda_library()} if options.kind == "cuda" else {})}
+    libraries = {"cpu": library.cpu_library(), **({"cuda": library.cuda_library()} if options.kind == "cuda" else {})}
     for status in libraries.values() if options.child is None else ():
         print(f"{status.name} library: {'loaded' if status.loaded else status.reason}", flush=True)
     typed = arguments if options.child is None else arguments[:-8]  # without what `main` adds for a child
@@ -187,7 +190,7 @@ def _measure_all(units: list[Unit], record: Record, budget: Budget, options: arg
         if not record.settled(RATES):
             rates = roofline.measure_rates(options.device, list(dict.fromkeys(unit.dtype for unit in units)), options.quick)
             copied, products = round(rates.copy_gb_s), {dtype: round(rate, 2) for dtype, rate in rates.matrix_tflops.items()}
-            record.describe_run(copy_gb_s=copied, matrix_tflops=products, jax=jax_cases.why_not() or "installed")
+            record.describe_run(copy_gb_s=copied, matrix_tflops=products, jax=jax_case.why_not() or "installed")
             print(f"[{budget.elapsed:4.0f} s] copy {copied} GB/s, matrix TFLOP/s {products}", flush=True)
             timer.conditions = replace(conditions, rates=rates)
     torch._inductor.config.autotune_num_choices_displayed = 0  # else max-autotune prints a table for every convolution
@@ -208,10 +211,10 @@ def _measure_all(units: list[Unit], record: Record, budget: Budget, options: arg
 def _time_jax(unit: Unit, timer: Contests) -> Outcome:
     outcome = Outcome()
     with timer.noted([failure_name(unit, *contestant) for contestant in unit.contestants], outcome):
-        reason = jax_cases.why_not()
+        reason = jax_case.why_not()
         if reason is not None:
             raise Absent(reason)
-        outcome.rows.append(jax_cases.time_unit(unit, timer.conditions, timer.conditions.limit_s))
+        outcome.rows.append(jax_case.time_unit(unit, timer.conditions, timer.conditions.limit_s))
     return outcome
 
 

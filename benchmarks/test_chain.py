@@ -3,7 +3,7 @@
 import pytest
 
 from res2net_fused.bench.providers import PROVIDERS
-from res2net_fused.bench.workloads import DEFAULT_CONFIGS, STAGES
+from res2net_fused.testing.cases import DEFAULT_CONFIGS, STAGES
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

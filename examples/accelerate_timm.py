@@ -57,9 +57,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="res2net50_26w_4s", help="of timm's res2net.py (default res2net50_26w_4s)")
     parser.add_argument("--pretrained", action="store_true", help="with timm's weights, which are fetched (default: random)")
     parser.add_argument("--size", type=int, default=224, help="rows and columns of the image (default 224)")
@@ -72,7 +70,7 @@ def main() -> None:
         first = taken_over(model)
         for how, network in (("taken over", first), ("rebuilt", second)):
             print(f"{how}: relative difference {difference(network(images), expected):.1e} from timm's own output")
-    print(res2net_fused.explain(first, images))
+    print(res2net_fused.patching.explain(first, images))
 
 
 if __name__ == "__main__":

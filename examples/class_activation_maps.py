@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from res2net_fused import Bottle2neck
-from res2net_fused.bench.photographs import photographs
-from res2net_fused.models import create_model, load_checkpoint
+from res2net_fused.bench.sample_images import photographs
+from res2net_fused.models.checkpoint import load_checkpoint
+from res2net_fused.models.registry import create_model
 
 EXAMPLES = """examples:
   python examples/class_activation_maps.py                                     digits
@@ -87,9 +88,7 @@ def digits_by_trained_network(epochs: int, count: int = 5) -> list[tuple[str, Te
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", nargs=2, metavar=("RES2NET50", "RESNET50"), help="files of weights for Res2Net-50 26w4s and ResNet-50"
     )

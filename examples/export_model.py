@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import res2net_fused
-from res2net_fused.models import create_model, list_models, load_checkpoint
+from res2net_fused.models.checkpoint import load_checkpoint
+from res2net_fused.models.registry import create_model, list_models
 
 EXAMPLES = """examples:
   python examples/export_model.py
@@ -37,9 +38,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="res2net50_26w_4s", choices=list_models(), metavar="NAME", help="of list_models()")
     parser.add_argument("--checkpoint", help="published weights (default: random)")
     parser.add_argument("--size", type=int, default=224, help="rows and columns of the images (default 224)")

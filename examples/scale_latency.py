@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from res2net_fused import accelerate
-from res2net_fused.models import create_model
+from res2net_fused.models.registry import create_model
 
 EXAMPLES = """examples:
   python examples/scale_latency.py
@@ -76,9 +76,7 @@ def plot(medians: dict[str, dict[int, float]], title: str, path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8, help="images at once (default 8)")
     parser.add_argument("--size", type=int, default=224, help="rows and columns of the images (default 224)")
     parser.add_argument("--repeats", type=int, default=10, help="of every network and path (default 10)")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from res2net_fused import Bottle2neck, accelerate, explain
-from res2net_fused.native import cpu_library
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused._native.library import cpu_library
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 EXAMPLES = """examples:
   python examples/train_digits.py                            20 epochs of both paths, plot to digits.png
@@ -157,9 +157,7 @@ def plot(curves: dict[str, Curves], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20, help="through the 1437 training images (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")

@@ -1,11 +1,11 @@
 """Fused kernels for Res2Net: the add-then-convolve chain in one operator, a drop-in block, and `accelerate(model)`."""
 
-from .accelerate import accelerate, freeze, refresh, restore
-from .bottle2neck import Bottle2neck
-from .explain import BlockReport, explain
-from .operator import hierarchical_conv2d
-from .operator1d import hierarchical_conv1d
-from .packing import PackedWeights, pack_weights
+from .modules.bottle2neck import Bottle2neck
+from .ops.hierarchical_conv1d import hierarchical_conv1d
+from .ops.hierarchical_conv2d import hierarchical_conv2d
+from .ops.packed_weights import PackedWeights, pack_weights
+from .patching.accelerate import accelerate, freeze, refresh, restore
+from .patching.explain import BlockReport, explain
 
 __version__ = "0.1.0"
 __all__ = [

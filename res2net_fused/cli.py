@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from . import __version__, machine, native
-from .bench.workloads import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, Config, cases
-from .chain import BACKENDS
-from .tables import format_table
+from . import __version__
+from ._native import library, machine
+from ._tables import format_table
+from .backends.base import BACKENDS
+from .testing.cases import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, Config, cases
 
 _DTYPES = tuple(name for name in TORCH_DTYPES if name != "float64")
 _DEFAULT_BATCH = {"cpu": 8, "cuda": 32}
@@ -194,7 +195,7 @@ def _configs(text: str) -> tuple[Config, ...]:
 
 def _models(text: str) -> tuple[str, ...]:
     from .bench.networks import spelt
-    from .models import list_models
+    from .models.registry import list_models
 
     names = list_models() if text == "all" else [part.strip() for part in text.split(",")]
     try:
@@ -257,7 +258,7 @@ def _is_quick(options: argparse.Namespace) -> bool:
 
 def _info(options: argparse.Namespace) -> int:
     from .bench.results import environment
-    from .parity import unavailable_backends
+    from .testing.parity import unavailable_backends
 
     _resolve(options)
     facts = environment(options.device, "")
@@ -268,16 +269,16 @@ def _info(options: argparse.Namespace) -> int:
         f"backends for {options.device}",
         {name: unavailable.get(name, "can run") for name in BACKENDS if name != "auto"},
     )
-    built = native.build_information()
+    built = library.build_information()
     parts = built.pop("parts")
     for name, part in parts.items():
         built[f"{name} part"] = f"built, {part['file']}" if part["built"] else f"not built: {part['reason']}"
-    for status in (native.cpu_library(), native.cuda_library()):
+    for status in (library.cpu_library(), library.cuda_library()):
         built[f"{status.name} library"] = "loaded" if status.loaded else f"not loaded: {status.reason}"
     _section("native extension", built)
     _section("environment variables", {name: os.environ.get(name, "(not set)") for name in _VARIABLES})
     if options.kernels:
-        from .cuda_kernels import kernel_table, prediction_table
+        from .backends.cuda.kernel_report import kernel_table, prediction_table
 
         for title, (head, *rows) in (("CUDA kernels", kernel_table()), ("predicted, not measured", prediction_table())):
             print(f"\n{title}\n{format_table(head, rows, left=3)}")
@@ -294,11 +295,11 @@ def _section(title: str, facts: dict[str, object]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from .bench.measure import use_device
     from .bench.networks import DEFAULT_MODELS, prepare_network
-    from .bench.photographs import photographs
     from .bench.progress import progress
-    from .parity import check_cases, unavailable_backends, why_not
+    from .bench.sample_images import photographs
+    from .bench.timing import use_device
+    from .testing.parity import check_cases, unavailable_backends, why_not
 
     _resolve(options)
     use_device(options.device)
@@ -338,8 +339,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from .bench.networks import DEFAULT_MODELS
+    from .bench.run import Settings, command_line, measure, run_sweep
     from .bench.supervise import AGAIN
-    from .bench.sweep import Settings, command_line, measure, run_sweep
 
     _resolve(options)
     try:
@@ -373,9 +374,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    from .bench.run import command_line
     from .bench.supervise import AGAIN
-    from .bench.sweep import command_line
-    from .tuning import measure_tiles, run_tune, settings_of
+    from .bench.tune import measure_tiles, run_tune, settings_of
 
     _resolve(options)
     settings = settings_of(options.configs, options.batches, options.dtype, options.device)

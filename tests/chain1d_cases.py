@@ -2,7 +2,7 @@
 
 import torch
 
-from res2net_fused.chain1d import Chain1dConfig
+from res2net_fused.chain.config import Chain1dConfig
 
 CHAINS = {
     # settings, convolutions, width, kernel size

@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from res2net_fused.backends import policy
+
 
 @pytest.fixture(autouse=True)
 def same_conditions(monkeypatch):
@@ -13,7 +15,7 @@ def same_conditions(monkeypatch):
     if not torch.cuda.is_available():
         yield
         return
-    from res2net_fused.parity import convolution_precision
+    from res2net_fused.testing.parity import convolution_precision
 
     with convolution_precision("float32", "cuda"):  # monkeypatch cannot restore these attributes: they are not the object's own
         yield
@@ -22,17 +24,16 @@ def same_conditions(monkeypatch):
 @pytest.fixture(autouse=True)
 def training_pays(monkeypatch):
     """Small blocks train by the operator too: what runs where it is faster must be right everywhere."""
-    from res2net_fused import trained_block
 
-    own = trained_block.training_pays
-    monkeypatch.setattr(trained_block, "training_pays", lambda problem: True)
+    own = policy.training_pays
+    monkeypatch.setattr(policy, "training_pays", lambda problem: True)
     return own
 
 
 @pytest.fixture
 def poisoned_memory():
     """torch.empty and its kin give NaN: what a kernel leaves unwritten shows."""
-    from res2net_fused.parity import poisoned_allocations
+    from res2net_fused.testing.parity import poisoned_allocations
 
     with poisoned_allocations():
         assert torch.empty(3).isnan().all()
@@ -65,7 +66,7 @@ def threads(request):
 @pytest.fixture
 def user_table(monkeypatch, tmp_path):
     """The path of a user's table of tiles, of this test's own, and no memory of others."""
-    from res2net_fused.kernels import tile_table
+    from res2net_fused.backends.triton import tiles as tile_table
 
     path = tmp_path / "tiles.json"
     monkeypatch.setenv(tile_table.ENVIRONMENT_VARIABLE, str(path))
@@ -77,13 +78,13 @@ def user_table(monkeypatch, tmp_path):
 @pytest.fixture
 def timed(monkeypatch):
     """What units of a record timed, by the names of the contestants; each runs once."""
-    from res2net_fused.bench import measure, turns
+    from res2net_fused.bench import timing, turns
 
     found = []
 
     def once(contenders, device, **_):
         found.append({key[-1][0] for key in contenders})
-        return measure.measure(contenders, device, seconds=0, min_repeats=1, warm_up=0)
+        return timing.measure(contenders, device, seconds=0, min_repeats=1, warm_up=0)
 
     monkeypatch.setattr(turns, "measure", once)
     return found

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from res2net_fused.backends import native_cpu
+from res2net_fused.backends import cpu as cpu_backend
 
-INSTRUCTION_SETS = native_cpu.available_instruction_sets()
-ARITHMETICS = [name for name in native_cpu.ARITHMETICS if name != "auto"]
+INSTRUCTION_SETS = cpu_backend.settings.available_instruction_sets()
+ARITHMETICS = [name for name in cpu_backend.settings.ARITHMETICS if name != "auto"]
 
 
 def each_kernel(arithmetics: Sequence[str] = ARITHMETICS) -> Iterator[str]:
@@ -15,6 +15,6 @@ def each_kernel(arithmetics: Sequence[str] = ARITHMETICS) -> Iterator[str]:
     for isa in INSTRUCTION_SETS:
         for arithmetic in arithmetics:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(native_cpu.ISA_VARIABLE, isa)
-                patch.setenv(native_cpu.ARITHMETIC_VARIABLE, arithmetic)
+                patch.setenv(cpu_backend.settings.ISA_VARIABLE, isa)
+                patch.setenv(cpu_backend.settings.ARITHMETIC_VARIABLE, arithmetic)
                 yield f"{isa}, {arithmetic}"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from res2net_fused import fused_block, trained_block
-from res2net_fused.accelerate import fused_blocks
+from res2net_fused.modules import fused_forward, training
+from res2net_fused.patching.accelerate import fused_blocks
 
 Decisions = dict[str, list[Tensor]]  # by the name of a ReLU or max-pool: what each of its calls decided
 
@@ -60,7 +60,7 @@ def recorded(model: nn.Module) -> Iterator[Decisions]:
         for name, module in model.named_modules():
             if (hook := hook_of(name, module)) is not None:
                 stack.callback(module.register_forward_hook(hook).remove)
-        for place, operator in ((trained_block, "hierarchical_conv_bn"), (fused_block, "hierarchical_conv2d")):
+        for place, operator in ((training, "hierarchical_conv_bn"), (fused_forward, "hierarchical_conv2d")):
             stack.enter_context(mock.patch.object(place, operator, watched(getattr(place, operator))))
         yield decisions
 

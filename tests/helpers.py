@@ -14,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from res2net_fused import cuda_toolkit, reference
+from res2net_fused._native import cuda_toolkit
+from res2net_fused.backends.base import BACKENDS
 from res2net_fused.backends.selection import get_backend
-from res2net_fused.chain import BACKENDS, ChainConfig, ChainProblem, memory_format
-from res2net_fused.tolerances import FORWARD
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.memory_format import memory_format
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.tolerances import FORWARD
 
 # Of one operator or block; 5e-6 for fp32, 2e-3 for fp16 and 1.5e-2 for bf16 are what the package promises.
 BOUNDS = {getattr(torch, name): bound.limit for name, bound in FORWARD.items() if name != "tf32"}

@@ -6,10 +6,12 @@ from helpers import randomize, timm_or_skip
 from torch import nn
 
 from res2net_fused import Bottle2neck
-from res2net_fused.bench.photographs import calibrate
-from res2net_fused.models import Network, Res2Net, SqueezeExcite, create_model, list_models
-from res2net_fused.models.registry import CONFIGURATIONS
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.bench.sample_images import calibrate
+from res2net_fused.models.layers import SqueezeExcite
+from res2net_fused.models.network import Network
+from res2net_fused.models.registry import CONFIGURATIONS, create_model, list_models
+from res2net_fused.models.res2net import Res2Net
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 # One of each shape: stems, shortcuts, groups, attention, trees, a single group, CIFAR.
 FAMILIES = (

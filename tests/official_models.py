@@ -1,6 +1,5 @@
 """Small models that know nothing of this package: hand-written in the published style, and timm's."""
 
-
 import pytest
 import torch
 from helpers import SqueezeExcite, randomize, timm_or_skip

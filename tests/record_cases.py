@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from res2net_fused.bench import results, roofline, schedule
-from res2net_fused.bench.contestants import Conditions
+from res2net_fused.bench.candidates import Conditions
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,8 +14,10 @@ from official_style import (
 )
 from torch import nn
 
-from res2net_fused import accelerate, explain, recognition, restore
-from res2net_fused.fused_block import STATE, FusedForward
+from res2net_fused import accelerate, explain, restore
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.fused_forward import FusedForward
+from res2net_fused.patching import recognition
 
 # Results --------------------------------------------------------------------------------------------------------------
 

@@ -12,15 +12,16 @@ from helpers import assert_close, randomize
 from published_blocks.speakers1d import ESPnetBlock, SpeechBrainChain, WeSpeakerChain
 from torch import nn
 
-from res2net_fused import accelerate, explain, freeze, fused_block1d, hierarchical_conv1d, refresh, restore
-from res2net_fused.fused_block import STATE
-from res2net_fused.fused_block1d import FusedForward1d, parts_1d
+from res2net_fused import accelerate, explain, freeze, hierarchical_conv1d, refresh, restore
+from res2net_fused.modules import fused_forward1d
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.fused_forward1d import FusedForward1d, parts_1d
 
 
 @pytest.fixture(autouse=True)
 def chains_pay(monkeypatch):
     """What runs where it is faster must be right everywhere."""
-    monkeypatch.setattr(fused_block1d, "_pays", lambda *_: True)
+    monkeypatch.setattr(fused_forward1d, "_pays", lambda *_: True)
 
 
 def speechbrain_block(**keywords):

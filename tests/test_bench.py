@@ -10,25 +10,26 @@ from torch import nn
 
 from res2net_fused.backends.selection import FIRST_CHOICE
 from res2net_fused.bench import (
-    contests,
-    measure,
-    network_contests,
+    network_runner,
     networks,
     outcome,
-    photographs,
     plot,
     providers,
     results,
+    run,
+    runner,
     runtimes,
-    sweep,
+    sample_images,
     training,
-    workloads,
 )
+from res2net_fused.bench import timing as measure
 from res2net_fused.bench.record_file import Record
-from res2net_fused.bench.workloads import DEFAULT_CONFIGS, Case, Config
-from res2net_fused.models import Res2Net, list_models
-from res2net_fused.parity import relative_error
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.models.registry import list_models
+from res2net_fused.models.res2net import Res2Net
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
+from res2net_fused.testing import cases as workloads
+from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, Config
+from res2net_fused.testing.parity import relative_error
 
 # Workloads ------------------------------------------------------------------------------------------------------------
 
@@ -79,9 +80,7 @@ def test_every_case_runs_at_its_stage(workload, variant, stage):
 def test_contenders_take_turns():
     calls = []
     inputs = [torch.full((1,), float(i)) for i in range(3)]
-    contenders = {
-        name: measure.Contender(lambda x, name=name: calls.append((name, x.item())), inputs) for name in ("a", "b")
-    }
+    contenders = {name: measure.Contender(lambda x, name=name: calls.append((name, x.item())), inputs) for name in ("a", "b")}
     timings = measure.measure(contenders, "cpu", seconds=0, min_repeats=6, warm_up=0)
     assert all(timing.repeats == 6 for timing in timings.values())
     rounds = calls[-12:]
@@ -365,7 +364,7 @@ def test_table_tells_forms_apart_and_names_the_backend():
 
 
 def test_photographs():
-    images = photographs.photographs()
+    images = sample_images.photographs()
     assert tuple(images.shape) == (2, 3, 224, 224)
     assert images.dtype == torch.float32
     assert images.min() >= -2.2 and images.max() <= 2.7  # of (0 ... 1 - mean) / deviation
@@ -377,7 +376,7 @@ def test_photographs():
 def test_calibration_takes_the_statistics_of_the_images():
     network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, momentum=0.3))
     images = torch.randn(2, 3, 20, 20) * 3 + 1
-    assert photographs.calibrate(network, images) is network
+    assert sample_images.calibrate(network, images) is network
     assert not network.training
     assert network[1].momentum == 0.3
     out = network(images)
@@ -403,23 +402,23 @@ def test_many_networks_take_turns_in_groups(monkeypatch, tmp_path):
 
     def time_networks(timer, cases, batch, contestants):
         calls.append((batch, [case.name for case in cases]))
-        return contests.Outcome()
+        return runner.Outcome()
 
-    monkeypatch.setattr(network_contests.NetworkContests, "time_networks", time_networks)
-    monkeypatch.setattr(sweep, "plain_network", lambda name, *_: networks.NetworkCase(name, "float32", None, None))
+    monkeypatch.setattr(network_runner.NetworkContests, "time_networks", time_networks)
+    monkeypatch.setattr(run, "plain_network", lambda name, *_: networks.NetworkCase(name, "float32", None, None))
     names = tuple(map(networks.spelt, list_models()))
     some = settings(models=names, model_batches=(1, 8))
     with opened_timer(tmp_path) as timer:
         everything = {(name, batch) for name in names for batch in (1, 8)}
-        sweep._time_networks(timer, some, everything)
+        run._time_networks(timer, some, everything)
         assert [name for _, group in calls for name in group] == [*names, *names]
         assert max(len(group) for _, group in calls) <= 6 < len(names)
         assert [batch for batch, _ in calls] == sorted(batch for batch, _ in calls) and {batch for batch, _ in calls} == {1, 8}
         calls.clear()
-        sweep._time_networks(timer, some, {(names[7], 8)})  # with those that its times are compared with
+        run._time_networks(timer, some, {(names[7], 8)})  # with those that its times are compared with
         assert calls == [(8, list(names[6:12]))]
         calls.clear()
-        sweep._time_networks(timer, some, set())
+        run._time_networks(timer, some, set())
         assert not calls
 
 
@@ -429,7 +428,7 @@ def test_many_networks_take_turns_in_groups(monkeypatch, tmp_path):
 def settings(**changes):
     models = ("res2net50_26w4s",)
     values = {"configs": DEFAULT_CONFIGS, "batches": (8, 1), "dtype": "float32", "device": "cpu", "models": models}
-    return sweep.Settings(**values | changes)
+    return run.Settings(**values | changes)
 
 
 def test_what_is_trained():
@@ -449,9 +448,9 @@ def opened_timer(folder):
     """What times units into a record of `folder`."""
     record = Record(folder / "bench-cpu.json", results.environment("cpu", "x"))
     record.begin_run()
-    conditions = network_contests.TurnConditions("cpu", "auto", True, None, None, 1, seconds=0, rounds=(2, 2))
+    conditions = network_runner.TurnConditions("cpu", "auto", True, None, None, 1, seconds=0, rounds=(2, 2))
     try:
-        yield sweep._Timer(conditions, record)
+        yield run._Timer(conditions, record)
     finally:
         record.close()
 

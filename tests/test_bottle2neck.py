@@ -20,7 +20,7 @@ from official_style import Bottle2neck as OfficialBottle2neck
 from torch import nn
 
 from res2net_fused import Bottle2neck, explain
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 devices = pytest.mark.parametrize("device", DEVICES)
 

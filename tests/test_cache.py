@@ -10,21 +10,23 @@ import torch
 from helpers import assert_close, randomize, run_together
 from torch import nn
 
-from res2net_fused import Bottle2neck, freeze, fused_block, refresh
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused import Bottle2neck, freeze, refresh
+from res2net_fused.modules import fused_forward
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 
 @pytest.fixture
 def folds(monkeypatch):
     """Counts how often a block is folded: `len(folds)`."""
     calls = []
-    fold_block = fused_block.fold_block
+    fold_block = fused_forward.fold_block
 
     def counted(*args, **kwargs):
         calls.append(args[0])
         return fold_block(*args, **kwargs)
 
-    monkeypatch.setattr(fused_block, "fold_block", counted)
+    monkeypatch.setattr(fused_forward, "fold_block", counted)
     return calls
 
 
@@ -316,7 +318,7 @@ def test_environment_change_folds_again(folds, monkeypatch):
 
 def kept_tensors(block):
     """Tensors reachable from the block's instance dictionary beyond its parameters and buffers."""
-    state = vars(block)[fused_block.STATE]
+    state = vars(block)[STATE]
     found = []
 
     def visit(value):
@@ -498,7 +500,7 @@ def test_kept_tensors_are_not_the_callers():
 def test_replicas_in_threads():
     """DataParallel's replicas share their attributes, and so what is kept; none may get another's weights."""
     replicas = [randomize(make(), seed) for seed in (11, 12)]
-    vars(replicas[1])[fused_block.STATE] = vars(replicas[0])[fused_block.STATE]
+    vars(replicas[1])[STATE] = vars(replicas[0])[STATE]
     expected = [own_forward(block) for block in replicas]
 
     def work(i):
@@ -559,10 +561,10 @@ def test_frozen_weights_are_the_same_in_every_dtype(folds):
     del folds[:]
     for _ in range(2):
         assert all(map(torch.equal, (in_half(), fused(block, x)), expected))
-        held = dict(getattr(block, fused_block.STATE).frozen.held)
+        held = dict(getattr(block, STATE).frozen.held)
         assert not folds and {dtype for dtype, _ in held} == {torch.float32, torch.bfloat16}
     in_half()
-    assert getattr(block, fused_block.STATE).frozen.held == held  # nothing is made again
+    assert getattr(block, STATE).frozen.held == held  # nothing is made again
     refresh(block)
     assert not torch.equal(in_half(), expected[0])
 
@@ -571,9 +573,9 @@ def test_freeze_makes_what_the_next_call_needs():
     block = make().float()
     with torch.autocast("cpu", torch.bfloat16):
         freeze(block)
-        held = dict(getattr(block, fused_block.STATE).frozen.held)
+        held = dict(getattr(block, STATE).frozen.held)
         fused(block, X.float())
-    assert list(held) == [(torch.bfloat16, torch.device("cpu"))] and getattr(block, fused_block.STATE).frozen.held == held
+    assert list(held) == [(torch.bfloat16, torch.device("cpu"))] and getattr(block, STATE).frozen.held == held
 
 
 def test_freeze_without_values():

@@ -8,9 +8,11 @@ from helpers import BOUNDS, assert_close, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from res2net_fused import hierarchical_conv1d, reference
-from res2net_fused.backends import chain1d as backends_1d
-from res2net_fused.chain1d import Chain1dConfig
+from res2net_fused import hierarchical_conv1d
+from res2net_fused.backends import policy
+from res2net_fused.backends.cpu import chain1d
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig
 
 OPERATOR = torch.ops.res2net_fused.hierarchical_conv1d.default
 BACKWARD = torch.ops.res2net_fused.hierarchical_conv1d_backward.default
@@ -60,7 +62,7 @@ def test_the_reference_is_the_recurrence(name):
 @pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
 @chains
 def test_against_float64(name, backend, dtype, rows, monkeypatch):
-    monkeypatch.setattr(backends_1d, "ROWS_FOR_PRODUCTS", rows)
+    monkeypatch.setattr(policy, "ROWS_FOR_PRODUCTS", rows)
     for shape in ((2, 13), (1, 9), (3, 32)):
         for extras in (True, False):
             settings, tensors = arguments(name, shape, dtype, extras)
@@ -78,7 +80,7 @@ def test_against_float64(name, backend, dtype, rows, monkeypatch):
 @arrangements
 @pytest.mark.parametrize("kind", ["channels_last", "slice", "stride0", "every_other"])
 def test_layouts(kind, rows, monkeypatch):
-    monkeypatch.setattr(backends_1d, "ROWS_FOR_PRODUCTS", rows)
+    monkeypatch.setattr(policy, "ROWS_FOR_PRODUCTS", rows)
     settings, (x, *others) = arguments("speechbrain")
     batch, channels, length = x.shape
     if kind == "channels_last":
@@ -104,7 +106,7 @@ def test_an_empty_batch():
 @arrangements
 def test_nan_stays_where_it_belongs(rows, monkeypatch):
     """A NaN reaches every value whose window holds it, and nothing else: no other image, no other end."""
-    monkeypatch.setattr(backends_1d, "ROWS_FOR_PRODUCTS", rows)
+    monkeypatch.setattr(policy, "ROWS_FOR_PRODUCTS", rows)
     settings, (x, *others) = arguments("speechbrain", (3, 60))
     x[1, 4:8, 0] = torch.nan  # the first convolved group
     expected = reference.hierarchical_conv1d(x, *others, Chain1dConfig(**settings)).isnan()
@@ -127,7 +129,7 @@ def test_fp32_biases_beside_half_weights():
 @pytest.mark.parametrize("kind", ["dense", "stride0", "slice", "channels_last"])
 @chains
 def test_gradients(name, kind, rows, monkeypatch):
-    monkeypatch.setattr(backends_1d, "ROWS_FOR_PRODUCTS", rows)
+    monkeypatch.setattr(policy, "ROWS_FOR_PRODUCTS", rows)
     settings, tensors = arguments(name)
     parameters = leaves(tensors)
     for tensor in parameters:
@@ -208,7 +210,7 @@ def test_opcheck(name, keep, extras):
 
 def test_opcheck_of_packed_weights():
     given = operator_arguments("espnet", keep=False)
-    packed = backends_1d.pack_1d(given[1])
+    packed = chain1d.pack_1d(given[1])
     assert torch.equal(OPERATOR(*given[:5], packed, *given[6:])[0], OPERATOR(*given)[0])
     torch.library.opcheck(OPERATOR, (*given[:5], packed, *given[6:]))
 

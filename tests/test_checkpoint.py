@@ -10,8 +10,10 @@ from networks import TIMM_NAMES, few_blocks, images_for, is_dla, quick, small, t
 from torch import nn
 
 from res2net_fused import Bottle2neck, accelerate
-from res2net_fused.models import Res2Net, create_model, load_checkpoint
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.models.checkpoint import load_checkpoint
+from res2net_fused.models.registry import create_model
+from res2net_fused.models.res2net import Res2Net
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 QUICK = ("res2net50_v1b", "res2next50", "se_res2net50", "dla60_res2net", "se_resnet50", "dla60")
 timm_names = pytest.mark.parametrize("name", quick(TIMM_NAMES, *QUICK))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from res2net_fused import cli
-from res2net_fused.backends import aten
+from res2net_fused.backends import reference as aten
 from res2net_fused.bench import results
 
 SMALL = ["--batch", "1", "--device", "cpu", "--no-network", "--threads", "1"]

@@ -8,7 +8,7 @@ from helpers import CHAINS, assert_close, randomize
 from torch import nn
 
 from res2net_fused import Bottle2neck, freeze, hierarchical_conv2d, pack_weights, refresh
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 
 @pytest.fixture(autouse=True)

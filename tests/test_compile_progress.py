@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from res2net_fused.kernels import compile_progress as module
-from res2net_fused.kernels.compile_progress import compile_progress
+from res2net_fused.backends.triton import compile_progress as module
+from res2net_fused.backends.triton.compile_progress import compile_progress
 
 
 @pytest.fixture

@@ -19,25 +19,16 @@ from published_blocks.speakers1d import SpeechBrainChain
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from res2net_fused import (
-    Bottle2neck,
-    accelerate,
-    explain,
-    freeze,
-    fused_block,
-    fused_block1d,
-    hierarchical_conv2d,
-    native,
-    refresh,
-    streams,
-)
-from res2net_fused.accelerate import fused_class
-from res2net_fused.fused_block import STATE
+from res2net_fused import Bottle2neck, accelerate, explain, freeze, hierarchical_conv2d, refresh
+from res2net_fused._native import library
+from res2net_fused.modules import fused_forward, fused_forward1d, weight_cache
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.patching.class_swap import fused_class
 
 ROUNDS = 12
 KINDS = [BLOCK_KINDS[name] for name in ("official", "identity_pass", "uncounted_pad")]
 IMAGES_64 = IMAGES[..., :17, :19].double()
-needs_library = pytest.mark.skipif(not native.cpu_library().loaded, reason=native.cpu_library().reason or "loaded")
+needs_library = pytest.mark.skipif(not library.cpu_library().loaded, reason=library.cpu_library().reason or "loaded")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
@@ -126,7 +117,7 @@ def test_blocks_may_be_accelerated_beside_calls():
 def test_threads_generate_one_class():
     for _ in range(20 * ROUNDS):
         kind = type("Kind", (KINDS[0],), {})
-        generated = run_together(*[functools.partial(fused_class, kind, fused_block.FusedForward)] * 4)
+        generated = run_together(*[functools.partial(fused_class, kind, fused_forward.FusedForward)] * 4)
         assert len(set(generated)) == 1
 
 
@@ -143,7 +134,7 @@ def block_1d():
     return accelerate(randomize(SpeechBrainChain()).double().eval(), backend="cpu"), x
 
 
-SLOW = {"2d": (block_2d, fused_block, "fold_block"), "1d": (block_1d, fused_block1d, "work_out")}
+SLOW = {"2d": (block_2d, fused_forward, "fold_block"), "1d": (block_1d, fused_forward1d, "work_out")}
 
 
 @pytest.fixture(params=SLOW.values(), ids=SLOW.keys())
@@ -220,13 +211,13 @@ def current(monkeypatch):
 def test_kept_weights_are_waited_for_and_held_on_other_streams(current):
     block, x = block_2d()
     infer(block, x)
-    folded = streams.made_here(getattr(block, STATE).kept[1], torch.device("cuda"))
+    folded = weight_cache.made_here(getattr(block, STATE).kept[1], torch.device("cuda"))
     maker, other = current.stream, FakeStream()
     infer(block, x)
     assert current.lent == []
     # What a call has left out, a hooked projection for one, the stream's later calls may read.
     current.stream = other
-    streams.use_kept(dataclasses.replace(folded, packed=None))
+    weight_cache.use_kept(dataclasses.replace(folded, packed=None))
     for _ in range(3):  # once is enough
         infer(block, x)
         assert other.waited == [maker] and maker.waited == []
@@ -234,18 +225,18 @@ def test_kept_weights_are_waited_for_and_held_on_other_streams(current):
         kept = folded.conv1_weight, folded.conv3_bias, *folded.weights, *folded.biases, *folded.packed
         assert set(map(id, kept)) <= set(lent) and len(lent) == len(set(lent))
     current.capturing, current.stream = True, FakeStream()  # a graph cannot wait for what lies outside it
-    streams.use_kept(folded)
+    weight_cache.use_kept(folded)
     assert current.stream.waited == []
     current.capturing = False  # and a stream that a graph was captured on is still to be lent to
-    streams.use_kept(folded)
+    weight_cache.use_kept(folded)
     assert current.stream.waited == [maker]
 
 
 def test_streams_without_end_are_not_remembered_without_end(current, monkeypatch):
-    monkeypatch.setattr(streams, "_MANY_STREAMS", 4)
+    monkeypatch.setattr(weight_cache, "_MANY_STREAMS", 4)
     block, x = block_2d()
     infer(block, x)
-    folded = streams.made_here(getattr(block, STATE).kept[1], torch.device("cuda"))
+    folded = weight_cache.made_here(getattr(block, STATE).kept[1], torch.device("cuda"))
     for _ in range(20):
         current.stream = FakeStream()
         for _ in range(2):

@@ -11,12 +11,14 @@ from fuzz.checks import Truth, check_against
 from helpers import BOUNDS, CHAINS, Chain, assert_close, chains, relative_error
 from torch import Tensor
 
-from res2net_fused import native, reference
-from res2net_fused.backends import block, native_cpu
-from res2net_fused.chain import ChainProblem
-from res2net_fused.folding import FoldedBlock
+from res2net_fused._native import library
+from res2net_fused.backends import cpu as cpu_backend
+from res2net_fused.backends.base import Backend, run_block
+from res2net_fused.chain import reference
+from res2net_fused.chain.block_weights import BlockWeights
+from res2net_fused.chain.problem import ChainProblem
 
-STATUS = native.cpu_library()
+STATUS = library.cpu_library()
 pytestmark = [
     pytest.mark.skipif(not STATUS.loaded, reason=STATUS.reason),
     pytest.mark.usefixtures("poisoned_memory", "poisoned_scratch"),
@@ -35,7 +37,7 @@ def make_block(chain: Chain, shape, inplanes=10, outplanes=18, projection=0, see
 
     batch, height, width = shape
     _, weights, biases = chain.tensors(shape)
-    folded = FoldedBlock(
+    folded = BlockWeights(
         random(chain.channels, inplanes, 1, 1) / inplanes**0.5, random(chain.channels), weights, biases,
         random(outplanes, chain.channels, 1, 1) / chain.channels**0.5, random(outplanes),
     )  # fmt: skip
@@ -51,7 +53,7 @@ def make_block(chain: Chain, shape, inplanes=10, outplanes=18, projection=0, see
     return x, shortcut, folded
 
 
-def converted(folded: FoldedBlock, weight: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]) -> FoldedBlock:
+def converted(folded: BlockWeights, weight: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]) -> BlockWeights:
     """All weights by the one, all biases by the other."""
     f, projects = folded, folded.projection_weight is not None
     return replace(
@@ -93,8 +95,8 @@ def check(chain, shape, dtype=torch.float32, arithmetics=("auto",), shortcut=Tru
     truth = Truth(exact, dtype)  # few outputs of a random block may nearly cancel
     for kernel in each_kernel(arithmetics):
         if packed:
-            folded.packed = native_cpu.pack_block(folded, chain.config)
-        out = native_cpu.block_forward(problem_of(chain, x), x, added, folded, relu)
+            folded.packed = cpu_backend.block.pack_block(folded, chain.config)
+        out = cpu_backend.block.block_forward(problem_of(chain, x), x, added, folded, relu)
         check_against([out], truth, f"{kernel}, {shape}")
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
 
@@ -149,18 +151,18 @@ def test_agrees_with_the_block_around_the_chain_alone():
     x, added, folded = make_block(chain, (2, 14, 14), inplanes=64, outplanes=64, projection=1)
     x, added, folded = x.float(), added.float(), converted(folded, Tensor.float, Tensor.float)
 
-    class ChainOnly:
-        forward = staticmethod(native_cpu.forward)
+    class ChainOnly(Backend):
+        forward = staticmethod(cpu_backend.chain.forward)
 
-    out = block.run_block(native_cpu, problem_of(chain, x), x, added, folded, True)
-    assert_close(out, block.run_block(ChainOnly, problem_of(chain, x), x, added, folded, True))
+    out = run_block(cpu_backend.BACKEND, problem_of(chain, x), x, added, folded, True)
+    assert_close(out, run_block(ChainOnly(), problem_of(chain, x), x, added, folded, True))
 
 
 def test_layouts_and_untouched_arguments():
     chain = Chain(width=10)
     x, added, folded = make_block(chain, (2, 7, 9))
     folded = converted(folded, Tensor.float, Tensor.float)
-    folded.packed = native_cpu.pack_block(folded, chain.config)
+    folded.packed = cpu_backend.block.pack_block(folded, chain.config)
     expected = in_float64(chain, x, added, folded)
     wide = torch.full((2, 9, 12, 30), torch.nan).permute(0, 3, 1, 2)
     views = [wide[:, 4:14, 1:8, 2:11], wide[:, 5:15, 2:9, :9]]
@@ -168,7 +170,7 @@ def test_layouts_and_untouched_arguments():
         layout.copy_(x)
         before = layout.clone()
         for kernel in each_kernel(("auto",)):
-            out = native_cpu.block_forward(problem_of(chain, layout), layout, added.float(), folded, True)
+            out = cpu_backend.block.block_forward(problem_of(chain, layout), layout, added.float(), folded, True)
             assert relative_error(out, expected) <= BOUNDS[torch.float32], kernel
             assert torch.equal(layout, before)
 
@@ -183,7 +185,7 @@ def test_not_finite_inputs_stay_in_their_pixels(value):
     added[1, 7, 15, 12] = value
     expected = in_float64(chain, x, added, folded)
     for kernel in each_kernel():
-        out = native_cpu.block_forward(problem_of(chain, x), x, added, folded, True)
+        out = cpu_backend.block.block_forward(problem_of(chain, x), x, added, folded, True)
         assert torch.equal(out.isfinite(), expected.isfinite()), kernel
         assert torch.equal(out.isnan(), expected.isnan()), kernel
         finite = expected.isfinite()
@@ -194,7 +196,7 @@ def test_operator_refuses_buffers_that_do_not_fit():
     chain = CHAINS["last"]
     x, added, folded = make_block(chain, (1, 5, 5), projection=1)
     x, added, folded = x.float(), added.float(), converted(folded, Tensor.float, Tensor.float)
-    packed = native_cpu.pack_block(folded, chain.config)
+    packed = cpu_backend.block.pack_block(folded, chain.config)
     forward = torch.ops.res2net_fused_native.cpu_block_forward
     settings = (18, 1, True, [chain.width, chain.steps, 1, 1, 1, 1, 0, 0, 0], True, 0, -1)
     assert_close(forward(x, added, packed, *settings), in_float64(chain, x, added, folded))

@@ -6,13 +6,15 @@ import pytest
 import torch
 from helpers import Chain, assert_close, masked_gradients, relative_error
 
-from res2net_fused import backward, hierarchical_conv2d
-from res2net_fused.backends import native_cpu
+from res2net_fused import hierarchical_conv2d
+from res2net_fused.backends import cpu as cpu_backend
 from res2net_fused.backends.selection import backend_of_gradients
-from res2net_fused.chain import ChainConfig, ChainProblem
-from res2net_fused.tolerances import FORWARD
+from res2net_fused.chain import backward
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.tolerances import FORWARD
 
-INSTRUCTION_SETS = native_cpu.available_instruction_sets()
+INSTRUCTION_SETS = cpu_backend.settings.available_instruction_sets()
 pytestmark = [
     pytest.mark.skipif(not INSTRUCTION_SETS, reason="the native CPU kernels are not built"),
     pytest.mark.usefixtures("poisoned_memory", "poisoned_scratch"),
@@ -36,7 +38,7 @@ SHAPES = {"images": (2, 13, 9, 14), "small_images": (6, 9, 7, 5), "channels": (2
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request, monkeypatch):
-    monkeypatch.setenv(native_cpu.ISA_VARIABLE, request.param)
+    monkeypatch.setenv(cpu_backend.settings.ISA_VARIABLE, request.param)
     return request.param
 
 
@@ -46,7 +48,7 @@ def operands(chain, shape, seed=0):
     x, weights, biases = chain.tensors((batch, height, columns), torch.float32, seed=seed)
     x = x.contiguous(memory_format=LAST)
     problem = ChainProblem.of(x, chain.width, chain.steps, chain.config)
-    out = native_cpu.forward(problem, x, weights, biases, None)
+    out = cpu_backend.chain.forward(problem, x, weights, biases, None)
     return problem, x, weights, biases, out, torch.randn_like(out)
 
 
@@ -55,14 +57,22 @@ def native(problem, grad, x, out, weights, need_x=True, need_weights=True):
     torch.ops.res2net_fused_native.cpu_scratch_bytes(True)  # not longer than the call asks for
     channels_last = weights[0].is_contiguous(memory_format=LAST)
     return torch.ops.res2net_fused_native.cpu_chain_backward.default(
-        grad, x, out, weights, native_cpu.settings(problem), need_x, need_weights, channels_last, native_cpu.instruction_set()
+        grad,
+        x,
+        out,
+        weights,
+        cpu_backend.settings.settings(problem),
+        need_x,
+        need_weights,
+        channels_last,
+        cpu_backend.settings.instruction_set(),
     )
 
 
 def check(chain, shape, seed=0):
     problem, x, weights, biases, out, grad = operands(chain, shape, seed)
     assert native(problem, grad, x, out, weights)
-    grad_x, grad_weights, grad_biases = native_cpu.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    grad_x, grad_weights, grad_biases = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
     expected = masked_gradients(chain, x, weights, biases, out, grad)
     for i, (got, ref) in enumerate(zip([grad_x, *grad_weights, *grad_biases], expected, strict=True)):
         assert got.shape == ref.shape and relative_error(got, ref) <= BOUND, (i, chain, shape)
@@ -99,8 +109,8 @@ NEEDED = [(True, False, False), (False, True, False), (False, False, True), (Tru
 def test_only_what_is_needed(needed, shape):
     chain = Chain(steps=3, width=shape[1])
     problem, x, weights, biases, out, grad = operands(chain, shape)
-    found = native_cpu.chain_backward(problem, grad, x, out, weights, needed)
-    everything = native_cpu.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    found = cpu_backend.chain_backward(problem, grad, x, out, weights, needed)
+    everything = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
     assert (found[0] is None) == (not needed[0])
     for need, some, same in zip(needed, found, everything, strict=True):
         if need:
@@ -147,10 +157,10 @@ def test_a_total_of_its_own_only_for_a_part_with_tiles_enough():
 
 def test_biases_that_do_not_fit_are_refused():
     x, weights = torch.zeros(1, 12, 9, 14), [torch.zeros(12, 12, 3, 3)]
-    settings = native_cpu.settings(ChainProblem.of(x, 12, 1, ChainConfig(passthrough="none")))
+    settings = cpu_backend.settings.settings(ChainProblem.of(x, 12, 1, ChainConfig(passthrough="none")))
     with pytest.raises(RuntimeError, match="one bias for each of 1 convolutions"):
         torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
-            x, weights, [torch.zeros(12)] * 40, False, settings, False, native_cpu.instruction_set()
+            x, weights, [torch.zeros(12)] * 40, False, settings, False, cpu_backend.settings.instruction_set()
         )
 
 
@@ -158,7 +168,7 @@ def test_operands_of_any_strides():
     """NCHW, slices of wider pixels, which must not be read beyond, and stride 0."""
     chain = Chain(steps=2, width=12)
     problem, x, weights, biases, out, grad = operands(chain, (2, 12, 9, 14))
-    expected = native_cpu.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    expected = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
 
     def inside(t):
         wide = torch.full((2, t.shape[1] + 5, 9, 14), torch.nan).contiguous(memory_format=LAST)
@@ -166,11 +176,11 @@ def test_operands_of_any_strides():
         return wide[:, 3 : 3 + t.shape[1]]
 
     for form in (torch.Tensor.contiguous, inside):
-        found = native_cpu.chain_backward(problem, form(grad), form(x), form(out), weights, (True, True, True))
+        found = cpu_backend.chain_backward(problem, form(grad), form(x), form(out), weights, (True, True, True))
         for a, b in zip((found[0], *found[1], *found[2]), (expected[0], *expected[1], *expected[2]), strict=True):
             assert torch.equal(a, b)
     one = torch.ones(()).expand_as(grad)
-    grad_x, *_ = native_cpu.chain_backward(problem, one, x, out, weights, (True, False, False))
+    grad_x, *_ = cpu_backend.chain_backward(problem, one, x, out, weights, (True, False, False))
     assert_close(grad_x, masked_gradients(chain, x, weights, biases, out, one)[0])
 
 
@@ -184,8 +194,8 @@ def test_what_winograd_would_spoil_is_left_to_others(value, where, shape, monkey
     grad *= 1e-3
     (x if where == "x" else grad)[1, chain.width + 2, 3, 3] = value
     assert native(problem, grad, x, out, weights) == []
-    found = native_cpu.chain_backward(problem, grad, x, out, weights, (True, True, True))
-    monkeypatch.setenv(native_cpu.ARITHMETIC_VARIABLE, "direct")
+    found = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    monkeypatch.setenv(cpu_backend.settings.ARITHMETIC_VARIABLE, "direct")
     expected = backward.chain_backward(grad, x, out, weights, chain.config, (True, True, True))  # by ATen
     for got, ref in zip([found[0], *found[1], *found[2]], [expected[0], *expected[1], *expected[2]], strict=True):
         assert torch.equal(got.isfinite(), ref.isfinite())
@@ -197,7 +207,7 @@ def test_repeatable_for_a_number_of_threads(threads, shape):
     chain = Chain(steps=3, width=shape[1])
     problem, x, weights, _, out, grad = operands(chain, (6, *shape[1:]))
     assert native(problem, grad, x, out, weights)
-    first, second = (native_cpu.chain_backward(problem, grad, x, out, weights, (True, True, True)) for _ in range(2))
+    first, second = (cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True)) for _ in range(2))
     for a, b in zip((first[0], *first[1], *first[2]), (second[0], *second[1], *second[2]), strict=True):
         assert torch.equal(a, b)
 
@@ -207,7 +217,7 @@ def test_auto_takes_it_and_leaves_it():
         x = torch.empty(2, 48, 9, 14, **changes).contiguous(memory_format=changes.pop("memory_format", LAST))
         return backend_of_gradients(ChainProblem.of(x, 12, 3, ChainConfig()))
 
-    assert chosen() is native_cpu and chosen(dtype=torch.float64) is None and chosen(dtype=torch.bfloat16) is None
+    assert chosen() is cpu_backend.BACKEND and chosen(dtype=torch.float64) is None and chosen(dtype=torch.bfloat16) is None
     large = torch.empty(2, 48, 28, 28)  # NCHW
     assert backend_of_gradients(ChainProblem.of(large, 12, 3, ChainConfig())) is None
 
@@ -216,7 +226,7 @@ def test_a_strided_chain_goes_group_by_group():
     chain = Chain({"hierarchical": False, "stride": 2, "pool": "avg3"}, steps=3, width=12)
     problem, x, weights, biases, out, grad = operands(chain, (2, 12, 9, 14))
     assert native(problem, grad, x, out, weights) == []
-    found = native_cpu.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    found = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
     expected = masked_gradients(chain, x, weights, biases, out, grad)
     for got, ref in zip([found[0], *found[1], *found[2]], expected, strict=True):
         assert_close(got, ref)
@@ -233,7 +243,7 @@ def test_plain_weights_of_either_memory_format(shape, memory_format, isa):
     weights = [w.contiguous(memory_format=memory_format) for w in weights]
     problem = ChainProblem.of(x, chain.width, chain.steps, chain.config)
     found = torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
-        x, weights, biases, False, native_cpu.settings(problem), False, native_cpu.instruction_set()
+        x, weights, biases, False, cpu_backend.settings.settings(problem), False, cpu_backend.settings.instruction_set()
     )
     doubles = [[t.double() for t in tensors] for tensors in (weights, biases)]
     assert_close(found[0], hierarchical_conv2d(x.double(), *doubles, passthrough="first"))
@@ -246,7 +256,7 @@ def test_input_gradient_by_turned_weights(shape, memory_format, isa, threads):
     dz = torch.randn(batch, width, height, columns).contiguous(memory_format=LAST)
     weight = torch.randn(width, width, 3, 3).contiguous(memory_format=memory_format)
     problem = ChainProblem.of_one_convolution(dz, weight, ChainConfig())
-    found = native_cpu.input_gradient(problem, dz, weight)
+    found = cpu_backend.convolution.input_gradient(problem, dz, weight)
     assert_close(found, torch.nn.grad.conv2d_input(dz.shape, weight.double(), dz.double(), padding=1))
 
 
@@ -254,8 +264,8 @@ def test_a_chain_that_is_not_finite_is_convolved_directly():
     chain = Chain(steps=2, width=16)
     x, weights, biases = chain.tensors((2, 9, 14), torch.float32)
     x[1, 3, 4, 4] = 3e37
-    settings = native_cpu.settings(ChainProblem.of(x, 16, 2, chain.config))
-    isa = native_cpu.instruction_set()
+    settings = cpu_backend.settings.settings(ChainProblem.of(x, 16, 2, chain.config))
+    isa = cpu_backend.settings.instruction_set()
     assert torch.ops.res2net_fused_native.cpu_chain_from_weights.default(x, weights, biases, False, settings, False, isa) == []
     doubles = [[t.double() for t in tensors] for tensors in (weights, biases)]
     assert_close(hierarchical_conv2d(x, weights, biases, backend="cpu"), hierarchical_conv2d(x.double(), *doubles))

@@ -11,10 +11,10 @@ from helpers import Chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from res2net_fused import native
-from res2net_fused.backends import native_cpu
+from res2net_fused._native import library
+from res2net_fused.backends import cpu as cpu_backend
 
-STATUS = native.cpu_library()
+STATUS = library.cpu_library()
 # An ordinary run has the same cases, with all backends, in tests/fuzz.
 pytestmark = [pytest.mark.skipif(not STATUS.loaded, reason=STATUS.reason), pytest.mark.slow]
 many = settings(UNHURRIED, max_examples=240, derandomize=True)
@@ -42,7 +42,7 @@ def test_random_block(case):
 )  # fmt: skip
 def test_random_block_kernel(case, ends):
     """Also without the ends of a block, and with activations that no block has."""
-    right = native_cpu.block_forward
+    right = cpu_backend.block.block_forward
 
     def block_forward(*arguments):
         release_scratch()
@@ -52,7 +52,7 @@ def test_random_block_kernel(case, ends):
     dtype = torch.float32 if case.dtype == "float64" else getattr(torch, case.dtype)
     shape = max(1, case.shape[0]), *case.shape[1:]
     with hostile_memory(case.threads), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_cpu, "block_forward", block_forward)
+        patch.setattr(cpu_backend.block, "block_forward", block_forward)
         test_cpu_block.check(
             Chain(case.settings, case.steps, case.width), shape, dtype=dtype, arithmetics=["winograd", "direct"], **ends
         )

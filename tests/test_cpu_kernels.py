@@ -8,12 +8,14 @@ from cpu_kernel_cases import ARITHMETICS, INSTRUCTION_SETS, each_kernel
 from helpers import BOUNDS, CHAINS, Chain, assert_close, chains, relative_error, run_together
 from layouts import SAME_VALUES, in_layout
 
-from res2net_fused import hierarchical_conv2d, native, pack_weights, reference
-from res2net_fused.backends import native_cpu
+from res2net_fused import hierarchical_conv2d, pack_weights
+from res2net_fused._native import library
+from res2net_fused.backends import cpu as cpu_backend
 from res2net_fused.backends.selection import choose
-from res2net_fused.chain import ChainProblem
+from res2net_fused.chain import reference
+from res2net_fused.chain.problem import ChainProblem
 
-STATUS = native.cpu_library()
+STATUS = library.cpu_library()
 pytestmark = [
     pytest.mark.skipif(not STATUS.loaded, reason=STATUS.reason),
     pytest.mark.usefixtures("poisoned_memory", "poisoned_scratch"),
@@ -266,7 +268,7 @@ def test_scratch_is_bounded_and_can_be_freed():
 
 def plan_of(chain, batch=1, size=14):
     problem = ChainProblem(chain.config, torch.device("cpu"), torch.float32, batch, size, size, chain.width, chain.steps, True)
-    return native_cpu.plan(problem)
+    return cpu_backend.chain.plan(problem)
 
 
 def test_plans_name_what_runs(monkeypatch):
@@ -274,7 +276,7 @@ def test_plans_name_what_runs(monkeypatch):
     for chain in (CHAINS["stage_stride2"], CHAINS["dilated"], CHAINS["groups"]):
         assert "direct convolution" in plan_of(chain)
     assert "direct convolution" in plan_of(Chain(width=26), size=1)
-    monkeypatch.setenv(native_cpu.ARITHMETIC_VARIABLE, "direct")
+    monkeypatch.setenv(cpu_backend.settings.ARITHMETIC_VARIABLE, "direct")
     assert "direct convolution" in plan_of(Chain(width=26))
 
 
@@ -285,7 +287,7 @@ def test_arithmetics_differ():
     outputs = {}
     for name in ARITHMETICS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(native_cpu.ARITHMETIC_VARIABLE, name)
+            patch.setenv(cpu_backend.settings.ARITHMETIC_VARIABLE, name)
             outputs[name] = call(chain, x, weights, biases)
     assert not torch.equal(outputs["direct"], outputs["winograd"])
 
@@ -296,11 +298,11 @@ def test_plain_weights_are_packed_for_what_pays(size, same, monkeypatch):
     chain = Chain(width=26)
     x, weights, biases = chain.tensors((1, size, size), torch.float32)
     out = call(chain, x, weights, biases)
-    monkeypatch.setenv(native_cpu.ARITHMETIC_VARIABLE, same)
+    monkeypatch.setenv(cpu_backend.settings.ARITHMETIC_VARIABLE, same)
     assert torch.equal(out, call(chain, x, weights, biases))
 
 
-@pytest.mark.parametrize("variable", [native_cpu.ARITHMETIC_VARIABLE, native_cpu.ISA_VARIABLE])
+@pytest.mark.parametrize("variable", [cpu_backend.settings.ARITHMETIC_VARIABLE, cpu_backend.settings.ISA_VARIABLE])
 def test_bad_environment_is_refused(variable, monkeypatch):
     monkeypatch.setenv(variable, "fastest")
     chain = CHAINS["last"]
@@ -309,8 +311,8 @@ def test_bad_environment_is_refused(variable, monkeypatch):
 
 
 def test_missing_instruction_set_is_refused(monkeypatch):
-    monkeypatch.setattr(native_cpu, "INSTRUCTION_SETS", native_cpu.INSTRUCTION_SETS | {"neon": 77})
-    monkeypatch.setenv(native_cpu.ISA_VARIABLE, "neon")
+    monkeypatch.setattr(cpu_backend.settings, "INSTRUCTION_SETS", cpu_backend.settings.INSTRUCTION_SETS | {"neon": 77})
+    monkeypatch.setenv(cpu_backend.settings.ISA_VARIABLE, "neon")
     chain = CHAINS["last"]
     with pytest.raises(RuntimeError, match="'neon': this machine has no neon kernels; it has 'portable'"):
         call(chain, *chain.tensors(dtype=torch.float32))
@@ -333,7 +335,7 @@ def test_auto_takes_the_native_kernels():
 def test_operator_refuses_buffers_that_do_not_fit():
     chain = Chain(width=12)
     x, weights, biases = chain.tensors(dtype=torch.float32)
-    packed = native_cpu.pack(weights, biases, chain.config)
+    packed = cpu_backend.chain.pack(weights, biases, chain.config)
     settings = ([chain.width, chain.steps, 1, 1, 1, 1, 0, 0, 0], True, 0, -1)
     forward = torch.ops.res2net_fused_native.cpu_chain_forward
     assert_close(forward(x, *packed, *settings), in_float64(chain, x, weights, biases))

@@ -7,12 +7,13 @@ import torch
 from helpers import Chain, assert_close, relative_error
 
 from res2net_fused import hierarchical_conv2d
-from res2net_fused.backends import native_cpu
-from res2net_fused.backward import convolution_backward
-from res2net_fused.chain import ChainConfig, ChainProblem
-from res2net_fused.tolerances import FORWARD
+from res2net_fused.backends import cpu as cpu_backend
+from res2net_fused.chain.backward import convolution_backward
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.tolerances import FORWARD
 
-INSTRUCTION_SETS = native_cpu.available_instruction_sets()
+INSTRUCTION_SETS = cpu_backend.settings.available_instruction_sets()
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="the native CPU kernels are not built")
 
 BOUND = FORWARD["float32"].limit
@@ -37,7 +38,7 @@ def operands(batch, width, height, columns, seed=0):
 
 def native(dz, u, isa, weight_format=torch.channels_last):
     torch.ops.res2net_fused_native.cpu_scratch_bytes(True)  # not longer than the call asks for
-    code = native_cpu.INSTRUCTION_SETS[isa]
+    code = cpu_backend.settings.INSTRUCTION_SETS[isa]
     return torch.ops.res2net_fused_native.cpu_weight_gradient.default(dz, u, weight_format == torch.channels_last, code)
 
 
@@ -93,8 +94,8 @@ def test_what_winograd_would_spoil_is_left_to_aten(value):
     dz *= 1e-3
     weight = torch.randn(16, 16, 3, 3)
     problem = ChainProblem.of_one_convolution(dz, weight, ChainConfig())
-    assert native_cpu.weight_gradient(problem, dz, u, torch.channels_last) == (None, None)
-    _, *found = convolution_backward(native_cpu, dz, u, weight, ChainConfig(), (True, True, True))
+    assert cpu_backend.convolution.weight_gradient(problem, dz, u, torch.channels_last) == (None, None)
+    _, *found = convolution_backward(cpu_backend, dz, u, weight, ChainConfig(), (True, True, True))
     for got, expected in zip(found, gradients(dz, u), strict=True):
         assert torch.equal(got.isfinite(), expected.isfinite())
         torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
@@ -108,8 +109,8 @@ def test_repeatable_for_a_number_of_threads(threads):
 
 def test_a_chain_takes_it(monkeypatch):
     taken = []
-    own = native_cpu.weight_gradient
-    monkeypatch.setattr(native_cpu, "weight_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
+    own = cpu_backend.convolution.weight_gradient
+    monkeypatch.setattr(cpu_backend.convolution, "weight_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
     chain = Chain({}, steps=3, width=16)
     x, weights, biases = chain.tensors((2, 9, 24), torch.float32)  # NCHW: convolution after convolution
     tensors = [*weights, *biases]

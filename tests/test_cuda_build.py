@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from helpers import find_nvcc, tool
 
-from res2net_fused import build_flags, cuda_kernels, native
-from res2net_fused.backends import native_cuda
-from res2net_fused.tables import format_table
+from res2net_fused._native import build_flags, library
+from res2net_fused._tables import format_table
+from res2net_fused.backends.cuda import kernel_report
+from res2net_fused.backends.cuda import plan as launch_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/plan/instances.h").read_text())[1])
@@ -44,7 +45,7 @@ def architectures_of(instance):
 
 
 def marked():
-    for instance in native_cuda.INSTANCE_NAMES:
+    for instance in launch_plan.INSTANCE_NAMES:
         for architecture in architectures_of(instance):
             marks = [] if (instance, architecture) in QUICK else [pytest.mark.slow]
             yield pytest.param(instance, architecture, marks=marks, id=f"{instance}-sm_{architecture}")
@@ -52,14 +53,14 @@ def marked():
 
 @pytest.mark.parametrize("instance, architecture", list(marked()))
 def test_instance_compiles_without_spills(instance, architecture, tmp_path):
-    cuobjdump = tool(cuda_kernels.find_cuobjdump(), "cuobjdump", "install triton")
+    cuobjdump = tool(kernel_report.find_cuobjdump(), "cuobjdump", "install triton")
     binary, messages = compile_instance(instance, architecture, tmp_path)
     # wgmma: neither serialized (C7510, C7520) nor with fences that the compiler had to add (C7519)
     assert "serialized" not in messages and "warning" not in messages and "injected" not in messages, messages
     types = types_of(instance)
     assert messages.count("Compiling entry function") == len(types)
     assert messages.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(types), messages
-    kernels = cuda_kernels.compiled_kernels(binary, cuobjdump)
+    kernels = kernel_report.compiled_kernels(binary, cuobjdump)
     assert [(k.instance, k.dtype) for k in kernels] == [(instance, dtype) for dtype in types]
     assert all(k.stack == k.local == 0 for k in kernels)
     assert all(k.architecture == f"sm_{architecture}" for k in kernels)
@@ -68,7 +69,7 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
     functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, re.S))
     columns, tiles = map(int, re.fullmatch(r"(?:d\d+|cluster_|wgmma_)c(\d+)t(\d+)", instance).groups())
     for symbol, text in functions.items():
-        _, dtype = cuda_kernels.instance_of(symbol)
+        _, dtype = kernel_report.instance_of(symbol)
         assert not re.search(r"\b(STL|LDL)\b", text)
         if instance.startswith("wgmma"):
             product = f"HGMMA.64x{8 * columns}x16.F32{'.BF16' * (dtype == 'bf16')} "
@@ -105,13 +106,13 @@ def test_ptx_for_devices_to_come_has_clusters(architectures, ptx):
 
 
 def test_the_table_lists_every_instance_of_the_built_library():
-    tool(cuda_kernels.find_cuobjdump(), "cuobjdump", "install triton")
-    record = native.NativeLibraries(Path(native.__file__).parent).record()["parts"].get("cuda", {})
+    tool(kernel_report.find_cuobjdump(), "cuobjdump", "install triton")
+    record = library.NativeLibraries(library.PACKAGE).record()["parts"].get("cuda", {})
     if not record.get("built"):
         pytest.skip(f"the CUDA library is not built: {record.get('reason')}")
-    head, *rows = cuda_kernels.kernel_table()
+    head, *rows = kernel_report.kernel_table()
     architectures = {row[0] for row in rows}
-    built = [(i, a) for i in native_cuda.INSTANCE_NAMES for a in architectures_of(i) if f"sm_{a}" in architectures]
+    built = [(i, a) for i in launch_plan.INSTANCE_NAMES for a in architectures_of(i) if f"sm_{a}" in architectures]
     kernels = {(f"sm_{architecture}", instance, dtype) for instance, architecture in built for dtype in types_of(instance)}
     assert {row[:3] for row in rows} == kernels and len(rows) == len(kernels)
     assert all(16 < int(row[3]) <= 255 and row[4] == row[5] == "0" for row in rows)

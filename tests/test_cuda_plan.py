@@ -5,13 +5,18 @@ import itertools
 import pytest
 import torch
 
-from res2net_fused import native
-from res2net_fused.backends import native_cuda, selection, triton_backend
-from res2net_fused.backends.native_cuda import LIMITS, plan_chain
-from res2net_fused.chain import ChainConfig, ChainProblem
-from res2net_fused.parity import convolution_precision
+from res2net_fused._native import library
+from res2net_fused.backends import selection
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.backends.cuda import chain as cuda_chain
+from res2net_fused.backends.cuda import packing as cuda_packing
+from res2net_fused.backends.cuda import plan as launch_plan
+from res2net_fused.backends.cuda.plan import LIMITS, plan_chain
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.parity import convolution_precision
 
-needs_library = pytest.mark.skipif(not native.cpu_library().loaded, reason=native.cpu_library().reason or "loaded")
+needs_library = pytest.mark.skipif(not library.cpu_library().loaded, reason=library.cpu_library().reason or "loaded")
 CONFIGS = {"26w4s": (26, 4), "14w8s": (14, 8), "48w2s": (48, 2)}
 STAGES = ((0, 56), (1, 28), (2, 14), (3, 7))
 WIDE_FOR_100_KIB = (28, 56, 104, 208, 384)  # of float32: either a long chain with its halo, or wide
@@ -30,11 +35,11 @@ def published(batches=(1, 32, 256), dtype=torch.bfloat16):
 
 
 def limits_hold(plan, limits):
-    name = native_cuda.INSTANCE_NAMES[plan.instance]
+    name = launch_plan.INSTANCE_NAMES[plan.instance]
     instance_warps = {"d1c2t4": 16, "d2c4t4": 12, "d3c6t4": 8, "d4c7t4": 8, "d0c7t2": 12, "cluster_c7t2": 12}
     instance_warps |= {"wgmma_c12t2": 12, "wgmma_c14t2": 8}
     warps = instance_warps.get(name, 16)
-    if name in native_cuda.WGMMA_INSTANCES:
+    if name in launch_plan.WGMMA_INSTANCES:
         assert limits.capability_major == 9 and plan.warps_m % 4 == 0
     assert 32 <= plan.threads <= 32 * warps and plan.threads == 32 * plan.warps_m * plan.warps_n * plan.warps_k
     assert 0 < plan.shared_bytes <= limits.shared_per_block_optin
@@ -51,10 +56,10 @@ def parts_hold(plan, p, limits):
     """What the launcher demands of CTAs that share their work, and clusters of at most 8 of them, from sm_90 on."""
     parts = plan.row_parts * plan.channel_parts
     assert plan.ctas % parts == 0
-    if "cluster" not in native_cuda.INSTANCE_NAMES[plan.instance]:
+    if "cluster" not in launch_plan.INSTANCE_NAMES[plan.instance]:
         assert parts * plan.warps_k == 1
         return
-    columns = int(native_cuda.INSTANCE_NAMES[plan.instance].removeprefix("cluster_c").partition("t")[0])
+    columns = int(launch_plan.INSTANCE_NAMES[plan.instance].removeprefix("cluster_c").partition("t")[0])
     assert plan.channel_parts == -(-p.width // (8 * plan.warps_n * columns))
     if p.config.hierarchical and p.steps > 1:
         assert 2 <= parts <= 8 and limits.capability_major >= 9
@@ -81,7 +86,7 @@ def test_every_plan_fits_the_device(device, dtype):
         computed = plan.ctas // plan.channel_parts * plan.images * plan.rows * plan.columns
         assert computed >= p.batch * p.output_height * p.output_width
         assert 9 * -(-p.width * dtype.itemsize // 32) % plan.slices == 0
-        assert dtype != torch.float32 or native_cuda.INSTANCE_NAMES[plan.instance].startswith("d0")
+        assert dtype != torch.float32 or launch_plan.INSTANCE_NAMES[plan.instance].startswith("d0")
         assert plan.flops == p.flops and plan.mma_flops >= plan.flops
         assert plan.loaded_bytes * 1.01 >= p.steps * p.batch * p.height * p.width_pixels * p.width * dtype.itemsize
         assert plan.nanoseconds > 2000 and plan.steps_nanoseconds > 2000
@@ -110,7 +115,7 @@ def test_odd_shapes_get_a_plan_or_a_reason(device, dtype):
 def test_small_calls_are_shared_by_clusters_where_there_are_any(device, shared):
     for width, size in ((52, 28), (104, 14), (208, 7)):
         plan = plan_chain(problem(1, width, 4, size, size), LIMITS[device])
-        assert ("cluster" in native_cuda.INSTANCE_NAMES[plan.instance]) == shared
+        assert ("cluster" in launch_plan.INSTANCE_NAMES[plan.instance]) == shared
 
 
 @needs_library
@@ -133,10 +138,10 @@ def test_an_unknown_card_gets_the_rates_of_the_nearest_and_the_plan_says_so(capa
     major, minor = capability
     plan = plan_chain(p, LIMITS["sm_86"]._replace(capability_major=major, capability_minor=minor, code=80))
     note = f"rates of sm_{rates}, the nearest known to sm_{major}{minor}"
-    assert note in native_cuda.describe(plan, p.dtype)
+    assert note in launch_plan.describe(plan, p.dtype)
     known = plan_chain(p, LIMITS["sm_86"]._replace(capability_major=rates // 10, capability_minor=rates % 10, code=80))
     assert (plan.nanoseconds, plan.steps_nanoseconds) == (known.nanoseconds, known.steps_nanoseconds)
-    assert "rates" not in native_cuda.describe(known, p.dtype)
+    assert "rates" not in launch_plan.describe(known, p.dtype)
 
 
 @needs_library
@@ -191,9 +196,9 @@ def test_float32_takes_odd_widths():
 def test_float32_follows_the_setting_of_cudnn(dtype):
     p = problem(1, 26, 4, 56, 56, dtype)
     with convolution_precision("tf32", "cuda"):
-        assert native_cuda.precision_refusal(p) is None
+        assert cuda_chain.precision_refusal(p) is None
     with convolution_precision("float32", "cuda"):
-        reason = native_cuda.precision_refusal(p)
+        reason = cuda_chain.precision_refusal(p)
     assert reason is None if dtype == torch.float16 else "cudnn.conv.fp32_precision is 'ieee'" in reason
 
 
@@ -252,11 +257,11 @@ def test_old_devices_are_refused():
 def test_python_packs_for_the_instance_that_the_plan_chooses(dtype, odd):
     for width in range(2 + odd, 513, 2):
         plan = plan_chain(problem(1, width, 2, 3, 3, dtype), LIMITS["sm_90"])
-        assert native_cuda.packed_columns(width, dtype) == plan.packed_columns, width
+        assert cuda_packing.packed_columns(width, dtype) == plan.packed_columns, width
 
 
 def name_of(plan):
-    return native_cuda.INSTANCE_NAMES[plan.instance]
+    return launch_plan.INSTANCE_NAMES[plan.instance]
 
 
 WGMMA = [(52, 4, 28), (104, 4, 14), (48, 2, 56), (56, 8, 14), (96, 2, 28), (208, 4, 7)]
@@ -268,12 +273,12 @@ def test_wide_groups_run_on_wgmma_where_there_is_any(width, scale, size):
     p = problem(256, width, scale, size, size)
     limits = LIMITS["sm_90"]
     plan = plan_chain(p, limits)
-    assert name_of(plan) in native_cuda.WGMMA_INSTANCES and name_of(plan) in native_cuda.describe(plan, p.dtype)
+    assert name_of(plan) in launch_plan.WGMMA_INSTANCES and name_of(plan) in launch_plan.describe(plan, p.dtype)
     without = plan_chain(p, limits._replace(wgmma=0))  # the library holds no code for sm_90a
-    assert name_of(without) not in native_cuda.WGMMA_INSTANCES and without.nanoseconds > plan.nanoseconds
+    assert name_of(without) not in launch_plan.WGMMA_INSTANCES and without.nanoseconds > plan.nanoseconds
     assert without.packed_columns == plan.packed_columns
     for device in ("sm_80", "sm_89", "sm_100", "sm_120"):
-        assert name_of(plan_chain(p, LIMITS[device])) not in native_cuda.WGMMA_INSTANCES
+        assert name_of(plan_chain(p, LIMITS[device])) not in launch_plan.WGMMA_INSTANCES
 
 
 @needs_library
@@ -283,7 +288,7 @@ def test_wide_groups_run_on_wgmma_where_there_is_any(width, scale, size):
 def test_wgmma_is_for_wide_groups_in_half_precision_without_a_stride(changed):
     arguments = {"batch": 256, "width": 52, "scale": 4, "height": 28, "columns": 28} | changed
     plan = plan_chain(problem(**arguments), LIMITS["sm_90"])
-    assert name_of(plan) not in native_cuda.WGMMA_INSTANCES
+    assert name_of(plan) not in launch_plan.WGMMA_INSTANCES
 
 
 def test_python_names_the_instances_of_the_table():
@@ -293,19 +298,19 @@ def test_python_names_the_instances_of_the_table():
     table = Path(__file__).parents[1] / "csrc/plan/instances.h"
     rows = re.findall(r"X\((d\w+), (\d+), (\d+), (\d+), (\d+)\)", table.read_text())
     others = tuple(re.findall(r"X\(((?:cluster|wgmma)_\w+), ", table.read_text()))
-    assert (*(row[0] for row in rows), *others) == native_cuda.INSTANCE_NAMES
-    assert others == native_cuda.CLUSTER_INSTANCES + native_cuda.WGMMA_INSTANCES
-    assert tuple(row[0] for row in rows) == native_cuda.STRIP_INSTANCES
-    assert tuple((int(row[1]), int(row[2])) for row in rows) == native_cuda._INSTANCE_DEPTHS_COLUMNS
+    assert (*(row[0] for row in rows), *others) == launch_plan.INSTANCE_NAMES
+    assert others == launch_plan.CLUSTER_INSTANCES + launch_plan.WGMMA_INSTANCES
+    assert tuple(row[0] for row in rows) == launch_plan.STRIP_INSTANCES
+    assert tuple((int(row[1]), int(row[2])) for row in rows) == cuda_packing._INSTANCE_DEPTHS_COLUMNS
 
 
 def test_the_line_for_explain_names_the_cut_and_the_prediction():
-    plan = native_cuda.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 1, 1, 1, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000, 90, 90)
-    assert ", tf32, 128 CTAs" in native_cuda.describe(plan, torch.float32)
-    line = native_cuda.describe(plan, torch.bfloat16)
+    plan = launch_plan.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 1, 1, 1, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000, 90, 90)
+    assert ", tf32, 128 CTAs" in launch_plan.describe(plan, torch.float32)
+    line = launch_plan.describe(plan, torch.bfloat16)
     assert "parts" not in line and "4x1 warps" in line
-    cluster = native_cuda.INSTANCE_NAMES.index("cluster_c4t2")
-    shared = native_cuda.describe(plan._replace(instance=cluster, row_parts=2, channel_parts=3, warps_k=5), torch.bfloat16)
+    cluster = launch_plan.INSTANCE_NAMES.index("cluster_c4t2")
+    shared = launch_plan.describe(plan._replace(instance=cluster, row_parts=2, channel_parts=3, warps_k=5), torch.bfloat16)
     assert "cluster_c4t2" in shared and "in 2 row x 3 channel parts" in shared and "4x1x5 warps" in shared
     assert "d2c4t4" in line and "128 CTAs of 14x56 pixels" in line and "predicted 27 us, per step 63 us" in line
 
@@ -357,8 +362,8 @@ def test_auto_keeps_to_the_backend_that_the_weights_are_packed_for(monkeypatch):
 def test_auto_goes_on_where_a_size_is_too_large_and_says_so(monkeypatch):
     """As on a GPU, which is only made believe."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(native_cuda.native, "cuda_library", native.cpu_library)
-    monkeypatch.setattr(native_cuda, "device_limits", lambda device: LIMITS["sm_90"])
+    monkeypatch.setattr(library, "cuda_library", library.cpu_library)
+    monkeypatch.setattr(launch_plan, "device_limits", lambda device: LIMITS["sm_90"])
     monkeypatch.setattr(triton_backend, "capability", lambda device: (9, 0))
     high = selection.choose(problem(1, 26, 4, 2**15 + 1, 56))
     assert high.name == "triton" and high.reason == "cuda: the height of x is 32769; at most 32768 is allowed"
@@ -371,7 +376,7 @@ def test_auto_goes_on_where_a_size_is_too_large_and_says_so(monkeypatch):
 
 
 def test_tensors_elsewhere_are_refused():
-    assert "x is on cpu" in native_cuda.why_not(problem(1, 26, 4, 56, 56, device="cpu"))
+    assert "x is on cpu" in cuda_chain.why_not(problem(1, 26, 4, 56, 56, device="cpu"))
 
 
 # Reading x as it lies
@@ -379,19 +384,19 @@ def test_tensors_elsewhere_are_refused():
 
 def test_pixel_pitch_accepts_dense_pixels_and_slices_of_them():
     x = torch.zeros(2, 104, 5, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    assert native_cuda.pixel_pitch(x) == 104
+    assert cuda_chain.pixel_pitch(x) == 104
     wide = torch.zeros(2, 208, 5, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    assert native_cuda.pixel_pitch(wide[:, 104:]) == 208
-    assert native_cuda.pixel_pitch(wide[:1, :104]) == 208
-    assert native_cuda.pixel_pitch(wide[:, :104, :1]) is None  # a row is missing between two images
-    assert native_cuda.pixel_pitch(wide[:1, :104, :1, :1]) == 104  # one pixel
-    assert native_cuda.pixel_pitch(wide[:, 1:105]) is None  # not aligned to 4 bytes
-    assert native_cuda.pixel_pitch(wide[:, :104, :, ::2]) is None
+    assert cuda_chain.pixel_pitch(wide[:, 104:]) == 208
+    assert cuda_chain.pixel_pitch(wide[:1, :104]) == 208
+    assert cuda_chain.pixel_pitch(wide[:, :104, :1]) is None  # a row is missing between two images
+    assert cuda_chain.pixel_pitch(wide[:1, :104, :1, :1]) == 104  # one pixel
+    assert cuda_chain.pixel_pitch(wide[:, 1:105]) is None  # not aligned to 4 bytes
+    assert cuda_chain.pixel_pitch(wide[:, :104, :, ::2]) is None
     odd = torch.zeros(2, 81, 5, 7).contiguous(memory_format=torch.channels_last)
-    assert native_cuda.pixel_pitch(odd) == 81 and native_cuda.pixel_pitch(odd[:, 27:]) == 81
-    assert native_cuda.pixel_pitch(odd.half()) is None
-    assert native_cuda.pixel_pitch(x.contiguous()) is None
-    assert native_cuda.pixel_pitch(wide[:, :104].expand(2, 104, 5, 7).flip(0)[:, :, :, :6]) is None
+    assert cuda_chain.pixel_pitch(odd) == 81 and cuda_chain.pixel_pitch(odd[:, 27:]) == 81
+    assert cuda_chain.pixel_pitch(odd.half()) is None
+    assert cuda_chain.pixel_pitch(x.contiguous()) is None
+    assert cuda_chain.pixel_pitch(wide[:, :104].expand(2, 104, 5, 7).flip(0)[:, :, :, :6]) is None
 
 
 @needs_library
@@ -399,8 +404,8 @@ def test_the_recorded_predictions_are_those_of_the_plan():
     """Run `res2net-fused info --kernels` and renew the file after a change to the model or to the search."""
     from pathlib import Path
 
-    from res2net_fused.cuda_kernels import prediction_table
-    from res2net_fused.tables import format_table
+    from res2net_fused._tables import format_table
+    from res2net_fused.backends.cuda.kernel_report import prediction_table
 
     head, *rows = prediction_table()
     recorded = Path(__file__).parents[1] / "benchmarks/results/cuda_chain_predictions.txt"

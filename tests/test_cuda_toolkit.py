@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused import cuda_toolkit
+from res2net_fused._native import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import res2net_fused
+from res2net_fused.backends.triton import tiles as tile_table
+from res2net_fused.backends.triton.tiles import Shape, lookup
 from res2net_fused.bench import record_file, results
-from res2net_fused.kernels import tile_table
-from res2net_fused.kernels.tile_table import Shape, lookup
-from res2net_fused.models import load_checkpoint
+from res2net_fused.models.checkpoint import load_checkpoint
 
 PACKAGE = Path(res2net_fused.__file__).resolve().parent
 

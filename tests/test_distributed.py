@@ -11,7 +11,7 @@ from distributed_steps import STEPS, WORLD, batches, network, optimizer_of, trai
 from helpers import assert_close
 from torch import nn
 
-from res2net_fused import synchronise
+from res2net_fused.chain import sync_batch_norm
 
 HERE = Path(__file__).parent
 
@@ -96,8 +96,8 @@ def test_moments_of_unequal_parts_are_those_of_the_whole(monkeypatch):
     for part in parts:
         mean = part.mean(1)
         vectors.append(torch.cat([mean, (part - mean[:, None]).square().sum(1), torch.tensor([float(part.shape[1])])]))
-    monkeypatch.setattr(synchronise, "gather", lambda vector, group: torch.stack(vectors))
-    mean, squares, total = synchronise.combine_moments(vectors[0][:3], vectors[0][3:6], 1, "")
+    monkeypatch.setattr(sync_batch_norm, "gather", lambda vector, group: torch.stack(vectors))
+    mean, squares, total = sync_batch_norm.combine_moments(vectors[0][:3], vectors[0][3:6], 1, "")
     assert total == 700
     assert torch.allclose(mean, whole.double().mean(1).float(), rtol=1e-6)
     assert torch.allclose(squares / 700, whole.double().var(1, correction=0).float(), rtol=1e-4)

@@ -8,10 +8,10 @@ from helpers import BOUNDS, assert_close, import_timm, randomize, runnable_backe
 from torch import nn
 
 from res2net_fused import explain, freeze
-from res2net_fused.bottle2neck import DlaBottle2neck
-from res2net_fused.fused_block import STATE
-from res2net_fused.models import SqueezeExcite
-from res2net_fused.reference import ReferenceDlaBottle2neck
+from res2net_fused.models.layers import SqueezeExcite
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.bottle2neck import DlaBottle2neck
+from res2net_fused.modules.reference_blocks import ReferenceDlaBottle2neck
 
 KINDS = {
     "normal": {},

@@ -158,11 +158,11 @@ def test_emulated_production_shape_is_exact_and_clean_at_small_batches(index, ba
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", list(harness.native_cuda.LIMITS))
+@pytest.mark.parametrize("device", list(harness.launch_plan.LIMITS))
 @pytest.mark.parametrize("dtype", (*HALVES, F32), ids=str)
 @pytest.mark.parametrize("case", WIDTHS, **named)
 def test_emulated_chain_is_exact_as_cut_for_every_device(case, dtype, device):
-    limits = harness.native_cuda.LIMITS[device]
+    limits = harness.launch_plan.LIMITS[device]
     case = harness.replace(case, dtype=dtype)
     plan = plan_of(case, limits)
     tile = {name: getattr(plan, name) for name in PLAN_FIELDS}

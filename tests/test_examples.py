@@ -11,7 +11,7 @@ from helpers import assert_close, timm_or_skip
 from networks import TINY, pair, tiny_pair
 
 from res2net_fused import explain
-from res2net_fused.models import create_model
+from res2net_fused.models.registry import create_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))

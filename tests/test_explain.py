@@ -12,6 +12,7 @@ from official_style import Res2Net
 from torch import nn
 
 from res2net_fused import BlockReport, Bottle2neck, accelerate, explain
+from res2net_fused.backends import policy
 
 IMAGES = torch.randn(2, 3, 33, 47)
 NAMES = ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0"]
@@ -105,20 +106,19 @@ def test_backend_and_who_asked_for_it(monkeypatch):
 
 
 def test_backends_that_no_gpu_has_run_are_experimental(monkeypatch):
-    from res2net_fused.backends import selection
 
     m = model()
-    monkeypatch.setitem(selection.EXPERIMENTAL, "reference", "experimental: never measured on a GPU")
+    monkeypatch.setitem(policy.EXPERIMENTAL, "reference", "experimental: never measured on a GPU")
     accelerate(m, backend="reference")
     assert all(r.reason.endswith("'reference'; experimental: never measured on a GPU") for r in explain(m, IMAGES))
     m.train()
     assert all(r.reason.endswith("; experimental: never measured on a GPU") for r in explain(m, IMAGES))
-    monkeypatch.delitem(selection.EXPERIMENTAL, "reference")
+    monkeypatch.delitem(policy.EXPERIMENTAL, "reference")
     assert all("experimental" not in r.reason for r in explain(m, IMAGES))
 
 
 def test_experimental_is_what_no_committed_record_has_measured():
-    from res2net_fused.backends.selection import EXPERIMENTAL
+    from res2net_fused.backends import policy
 
     results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
     records = [json.loads(path.read_text()) for path in results.glob("*/*.json")]
@@ -128,9 +128,9 @@ def test_experimental_is_what_no_committed_record_has_measured():
         for row in record.get("rows", ())
         if row["device"].startswith("cuda") and row.get("backend") in ("cuda", "triton")
     }
-    assert records and set(EXPERIMENTAL) == {"cuda", "triton"} - measured
+    assert records and set(policy.EXPERIMENTAL) == {"cuda", "triton"} - measured
     readme = results.parents[1] / "README.md"
-    assert ("experimental" in readme.read_text().split("## Use it")[0]) == bool(EXPERIMENTAL)
+    assert ("experimental" in readme.read_text().split("## Use it")[0]) == bool(policy.EXPERIMENTAL)
 
 
 def test_auto_gives_the_reason_against_what_it_passed_over(monkeypatch):

@@ -17,15 +17,21 @@ import pytest
 import torch
 from helpers import CHAINS, assert_close
 
-from res2net_fused import build_flags, cli, hierarchical_conv2d, native, tuning
-from res2net_fused.backends import native_cpu, native_cuda, selection, triton_backend
-from res2net_fused.chain import ChainConfig, ChainProblem
-from res2net_fused.kernels import tile_table
-from res2net_fused.kernels.step_plan import plan_steps, plan_training
+from res2net_fused import cli, hierarchical_conv2d
+from res2net_fused._native import build_flags, library
+from res2net_fused.backends import cpu as cpu_backend
+from res2net_fused.backends import selection
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.backends.cuda import plan as launch_plan
+from res2net_fused.backends.triton import tiles as tile_table
+from res2net_fused.backends.triton.step_plan import plan_steps, plan_training
+from res2net_fused.bench import tune as tuning
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
 
-PACKAGE = Path(native.__file__).resolve().parent
+PACKAGE = library.PACKAGE
 CHAIN = CHAINS["last"]
-needs_library = pytest.mark.skipif(not native.cpu_library().loaded, reason=native.cpu_library().reason)
+needs_library = pytest.mark.skipif(not library.cpu_library().loaded, reason=library.cpu_library().reason)
 
 
 def problem(device="cuda", **changes):
@@ -44,8 +50,9 @@ def blocked(tmp_path):
 
 BARE = """
 import sys, torch, res2net_fused as rf
-from res2net_fused import cli, native
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused import cli
+from res2net_fused._native import library
+from res2net_fused.chain.reference import ReferenceBottle2neck
 assert rf.__file__.startswith(sys.argv[1]), rf.__file__
 block = ReferenceBottle2neck(64, 16, baseWidth=26, scale=4).eval()
 x = torch.randn(2, 64, 9, 7)
@@ -85,10 +92,10 @@ def test_without_compiler_cuda_and_triton(tmp_path):
 
 def test_an_empty_folder_in_place_of_triton(monkeypatch):
     """As an uninstall leaves it: the import succeeds."""
-    triton_backend._missing.cache_clear()
+    triton_backend.availability.why_not_installed.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    why = triton_backend.why_not(problem())
-    triton_backend._missing.cache_clear()
+    why = triton_backend.chain.why_not(problem())
+    triton_backend.availability.why_not_installed.cache_clear()
     assert "no attribute '__version__'" in why and "pip install triton" in why
 
 
@@ -98,21 +105,21 @@ def test_an_empty_folder_in_place_of_triton(monkeypatch):
 @pytest.fixture
 def stale(monkeypatch):
     """The libraries as they look to a newer package, which calls operators that they do not have."""
-    monkeypatch.setitem(native._OPERATORS, "cpu", native._OPERATORS["cpu"] | {"cpu_of_tomorrow": 3, "cpu_sum": 7})
-    monkeypatch.setattr(native, "_installed", native.NativeLibraries(PACKAGE))
+    monkeypatch.setitem(library._OPERATORS, "cpu", library._OPERATORS["cpu"] | {"cpu_of_tomorrow": 3, "cpu_sum": 7})
+    monkeypatch.setattr(library, "_installed", library.NativeLibraries(PACKAGE))
     selection._log_once.cache_clear()
 
 
 @needs_library
 def test_a_library_without_an_operator_is_left_alone(stale):
-    status = native.cpu_library()
+    status = library.cpu_library()
     assert not status.loaded
     assert "lacks cpu_sum, cpu_of_tomorrow, or they take other arguments; rebuild it: `pip install" in status.reason
     tensors = CHAIN.tensors(dtype=torch.float32)
     assert_close(hierarchical_conv2d(*tensors), hierarchical_conv2d(*CHAIN.tensors()))  # by the reference
     with pytest.raises(RuntimeError, match="lacks cpu_sum.*rebuild it"):
         hierarchical_conv2d(*tensors, backend="cpu")
-    assert native_cpu.available_instruction_sets() == []
+    assert cpu_backend.settings.available_instruction_sets() == []
 
 
 def test_the_operators_that_are_asked_for_are_those_of_the_sources():
@@ -120,12 +127,12 @@ def test_the_operators_that_are_asked_for_are_those_of_the_sources():
     if not sources.is_dir():
         pytest.skip("the sources are not beside the installed package")
     defined = {}
-    for library, folders in (("cpu", ("cpu", "plan")), ("cuda", ("cuda",))):
+    for name, folders in (("cpu", ("cpu", "plan")), ("cuda", ("cuda",))):
         texts = [path.read_text() for folder in folders for path in sorted((sources / folder).rglob("*.cpp"))]
         schemas = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', "\n".join(texts))
         parsed = [torch._C.parse_schema("".join(re.findall(r'"([^"]*)"', schema))) for schema in schemas]
-        defined[library] = {schema.name: len(schema.arguments) for schema in parsed}
-    assert native._OPERATORS == defined, "csrc/ defines other operators than native._OPERATORS names: change the latter"
+        defined[name] = {schema.name: len(schema.arguments) for schema in parsed}
+    assert library._OPERATORS == defined, "csrc/ defines other operators than library._OPERATORS names: change the latter"
 
 
 PART = {"built": True, "file": build_flags.CPU_LIBRARY, "size": 1, "reason": ""}
@@ -148,11 +155,11 @@ def test_a_wrong_record_of_the_build(tmp_path, monkeypatch, capsys, record):
     (tmp_path / "lib").mkdir()
     (tmp_path / build_flags.BUILD_RECORD).write_text(record)
     for name in ("cpu", "cuda"):
-        (tmp_path / native._FILES[name]).write_bytes(b"not a library")
-    monkeypatch.setattr(native, "_installed", native.NativeLibraries(tmp_path))
-    for status in (native.cpu_library(), native.cuda_library()):
+        (tmp_path / library._FILES[name]).write_bytes(b"not a library")
+    monkeypatch.setattr(library, "_installed", library.NativeLibraries(tmp_path))
+    for status in (library.cpu_library(), library.cuda_library()):
         assert not status.loaded and "pip install" in status.reason
-    assert native.build_information()["source"] != "_build_info"
+    assert library.build_information()["source"] != "_build_info"
     assert cli.main(["info", "--device", "cpu"]) == 0
     assert "not loaded: " in capsys.readouterr().out
 
@@ -160,14 +167,14 @@ def test_a_wrong_record_of_the_build(tmp_path, monkeypatch, capsys, record):
 @pytest.mark.parametrize("version", [13, None, ["13.0"], "12.8.1"])
 def test_a_cuda_library_of_unknown_version(monkeypatch, version):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "rebuild it" in native._unfit_for_cuda(version)
+    assert "rebuild it" in library._unfit_for_cuda(version)
 
 
 @pytest.mark.parametrize(
     "version, release", [("2.13.0+cpu", (2, 13)), ("2.14.0a0+git1a2b3c", (2, 14)), ("2.15rc1", (2, 15)), ("3.0", (3, 0))]
 )
 def test_versions_of_torch(version, release):
-    assert native._release(version) == release
+    assert library._release(version) == release
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"not a module"])
@@ -177,10 +184,10 @@ def test_a_broken_pybind_module_is_not_opened(monkeypatch, tmp_path, content):
     part = {"built": True, "file": "_build_info.so", "size": 223392, "reason": ""}
     (tmp_path / build_flags.BUILD_RECORD).write_text(json.dumps({"info": {"commit": "c"}, "parts": {"python": part}}))
     (tmp_path / "_build_info.so").write_bytes(content)
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    monkeypatch.setattr(native, "_installed", native.NativeLibraries(tmp_path))
-    monkeypatch.setattr(native.importlib, "import_module", lambda *names: pytest.fail("it was imported"))
-    information = native.build_information()
+    monkeypatch.setattr(library, "PACKAGE", tmp_path)
+    monkeypatch.setattr(library, "_installed", library.NativeLibraries(tmp_path))
+    monkeypatch.setattr(library.importlib, "import_module", lambda *names: pytest.fail("it was imported"))
+    information = library.build_information()
     assert information["source"] == "build.json" and information["commit"] == "c"
 
 
@@ -231,7 +238,7 @@ def test_a_table_of_tiles_that_cannot_be_read(monkeypatch, fresh_tables, tmp_pat
 def kernel_call(launch):
     """A launch whose kernel is `launch`."""
     pytest.importorskip("triton")
-    from res2net_fused.kernels.kernel_call import KernelCall
+    from res2net_fused.backends.triton.launch import KernelCall
 
     class Kernel:
         def __getitem__(self, grid):
@@ -269,11 +276,11 @@ def test_a_tile_that_does_not_fit_the_gpu():
 def test_a_driver_that_does_not_start(monkeypatch):
     """As without a C compiler, which Triton needs at its first launch; here for want of a GPU."""
     pytest.importorskip("triton")
-    triton_backend._driver_refusal.cache_clear()
+    triton_backend.availability._driver_refusal.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_backend, "capability", lambda device: (9, 0))
-    why = triton_backend.why_not(problem())  # so that auto moves on to the next backend
-    triton_backend._driver_refusal.cache_clear()
+    why = triton_backend.chain.why_not(problem())  # so that auto moves on to the next backend
+    triton_backend.availability._driver_refusal.cache_clear()
     assert re.search(r"driver does not start.*C compiler.*TRITON_CACHE_DIR", why)
     assert "AttributeError" not in why  # the functions that are called exist in every supported Triton
 
@@ -293,24 +300,24 @@ def test_triton_plans_for_an_unknown_gpu(monkeypatch, capability, dtype):
             for plan in (plan_steps(p, capability), plan_training(p, capability)):
                 assert plan.tile_source == "rule" and plan.launches
                 assert all(plan.programs(p, launch, plan.images) >= 1 for launch in plan.launches)
-            assert "driver" in (triton_backend.why_not(p) or "driver")
+            assert "driver" in (triton_backend.chain.why_not(p) or "driver")
 
 
 @needs_library
 @pytest.mark.parametrize("capability", UNKNOWN, ids=str)
 def test_cuda_plans_for_an_unknown_gpu(capability):
     major, minor = capability
-    limits = native_cuda.LIMITS["sm_86"]._replace(capability_major=major, capability_minor=minor)
+    limits = launch_plan.LIMITS["sm_86"]._replace(capability_major=major, capability_minor=minor)
     for changed in ({}, {"multiprocessors": 1, "l2_bytes": 0}, {"multiprocessors": 999, "shared_per_multiprocessor": 2**19}):
-        plan = native_cuda.plan_chain(problem(), limits._replace(**changed))
+        plan = launch_plan.plan_chain(problem(), limits._replace(**changed))
         assert plan.shared_bytes <= limits.shared_per_block_optin and plan.ctas >= 1
-        assert native_cuda.INSTANCE_NAMES[plan.instance] not in native_cuda.WGMMA_INSTANCES
+        assert launch_plan.INSTANCE_NAMES[plan.instance] not in launch_plan.WGMMA_INSTANCES
     with pytest.raises(ValueError, match="shared memory"):
-        native_cuda.plan_chain(problem(), limits._replace(shared_per_block_optin=0))
+        launch_plan.plan_chain(problem(), limits._replace(shared_per_block_optin=0))
 
 
 @needs_library
 def test_a_plan_of_an_unknown_gpu_is_refused_not_guessed():
-    old = native_cuda.LIMITS["sm_80"]._replace(capability_major=0, capability_minor=0)
+    old = launch_plan.LIMITS["sm_80"]._replace(capability_major=0, capability_minor=0)
     with pytest.raises(ValueError, match="at least 8.0"):
-        native_cuda.plan_chain(replace(problem(), batch=1), old)
+        launch_plan.plan_chain(replace(problem(), batch=1), old)

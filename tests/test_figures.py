@@ -5,14 +5,14 @@ import json
 import pytest
 from record_cases import environment, row, script
 
-from res2net_fused.bench import figures, results
-from res2net_fused.bench.workloads import STAGES
+from res2net_fused.bench import results, targets
+from res2net_fused.testing.cases import STAGES
 
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
 def by_name(rows):
-    return {figure.name: figure for figure in figures.figures(rows)}
+    return {figure.name: figure for figure in targets.figures(rows)}
 
 
 def test_chain_figures():
@@ -60,7 +60,7 @@ def test_networks_are_compared_with_the_yardstick():
     case = {"workload": "network", "config": "res2net50_14w8s", "stage": None, "batch": 256}
     rows = [row(**case, median_ms=4.0, yardstick_ms=5.0)]
     assert by_name(rows)["res2net50_14w8s, batch 256, over compiled ResNet-50"].value == 1.25
-    assert "1.25x" in figures.figure_table(figures.figures(rows))
+    assert "1.25x" in targets.figure_table(targets.figures(rows))
     assert by_name([])["res2net50_26w4s, batch 32, over compiled ResNet-50"].outcome == "unmeasured"
 
 

@@ -25,17 +25,17 @@ import test_emulated_cluster  # noqa: E402
 import test_emulated_wgmma  # noqa: E402
 from test_rehearsals import card  # noqa: E402
 
-from res2net_fused import native  # noqa: E402
-from res2net_fused.backends import native_cuda  # noqa: E402
+from res2net_fused._native import library  # noqa: E402
+from res2net_fused._tables import format_table  # noqa: E402
+from res2net_fused.backends.cuda import plan as launch_plan  # noqa: E402
+from res2net_fused.backends.cuda.kernel_report import PUBLISHED, _problem, _published  # noqa: E402
 from res2net_fused.bench import schedule  # noqa: E402
-from res2net_fused.bench.workloads import Case, Config, cases  # noqa: E402
-from res2net_fused.cuda_kernels import PUBLISHED, _problem, _published  # noqa: E402
-from res2net_fused.tables import format_table  # noqa: E402
+from res2net_fused.testing.cases import Case, Config, cases  # noqa: E402
 
 BATCHES = (1, 32, 256)  # of `info --kernels`
 REASONS = "fits the .* bytes of shared memory|no wgmma|no thread-block clusters"  # of a card that cannot
-needs_plans = pytest.mark.skipif(not native.cpu_library().loaded, reason="the plans are in the CPU library")
-on_devices = pytest.mark.parametrize("device", native_cuda.LIMITS)
+needs_plans = pytest.mark.skipif(not library.cpu_library().loaded, reason="the plans are in the CPU library")
+on_devices = pytest.mark.parametrize("device", launch_plan.LIMITS)
 
 
 def in_halves(todo):
@@ -56,14 +56,14 @@ def launched(device):
     launches, refused = {}, {}
     for case in CHAINS:
         try:
-            launches.setdefault(launch(gpu_cases.launch_of(case, native_cuda.LIMITS[device]), case.dtype), str(case))
+            launches.setdefault(launch(gpu_cases.launch_of(case, launch_plan.LIMITS[device]), case.dtype), str(case))
         except ValueError as error:
             refused[str(case)] = str(error)
     return launches, refused
 
 
 def instances(launches):
-    return {(native_cuda.INSTANCE_NAMES[numbers[0]], dtype) for numbers, dtype in launches}
+    return {(launch_plan.INSTANCE_NAMES[numbers[0]], dtype) for numbers, dtype in launches}
 
 
 @needs_plans
@@ -72,13 +72,13 @@ def test_every_launch_of_the_published_chains_is_tried(device):
     """Those that `info --kernels` predicts, in every type: instance and cut."""
     launches, refused = launched(device)
     wanted = {}
-    for (width, scale, stage, size), batch, dtype in itertools.product(_published(), BATCHES, native_cuda.TYPES):
+    for (width, scale, stage, size), batch, dtype in itertools.product(_published(), BATCHES, launch_plan.TYPES):
         try:
-            plan = native_cuda.plan_chain(_problem(batch, width << stage, scale, size, dtype), native_cuda.LIMITS[device])
+            plan = launch_plan.plan_chain(_problem(batch, width << stage, scale, size, dtype), launch_plan.LIMITS[device])
         except ValueError:
             continue  # a card without the shared memory for it: Triton's or PyTorch's then
         wanted[launch(plan, dtype)] = f"{width}w{scale}s {size} batch {batch} {dtype}"
-    rows = [(f"{native_cuda.INSTANCE_NAMES[key[0][0]]}", case, launches.get(key, "nobody")) for key, case in wanted.items()]
+    rows = [(f"{launch_plan.INSTANCE_NAMES[key[0][0]]}", case, launches.get(key, "nobody")) for key, case in wanted.items()]
     assert set(wanted) <= set(launches), format_table(("instance", "chain", "launched by"), rows, left=3)
     assert len(PUBLISHED) == 3 and len(wanted) >= 60
     assert all(re.search(REASONS, reason) for reason in refused.values()), refused
@@ -87,7 +87,7 @@ def test_every_launch_of_the_published_chains_is_tried(device):
 @needs_plans
 def test_hopper_launches_every_instance_and_every_case():
     launches, refused = launched("sm_90")
-    assert {name for name, _ in instances(launches)} == set(native_cuda.INSTANCE_NAMES) and not refused
+    assert {name for name, _ in instances(launches)} == set(launch_plan.INSTANCE_NAMES) and not refused
 
 
 def test_what_the_emulator_runs_by_hand_reaches_a_gpu():
@@ -104,7 +104,7 @@ def test_launches_cut_by_hand_are_the_emulators(case):
     from emulator import harness
 
     emulated = harness.plan_of(case)._replace(**case.tile)
-    own = gpu_cases.launch_of(case, native_cuda.LIMITS["sm_90"])
+    own = gpu_cases.launch_of(case, launch_plan.LIMITS["sm_90"])
     told = set(case.tile) | {"instance", "whole"}
     assert {name: getattr(own, name) for name in told} == {name: getattr(emulated, name) for name in told}
 
@@ -141,7 +141,7 @@ def tiles(todo, capability):
 
 @on_devices
 def test_every_triton_tile_that_is_timed_is_launched(device):
-    capability = native_cuda.LIMITS[device][:2]
+    capability = launch_plan.LIMITS[device][:2]
     mine, wanted = tiles(TRITON, capability), tiles(dict.fromkeys(published_cases()), capability)
     missing = {tile: case for tile, case in wanted.items() if tile not in mine}
     assert not missing, "\n".join(f"{tile}: {case}" for tile, case in missing.items())
@@ -166,7 +166,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
     code = (
         "import sys; sys.path[:0] = ['tests', 'tests/cuda']\n"
         "import torch, pathlib, compile_pool, gpu_cases\n"
-        "from res2net_fused.bench.workloads import Config, cases, fused\n"
+        "from res2net_fused.testing.cases import Config, cases, fused\n"
         "case = cases(['block'], [Config(26, 4)], [1], 'bfloat16', 'cuda')[3]\n"
         "folder, capability = pathlib.Path(sys.argv[1]), torch.cuda.get_device_capability()\n"
         "calls = gpu_cases.distinct(gpu_cases.kernel_calls([case], capability))\n"

@@ -14,8 +14,9 @@ from helpers import (
     runnable_backends,
 )
 
-from res2net_fused import hierarchical_conv2d, reference
-from res2net_fused.backends import native_cpu
+from res2net_fused import hierarchical_conv2d
+from res2net_fused.backends import cpu as cpu_backend
+from res2net_fused.chain import reference
 
 devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -96,8 +97,8 @@ def test_against_float64_with_own_masks(chain, device, dtype):
 @pytest.mark.parametrize("width", [8, 13, 26])
 def test_input_gradients_by_the_native_kernels(settings, width, monkeypatch):
     taken = []
-    own = native_cpu.input_gradient
-    monkeypatch.setattr(native_cpu, "input_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
+    own = cpu_backend.convolution.input_gradient
+    monkeypatch.setattr(cpu_backend.convolution, "input_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
     chain = Chain(settings, steps=3, width=width)
     x, weights, biases = leaves(chain, (2, 9, 24), torch.float32)  # NCHW: convolution after convolution
     tensors = [x, *weights, *biases]
@@ -168,9 +169,7 @@ def test_backward_through_cat_and_sum():
         return torch.cat([x, out, out * 2], 1).square().sum() + out.sum()
 
     got = torch.autograd.grad(total(lambda: hierarchical_conv2d(x, weights, biases)), tensors)
-    expected = torch.autograd.grad(
-        total(lambda: reference.hierarchical_conv2d(x, weights, biases, chain.config)), tensors
-    )
+    expected = torch.autograd.grad(total(lambda: reference.hierarchical_conv2d(x, weights, biases, chain.config)), tensors)
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, 1e-12)
 

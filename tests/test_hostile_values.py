@@ -12,8 +12,10 @@ from fuzz.checks import check_kinds, each_path
 from helpers import BOUNDS, CHAINS, HALVES, Chain, randomize
 from training_cases import training_case
 
-from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, reference
-from res2net_fused.chain1d import Chain1dConfig
+from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig
+from res2net_fused.modules.reference_blocks import bottle2neck
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "poisoned_scratch")
 VALUES = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
@@ -115,7 +117,7 @@ def test_block(training, place, value):
     else:
         block.convs[1].weight.data[3, 2, 1, 1] = value
     with torch.no_grad():
-        expected = reference.bottle2neck(copy.deepcopy(block), x, block.chain_config)
+        expected = bottle2neck(copy.deepcopy(block), x, block.chain_config)
         assert training or place == "weight" or expected.isfinite().any()
         for backend, where in each_path(PATHS):
             twin = copy.deepcopy(block)
@@ -339,8 +341,8 @@ def check_folded(block, dtype, overflows=False):
     block = block.to(dtype)
     x = torch.randn(2, 32, 7, 6).to(dtype)
     with torch.no_grad():
-        exact = reference.bottle2neck(copy.deepcopy(block).double(), x.double(), block.chain_config)
-        eager = reference.bottle2neck(block, x, block.chain_config)
+        exact = bottle2neck(copy.deepcopy(block).double(), x.double(), block.chain_config)
+        eager = bottle2neck(block, x, block.chain_config)
     for backend, where in each_path(PATHS if dtype != torch.float64 else ["reference"]):
         for differentiates in (False, True):
             twin = copy.deepcopy(block)

@@ -76,9 +76,9 @@ def pip_install(checkout, site, env):
 def loaded_from(site, tmp_path):
     """The CPU library's status in a fresh process that imports the package from `site`."""
     code = (
-        "import dataclasses, json, res2net_fused; from res2net_fused import native\n"
-        "status = native.cpu_library()\n"
-        "print(json.dumps([res2net_fused.__file__, status.loaded, status.reason, native.build_information()]))"
+        "import dataclasses, json, res2net_fused; from res2net_fused._native import library\n"
+        "status = library.cpu_library()\n"
+        "print(json.dumps([res2net_fused.__file__, status.loaded, status.reason, library.build_information()]))"
     )
     env = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -301,7 +301,6 @@ def test_kernels_of_every_instruction_set_reach_the_library(checkout, tmp_path, 
     expected = {"portable": 4, "avx2": 8, "avx512": 16}
     assert json.loads(done.stdout) == [expected[name] for name in record["info"]["instruction_sets"]]
     assert record["info"]["instruction_sets"][0] == "portable"
-
 
 
 # make -----------------------------------------------------------------------------------------------------------------

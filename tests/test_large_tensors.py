@@ -13,11 +13,15 @@ from emulator.harness import Case
 from helpers import CHAINS, Chain, assert_close, randomize, relative_error, sparse_zeros, spread_out
 from torch import nn
 
-from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, native, reference
-from res2net_fused.backends import native_cpu, native_cuda
+from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d
+from res2net_fused._native import library
+from res2net_fused.backends import cpu as cpu_backend
+from res2net_fused.backends.cuda import chain as cuda_chain
+from res2net_fused.backends.cuda import packing as cuda_packing
+from res2net_fused.chain import reference
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory that is reserved nowhere is Linux's")
-needs_library = pytest.mark.skipif(not native.cpu_library().loaded, reason=native.cpu_library().reason or "loaded")
+needs_library = pytest.mark.skipif(not library.cpu_library().loaded, reason=library.cpu_library().reason or "loaded")
 LIMIT = 2**31
 WIDE = Chain(width=16)  # which Winograd runs
 STRIDES = {
@@ -48,7 +52,7 @@ def far_apart(x, strides):
     ids=["wide", "added", "groups", "stride2", "stride3"],
 )
 def test_cpu_chain(chain, arithmetic, strides, monkeypatch, poisoned_scratch):
-    monkeypatch.setenv(native_cpu.ARITHMETIC_VARIABLE, arithmetic)
+    monkeypatch.setenv(cpu_backend.settings.ARITHMETIC_VARIABLE, arithmetic)
     x, weights, biases = chain.tensors(SHAPE, torch.float32)
     x = x.contiguous(memory_format=torch.channels_last)
     expected = hierarchical_conv2d(x, weights, biases, backend="cpu", **chain.settings)
@@ -75,7 +79,7 @@ def test_cpu_block(dtype, strides, threads):
 @needs_library
 @strides
 def test_cpu_gradient_of_weights(strides):
-    isa = native_cpu.instruction_set()
+    isa = cpu_backend.settings.instruction_set()
     dz, u = (torch.randn(3, 16, 6, 9).contiguous(memory_format=torch.channels_last) for _ in range(2))
     gradient = torch.ops.res2net_fused_native.cpu_weight_gradient.default
     expected = gradient(dz, u, True, isa)
@@ -86,7 +90,7 @@ def test_cpu_gradient_of_weights(strides):
 @needs_library
 def test_cpu_batch_norm():
     """Its tensors have pixels at one distance."""
-    ops, isa = torch.ops.res2net_fused_native, native_cpu.instruction_set()
+    ops, isa = torch.ops.res2net_fused_native, cpu_backend.settings.instruction_set()
     pixel = 2**25 + 2**14
     strides = (54 * pixel, 9 * pixel, pixel)
     dense = [torch.randn(2, 13, 6, 9).contiguous(memory_format=torch.channels_last) for _ in range(4)]
@@ -152,7 +156,7 @@ def far_slots(case, height, columns):
     assert height * columns * pixel * case.dtype.itemsize < LIMIT  # of which offsets within an image are below
     data = sparse_zeros(case.images * height * columns * pixel, case.dtype)
     shape, strides = (case.images, case.scale * width, height, columns), (height * columns * pixel, 1, columns * pixel, pixel)
-    return native_cuda.Slots(data.as_strided(shape, strides), pixel, width)
+    return cuda_chain.Slots(data.as_strided(shape, strides), pixel, width)
 
 
 def groups_of(case, slots):
@@ -169,7 +173,7 @@ def test_cuda_offsets_between_images(case):
     groups_of(case, far_x).copy_(x.unflatten(3, (case.scale, case.width)))
     groups_of(case, far_out).fill_(torch.nan)
     plan = harness.plan_of(case)._replace(images=1, **case.tile)
-    findings, _ = harness.launch(case, plan, far_x, far_out, native_cuda.pack(weights, biases, c), case.width, 0)
+    findings, _ = harness.launch(case, plan, far_x, far_out, cuda_packing.pack(weights, biases, c), case.width, 0)
     assert findings == {}
     found = groups_of(case, far_out).flatten(3)
     assert torch.equal(found.double(), harness.expected_of(case, x, weights, biases))
@@ -177,8 +181,8 @@ def test_cuda_offsets_between_images(case):
 
 def test_cuda_images_too_large_to_count_in_are_not_launched():
     case = Case(26)
-    slots = native_cuda.Slots(torch.empty(0, dtype=case.dtype), 2**26, 32)
-    packed = native_cuda.pack(*harness.make_tensors(case, True, 1)[1:], case.config)
+    slots = cuda_chain.Slots(torch.empty(0, dtype=case.dtype), 2**26, 32)
+    packed = cuda_packing.pack(*harness.make_tensors(case, True, 1)[1:], case.config)
     with pytest.raises(AssertionError, match="does not fit together"):
         harness.launch(case, harness.plan_of(case), slots, slots, packed, case.width, 0)
 
@@ -188,7 +192,7 @@ def test_cuda_copies_slices_whose_images_are_too_large_to_count_in():
 
     def pitch(height, columns, channels):
         x = storage[: height * columns * channels].view(1, height, columns, channels)
-        return native_cuda.pixel_pitch(x.permute(0, 3, 1, 2))
+        return cuda_chain.pixel_pitch(x.permute(0, 3, 1, 2))
 
     assert pitch(2**10, 2**10, 2**9) == 2**9
     assert pitch(2**11, 2**10, 2**9) is None

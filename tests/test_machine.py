@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused import cli, machine, parity
-from res2net_fused.backends import triton_backend
-from res2net_fused.bench import sweep
+from res2net_fused import cli
+from res2net_fused._native import machine
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.bench import run
+from res2net_fused.testing import parity
 
 CUDA_13 = machine.TorchBuild("2.13.0+cu130", "13.0", error="No CUDA GPUs are available")
 CPU_ONLY = machine.TorchBuild("2.13.0+cpu", None)
@@ -172,7 +174,7 @@ def test_commands_say_it_before_they_start(command, unseen, capsys, monkeypatch,
     def stop(*arguments, **keywords):
         raise Stopped
 
-    for module, name in ((parity, "check_cases"), (parity, "unavailable_backends"), (sweep, "run_sweep")):
+    for module, name in ((parity, "check_cases"), (parity, "unavailable_backends"), (run, "run_sweep")):
         monkeypatch.setattr(module, name, stop)
     out = ["--out", str(tmp_path)] if command == "bench" else []
     with pytest.raises(Stopped):
@@ -189,9 +191,9 @@ def test_info_names_what_keeps_a_gpu_from_its_kernels(capsys, monkeypatch):
     for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a card")):
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
     monkeypatch.setattr(triton_backend, "capability", lambda device: (9, 0))
-    triton_backend._driver_refusal.cache_clear()
+    triton_backend.availability._driver_refusal.cache_clear()
     assert cli.main(["info"]) == 0
-    triton_backend._driver_refusal.cache_clear()
+    triton_backend.availability._driver_refusal.cache_clear()
     said = capsys.readouterr()
     assert re.search(r"^  triton +Triton's driver does not start .* it needs a C compiler .* Python's headers", said.out, re.M)
     assert re.search(r"^  cuda +\S", said.out, re.M) and re.search(r"^  device +a card$", said.out, re.M) and said.err == ""

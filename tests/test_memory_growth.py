@@ -11,9 +11,11 @@ import torch
 from helpers import Chain, randomize
 from torch import nn
 
-from res2net_fused import Bottle2neck, freeze, hierarchical_conv1d, hierarchical_conv2d, native, refresh
+from res2net_fused import Bottle2neck, freeze, hierarchical_conv1d, hierarchical_conv2d, refresh
+from res2net_fused._native import library
 from res2net_fused.backends import selection
-from res2net_fused.chain import ChainConfig, ChainProblem
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 counts = pytest.mark.parametrize("calls", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -56,7 +58,7 @@ def assert_flat(call, calls):
     assert resident < MEGABYTES, f"{resident:.1f} MB more after {calls} calls"
     assert python < PYTHON_BYTES, f"{python} bytes of Python's more after 100 calls"
     assert objects < OBJECTS, f"{objects} objects more after {calls} calls"
-    if native.cpu_library().loaded:
+    if library.cpu_library().loaded:
         assert torch.ops.res2net_fused_native.cpu_scratch_bytes(False) <= 128 << 20
 
 
@@ -132,15 +134,15 @@ def test_reasons_of_ever_new_sizes_are_not_kept_for_ever():
 
 
 def test_plans_of_ever_new_sizes_are_not_kept_for_ever():
-    if not native.cpu_library().loaded:
-        pytest.skip(native.cpu_library().reason)
-    from res2net_fused.backends import native_cuda
+    if not library.cpu_library().loaded:
+        pytest.skip(library.cpu_library().reason)
+    from res2net_fused.backends.cuda import plan as launch_plan
 
-    native_cuda._planned.cache_clear()
+    launch_plan.planned.cache_clear()
     for i in range(30):
         problem = ChainProblem(ChainConfig(), torch.device("cuda"), torch.bfloat16, 1 + i, 7, 7, 208, 3, True)
-        native_cuda.plan_chain(problem, native_cuda.LIMITS["sm_90"])
-    info = native_cuda._planned.cache_info()
+        launch_plan.plan_chain(problem, launch_plan.LIMITS["sm_90"])
+    info = launch_plan.planned.cache_info()
     assert info.currsize == 30 and info.maxsize is not None
 
 

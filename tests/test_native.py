@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused import build_flags, native
+from res2net_fused._native import build_flags, library
 
-PACKAGE = Path(native.__file__).resolve().parent
+PACKAGE = Path(library.__file__).resolve().parents[1]
 # CPython's functions, and the mangled names of at::, c10:: and torch::, none of which outlive a release
 UNSTABLE_SYMBOL = re.compile(r"_?Py[A-Z_]|_Z[A-Z]*?N?K?(2at|3c10|5torch|5caffe)")
 
-RECORD = native.NativeLibraries(PACKAGE).record()
+RECORD = library.NativeLibraries(PACKAGE).record()
 
 
 def built(name):
@@ -49,7 +49,7 @@ def fake_package(folder, content=b"not a library", **part):
     (folder / build_flags.CPU_LIBRARY).write_bytes(content)
     entry = {"built": True, "file": build_flags.CPU_LIBRARY, "size": len(content), "reason": "", **part}
     (folder / build_flags.BUILD_RECORD).write_text(json.dumps({"info": {}, "parts": {"cpu": entry}}))
-    return native.NativeLibraries(folder)
+    return library.NativeLibraries(folder)
 
 
 # What the libraries are
@@ -92,8 +92,8 @@ def test_cuda_kernel_files_include_no_torch_header():
 
 def test_cpu_library_loads_and_states_its_build():
     path = built("cpu")
-    status = native.cpu_library()
-    assert status == native.LibraryStatus("cpu", True, "", path)
+    status = library.cpu_library()
+    assert status == library.LibraryStatus("cpu", True, "", path)
     info = json.loads(torch.ops.res2net_fused_native.build_info())
     assert info["cxx_standard"] >= 202002
     assert info["torch_target"] == ".".join(map(str, build_flags.TORCH_TARGET))
@@ -103,8 +103,8 @@ def test_cpu_library_loads_and_states_its_build():
 
 def test_pybind_module_agrees_with_the_operator():
     built("python")
-    assert native.cpu_library().loaded
-    information = native.build_information()
+    assert library.cpu_library().loaded
+    information = library.build_information()
     assert information.pop("source") == "_build_info"
     assert information.pop("parts") == RECORD["parts"]
     assert information == json.loads(torch.ops.res2net_fused_native.build_info())
@@ -112,18 +112,18 @@ def test_pybind_module_agrees_with_the_operator():
 
 def test_build_information_without_the_pybind_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "res2net_fused._build_info", None)  # import raises ImportError
-    information = native.build_information()
+    information = library.build_information()
     assert information["source"] == ("build.json" if RECORD["info"] else "none")
     assert {k: v for k, v in information.items() if k not in ("source", "parts")} == RECORD["info"]
 
 
 def test_cuda_library_status_fits_this_torch():
     built("cuda")
-    status = native.cuda_library()
+    status = library.cuda_library()
     if torch.version.cuda is None:
         assert not status.loaded and "has no CUDA" in status.reason
         with pytest.raises(RuntimeError, match="has no CUDA"):
-            native.device_limits(0)
+            library.device_limits(0)
     elif torch.version.cuda.split(".")[0] == RECORD["info"]["cuda_version"].split(".")[0]:
         assert status.loaded, status.reason
         info = json.loads(torch.ops.res2net_fused_native.cuda_build_info())
@@ -135,22 +135,22 @@ def test_cuda_library_status_fits_this_torch():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_limits_agree_with_torch():
-    status = native.cuda_library()
+    status = library.cuda_library()
     if not status.loaded:
         pytest.skip(status.reason)
     properties = torch.cuda.get_device_properties(0)
-    limits = native.device_limits(0)
+    limits = library.device_limits(0)
     assert (limits.capability_major, limits.capability_minor) == (properties.major, properties.minor)
     assert limits.multiprocessors == properties.multi_processor_count
     assert limits.l2_bytes == properties.L2_cache_size
     with pytest.raises(RuntimeError, match="device 4096"):
-        native.device_limits(4096)
+        library.device_limits(4096)
 
 
 def test_a_copy_loads_in_a_fresh_process(tmp_path):
     package_copy(tmp_path)
     code = (
-        "import sys, torch; from res2net_fused.native import NativeLibraries\n"
+        "import sys, torch; from res2net_fused._native.library import NativeLibraries\n"
         "status = NativeLibraries(sys.argv[1]).status('cpu'); assert status.loaded, status.reason\n"
         "print(torch.ops.res2net_fused_native.build_info())"
     )
@@ -161,8 +161,8 @@ def test_a_copy_loads_in_a_fresh_process(tmp_path):
 
 def test_a_second_copy_is_left_alone(tmp_path):
     path = package_copy(tmp_path)
-    assert native.cpu_library().loaded
-    status = native.NativeLibraries(tmp_path).status("cpu")
+    assert library.cpu_library().loaded
+    status = library.NativeLibraries(tmp_path).status("cpu")
     assert not status.loaded and "another copy" in status.reason and str(path) in status.reason
 
 
@@ -171,12 +171,12 @@ def test_a_second_copy_is_left_alone(tmp_path):
 
 def unloaded_operators(monkeypatch):
     """Lets a test reach the loader although the real library is loaded in this process."""
-    monkeypatch.setitem(native._OPERATORS, "cpu", {})
+    monkeypatch.setitem(library._OPERATORS, "cpu", {})
 
 
 def test_nothing_built_names_the_remedy(tmp_path):
     for name in ("cpu", "cuda"):
-        status = native.NativeLibraries(tmp_path).status(name)
+        status = library.NativeLibraries(tmp_path).status(name)
         assert not status.loaded and "not built" in status.reason and "pip install" in status.reason
 
 
@@ -184,7 +184,7 @@ def test_nothing_built_names_the_remedy(tmp_path):
 def test_unreadable_record_counts_as_not_built(tmp_path, text):
     (tmp_path / "lib").mkdir()
     (tmp_path / build_flags.BUILD_RECORD).write_text(text)
-    status = native.NativeLibraries(tmp_path).status("cpu")
+    status = library.NativeLibraries(tmp_path).status("cpu")
     assert not status.loaded and "not built" in status.reason
 
 
@@ -205,7 +205,7 @@ def test_truncated_file(tmp_path, monkeypatch, kept):
     path = package_copy(tmp_path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     unloaded_operators(monkeypatch)
-    status = native.NativeLibraries(tmp_path).status("cpu")
+    status = library.NativeLibraries(tmp_path).status("cpu")
     assert not status.loaded and "bytes where the build wrote" in status.reason
 
 
@@ -226,19 +226,19 @@ def test_old_torch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("have, expected", [("12.8", "CUDA 13.0.88"), (None, "no CUDA")])
 def test_cuda_library_beside_another_cuda(monkeypatch, have, expected):
     monkeypatch.setattr(torch.version, "cuda", have)
-    assert expected in native._unfit_for_cuda("13.0.88")
+    assert expected in library._unfit_for_cuda("13.0.88")
 
 
 def test_cuda_library_beside_the_same_major_version(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    assert native._unfit_for_cuda("13.0.88") == ""
+    assert library._unfit_for_cuda("13.0.88") == ""
 
 
 # Once
 
 
 def test_failure_is_cached(tmp_path):
-    libraries = native.NativeLibraries(tmp_path)
+    libraries = library.NativeLibraries(tmp_path)
     first = libraries.status("cpu")
     fake_package(tmp_path)
     assert libraries.status("cpu") is first

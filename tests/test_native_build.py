@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from res2net_fused import build_flags as flags
-from res2net_fused import cuda_toolkit, native
+from res2net_fused._native import build_flags, cuda_toolkit, library
 
 
 @pytest.fixture
@@ -32,8 +31,8 @@ def test_direct_compiling_of_what_changed(native_build, tmp_path, monkeypatch, c
     monkeypatch.setattr(native_build.subprocess, "run", run)
 
     def compiled(*extra):
-        units = tuple(flags.Unit(tmp_path / f"{name}.cpp", f"obj/{name}.o", ("-fPIC", *extra)) for name in "ab")
-        target = flags.Target("a", "liba.so", "cxx", units, ("-shared",))
+        units = tuple(build_flags.Unit(tmp_path / f"{name}.cpp", f"obj/{name}.o", ("-fPIC", *extra)) for name in "ab")
+        target = build_flags.Target("a", "liba.so", "cxx", units, ("-shared",))
         commands.clear()
         assert native_build.compile_target(target, [compiler], tmp_path / "build", tmp_path / "liba.so") == ""
         assert "building the a part, 2 files" in capsys.readouterr().out
@@ -59,4 +58,4 @@ def test_direct_building_without_an_nvcc_that_fits(native_build, tmp_path, monke
     (tmp_path / "lib").mkdir()
     problems = native_build._build_directly("90a", "c0ffee")
     assert problems[0] == "the CUDA library was not built: nvcc is of CUDA 12.4.131, and torch of CUDA 13.0"
-    assert "12.4.131" in native.NativeLibraries(tmp_path).status("cuda").reason
+    assert "12.4.131" in library.NativeLibraries(tmp_path).status("cuda").reason

@@ -22,7 +22,8 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from res2net_fused import hierarchical_conv2d, pack_weights, reference
+from res2net_fused import hierarchical_conv2d, pack_weights
+from res2net_fused.chain import reference
 
 OPERATOR = torch.ops.res2net_fused.hierarchical_conv2d.default
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}

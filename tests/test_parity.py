@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from res2net_fused import parity, tolerances
-from res2net_fused.backends import aten
-from res2net_fused.bench.workloads import VARIANTS, Case, Config, cases
+from res2net_fused.backends import reference as aten
+from res2net_fused.testing import parity, tolerances
+from res2net_fused.testing.cases import VARIANTS, Case, Config, cases
 
 CASE = Case("chain", Config(14, 8), 4, 2, "float32", "cpu")
 
@@ -71,9 +71,9 @@ def test_explicit_backend_that_cannot_run_raises():
 
 
 def test_a_block_that_runs_its_own_forward_is_no_pass(monkeypatch):
-    from res2net_fused import fused_block
+    from res2net_fused.modules import fused_forward
 
-    monkeypatch.setattr(fused_block, "why_not_fused", lambda *_: "because of the test")
+    monkeypatch.setattr(fused_forward, "why_not_fused", lambda *_: "because of the test")
     with pytest.raises(RuntimeError, match="because of the test"):
         parity.check_case(Case("block", Config(14, 8), 4, 1, "float32", "cpu"), "reference")
 

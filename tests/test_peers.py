@@ -13,26 +13,16 @@ import torch
 from helpers import relative_error
 from record_cases import conditions
 
-from res2net_fused import cli, parity
-from res2net_fused.bench import (
-    contests,
-    measure,
-    network_contests,
-    networks,
-    outcome,
-    plot,
-    providers,
-    results,
-    runtimes,
-    schedule,
-    sweep,
-)
-from res2net_fused.bench.network_contests import NetworkContests, TurnConditions
+from res2net_fused import cli
+from res2net_fused.bench import network_runner, networks, outcome, plot, providers, results, runner, runtimes, schedule, timing
+from res2net_fused.bench import run as sweep
+from res2net_fused.bench.network_runner import NetworkContests, TurnConditions
 from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase
 from res2net_fused.bench.record_file import Record
-from res2net_fused.bench.workloads import Case, Config
 from res2net_fused.models.registry import list_models, model_name
-from res2net_fused.parity import ParityReport
+from res2net_fused.testing import parity
+from res2net_fused.testing.cases import Case, Config
+from res2net_fused.testing.parity import ParityReport
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CASE = Case("block", Config(14, 4), 4, 2, "float32", "cpu")
@@ -222,8 +212,8 @@ def test_real_runtimes(name, workload, variant):
 
 def test_runs_wait_for_the_threads_of_others(monkeypatch):
     events = []
-    monkeypatch.setattr(measure.time, "sleep", lambda seconds: events.append("sleep"))
-    monkeypatch.setattr(measure, "_LONG_MS", 0.0)  # every run is a long one: none is repeated
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: events.append("sleep"))
+    monkeypatch.setattr(timing, "_LONG_MS", 0.0)  # every run is a long one: none is repeated
 
     def plain(x):
         events.append("plain")
@@ -231,23 +221,23 @@ def test_runs_wait_for_the_threads_of_others(monkeypatch):
     def foreign(x):
         events.append("foreign")
 
-    contenders = {f.__name__: measure.Contender(f, [torch.ones(1)]) for f in (plain, foreign)}
-    measure.measure(contenders, "cpu", seconds=0, min_repeats=1, warm_up=0)
+    contenders = {f.__name__: timing.Contender(f, [torch.ones(1)]) for f in (plain, foreign)}
+    timing.measure(contenders, "cpu", seconds=0, min_repeats=1, warm_up=0)
     assert "sleep" not in events
     foreign.own_threads = True
     events.clear()
-    measure.measure(contenders, "cpu", seconds=0, min_repeats=1, warm_up=0)
+    timing.measure(contenders, "cpu", seconds=0, min_repeats=1, warm_up=0)
     assert events[-4:] == ["sleep", "plain", "sleep", "foreign"]
-    monkeypatch.setattr(measure, "_LONG_MS", 1e9)  # every run is a short one: timed after one that wakes the threads
-    measure.measure(contenders, "cpu", seconds=0, min_repeats=1, warm_up=0)
+    monkeypatch.setattr(timing, "_LONG_MS", 1e9)  # every run is a short one: timed after one that wakes the threads
+    timing.measure(contenders, "cpu", seconds=0, min_repeats=1, warm_up=0)
     assert events[-6:] == ["sleep", "plain", "plain", "sleep", "foreign", "foreign"]
     assert runtimes.ExportedModel.own_threads
 
 
 def test_every_round_advances():
     rounds = []
-    contenders = {"a": measure.Contender(lambda x: time.sleep(0), [torch.ones(1)])}
-    measure.measure(contenders, "cpu", seconds=0, min_repeats=4, advance=lambda: rounds.append(1))
+    contenders = {"a": timing.Contender(lambda x: time.sleep(0), [torch.ones(1)])}
+    timing.measure(contenders, "cpu", seconds=0, min_repeats=4, advance=lambda: rounds.append(1))
     assert len(rounds) == 4
 
 
@@ -327,7 +317,7 @@ def test_ours_is_not_timed_on_a_network_whose_features_are_wrong(monkeypatch, ti
         case = compare(case, backend)
         case.parity[0] = replace(case.parity[0], error=0.5)
 
-    monkeypatch.setattr(network_contests, "compare", compare_wrong)
+    monkeypatch.setattr(network_runner, "compare", compare_wrong)
     for batch in (1, 2):
         found, record = time_networks([case], batch, ["eager", "ours"], repeats=1)
         assert [row["provider"] for row in found.rows] == ["eager"]
@@ -400,7 +390,7 @@ def test_a_record_says_which_peers_are_not_installed(nothing_installed, tmp_path
     contestants = (("ours", False), ("openvino", False))
     unit = schedule.Unit("chain", Config(26, 4), 4, "normal", 1, "float32", contestants)
     record = Record(tmp_path / "record.json", results.environment("cpu", "record"))
-    outcome = contests.Contests(conditions(), record).time(unit)
+    outcome = runner.Contests(conditions(), record).time(unit)
     assert [row["provider"] for row in outcome.rows] == ["ours"] and not outcome.failures
     ((name, reason),) = outcome.absent.items()
     assert name.endswith(", openvino") and reason.startswith("not installed (openvino")

@@ -6,9 +6,9 @@ from helpers import SqueezeExcite, assert_close, randomize, runnable_backends
 from torch import nn
 
 from res2net_fused import Bottle2neck, freeze
-from res2net_fused.folding import projection_of
-from res2net_fused.layouts import parts_of
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.modules.block_parts import parts_of
+from res2net_fused.modules.folding import projection_of
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 X = torch.randn(2, 24, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 

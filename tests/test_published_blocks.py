@@ -20,15 +20,17 @@ from published_blocks.detectors import DeformableConv, Detectron2Block, FrozenBa
 from published_blocks.speakers import BasicBlockRes2Net, ERes2NetBlock, FusedERes2NetBlock, GatedBlock
 from torch import nn
 
-from res2net_fused import accelerate, explain, freeze, fused_block, restore
-from res2net_fused.fused_block import STATE, FusedForward
+from res2net_fused import accelerate, explain, freeze, restore
+from res2net_fused.backends import policy
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.fused_forward import FusedForward
 
 
 @pytest.fixture(autouse=True)
 def clamped_chains_pay(monkeypatch):
     """What runs where it is faster must be right everywhere."""
-    own = fused_block.clamped_chain_pays
-    monkeypatch.setattr(fused_block, "clamped_chain_pays", lambda problem: True)
+    own = policy.clamped_chain_pays
+    monkeypatch.setattr(policy, "clamped_chain_pays", lambda problem: True)
     return own
 
 
@@ -275,7 +277,7 @@ def test_a_convolution_with_arithmetic_of_its_own():
 
 
 def test_clamped_activations_are_fused_by_themselves_in_channels_last(clamped_chains_pay, monkeypatch):
-    monkeypatch.setattr(fused_block, "clamped_chain_pays", clamped_chains_pay)
+    monkeypatch.setattr(policy, "clamped_chain_pays", clamped_chains_pay)
     block = accelerate(BasicBlockRes2Net(32, 16).eval())
     x = torch.randn(2, 32, 9, 9)
     for layout, backend, fused in (

@@ -13,8 +13,9 @@ from official_style import (
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from res2net_fused import accelerate, explain, recognition, restore
-from res2net_fused.fused_block import FusedForward
+from res2net_fused import accelerate, explain, restore
+from res2net_fused.modules.fused_forward import FusedForward
+from res2net_fused.patching import recognition
 
 
 class Scaled(Bottle2neck):

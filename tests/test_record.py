@@ -8,9 +8,9 @@ import pytest
 import torch
 from record_cases import ROOT, conditions, environment, quick_unit, row, run_child, script
 
-from res2net_fused.bench import contestants, contests, jax_cases, record_file, results, schedule
+from res2net_fused.bench import candidates, jax_case, record_file, results, runner, schedule
 from res2net_fused.bench.schedule import Unit
-from res2net_fused.bench.workloads import TRAINED, Config
+from res2net_fused.testing.cases import TRAINED, Config
 
 # The file -------------------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def test_architectures():
 
 
 def test_direct_compiling(tmp_path):
-    build, flags = script("native_build"), pytest.importorskip("res2net_fused.build_flags")
+    build, flags = script("native_build"), pytest.importorskip("res2net_fused._native.build_flags")
     compiler = next((c for c in ("c++", "g++", "clang++") if build.shutil.which(c)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -117,7 +117,7 @@ def test_chains_and_blocks_on_the_cpu(tmp_path, capsys, timed):
 
 @pytest.mark.parametrize("workload", ["network", pytest.param("train_step", marks=pytest.mark.slow)])
 def test_networks_on_the_cpu(timed, record, workload):
-    outcome = contests.Contests(conditions(), record).time(quick_unit(workload))
+    outcome = runner.Contests(conditions(), record).time(quick_unit(workload))
     assert not outcome.failures
     found = {(r["config"], r["provider"]): r for r in outcome.rows}
     assert set(found) == {
@@ -131,8 +131,8 @@ def test_networks_on_the_cpu(timed, record, workload):
 
 def test_training_steps_train():
     unit = quick_unit("train_step")
-    network = contestants.build_network(unit.config, "float32", conditions())
-    step = contestants.training_builders(network, unit, conditions())("ours", False).call
+    network = candidates.build_network(unit.config, "float32", conditions())
+    step = candidates.training_builders(network, unit, conditions())("ours", False).call
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         losses = [float(step(x)) for _ in range(4)]
@@ -141,20 +141,20 @@ def test_training_steps_train():
 
 @pytest.mark.parametrize("workload", TRAINED)
 def test_chains_and_blocks_in_training(timed, record, workload):
-    outcome = contests.Contests(conditions(), record).time(quick_unit(workload))
+    outcome = runner.Contests(conditions(), record).time(quick_unit(workload))
     assert not outcome.failures
     assert [r["provider"] for r in outcome.rows] == ["ours", "eager_channels_last"]
 
 
 def test_without_rates_there_is_no_floor(timed, record):
-    outcome = contests.Contests(conditions(rates=None), record).time(quick_unit("chain"))
+    outcome = runner.Contests(conditions(rates=None), record).time(quick_unit("chain"))
     assert len(outcome.rows) == 2 and not any("floor_ms" in r for r in outcome.rows)
 
 
 def test_what_cannot_run_here_is_no_failure(timed, record):
-    contestants = (("ours", False), ("cuda", False), ("tensorrt", True))
-    unit = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", contestants)
-    outcome = contests.Contests(conditions(), record).time(unit)
+    candidates = (("ours", False), ("cuda", False), ("tensorrt", True))
+    unit = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", candidates)
+    outcome = runner.Contests(conditions(), record).time(unit)
     assert [r["provider"] for r in outcome.rows] == ["ours"]
     assert not outcome.failures and [name.split(", ")[1][:8] for name in outcome.absent] == ["cuda", "tensorrt"]
 
@@ -231,20 +231,20 @@ def test_record_from_a_plain_checkout(tmp_path):
 def test_jax_computes_the_same(workload, stage, variant):
     pytest.importorskip("jax")
     unit = Unit(workload, Config(26, 4), stage, variant, 1, "float32", (("jax", False),))
-    found = jax_cases.time_unit(unit, conditions(), 300)  # raises where its error is beyond the bound
+    found = jax_case.time_unit(unit, conditions(), 300)  # raises where its error is beyond the bound
     results.validate({"environment": environment(), "rows": [found]})
 
 
 def test_jax_that_fails_is_told(monkeypatch, tmp_path):
     broken = tmp_path / "jax_peer.py"
     broken.write_text("raise SystemExit('no such device')")
-    monkeypatch.setattr(jax_cases, "PEER", broken)
+    monkeypatch.setattr(jax_case, "PEER", broken)
     unit = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", (("jax", False),))
     with pytest.raises(RuntimeError, match="no such device"):
-        jax_cases.time_unit(unit, conditions(), 60)
+        jax_case.time_unit(unit, conditions(), 60)
     broken.write_text("import time; time.sleep(60)")
     with pytest.raises(RuntimeError, match="longer than"):
-        jax_cases.time_unit(unit, conditions(), 0.2)
+        jax_case.time_unit(unit, conditions(), 0.2)
     broken.write_text("import json; print(json.dumps({'error': 0.5}))")
     with pytest.raises(RuntimeError, match="relative error is 0.5"):
-        jax_cases.time_unit(unit, conditions(), 60)
+        jax_case.time_unit(unit, conditions(), 60)

@@ -9,22 +9,23 @@ import pytest
 import torch
 from record_cases import ROOT, conditions, quick_unit, run_child, script
 
-from res2net_fused.bench import contestants, contests, measure, results, supervise, training, turns
+from res2net_fused.bench import candidates, results, runner, supervise, timing, training, turns
 from res2net_fused.bench.schedule import Unit
-from res2net_fused.bench.workloads import Config
+from res2net_fused.testing.cases import Config
+from res2net_fused.testing.cuda_errors import poisons_context
 
 # What is wrong is not timed -------------------------------------------------------------------------------------------
 
 
 def wrong(monkeypatch, backend, factor=1.001):
     """What a backend of ours computes is off by a thousandth."""
-    right = contestants.fused
+    right = candidates.fused
 
     def planted(module, name):
         model = right(module, name)
         return model if name != backend else lambda x: model(x) * factor
 
-    monkeypatch.setattr(contestants, "fused", planted)
+    monkeypatch.setattr(candidates, "fused", planted)
 
 
 BACKENDS = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", tuple((n, False) for n in ("ours", "reference", "cpu")))
@@ -32,7 +33,7 @@ BACKENDS = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", tuple((n, Fal
 
 def test_a_miss_bars_its_backend_alone(timed, record, monkeypatch):
     wrong(monkeypatch, "cpu")
-    outcome = contests.Contests(conditions(), record).time(BACKENDS)
+    outcome = runner.Contests(conditions(), record).time(BACKENDS)
     assert timed == [{"reference"}]  # auto takes cpu
     assert set(outcome.failures) == {f"{BACKENDS}, ours", f"{BACKENDS}, cpu"} == set(record.failures)
     assert "relative error is 0.001; at most 5e-06" in outcome.failures[f"{BACKENDS}, cpu"]
@@ -40,19 +41,19 @@ def test_a_miss_bars_its_backend_alone(timed, record, monkeypatch):
 
 def test_a_backend_by_name_leaves_the_others_checked(timed, record, monkeypatch):
     wrong(monkeypatch, "cpu")
-    outcome = contests.Contests(conditions(backend="reference"), record).time(BACKENDS)
+    outcome = runner.Contests(conditions(backend="reference"), record).time(BACKENDS)
     assert timed == [{"ours", "reference"}] and set(outcome.failures) == {f"{BACKENDS}, cpu"}
 
 
 def test_a_peer_has_to_compute_the_same(timed, record, monkeypatch):
-    provider = contests.PROVIDERS["eager_channels_last"]
+    provider = runner.PROVIDERS["eager_channels_last"]
     planted = replace(provider, build=lambda module, _: lambda x: module(x) * 1.001)
-    monkeypatch.setitem(contests.PROVIDERS, "eager_channels_last", planted)
-    outcome = contests.Contests(conditions(), record).time(quick_unit("chain"))
+    monkeypatch.setitem(runner.PROVIDERS, "eager_channels_last", planted)
+    outcome = runner.Contests(conditions(), record).time(quick_unit("chain"))
     assert timed == [{"ours"}] and len(outcome.failures) == 1
 
 
-class Replay(measure.Contender):
+class Replay(timing.Contender):
     """A graph that holds nothing, or whose only result is that of its capture."""
 
     outputs_of: str
@@ -71,9 +72,9 @@ class Replay(measure.Contender):
 @pytest.mark.parametrize("outputs_of", ["nobody", "the capture"])
 def test_an_empty_graph_is_no_result(timed, record, monkeypatch, outputs_of):
     monkeypatch.setattr(Replay, "outputs_of", outputs_of, raising=False)
-    monkeypatch.setattr(contests, "GraphedContender", Replay)
+    monkeypatch.setattr(runner, "GraphedContender", Replay)
     unit = replace(quick_unit("chain"), contestants=(("ours", True), ("ours", False)))
-    outcome = contests.Contests(conditions(), record).time(unit)
+    outcome = runner.Contests(conditions(), record).time(unit)
     assert [r["graph"] for r in outcome.rows] == [False]
     assert "wrong 3 normal" in outcome.failures[f"{unit}, ours in a CUDA graph"]
 
@@ -81,7 +82,7 @@ def test_an_empty_graph_is_no_result(timed, record, monkeypatch, outputs_of):
 @pytest.mark.parametrize("image", [0, 21, 39])
 def test_all_images_of_a_batch_are_looked_at(timed, record, monkeypatch, image):
     """A batch as it is timed; one image that nobody wrote."""
-    right = contestants.fused
+    right = candidates.fused
 
     def planted(module, name):
         model, seen = right(module, name), []
@@ -95,15 +96,15 @@ def test_all_images_of_a_batch_are_looked_at(timed, record, monkeypatch, image):
 
         return call
 
-    monkeypatch.setattr(contestants, "fused", planted)
-    outcome = contests.Contests(conditions(), record).time(replace(quick_unit("chain"), stage=4, batch=40))
+    monkeypatch.setattr(candidates, "fused", planted)
+    outcome = runner.Contests(conditions(), record).time(replace(quick_unit("chain"), stage=4, batch=40))
     assert timed == [{"eager_channels_last"}] and "wrong" in next(iter(outcome.failures.values()))
 
 
 def test_a_wrong_compiled_network_is_noticed(timed, record, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **_: lambda x: network(x) * 1.001)
-    timer = contests.Contests(conditions(), record)
+    timer = runner.Contests(conditions(), record)
     monkeypatch.setattr(timer, "_compiles", lambda unit: True)
     outcome = timer.time(quick_unit("network"))
     assert compiled is not torch.compile and timed == [{"eager_channels_last"}]
@@ -111,8 +112,8 @@ def test_a_wrong_compiled_network_is_noticed(timed, record, monkeypatch):
 
 
 def test_a_network_whose_blocks_are_not_fused_is_not_timed(timed, record, monkeypatch):
-    monkeypatch.setattr(contestants, "accelerate", lambda network, _: network)
-    outcome = contests.Contests(conditions(), record).time(quick_unit("network"))
+    monkeypatch.setattr(candidates, "accelerate", lambda network, _: network)
+    outcome = runner.Contests(conditions(), record).time(quick_unit("network"))
     assert timed == [{"eager_channels_last"}] and "fused" in next(iter(outcome.failures.values()))
 
 
@@ -129,14 +130,14 @@ def test_training_is_checked_at_its_own_batch(timed, record, monkeypatch):
 
     monkeypatch.setattr(training.TrainingStep, "gradients", planted)
     unit = replace(quick_unit("train_chain"), batch=6)
-    outcome = contests.Contests(conditions(), record).time(unit)
+    outcome = runner.Contests(conditions(), record).time(unit)
     assert timed == [{"eager_channels_last"}] and "wrong 4 normal, gradients" in outcome.failures[f"{unit}, ours"]
     assert seen == {3, 6}  # float64 and eager's error are taken of the different ones
 
 
 def test_copies_of_images_train_as_a_whole_batch():
     """What the checks rest on: float64 of the few images is float64 of the batch."""
-    case = replace(contestants.case_of(quick_unit("train_chain"), conditions()), batch=8)
+    case = replace(candidates.case_of(quick_unit("train_chain"), conditions()), batch=8)
     (x,) = training.plain(case).inputs()
     copies = training.Copies(x, 8)
     assert copies.count == 2 and not torch.equal(copies.index, torch.arange(8) % 4)
@@ -153,7 +154,7 @@ def test_copies_of_images_train_as_a_whole_batch():
 
 def test_a_wrong_training_step_is_not_timed_under_its_own_name(timed, record, monkeypatch):
     """`cpu` asked for by name, where `ours` is right: its step does not move one layer's parameters."""
-    right = contestants.training_network
+    right = candidates.training_network
 
     def planted(network, name, backend):
         model = right(network, name, backend)
@@ -161,9 +162,9 @@ def test_a_wrong_training_step_is_not_timed_under_its_own_name(timed, record, mo
             model.get_parameter("layer1.0.conv1.weight").register_hook(lambda grad: 3 * grad)
         return model
 
-    monkeypatch.setattr(contestants, "training_network", planted)
+    monkeypatch.setattr(candidates, "training_network", planted)
     unit = replace(quick_unit("train_step"), contestants=(("ours", False), ("cpu", False)))
-    outcome = contests.Contests(conditions(), record).time(unit)
+    outcome = runner.Contests(conditions(), record).time(unit)
     assert [r["provider"] for r in outcome.rows if r["config"] != "resnet50"] == ["ours"]
     assert "wrong gradients" in outcome.failures[f"{unit}, cpu"]
 
@@ -180,7 +181,7 @@ FAULTS = {
 
 def plant(monkeypatch, error, after):
     """Ours of the first unit raises at this call."""
-    right = contestants.fused
+    right = candidates.fused
 
     def planted(module, name):
         model, calls = right(module, name), []
@@ -193,7 +194,7 @@ def plant(monkeypatch, error, after):
 
         return call
 
-    monkeypatch.setattr(contestants, "fused", planted)
+    monkeypatch.setattr(candidates, "fused", planted)
 
 
 # The first call warms up, then each of 4 inputs is checked and the first again, from poisoned memory; the last ones are timed.
@@ -201,7 +202,7 @@ def plant(monkeypatch, error, after):
 def test_a_fault_is_a_recorded_failure(tmp_path, timed, monkeypatch, fault, after):
     error, path = FAULTS[fault], tmp_path / "record.json"
     plant(monkeypatch, error, after)
-    lost = supervise.poisons_context(error)
+    lost = poisons_context(error)
     assert run_child(path, "--part", "chain") == (supervise.AGAIN if lost else 0)
     if lost:  # nothing else of this process counts
         assert len(results.read(path)["rows"]) == 0
@@ -220,8 +221,8 @@ def test_what_all_contestants_share_fails_for_all(tmp_path, timed, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return own(shape, *_)
 
-    own = contests.random_tensors
-    monkeypatch.setattr(contests, "random_tensors", inputs)
+    own = runner.random_tensors
+    monkeypatch.setattr(runner, "random_tensors", inputs)
     assert run_child(tmp_path / "record.json", "--part", "chain") == 0
     data = results.read(tmp_path / "record.json")
     assert {r["stage"] for r in data["rows"]} == {4} and len(data["environment"]["failures"]) == 2
@@ -239,8 +240,8 @@ PLANTED = """
 import os, signal, sys, time
 if "--child" in sys.orig_argv:
     import torch
-    from res2net_fused.bench import contestants, contests
-    right = contestants.case_builders
+    from res2net_fused.bench import candidates, runner
+    right = candidates.case_builders
 
     def planted(case, module, conditions):
         build = right(case, module, conditions)
@@ -256,11 +257,11 @@ if "--child" in sys.orig_argv:
                 time.sleep(600)
             if where == ("block", 4, "normal"):
                 raise RuntimeError("CUDA error: unspecified launch failure")
-            return contestants.Model(lambda x: model.call(x) * 1.001, model.facts)
+            return candidates.Model(lambda x: model.call(x) * 1.001, model.facts)
 
         return at
 
-    contests.case_builders = planted
+    runner.case_builders = planted
 """
 
 
@@ -288,7 +289,7 @@ def test_whoever_is_timed_is_marked(record):
     """Each of them, in every round; and nobody behind them."""
     seen = []
 
-    class Contender(measure.Contender):
+    class Contender(timing.Contender):
         def run(self):
             seen.append((self.model(None), record.running))
 

@@ -5,7 +5,8 @@ import torch
 from helpers import CHAINS, Chain, assert_close, chains, randomize
 from torch import nn
 
-from res2net_fused.reference import ReferenceBottle2neck, hierarchical_conv2d
+from res2net_fused.chain.reference import hierarchical_conv2d
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 
 def convolve(x, weight, bias, stride, dilation, groups):

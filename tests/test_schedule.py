@@ -4,9 +4,9 @@ import pytest
 import torch
 from record_cases import conditions
 
-from res2net_fused.bench import contestants, results, roofline, schedule
+from res2net_fused.bench import candidates, results, roofline, schedule
 from res2net_fused.bench.schedule import Budget
-from res2net_fused.bench.workloads import STAGES, Case, Config
+from res2net_fused.testing.cases import STAGES, Case, Config
 
 # Order and time -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ def test_floor_is_the_larger_of_moving_and_multiplying():
 
 
 def test_network_is_stem_blocks_and_head():
-    network = contestants.build_network(Config(26, 4), "float32", conditions())
+    network = candidates.build_network(Config(26, 4), "float32", conditions())
     parts = roofline.least_work_of_network(network, (2, 3, 64, 64), "float32")
     assert len(parts) == 1 + 4 + 1
     whole = roofline.least_work(network, (2, 3, 64, 64), "float32")

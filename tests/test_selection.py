@@ -9,7 +9,8 @@ from helpers import CHAINS
 
 from res2net_fused import hierarchical_conv2d
 from res2net_fused.backends import selection
-from res2net_fused.chain import ChainConfig, ChainProblem
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
 
 VARIABLE = "RES2NET_FUSED_BACKEND"
 # float64 on the CPU: only the reference runs it, on every machine

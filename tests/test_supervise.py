@@ -11,7 +11,8 @@ import torch
 
 from res2net_fused.bench import results, supervise
 from res2net_fused.bench.record_file import Record
-from res2net_fused.bench.supervise import Mark, poisons_context
+from res2net_fused.bench.supervise import Mark
+from res2net_fused.testing.cuda_errors import poisons_context
 
 # Runs contenders by name until something happens to it; argv: the record, seconds for each, names.
 CHILD = """

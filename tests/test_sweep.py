@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from res2net_fused import cli
-from res2net_fused.backends import aten
-from res2net_fused.bench import contestants, contests, providers, results, supervise, sweep, workloads
+from res2net_fused.backends import reference as aten
+from res2net_fused.bench import candidates, providers, results, runner, supervise
+from res2net_fused.bench import run as sweep
 from res2net_fused.bench.supervise import AGAIN
+from res2net_fused.testing import cases
 
 SPEED_UP = re.compile(r"\d\.\d\dx")
 FILE = "bench-cpu.json"
@@ -20,7 +22,7 @@ FILE = "bench-cpu.json"
 @pytest.fixture
 def bench(monkeypatch, tmp_path, capsys):
     """Runs bench on the chain and the block of 14w8s at stage 4; exit status, what it printed, and the file."""
-    monkeypatch.setattr(workloads, "STAGES", (4,))
+    monkeypatch.setattr(cases, "STAGES", (4,))
     monkeypatch.setattr(sweep, "_draw", lambda data, path: None)
     before = torch.get_num_threads()
 
@@ -36,13 +38,13 @@ def bench(monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def timed(monkeypatch):
     """The units that were timed."""
-    seen, time = [], contests.Contests.time
+    seen, time = [], runner.Contests.time
 
     def noted(self, unit):
         seen.append(str(unit))
         return time(self, unit)
 
-    monkeypatch.setattr(contests.Contests, "time", noted)
+    monkeypatch.setattr(runner.Contests, "time", noted)
     return seen
 
 
@@ -125,13 +127,13 @@ def test_a_peer_that_computes_something_else_is_not_timed(bench, monkeypatch):
 
 def test_memory_that_nobody_wrote_is_not_timed(bench, monkeypatch):
     """As of a kernel that is not launched: what lies there may be what the last call left."""
-    own = contestants.fused
+    own = candidates.fused
 
     def fused(module, backend):
         model = own(module, backend)
         return lambda x: (model(x), torch.empty_like(x))[1]
 
-    monkeypatch.setattr(contestants, "fused", fused)
+    monkeypatch.setattr(candidates, "fused", fused)
     _, _, data = bench()
     assert not {("chain", "ours"), ("block", "ours")} & cells(data) and len(data["environment"]["failures"]) == 2
 
@@ -147,7 +149,7 @@ def test_a_backend_that_can_run_nothing_is_refused_before(bench, timed, tmp_path
 
 def test_the_file_grows_case_by_case(bench, monkeypatch, tmp_path):
     """The call that is interrupted in its second case leaves the first one's rows, and the next call adds the others."""
-    time, calls = contests.Contests.time, []
+    time, calls = runner.Contests.time, []
 
     def interrupted(self, unit):
         calls.append(str(unit))
@@ -155,7 +157,7 @@ def test_the_file_grows_case_by_case(bench, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return time(self, unit)
 
-    monkeypatch.setattr(contests.Contests, "time", interrupted)
+    monkeypatch.setattr(runner.Contests, "time", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench()
     first = results.read(tmp_path / FILE)

@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from res2net_fused.bench.workloads import Config, cases
-from res2net_fused.kernels import tile_table
-from res2net_fused.kernels.step_plan import default_tile, plan_steps, step_shape
-from res2net_fused.kernels.tile_table import Row, Shape, Tile, lookup, merge, read, write
+from res2net_fused.backends.triton import tiles as tile_table
+from res2net_fused.backends.triton.step_plan import default_tile, plan_steps, step_shape
+from res2net_fused.backends.triton.tiles import Row, Shape, Tile, lookup, merge, read, write
+from res2net_fused.testing.cases import Config, cases
 
 SHAPE = Shape("step", (9, 0), "half", 26, 26, 32 * 56 * 56)
 TILE = Tile(64, 32, 32, 4, 3)

@@ -10,11 +10,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training_cases import training_case
 
-from res2net_fused import Bottle2neck, accelerate, explain, reference, trained_block
-from res2net_fused.chain import ChainProblem
-from res2net_fused.fused_block import STATE
-from res2net_fused.reference import ReferenceBottle2neck
-from res2net_fused.training import saved_bytes
+from res2net_fused import Bottle2neck, accelerate, explain
+from res2net_fused.backends import policy
+from res2net_fused.chain import reference
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
+from res2net_fused.patching.explain import saved_bytes
 
 devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -319,7 +321,7 @@ def test_sync_batch_norm_of_one_process_is_fused():
 
 
 def test_auto_trains_fused_only_where_that_is_faster(training_pays, monkeypatch):
-    monkeypatch.setattr(trained_block, "training_pays", training_pays)
+    monkeypatch.setattr(policy, "training_pays", training_pays)
     small = torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last)
     large = torch.randn(8, 128, 28, 28).contiguous(memory_format=torch.channels_last)
     for x, backend, recompute, fused in (
@@ -336,7 +338,7 @@ def test_auto_trains_fused_only_where_that_is_faster(training_pays, monkeypatch)
 
 @pytest.mark.parametrize("backend,calls", [("auto", 0), ("reference", 1)])
 def test_compilers_get_the_own_forward_unless_asked(backend, calls, training_pays, monkeypatch):
-    monkeypatch.setattr(trained_block, "training_pays", training_pays)
+    monkeypatch.setattr(policy, "training_pays", training_pays)
     x = torch.randn(1, 128, 28, 28).contiguous(memory_format=torch.channels_last)
     graphs = []
 

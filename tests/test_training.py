@@ -6,10 +6,13 @@ from helpers import BOUNDS, CHAINS, DEVICES, HALVES, Chain, assert_close, chains
 from torch.utils.flop_counter import FlopCounterMode
 from training_cases import training_case
 
-from res2net_fused.backends import native_cpu
+from res2net_fused.backends import cpu as cpu_backend
+from res2net_fused.backends.base import BACKENDS
 from res2net_fused.backends.selection import choose_for_training
-from res2net_fused.chain import BACKENDS, ChainConfig, ChainProblem, memory_format
-from res2net_fused.training_operator import hierarchical_conv_bn
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.memory_format import memory_format
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.ops.hierarchical_conv_bn import hierarchical_conv_bn
 
 devices = pytest.mark.parametrize("device", DEVICES)
 recomputing = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -96,11 +99,11 @@ def test_widths_that_the_kernels_take(width, settings, layout, device):
 
 @pytest.mark.skipif("cpu" not in training_backends("cpu"), reason="the native CPU kernels are not built")
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("isa", native_cpu.available_instruction_sets())
+@pytest.mark.parametrize("isa", cpu_backend.settings.available_instruction_sets())
 @pytest.mark.parametrize("width", [1, 5, 8, 13, 16, 26, 40])
 @pytest.mark.parametrize("activation", ["relu", "none", "hardtanh20"])
 def test_native_passes_of_every_instruction_set(width, isa, activation, monkeypatch):
-    monkeypatch.setenv(native_cpu.ISA_VARIABLE, isa)
+    monkeypatch.setenv(cpu_backend.settings.ISA_VARIABLE, isa)
     settings = {"activation": activation, "passthrough": "none"}
     case = training_case(Chain(settings, 2, width), (2, 7, 9), torch.float32)
     case.x = case.x.contiguous(memory_format=torch.channels_last)

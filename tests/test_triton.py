@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused.backends import native_cuda, triton_backend, triton_chain1d, triton_settings
-from res2net_fused.chain import ChainConfig, ChainProblem
-from res2net_fused.chain1d import Chain1dConfig, Chain1dProblem
-from res2net_fused.kernels.step_plan import CHUNK_BYTES, default_tile, multiprocessors, plan_steps
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.backends.cuda import chain as cuda_chain
+from res2net_fused.backends.triton import availability, chain1d
+from res2net_fused.backends.triton.step_plan import CHUNK_BYTES, default_tile, multiprocessors, plan_steps
+from res2net_fused.chain.config import Chain1dConfig, ChainConfig
+from res2net_fused.chain.problem import Chain1dProblem, ChainProblem
 
 HERE = Path(__file__).parent
 SM90 = (9, 0)
@@ -49,29 +51,29 @@ def test_interpreter_suite() -> None:
 
 @pytest.fixture
 def fresh_import_of_triton():
-    triton_backend._missing.cache_clear()
+    triton_backend.availability.why_not_installed.cache_clear()
     yield
-    triton_backend._missing.cache_clear()
+    triton_backend.availability.why_not_installed.cache_clear()
 
 
 def test_reason_without_triton(monkeypatch, fresh_import_of_triton) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "Triton cannot be imported" in triton_backend.why_not(problem())
+    assert "Triton cannot be imported" in triton_backend.chain.why_not(problem())
 
 
 def test_reason_with_an_old_triton(monkeypatch, fresh_import_of_triton) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert "3.5.1; at least 3.6" in triton_backend.why_not(problem())
+    assert "3.5.1; at least 3.6" in triton_backend.chain.why_not(problem())
 
 
 def test_backend_imports_without_triton() -> None:
     code = (
         "import sys\n"
         "sys.modules['triton'] = None\n"
-        "from res2net_fused.backends import triton_backend\n"
-        "from res2net_fused.kernels import step_plan\n"
-        "assert 'cannot be imported' in triton_backend.why_not(None)\n"
+        "from res2net_fused.backends.triton import chain\n"
+        "from res2net_fused.backends.triton import step_plan\n"
+        "assert 'cannot be imported' in chain.why_not(None)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
 
@@ -92,8 +94,8 @@ def test_backend_imports_without_triton() -> None:
 )
 def test_reasons(monkeypatch, changes, capability, reason) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(triton_backend, "capability", lambda device: capability)
-    why = triton_backend.why_not(problem(**changes))
+    monkeypatch.setattr(triton_backend.availability, "capability", lambda device: capability)
+    why = triton_backend.chain.why_not(problem(**changes))
     assert why is None if reason is None else reason in why
 
 
@@ -108,16 +110,16 @@ def test_reasons(monkeypatch, changes, capability, reason) -> None:
 )
 def test_reasons_along_rows(monkeypatch, changes, reason) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(triton_backend, "capability", lambda device: SM90)
+    monkeypatch.setattr(triton_backend.availability, "capability", lambda device: SM90)
     fields = {"config": Chain1dConfig(dilation=2), "device": torch.device("cuda", 0), "dtype": torch.float16, "batch": 3}
     rows = Chain1dProblem(**{**fields, "length": 200, "width": 64, "steps": 7, "kernel_size": 3, **changes})
-    why = triton_chain1d.why_not_1d(rows)
+    why = chain1d.why_not_1d(rows)
     assert why is None if reason is None else reason in why
 
 
 def test_a_launch_has_no_more_programs_than_a_grid_holds() -> None:
     pytest.importorskip("triton")
-    from res2net_fused.kernels.kernel_call import KernelCall
+    from res2net_fused.backends.triton.launch import KernelCall
 
     assert KernelCall(None, 2**31 - 1, {}, {}).programs == 2**31 - 1
     with pytest.raises(ValueError, match="2147483648 programs in one launch; at most 2147483647"):
@@ -127,7 +129,7 @@ def test_a_launch_has_no_more_programs_than_a_grid_holds() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
 def test_reason_on_the_cpu() -> None:
     pytest.importorskip("triton")
-    assert "TRITON_INTERPRET=1" in triton_backend.why_not(problem(device=torch.device("cpu")))
+    assert "TRITON_INTERPRET=1" in triton_backend.chain.why_not(problem(device=torch.device("cpu")))
 
 
 def test_tf32_follows_cudnn_convolutions() -> None:
@@ -136,7 +138,7 @@ def test_tf32_follows_cudnn_convolutions() -> None:
     try:
         for setting in ("ieee", "tf32"):
             conv.fp32_precision = setting
-            assert triton_settings.convolutions_use_tf32() == (setting == "tf32")
+            assert availability.convolutions_use_tf32() == (setting == "tf32")
     finally:
         conv.fp32_precision = before
 
@@ -145,7 +147,7 @@ def test_tf32_follows_the_old_flag_too() -> None:
     # A process of its own: once the new setting was written, PyTorch refuses to answer for the old one.
     code = (
         "import torch\n"
-        "from res2net_fused.backends.triton_settings import convolutions_use_tf32 as tf32\n"
+        "from res2net_fused.backends.triton.availability import convolutions_use_tf32 as tf32\n"
         "for flag in (False, True):\n"
         "    torch.backends.cudnn.allow_tf32 = flag\n"
         "    assert tf32() == flag\n"
@@ -157,17 +159,17 @@ def test_tf32_follows_the_old_flag_too() -> None:
 @pytest.mark.parametrize("override", ["0", "1", None])
 def test_tf32_is_forbidden_by_the_environment_and_never_forced(setting, override, monkeypatch) -> None:
     """As NVIDIA's libraries read the variable: every value but 0 is reserved and changes nothing."""
-    for module in (triton_settings, native_cuda):
+    for module in (availability, cuda_chain):
         monkeypatch.setattr(module, "convolution_precision", lambda: setting)
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     if override is not None:
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
     allowed = setting == "tf32" and override != "0"
     single = problem(dtype=torch.float32)
-    assert triton_settings.convolutions_use_tf32() == allowed
-    assert triton_settings.plan_for(single, SM90).precision == ("tf32" if allowed else "ieee")
-    assert triton_settings.plan_training_for(single, SM90).precision == ("tf32" if allowed else "ieee")
-    refusal = native_cuda.precision_refusal(single)
+    assert availability.convolutions_use_tf32() == allowed
+    assert availability.plan_for(single, SM90).precision == ("tf32" if allowed else "ieee")
+    assert availability.plan_training_for(single, SM90).precision == ("tf32" if allowed else "ieee")
+    refusal = cuda_chain.precision_refusal(single)
     if allowed:
         assert refusal is None
     else:

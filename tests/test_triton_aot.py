@@ -21,23 +21,20 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from res2net_fused.backends.triton_block import block_calls, slot_pitch  # noqa: E402
-from res2net_fused.chain import ChainConfig, ChainProblem  # noqa: E402
-from res2net_fused.chain1d import Chain1dConfig, Chain1dProblem  # noqa: E402
-from res2net_fused.kernels.chain_gradients import BatchNorms, ChainGradients  # noqa: E402
-from res2net_fused.kernels.conv1d_step import chain_calls_1d, conv1d_step  # noqa: E402
-from res2net_fused.kernels.conv3x3_step import chain_calls, conv3x3_step, interpreted  # noqa: E402
-from res2net_fused.kernels.gradient_step import gradient_step  # noqa: E402
-from res2net_fused.kernels.implicit_gemm import Slots, pack_weights  # noqa: E402
-from res2net_fused.kernels.kernel_call import KernelCall  # noqa: E402
-from res2net_fused.kernels.step_plan import (  # noqa: E402
-    dot_precision,
-    has_wide_products,
-    padded_lanes,
-    plan_steps,
-    plan_training,
+from res2net_fused.backends.triton.backward import BatchNorms, ChainGradients  # noqa: E402
+from res2net_fused.backends.triton.block import block_calls, slot_pitch  # noqa: E402
+from res2net_fused.backends.triton.kernels.common import Slots, pack_weights  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv1d_fwd import chain_calls_1d, conv1d_step  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_bn_fwd import train_calls, train_step  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_dgrad import gradient_step  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls, conv3x3_step, interpreted  # noqa: E402
+from res2net_fused.backends.triton.launch import KernelCall  # noqa: E402
+from res2net_fused.backends.triton.step_plan import dot_precision, has_wide_products, padded_lanes, plan_steps, plan_training  # noqa: E402
+from res2net_fused.chain.config import (  # noqa: E402
+    Chain1dConfig,  # noqa: E402
+    ChainConfig,  # noqa: E402
 )
-from res2net_fused.kernels.train_step import train_calls, train_step  # noqa: E402
+from res2net_fused.chain.problem import Chain1dProblem, ChainProblem  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -158,9 +155,7 @@ def calls_of_training(
     the backward with BatchNorm folded.
     """
     steps, device = shape.scale - 1, torch.device("cuda")
-    problem = ChainProblem(
-        shape.config, device, dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True
-    )
+    problem = ChainProblem(shape.config, device, dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True)
 
     def pixels(channels: int, height: int) -> torch.Tensor:
         data = torch.empty(batch, channels, height, height, dtype=dtype, device="meta")
@@ -195,9 +190,7 @@ def calls_of_rows(
     vectors = torch.empty(7, width, device="meta")
     rectified = [x[:, :width].contiguous()] * 7 if keep else []
     distinct = {}
-    for call in chain_calls_1d(
-        problem, x, x, weights, vectors, (vectors, vectors), rectified, dot_precision(dtype, tf32)
-    ):
+    for call in chain_calls_1d(problem, x, x, weights, vectors, (vectors, vectors), rectified, dot_precision(dtype, tf32)):
         distinct.setdefault(_key(call), call)
     return list(distinct.values())
 

@@ -9,13 +9,14 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from res2net_fused import cli, tuning
+from res2net_fused import cli
+from res2net_fused.backends.triton.launch import KernelCall
+from res2net_fused.backends.triton.tiles import DTYPE_CLASSES, Row, Shape, Tile, read, write
+from res2net_fused.bench import tune as tuning
 from res2net_fused.bench import turns
-from res2net_fused.bench.measure import Contender, Timing
-from res2net_fused.bench.workloads import DEFAULT_CONFIGS, Case, Config, cases
-from res2net_fused.kernels.kernel_call import KernelCall
-from res2net_fused.kernels.tile_table import DTYPE_CLASSES, Row, Shape, Tile, read, write
-from res2net_fused.parity import ParityReport, ParityRow
+from res2net_fused.bench.timing import Contender, Timing
+from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, Config, cases
+from res2net_fused.testing.parity import ParityReport, ParityRow
 
 pytestmark = pytest.mark.usefixtures("user_table")
 
@@ -130,7 +131,7 @@ def block():
 
 def quickest(job, but=()):
     tiles = [tile for tile in tuning.candidates(job) if tile not in but]
-    return min(tiles, key=lambda t: (t.block_m * t.block_n + t.block_k + t.warps + t.stages))
+    return min(tiles, key=lambda t: t.block_m * t.block_n + t.block_k + t.warps + t.stages)
 
 
 def test_the_fastest_tile_of_each_shape_is_kept_at_once(world, monkeypatch):

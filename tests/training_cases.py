@@ -8,8 +8,8 @@ import torch
 from helpers import Chain
 from torch import Tensor
 
-from res2net_fused import reference
-from res2net_fused.training_operator import TrainedChain, hierarchical_conv_bn
+from res2net_fused.chain import reference
+from res2net_fused.ops.hierarchical_conv_bn import ConvBnOutput, hierarchical_conv_bn
 
 
 @dataclass
@@ -32,15 +32,11 @@ class TrainingCase:
             tensor.requires_grad_()
         return self
 
-    def run(self, **keywords) -> TrainedChain:
-        return hierarchical_conv_bn(
-            self.x, self.weights, self.gammas, self.betas, self.eps, **self.chain.settings, **keywords
-        )
+    def run(self, **keywords) -> ConvBnOutput:
+        return hierarchical_conv_bn(self.x, self.weights, self.gammas, self.betas, self.eps, **self.chain.settings, **keywords)
 
     def reference(self) -> Tensor:
-        return reference.hierarchical_conv_bn(
-            self.x, self.weights, self.gammas, self.betas, self.eps, self.chain.config
-        )
+        return reference.hierarchical_conv_bn(self.x, self.weights, self.gammas, self.betas, self.eps, self.chain.config)
 
     def exact(self, out: Tensor, grad: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """out in float64, with every activation replaced by the mask that `out` shows, the z_i, and the gradients of

@@ -12,67 +12,19 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from ..chain import BACKENDS, ChainConfig, ChainProblem
+from ..chain.problem import ChainProblem
+from .base import BACKENDS, Backend
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
+
 FIRST_CHOICE = "first choice on this device"  # as a reason
+
 AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-_MODULES = {"reference": "aten", "triton": "triton_backend", "cpu": "native_cpu", "cuda": "native_cuda"}
-# Backends whose kernels no committed record has measured on a GPU, and what `explain` says of them; empty once one has.
-EXPERIMENTAL = dict.fromkeys(("cuda", "triton"), "experimental: never measured on a GPU")
+
 _log = logging.getLogger("res2net_fused")
-
-
-class Backend(Protocol):
-    """What each module in this folder offers.
-
-    One may also offer `why_not_auto(problem) -> str | None`: why auto should rather take a later backend for a call that can
-    run here; if only the last one, the reference, is left, it runs here nevertheless.
-
-    One may offer `input_gradient(problem, dz, weight) -> Tensor | None`: du of one convolution, None where ATen is faster,
-    and `convolution(problem, u, weight) -> Tensor | None`: z of one convolution without bias or activation.
-
-    One with a backward of the whole chain without batch statistics offers `chain_backward`, as in `triton_training.py`, and
-    `runs_chain_backward(problem, by_name) -> bool`: whether that takes a call that it can train; by_name: it was asked for.
-
-    One that runs the chain with BatchNorm in training mode is a `TrainingBackend`. Where it has more than the convolutions it
-    offers `train_forward` and maybe `train_backward`, as in `native_cpu_training.py`; with `SYNCHRONISES = True` these take
-    `group`, the processes over which statistics are taken, else ATen's passes run in their place.
-    """
-
-    def why_not(self, problem: ChainProblem) -> str | None:
-        """None where the call can run, else the reason: first of the machine, then of the problem."""
-
-    def forward(
-        self,
-        problem: ChainProblem,
-        x: Tensor,  # (N, s*w, H, W), any strides
-        weights: Sequence[Tensor],  # each (w, w/groups, 3, 3)
-        biases: Sequence[Tensor] | None,  # each (w,), the weights' dtype or fp32
-        packed: Sequence[Tensor] | None,  # what `pack` returned for these weights, or None
-    ) -> Tensor:
-        """A new tensor (N, s*w, H/stride, W/stride) in the memory format that `chain.memory_format(x)` names."""
-
-    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
-        """The weights in this backend's own layout; empty where it reads them as they are."""
-
-    def plan(self, problem: ChainProblem) -> str:
-        """One line for `explain`: how this call would run."""
-
-
-class TrainingBackend(Backend, Protocol):
-    """One that runs the chain with BatchNorm in training mode."""
-
-    def why_not_training(self, problem: ChainProblem) -> str | None:
-        """As `why_not`."""
-
-    def plan_training(self, problem: ChainProblem) -> str:
-        """A few words for `explain`."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +43,9 @@ class Choice:
 
 
 @functools.cache
-def get_backend(name: str) -> Any:
-    """A module that is a `Backend`; untyped, for what it may offer besides differs."""
-    return importlib.import_module(f"{__package__}.{_MODULES[name]}")
+def get_backend(name: str) -> Backend:
+    """The backend of this name, whose folder or file is imported when it is first needed."""
+    return importlib.import_module(f"{__package__}.{name}").BACKEND
 
 
 def requested(backend: str) -> tuple[str, str]:
@@ -107,15 +59,18 @@ def requested(backend: str) -> tuple[str, str]:
     return name, "auto" if name == "auto" else source
 
 
+def is_auto(backend: str) -> bool:
+    """Whether nobody asks for a backend; while a graph is traced the environment is not looked at."""
+    return backend == "auto" if torch.compiler.is_compiling() else requested(backend)[0] == "auto"
+
+
 def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
     """As `choose`, of the backends that run BatchNorm in training mode."""
     name, source = requested(backend)
     order = AUTO_ORDER.get(problem.device.type, ("reference",)) if name == "auto" else (name,)
     rejected: list[tuple[str, str]] = []
     for candidate in order:
-        module = get_backend(candidate)
-        trains = getattr(module, "why_not_training", None)
-        why = "it has no kernels for BatchNorm in training mode" if trains is None else trains(problem)
+        why = get_backend(candidate).why_not_training(problem)
         if why is None:
             _warn_of_reference(candidate, problem, rejected)
             return Choice(candidate, tuple(rejected), source)
@@ -125,15 +80,15 @@ def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
     raise RuntimeError(f"no backend can train {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
 
 
-def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Any:
-    """The backend whose own `chain_backward` runs the backward of a chain without batch statistics; None for `backward.py`."""
+def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
+    """The backend whose own `chain_backward` runs a chain without batch statistics; None for `chain.backward`."""
     name, _ = requested(backend)
     by_name = name != "auto"
     for candidate in (name,) if by_name else AUTO_ORDER.get(problem.device.type, ()):
-        module = get_backend(candidate)
-        offered = hasattr(module, "chain_backward") and module.runs_chain_backward(problem, by_name)
-        if offered and problem.batch > 0 and module.why_not_training(problem) is None:
-            return module
+        found = get_backend(candidate)
+        offered = problem.batch > 0 and found.runs_chain_backward(problem, by_name)
+        if offered and found.why_not_training(problem) is None:
+            return found
     return None
 
 
@@ -155,12 +110,12 @@ def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") 
     if layout in order[:-1] and get_backend(layout).why_not(problem) is None:
         return Choice(layout, (("others", "the weights are packed for this one"),))
     for candidate in order:
-        module = get_backend(candidate)
-        why = module.why_not(problem)
+        found = get_backend(candidate)
+        why = found.why_not(problem)
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
-        if why is None and hasattr(module, "why_not_auto"):
-            why = module.why_not_auto(problem)
+        if why is None:
+            why = found.why_not_auto(problem)
             postponed = None if why is None else candidate
         if why is None:
             _warn_of_reference(candidate, problem, rejected)

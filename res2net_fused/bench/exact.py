@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..explain import explain
-from ..parity import ParityRow, poisoned_allocations, relative_error
+from ..patching.explain import explain
+from ..testing.parity import ParityRow, poisoned_allocations, relative_error
 from . import runtimes
-from .contestants import Model, is_ours
-from .measure import Contender
+from .candidates import Model, is_ours
 from .schedule import Unit
+from .timing import Contender
 from .training import worst
 from .turns import Wrong
 

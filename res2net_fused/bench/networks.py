@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..accelerate import accelerate
+from .._tables import format_table
 from ..backends.selection import choose
-from ..explain import explain
-from ..fused_block import STATE, FusedModule
-from ..layouts import parts_of
 from ..models.network import Network
 from ..models.registry import CONFIGURATIONS, create_model, model_name
-from ..parity import ParityReport, check_network, convolution_precision
-from ..reference import ReferenceBottle2neck
-from ..tables import format_table
+from ..modules.block_parts import parts_of
+from ..modules.block_state import STATE, FusedModule
+from ..modules.reference_blocks import ReferenceBottle2neck
+from ..patching.accelerate import accelerate
+from ..patching.explain import explain
+from ..testing.cases import TORCH_DTYPES, channels_last
+from ..testing.parity import ParityReport, check_network, convolution_precision
 from . import runtimes
-from .photographs import calibrate, photographs
 from .providers import OURS, PYTORCH, label
+from .sample_images import calibrate, photographs
 from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
-from .workloads import TORCH_DTYPES, channels_last
 
 DEFAULT_MODELS = tuple(network_name(config) for config in (*FIGURE_CONFIGS, YARDSTICK))
 RUNTIMES = (*runtimes.RUNTIMES, runtimes.TENSORRT)  # that are no mode of PyTorch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .._tables import format_table
 from ..backends.selection import FIRST_CHOICE
-from ..tables import format_table
 from .networks import network_ratios, ratio_table
 from .providers import OURS, PROVIDERS, label
 from .record_file import Row

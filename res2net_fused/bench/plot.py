@@ -8,9 +8,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from ..testing.cases import SIZES, Config
 from . import results
 from .providers import label
-from .workloads import SIZES, Config
 
 _PANEL = (3.4, 2.9)  # inches
 _LEGEND_ENTRY = (2.1, 0.22)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..kernels.compile_progress import compile_progress
+from ..backends.triton.compile_progress import compile_progress
 
 _SILENCE_S = 30.0  # after which a line says what is going on
 

@@ -11,10 +11,10 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
-from ..accelerate import freeze
+from ..patching.accelerate import freeze
+from ..testing.cases import channels_last, fused
 from . import runtimes
-from .measure import Contender, GraphedContender
-from .workloads import channels_last, fused
+from .timing import Contender, GraphedContender
 
 Model = Callable[[Tensor], Tensor]
 
@@ -73,9 +73,7 @@ PROVIDERS = {
     "eager": Provider(lambda module, _: module, channels_last=False, forms=(False,)),
     "eager_channels_last": Provider(lambda module, _: channels_last(module)),
     "compile": Provider(lambda module, _: _compiled(channels_last(module)), slow_start=True),
-    "compile_freezing": Provider(
-        lambda module, _: _compiled_frozen(channels_last(module)), slow_start=True, forms=(True,)
-    ),
+    "compile_freezing": Provider(lambda module, _: _compiled_frozen(channels_last(module)), slow_start=True, forms=(True,)),
     # Captured as ours is: the CUDA graph that torch.compile makes copies every input first.
     "compile_max_autotune": Provider(
         lambda module, _: _compiled(channels_last(module), mode="max-autotune-no-cudagraphs"),
@@ -144,9 +142,7 @@ def label(row: Mapping[str, Any]) -> str:
     return name + ("*" if row.get("graph") and not name.endswith("_graph") else "")
 
 
-def contender(
-    name: str, module: nn.Module, inputs: Sequence[Tensor], backend: str = "auto", graph: bool = False
-) -> Contender:
+def contender(name: str, module: nn.Module, inputs: Sequence[Tensor], backend: str = "auto", graph: bool = False) -> Contender:
     """The provider ready to be timed on a module in eval mode; neither the module nor the inputs are changed."""
     provider = PROVIDERS[name]
     layout = torch.channels_last if provider.channels_last else torch.contiguous_format

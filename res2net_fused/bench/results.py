@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import native
+from .._native import library
 
 WORKLOADS = ("chain", "block", "network", "train_chain", "train_block", "train_step")
 PROVIDERS = (
@@ -84,7 +84,7 @@ def source_commit() -> str:
     commit = ""
     if git("rev-parse", "--show-toplevel") == str(root):  # an installed package may lie inside another repository
         commit = git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return commit or native.build_information().get("commit") or "unknown"
+    return commit or library.build_information().get("commit") or "unknown"
 
 
 def write(path: Path, environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:

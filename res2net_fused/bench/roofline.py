@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.network import Network
-from .measure import Contender, measure
-from .workloads import TORCH_DTYPES
+from ..testing.cases import TORCH_DTYPES
+from .timing import Contender, measure
 
 _CPU_ROTATED = 4  # inputs on a CPU, whose caches PyTorch does not tell
 

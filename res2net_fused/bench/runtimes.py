@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.triton_settings import convolutions_use_tf32
-from ..parity import relative_error
+from ..backends.triton.availability import convolutions_use_tf32
+from ..testing.parity import relative_error
 
 Call = Callable[[Tensor], Tensor]
 TENSORRT = "tensorrt"  # its name among the providers

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .workloads import STAGES, TRAINED, VARIANTS, Config
+from ..testing.cases import STAGES, TRAINED, VARIANTS, Config
 
 PARTS = ("chain", "block", "network", "train_step")
 YARDSTICK = Config(64, 1)  # the ResNet-50 of the same FLOPs

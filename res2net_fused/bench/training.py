@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..accelerate import accelerate
-from ..chain import BACKENDS
-from ..parity import ParityReport, ParityRow, relative_error
-from ..reference import ReferenceBottle2neck, hierarchical_chain
-from ..tolerances import FORWARD, network_bound
-from ..trained_block import trained_chain
+from ..backends.base import BACKENDS
+from ..chain.reference import hierarchical_chain
+from ..modules.reference_blocks import ReferenceBottle2neck
+from ..modules.training import trained_chain
+from ..patching.accelerate import accelerate
+from ..testing.cases import TORCH_DTYPES, TRAINED, Case, channels_last
+from ..testing.parity import ParityReport, ParityRow, relative_error
+from ..testing.tolerances import FORWARD, network_bound
 from .providers import OURS
 from .schedule import Unit
-from .workloads import TORCH_DTYPES, TRAINED, Case, channels_last
 
 LEARNING_RATE = 1e-3
 _DIFFERENT_IMAGES = 4  # at most, of those that are checked: float64 takes its time and its memory

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .measure import Contender, Name, Timing, measure
+from ..testing.cuda_errors import poisons_context
 from .record_file import Record, Row
-from .supervise import poisons_context
+from .timing import Contender, Name, Timing, measure
 
 
 class Absent(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accelerate import Model
+from ..patching.accelerate import Model
 
 _NESTS = ("state_dict", "model", "model_state", "model_state_dict")  # where training scripts keep a model's state_dict
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile

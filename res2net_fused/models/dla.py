@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..bottle2neck import DlaBottle2neck
+from ..modules.bottle2neck import DlaBottle2neck
 from .layers import drop_paths
 from .network import Network, stage_geometry
 from .res2net import projection

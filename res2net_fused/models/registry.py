@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..accelerate import accelerate
-from ..bottle2neck import Bottle2neck, DlaBottle2neck
-from ..reference import ReferenceBottle2neck, ReferenceDlaBottle2neck
+from ..modules.bottle2neck import Bottle2neck, DlaBottle2neck
+from ..modules.reference_blocks import ReferenceBottle2neck, ReferenceDlaBottle2neck
+from ..patching.accelerate import accelerate
 from .dla import DEPTHS_60, Dla
 from .layers import SqueezeExcite
 from .network import Network

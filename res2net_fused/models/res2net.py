@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bottle2neck import Bottle2neck
+from ..modules.bottle2neck import Bottle2neck
 from .layers import drop_paths
 from .network import Network, stage_geometry
 

@@ -29,18 +29,18 @@ def pytest_collection_modifyitems(items):
 
 def why_not_triton():
     """Why no Triton kernel can be launched here, or None."""
-    from res2net_fused.backends import triton_backend
+    from res2net_fused.backends import triton as triton_backend
 
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
-    return triton_backend.why_not_device(torch.device("cuda"), torch.bfloat16)
+    return triton_backend.availability.why_not_device(torch.device("cuda"), torch.bfloat16)
 
 
 def kernels_of(items, capability):
     """Every kernel once that these tests launch."""
     from gpu_cases import distinct
 
-    from res2net_fused.parity import convolution_precision
+    from res2net_fused.testing.parity import convolution_precision
 
     asked = {}
     for item in items:

@@ -18,12 +18,13 @@ from test_emulated_cluster import SHARED, SHARED_SETTINGS
 from test_emulated_wgmma import CUTS
 from test_emulated_wgmma import SETTINGS as WGMMA_SETTINGS
 
-from res2net_fused.backends import native_cuda
-from res2net_fused.bench.workloads import TORCH_DTYPES, TRAINED, VARIANTS, Case, Config, cases
-from res2net_fused.chain import ChainProblem
-from res2net_fused.cuda_kernels import PUBLISHED as PUBLISHED_CONFIGS
-from res2net_fused.native import DeviceLimits
-from res2net_fused.parity import convolution_precision
+from res2net_fused._native.library import DeviceLimits
+from res2net_fused.backends.cuda import packing as cuda_packing
+from res2net_fused.backends.cuda import plan as launch_plan
+from res2net_fused.backends.cuda.kernel_report import PUBLISHED as PUBLISHED_CONFIGS
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.cases import TORCH_DTYPES, TRAINED, VARIANTS, Case, Config, cases
+from res2net_fused.testing.parity import convolution_precision
 
 # A stand-in card computes on the CPU, and of `launch="reference"` no kernel: PyTorch answers whole calls.
 STAND_IN = os.environ.get("STAND_IN_CARD", "")
@@ -69,17 +70,17 @@ def problem_of(case: Chain) -> ChainProblem:
     return ChainProblem(case.config, device, case.dtype, case.images, case.height, case.columns, case.width, case.steps, True)
 
 
-def launch_of(case: Chain, limits: DeviceLimits) -> native_cuda.Plan:
+def launch_of(case: Chain, limits: DeviceLimits) -> launch_plan.Plan:
     """How the call is launched on a device with these limits. ValueError, with the reason, where it cannot be."""
     if not case.tile:
-        return native_cuda.plan_chain(problem_of(case), limits)
+        return launch_plan.plan_chain(problem_of(case), limits)
     if case.wgmma and not limits.wgmma:
         raise ValueError("the device has no wgmma")
     sends = case.clusters and case.steps > 1 and case.config.hierarchical
     if sends and (limits.capability_major < 9 or limits.code < 90):
         raise ValueError("the device has no thread-block clusters")
     # What is not cut by hand is the plan for such a device without clusters and wgmma.
-    plan = native_cuda.plan_chain(problem_of(case), limits._replace(capability_major=8, capability_minor=0, wgmma=0))
+    plan = launch_plan.plan_chain(problem_of(case), limits._replace(capability_major=8, capability_minor=0, wgmma=0))
     if "instance" not in case.tile:
         plan = plan._replace(instance=strip_instance(case))
     plan = plan._replace(**{"row_parts": 1, "channel_parts": 1, "warps_k": 1} | case.tile)
@@ -88,9 +89,9 @@ def launch_of(case: Chain, limits: DeviceLimits) -> native_cuda.Plan:
 
 def strip_instance(case: Chain) -> int:
     """The strip kernel's instance of this width, as csrc/plan/chain_plan.cpp chooses it."""
-    depths = -(-case.width // native_cuda.depth_channels(case.dtype))
-    columns = native_cuda.packed_columns(case.width, case.dtype)
-    kinds = native_cuda._INSTANCE_DEPTHS_COLUMNS
+    depths = -(-case.width // cuda_packing.depth_channels(case.dtype))
+    columns = cuda_packing.packed_columns(case.width, case.dtype)
+    kinds = cuda_packing._INSTANCE_DEPTHS_COLUMNS
     fixed = [i for i, (d, c) in enumerate(kinds) if d == depths and c == columns and case.dtype != torch.float32]
     return fixed[0] if fixed else max((c, i) for i, (d, c) in enumerate(kinds) if d == 0 and columns % c == 0)[1]
 
@@ -171,7 +172,7 @@ def distinct(calls: Iterable[object]) -> list[object]:
 @contextlib.contextmanager
 def recorded() -> Iterator[list[object]]:
     """A list that grows with every launch of a Triton kernel, none of which is made."""
-    from res2net_fused.kernels.kernel_call import KernelCall
+    from res2net_fused.backends.triton.launch import KernelCall
 
     calls: list[object] = []
     own, KernelCall.launch = KernelCall.launch, lambda call: calls.append(call)  # type: ignore[method-assign]

@@ -20,10 +20,13 @@ from gpu_cases import (
 from helpers import assert_close
 from test_emulated_chain import HALVES, SETTINGS, SINGLES
 
-from res2net_fused import hierarchical_conv2d, reference
-from res2net_fused.backends import native_cuda
-from res2net_fused.parity import convolution_precision
-from res2net_fused.tolerances import FORWARD
+from res2net_fused import hierarchical_conv2d
+from res2net_fused.backends.cuda import chain as cuda_chain
+from res2net_fused.backends.cuda import packing as cuda_packing
+from res2net_fused.backends.cuda import plan as launch_plan
+from res2net_fused.chain import reference
+from res2net_fused.testing.parity import convolution_precision
+from res2net_fused.testing.tolerances import FORWARD
 
 CHECKED = 3  # images of a large batch that are compared with float64: the first, one in the middle and the last
 
@@ -31,7 +34,7 @@ CHECKED = 3  # images of a large batch that are compared with float64: the first
 @pytest.fixture(autouse=True)
 def usable():
     problem = problem_of(PUBLISHED[0])
-    why = native_cuda.why_not(problem)
+    why = cuda_chain.why_not(problem)
     if why is not None:
         pytest.skip(why)
 
@@ -39,7 +42,7 @@ def usable():
 def skip_where_refused(case):
     """Of a card that has too little shared memory for the call, the plan's reason."""
     try:
-        return launch_of(case, native_cuda.device_limits(torch.device("cuda")))
+        return launch_of(case, launch_plan.device_limits(torch.device("cuda")))
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -97,7 +100,7 @@ def test_float32_is_refused_where_tf32_is_not_allowed():
 def test_every_way_to_cut_a_call_is_exact_for_integers(case, poisoned_memory, monkeypatch):
     """The launches that the emulator runs, of all three kernels: cut by hand, and in padded slots as a block has them."""
     plan = skip_where_refused(case)
-    monkeypatch.setattr(native_cuda, "plan_chain", lambda problem, limits: plan)
+    monkeypatch.setattr(launch_plan, "plan_chain", lambda problem, limits: plan)
     tensors = make_tensors(case, True, 1)
     with convolution_precision("tf32" if case.dtype == torch.float32 else "", "cuda"):
         out = run_in_slots(case, tensors) if case.pad else run(case, tensors)
@@ -115,13 +118,13 @@ def run_in_slots(case, tensors):
     def slots(height, columns, value):
         shape = case.images, lanes, height, columns
         data = torch.full(shape, value, dtype=case.dtype, device="cuda").contiguous(memory_format=torch.channels_last)
-        return native_cuda.Slots(data, lanes, pitch), data.unflatten(1, (case.scale, pitch))
+        return cuda_chain.Slots(data, lanes, pitch), data.unflatten(1, (case.scale, pitch))
 
     source, x_slots = slots(case.height, case.columns, 0.0 if case.fill else torch.nan)
     target, out_slots = slots(problem.output_height, problem.output_width, torch.nan)
     x_slots[:, :, : case.width] = x.unflatten(1, (case.scale, case.width))
-    packed = native_cuda.pack(weights, biases, case.config)
-    native_cuda.launch_chain(problem, source, target, packed, pitch if case.fill else case.width)
+    packed = cuda_packing.pack(weights, biases, case.config)
+    cuda_chain.launch_chain(problem, source, target, packed, pitch if case.fill else case.width)
     padding = out_slots[:, :, case.width :]
     assert (padding == 0).all() if case.fill else padding.isnan().all()
     return out_slots[:, :, : case.width].flatten(1, 2)

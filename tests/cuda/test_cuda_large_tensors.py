@@ -6,8 +6,9 @@ from helpers import Chain, randomize
 
 from res2net_fused import Bottle2neck, accelerate, hierarchical_conv1d, hierarchical_conv2d
 from res2net_fused.backends.selection import choose, get_backend
-from res2net_fused.chain import ChainConfig, ChainProblem
-from res2net_fused.parity import convolution_precision
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.parity import convolution_precision
 
 LIMIT = 2**31
 backends = pytest.mark.parametrize("backend", ["cuda", "triton"])

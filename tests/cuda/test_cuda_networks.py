@@ -10,10 +10,10 @@ from helpers import relative_error
 from networks import FAMILIES, images_for, pair, quick
 
 from res2net_fused import accelerate, explain, freeze
-from res2net_fused.bench.measure import GraphedContender
 from res2net_fused.bench.networks import random_network
-from res2net_fused.bench.photographs import calibrate, photographs
-from res2net_fused.tolerances import network_bound
+from res2net_fused.bench.sample_images import calibrate, photographs
+from res2net_fused.bench.timing import GraphedContender
+from res2net_fused.testing.tolerances import network_bound
 
 BATCH = 1 if STAND_IN else 32
 

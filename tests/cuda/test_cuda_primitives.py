@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu_cases import STAND_IN
 
-from res2net_fused import cuda_toolkit
+from res2net_fused._native import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
 

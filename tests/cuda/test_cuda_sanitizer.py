@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from gpu_cases import CUT, PLANNED_TF32, STAND_IN, launch_of
 
-from res2net_fused.backends import native_cuda
+from res2net_fused.backends.cuda import plan as launch_plan
 
 HERE = Path(__file__).parent
 CHAIN, STREAMS = HERE / "test_cuda_chain.py", HERE / "test_cuda_streams.py"
@@ -18,8 +18,8 @@ CHAIN, STREAMS = HERE / "test_cuda_chain.py", HERE / "test_cuda_streams.py"
 def first(instance, **fields):
     """The first case cut by hand that this kernel runs, as a test of CHAIN."""
     for case in CUT:
-        plan = launch_of(case, native_cuda.LIMITS["sm_90"])
-        if native_cuda.INSTANCE_NAMES[plan.instance] == instance and all(getattr(case, k) == v for k, v in fields.items()):
+        plan = launch_of(case, launch_plan.LIMITS["sm_90"])
+        if launch_plan.INSTANCE_NAMES[plan.instance] == instance and all(getattr(case, k) == v for k, v in fields.items()):
             return f"{CHAIN}::test_every_way_to_cut_a_call_is_exact_for_integers[{case}]"
     raise LookupError(f"no case is cut for {instance}")
 

@@ -10,8 +10,8 @@ from helpers import assert_close, randomize, run_together
 from torch import nn
 
 from res2net_fused import Bottle2neck, accelerate, explain, freeze, refresh
-from res2net_fused.fused_block import STATE
-from res2net_fused.parity import unavailable_backends
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.testing.parity import unavailable_backends
 
 LONG = 200_000_000  # cycles, about 0.1 s: what a stream is busy with while the host and others go on
 BACKENDS = ("cuda", "triton", "reference", "auto")

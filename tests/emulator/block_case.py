@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from res2net_fused import Bottle2neck
-from res2net_fused.backends import native_cuda, native_cuda_block
-from res2net_fused.chain import ChainProblem
-from res2net_fused.folding import fold_block
-from res2net_fused.layouts import parts_of
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.backends.cuda import block as native_cuda_block
+from res2net_fused.backends.cuda import chain as cuda_chain
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.modules.block_parts import parts_of
+from res2net_fused.modules.folding import fold_block
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 from . import harness
 
@@ -27,7 +28,7 @@ ODD_BLOCKS = {"w27": dict(inplanes=32, planes=64, baseWidth=27, scale=3)}  # not
 
 
 def emulated_launch(problem: ChainProblem, x, out, packed, fill) -> None:
-    """`native_cuda.launch_chain` on the CPU, by the emulator."""
+    """`cuda_chain.launch_chain` on the CPU, by the emulator."""
     case = harness.Case(
         problem.width, problem.scale, problem.batch, problem.height, problem.width_pixels, problem.dtype,
         problem.config.settings(), clusters=True,
@@ -37,7 +38,7 @@ def emulated_launch(problem: ChainProblem, x, out, packed, fill) -> None:
 
 
 def relative_error_of_block(name: str, dtype: torch.dtype, monkeypatch) -> float:
-    monkeypatch.setattr(native_cuda, "launch_chain", emulated_launch)
+    monkeypatch.setattr(cuda_chain, "launch_chain", emulated_launch)
     torch.manual_seed(3)
     arguments = (BLOCKS | ODD_BLOCKS)[name]
     planes, stride = arguments["planes"] * 4, arguments.get("stride", 1)

@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from res2net_fused import reference
-from res2net_fused.backends import native_cuda
-from res2net_fused.chain import ChainConfig
+from res2net_fused._native.library import DeviceLimits
+from res2net_fused.backends.cuda import chain as cuda_chain
+from res2net_fused.backends.cuda import packing as cuda_packing
+from res2net_fused.backends.cuda import plan as launch_plan
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import ChainConfig
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -86,9 +89,7 @@ _INTS = (
     "images height width channels steps stride dilation adds "
     "x_pixel x_slot out_pixel out_slot fill_channels first_group passed_group pool add_passed"
 ).split()
-_TILE = (
-    "instance type rows columns tile_images whole warps_m warps_n slices stages row_parts channel_parts warps_k"
-).split()
+_TILE = ("instance type rows columns tile_images whole warps_m warps_n slices stages row_parts channel_parts warps_k").split()
 
 
 class Call(ctypes.Structure):  # as in chain_host.cpp
@@ -103,7 +104,7 @@ class Call(ctypes.Structure):  # as in chain_host.cpp
 
 @dataclass(frozen=True)
 class Case:
-    """One call and how it is cut. width: channels of a group; height, columns: of x. tile: fields of `native_cuda.Tile`.
+    """One call and how it is cut. width: channels of a group; height, columns: of x. tile: fields of `Tile`.
 
     clusters: whether the plan may choose the cluster kernel.
     wgmma: whether the plan may choose the wgmma kernel.
@@ -155,20 +156,20 @@ class Run:
     shared_bytes: int
 
 
-def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -> native_cuda.Plan:
+def plan_of(case: Case, device: tuple[int, ...] = launch_plan.LIMITS["sm_90"]) -> launch_plan.Plan:
     """The plan that the shipped chooser makes for this call on such a device, among the kernels that the case asks for."""
-    device = native_cuda.native.DeviceLimits(*device)
+    device = DeviceLimits(*device)
     device = device._replace(wgmma=device.wgmma * case.wgmma)
     lib = plan_library()
     c = case.config
     problem = (ctypes.c_int64 * 10)(
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
-        c.passthrough != "none", native_cuda.TYPES[case.dtype],
+        c.passthrough != "none", launch_plan.TYPES[case.dtype],
     )  # fmt: skip
-    numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
+    numbers, text = (ctypes.c_int64 * len(launch_plan.Plan._fields))(), ctypes.create_string_buffer(400)
     if lib.plan_call(problem, (ctypes.c_int64 * len(device))(*device), case.clusters, numbers, text, len(text)):
         raise ValueError(text.value.decode())
-    return native_cuda.Plan(*numbers)
+    return launch_plan.Plan(*numbers)
 
 
 def make_tensors(case: Case, integers: bool, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -218,24 +219,24 @@ def round_to_tf32(values: Tensor) -> Tensor:
 
 def launch(
     case: Case,
-    plan: native_cuda.Plan,
-    x: native_cuda.Slots,
-    out: native_cuda.Slots,
+    plan: launch_plan.Plan,
+    x: cuda_chain.Slots,
+    out: cuda_chain.Slots,
     packed: list[Tensor],
     fill: int,
     seed: int,
     csrc: pathlib.Path = ROOT / "csrc",
     flags: tuple[str, ...] = KERNEL_FLAGS,
 ) -> tuple[dict[str, tuple[int, str]], list[int]]:
-    """Runs the kernel once, as `native_cuda.launch_chain` would; what the emulator found, and its statistics as in `Run`."""
+    """Runs the kernel once, as `cuda_chain.launch_chain` would; what the emulator found, and its statistics as in `Run`."""
     c, instance = case.config, INSTANCES[plan.instance]
     passed = c.passed_group(case.scale)
     call = Call(
         x.data.data_ptr(), packed[0].data_ptr(), packed[1].data_ptr(), out.data.data_ptr(),
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
         x.pixel, x.slot, out.pixel, out.slot, fill, c.first_convolved, -1 if passed is None else passed,
-        native_cuda.POOLS[c.pool], c.passthrough == "first_added", *native_cuda.CLAMPS[c.activation],
-        plan.instance, native_cuda.TYPES[case.dtype],
+        cuda_chain.POOLS[c.pool], c.passthrough == "first_added", *cuda_chain.CLAMPS[c.activation],
+        plan.instance, launch_plan.TYPES[case.dtype],
         plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n, plan.slices, plan.stages,
         plan.row_parts, plan.channel_parts, plan.warps_k, seed, 1,
     )  # fmt: skip
@@ -262,10 +263,10 @@ def emulate(
     padded[..., : case.width] = x.unflatten(3, (case.scale, case.width))
     shape = case.images, c.output_size(case.height), c.output_size(case.columns), case.scale, pitch
     out = torch.full(shape, torch.nan, dtype=case.dtype)
-    slots = [native_cuda.Slots(t, case.scale * pitch, pitch) for t in (padded, out)]
+    slots = [cuda_chain.Slots(t, case.scale * pitch, pitch) for t in (padded, out)]
     fill = pitch if case.fill else case.width
     plan = plan_of(case)._replace(**case.tile)
-    findings, statistics = launch(case, plan, *slots, native_cuda.pack(weights, biases, c), fill, seed, **build)
+    findings, statistics = launch(case, plan, *slots, cuda_packing.pack(weights, biases, c), fill, seed, **build)
     rest = out[..., case.width :]
     padding_right = bool((rest == 0).all() if case.fill else rest.isnan().all())
     return Run(out[..., : case.width].flatten(3), padding_right, findings, *statistics)

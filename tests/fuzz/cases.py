@@ -13,10 +13,12 @@ from layouts import in_layout
 from torch import Tensor, nn
 
 from fuzz.checks import Truth, check_against, check_kinds, each_path, hostile_memory, untouched
-from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, pack_weights, reference
-from res2net_fused.backends import chain1d as backends_1d
-from res2net_fused.chain import ChainConfig, memory_format
-from res2net_fused.chain1d import Chain1dConfig
+from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, pack_weights
+from res2net_fused.backends import policy
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig, ChainConfig
+from res2net_fused.chain.memory_format import memory_format
+from res2net_fused.modules.reference_blocks import bottle2neck
 
 EVERY_BACKEND = ("auto", *NAMED_BACKENDS)
 HOSTILE = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
@@ -197,9 +199,9 @@ class RowsCase:
     def _paths(backends: Sequence[str]) -> Iterator[tuple[str, str]]:
         """The backend `cpu` multiplies tap by tap, and convolves."""
         for backend in backends:
-            for rows in (10**9, 0) if backend == "cpu" else (backends_1d.ROWS_FOR_PRODUCTS,):
+            for rows in (10**9, 0) if backend == "cpu" else (policy.ROWS_FOR_PRODUCTS,):
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(backends_1d, "ROWS_FOR_PRODUCTS", rows)
+                    patch.setattr(policy, "ROWS_FOR_PRODUCTS", rows)
                     yield backend, f"{backend}, products up to {rows} rows"
 
     def _check_gradients(self, flat: Sequence[Tensor], lists, backend: str, where: str) -> None:
@@ -262,7 +264,7 @@ class BlockCase:
 
         def exact(noise: Callable[[Tensor], Tensor]) -> list[Tensor]:
             with torch.no_grad():
-                return [reference.bottle2neck(in_float64(noise), noise(x), block.chain_config)]
+                return [bottle2neck(in_float64(noise), noise(x), block.chain_config)]
 
         truth = Truth(exact, dtype)
         with hostile_memory(self.threads):
@@ -290,7 +292,7 @@ class BlockCase:
             return torch.autograd.grad(out, [leaf, *block.parameters()], gradient_in(self.gradient, out, self.seed))
 
         found = gradients(block)
-        expected = gradients(lambda leaf: reference.bottle2neck(block, leaf, block.chain_config))
+        expected = gradients(lambda leaf: bottle2neck(block, leaf, block.chain_config))
         for a, b in zip(found, expected, strict=True):
             assert (a - b).norm() <= 1e-10 * (1 + b.norm()), f"{where}, gradients"
 

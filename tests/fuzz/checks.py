@@ -13,10 +13,12 @@ from helpers import BOUNDS, NAMED_BACKENDS
 from layouts import stored_bytes
 from torch import Tensor
 
-from res2net_fused.parity import poisoned_allocations
+from res2net_fused.testing.parity import poisoned_allocations
 
 # Where terms cancel, rounding the inputs alone changes the result by more than a bound: by so many times that an error may be.
 CONDITION = 20.0
+
+
 def disturbed(seed: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Makes float64 of a tensor, every value off by up to one rounding of `dtype`."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,9 +11,10 @@ import torch
 from helpers import Chain, assert_close
 from torch import Tensor, nn
 
-from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, pack_weights, reference
-from res2net_fused.chain import ChainConfig
-from res2net_fused.chain1d import Chain1dConfig
+from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, pack_weights
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig, ChainConfig
+from res2net_fused.modules.reference_blocks import bottle2neck
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # nested tensors are a prototype
@@ -145,7 +146,7 @@ def run(operator: str, arguments: dict[str, object]) -> tuple[Tensor, Callable[[
         block = block.double().eval()
         x = torch.randn(2, block.conv1.in_channels, 5, 6, dtype=torch.float64)
         block._res2net_fused.backend = "auto"  # the others have no float64
-        return block(x), lambda: reference.bottle2neck(block, x, block.chain_config)
+        return block(x), lambda: bottle2neck(block, x, block.chain_config)
     lists = [rest.pop(name) for name in ("x", "weights", "biases", "affine_scale", "affine_shift") if name in rest]
 
     def exact() -> Tensor:

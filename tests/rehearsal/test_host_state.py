@@ -10,9 +10,11 @@ from published_blocks.speakers1d import SpeechBrainChain
 from test_rehearsed_card import capture, counter
 from torch import nn
 
-from res2net_fused import Bottle2neck, accelerate, explain, freeze, fused_block, fused_block1d, pack_weights, refresh
-from res2net_fused.chain import ChainConfig
-from res2net_fused.fused_block import OVERFLOWED, STATE, UNSEEN
+from res2net_fused import Bottle2neck, accelerate, explain, freeze, pack_weights, refresh
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.modules import fused_forward, fused_forward1d
+from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.fused_forward import OVERFLOWED, UNSEEN
 
 HALVES = [torch.float16, torch.bfloat16]
 KINDS = ["2d", "1d"]
@@ -52,7 +54,7 @@ def change(block, factor=1.5):
 def folds(monkeypatch):
     """How often a block was folded or a chain's affine maps were worked out: `len(folds)`."""
     calls = []
-    for module, name in ((fused_block, "fold_block"), (fused_block1d, "work_out")):
+    for module, name in ((fused_forward, "fold_block"), (fused_forward1d, "work_out")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, own=own: (calls.append(1), own(*args))[1])
     return calls

@@ -9,10 +9,14 @@ import torch
 from card import CARDS, cuda_library
 from helpers import relative_error, run_together
 
-from res2net_fused import native, reference
-from res2net_fused.backends import native_cuda
-from res2net_fused.chain import ChainConfig, ChainProblem
-from res2net_fused.parity import convolution_precision
+from res2net_fused._native import library as native
+from res2net_fused.backends.cuda import chain as cuda_chain
+from res2net_fused.backends.cuda import packing as cuda_packing
+from res2net_fused.backends.cuda import plan as launch_plan
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.parity import convolution_precision
 
 OWN = card.Settings.of(os.environ["STAND_IN_CARD"])
 # Devices of these tests, behind those that torch has; the library prepares each kernel once for each.
@@ -49,7 +53,7 @@ def launch(runtime):
     def by_hand(device, instance, shared_bytes, parts=1):
         runtime.set_device(device)
         warps = 4 if instance.startswith("wgmma") else 1
-        bf16 = native_cuda.TYPES[torch.bfloat16]
+        bf16 = launch_plan.TYPES[torch.bfloat16]
         return library.stand_in_launch_by_hand(instance.encode(), bf16, 16, warps, shared_bytes, parts, None)
 
     return by_hand
@@ -96,7 +100,7 @@ def test_a_context_that_ended_stays_so(runtime, launch):
         native.device_limits(FAILING)
 
 
-@pytest.mark.parametrize("instance", native_cuda.CLUSTER_INSTANCES)
+@pytest.mark.parametrize("instance", launch_plan.CLUSTER_INSTANCES)
 def test_clusters_run_where_the_code_has_their_instructions(instance, runtime, launch):
     assert launch(SHARED, instance, 50000, parts=4) == 0
     for device in (JIT, A100):
@@ -115,16 +119,16 @@ def problem(dtype=torch.bfloat16, device=0, width=26, scale=4, rows=7, columns=9
 def test_code_compiled_from_older_ptx_gets_a_plan_without_clusters(runtime):
     usual, jit = native.device_limits(SHARED), native.device_limits(JIT)
     assert (usual.code, jit.code) == (90, 80) and usual[:7] == jit[:7]
-    assert native_cuda.plan_chain(problem(), usual).channel_parts > 1
-    plan = native_cuda.plan_chain(problem(), jit)
-    assert native_cuda.INSTANCE_NAMES[plan.instance] in native_cuda.STRIP_INSTANCES
+    assert launch_plan.plan_chain(problem(), usual).channel_parts > 1
+    plan = launch_plan.plan_chain(problem(), jit)
+    assert launch_plan.INSTANCE_NAMES[plan.instance] in launch_plan.STRIP_INSTANCES
 
 
 def test_a_device_without_code_is_refused_with_the_remedy(runtime):
     limits = native.device_limits(NO_CODE)
     assert limits.code == 0 and runtime.last_error() == 0
     with pytest.raises(ValueError, match="holds no code for compute capability 9.0; .*RES2NET_FUSED_CUDA_ARCHS"):
-        native_cuda.plan_chain(problem(), limits)
+        launch_plan.plan_chain(problem(), limits)
 
 
 def test_a_query_of_no_device_leaves_nothing_behind(runtime):
@@ -146,15 +150,15 @@ def tensors(p):
 
 
 def call(p, x, out, packed):
-    slots = (native_cuda.Slots(t, t.shape[1], p.width) for t in (x, out))
-    native_cuda.launch_chain(p, *slots, packed, p.width)
+    slots = (cuda_chain.Slots(t, t.shape[1], p.width) for t in (x, out))
+    cuda_chain.launch_chain(p, *slots, packed, p.width)
 
 
 @pytest.mark.parametrize("which", ["weight", "bias", "out"])
 def test_tensors_of_two_cards_are_refused_by_name(which, runtime):
     p = problem()
     x, out, *parameters = tensors(p)
-    given = dict(zip(("weight", "bias"), native_cuda.pack(*parameters, p.config), strict=True), out=out)
+    given = dict(zip(("weight", "bias"), cuda_packing.pack(*parameters, p.config), strict=True), out=out)
     given[which] = given[which].to("cuda:1")
     with pytest.raises(RuntimeError, match=f"{which}: on cuda:1; expected cuda:0, where x is"):
         call(p, x, given["out"], [given["weight"], given["bias"]])
@@ -165,7 +169,7 @@ def test_tensors_of_two_cards_are_refused_by_name(which, runtime):
 def test_weights_that_no_copy_can_read_are_refused_by_name(which, offset, bytes, runtime):
     p = problem()
     x, out, *parameters = tensors(p)
-    given = dict(zip(("weight", "bias"), native_cuda.pack(*parameters, p.config), strict=True))
+    given = dict(zip(("weight", "bias"), cuda_packing.pack(*parameters, p.config), strict=True))
     whole = given[which].flatten()
     given[which] = torch.cat([whole[:offset], whole])[offset:]
     with pytest.raises(RuntimeError, match=f"{which}: expected memory that is aligned to {bytes} bytes"):
@@ -176,7 +180,7 @@ def test_weights_that_no_copy_can_read_are_refused_by_name(which, offset, bytes,
 def test_a_failing_launch_raises_its_own_error_and_the_next_runs(runtime):
     p = problem(device=1)
     x, out, *parameters = tensors(p)
-    packed = native_cuda.pack(*parameters, p.config)
+    packed = cuda_packing.pack(*parameters, p.config)
     runtime.plant_stale_error(OUT_OF_MEMORY)
     call(p, x, out, packed)
     runtime.fail_next_launch(TOO_MANY_RESOURCES)
@@ -204,10 +208,10 @@ def test_the_operator_runs_the_kernel_that_it_launches(name, runtime):
     expected = reference.hierarchical_conv2d(x.double(), [w.double() for w in weights], [b.double() for b in biases], p.config)
     runtime.execute(True)
     with convolution_precision("tf32", "cuda"):
-        call(p, x, out, native_cuda.pack(weights, biases, p.config))
+        call(p, x, out, cuda_packing.pack(weights, biases, p.config))
     [launch] = runtime.launches()
-    plan = native_cuda.plan_chain(p, native.device_limits(0))
-    assert launch[:5] == (native_cuda.INSTANCE_NAMES[plan.instance], launch.dtype, plan.ctas, plan.threads, plan.shared_bytes)
+    plan = launch_plan.plan_chain(p, native.device_limits(0))
+    assert launch[:5] == (launch_plan.INSTANCE_NAMES[plan.instance], launch.dtype, plan.ctas, plan.threads, plan.shared_bytes)
     assert launch.dtype == {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}[p.dtype]
     # Measured worst: 3e-3 in bf16, 4e-4 in fp16, 6e-4 in TF32: each y is rounded, and read by the next convolution.
     assert relative_error(out, expected) <= {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-3}[p.dtype]

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from res2net_fused import parity
 from res2net_fused.backends import selection
-from res2net_fused.bench import measure, networks, providers, results, roofline
-from res2net_fused.bench.network_contests import NetworkContests, TurnConditions
+from res2net_fused.bench import networks, providers, results, roofline
+from res2net_fused.bench import timing as measure
+from res2net_fused.bench.network_runner import NetworkContests, TurnConditions
 from res2net_fused.bench.record_file import Record
 from res2net_fused.bench.schedule import Unit
-from res2net_fused.bench.workloads import Case, Config
 from res2net_fused.models.registry import create_model  # noqa: F401  # registers the networks
+from res2net_fused.testing import parity
+from res2net_fused.testing.cases import Case, Config
 
 SECOND = torch.device("cuda", 1)
 BOTH = ("eager_channels_last", False), ("eager_channels_last", True), ("ours", False), ("ours_graph", True)

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import native_build  # noqa: E402
 import torch  # noqa: E402
 
-from res2net_fused import build_flags  # noqa: E402
+from res2net_fused._native import build_flags  # noqa: E402
 
 FOLDER = ROOT / "build" / "sanitize"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -41,7 +41,7 @@ PLANTED = (
     "for (int64_t row = first; row < last; row++)",
     "for (int64_t row = first; row <= last; row++)",
 )
-PROBE = "from res2net_fused import native as n; s = n.cpu_library(); print(s.path if s.loaded else s.reason)"
+PROBE = "from res2net_fused._native import library; s = library.cpu_library(); print(s.path if s.loaded else s.reason)"
 
 
 def main(arguments: Sequence[str]) -> int:

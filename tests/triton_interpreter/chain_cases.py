@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from res2net_fused import reference
-from res2net_fused.backends import triton_backend
-from res2net_fused.chain import ChainConfig, ChainProblem, check_arguments
-from res2net_fused.tolerances import forward_bound
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.chain import reference
+from res2net_fused.chain.checks import check_arguments
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
+from res2net_fused.testing.tolerances import forward_bound
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Case:
     def run(self, packed: list[Tensor] | None = None) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             poison_new_memory(patch)
-            return triton_backend.forward(self.problem, self.x, self.weights, self.biases, packed)
+            return triton_backend.chain.forward(self.problem, self.x, self.weights, self.biases, packed)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
         biases = None if self.biases is None else [bias.to(dtype) for bias in self.biases]

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 @pytest.fixture(autouse=True)
 def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tiles, since the interpreter takes its time per program, not per element; one test has small ones."""
-    from res2net_fused.kernels import step_plan
+    from res2net_fused.backends.triton import step_plan
 
     monkeypatch.setattr(step_plan, "_MULTIPROCESSORS", {(8, 0): 1})
 
@@ -26,7 +26,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from triton._C.libtriton.ir import INPUT_PRECISION
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from res2net_fused.backends import triton_settings
+    from res2net_fused.backends.triton import availability
 
     exact, losses = InterpreterBuilder.create_dot, []
 
@@ -38,5 +38,5 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return exact(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(triton_settings, "uses_tf32", lambda problem: triton_settings.convolutions_use_tf32())
+    monkeypatch.setattr(availability, "uses_tf32", lambda problem: availability.convolutions_use_tf32())
     return losses

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from res2net_fused import Bottle2neck
-from res2net_fused.backends import triton_block
-from res2net_fused.kernels import kernel_call
-from res2net_fused.reference import ReferenceBottle2neck
+from res2net_fused.backends.triton import block as triton_block
+from res2net_fused.backends.triton import launch
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3}
 
@@ -96,8 +96,8 @@ def test_an_infinite_input_spreads_no_further_than_in_the_reference(value: float
 def test_launches(name: str, launches: int, monkeypatch) -> None:
     """A normal block is 3 + (s - 2) launches: conv1, s - 1 steps, conv3; a stage block is three."""
     counted = []
-    run = kernel_call.KernelCall.run
-    monkeypatch.setattr(kernel_call.KernelCall, "run", lambda self: (counted.append(self.kernel), run(self)))
+    run = launch.KernelCall.run
+    monkeypatch.setattr(launch.KernelCall, "run", lambda self: (counted.append(self.kernel), run(self)))
     block = make_block(name, torch.float32)
     block(torch.randn(1, block.conv1.in_channels, 4, 4))
     assert len(counted) == launches

@@ -8,11 +8,11 @@ import pytest
 import torch
 from chain_cases import make_case
 
-from res2net_fused.backends import triton_backend
-from res2net_fused.chain import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig
-from res2net_fused.kernels import step_plan
-from res2net_fused.kernels.conv3x3_step import interpreted
-from res2net_fused.kernels.step_plan import Tile
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.backends.triton import step_plan
+from res2net_fused.backends.triton.kernels.conv3x3_fwd import interpreted
+from res2net_fused.backends.triton.tiles import Tile
+from res2net_fused.chain.config import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -113,7 +113,7 @@ def test_tiles_larger_than_the_problem(monkeypatch, block_m, block_n, block_k) -
 def test_first_group_aligned_beforehand(monkeypatch, passthrough) -> None:
     monkeypatch.setattr(step_plan, "ALIGN_FIRST_PIXELS", 0)
     case = make_case(ChainConfig(passthrough=passthrough), width=7)
-    assert "4 launches" in triton_backend.plan(make_case(width=7, scale=4).problem)
+    assert "4 launches" in triton_backend.chain.plan(make_case(width=7, scale=4).problem)
     case.check()
 
 
@@ -123,7 +123,7 @@ def test_batch_in_chunks(monkeypatch, images, passthrough) -> None:
     case = make_case(ChainConfig(passthrough=passthrough), width=8, batch=5, size=(2, 3))
     monkeypatch.setattr(step_plan, "CHUNK_BYTES", images * 4 * 2 * 3 * 8 * 4)
     whole, chunks = case.problem.steps + (passthrough == "first_added"), -(-5 // images)
-    assert f"{whole * chunks} launches ({chunks} chunks" in triton_backend.plan(case.problem)
+    assert f"{whole * chunks} launches ({chunks} chunks" in triton_backend.chain.plan(case.problem)
     case.check()
 
 
@@ -135,7 +135,7 @@ def test_batch_split_for_the_pixel_counter(monkeypatch, hierarchical) -> None:
 
 def test_packed_weights_give_the_same_bits() -> None:
     case = make_case(ChainConfig(groups=2), width=6, dtype=torch.float16)
-    packed = triton_backend.pack(case.weights, case.biases, case.config)
+    packed = triton_backend.chain.pack(case.weights, case.biases, case.config)
     assert packed[0].shape == (1, 2, 2, 9, 3, 8) and packed[0][..., 3:].count_nonzero() == 0
     assert packed[1].shape == (2, 6) and packed[1].dtype == torch.float32
     assert torch.equal(case.run(packed), case.run())
@@ -153,6 +153,6 @@ def test_empty_batch() -> None:
 
 
 def test_refuses_what_the_interpreter_gets_wrong() -> None:
-    assert "bfloat16" in triton_backend.why_not(make_case(dtype=torch.bfloat16).problem)
-    assert "float64" in triton_backend.why_not(make_case(dtype=torch.float64).problem)
-    assert triton_backend.why_not(make_case().problem) is None
+    assert "bfloat16" in triton_backend.chain.why_not(make_case(dtype=torch.bfloat16).problem)
+    assert "float64" in triton_backend.chain.why_not(make_case(dtype=torch.float64).problem)
+    assert triton_backend.chain.why_not(make_case().problem) is None

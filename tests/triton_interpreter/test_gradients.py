@@ -9,9 +9,10 @@ from helpers import CHAINS, Chain, masked_gradients
 from test_features import small_tiles
 from training_cases import training_case
 
-from res2net_fused import hierarchical_conv2d, synchronise
-from res2net_fused.kernels import tile_sums
-from res2net_fused.kernels.kernel_call import KernelCall
+from res2net_fused import hierarchical_conv2d
+from res2net_fused.backends.triton.kernels import reductions
+from res2net_fused.backends.triton.launch import KernelCall
+from res2net_fused.chain import sync_batch_norm
 
 # Sums over pixels that nearly cancel lose digits in half types; what eager loses is the measure in tests/test_training.py.
 BOUNDS = {torch.float32: 2e-5, torch.float16: 6e-3}
@@ -85,7 +86,7 @@ def test_folded_in_the_other_dtype(name, monkeypatch):
 def test_many_tiles(width, monkeypatch):
     """Several tiles in every direction, and more of them than one program adds."""
     small_tiles(monkeypatch)
-    monkeypatch.setattr(tile_sums, "ROWS", 2)
+    monkeypatch.setattr(reductions, "ROWS", 2)
     case = training_case(Chain({}, 2, width), (2, 4, 7), torch.float32)
     out, grad, got = trained(case, monkeypatch)
     check(got, case.exact(out, grad)[2], torch.float32)
@@ -204,7 +205,7 @@ def test_statistics_of_all_processes(recompute, monkeypatch):
         vectors.append(vector)
         return torch.stack([vector, vector])
 
-    monkeypatch.setattr(synchronise, "gather", gather)
+    monkeypatch.setattr(sync_batch_norm, "gather", gather)
     out_twice, _, got = trained(twice, monkeypatch, lambda out: grad, recompute=recompute, group="pair")
     assert len(vectors) == 2 * 3
     assert error(out_twice, out.double()) <= 1e-6
@@ -217,11 +218,11 @@ def test_statistics_of_processes_that_differ(monkeypatch):
     case.x = torch.cat([case.x[:2], 3 * case.x[2:] + 1])
     joined, whole = case.run(backend="triton"), case.x
     halves, said = (whole[:2], whole[2:]), []
-    monkeypatch.setattr(synchronise, "gather", lambda vector, group: said.append(vector) or vector[None])
+    monkeypatch.setattr(sync_batch_norm, "gather", lambda vector, group: said.append(vector) or vector[None])
     for half in halves:
         case.x = half
         case.run(backend="triton", group="pair")
-    monkeypatch.setattr(synchronise, "gather", lambda vector, group: torch.stack(said))
+    monkeypatch.setattr(sync_batch_norm, "gather", lambda vector, group: torch.stack(said))
     for half, expected in zip(halves, joined.out.split(2), strict=True):
         case.x = half
         result = case.run(backend="triton", group="pair")

@@ -9,15 +9,15 @@ from helpers import sparse_zeros, spread_out
 from triton.runtime.interpreter import interpreter_builder
 
 from res2net_fused import hierarchical_conv1d
-from res2net_fused.backends import triton_backend
+from res2net_fused.backends import triton as triton_backend
 from res2net_fused.backends.selection import get_backend
-from res2net_fused.chain import ChainConfig
-from res2net_fused.kernels import step_plan
-from res2net_fused.kernels.conv3x3_step import chain_calls
-from res2net_fused.kernels.implicit_gemm import Slots
-from res2net_fused.kernels.pointwise import Pixels, pointwise_call
-from res2net_fused.kernels.step_plan import plan_steps
-from res2net_fused.kernels.tile_table import Tile
+from res2net_fused.backends.triton import step_plan
+from res2net_fused.backends.triton.kernels.common import Slots
+from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls
+from res2net_fused.backends.triton.kernels.pointwise import Pixels, pointwise_call
+from res2net_fused.backends.triton.step_plan import plan_steps
+from res2net_fused.backends.triton.tiles import Tile
+from res2net_fused.chain.config import ChainConfig
 
 STRIDES = {
     # of images, rows and pixels in elements; of 8 channels, so that they are counted in units of 4 or 8
@@ -52,7 +52,7 @@ def test_out(config, strides, monkeypatch) -> None:
     expected, problem = case.run(), case.problem
     out = spread_out(torch.full_like(expected, torch.nan), strides)
     poison_new_memory(monkeypatch)
-    packed = triton_backend.pack(case.weights, case.biases, config)
+    packed = triton_backend.chain.pack(case.weights, case.biases, config)
     for call in chain_calls(problem, plan_steps(problem, (9, 0)), Slots(case.x, 8, 8), Slots(out, 8, 8), *packed):
         call.run()
     assert torch.equal(out, expected)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from chain_cases import error, make_case, poison_new_memory
 
-from res2net_fused import reference
-from res2net_fused.backends import triton_backend
-from res2net_fused.chain import ChainConfig, memory_format
-from res2net_fused.kernels.conv3x3_step import chain_calls
-from res2net_fused.kernels.implicit_gemm import Slots
-from res2net_fused.kernels.step_plan import plan_steps
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.backends.triton.kernels.common import Slots
+from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls
+from res2net_fused.backends.triton.step_plan import plan_steps
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.memory_format import memory_format
 
 NAN, INF = float("nan"), float("inf")
 
@@ -100,7 +101,7 @@ def test_padded_slots(monkeypatch, trusted, stage) -> None:
     shape = (2, 24, problem.output_height, problem.output_width)
     out = torch.full(shape, NAN).contiguous(memory_format=torch.channels_last)
     plan = plan_steps(problem, (9, 0), pitch=8)
-    weights, bias = triton_backend.pack(case.weights, case.biases, config)
+    weights, bias = triton_backend.chain.pack(case.weights, case.biases, config)
     poison_new_memory(monkeypatch)
     for call in chain_calls(problem, plan, Slots(padded, 8, 8 if trusted else 5), Slots(out, 8, 8), weights, bias):
         call.run()
@@ -113,7 +114,7 @@ def test_padded_slots(monkeypatch, trusted, stage) -> None:
 
 def test_poison_is_noticed(monkeypatch) -> None:
     """The NaN filling works: a backend that writes nothing returns only NaN."""
-    monkeypatch.setattr("res2net_fused.kernels.conv3x3_step.KernelCall.run", lambda call: None)
+    monkeypatch.setattr("res2net_fused.backends.triton.kernels.conv3x3_fwd.KernelCall.run", lambda call: None)
     assert make_case().run().isnan().all()
 
 

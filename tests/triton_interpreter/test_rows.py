@@ -8,8 +8,9 @@ from chain1d_cases import CHAINS, arguments, leaves, to_float64
 from chain_cases import poison_new_memory
 from helpers import assert_close
 
-from res2net_fused import hierarchical_conv1d, reference
-from res2net_fused.chain1d import Chain1dConfig
+from res2net_fused import hierarchical_conv1d
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig
 
 BOUNDS = {torch.float32: 5e-6, torch.float16: 2e-3}
 

@@ -13,15 +13,16 @@ from helpers import CHAINS, Chain, masked_gradients
 from test_block import make_block
 from training_cases import training_case
 
-from res2net_fused import freeze, hierarchical_conv1d, hierarchical_conv2d, pack_weights, parity, reference
-from res2net_fused.backends import triton_backend, triton_settings
-from res2net_fused.bench import workloads
-from res2net_fused.bench.workloads import Case, Config
-from res2net_fused.chain import ChainConfig
-from res2net_fused.chain1d import Chain1dConfig
-from res2net_fused.kernels import conv3x3_step, implicit_gemm, pointwise, step_plan, tf32
-from res2net_fused.reference import ReferenceBottle2neck
-from res2net_fused.tolerances import FORWARD
+from res2net_fused import freeze, hierarchical_conv1d, hierarchical_conv2d, pack_weights
+from res2net_fused.backends import triton as triton_backend
+from res2net_fused.backends.triton import availability, step_plan, tf32
+from res2net_fused.backends.triton.kernels import common, conv3x3_fwd, pointwise
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig, ChainConfig
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
+from res2net_fused.testing import cases, parity
+from res2net_fused.testing.cases import Case, Config
+from res2net_fused.testing.tolerances import FORWARD
 
 BOUND, EXACT = FORWARD["tf32"].limit, FORWARD["float32"].limit
 
@@ -35,7 +36,7 @@ def every_factor_is_rounded(cut_off):
 @pytest.fixture
 def precision(monkeypatch):
     """Sets what convolutions may do, "tf32" or "ieee"."""
-    return lambda name: monkeypatch.setattr(triton_settings, "convolution_precision", lambda: name)
+    return lambda name: monkeypatch.setattr(availability, "convolution_precision", lambda: name)
 
 
 def check(out, exact):
@@ -45,7 +46,7 @@ def check(out, exact):
 
 def errors_of_check(monkeypatch, config, workload, variant="normal"):
     """Of what `res2net-fused check` runs in the first stage, at batch 1 and 7x7 pixels."""
-    monkeypatch.setattr(workloads, "SIZES", (7, 7, 7, 7))
+    monkeypatch.setattr(cases, "SIZES", (7, 7, 7, 7))
     case = Case(workload, Config.parse(config), 1, 1, "tf32", "cpu", variant)
     rows = parity.check_case(case, "triton")
     assert [row.bound for row in rows] == [BOUND]
@@ -63,7 +64,7 @@ def test_check(config, workload, variant, monkeypatch):
 
 def test_without_rounding_the_bound_is_missed(monkeypatch, cut_off):
     """The arithmetic of these tests cuts off as much as tensor cores do."""
-    for module in (conv3x3_step, implicit_gemm, pointwise):
+    for module in (conv3x3_fwd, common, pointwise):
         monkeypatch.setattr(module, "rounded_factor", lambda value, PRECISION: value)
     monkeypatch.setattr(tf32, "round_to_tf32", lambda values: values)
     assert all(e > BOUND for e in errors_of_check(monkeypatch, "26w4s", "block"))
@@ -80,7 +81,7 @@ def test_settings(name):
 def test_first_group_aligned_beforehand(monkeypatch):
     monkeypatch.setattr(step_plan, "ALIGN_FIRST_PIXELS", 0)
     case = make_case(width=7, scale=4, size=(7, 7))
-    assert "4 launches" in triton_backend.plan(case.problem)
+    assert "4 launches" in triton_backend.chain.plan(case.problem)
     check(case.run(), case.reference())
 
 

@@ -46,9 +46,9 @@ def test_widths_in_half(width, settings, monkeypatch):
 
 def test_many_tiles_of_pixels(monkeypatch):
     """More tiles than one round of the merge reads, the last one not full."""
-    from res2net_fused.kernels import tile_sums
+    from res2net_fused.backends.triton.kernels import reductions
 
-    monkeypatch.setattr(tile_sums, "ROWS", 2)
+    monkeypatch.setattr(reductions, "ROWS", 2)
     check(training_case(Chain({}, 2, 4), (5, 13, 11), torch.float32), monkeypatch)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 import res2net_fused as rf
-from res2net_fused.models import create_model
+from res2net_fused.models.registry import create_model
 
 x = torch.randn(1, 104, 56, 56)
 weights = [torch.randn(26, 26, 3, 3) for _ in range(3)]

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from typing_extensions import assert_type, reveal_type
 
 import res2net_fused as rf
-from res2net_fused.models import Network, create_model, list_models, load_checkpoint
+from res2net_fused.models.checkpoint import load_checkpoint
+from res2net_fused.models.network import Network
+from res2net_fused.models.registry import create_model, list_models
 
 block = rf.Bottle2neck(256, 64, baseWidth=26, scale=4, norm_layer=nn.BatchNorm2d)
 assert_type(block.chain_config.passthrough, str)

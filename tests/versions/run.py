@@ -28,9 +28,9 @@ CORE = (
 )  # fmt: skip
 FACTS = """
 import platform, torch, triton, res2net_fused
-from res2net_fused import native
+from res2net_fused._native import library
 assert res2net_fused.__file__.startswith({folder!r}), res2net_fused.__file__
-status = native.cpu_library()
+status = library.cpu_library()
 assert status.loaded, status.reason
 print("Python", platform.python_version() + ", torch", torch.__version__ + ", Triton", triton.__version__)
 """

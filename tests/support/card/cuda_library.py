@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from res2net_fused import build_flags
+from res2net_fused._native import build_flags
 
 HERE = Path(__file__).resolve().parent / "cuda_runtime"
 ROOT = HERE.parents[3]
@@ -156,13 +156,14 @@ class Runtime:
 
     def launches(self) -> list[Launch]:
         """Since `clear`, in order; a launch that failed is not among them."""
-        from res2net_fused import cuda_kernels  # not at the top: the package may be half imported where this module is
+        # Not at the top: the package may be half imported where this module is.
+        from res2net_fused.backends.cuda import kernel_report
 
         found, record = [], _Record()
         for index in range(self._c.stand_in_launches()):
             self._c.stand_in_launch(index, ctypes.byref(record))
             symbol = record.symbol.decode()
-            name = cuda_kernels.instance_of(symbol) or (symbol, "")
+            name = kernel_report.instance_of(symbol) or (symbol, "")
             numbers = (getattr(record, field) for field, _ in _Record._fields_[1:])
             found.append(Launch(*name, *numbers))
         return found

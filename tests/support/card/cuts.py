@@ -19,13 +19,13 @@ IMAGE = 64
 def changes(batch: int) -> dict[str, Callable[[Any], None]]:
     """By module of the package, what is done to it once it has been imported. batch: by how much the true one is larger."""
     return {
-        "backends.triton_settings": lambda m: _planned(m, ("plan_for", "plan_training_for"), batch, TRUE),
-        "backends.native_cuda": lambda m: _planned(m, ("plan_chain",), batch, {}),
-        "bench.workloads": lambda m: setattr(m, "SIZES", SIZES),
-        "bench.photographs": _small_photographs,
-        "bench.measure": _few_rounds,
+        "backends.triton.availability": lambda m: _planned(m, ("plan_for", "plan_training_for"), batch, TRUE),
+        "backends.cuda.plan": lambda m: _planned(m, ("plan_chain",), batch, {}),
+        "testing.cases": lambda m: setattr(m, "SIZES", SIZES),
+        "bench.sample_images": _small_photographs,
+        "bench.timing": _few_rounds,
         "bench.roofline": _few_inputs,
-        "bench.contestants": lambda m: setattr(m.Conditions, "image_size", property(lambda self: IMAGE)),
+        "bench.candidates": lambda m: setattr(m.Conditions, "image_size", property(lambda self: IMAGE)),
     }
 
 

@@ -30,9 +30,11 @@ PACKAGE = "res2net_fused"
 def insert(device: Device, card: Card, settings: Settings) -> None:
     """Prepares what happens to modules of the package when they are imported."""
     planted = faults.read()
-    changes: dict[str, Callable[[Any], None]] = {f"{PACKAGE}.native": lambda m: _use_library(m, device, card, settings)}
-    for name, module in (("triton", "triton_backend"), ("cuda", "native_cuda")):
-        changes[f"{PACKAGE}.backends.{module}"] = functools.partial(_answer, name, settings, planted)
+    changes: dict[str, Callable[[Any], None]] = {
+        f"{PACKAGE}._native.library": lambda m: _use_library(m, device, card, settings)
+    }
+    for name in ("triton", "cuda"):
+        changes[f"{PACKAGE}.backends.{name}"] = functools.partial(_answer, name, settings, planted)
     if settings.batch > 1:
         from . import cuts
 
@@ -106,13 +108,13 @@ def _link(path: Path, target: Path) -> None:
 # Results --------------------------------------------------------------------------------------------------------------
 
 
-def _answer(name: str, settings: Settings, planted: faults.Faults, backend: Any) -> None:
-    """Wraps the calls of one backend."""
+def _answer(name: str, settings: Settings, planted: faults.Faults, module: Any) -> None:
+    """Wraps the calls that one backend runs itself, and not those that it inherits."""
+    backend = module.BACKEND
     answers = _ANSWERS if settings.launch == "reference" else {}
     for call in ("forward", "block_forward", "train_forward", "train_backward", "chain_backward"):
-        own = getattr(backend, call, None)
-        if own is not None:
-            setattr(backend, call, _wrapped(own, name, call, answers.get(call), planted))
+        if call in vars(type(backend)):
+            setattr(backend, call, _wrapped(getattr(backend, call), name, call, answers.get(call), planted))
 
 
 def _wrapped(own: Any, name: str, call: str, answer: Any, planted: faults.Faults) -> Any:
@@ -135,9 +137,9 @@ def _forward(out: Any, problem: Any, x: Any, weights: Any, biases: Any, packed: 
     import torch
     import torch.nn.functional as F
 
-    from res2net_fused import reference
-    from res2net_fused.backends.triton_settings import uses_tf32
-    from res2net_fused.kernels.tf32 import round_to_tf32
+    from res2net_fused.backends.triton.availability import uses_tf32
+    from res2net_fused.backends.triton.tf32 import round_to_tf32
+    from res2net_fused.chain import reference
 
     c, tf32 = problem.config, x.itemsize == 4 and uses_tf32(problem)
 
@@ -161,7 +163,7 @@ def _forward(out: Any, problem: Any, x: Any, weights: Any, biases: Any, packed: 
 def _block(out: Any, problem: Any, x: Any, shortcut: Any, folded: Any, relu: bool) -> None:
     import torch.nn.functional as F
 
-    from res2net_fused import reference
+    from res2net_fused.chain import reference
 
     u = F.conv2d(x.float(), folded.conv1_weight.float(), folded.conv1_bias.float()).relu_()
     y = reference.hierarchical_conv2d(
@@ -182,35 +184,36 @@ def _copy(into: Any, other: Any) -> None:
             _copy(a, b)
 
 
-def _train_forward(result: Any, backend: Any, *args: Any, **options: Any) -> None:
-    from res2net_fused import training
+def _train_forward(result: Any, *args: Any, **options: Any) -> None:
     from res2net_fused.backends.selection import get_backend
+    from res2net_fused.chain import batch_norm
 
     out, statistics, z = result
-    other, other_statistics, other_z = training.train_forward(get_backend("reference"), *args, **options)
+    other, other_statistics, other_z = batch_norm.train_forward(get_backend("reference"), *args, **options)
     _copy((out, *vars(statistics).values()), (other, *vars(other_statistics).values()))
     _copy(z, other_z if z else [])
 
 
 def _train_backward(
-    result: Any, backend: Any, problem: Any, grad: Any, x: Any, out: Any, z: Any, mean: Any, invstd: Any, weights: Any,
+    result: Any, problem: Any, grad: Any, x: Any, out: Any, z: Any, mean: Any, invstd: Any, weights: Any,
     gammas: Any, needed: Any, group: str = "",
 ) -> None:  # fmt: skip
-    from res2net_fused import training
     from res2net_fused.backends.selection import get_backend
+    from res2net_fused.chain import batch_norm
 
     reference, eps = get_backend("reference"), [1e-5] * problem.steps  # which the saved statistics hold already
     arguments = grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group
-    _copy_needed(result, training._train_backward(reference, problem, *arguments), needed)
+    _copy_needed(result, batch_norm._train_backward(reference, problem, *arguments), needed)
 
 
 def _chain_backward(result: Any, problem: Any, grad: Any, x: Any, out: Any, weights: Any, needed: Any) -> None:
-    from res2net_fused import backward
+    from res2net_fused.chain import backward
+    from res2net_fused.chain.convolver import ATEN
 
     def output_backward(k: int, dy: Any, y: Any, u: Any) -> Any:
         return backward.activation_backward(dy, y, problem.config.activation)
 
-    _copy_needed(result, backward.walk_back(None, grad, x, out, weights, problem.config, output_backward, needed), needed)
+    _copy_needed(result, backward.walk_back(ATEN, grad, x, out, weights, problem.config, output_backward, needed), needed)
 
 
 def _copy_needed(result: Any, other: Any, needed: Any) -> None:
@@ -220,7 +223,7 @@ def _copy_needed(result: Any, other: Any, needed: Any) -> None:
 
 
 def _rows(result: Any, problem: Any, x: Any, weights: Any, biases: Any, scale: Any, shift: Any, keep: bool) -> None:
-    from res2net_fused import reference
+    from res2net_fused.chain import reference
 
     out, rectified = result
     _copy((out, rectified), reference.hierarchical_conv1d(x, weights, biases, scale, shift, problem.config, keep))

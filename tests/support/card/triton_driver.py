@@ -102,6 +102,7 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
             LAUNCHES.note(one)
             device.c.card_count(5)
             if launch == "interpreter":
+
                 def work() -> None:
                     _interpret(self.function, (x, y, z), arguments)
 

@@ -1,0 +1,210 @@
+"""What the native extension is made of: sources, flags and architectures, stated once.
+
+setup.py loads this file by its path, before the package can be imported, and so may any build at run time: it needs the
+standard library only and runs no compiler. Which compiler to run, and in which order, is the caller's business.
+
+The pieces under `csrc/`:
+
+* `common/*.cpp`: in both operator libraries.
+* `cpu/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells a dispatcher which kernels exist.
+* `cpu/kernels/*.cpp`: once per instruction set, into the CPU library. `RES2NET_FUSED_ISA` is the name of the set
+  (`portable`, `avx2`, `avx512`): put the code into `namespace res2net_fused::RES2NET_FUSED_ISA`.
+* `plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
+  those that register no operator (`*_op.cpp`) into the CUDA library too.
+* `cuda/**/*.cpp`, `cuda/**/*.cu`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
+* `python/*.cpp`: the pybind11 module, with `common/build_info.cpp`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# The stable ABI's version: libraries load beside this release of torch and every later one.
+TORCH_TARGET = (2, 11)
+
+CPU_LIBRARY = "lib/libres2net_fused_cpu.so"
+CUDA_LIBRARY = "lib/libres2net_fused_cuda.so"
+BUILD_RECORD = "lib/build.json"
+PYTHON_MODULE = "_build_info"
+
+CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall")
+NVCC_FLAGS = ("-O3", "-std=c++20", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
+TORCH_DEFINES = (f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000",)
+# Opens the stream and device-guard functions of torch's C interface.
+CUDA_DEFINES = ("-DUSE_CUDA",)
+
+# 90a: wgmma and TMA of Hopper exist in the architecture-specific target only.
+DEFAULT_CUDA_ARCHITECTURES = ("80", "90a", "100")
+# Sources of this name are compiled for this architecture alone.
+WGMMA_PREFIX, WGMMA_ARCHITECTURE = "instance_wgmma_", "90a"
+# The oldest PTX with the instructions of thread-block clusters, which kernels have from there on (csrc/cuda/chain/hardware.h).
+CLUSTER_PTX = 90
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One compilation of `csrc/cpu/kernels`: a name that is also its C++ namespace, and the flags it adds."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+
+
+PORTABLE = InstructionSet("portable")
+# Lowest first: see cpu_target on the order in which objects are linked.
+X86_64_INSTRUCTION_SETS = (
+    PORTABLE,
+    InstructionSet("avx2", ("-mavx2", "-mfma")),
+    InstructionSet("avx512", ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma")),
+)
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What a binary says about its own build, beyond what its compiler predefines."""
+
+    commit: str = "unknown"
+    cuda_version: str = ""
+    cuda_architectures: tuple[str, ...] = ()
+    instruction_sets: tuple[str, ...] = ()
+
+    def defines(self) -> tuple[str, ...]:
+        return (
+            f'-DRES2NET_FUSED_COMMIT="{self.commit}"',
+            f'-DRES2NET_FUSED_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
+            f'-DRES2NET_FUSED_CUDA_VERSION="{self.cuda_version}"',
+            f'-DRES2NET_FUSED_CUDA_ARCHS="{";".join(self.cuda_architectures)}"',
+            f'-DRES2NET_FUSED_INSTRUCTION_SETS="{";".join(self.instruction_sets)}"',
+        )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: `flags` come after the compiler; `object` is relative to the build folder."""
+
+    source: Path
+    object: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One shared object: `output` is relative to the package; `compiler` is "cxx" or "nvcc" and links as well."""
+
+    name: str
+    output: str
+    compiler: str
+    units: tuple[Unit, ...]
+    link_flags: tuple[str, ...]
+
+
+def instruction_sets(machine: str) -> tuple[InstructionSet, ...]:
+    """The sets that CPU kernels are compiled for on `machine` (`platform.machine()`)."""
+    return X86_64_INSTRUCTION_SETS if machine.lower() in ("x86_64", "amd64") else (PORTABLE,)
+
+
+def kernel_instruction_sets(root: Path, machine: str) -> tuple[str, ...]:
+    """Names of the sets that the CPU library will hold kernels for; empty while there is no kernel."""
+    return tuple(s.name for s in instruction_sets(machine)) if _sources(root, "cpu/kernels/*.cpp") else ()
+
+
+def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) -> Target:
+    """The CPU operator library, from the sources under `root`/csrc and torch's headers under `torch_root`/include."""
+    shared = (*CXX_FLAGS, _short_paths(root), *TORCH_DEFINES, *_includes(root, torch_root))
+    sets = instruction_sets(machine)
+    have = tuple(f"-DRES2NET_FUSED_HAVE_{s.name.upper()}=1" for s in sets)
+    units = [_unit(root, s, (*shared, *have), facts) for s in _sources(root, "common/*.cpp", "plan/*.cpp", "cpu/*.cpp")]
+    # The linker keeps the first copy of an inline function. Objects that need no special instructions come first, so a
+    # copy compiled for AVX-512 never serves portable code.
+    for isa in sets:
+        flags = (*shared, *isa.flags, f"-DRES2NET_FUSED_ISA={isa.name}")
+        units += [_unit(root, s, flags, facts, variant=isa.name) for s in _sources(root, "cpu/kernels/*.cpp")]
+    link = ("-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu")
+    return Target("cpu", CPU_LIBRARY, "cxx", tuple(units), link)
+
+
+def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
+    """The CUDA operator library for `facts.cuda_architectures`. Needs nvcc, but neither a GPU nor a CUDA torch."""
+    code = gencode_flags(facts.cuda_architectures)
+    flags = (*NVCC_FLAGS, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
+    plans = [s for s in _sources(root, "plan/*.cpp") if not s.name.endswith("_op.cpp")]
+    sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, "cuda/**/*.cpp", "cuda/**/*.cu")]
+    have_wgmma = WGMMA_ARCHITECTURE in facts.cuda_architectures
+    if have_wgmma:
+        flags = (*flags, "-DRES2NET_FUSED_HAVE_WGMMA=1")
+    units = []
+    for source in sources:
+        if not source.name.startswith(WGMMA_PREFIX):
+            units.append(_unit(root, source, (*flags, *code), facts))
+        elif have_wgmma:
+            units.append(_unit(root, source, (*flags, _machine_code(WGMMA_ARCHITECTURE)), facts))
+    # libtorch.so pulls in libtorch_cuda.so where torch has CUDA; linking it by name would need such a torch here.
+    # One -Xlinker list, since nvcc moves -l options.
+    torch_libraries = (f"-L{torch_root / 'lib'}", "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu")
+    link = ("-shared", "-cudart", "static", *code, *torch_libraries)
+    return Target("cuda", CUDA_LIBRARY, "nvcc", tuple(units), link)
+
+
+def python_target(root: Path, include_dirs: Iterable[str], suffix: str, facts: BuildFacts) -> Target:
+    """The pybind11 module; `suffix` is the interpreter's EXT_SUFFIX, `include_dirs` hold Python.h and pybind11."""
+    flags = (*CXX_FLAGS, "-I" + str(root / "csrc"), *(f for d in include_dirs for f in ("-isystem", str(d))))
+    sources = _sources(root, "common/build_info.cpp", "python/*.cpp")
+    return Target("python", PYTHON_MODULE + suffix, "cxx", tuple(_unit(root, s, flags, facts) for s in sources), ("-shared",))
+
+
+def cuda_architectures(requested: str | None, supported: Sequence[int]) -> tuple[str, ...]:
+    """Architectures to compile for.
+
+    `requested` is a list such as "80;90a" (RES2NET_FUSED_CUDA_ARCHS); every entry must be supported. None or an empty
+    string stands for those of DEFAULT_CUDA_ARCHITECTURES that are. `supported` holds numbers such as 90, from nvcc.
+    Raises ValueError for an entry that is malformed or that this nvcc does not know.
+    """
+    if not requested or not requested.strip():
+        return tuple(a for a in DEFAULT_CUDA_ARCHITECTURES if _arch_number(a) in supported)
+    chosen = tuple(dict.fromkeys(a for a in re.split(r"[;,\s]+", requested.strip()) if a))
+    for arch in chosen:
+        if _arch_number(arch) not in supported:
+            known = ", ".join(map(str, supported))
+            raise ValueError(
+                f"RES2NET_FUSED_CUDA_ARCHS: {arch!r} is not an architecture of this nvcc; expected entries such as 80 "
+                f"or 90a among {known}, separated by semicolons"
+            )
+    return chosen
+
+
+def gencode_flags(architectures: Sequence[str]) -> tuple[str, ...]:
+    """nvcc's flags for machine code of each architecture, and for devices to come PTX of the newest, never without clusters."""
+    newest = max((CLUSTER_PTX, *(number for a in architectures if (number := _arch_number(a)))))
+    return (*map(_machine_code, architectures), f"-gencode=arch=compute_{newest},code=compute_{newest}")
+
+
+def _machine_code(architecture: str) -> str:
+    return f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+
+
+def _arch_number(arch: str) -> int | None:
+    match = re.fullmatch(r"(\d+)[af]?", arch)
+    return int(match.group(1)) if match else None
+
+
+def _short_paths(root: Path) -> str:
+    # torch's checks print __FILE__: relative to the checkout, whatever machine compiled it.
+    return f"-ffile-prefix-map={root}/="
+
+
+def _includes(root: Path, torch_root: Path) -> tuple[str, ...]:
+    return ("-I" + str(root / "csrc"), "-isystem", str(torch_root / "include"))
+
+
+def _sources(root: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted((root / "csrc").glob(pattern))]
+
+
+def _unit(root: Path, source: Path, flags: tuple[str, ...], facts: BuildFacts, variant: str = "") -> Unit:
+    relative = source.relative_to(root / "csrc")
+    if relative.as_posix() == "common/build_info.cpp":
+        # Only this file carries the facts: a new commit recompiles nothing else.
+        flags = (*flags, *facts.defines())
+    return Unit(source, str(Path("obj", variant, relative.parent, relative.name + ".o")), flags)

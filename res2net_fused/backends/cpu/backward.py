@@ -1,0 +1,131 @@
+"""The backward of a chain on the CPU: in one native call, or group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...chain.backward import convolution_backward, feeds_a_convolution, pool_backward
+from ...chain.config import ACTIVATIONS, ChainConfig
+from ...chain.memory_format import memory_format
+from ...chain.problem import ChainProblem
+from .convolution import CONVOLVER, convolves_faster
+from .settings import instruction_set, operators, settings
+
+
+def runs_chain_backward(problem: ChainProblem, by_name: bool) -> bool:
+    """Whether `chain_backward` takes a call: wherever it is measured to be faster than ATen's operators.
+
+    In NCHW the conversions cost more than they save from 28x28 pixels on.
+    """
+    small = problem.height * problem.width_pixels <= 14 * 14
+    return problem.dtype == torch.float32 and (problem.channels_last or small)
+
+
+def chain_backward(
+    problem: ChainProblem,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of (x, weights, biases) of the chain without batch statistics, of these what `needed` names.
+
+    The gradient of x is channels-last.
+    """
+    isa = instruction_set()
+    grad, x, out = (channels_last(t) for t in (grad, x, out))
+    if convolves_faster(problem):
+        found = operators.cpu_chain_backward.default(
+            grad, x, out, list(weights), settings(problem), needed[0], needed[1] or needed[2],
+            memory_format(weights[0]) == torch.channels_last, isa,
+        )  # fmt: skip
+        if found:
+            grad_x, *rest = found
+            if needed[0]:
+                pass_back(problem, grad_x, grad, x)
+            return grad_x if needed[0] else None, rest[: problem.steps], rest[problem.steps :]
+
+    def activation_backward(k: int, dy: DownstreamGradient, y: Tensor, u: Tensor) -> Tensor:
+        return operators.cpu_activation_backward.default(*dy, y, activation_code(problem.config), isa)
+
+    return walk_back(problem, grad, x, out, weights, activation_backward, False, needed)
+
+
+def pass_back(problem: ChainProblem, grad_x: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Writes the gradient of the group that passes the chain by; those of the others are in grad_x."""
+    config, passed = problem.config, problem.config.passed_group(problem.scale)
+    if passed is None:
+        return
+    slots, grads, groups = (t.split(problem.width, 1) for t in (grad_x, grad, x))
+    added = passed + 1 < problem.scale and config.adds(passed + 1)
+    dy = grads[passed] + slots[passed + 1] if added else grads[passed]
+    slots[passed].copy_(pool_backward(dy, groups[passed], config))
+
+
+# dout_i, du_{i+1} or None, and where in the gradient of x the latter is to be copied, or None.
+DownstreamGradient = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def walk_back(
+    problem: ChainProblem,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    weights: Sequence[Tensor],
+    output_backward: Callable[[int, DownstreamGradient, Tensor, Tensor], Tensor],
+    needs_sums: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of (x, weights, biases), of these what `needed` names, from the last group to the first.
+
+    output_backward: (k, dy, y_k, u_k) -> dz_k, the backward of all that follows the k-th convolution. needs_sums: it reads u_k.
+    """
+    isa = instruction_set()
+    need_x, need_weights, need_biases = needed
+    config, scale = problem.config, problem.scale
+    grad, x, out = (channels_last(t) for t in (grad, x, out))
+    groups, outputs, grads = (t.split(problem.width, 1) for t in (x, out, grad))
+    grad_x = torch.empty_like(x) if need_x else None
+    slots: Any = [None] * scale if grad_x is None else grad_x.split(problem.width, 1)
+    grad_weights: list[Tensor] = [grad] * problem.steps
+    grad_biases: list[Tensor] = [grad] * problem.steps
+    du: Tensor | None = None  # of group i+1, where that added y_i
+    for i in reversed(range(scale)):
+        if i == config.passed_group(scale):
+            if need_x and du is not None:
+                slots[i + 1].copy_(du)
+            du = None
+            continue
+        k = i - config.first_convolved
+        u = groups[i]
+        if config.adds(i) and (need_weights or needs_sums):
+            u = operators.cpu_sum.default(u, outputs[i - 1], isa)
+        dz = output_backward(k, (grads[i], du, slots[i + 1] if du is not None else None), outputs[i], u)
+        need_u = need_x or feeds_a_convolution(config, i)
+        du = None
+        if not need_u and not need_weights and not need_biases:
+            continue
+        du, grad_weights[k], grad_biases[k] = convolution_backward(
+            CONVOLVER, dz, u, weights[k], config, (need_u, need_weights, need_biases)
+        )
+        du = channels_last(du) if need_u else None
+        if need_x and not config.adds(i):
+            slots[i].copy_(du)
+        if not config.adds(i):
+            du = None
+    if grad_x is not None:
+        pass_back(problem, grad_x, grad, x)
+    return grad_x, grad_weights, grad_biases
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def activation_code(config: ChainConfig) -> int:
+    return ACTIVATIONS.index(config.activation)

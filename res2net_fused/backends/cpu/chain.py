@@ -1,0 +1,72 @@
+"""The chain on the CPU: whether it can run, packing, the plan, the call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._native import library
+from ...chain.config import ChainConfig
+from ...chain.problem import ChainProblem
+from .batch_norm import covers
+from .convolution import chain_from_weights, convolves_faster, winograd_covers, winograd_pays
+from .settings import ARITHMETICS, arithmetic, instruction_set, operators, settings
+
+
+def why_not(problem: ChainProblem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"x is on {problem.device}; this backend runs on cpu tensors"
+    status = library.cpu_library()
+    if not status.loaded:
+        return status.reason
+    if problem.dtype == torch.float64:
+        return "x is torch.float64; allowed are torch.float32, torch.float16 and torch.bfloat16"
+    return None
+
+
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
+    """[Winograd weights (steps, 36 * w * w padded), direct weights (steps, 9 * w/groups * w padded), biases], in fp32.
+
+    The first is empty where Winograd does not cover the configuration.
+    """
+    return _pack(weights, biases, config, winograd_covers(config))
+
+
+def plan(problem: ChainProblem) -> str:
+    """Of a call with packed weights; one with plain weights and few pixels convolves directly."""
+    sizes = (problem.batch, problem.height, problem.width_pixels)
+    return operators.cpu_plan(*sizes, settings(problem), arithmetic(), instruction_set())
+
+
+def forward(
+    problem: ChainProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+) -> Tensor:
+    mode, isa = arithmetic(), instruction_set()
+    if not packed:
+        if mode == ARITHMETICS["winograd"] or mode == ARITHMETICS["auto"] and winograd_pays(problem):
+            out = chain_from_weights(problem, x, weights, biases)
+            if out is not None:
+                return out
+        packed = _pack(weights, biases, problem.config, False)
+    winograd, direct, bias = packed
+    return operators.cpu_chain_forward.default(x, winograd, direct, bias, settings(problem), problem.channels_last, mode, isa)
+
+
+def why_not_training(problem: ChainProblem) -> str | None:
+    return why_not(problem)
+
+
+def plan_training(problem: ChainProblem) -> str:
+    passes = "native passes" if covers(problem) else "ATen's passes (the native ones are for float32 in channels-last)"
+    return f"{passes}, convolutions and their gradients by {'Winograd' if convolves_faster(problem) else 'ATen'}"
+
+
+def _pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig, winograd: bool) -> list[Tensor]:
+    with torch.no_grad():
+        return operators.cpu_pack.default(list(weights), list(biases or ()), config.groups, winograd, instruction_set())

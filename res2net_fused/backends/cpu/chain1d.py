@@ -1,0 +1,97 @@
+"""The 1-D chain arranged for CPUs: products of padded rows, or convolutions written into their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...chain.problem import Chain1dProblem
+from ...chain.reference import bias_of, padded_1d
+from .. import policy
+
+
+def multiplies(problem: Chain1dProblem) -> bool:
+    return 0 < problem.batch * problem.length <= policy.ROWS_FOR_PRODUCTS and problem.dtype in (torch.float32, torch.float64)
+
+
+def pack_1d(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights of every tap as the right factor of a product, each (w, w), those of the first convolution first."""
+    return [tap.contiguous() for weight in weights for tap in weight.detach().permute(2, 1, 0)]
+
+
+class _Convolutions:
+    """relu of a convolution by PyTorch's operator; `in_place`: of rows that are padded where they are summed."""
+
+    def __init__(self, problem: Chain1dProblem, weights, biases, in_place: bool) -> None:
+        self.problem, self.weights, self.biases = problem, weights, biases
+        self.rows = None
+        if in_place and problem.config.padding_mode == "reflect":
+            self.rows = _PaddedRows(problem, weights[0], last=True)
+
+    def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
+        problem, dilation = self.problem, self.problem.config.dilation
+        weight, bias = self.weights[k], bias_of(self.biases, k, x)
+        if self.rows is not None:
+            return F.conv1d(self.rows.fill(x, previous), weight, bias, dilation=dilation).relu_()
+        u = x if previous is None else x + previous
+        if problem.config.padding_mode == "zeros":
+            return F.conv1d(u, weight, bias, padding=problem.padding, dilation=dilation).relu_()
+        return F.conv1d(padded_1d(u, weight, problem.config), weight, bias, dilation=dilation).relu_()
+
+
+class _Products:
+    """relu of a convolution as the sum of one product for each tap, over the padded rows of all images at once."""
+
+    def __init__(self, problem: Chain1dProblem, packed: Sequence[Tensor], biases) -> None:
+        self.packed, self.biases, self.taps = packed, biases, problem.kernel_size
+        self.rows = _PaddedRows(problem, packed[0], last=False)
+        rows = self.rows.padded.flatten(0, 1)  # (N * (L + 2p), w)
+        count = rows.shape[0] - 2 * problem.padding  # those between images are computed too, and never read
+        dilation = problem.config.dilation
+        self.shifted = [rows[tap * dilation : tap * dilation + count] for tap in range(self.taps)]
+        result = torch.empty_like(self.rows.padded)  # (N, L + 2p, w)
+        self.z = result.flatten(0, 1)[:count]
+        self.rectified = result[:, : problem.length].transpose(1, 2)  # (N, w, L)
+
+    def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
+        self.rows.fill(x, previous)
+        first, *others = self.packed[k * self.taps : (k + 1) * self.taps]
+        bias = bias_of(self.biases, k, x)
+        if bias is None:
+            torch.mm(self.shifted[0], first, out=self.z)
+        else:
+            torch.addmm(bias, self.shifted[0], first, out=self.z)
+        for shifted, factor in zip(self.shifted[1:], others, strict=True):
+            self.z.addmm_(shifted, factor)
+        return self.rectified.relu_()
+
+
+class _PaddedRows:
+    """Rows with what stands beyond their ends: `padded`, (N, w, L + 2p) if they are `last`, else (N, L + 2p, w)."""
+
+    def __init__(self, problem: Chain1dProblem, like: Tensor, last: bool) -> None:
+        padding, length = problem.padding, problem.length
+        size = length + 2 * padding
+        shape = (problem.batch, problem.width, size) if last else (problem.batch, size, problem.width)
+        self.padded = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.axis = 2 if last else 1
+        inside = self.padded.narrow(self.axis, padding, length)
+        self.inside = inside if last else inside.transpose(1, 2)  # (N, w, L)
+        self.borders = None
+        if problem.config.padding_mode == "reflect" and padding:
+            ends = [*range(padding), *range(padding + length, size)]
+            mirrors = [2 * padding - i if i < padding else 2 * (padding + length - 1) - i for i in ends]
+            self.borders, self.mirrors = torch.tensor([ends, mirrors], device=like.device)
+
+    def fill(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """x (N, w, L), plus y_{i-1} where there is one; returns `padded`."""
+        if previous is None:
+            self.inside.copy_(x)
+        else:
+            torch.add(x, previous, out=self.inside)
+        if self.borders is not None:
+            self.padded.index_copy_(self.axis, self.borders, self.padded.index_select(self.axis, self.mirrors))
+        return self.padded

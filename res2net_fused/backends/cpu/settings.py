@@ -1,0 +1,77 @@
+"""Which arithmetic and instruction set run, and the numbers by which the native code knows settings.
+
+Environment, read at every call:
+
+* RES2NET_FUSED_CPU_ARITHMETIC: "auto" (default), "winograd" (wherever it can run) or "direct" (its rounding everywhere).
+* RES2NET_FUSED_CPU_ISA: "portable", "avx2" or "avx512" instead of the best instruction set of this processor.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from ..._native import library
+from ...chain.config import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig
+from ...chain.problem import ChainProblem
+
+operators = torch.ops.res2net_fused_native
+
+ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
+
+ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
+
+# The codes are those of csrc/cpu/chain_plan.h and csrc/cpu/dispatch.h.
+ARITHMETICS = {"auto": 0, "winograd": 1, "direct": 2}
+
+INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
+
+operators = torch.ops.res2net_fused_native
+
+
+def available_instruction_sets() -> list[str]:
+    """Those that this build and this processor have, the best last; empty without the native library."""
+    if not library.cpu_library().loaded:
+        return []
+    return [name for name, code in INSTRUCTION_SETS.items() if code >= 0 and operators.cpu_has_instruction_set(code)]
+
+
+def settings(problem: ChainProblem) -> list[int]:
+    """As `problem_of` in csrc/cpu/op_arguments.h takes it: enumerations by their place in the tables of `chain`."""
+    return [problem.width, problem.steps, *_config_codes(problem.config)]
+
+
+@functools.lru_cache
+def _config_codes(config: ChainConfig) -> tuple[int, ...]:
+    return (
+        config.stride,
+        config.dilation,
+        config.groups,
+        int(config.hierarchical),
+        PASSTHROUGHS.index(config.passthrough),
+        POOLS.index(config.pool),
+        ACTIVATIONS.index(config.activation),
+    )
+
+
+def arithmetic() -> int:
+    return _code(ARITHMETIC_VARIABLE, ARITHMETICS)
+
+
+def instruction_set() -> int:
+    """The code of the one that the environment asks for, or that of the best."""
+    code = _code(ISA_VARIABLE, INSTRUCTION_SETS)
+    if code > 0 and not operators.cpu_has_instruction_set(code):
+        name = os.environ[ISA_VARIABLE]
+        available = ", ".join(map(repr, available_instruction_sets()))
+        raise RuntimeError(f"{ISA_VARIABLE}={name!r}: this machine has no {name} kernels; it has {available}")
+    return code
+
+
+def _code(variable: str, codes: dict[str, int]) -> int:
+    name = os.environ.get(variable) or "auto"
+    if name not in codes:
+        raise ValueError(f"{variable}={name!r}: allowed are {', '.join(map(repr, codes))}")
+    return codes[name]

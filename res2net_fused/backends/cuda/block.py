@@ -1,0 +1,97 @@
+"""The whole block around the native CUDA chain: conv1, the chain and conv3, in three launches.
+
+Between conv1 and conv3 the groups lie a multiple of 16 bytes apart, so that the chain moves 16 bytes at once where dense groups
+of 26 channels would allow 4; the padding holds exact zeros. The 1x1 convolutions are the Triton block's, or ATen's where Triton
+cannot be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...chain.block_weights import BlockWeights
+from ...chain.config import ChainConfig
+from ...chain.problem import ChainProblem
+from .. import triton as triton_backend
+from ..triton.availability import capability, precision_of
+from ..triton.block import slot_pitch
+from ..triton.tf32 import round_to_tf32
+
+
+def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
+    """[conv1 (s*pitch, inplanes), its bias, conv3 (planes * 4, s*pitch), its bias, the chain's weights and biases]."""
+    from .packing import pack  # which offers this function as its own
+
+    weight = folded.weights[0]
+    width = weight.shape[0]
+    scale = config.scale(len(folded.weights))
+    pitch = slot_pitch(width, 1, weight.dtype.itemsize)
+
+    def pad_slots(t: Tensor) -> Tensor:  # (s*w, ...) -> (s*pitch, ...)
+        return F.pad(t.detach().reshape(scale, width, -1), (0, 0, 0, pitch - width)).reshape(scale * pitch, -1)
+
+    conv1 = pad_slots(folded.conv1_weight.flatten(1)).contiguous()
+    conv1_bias = pad_slots(folded.conv1_bias.float()).reshape(-1)
+    conv3 = pad_slots(folded.conv3_weight.flatten(1).t()).t().contiguous()
+    if weight.dtype == torch.float32:  # which this backend multiplies in TF32 alone
+        conv1, conv3 = round_to_tf32(conv1), round_to_tf32(conv3)
+    chain = pack(folded.weights, folded.biases, config)
+    return [conv1, conv1_bias, conv3, folded.conv3_bias.detach().float(), *chain]
+
+
+def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool) -> Tensor:
+    """As `block.run_block`, of which this is the `cuda` backend's own form."""
+    from .. import cuda as cuda_backend
+
+    conv1, conv1_bias, conv3, conv3_bias, *chain = folded.packed or pack_block(folded, problem.config)
+    pitch = slot_pitch(problem.width, 1, x.dtype.itemsize)
+    lanes = problem.scale * pitch
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def buffer(channels: int, height: int, columns: int) -> Tensor:
+        shape = problem.batch, channels, height, columns
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    u = buffer(lanes, problem.height, problem.width_pixels)
+    y = buffer(lanes, problem.output_height, problem.output_width)
+    out = buffer(conv3.shape[0], problem.output_height, problem.output_width)
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _pointwise(problem, x, conv1, conv1_bias, None, u, (pitch, problem.width), True)
+        source, target = cuda_backend.chain.Slots(u, lanes, pitch), cuda_backend.chain.Slots(y, lanes, pitch)
+        cuda_backend.chain.launch_chain(problem, source, target, chain, pitch)
+        _pointwise(problem, y, conv3, conv3_bias, shortcut, out, (out.shape[1], out.shape[1]), relu)
+    return out if problem.channels_last else out.contiguous()
+
+
+def _pointwise(
+    problem: ChainProblem,
+    x: Tensor,  # (N, C, H, W), as all images here channels-last
+    weight: Tensor,  # (out channels, C)
+    bias: Tensor,  # (out channels,), fp32
+    shortcut: Tensor | None,
+    out: Tensor,
+    slots: tuple[int, int],  # channels from one slot of `out` to the next, and how many of them are real; the rest become zero
+    relu: bool,
+) -> None:
+    """out = relu(conv1x1(x) + bias + shortcut)"""
+    if triton_backend.chain.why_not(problem) is None:
+        from ..triton.kernels.pointwise import Pixels, pointwise_call, pointwise_tile
+
+        lanes, pixels = out.shape[1], x.numel() // x.shape[1]
+        precision = precision_of(problem)
+        tile = pointwise_tile(pixels, lanes, x.shape[1], x.dtype.itemsize, precision, capability(x.device))
+        added = None if shortcut is None else Pixels(shortcut, lanes, lanes)
+        source, target = Pixels(x, x.shape[1], x.shape[1]), Pixels(out, lanes, lanes)
+        pointwise_call(source, weight, bias, added, target, pixels, slots, relu, precision, tile).run()
+        return
+    y = F.conv2d(x, weight[:, :, None, None], bias.to(x.dtype))
+    if shortcut is not None:
+        y += shortcut
+    out.copy_(y.relu_() if relu else y)
+    out.unflatten(1, (-1, slots[0]))[:, :, slots[1] :] = 0

@@ -1,0 +1,126 @@
+"""The chain in one launch: whether it can run, the call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._native import library
+from ...chain.problem import ChainProblem
+from ..triton.availability import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
+from .packing import pack
+from .plan import describe, device_limits, plan_chain, planned, problem_numbers, unsupported
+
+# (lower, upper) bound of y
+CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
+
+POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_arguments.h
+
+MAX_POSITIONS = 2**15  # pixels of several whole images in one CTA: csrc/plan/plan_model.h
+
+
+def why_not(problem: ChainProblem) -> str | None:
+    device = problem.device
+    if device.type != "cuda":
+        return f"x is on {device}; this backend runs on cuda tensors"
+    for status in (library.cuda_library(), library.cpu_library()):  # the plan comes from the latter
+        if not status.loaded:
+            return status.reason
+    if torch.version.hip is not None:
+        return "x is on an AMD GPU; an NVIDIA GPU is needed"
+    why = unsupported(problem) or precision_refusal(problem)
+    return why or planned(problem_numbers(problem), device_limits(device))[1] or None
+
+
+def precision_refusal(problem: ChainProblem) -> str | None:
+    """Why PyTorch's current settings forbid this call, or None."""
+    if problem.dtype != torch.float32 or convolutions_use_tf32():
+        return None
+    if tf32_is_overridden():
+        return f"x is torch.float32 and {OVERRIDE}=0 in the environment forbids TF32, in which this backend multiplies it"
+    return (
+        f"x is torch.float32 and torch.backends.cudnn.conv.fp32_precision is {convolution_precision()!r}; "
+        "this backend multiplies torch.float32 in TF32, which 'tf32' (or torch.backends.cudnn.allow_tf32 = True) allows"
+    )
+
+
+def why_not_auto(problem: ChainProblem) -> str | None:
+    """Why `auto` should rather try the next backend, for a call that could run here."""
+    plan = plan_chain(problem, device_limits(problem.device))
+    if plan.nanoseconds <= plan.steps_nanoseconds:
+        return None
+    return (
+        f"one launch is predicted to take {plan.nanoseconds / 1000:.0f} us, "
+        f"one per convolution {plan.steps_nanoseconds / 1000:.0f} us"
+    )
+
+
+def plan(problem: ChainProblem) -> str:
+    return describe(plan_chain(problem, device_limits(problem.device)), problem.dtype)
+
+
+def forward(
+    problem: ChainProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+) -> Tensor:
+    shape = (problem.batch, x.shape[1], problem.output_height, problem.output_width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if problem.batch:
+        pitch = pixel_pitch(x)
+        if pitch is None:
+            x = x.clone(memory_format=torch.channels_last)
+            pitch = x.shape[1]
+        packed = packed or pack(weights, biases, problem.config)
+        launch_chain(problem, Slots(x, pitch, problem.width), Slots(out, x.shape[1], problem.width), packed, problem.width)
+    return out if problem.channels_last else out.contiguous()
+
+
+class Slots(NamedTuple):
+    """Groups of a channels-last tensor (N, C, H, W): elements from one pixel to the next, and from one group to the next."""
+
+    data: Tensor
+    pixel: int
+    slot: int
+
+
+def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[Tensor], fill: int) -> None:
+    """The one launch, on the current stream of x's device. packed: from `pack`.
+
+    fill: channels of each slot of `out` that are written; beyond the group's they become zero, provided they are zero in x.
+    """
+    c = problem.config
+    passed = c.passed_group(problem.scale)
+    settings = [
+        problem.width, problem.steps, c.stride, c.dilation, int(c.hierarchical), c.first_convolved,
+        -1 if passed is None else passed, POOLS[c.pool], x.pixel, x.slot, out.pixel, out.slot, fill,
+        int(c.passthrough == "first_added"),
+    ]  # fmt: skip
+    launch = plan_chain(problem, device_limits(x.data.device))
+    torch.ops.res2net_fused_native.cuda_chain(x.data, *packed, out.data, list(launch[:12]), settings, *CLAMPS[c.activation])
+
+
+def pixel_pitch(x: Tensor) -> int | None:
+    """Elements from one pixel of x (N, C, H, W) to the next, where the kernel can read x as it lies, else None.
+
+    It needs channels side by side, pixels aligned to 4 bytes, and pixels in order; a slice of a wider channels-last tensor will
+    do, unless an image then spans more bytes than the kernel counts.
+    """
+    batch, channels, height, columns = x.shape
+    strides = (x.stride(3), x.stride(2), x.stride(0))
+    sizes = (columns, height, batch)
+    # The stride of a dimension of size 1 says nothing.
+    pitch = next((stride for stride, size in zip(strides, sizes, strict=True) if size > 1), channels)
+    expected = (pitch, pitch * columns, pitch * columns * height)
+    dense = all(size == 1 or stride == want for size, stride, want in zip(sizes, strides, expected, strict=True))
+    if x.stride(1) != 1 or not dense or pitch < channels or pitch * x.itemsize % 4 or x.data_ptr() % 4:
+        return None
+    if max(height * columns, MAX_POSITIONS) * pitch * x.itemsize >= 2**31:
+        return None
+    return pitch

@@ -1,0 +1,134 @@
+"""Launch plans of the CUDA kernels, from a C++ function of the CPU library: they need no GPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ..._native import library
+from ...chain.problem import ChainProblem
+
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/plan/data_type.h
+
+STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
+
+CLUSTER_INSTANCES = ("cluster_c2t2", "cluster_c4t2", "cluster_c7t2")
+
+WGMMA_INSTANCES = ("wgmma_c6t2", "wgmma_c7t2", "wgmma_c12t2", "wgmma_c14t2")
+
+INSTANCE_NAMES = STRIP_INSTANCES + CLUSTER_INSTANCES + WGMMA_INSTANCES
+
+# What a plan needs to know of a device without having it, in the order of library.DeviceLimits.
+LIMITS = {
+    "sm_80": library.DeviceLimits(8, 0, 108, 166912, 167936, 65536, 40 * 2**20, 0, 80),
+    "sm_86": library.DeviceLimits(8, 6, 84, 101376, 102400, 65536, 6 * 2**20, 0, 80),
+    "sm_89": library.DeviceLimits(8, 9, 128, 101376, 102400, 65536, 72 * 2**20, 0, 80),
+    "sm_90": library.DeviceLimits(9, 0, 132, 232448, 233472, 65536, 50 * 2**20, 1, 90),
+    "sm_100": library.DeviceLimits(10, 0, 148, 232448, 233472, 65536, 126 * 2**20, 0, 100),
+    "sm_120": library.DeviceLimits(12, 0, 170, 101376, 102400, 65536, 96 * 2**20, 0, 100),
+}
+
+
+class Plan(NamedTuple):
+    """How one call is launched, in the order in which csrc/plan/chain_plan.h gives its numbers."""
+
+    instance: int
+    rows: int  # output pixels of a CTA
+    columns: int
+    images: int  # of a CTA
+    whole: int  # 1: whole images, without a halo
+    warps_m: int  # along the pixels
+    warps_n: int  # along the output channels
+    slices: int  # of 32 bytes of input channels of one tap, held by one stage of the weight pipeline
+    stages: int
+    row_parts: int  # CTAs that share an image or a strip of it, each with its rows; 1 x 1 parts unless it is the cluster kernel
+    channel_parts: int  # and each with its output channels
+    warps_k: int  # along the input channels and taps
+    ctas: int
+    threads: int
+    shared_bytes: int
+    ctas_per_multiprocessor: int
+    packed_columns: int  # output channels in units of 8, padded
+    dram_bytes: int  # x, weights and out once
+    loaded_bytes: int  # by all CTAs, halos and repeated weights included
+    flops: int
+    mma_flops: int  # with halos and padding
+    nanoseconds: int  # predicted
+    steps_nanoseconds: int  # predicted for one launch per convolution
+    capability: int  # of the device, such as 90
+    rates: int  # the capability whose rates the two times are counted with
+
+
+def unsupported(problem: ChainProblem) -> str | None:
+    """What of this call no instance of the kernel does, on any device, or None."""
+    config = problem.config
+    if problem.dtype not in TYPES:
+        return f"x is {problem.dtype}; this backend runs {', '.join(map(str, TYPES))}"
+    if config.groups != 1:
+        return f"groups is {config.groups}; this backend runs groups=1"
+    return None
+
+
+@functools.cache
+def device_limits(device: torch.device) -> library.DeviceLimits:
+    """What the CUDA device offers; needs the CUDA library."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return library.DeviceLimits(*torch.ops.res2net_fused_native.device_limits(index))
+
+
+def plan_chain(problem: ChainProblem, limits: library.DeviceLimits) -> Plan:
+    """How this call would be launched on a device with these limits. Needs the CPU library, but no GPU.
+
+    Raises RuntimeError where the library is not built, ValueError with the reason where no plan fits.
+    """
+    status = library.cpu_library()
+    if not status.loaded:
+        raise RuntimeError(status.reason)
+    reason = unsupported(problem)
+    found = None
+    if reason is None:
+        found, reason = planned(problem_numbers(problem), limits)
+    if found is None:
+        raise ValueError(reason)
+    return found
+
+
+def problem_numbers(problem: ChainProblem) -> tuple[int, ...]:
+    c = problem.config
+    return (
+        max(1, problem.batch), problem.height, problem.width_pixels, problem.width, problem.steps, c.stride, c.dilation,
+        int(c.hierarchical), int(c.passthrough != "none"),
+        TYPES[problem.dtype],
+    )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def planned(numbers: tuple[int, ...], limits: library.DeviceLimits) -> tuple[Plan | None, str]:
+    ops = torch.ops.res2net_fused_native
+    found = ops.cuda_chain_plan(list(numbers), list(limits))
+    return (Plan(*found), "") if found else (None, ops.cuda_chain_refusal(list(numbers), list(limits)))
+
+
+def describe(plan: Plan, dtype: torch.dtype) -> str:
+    """One line: how the work is cut and what the model predicts. The predicted time is no measurement."""
+    if plan.whole:
+        part = f"{plan.images} whole image{'s' * (plan.images > 1)}"
+    else:
+        part = f"{plan.rows}x{plan.columns} pixels"
+    instance = INSTANCE_NAMES[plan.instance] + ", tf32" * (dtype == torch.float32)
+    parts = ""
+    if INSTANCE_NAMES[plan.instance] in CLUSTER_INSTANCES:
+        parts = f" in {plan.row_parts} row x {plan.channel_parts} channel parts"
+    rates = "" if plan.rates == plan.capability else f" (rates of sm_{plan.rates}, the nearest known to sm_{plan.capability})"
+    return (
+        f"CUDA, 1 launch, {instance}, {plan.ctas} CTAs of {part}{parts}, {warps(plan)} warps, "
+        f"{plan.shared_bytes / 1024:.0f} KiB shared, {plan.ctas_per_multiprocessor} per SM; predicted "
+        f"{plan.nanoseconds / 1000:.0f} us, per step {plan.steps_nanoseconds / 1000:.0f} us{rates}"
+    )
+
+
+def warps(plan: Plan) -> str:
+    """Along the pixels, the output channels and, where several share those, the slices of a sum."""
+    return f"{plan.warps_m}x{plan.warps_n}" + f"x{plan.warps_k}" * (plan.warps_k > 1)

@@ -1,0 +1,62 @@
+"""Every measured threshold of "auto": where the package leaves a call to PyTorch or prefers one way to another."""
+
+from __future__ import annotations
+
+import torch
+
+from ..chain.problem import Chain1dProblem, ChainProblem
+
+
+def clamped_chain_pays(problem: ChainProblem) -> bool:
+    """Whether a block that is not one operator should be fused.
+
+    On one AVX-512 core, blocks of speaker networks, fp32: 1.1 to 1.55 times as fast in channels-last, but for a strided one of
+    few channels at batch 1 (0.8); 0.73 to 1.5 times as fast in NCHW, whose groups are converted for the chain.
+    """
+    return problem.channels_last or problem.device.type != "cpu"
+
+
+def training_pays(problem: ChainProblem) -> bool:
+    """Whether a training step is measured to be faster by the operator than by the class's own forward.
+
+    On two AVX-512 cores, a block's forward and backward at batch 8: 1.04 to 1.12 times as fast as the faster of both memory
+    formats from 28x28 pixels on, 0.86 to 1.05 below, where NCHW's 1x1 convolutions are fast; at batch 1 0.86 to 1.06 there.
+    Nothing is measured on GPUs, and compilers fuse the class's own forward.
+    """
+    if torch.compiler.is_compiling() or problem.device.type != "cpu":
+        return False
+    pixels = problem.output_height * problem.output_width
+    large = problem.width >= 14 and pixels >= 28 * 28 and problem.batch * pixels >= 8 * 28 * 28
+    return large and problem.dtype == torch.float32 and problem.channels_last
+
+
+# Up to so many rows of all images together, a product for each tap is faster than a convolution by oneDNN, whose weights are
+# reordered at every call.
+ROWS_FOR_PRODUCTS = 512
+
+# Where the operator pays: up to so many values of a group, by padding mode, and again from so many reflected rows on.
+PAYING_VALUES = {"reflect": 400 * 64, "zeros": 300 * 64}
+
+PAYING_REFLECTED_ROWS = 800
+
+
+def chain_pays_1d(problem: Chain1dProblem) -> bool:
+    """Whether the operator is measured to be faster than PyTorch's own operators, in inference.
+
+    `benchmarks/cpu_chain1d.py` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
+    reflected rows 1.0 to 1.15; elsewhere 0.9 to 1.0. Nothing is measured on GPUs, nor against compilers.
+    """
+    if torch.compiler.is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32:
+        return False
+    rows = problem.batch * problem.length
+    if rows * problem.width <= PAYING_VALUES[problem.config.padding_mode]:
+        return True
+    return problem.config.padding_mode == "reflect" and rows >= PAYING_REFLECTED_ROWS
+
+
+# Backends whose kernels no committed record has measured on a GPU, and what `explain` says of them; empty once one has.
+EXPERIMENTAL = dict.fromkeys(("cuda", "triton"), "experimental: never measured on a GPU")
+
+# Winograd's weights cost more to pack than they save in one call with fewer output pixels than this. One convolution and its
+# gradients are measured 0.5 times as fast as ATen's with 49 pixels, 0.9 to 1.4 times with 98, 1.0 to 2 times from 392 on.
+PIXELS_WORTH_PACKING = 96

@@ -1,0 +1,78 @@
+"""The chain on Triton: whether it can run, packing, the plan, the launches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...chain.config import ChainConfig
+from ...chain.problem import ChainProblem
+from .availability import capability, plan_for, why_not_device, why_not_installed
+from .step_plan import padded_lanes, why_not_size
+from .tf32 import for_every_precision
+from .training import describe, why_not_whole_batch
+
+
+def why_not(problem: ChainProblem) -> str | None:
+    return why_not_installed() or why_not_device(problem.device, problem.dtype) or why_not_size(problem)
+
+
+def why_not_training(problem: ChainProblem) -> str | None:
+    return why_not(problem) or why_not_whole_batch(problem)
+
+
+def plan_training(problem: ChainProblem) -> str:
+    return describe(problem)
+
+
+def pack(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig, only: str | None = None
+) -> list[Tensor]:
+    """[(precisions, steps, groups, 9, w/groups, w/groups padded), biases (steps, w) in fp32].
+
+    precisions: those of `for_every_precision`, or only this one.
+    """
+    from .kernels.common import pack_weights
+
+    width = weights[0].shape[0]
+    packed = pack_weights(list(weights), config.groups, padded_lanes(width // config.groups))
+    packed = for_every_precision(packed, only)
+    if biases is None:
+        return [packed, torch.zeros(len(weights), width, dtype=torch.float32, device=packed.device)]
+    return [packed, torch.stack([bias.detach().float() for bias in biases])]
+
+
+def plan(problem: ChainProblem) -> str:
+    return plan_for(problem, capability(problem.device)).describe(problem)
+
+
+def forward(
+    problem: ChainProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+) -> Tensor:
+    shape = (problem.batch, x.shape[1], problem.output_height, problem.output_width)
+    wanted = torch.channels_last if problem.channels_last else torch.contiguous_format
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=wanted)
+    if problem.batch == 0:
+        return out
+    from .kernels.common import Slots
+    from .kernels.conv3x3_fwd import chain_calls
+
+    # The kernels read and write channels side by side; every other stride may be what it is.
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    direct = out if out.stride(1) == 1 or x.shape[1] == 1 else torch.empty_like(out, memory_format=torch.channels_last)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        x_slots = Slots(x, problem.width, problem.width)
+        out_slots = Slots(direct, problem.width, problem.width)
+        chain = plan_for(problem, capability(problem.device))
+        packed_weights, bias = packed if packed else pack(weights, biases, problem.config, chain.precision)
+        for call in chain_calls(problem, chain, x_slots, out_slots, packed_weights, bias):
+            call.run()
+    return out if direct is out else out.copy_(direct)

@@ -1,0 +1,79 @@
+"""The chain along rows on Triton: one launch per convolution, on NVIDIA GPUs from sm_80 on or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...chain.problem import Chain1dProblem
+from .availability import precision_of, why_not_device
+from .step_plan import padded_lanes
+from .tf32 import for_precision
+
+MAX_LENGTH = 2**30 - 2**10  # of a row and of its padding: positions are int32, mirrored ones twice as large on the way
+MAX_WEIGHTS = 2**31 - 1  # of one convolution, padded
+
+
+def why_not_1d(problem: Chain1dProblem) -> str | None:
+    return why_not_device(problem.device, problem.dtype) or _why_not_size(problem)
+
+
+def _why_not_size(problem: Chain1dProblem) -> str | None:
+    if problem.length > MAX_LENGTH or problem.padding > MAX_LENGTH:
+        found = f"{problem.length} values and {problem.padding} more at each end"
+        return f"rows of x hold {found}; at most {MAX_LENGTH} are allowed"
+    weights = problem.kernel_size * problem.width * padded_lanes(problem.width)
+    if weights > MAX_WEIGHTS:
+        return f"a convolution has {weights} weights, padded; at most {MAX_WEIGHTS} are allowed"
+    return None
+
+
+def plan_1d(problem: Chain1dProblem) -> str:
+    from .kernels.conv1d_fwd import tile_1d
+
+    tile = "x".join(str(size) for size in tile_1d(problem).values())
+    return f"one launch for each of {problem.steps} convolutions, tiles of {tile}"
+
+
+def forward_1d(
+    problem: Chain1dProblem,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    affine_scale: Sequence[Tensor] | None,
+    affine_shift: Sequence[Tensor] | None,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `chain1d.forward_1d`."""
+    from .kernels.conv1d_fwd import chain_calls_1d, pack_weights_1d
+
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = problem.batch, problem.width, problem.length
+    rectified = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(problem.steps if keep else 0)]
+    passed = problem.config.chain.passed_group(problem.scale)
+    if passed is not None:
+        place = slice(passed * problem.width, (passed + 1) * problem.width)
+        out[:, place] = x[:, place]
+    if out.numel() == 0:
+        return out, rectified
+    if biases is None:
+        bias = torch.zeros(problem.steps, problem.width, dtype=torch.float32, device=x.device)
+    else:
+        bias = _stacked(biases)
+    affine = None if affine_scale is None or affine_shift is None else (_stacked(affine_scale), _stacked(affine_shift))
+    precision = precision_of(problem)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        packed = for_precision(pack_weights_1d(weights), precision)
+        for call in chain_calls_1d(problem, x, out, packed, bias, affine, rectified, precision):
+            call.run()
+    return out, rectified
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """(steps, w) in fp32."""
+    return torch.stack([value.detach().float() for value in values])

@@ -1,0 +1,154 @@
+"""The Triton kernel of the chain along rows: one launch per convolution, rows innermost as x and out have them.
+
+A program computes a tile of one convolution's output as a matrix product, channels by positions:
+
+    out (block_c, block_l) = weights of a tap (block_c, block_k) . u (block_k, block_l), shifted by the tap; summed over taps
+
+and its epilogue adds the bias, applies ReLU and then the affine map, writes y_i into out's slot and u_{i+1} = y_i + x_{i+1},
+where the next convolution reads it, into scratch. Neighbouring tiles read each other's ends of u, so scratch has two turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....chain.problem import Chain1dProblem
+from ..launch import KernelCall
+from ..step_plan import padded_lanes
+from .common import rounded_factor
+
+_INTEGERS = [
+    "length", "source_image", "source_channel", "source_slot", "x_image", "x_channel", "x_slot", "out_image", "out_channel",
+    "out_slot",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def conv1d_step(
+    source, x, out, scratch, rectified, weights, bias, scale, shift,
+    length, source_image, source_channel, source_slot, x_image, x_channel, x_slot, out_image, out_channel, out_slot,
+    WIDTH: tl.constexpr, WEIGHT_LANES: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, REFLECTS: tl.constexpr,
+    AFFINE: tl.constexpr, FORMS_NEXT: tl.constexpr, KEEPS: tl.constexpr, ROUNDS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """scratch and rectified: (N, w, L) without a gap; weights: (taps, w, lanes) of this convolution; bias, scale, shift: (w,)
+    in fp32; *_slot: where the group begins in its image, in elements. ROUNDS: as of `multiply_taps`.
+    """
+    k_blocks: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    c_tiles: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
+    l_tiles = (length + BLOCK_L - 1) // BLOCK_L
+    program = tl.program_id(0)
+    columns = program % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    positions = program // c_tiles % l_tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+    image = (program // c_tiles // l_tiles).to(tl.int64)
+    column_ok = columns < WIDTH
+    exists = positions < length
+    source_base = source + image * source_image + source_slot
+
+    total = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
+    for k in tl.range(0, TAPS * k_blocks):
+        tap = k // k_blocks
+        lanes = k % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        at = positions + (tap - TAPS // 2) * DILATION
+        inside = exists
+        if REFLECTS:
+            at = tl.where(at < 0, -at, at)
+            at = tl.where(at >= length, 2 * (length - 1) - at, at)
+        else:
+            inside = exists & (at >= 0) & (at < length)
+        u = tl.load(
+            source_base + lanes[:, None].to(tl.int64) * source_channel + at[None, :],
+            mask=(lanes < WIDTH)[:, None] & inside[None, :],
+            other=0.0,
+        )  # (BLOCK_K, BLOCK_L)
+        weight = tl.load(
+            weights + (tap * WIDTH + columns)[:, None] * WEIGHT_LANES + lanes[None, :],
+            mask=column_ok[:, None] & (lanes < WEIGHT_LANES)[None, :],
+            other=0.0,
+        )  # (BLOCK_C, BLOCK_K)
+        if ROUNDS:
+            u = rounded_factor(u, PRECISION)
+        total = tl.dot(weight, u, total, input_precision=PRECISION)
+
+    written = column_ok[:, None] & exists[None, :]
+    dense = (image * WIDTH + columns[:, None]) * length + positions[None, :]
+    total += tl.load(bias + columns, mask=column_ok, other=0.0)[:, None]
+    r = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu: NaN stays NaN
+    if KEEPS:
+        tl.store(rectified + dense, r.to(rectified.dtype.element_ty), mask=written)
+    if AFFINE:
+        own_scale = tl.load(scale + columns, mask=column_ok, other=0.0)
+        own_shift = tl.load(shift + columns, mask=column_ok, other=0.0)
+        r = r * own_scale[:, None] + own_shift[:, None]
+    y = r.to(out.dtype.element_ty)
+    lines = columns[:, None].to(tl.int64)
+    tl.store(out + image * out_image + out_slot + lines * out_channel + positions[None, :], y, mask=written)
+    if FORMS_NEXT:
+        x_pointers = x + image * x_image + x_slot + lines * x_channel + positions[None, :]
+        following = tl.load(x_pointers, mask=written, other=0.0)
+        summed = (following.to(tl.float32) + y.to(tl.float32)).to(scratch.dtype.element_ty)
+        tl.store(scratch + dense, rounded_factor(summed, PRECISION), mask=written)
+
+
+def pack_weights_1d(weights: Sequence[Tensor]) -> Tensor:
+    """(steps, taps, w, lanes): input channels innermost, padded with exact zeros."""
+    stacked = torch.stack([weight.detach() for weight in weights]).permute(0, 3, 1, 2)  # (steps, k, w, w)
+    width = stacked.shape[-1]
+    return torch.nn.functional.pad(stacked, (0, padded_lanes(width) - width)).contiguous()
+
+
+def tile_1d(problem: Chain1dProblem) -> dict[str, int]:
+    """Small enough to leave no spill; none of it was timed on a GPU."""
+    lanes = max(16, triton.next_power_of_2(problem.width))
+    if problem.dtype == torch.float32:
+        return {"BLOCK_C": min(32, lanes), "BLOCK_L": 32, "BLOCK_K": 16}
+    return {"BLOCK_C": min(64, lanes), "BLOCK_L": 64, "BLOCK_K": min(32, lanes)}
+
+
+def chain_calls_1d(
+    problem: Chain1dProblem,
+    x: Tensor,  # (N, s*w, L), rows without gaps
+    out: Tensor,  # as x
+    weights: Tensor,  # from `pack_weights_1d`, rounded for this precision
+    bias: Tensor,  # (steps, w) in fp32, as the affine map
+    affine: tuple[Tensor, Tensor] | None,
+    rectified: Sequence[Tensor],  # each (N, w, L), where they are kept; else empty
+    precision: str,
+) -> Iterator[KernelCall]:
+    """Every launch of the chain but for the group that passes through, in order."""
+    chain, width, steps = problem.config.chain, problem.width, problem.steps
+    tile = tile_1d(problem)
+    programs = problem.batch * triton.cdiv(problem.length, tile["BLOCK_L"]) * triton.cdiv(width, tile["BLOCK_C"])
+    shape = problem.batch, width, problem.length
+    sums = sum(chain.adds(chain.first_convolved + k) for k in range(steps))
+    scratch = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(min(2, sums))]
+    first = None
+    if chain.adds(chain.first_convolved):  # the group that passes is added to the first one convolved
+        first = scratch[-1].copy_(x[:, :width]).add_(x[:, width : 2 * width])
+    for k in range(steps):
+        group = chain.first_convolved + k
+        source = first if k == 0 else scratch[(k - 1) % 2] if chain.adds(group) else None
+        forms_next = k + 1 < steps and chain.adds(group + 1)
+        arguments = {
+            "source": x if source is None else source, "x": x, "out": out,
+            # Where nothing is kept, formed or mapped, another tensor stands in for a pointer that is never followed.
+            "scratch": scratch[k % 2] if forms_next else out, "rectified": rectified[k] if rectified else out,
+            "weights": weights[k], "bias": bias[k],
+            "scale": bias[k] if affine is None else affine[0][k], "shift": bias[k] if affine is None else affine[1][k],
+            "length": problem.length,
+            "source_image": (x if source is None else source).stride(0),
+            "source_channel": (x if source is None else source).stride(1),
+            "source_slot": group * width * x.stride(1) if source is None else 0,
+            "x_image": x.stride(0), "x_channel": x.stride(1), "x_slot": (group + 1) * width * x.stride(1),
+            "out_image": out.stride(0), "out_channel": out.stride(1), "out_slot": group * width * out.stride(1),
+            "WIDTH": width, "WEIGHT_LANES": weights.shape[-1], "TAPS": problem.kernel_size,
+            "DILATION": problem.config.dilation, "REFLECTS": problem.config.padding_mode == "reflect",
+            "AFFINE": affine is not None, "FORMS_NEXT": forms_next, "KEEPS": bool(rectified),
+            "ROUNDS": precision == "tf32" and (source is None or source is first), "PRECISION": precision, **tile,
+        }  # fmt: skip
+        yield KernelCall(conv1d_step, programs, arguments, {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True})

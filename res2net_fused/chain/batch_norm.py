@@ -1,0 +1,234 @@
+"""The chain with BatchNorm in training mode: forward and backward by PyTorch's operators and a backend's convolutions.
+
+With u_i = x_i + y_{i-1}, z_i = K_i u_i and zhat_i = (z_i - mean z_i) * invstd_i over batch and pixels,
+
+    y_i = act(gamma_i * zhat_i + beta_i)
+
+and from the last group to the first, over n = N * H' * W' values of a channel,
+
+    dy_i = dout_i + du_{i+1},  g_i = dy_i * act'(y_i),  dbeta_i = sum g_i,  dgamma_i = sum g_i * zhat_i,
+    dz_i = gamma_i * invstd_i * (g_i - dbeta_i / n - zhat_i * dgamma_i / n),  du_i = K_i^T dz_i = dx_i,  dK_i = u_i (*) dz_i
+
+u_i is formed again from x and out, and act' is read off y_i. z_i is kept, or convolved again where asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backward import activation_backward, walk_back
+from .config import ChainConfig
+from .convolver import Convolver
+from .memory_format import in_format_of, memory_format
+from .problem import ChainProblem
+from .reference import activate, pool_passthrough
+from .sync_batch_norm import combine_moments, combine_sums
+
+
+@dataclass
+class Statistics:
+    """Of every convolution's output over batch and pixels, each (steps, w), fp32 (fp64 for an fp64 chain).
+
+    invstd: 1 / sqrt(biased variance + eps). variance: unbiased, as running statistics take it.
+    """
+
+    mean: Tensor
+    invstd: Tensor
+    variance: Tensor
+
+
+Gradients = tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]  # of (x, weights, gammas, betas)
+
+
+class BatchNormPasses(Convolver):
+    """A convolver that may also compute what lies between the convolutions, which is ATen's where it returns None."""
+
+    def train_forward(
+        self,
+        problem: ChainProblem,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        gammas: Sequence[Tensor],
+        betas: Sequence[Tensor],
+        eps: Sequence[float],
+        keep: bool,
+        group: str,
+    ) -> tuple[Tensor, Statistics, list[Tensor]] | None:
+        """Return what `train_forward` of this file does, from the same arguments."""
+        return None
+
+    def train_backward(
+        self,
+        problem: ChainProblem,
+        grad: Tensor,
+        x: Tensor,
+        out: Tensor,
+        z: Sequence[Tensor],
+        mean: Tensor,
+        invstd: Tensor,
+        weights: Sequence[Tensor],
+        gammas: Sequence[Tensor],
+        needed: Sequence[bool],
+        group: str,
+    ) -> Gradients | None:
+        """Return what `train_backward` of this file does, not flattened, from the same arguments."""
+        return None
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics and of BatchNorm's arithmetic."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def train_forward(
+    backend: BatchNormPasses,
+    problem: ChainProblem,
+    x: Tensor,  # (N, s*w, H, W)
+    weights: Sequence[Tensor],  # each (w, w/groups, 3, 3)
+    gammas: Sequence[Tensor],  # each (w,), as betas
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    keep: bool,
+    group: str = "",  # of processes over which statistics are taken; "" for this one alone
+) -> tuple[Tensor, Statistics, list[Tensor]]:
+    """out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
+    results = backend.train_forward(problem, x, weights, gammas, betas, eps, keep, group)
+    if results is not None:
+        return results
+    config, width, wide = problem.config, problem.width, wide_dtype(x.dtype)
+    shape = problem.batch, x.shape[1], problem.output_height, problem.output_width
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    groups, outputs = x.split(width, 1), out.split(width, 1)
+    # ATen updates running statistics that are 0 with momentum 1: what it leaves are those of this batch.
+    mean, variance = (torch.zeros(problem.steps, width, dtype=wide, device=x.device) for _ in range(2))
+    kept, invstds, y = [], [], x
+    for i, (x_i, slot) in enumerate(zip(groups, outputs, strict=True)):
+        if i == config.passed_group(problem.scale):
+            y = slot.copy_(pool_passthrough(x_i, config))
+            continue
+        k = i - config.first_convolved
+        z = convolve(backend, x_i + y if config.adds(i) else x_i, weights[k], config)
+        if group:
+            mean[k], invstd, variance[k], biased = synchronised_statistics(z, eps[k], group)
+            y, *_ = torch.native_batch_norm(z, gammas[k].to(wide), betas[k].to(wide), mean[k], biased, False, 0.0, eps[k])
+        else:
+            y, _, invstd = torch.native_batch_norm(
+                z, gammas[k].to(wide), betas[k].to(wide), mean[k], variance[k], True, 1.0, eps[k]
+            )
+        y = activate_into(y, config.activation, slot)
+        invstds.append(invstd)
+        if keep:
+            kept.append(z)
+    return out, Statistics(mean, torch.stack(invstds).to(wide), variance), kept
+
+
+def synchronised_statistics(z: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, invstd, unbiased and biased variance (w,) of z (N, w, H, W) of all processes."""
+    count = z.numel() // z.shape[1]
+    biased, mean = torch.var_mean(z.to(wide_dtype(z.dtype)), (0, 2, 3), correction=0)
+    mean, squares, total = combine_moments(mean, biased * count, count, group)
+    biased = squares / total
+    return mean, (biased + eps).rsqrt(), squares / (total - 1), biased
+
+
+def _synchronised_norm_backward(
+    g: Tensor, z: Tensor, gamma: Tensor, mean: Tensor, invstd: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As aten.native_batch_norm_backward, the statistics being those of all processes.
+
+    Gradients of gamma and beta are of this one alone, as nn.SyncBatchNorm leaves them to be averaged with all others.
+    """
+    deviation, wide_g = z.to(mean.dtype) - mean.view(-1, 1, 1), g.to(mean.dtype)
+    sums = torch.stack([wide_g.sum((0, 2, 3)), (wide_g * deviation).sum((0, 2, 3))])
+    shift, slope = combine_sums(sums, z.numel() // z.shape[1], group)[:, :, None, None]
+    scale = (gamma * invstd).view(-1, 1, 1)
+    dz = scale * (wide_g - shift - deviation * slope * invstd.square().view(-1, 1, 1))
+    return dz.to(g.dtype), sums[1] * invstd, sums[0]
+
+
+def activate_into(y: Tensor, activation: str, slot: Tensor) -> Tensor:
+    if activation == "relu":
+        return torch.clamp_min(y, 0, out=slot)
+    return slot.copy_(activate(y, activation))
+
+
+def convolve(convolver: Convolver, u: Tensor, weight: Tensor, config: ChainConfig) -> Tensor:
+    """z of one 3x3 convolution, (N, w, H, W) -> (N, w, H', W'): the convolver's, or ATen's."""
+    z = convolver.convolution(ChainProblem.of_one_convolution(u, weight, config), u, weight)
+    if z is None:
+        z = torch.conv2d(u, weight, None, config.stride, config.dilation, config.dilation, config.groups)
+    return z
+
+
+def train_backward(
+    backend: BatchNormPasses,
+    problem: ChainProblem,
+    grad: Tensor,  # as out, any strides
+    x: Tensor,
+    out: Tensor,
+    z: Sequence[Tensor],  # of every convolution, or empty
+    mean: Tensor,  # (steps, w), as invstd
+    invstd: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    eps: Sequence[float],
+    needed: Sequence[bool],
+    group: str = "",  # as in forward
+) -> list[Tensor]:
+    """Gradients of (x, weights, gammas, betas), flat, and of these only what `needed` names."""
+    need_x, need_weights, need_gammas, need_betas = needed
+    gradients = backend.train_backward(problem, grad, x, out, z, mean, invstd, weights, gammas, needed, group)
+    if gradients is None:
+        gradients = _train_backward(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
+    grad_x, grad_weights, grad_gammas, grad_betas = gradients
+    results = []
+    if grad_x is not None:
+        results.append(grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)))
+    if need_weights:
+        results += [in_format_of(g, weight) for g, weight in zip(grad_weights, weights, strict=True)]
+    for needs, grads in ((need_gammas, grad_gammas), (need_betas, grad_betas)):
+        if needs:
+            results += [g.to(gamma.dtype) for g, gamma in zip(grads, gammas, strict=True)]
+    return results
+
+
+def _train_backward(
+    convolver: Convolver,
+    problem: ChainProblem,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    z: Sequence[Tensor],
+    mean: Tensor,
+    invstd: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    eps: Sequence[float],
+    needed: Sequence[bool],
+    group: str,
+) -> Gradients:
+    """As `train_backward`, not flattened, by PyTorch's operators and the backend's convolutions."""
+    need_x, need_weights, need_gammas, need_betas = needed
+    grad_gammas, grad_betas = ([grad] * problem.steps for _ in range(2))
+
+    def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        zk = z[k] if z else convolve(convolver, u, weights[k], problem.config)
+        masked = activation_backward(dy, y, problem.config.activation).contiguous(memory_format=memory_format(zk))
+        gamma, affine = gammas[k].to(mean.dtype), need_gammas or need_betas
+        if group:
+            gradients = _synchronised_norm_backward(masked, zk, gamma, mean[k], invstd[k], group)
+        else:
+            gradients = torch.ops.aten.native_batch_norm_backward(
+                masked, zk, gamma, None, None, mean[k], invstd[k], True, eps[k], [True, affine, affine]
+            )
+        dz, grad_gammas[k], grad_betas[k] = gradients
+        return dz
+
+    grad_x, grad_weights, _ = walk_back(
+        convolver, grad, x, out, weights, problem.config, output_backward, (need_x, need_weights, False)
+    )
+    return grad_x, grad_weights, grad_gammas, grad_betas

@@ -1,0 +1,52 @@
+"""The weights of a whole bottleneck in eval mode: convolutions with their BatchNorms folded in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+
+@dataclass
+class BlockWeights:
+    """A block's convolutions with their BatchNorms folded in, and, where kept for many calls, one backend's layout of them."""
+
+    conv1_weight: Tensor  # (s*w, inplanes, 1, 1)
+    conv1_bias: Tensor  # (s*w,), fp32 (fp64 for an fp64 block), as all biases here
+    weights: list[Tensor]  # each (w, w/groups, 3, 3)
+    biases: list[Tensor]  # each (w,)
+    conv3_weight: Tensor  # (planes * 4, s*w, 1, 1)
+    conv3_bias: Tensor  # (planes * 4,)
+    # Of the shortcut, where it is a 1x1 convolution and BatchNorm behind at most a pool; None where there is none to fold.
+    projection_weight: Tensor | None = None  # (planes * 4, inplanes, 1, 1)
+    projection_bias: Tensor | None = None  # (planes * 4,)
+    projection_stride: int = 1
+    packed: list[Tensor] | None = None
+    layout: str = "plain"
+    made: Any = None  # a MadeOn of modules/weight_cache.py, where it is kept
+    overflowed: bool = False  # of one that is kept, if float16 may be asked of it: what `overflows` said
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> BlockWeights:
+        """The plain weights in `dtype`, all on `device`; biases keep their dtype."""
+        projection, bias = self.projection_weight, self.projection_bias
+        return BlockWeights(
+            self.conv1_weight.to(device, dtype), self.conv1_bias.to(device),
+            [weight.to(device, dtype) for weight in self.weights], [bias.to(device) for bias in self.biases],
+            self.conv3_weight.to(device, dtype), self.conv3_bias.to(device),
+            None if projection is None else projection.to(device, dtype), None if bias is None else bias.to(device),
+            self.projection_stride, overflowed=self.overflowed,
+        )  # fmt: skip
+
+    def overflow(self) -> Tensor:
+        """NaN if a folded weight is beyond float16's range, for 1 / sqrt(eps) may be a large factor, else zero; shape ()."""
+        weights = (self.conv1_weight, *self.weights, self.conv3_weight, self.projection_weight)
+        halves = [weight.detach().half() for weight in weights if weight is not None]
+        return torch.stack([(half - half).sum(dtype=torch.float32) for half in halves]).sum()
+
+    def overflows(self) -> bool:
+        """Whether that is so; a device is waited for, which no CUDA graph may while it is captured."""
+        valueless = self.conv1_weight.is_meta or isinstance(self.conv1_weight, FakeTensor)
+        return not valueless and bool(self.overflow().isnan())

@@ -1,0 +1,1 @@
+"""Blocks as nn.Modules: the drop-in, the reference blocks, and what makes a block run fused."""

@@ -1,0 +1,164 @@
+"""Where a class of 2-D Res2Net blocks keeps its parts: names are data here, semantics are confirmed in `recognition.py`.
+
+A layout is found once for a block and kept with it; `parts_of` then reads the block's present modules at every call, since
+users replace and hook them at any time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+Path = tuple[str, ...]  # of attribute names; "*" stands for every module of a ModuleList
+
+# Pairs of a convolution and the norm behind it, the likeliest first. A norm inside its convolution is applied by that one.
+_FIRST = (("conv1", "bn1"), ("conv1", "{norm1_name}"), ("conv1", "conv1.norm"), ("branch2a.conv", "branch2a.norm"))
+_MIDDLE = (("convs.*", "bns.*"), ("conv2.*", "bn2.*"), ("branch2b.*.conv", "branch2b.*.norm"))
+_LAST = (("conv3", "bn3"), ("conv3", "{norm3_name}"), ("conv3", "conv3.norm"), ("branch2c.conv", "branch2c.norm"))
+_OPTIONAL = {
+    "relu": ("relu", "act", "activation", "nonlinearity"),
+    "downsample": ("downsample", "shortcut", "short"),
+    "pool": ("pool",),
+    "se": ("se", "se_module", "attn"),
+    "drop_block": ("drop_block",),
+    "drop_path": ("drop_path",),
+}
+_FUNCTIONAL_RELU = nn.ReLU(inplace=True)  # of blocks that call a function where others have a module
+
+
+@dataclass(frozen=True)
+class BlockPaths:
+    """Paths of a block's parts, by default as the published code names them; relu may be (), a function."""
+
+    conv1: Path = ("conv1",)
+    bn1: Path = ("bn1",)
+    convs: Path = ("convs", "*")
+    bns: Path = ("bns", "*")
+    conv3: Path = ("conv3",)
+    bn3: Path = ("bn3",)
+    relu: Path = ("relu",)
+    downsample: Path = ("downsample",)
+    pool: Path = ("pool",)
+    se: Path = ("se",)
+    drop_block: Path = ("drop_block",)
+    drop_path: Path = ("drop_path",)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether parts lie inside modules of the block that have a call of their own."""
+        return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1
+
+
+@dataclass(slots=True)
+class BlockParts:
+    """A block's modules at this moment, under the published names; None where it has no such part.
+
+    The types are those of recognised blocks; recognition itself looks before it believes them. A norm may also be a
+    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`).
+    """
+
+    module: nn.Module
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    convs: list[nn.Conv2d]
+    bns: list[nn.BatchNorm2d]
+    conv3: nn.Conv2d
+    bn3: nn.BatchNorm2d
+    relu: nn.Module
+    downsample: nn.Module | None = None
+    pool: nn.Module | None = None
+    se: nn.Module | None = None
+    drop_block: nn.Module | None = None
+    drop_path: nn.Module | None = None
+
+    @property
+    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        return self.bn1, *self.bns, self.bn3
+
+
+PUBLISHED = BlockPaths()
+_NAMES = tuple(field.name for field in fields(BlockPaths))
+
+
+def find_layout(module: nn.Module) -> BlockPaths | None:
+    """The layout of a module that has the parts of a Res2Net bottleneck, whatever it computes."""
+    found: dict[str, Path] = {}
+    for names, pairs in ((("conv1", "bn1"), _FIRST), (("convs", "bns"), _MIDDLE), (("conv3", "bn3"), _LAST)):
+        paths = next(filter(None, (_present(module, pair) for pair in pairs)), None)
+        if paths is None:
+            return None
+        found.update(zip(names, paths, strict=True))
+    for name, alternatives in _OPTIONAL.items():
+        absent = () if name == "relu" else alternatives[:1]  # a shortcut may still be given later, under its usual name
+        found[name] = next(((other,) for other in alternatives if _part(module, other) is not None), absent)
+    return BlockPaths(**found)
+
+
+def _present(module: nn.Module, pair: tuple[str, str]) -> tuple[Path, ...] | None:
+    """The two paths if the module has something at both, with names that the module itself gives filled in."""
+    paths = []
+    for path in pair:
+        if path.startswith("{"):
+            named = getattr(module, path.strip("{}"), None)
+            if not isinstance(named, str):
+                return None
+            path = named
+        paths.append(tuple(path.split(".")))
+    modules = [list(resolve(module, path)) for path in paths]
+    if not modules[0] or not all(isinstance(m, nn.Module) for m in itertools.chain(*modules)):
+        return None
+    alone = "*" not in paths[0]
+    if any(isinstance(m, nn.ModuleList) for m in itertools.chain(*modules)) or (alone and len(modules[0]) != 1):
+        return None
+    return tuple(paths) if modules[1] else None
+
+
+def resolve(module: nn.Module | None, path: Path) -> Iterator[nn.Module | None]:
+    """What is at the path: one module, or all of a ModuleList; nothing where an ordinary module stands for a list."""
+    for i, name in enumerate(path):
+        if name == "*":
+            if isinstance(module, nn.ModuleList):
+                for child in module._modules.values():
+                    yield from resolve(child, path[i + 1 :])
+            return
+        module = None if module is None else module._modules.get(name)
+    yield module
+
+
+def parts_of(module: nn.Module, layout: BlockPaths = PUBLISHED) -> BlockParts:
+    """The block's parts now. Dictionaries, not attributes: nn.Module.__getattr__ would be most of a cached call's cost."""
+    parts: list[Any] = []
+    for name in _NAMES:
+        path = getattr(layout, name)
+        if not path:
+            parts.append(_FUNCTIONAL_RELU)
+        elif len(path) == 1:
+            parts.append(_part(module, path[0]))
+        elif name in ("convs", "bns"):
+            parts.append(list(resolve(module, path)))
+        else:
+            parts.append(next(resolve(module, path)))
+    return BlockParts(module, *parts)
+
+
+def _part(module: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
+    """The submodule of that name, or a function in its place."""
+    part = module._modules.get(name)
+    if part is None:
+        part = module.__dict__.get(name)
+    return part if callable(part) else None
+
+
+def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
+    """The modules on the way to the parts, whose own calls a fused block leaves out too."""
+    found: dict[int, nn.Module] = {}
+    for name in _NAMES:
+        path = getattr(layout, name)
+        for end in range(1, len(path)):
+            if path[end] != "*":
+                found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
+    return list(found.values())

@@ -1,0 +1,132 @@
+"""Whether a call may run fused. Asked at every call, since users hook, replace and parametrize submodules at any time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import policy
+from ..backends.selection import is_auto
+from ..chain.problem import ChainProblem
+from ..ops.packed_weights import one_operator
+from .block_parts import BlockParts, wrappers
+from .block_state import BlockState
+from .folding import why_not_bypassed, why_not_folded
+from .training import uses_batch_statistics, why_not_trained
+
+
+def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:
+    """The call of the chain inside, for the block's x."""
+    rows, columns = block.conv1.stride
+    problem = ChainProblem.of(x, block.convs[0].in_channels, len(block.convs), state.config)
+    dtype = compute_dtype(block.conv1.weight)
+    if rows == columns == 1 and dtype == x.dtype:
+        return problem
+    height, width = (problem.height - 1) // rows + 1, (problem.width_pixels - 1) // columns + 1
+    return replace(problem, dtype=dtype, height=height, width_pixels=width)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the convolutions of such weights run: autocast's where it is on, else their own."""
+    kind = weight.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+# Eligibility: cheap, at every call, since users hook, replace and parametrize submodules at any time ------------------
+
+
+def why_not_fused(
+    block: BlockParts, state: BlockState, x: object, args: tuple[object, ...], kwargs: dict[str, object]
+) -> str | None:
+    """None if this call may run fused, else the reason."""
+    if torch.onnx.is_in_onnx_export():
+        return "exported to ONNX, which knows PyTorch's own operators only"
+    shortcut, reason = given_shortcut(state.shortcut, args, kwargs)
+    if reason is not None:
+        return reason
+    if shortcut is not None and block.downsample is not None:
+        return "called with a shortcut, beside a downsample of its own"
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        return "x is not a 4-D floating-point tensor"
+    weight_dtype = block.conv1.weight.dtype
+    if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not torch.is_autocast_enabled(x.device.type)):
+        return f"x is {x.dtype} but the weights are {weight_dtype}"
+    if not torch.compiler.is_compiling() and transformed():
+        return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
+    training = any(map(uses_batch_statistics, block.bns))
+    if training and getattr(block.module, "with_cp", False):
+        return "with_cp: in training its own forward checkpoints it"
+    if training:
+        reason = why_not_trained(block, chain_problem(block, x, state), state.backend, state.recompute)
+    else:
+        reason = why_not_foldable(block)
+    if reason is not None:
+        return reason
+    if fused_activation(block.relu) != state.config.activation:
+        return f"activation {type(block.relu).__name__} is not fused"
+    if block_geometry(block) != state.geometry:
+        return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
+    alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
+    if alone and not policy.clamped_chain_pays(chain_problem(block, x, state)):
+        return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks must see every submodule's call"
+    # In training they are called as modules.
+    outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
+    outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
+    for module in (*outer, *block.convs, *block.bns, block.relu, block.pool):
+        if module is None:
+            continue
+        reason = why_not_bypassed(module)
+        if reason is not None:
+            return reason
+    return None
+
+
+def given_shortcut(name: str | None, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor | None, str | None]:
+    """What a caller passes as `name` to be added in x's place, or None; and why the call cannot run fused, or None."""
+    shortcut = args[0] if args else kwargs.get(name) if name is not None else None
+    others = [*args[1:], *(value for key, value in kwargs.items() if args or key != name)]
+    if any(other is not None for other in others) or (shortcut is not None and name is None):
+        return None, "called with more than x" + ("" if name is None else f" and {name}")
+    if shortcut is not None and not isinstance(shortcut, Tensor):
+        return None, f"{name} is a {type(shortcut).__name__}, not a tensor"
+    return shortcut, None
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) or forward-mode AD is at work, for which the operators have no rules."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def why_not_foldable(block: BlockParts) -> str | None:
+    """None if every norm of the block can be folded now, else the reason."""
+    return next(filter(None, map(why_not_folded, block.norms)), None)
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """The chain's name for this activation, also under a derived class that only has settings of its own."""
+    forward = type(module).forward
+    if forward is nn.ReLU.forward:
+        return "relu"
+    if isinstance(module, nn.Hardtanh) and forward is nn.Hardtanh.forward and (module.min_val, module.max_val) == (0, 20):
+        return "hardtanh20"
+    return None
+
+
+_POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
+def block_geometry(block: BlockParts) -> tuple[object, ...]:
+    """All of the block's convolutions and pool that changes the result beyond their tensors, comparable at every call."""
+    pool = block.pool
+    pool_settings = None if pool is None else (type(pool), *(getattr(pool, name, None) for name in _POOL_SETTINGS))
+    return pool_settings, *(
+        (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+         conv.groups, conv.padding_mode)
+        for conv in (block.conv1, *block.convs, block.conv3)
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""BatchNorm folded into the convolution before it, and the rules by which a folded block may be kept.
+
+In eval mode BatchNorm is the affine map y = (z - mean) * weight / sqrt(var + eps) + bias, so that
+bn(conv(x)) = conv'(x) + b' with conv' = conv * scale and b' = (conv.bias - mean) * scale + bias.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..chain.block_weights import BlockWeights
+from .block_parts import BlockParts
+
+
+def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """conv' in `dtype` and b' in fp32 (fp64 for an fp64 block); differentiable. Half-precision factors multiply in fp32."""
+    scale, shift = affine_of(bn, conv.weight.dtype)
+    bias = shift if conv.bias is None else conv.bias.to(scale.dtype) * scale + shift
+    weight = conv.weight.to(scale.dtype) * scale.reshape(-1, 1, 1, 1)
+    return weight.to(dtype), bias
+
+
+def affine_of(bn: nn.BatchNorm1d | nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """BatchNorm in eval mode as bn(z) = scale * z + shift, both (C,), in fp32 (fp64 for `dtype` fp64); differentiable."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert bn.running_mean is not None and bn.running_var is not None  # `why_not_folded` has looked
+    scale = torch.rsqrt(bn.running_var.to(wide) + getattr(bn, "eps", 0.0))  # some frozen norms have no eps
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(wide)
+    shift = -bn.running_mean.to(wide) * scale
+    return scale, shift if bn.bias is None else shift + bn.bias.to(wide)
+
+
+def fold_block(block: BlockParts, dtype: torch.dtype) -> BlockWeights:
+    """Folds conv1, convs and conv3, and the shortcut's projection if it can be, into weights of `dtype`; differentiable."""
+    folded = [fold(conv, bn, dtype) for conv, bn in zip(block.convs, block.bns, strict=True)]
+    weights, biases = [weight for weight, _ in folded], [bias for _, bias in folded]
+    result = BlockWeights(*fold(block.conv1, block.bn1, dtype), weights, biases, *fold(block.conv3, block.bn3, dtype))
+    projection = projection_of(block)
+    if projection is not None:
+        _, conv, bn = projection
+        result.projection_weight, result.projection_bias = fold(conv, bn, dtype)
+        result.projection_stride = conv.stride[0]
+    return result
+
+
+def projection_of(block: BlockParts) -> tuple[nn.Module | None, nn.Conv2d, nn.BatchNorm2d] | None:
+    """(pool or None, 1x1 convolution, norm) of the block's shortcut, or None where it has to run as it is."""
+    if not adds_at_once(block):
+        return None
+    downsample = block.downsample
+    if type(downsample) is not nn.Sequential or len(downsample) not in (2, 3):
+        return None
+    *pool, conv, bn = downsample
+    if type(conv) is not nn.Conv2d or any(why_not_bypassed(module) for module in (downsample, conv, bn)):
+        return None
+    geometry = (conv.kernel_size, conv.padding, conv.groups)
+    if geometry != ((1, 1), (0, 0), 1) or conv.stride[0] != conv.stride[1] or why_not_folded(bn) is not None:
+        return None
+    return (pool[0] if pool else None), conv, cast(nn.BatchNorm2d, bn)  # or a frozen one
+
+
+def adds_at_once(block: BlockParts) -> bool:
+    """Whether nothing comes between conv3 and the addition of the shortcut."""
+    return is_identity(block.se) and is_identity(block.drop_path)
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    return module is None or type(module) is nn.Identity
+
+
+def is_frozen(bn: nn.Module) -> bool:
+    """Whether this is a FrozenBatchNorm2d as the detection libraries have it: BatchNorm of which nothing is learned."""
+    if isinstance(bn, nn.modules.batchnorm._NormBase) or bn._parameters:
+        return False
+    return all(name in bn._buffers for name in ("weight", "bias", "running_mean", "running_var"))
+
+
+def why_not_folded(bn: nn.Module) -> str | None:
+    """None if this norm layer can be folded now, else the reason."""
+    if is_frozen(bn):
+        return None
+    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return f"norm layer {type(bn).__name__} cannot be folded"
+    if bn.training:
+        return "BatchNorm is in training mode: batch statistics cannot be folded"
+    if bn.running_mean is None or bn.running_var is None:
+        return "BatchNorm has no running statistics to fold"
+    return None
+
+
+def why_not_bypassed(module: nn.Module) -> str | None:
+    """None if nobody would miss this module's own call, else the reason."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"a hook on a {type(module).__name__} inside the block must see its call"
+    if "forward" in vars(module):
+        return f"a {type(module).__name__} inside the block has a forward of its own"
+    return None
+
+
+def block_tensors(block: BlockParts) -> list[Tensor]:
+    """Everything that folding reads, and each num_batches_tracked, which tells when running statistics moved."""
+    parts = [block.conv1, *block.norms, block.conv3, *(projection_of(block) or ())[1:]]
+    return [
+        tensor
+        for module in itertools.chain(parts, block.convs)
+        for tensor in itertools.chain(module._parameters.values(), module._buffers.values(), _plain_tensors(module))
+        if tensor is not None
+    ]
+
+
+def _plain_tensors(module: nn.Module) -> Iterable[Tensor]:
+    """Weights that are ordinary attributes, as in DataParallel's replicas and under FSDP."""
+    if "weight" in module._parameters and "bias" in module._parameters:
+        return ()
+    return (value for value in vars(module).values() if isinstance(value, Tensor))

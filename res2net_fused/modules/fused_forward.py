@@ -1,0 +1,198 @@
+"""How a Res2Net block runs fused: the mixin that stands in front of a block class's own forward.
+
+`Bottle2neck` has it by inheritance, the blocks of other libraries get it from `accelerate`. In eval mode it folds the
+BatchNorms, keeps the folded and packed weights, and calls the operator; in training mode `trained_block.py` takes over, with an
+operator that has BatchNorm in it. Whatever cannot run fused runs the class's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.selection import requested
+from ..chain.block_weights import BlockWeights
+from ..chain.memory_format import memory_format
+from ..chain.reference import activate
+from ..ops.bottle2neck import fused_bottle2neck
+from ..ops.hierarchical_conv2d import hierarchical_conv2d
+from ..ops.packed_weights import PackedWeights, one_operator, pack_block
+from .block_parts import BlockParts, parts_of
+from .block_state import STATE, BlockState, FusedModule
+from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
+from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
+from .reference_blocks import apply_optional, finish_bottle2neck
+from .training import run_trained, uses_batch_statistics
+from .weight_cache import Frozen, cacheable, capturing
+
+OVERFLOWED = "a folded weight is beyond float16's range: a BatchNorm with hardly any variance or eps"
+
+UNSEEN = "a CUDA graph is captured in float16 and no call before it has seen that its range holds these folded weights"
+
+
+class FusedForward(FusedModule):
+    """Mixin before an nn.Module class of the Res2Net kind; its instances carry a BlockState."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        state: BlockState = getattr(self, STATE)
+        parts = parts_of(self, state.layout)
+        refusal = why_not_fused(parts, state, x, args, kwargs)
+        if not torch.compiler.is_compiling():
+            state.last_refusal = refusal
+        if any(bn.training and not is_frozen(bn) for bn in parts.norms):
+            state.drop()  # running statistics change without a trace
+        if refusal is not None:
+            return super().forward(x, *args, **kwargs)
+        shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
+        if any(map(uses_batch_statistics, parts.bns)):
+            if not torch.compiler.is_compiling():
+                state.last_problem, state.last_trained = chain_problem(parts, x, state), True
+            return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
+        out = run_fused(parts, x, shortcut, state)
+        if not isinstance(out, str):
+            return out
+        if not torch.compiler.is_compiling():
+            state.last_refusal = out
+        return super().forward(x, *args, **kwargs)
+
+
+def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | str:
+    """The block in eval mode, (N, inplanes, H, W) as the class's own: one operator, or its parts where that does not do.
+
+    given: the shortcut (N, planes * 4, H', W') of a caller who passes one, else None. The reason where a folded weight
+    overflows, or may; with gradients on, when every call folds, only CPUs look: others would have to wait for the answer.
+    """
+    weight = block.conv1.weight
+    dtype = compute_dtype(weight)
+    x_in = x.to(dtype)
+    differentiable = torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in (x, given))
+        or any(t.requires_grad for t in itertools.chain(block.module.parameters(), block_tensors(block)))
+    )
+    if not torch.compiler.is_compiling():
+        state.last_problem, state.last_trained = chain_problem(block, x, state), False
+    if differentiable or not is_identity(block.drop_block):
+        folded = fold_block(block, dtype)
+        if dtype == torch.float16 and x.device.type == "cpu" and cacheable(block_tensors(block)) and folded.overflows():
+            return OVERFLOWED
+        return finish_bottle2neck(block, _run_parts(block, x_in, folded, folded.weights, state), x, given)
+    kept = folded_weights(block, dtype, weight.device, state)
+    if kept is None:
+        return UNSEEN
+    folded = kept
+    if folded.overflowed and dtype == torch.float16:
+        return OVERFLOWED
+    if not one_operator(state.config):
+        chain = PackedWeights.of_block(folded, state.config)
+        return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
+    entry = entry_pixels(block, x_in)
+    if not adds_at_once(block):
+        out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
+        return finish_bottle2neck(block, out, x, given)
+    shortcut = _shortcut(block, x_in, x, folded) if given is None else given
+    return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
+
+
+def _run_parts(
+    block: BlockParts, x: Tensor, folded: BlockWeights, weights: list[Tensor] | PackedWeights, state: BlockState
+) -> Tensor:
+    """conv1, the chain and conv3 one by one, before attention, shortcut and the last activation."""
+    config, dtype = state.config, x.dtype
+    biases = None if isinstance(weights, PackedWeights) else folded.biases
+    out = F.conv2d(x, folded.conv1_weight, folded.conv1_bias.to(dtype), block.conv1.stride)
+    out = out.relu_() if config.activation == "relu" else activate(out, config.activation)  # (N, s*w, H, W)
+    out = hierarchical_conv2d(out, weights, biases, **config.settings(), backend=state.backend)
+    out = apply_optional(block, "drop_block", out)
+    return F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
+
+
+def entry_pixels(block: BlockParts, x: Tensor) -> Tensor:
+    """The pixels that conv1 reads: all, or those at its stride, then in x's memory format, which odd strides hide."""
+    rows, columns = block.conv1.stride
+    return x if rows == columns == 1 else x[:, :, ::rows, ::columns].contiguous(memory_format=memory_format(x))
+
+
+def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: BlockWeights) -> Tensor:
+    """What the operator adds, before the projection that it applies itself."""
+    if block.downsample is None:
+        return x
+    if folded.projection_weight is None:
+        return block.downsample(x)
+    projection = projection_of(block)
+    pool = None if projection is None else projection[0]
+    return x_in if pool is None else pool(x_in)
+
+
+def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, state: BlockState) -> BlockWeights | None:
+    """The frozen weights, the cached ones if nothing changed, or newly folded ones.
+
+    None where a CUDA graph is captured in float16 and no call before it has kept these weights: whether they overflow cannot be
+    asked now.
+    """
+    frozen = state.frozen
+    if frozen is not None:
+        folded = frozen.weights(dtype, device)
+        if folded.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
+            folded = replace(folded, projection_weight=None, packed=None, layout="plain")
+        return folded
+    if torch.compiler.is_compiling():
+        return fold_block(block, dtype)
+    tensors = block_tensors(block)
+    keeps = cacheable(tensors)
+    if not keeps and not capturing():
+        return fold_block(block, dtype)
+    projection = projection_of(block)
+    settings = (
+        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
+        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
+    )  # fmt: skip
+    if keeps:
+        return state.keep(tensors, settings, lambda: fold_and_pack(block, dtype, state))
+    return _folded_in_a_graph(block, dtype, state, state.unchanged(tensors, settings))
+
+
+def _folded_in_a_graph(
+    block: BlockParts, dtype: torch.dtype, state: BlockState, kept: BlockWeights | None
+) -> BlockWeights | None:
+    """For a CUDA graph, which folds at every replay, and packs as calls before it did: so it launches kernels that are loaded.
+
+    kept: what such a call has kept of the same weights, or None. In float16 that says whether they overflow: nothing else can
+    while the graph is captured.
+    """
+    if dtype == torch.float16 and (kept is None or kept.overflowed):
+        return kept
+    return fold_and_pack(block, dtype, state, in_graph=True)
+
+
+def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState, in_graph: bool = False) -> BlockWeights:
+    """Folded and packed: ordinary tensors outside autograd, also when called in inference mode.
+
+    in_graph: whether a CUDA graph does it, again at each replay. No Python looks at the weights that are there then: where one
+    overflows, conv3's bias becomes NaN, and with it all that the block returns.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        folded = fold_block(block, dtype)
+        if dtype == torch.float16 and in_graph:
+            folded.conv3_bias = folded.conv3_bias + folded.overflow()
+        elif dtype == torch.float16:
+            folded.overflowed = folded.overflows()
+        return pack_block(folded, state.config, state.backend)
+
+
+def freeze_block(block: BlockParts, state: BlockState) -> None:
+    """Folds the block's weights and keeps that until it is dropped; packed in the dtype that a call would have now."""
+
+    def frozen() -> Frozen[BlockWeights]:
+        weight = block.conv1.weight
+        with torch.inference_mode(False), torch.no_grad():
+            folded = fold_block(block, weight.dtype)
+            folded.overflowed = weight.dtype != torch.float64 and folded.overflows()
+        pack = functools.partial(pack_block, config=state.config, backend=state.backend)
+        return Frozen(folded, weight.device, pack, compute_dtype(weight))
+
+    state.freeze(frozen)

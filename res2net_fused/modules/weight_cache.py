@@ -1,0 +1,225 @@
+"""Weights that are made on one CUDA stream, kept, and read by calls on other streams.
+
+PyTorch orders nothing between streams. Whoever calls a block on a second stream has ordered it behind the writes to the block's
+parameters, but knows nothing of the kernels that fold and pack them, nor of the moment at which the result is freed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_MANY_STREAMS = 256  # PyTorch's own are 32 of each priority a device; foreign ones may be made for ever
+
+
+class MadeOn:
+    """Tensors that a stream of a CUDA device has been told to make, the moment they are there, and the streams that read them.
+
+    A stream is lent to once, at its first call, and that covers all its later ones. It waits for the event: what it is given
+    afterwards runs behind that. And it is recorded with every tensor, which is no promise about the work of that moment: the
+    allocator keeps the streams with the memory and, when the memory is freed, on whatever stream and however late, gives it
+    out again behind all work "queued on `stream` at the time of deallocation" (Tensor.record_stream). A call holds its weights
+    until its launches are queued, so a drop comes behind the launches of every call that has read them.
+
+    Streams are known by their ids. PyTorch's own live as long as the process. A foreign one's id is its handle, by which the
+    allocator knows it too: what is recorded holds for the next stream with that handle, and CUDA releases the handle of a
+    destroyed stream when that has done its work, the wait for the event included.
+    """
+
+    def __init__(self, value: object, device: torch.device) -> None:
+        stream = torch.cuda.current_stream(device)
+        self.device = device
+        self.event = stream.record_event()
+        self.tensors = [leaf for leaf in _pytree.tree_leaves(vars(value)) if isinstance(leaf, Tensor)]
+        self.readers = {stream.stream_id}
+
+    def wait(self) -> None:
+        """Until the tensors are there, which lets every stream read them."""
+        self.event.synchronize()
+
+    def lend(self) -> None:
+        """Lets the current stream read the tensors: it waits for them, and they keep their memory until it is through."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream.stream_id in self.readers:
+            return
+        # A graph must not wait for work outside it, and lives longer than any call: only frozen weights, which have been waited
+        # for, come here then, and whoever replays the graph keeps the model frozen.
+        if torch.cuda.is_current_stream_capturing():
+            return
+        stream.wait_event(self.event)
+        for tensor in self.tensors:
+            tensor.record_stream(stream)
+        if len(self.readers) >= _MANY_STREAMS:
+            self.readers = set()
+        self.readers.add(stream.stream_id)  # last: another thread on this stream may rely on it
+
+
+class Made(Protocol):
+    """A dataclass of tensors, lists of them and more."""
+
+    made: MadeOn | None
+
+
+Kept = TypeVar("Kept", bound=Made)
+
+
+def made_here(value: Kept, device: torch.device) -> Kept:
+    """`value`, whose tensors the current stream has just been told to make, with a note of that; for keeping."""
+    if device.type == "cuda":
+        value.made = MadeOn(value, device)
+    return value
+
+
+def use_kept(value: Kept) -> Kept:
+    """`value` for a call on the current stream."""
+    if value.made is not None and not torch.compiler.is_compiling():
+        value.made.lend()
+    return value
+
+
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+# Another object after every optimizer step: fused optimizers write parameters without bumping `_version`. No counter, which
+# steps in several threads could set back to a number that kept weights still have.
+_epoch = object()
+
+
+def _advance_epoch(*_: object) -> None:
+    global _epoch
+    _epoch = object()
+
+
+register_optimizer_step_post_hook(_advance_epoch)
+
+
+def cacheable(tensors: Iterable[Tensor]) -> bool:
+    """Whether folded tensors may outlive this call: not while something traces, captures or wraps tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if capturing():
+        return False
+    return all(type(tensor) in _PLAIN_TYPES and not tensor.is_inference() for tensor in tensors)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: it holds the launches, and what they read has to outlive it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class CacheKey:
+    """Tells whether a block's tensors are the ones that were folded, unchanged as far as PyTorch can tell."""
+
+    def __init__(self, tensors: list[Tensor], settings: tuple[object, ...]) -> None:
+        self.settings = settings
+        self.epoch = _epoch
+        self.references = [weakref.ref(tensor) for tensor in tensors]
+        self.fingerprints = [_fingerprint(tensor) for tensor in tensors]
+
+    def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
+        if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.references):
+            return False
+        for tensor, reference, fingerprint in zip(tensors, self.references, self.fingerprints, strict=True):
+            if reference() is not tensor or _fingerprint(tensor) != fingerprint:
+                return False
+        return True
+
+
+def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version
+
+
+class KeepsWeights:
+    """Of a block's state: what is kept from call to call, and when that is dropped.
+
+    Any number of threads may call the block while others drop or freeze what is kept. The fields are each read and written at
+    once, and `generation`, another object after every drop, tells weights that were read before it from later ones.
+    """
+
+    kept: tuple[CacheKey, Any] | None
+    frozen: Frozen[Any] | None
+    generation: object = None
+
+    def drop(self, frozen: bool = True) -> None:
+        if not torch.compiler.is_compiling():  # which would guard on it
+            self.generation = object()  # first: what is being made now must not be kept
+        self.kept = None
+        if frozen:
+            self.frozen = None
+
+    def keep(self, tensors: list[Tensor], settings: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """What is kept if nothing changed, else what `make` returns, which is kept from now on."""
+        settings = (self.generation, *settings)
+        kept = self.kept
+        if kept is None or not kept[0].matches(tensors, settings):
+            key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
+            self.kept = kept = key, made_here(make(), tensors[0].device)
+        return use_kept(kept[1])
+
+    def unchanged(self, tensors: list[Tensor], settings: tuple[object, ...]) -> Any | None:
+        """What is kept if nothing changed, not to be read but to be asked, else None."""
+        kept = self.kept
+        return kept[1] if kept is not None and kept[0].matches(tensors, (self.generation, *settings)) else None
+
+    def freeze(self, make: Callable[[], Frozen[Any]]) -> None:
+        """Keeps what `make` returns until it is dropped."""
+        generation = self.generation
+        self.frozen = make()
+        if self.generation is not generation:
+            self.frozen = None  # dropped meanwhile
+
+
+class Freezable(Made, Protocol):
+    """What `Frozen` keeps: weights that can be had in another dtype, on another device."""
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Any: ...
+
+
+Weights = TypeVar("Weights", bound=Freezable)
+
+
+class Frozen(Generic[Weights]):
+    """A block's weights as they were when it was frozen, in every dtype and on every device that its calls compute with.
+
+    All of them come from one original, so that neither a later write to the parameters nor the replicas of DataParallel, which
+    share the state of their model, make a difference between them. Each is made once, at the first call that needs it, ready on
+    every stream, and kept: at most one for each dtype of a network (its own and autocast's two) on each device.
+    """
+
+    def __init__(self, original: Weights, device: torch.device, pack: Callable[[Weights], Weights], dtype: torch.dtype) -> None:
+        """original: plain weights on `device`, which nobody else writes. pack: adds a backend's layout. dtype: of the first."""
+        self.original = _ready(original, device)
+        self.pack = pack
+        self.held: dict[tuple[torch.dtype, torch.device], Weights] = {}
+        self._make(dtype, device)
+
+    def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        """For a call on the current stream."""
+        held = self.held.get((dtype, device))
+        return self._make(dtype, device) if held is None else use_kept(held)
+
+    def _make(self, dtype: torch.dtype, device: torch.device) -> Weights:
+        if torch.compiler.is_compiling():
+            return self.original.to(dtype, device)
+        with torch.inference_mode(False), torch.no_grad():
+            weights = use_kept(self.original).to(dtype, device)
+            if not cacheable(()):  # a CUDA graph's, made again at every replay, or what some mode makes in place of tensors
+                return self.pack(weights) if capturing() else weights
+            self.held[dtype, device] = weights = _ready(self.pack(weights), device)
+        return weights
+
+
+def _ready(weights: Weights, device: torch.device) -> Weights:
+    """The same, waited for: a CUDA graph may read them, which must not wait for what lies outside it."""
+    made = made_here(weights, device).made
+    if made is not None:
+        made.wait()
+    return weights

@@ -1,0 +1,1 @@
+"""The operators, one file each: schema, kernel, fake, autograd, autocast and FLOPs are registered with PyTorch here alone."""

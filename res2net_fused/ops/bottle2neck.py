@@ -1,0 +1,103 @@
+"""The operator `res2net_fused::bottle2neck`: the whole block, for inference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..backends.base import run_block
+from ..backends.selection import choose, get_backend
+from ..chain.block_weights import BlockWeights
+from ..chain.checks import check_weights, describe
+from ..chain.config import ChainConfig
+from ..chain.memory_format import memory_format
+from ..chain.problem import ChainProblem
+from ._library import SETTINGS, TAGS, cached_config, check_devices, convolution_flops, library
+
+library.define(
+    "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
+    "Tensor conv3_weight, Tensor conv3_bias, Tensor? projection_weight, Tensor? projection_bias, int projection_stride, "
+    f"Tensor[]? packed, str layout, bool relu, {SETTINGS}, str backend) -> Tensor",
+    tags=TAGS,
+)
+
+
+# The whole block, for inference -----------------------------------------------------------------------------------------
+
+
+def fused_bottle2neck(
+    x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool, config: ChainConfig, backend: str
+) -> Tensor:
+    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; x (N, inplanes, H, W) -> (N, planes * 4, H', W').
+
+    Where `folded` has a projection, `shortcut` is what that reads. config: of the chain. backend: as for `hierarchical_conv2d`.
+    Raises ValueError or TypeError for tensors that do not fit, RuntimeError where an explicit backend cannot run.
+    """
+    f = folded
+    return torch.ops.res2net_fused.bottle2neck.default(
+        x, shortcut, f.conv1_weight, f.conv1_bias, f.weights, f.biases, f.conv3_weight, f.conv3_bias, f.projection_weight,
+        f.projection_bias, f.projection_stride, f.packed, f.layout, relu, *config.settings().values(), backend,
+    )  # fmt: skip
+
+
+def _problem(
+    x: Tensor, shortcut: Tensor | None, folded: BlockWeights, packed: Sequence[Tensor] | None, config: ChainConfig
+) -> ChainProblem:
+    """Checks conv1 against x, the chain against conv1 and all devices, and describes the chain inside."""
+    conv1_weight, weights = folded.conv1_weight, folded.weights
+    if x.dim() != 4 or conv1_weight.dim() != 4 or x.shape[1] != conv1_weight.shape[1]:
+        raise ValueError(
+            f"x is {describe(x)} and conv1_weight is {describe(conv1_weight)}; (N, C, H, W) and (s*w, C, 1, 1) are needed"
+        )
+    width = check_weights(weights, folded.biases, config)
+    if conv1_weight.shape[0] != config.scale(len(weights)) * width:
+        raise ValueError(f"conv1_weight is {describe(conv1_weight)}; {len(weights)} weights of width {width} follow it")
+    check_devices(
+        x, shortcut=shortcut, conv1_weight=conv1_weight, conv1_bias=folded.conv1_bias, weights=weights[:1],
+        conv3_weight=folded.conv3_weight, conv3_bias=folded.conv3_bias, projection_weight=folded.projection_weight,
+        projection_bias=folded.projection_bias, packed=packed,
+    )  # fmt: skip
+    return ChainProblem.of(x, width, len(weights), config)
+
+
+@functools.partial(library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
+def _forward(x, shortcut, *rest):
+    *tensors, packed, layout, relu = rest[:12]
+    *chain, backend = rest[12:]
+    folded = BlockWeights(*tensors)
+    problem = _problem(x, shortcut, folded, packed, cached_config(*chain))
+    name = choose(problem, backend, layout).name
+    if layout == name:
+        folded.packed, folded.layout = packed, layout
+    return run_block(get_backend(name), problem, x, shortcut, folded, relu)
+
+
+@torch.library.register_fake("res2net_fused::bottle2neck", lib=library)
+def _fake(x, shortcut, *rest):
+    *tensors, packed, _, _ = rest[:12]
+    *chain, _ = rest[12:]
+    folded = BlockWeights(*tensors)
+    problem = _problem(x, shortcut, folded, packed, cached_config(*chain))
+    shape = problem.batch, folded.conv3_weight.shape[0], problem.output_height, problem.output_width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _no_backward(ctx, *grads):
+    raise NotImplementedError("res2net_fused::bottle2neck is for inference; with gradients on, the block runs its parts")
+
+
+torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=library)
+
+
+@register_flop_formula(torch.ops.res2net_fused.bottle2neck)
+def _flops(
+    x_shape, shortcut, conv1, conv1_bias, weight_shapes, biases, conv3, conv3_bias, projection, *args, out_shape=None, **kwargs
+) -> int:
+    batch, out_channels, height, width = out_shape
+    outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
+    pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
+    return 2 * pointwise + convolution_flops(weight_shapes, out_shape)

@@ -1,0 +1,225 @@
+"""The operator `res2net_fused::hierarchical_conv2d`: the one place where it is registered with PyTorch.
+
+Schema, kernel (any device), fake, autograd with a backward operator of its own, autocast and flop formulas. The kernel's body
+checks the arguments and asks `backends.selection` for a backend; nothing of that happens while a graph is traced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..backends.base import BACKENDS
+from ..backends.selection import backend_of_gradients, choose, get_backend
+from ..chain import reference
+from ..chain.backward import chain_backward
+from ..chain.checks import check_arguments, check_types
+from ..chain.config import ChainConfig, one_of
+from ..chain.convolver import ATEN, Convolver
+from ..chain.memory_format import in_format_of, memory_format, with_format
+from ..chain.problem import ChainProblem
+from ._library import (
+    SETTINGS,
+    TAGS,
+    cached_config,
+    check_devices,
+    convolution_flops,
+    library,
+    output_shape,
+    refuse_second_derivative,
+    refuse_tangents,
+    register_autocast,
+)
+from .packed_weights import PackedWeights
+
+library.define(
+    "hierarchical_conv2d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? packed, str layout, "
+    f"{SETTINGS}, str backend) -> Tensor",
+    tags=TAGS,
+)
+
+library.define(
+    "hierarchical_conv2d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, Tensor[]? biases, "
+    f"{SETTINGS}, str backend, bool[] needed) -> Tensor[]",
+    tags=TAGS,
+)
+
+
+def hierarchical_conv2d(
+    x: Tensor,
+    weights: Sequence[Tensor] | PackedWeights,
+    biases: Sequence[Tensor] | None = None,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    hierarchical: bool = True,
+    passthrough: str = "last",
+    pool: str | None = None,
+    activation: str = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """The add-then-convolve chain of Res2Net (arXiv:1904.01169, equation 1) in one operator.
+
+    x: (N, s*w, H, W), fp32, fp64, fp16 or bf16; channels-last is the native memory format.
+    weights: one tensor (w, w/groups, 3, 3) for each convolution, or what `pack_weights` returned (for inference; it
+        carries biases, stride, dilation and groups with it). One for each group but the passed one.
+    biases: None, or one tensor (w,) for each convolution, of x's dtype or fp32.
+    stride, dilation, groups: of the 3x3 convolutions, whose padding is `dilation`.
+    hierarchical: whether y_{i-1} is added to x_i; False in a 'stage' block, which alone may have a stride.
+    passthrough: the group without a convolution: "last", "none", "first", or "first_added" (added to the next as well).
+    pool: on the pass-through: None, "avg3" (AvgPool2d(3, stride, padding=1)) or "avg3_nopad" (padding not counted).
+    activation: behind each convolution: "relu", "none", "hardtanh20" (clamp to 0 ... 20).
+    backend: "auto", "reference", "triton", "cpu" or "cuda"; with "auto" the variable RES2NET_FUSED_BACKEND decides.
+
+    Returns (N, s*w, ceil(H/stride), ceil(W/stride)) in x's dtype and suggested memory format.
+    Raises ValueError or TypeError for arguments that do not fit, RuntimeError where an explicit backend cannot run.
+    """
+    packed, layout = None, "plain"
+    if isinstance(weights, PackedWeights):
+        check_types(x, weights.weights, None)
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("weights is packed, which is for inference only, but x requires grad; pass a list of tensors")
+        settings = weights.settings(biases=biases, stride=stride, dilation=dilation, groups=groups)
+        stride, dilation, groups = settings
+        packed, layout = weights.packed, weights.layout
+        biases = weights.biases
+        weights = weights.weights
+    else:
+        check_types(x, weights, biases)
+    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+        config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
+        return reference.hierarchical_conv2d(x, weights, biases, config)
+    if not torch.compiler.is_compiling():
+        one_of("backend", backend, BACKENDS)
+        ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
+        if torch.autograd.forward_ad._current_level >= 0:
+            refuse_tangents("hierarchical_conv2d", (x, *weights, *(biases or ())))
+    return torch.ops.res2net_fused.hierarchical_conv2d.default(
+        x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
+    )
+
+
+@functools.partial(library.impl, "hierarchical_conv2d", dispatch_key="CompositeExplicitAutograd")
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
+    layout: str,
+    *settings: Any,
+) -> Tensor:
+    *chain, backend = settings
+    problem = check_arguments(x, weights, biases, cached_config(*chain))
+    if packed:
+        check_devices(x, packed=packed)
+    name = choose(problem, backend, layout).name
+    if problem.batch == 0:
+        return x.new_empty(output_shape(problem))
+    out = get_backend(name).forward(problem, x, weights, biases, packed if layout == name else None)
+    return with_format(out, problem.channels_last)
+
+
+@torch.library.register_fake("res2net_fused::hierarchical_conv2d", lib=library)
+def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, packed: object, layout: str, *settings):
+    *chain, _ = settings
+    problem = check_arguments(x, weights, biases, cached_config(*chain))
+    return torch.empty(output_shape(problem), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(library.impl, "hierarchical_conv2d_backward", dispatch_key="CompositeExplicitAutograd")
+def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
+    *chain, backend, needed = settings
+    check_devices(x, grad=grad, out=out, weights=weights, biases=biases)
+    problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
+    own = backend_of_gradients(problem, backend)
+    if own is None:
+        convolver: Convolver = ATEN
+        if problem.config.stride == 1:
+            convolver = get_backend(choose(ChainProblem.of_one_convolution(out, weights[0], problem.config)).name)
+        gradients = chain_backward(grad, x, out, weights, problem.config, needed, convolver)
+    else:
+        gradients = own.chain_backward(problem, grad, x, out, weights, needed)
+    need_x, need_weights, need_biases = needed
+    grad_x, grad_weights, grad_biases = gradients
+    results = [with_format(grad_x.to(x.dtype), problem.channels_last)] if grad_x is not None else []
+    if need_weights:
+        results += [in_format_of(g, weight) for g, weight in zip(grad_weights, weights, strict=True)]
+    if need_biases:
+        results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
+    return results
+
+
+@torch.library.register_fake("res2net_fused::hierarchical_conv2d_backward", lib=library)
+def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
+    need_x, need_weights, need_biases = settings[-1]
+    results = []
+    if need_x:
+        results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
+    if need_weights:
+        results += [in_format_of(weight.new_empty(weight.shape), weight) for weight in weights]
+    if need_biases:
+        results += [bias.new_empty(bias.shape) for bias in biases]
+    return results
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, weights, biases, _, _, *settings = inputs
+    ctx.settings = settings
+    ctx.counts = len(weights), 0 if biases is None else len(biases)
+    ctx.save_for_backward(x, output, *weights, *(biases or ()))
+
+
+def _backward(ctx, grad):
+    x, out, *rest = ctx.saved_tensors
+    steps, bias_count = ctx.counts
+    weights, biases = rest[:steps], rest[steps:] or None
+    needs = ctx.needs_input_grad
+    needed = [needs[0], _any(needs[1]), bias_count > 0 and _any(needs[2])]
+    results = iter(
+        torch.ops.res2net_fused.hierarchical_conv2d_backward.default(grad, x, out, weights, biases, *ctx.settings, needed)
+    )
+    grad_x = next(results) if needed[0] else None
+    grad_weights = [next(results) if needed[1] else None for _ in range(steps)]
+    grad_biases = [next(results) if needed[2] else None for _ in range(bias_count)]
+    return grad_x, grad_weights, grad_biases if bias_count else None, *[None] * (2 + len(ctx.settings))
+
+
+def _any(needs: bool | Sequence[bool]) -> bool:
+    return needs if isinstance(needs, bool) else any(needs)
+
+
+torch.library.register_autograd("res2net_fused::hierarchical_conv2d", _backward, setup_context=_save_for_backward, lib=library)
+
+refuse_second_derivative(library, "hierarchical_conv2d")
+
+
+# Autocast: x and the convolution weights only; biases stay as they are ------------------------------------------------
+
+
+def _cast(dtype: torch.dtype, x, weights, biases, packed, layout, *settings) -> tuple[object, ...]:
+    if weights[0].dtype != dtype:
+        weights, packed, layout = [weight.to(dtype) for weight in weights], None, "plain"
+    return x.to(dtype), weights, biases, packed, layout, *settings
+
+
+register_autocast(library, "hierarchical_conv2d", _cast)
+
+
+@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d)
+def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    return convolution_flops(weight_shapes, out_shape)
+
+
+@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d_backward)
+def _backward_flops(grad_shape, x_shape, out_shape_, weight_shapes, biases, *settings, out_shape=None, **kwargs) -> int:
+    need_x, need_weights, _ = settings[-1]
+    return (need_x + need_weights) * convolution_flops(weight_shapes, out_shape_)

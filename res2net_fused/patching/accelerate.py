@@ -1,0 +1,154 @@
+"""`accelerate(model)`: the Res2Net blocks that a model already has made to run fused, in place, by swapping their class.
+
+A block's class becomes a generated subclass with `FusedForward` in front, so that isinstance, state_dict, hooks and the
+block's own forward stay. The subclass pickles as (mixin, original class) and is generated again where it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..backends.base import BACKENDS
+from ..chain.config import one_of
+from ..modules.block_parts import parts_of
+from ..modules.block_state import STATE, BlockState, FusedModule
+from ..modules.eligibility import block_geometry, why_not_foldable
+from ..modules.folding import is_frozen
+from ..modules.fused_forward import FusedForward, freeze_block
+from ..modules.fused_forward1d import BlockState1d, FusedForward1d, descendants, freeze_chain, geometry_1d, parts_1d
+from ..modules.weight_cache import capturing
+from .class_swap import _generating, fused_class, originals, without
+from .recognition import layout_of, recognise
+from .recognition1d import layout_1d_of, recognise_1d
+
+Model = TypeVar("Model", bound=nn.Module)
+
+REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
+
+
+def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) -> Model:
+    """Makes every recognised Res2Net block of `model`, 2-D or along rows, run fused, in place, and returns the model.
+
+    model: any nn.Module; blocks keep class, parameters, state_dict keys and hooks.
+    backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
+    keep the convolutions' outputs: less memory for one more convolution a step.
+    Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
+    lists them with the reason. `restore(model)` takes it back. Other threads may call the model meanwhile.
+    Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
+    one_of("backend", backend, BACKENDS)
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            state = getattr(module, STATE)
+            state.backend = backend
+            if isinstance(state, BlockState):
+                state.recompute = recompute
+            state.drop()
+        else:
+            _take_over(module, backend, recompute)
+    return model
+
+
+def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
+    """Makes the module run fused if it is a Res2Net block, and notes the reason if it only looks like one."""
+    mixin: Any = FusedForward
+    state: BlockState | BlockState1d | None = None
+    if (layout_1d := layout_1d_of(module)) is not None:
+        mixin = FusedForward1d
+        config, reason = recognise_1d(module, layout_1d)
+        if config is not None:
+            state = BlockState1d(config, backend, layout_1d, geometry_1d(descendants(module)))
+    elif (layout := layout_of(module)) is not None:
+        recognised, reason = recognise(module, layout)
+        if recognised is not None:
+            geometry = block_geometry(parts_of(module, layout))
+            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout)
+    else:
+        return
+    module.__dict__.pop(REFUSAL, None)
+    if state is None:
+        module.__dict__[REFUSAL] = reason
+        return
+    module.__dict__[STATE] = state
+    original: Any = type(module)
+    module.__class__ = fused_class(original, mixin)
+
+
+def restore(model: Model) -> Model:
+    """Gives the accelerated blocks of `model` their original classes back, in place, and returns the model.
+
+    Classes that others put on top later stay on top. A `Bottle2neck` is fused by its own class and stays so.
+    Not while another thread calls the model: a call that has begun needs what this takes away.
+    """
+    for module in model.modules():
+        module.__dict__.pop(REFUSAL, None)
+        generated = next((c for c in type(module).__mro__ if c in originals), None)
+        if generated is None:
+            continue  # never accelerated; a Bottle2neck is fused by its own class
+        own: Any = type(module)
+        with _generating:
+            module.__class__ = without(own, generated)
+        del module.__dict__[STATE]
+    return model
+
+
+def freeze(model: Model) -> Model:
+    """Folds and packs the weights of all fused blocks of `model` now and keeps them, also under torch.compile, until `refresh`.
+
+    For inference with parameters that no longer change: frozen blocks are not checked for changed weights, but compute with
+    what they were when frozen, in every dtype and on every device. `train()`, `.to()` and `load_state_dict` thaw them. The
+    folding is y = K x * scale + shift with scale = weight / sqrt(running_var + eps) (docs/mathematics.md).
+
+    The folded weights have the parameters' dtype. Under autocast they are rounded to its dtype, once: here if freeze is called
+    under it, else at the first call under it, on another device (a replica of DataParallel) at the first call there. What is
+    made once is kept too, at most one copy for each dtype and device. Inside a CUDA graph nothing is made for keeping: a graph
+    that is captured before such a call rounds and packs at every replay, and a compiled one rounds.
+
+    Other threads may call the model meanwhile. A CUDA graph captured of a frozen model reads the frozen weights: keep the model
+    frozen as long as the graph is replayed. Returns the model.
+    Raises RuntimeError for a block whose BatchNorm is in training mode, nothing is frozen then, and while a CUDA graph is
+    captured.
+    """
+    if capturing():
+        raise RuntimeError("freeze waits for the weights that it makes, but a CUDA graph is being captured; freeze before")
+    for name, block in fused_blocks(model):
+        if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
+            raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
+    for _, block in fused_blocks(model):
+        state = getattr(block, STATE)
+        if isinstance(state, BlockState1d):
+            freeze_chain(*parts_1d(block, state.layout), state)
+            continue
+        parts = parts_of(block, state.layout)
+        if why_not_foldable(parts) is not None:
+            continue  # it runs its class's own forward; `explain` tells
+        freeze_block(parts, state)
+    return model
+
+
+def _norms(block: nn.Module) -> Iterable[nn.Module]:
+    state = getattr(block, STATE)
+    return parts_1d(block, state.layout)[1] if isinstance(state, BlockState1d) else parts_of(block, state.layout).norms
+
+
+def refresh(model: Model) -> Model:
+    """Drops all weights that the fused blocks of `model` keep, and returns the model.
+
+    Needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+    Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
+    """
+    for _, block in fused_blocks(model):
+        getattr(block, STATE).drop()
+    return model
+
+
+def fused_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every block of the model that has the fused forward, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, FusedModule):
+            yield name, module

@@ -1,0 +1,132 @@
+"""`explain(model)`: for every Res2Net block, whether it runs fused, on which backend, how, and if not, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .._tables import format_table
+from ..backends import policy
+from ..backends.base import Backend
+from ..backends.selection import choose, choose_for_training, get_backend
+from ..chain.batch_norm import wide_dtype
+from ..chain.problem import ChainProblem
+from ..modules.block_parts import parts_of
+from ..modules.block_state import STATE, BlockState, FusedModule
+from ..modules.fused_forward1d import FusedForward1d, report_1d
+from ..modules.training import synchronises
+from .accelerate import REFUSAL
+from .recognition import layout_of
+from .recognition1d import layout_1d_of
+
+
+def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
+    """Bytes that the chain keeps for its backward, x and out included: in one operator, and by PyTorch's own operators.
+
+    The latter keep every u_i that is a sum, every z_i and every y_i beside the concatenated out; statistics are kept by both.
+    """
+    config, item = problem.config, problem.dtype.itemsize
+    group = problem.batch * problem.output_height * problem.output_width * problem.width * item
+    x = problem.batch * problem.height * problem.width_pixels * problem.scale * problem.width * item
+    both = x + problem.scale * group + 2 * problem.steps * problem.width * wide_dtype(problem.dtype).itemsize
+    sums = sum(config.adds(config.first_convolved + i) for i in range(problem.steps))
+    return both + (0 if recompute else problem.steps * group), both + (2 * problem.steps + sums) * group
+
+
+def describe_training(backend: Backend, problem: ChainProblem, recompute: bool, synchronised: bool) -> str:
+    """One line for `explain`."""
+    whose = " of all processes" if synchronised else ""
+    how = backend.plan_training(problem) if not synchronised or backend.synchronises else "ATen"
+    fused, eager = (f"{size / 2**20:.3g} MiB" for size in saved_bytes(problem, recompute))
+    again = ", convolved again in backward" if recompute else ""
+    return f"batch statistics{whose}, {how}, {fused} kept for backward instead of {eager}{again}"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block. name: in the model. fused: whether its last call (or the example's) ran fused; None if not run yet.
+
+    backend: of that call, or "". reason: for the backend, or against fusing. plan: how the backend runs these shapes.
+    """
+
+    name: str
+    fused: bool | None
+    backend: str
+    reason: str
+    plan: str = ""
+
+
+class BlockReports(list[BlockReport]):
+    """A list of BlockReport that prints as a table."""
+
+    def __str__(self) -> str:
+        head = ("block", "fused", "backend", "plan", "reason")
+        words = {True: "yes", False: "no", None: "?"}
+        rows = [(r.name or "(model)", words[r.fused], r.backend, r.plan, r.reason) for r in self]
+        fused = sum(r.fused is True for r in self)
+        return format_table(head, rows, left=len(head)) + f"\n{fused} of {len(self)} blocks fused"
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
+    """Reports on every Res2Net block of `model`: a list of BlockReport that prints as a table.
+
+    With example_inputs the model is run on them once, without gradients; its buffers, mode and the random state are left as
+    they were; what its forward raises is raised. Without, the report is about each block's last call.
+    """
+    if example_inputs:
+        _run_unnoticed(model, example_inputs)
+    return BlockReports(
+        _with_status(_report(name, module))
+        for name, module in model.named_modules()
+        if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
+    )
+
+
+def _with_status(report: BlockReport) -> BlockReport:
+    status = policy.EXPERIMENTAL.get(report.backend)
+    return report if status is None else replace(report, reason=f"{report.reason}; {status}")
+
+
+def _report(name: str, module: nn.Module) -> BlockReport:
+    if isinstance(module, FusedForward1d):
+        return BlockReport(name, *report_1d(getattr(module, STATE)))
+    if not isinstance(module, FusedModule):
+        reason = module.__dict__.get(REFUSAL, "accelerate(model) has not been called since this block was added")
+        return BlockReport(name, False, "", reason)
+    state: BlockState = getattr(module, STATE)
+    if state.last_refusal is not None:
+        return BlockReport(name, False, "", state.last_refusal)
+    problem = state.last_problem
+    if problem is None:
+        return BlockReport(name, None, "", "not run yet")
+    try:
+        if state.last_trained:
+            choice = choose_for_training(problem, state.backend)
+            synchronised = synchronises(parts_of(module, state.layout).bns[0])
+            plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute, synchronised)}"
+            return BlockReport(name, True, choice.name, choice.reason, plan)
+        kept, frozen = state.kept, state.frozen  # read once: another thread may drop them
+        folded = kept[1] if kept else None
+        if frozen is not None:
+            folded = frozen.held.get((problem.dtype, problem.device))
+        choice = choose(problem, state.backend, folded.layout if folded else "plain")
+    except RuntimeError as error:
+        return BlockReport(name, False, "", str(error))
+    plan = f"{problem}: {get_backend(choice.name).plan(problem)}"
+    return BlockReport(name, True, choice.name, choice.reason, plan)
+
+
+def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            model(*inputs)
+        finally:
+            for name, buffer in model.named_buffers():
+                if not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])

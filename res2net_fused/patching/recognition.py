@@ -1,0 +1,271 @@
+"""Which blocks of a model are Res2Net blocks, and which recurrence each of them computes.
+
+The published blocks share names and state_dict keys while their outputs differ, so names only propose: a recurrence is
+accepted when the reference agrees in float64 with the block's own forward, in train and in eval mode, on a deep copy with
+random parameters. That is done once for each configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chain.config import ChainConfig
+from ..modules.block_parts import BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.eligibility import fused_activation
+from ..modules.folding import fold, is_frozen
+from ..modules.reference_blocks import bottle2neck, normalized
+
+_AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
+_SEED = 20190402
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def layout_of(module: nn.Module) -> BlockPaths | None:
+    """Where the module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
+    return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None."""
+
+    config: ChainConfig
+    shortcut: str | None
+
+
+def recognise(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, str]:
+    """The confirmed settings of a block with that layout, or None and the reason."""
+    refusal = _structure(parts_of(block, layout))
+    if refusal is not None:
+        return None, refusal
+    signature = own_signature(block), layout
+    if signature not in _confirmed:
+        _confirmed[signature] = _confirm(block, layout)
+    return _confirmed[signature]
+
+
+_confirmed: dict[tuple[object, ...], tuple[Recognised | None, str]] = {}
+
+
+def _structure(block: BlockParts) -> str | None:
+    convs = block.convs
+    for name, conv in (("conv1", block.conv1), *((f"convs[{i}]", c) for i, c in enumerate(convs)), ("conv3", block.conv3)):
+        if not isinstance(conv, nn.Conv2d):
+            return f"{name} is a {type(conv).__name__}, not a plain Conv2d"
+        if type(conv) is not nn.Conv2d and not set(conv._parameters) | set(conv._modules) <= _OF_A_CONVOLUTION:
+            return f"{name} is a {type(conv).__name__}, a Conv2d with parts of its own"
+    width = convs[0].in_channels
+    first = convs[0]
+    if first.kernel_size != (3, 3) or first.stride[0] != first.stride[1] or first.dilation[0] != first.dilation[1]:
+        return "convs are not square 3x3 convolutions"
+    for conv in convs:
+        if conv.in_channels != conv.out_channels or conv_settings(conv) != conv_settings(first):
+            return "convs differ among themselves"
+        if conv.padding != conv.dilation or conv.padding_mode != "zeros":
+            return f"convs are padded by {conv.padding} ({conv.padding_mode}); zeros by the dilation {conv.dilation} is fused"
+    for name, conv in (("conv1", block.conv1), ("conv3", block.conv3)):
+        strided = name == "conv3" and conv.stride != (1, 1)
+        if conv.kernel_size != (1, 1) or strided or conv.padding != (0, 0) or conv.groups != 1:
+            return f"{name} is not a plain 1x1 convolution"
+    channels = block.conv1.out_channels
+    if channels != block.conv3.in_channels or channels % width or channels // width - len(convs) not in (0, 1):
+        return f"{len(convs)} convolutions of width {width} do not make up {channels} channels"
+    if len(block.bns) != len(convs):
+        return "convs and bns differ in number"
+    return None
+
+
+_OF_A_CONVOLUTION = {"weight", "bias", "norm", "activation"}  # what libraries' own Conv2d classes hold
+
+
+def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
+    return conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def own_signature(block: nn.Module) -> tuple[object, ...]:
+    """All that a block's forward may depend on, but for the values of its tensors."""
+    ignored = _MODULE_ATTRIBUTES | {"training"}
+    attributes = tuple(sorted((k, repr(v)) for k, v in vars(block).items() if k not in ignored))
+    children = tuple((name, type(child), child.extra_repr()) for name, child in block.named_modules() if name)
+    tensors = tuple(name for name, _ in itertools.chain(block.named_parameters(), block.named_buffers()))
+    return type(block), attributes, children, tensors
+
+
+def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
+    """Settings the block may have, the likeliest first."""
+    conv = block.convs[0]
+    scale = block.conv1.out_channels // conv.in_channels
+    stage = getattr(block.module, "stype", None) == "stage" or bool(getattr(block.module, "is_first", False))
+    passthroughs = ("none",) if len(block.convs) == scale else ("last", "first", "first_added")
+    pools = ("avg3", "avg3_nopad", None) if stage or conv.stride[0] > 1 else (None, "avg3", "avg3_nopad")
+    activation = fused_activation(block.relu) or "relu"  # of another one each call says that it is not fused
+    for hierarchical, passthrough, pool in itertools.product((not stage, stage), passthroughs, pools):
+        try:
+            yield ChainConfig(
+                stride=conv.stride[0], dilation=conv.dilation[0], groups=conv.groups,
+                hierarchical=hierarchical, passthrough=passthrough, pool=pool, activation=activation,
+            )  # fmt: skip
+        except ValueError:
+            continue  # a combination that does not exist
+
+
+def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, str]:
+    try:
+        with seeded():
+            twin = random_twin(block)
+            parts = parts_of(twin, layout)
+            refusal = _hidden_arithmetic(parts)
+            if refusal is not None:
+                return None, refusal
+            own = _own_results(type(block).forward, parts)
+            plain_call, plain_results = own[0]
+            for config in _candidates(parts):
+                agreed = [call for call, results in own if _agrees(parts, config, call, results)]
+                if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
+                    return Recognised(config, agreed[-1].name), "the reference agrees with its own forward in float64"
+            if isinstance(plain_results, Exception):
+                raise plain_results
+    except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
+        return None, f"its own forward could not be tried: {type(error).__name__}: {error}"
+    return None, "no known recurrence agrees with its own forward" + _unknown_parts(block, layout)
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Without gradients or inference tensors, and with random numbers of a seed of its own; the caller's are given back."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
+        yield
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """One way to call a block: with x, and with a shortcut for the parameter `name` where there is one."""
+
+    x: Tensor
+    shortcut: Tensor | None = None
+    name: str | None = None
+
+    def __call__(self, forward: Callable[..., Tensor]) -> Tensor:
+        return forward(self.x.clone(), *(() if self.shortcut is None else (self.shortcut.clone(),)))
+
+
+def _own_results(forward: Callable[..., Tensor], parts: BlockParts) -> list[tuple[_Call, list[Tensor] | Exception]]:
+    """What the block's own forward gives in eval and train mode: with x and, where it may take a shortcut, with that too.
+
+    Or the error: blocks that stride need their shortcut, and others need what nobody can guess.
+    """
+    x = torch.randn(2, parts.conv1.in_channels, 7, 10, dtype=torch.float64, device="cpu")
+    x[1] *= 50  # beyond the bounds of clamped activations
+    calls = [_Call(x)]
+    parameters = list(inspect.signature(forward).parameters)[2:]
+    if parameters and parts.downsample is None:
+        stride = parts.conv1.stride[0] * parts.convs[0].stride[0]
+        shape = 2, parts.conv3.out_channels, (7 - 1) // stride + 1, (10 - 1) // stride + 1
+        calls.append(_Call(x, torch.randn(shape, dtype=torch.float64, device="cpu"), parameters[0]))
+    return [(call, _tried(functools.partial(call, functools.partial(forward, parts.module)), parts)) for call in calls]
+
+
+def _tried(call: Callable[[], Tensor], parts: BlockParts) -> list[Tensor] | Exception:
+    try:
+        return [_outputs(call, parts.module, mode) for mode in (False, True)]
+    except Exception as error:
+        return error
+
+
+def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tensor] | Exception) -> bool:
+    def ours(x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return bottle2neck(parts, x, config, shortcut)
+
+    if isinstance(own, Exception):
+        return False
+    results = _tried(functools.partial(call, ours), parts)  # sizes that do not fit raise: not this recurrence
+    return not isinstance(results, Exception) and all(agree(a, b) for a, b in zip(results, own, strict=True))
+
+
+def _hidden_arithmetic(block: BlockParts) -> str | None:
+    """Why a convolution or norm of a library's own class computes something else than its weights say, or None."""
+    pairs = [("conv1", block.conv1, block.bn1), ("conv3", block.conv3, block.bn3)]
+    pairs += [(f"convs[{i}]", *pair) for i, pair in enumerate(zip(block.convs, block.bns, strict=True))]
+    for name, conv, bn in pairs:
+        if type(conv) is nn.Conv2d and not is_frozen(bn):
+            continue
+        geometry: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
+        for training in (False, True):
+            block.module.train(training)
+            u = torch.randn(2, conv.in_channels, 5, 6, dtype=torch.float64, device="cpu")
+            if is_frozen(bn):
+                plain = nn.functional.conv2d(u, *fold(conv, bn, torch.float64), *geometry)
+            else:
+                plain = bn(nn.functional.conv2d(u, conv.weight, conv.bias, *geometry))
+            if not agree(plain, normalized(conv, bn, u)):
+                return f"{name} ({type(conv).__name__}, {type(bn).__name__}) is not what its weights and norm compute"
+    return None
+
+
+def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
+    """The modules that no published Res2Net block has, for the reason: attention fusion, gates, plugins."""
+    known = {id(m) for m in _part_modules(parts_of(block, layout))} | {id(m) for m in wrappers(block, layout)}
+    unknown = []
+    for name, child in block.named_children():
+        members = list(child) if isinstance(child, nn.ModuleList) else [child]
+        strange = [m for m in members if id(m) not in known]
+        if strange and not any(id(m) in known for m in child.modules()):
+            unknown.append(f"{name} ({type(strange[0]).__name__})")
+    return f", which has {', '.join(unknown)} besides" if unknown else ""
+
+
+def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
+    for field in dataclasses.fields(block)[1:]:
+        part = getattr(block, field.name)
+        yield from part if isinstance(part, list) else (part,)
+
+
+def random_twin(block: nn.Module) -> nn.Module:
+    """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
+    groups = [module.process_group for module in block.modules() if isinstance(module, nn.SyncBatchNorm)]
+    twin = copy.deepcopy(block, {id(group): group for group in groups})  # a process group cannot be copied
+    if any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers())):
+        twin = twin.to_empty(device="cpu")
+    twin = twin.to(device="cpu", dtype=torch.float64)
+    for module in twin.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = _OneProcessNorm
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+            hooks.clear()
+    for name, tensor in itertools.chain(twin.named_parameters(), twin.named_buffers()):
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.is_floating_point():
+            tensor.normal_().mul_(1 / max(1, tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 1)
+    return twin
+
+
+class _OneProcessNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm as it is in one process: its own forward would wait for the others, and refuses tensors on the CPU."""
+
+    forward = nn.BatchNorm2d.forward
+
+
+def _outputs(call: Callable[[], Tensor], twin: nn.Module, training: bool) -> Tensor:
+    buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    twin.train(training)
+    torch.default_generator.manual_seed(_SEED)  # dropout and stochastic depth draw alike
+    out = call()
+    for name, buffer in twin.named_buffers():
+        buffer.copy_(buffers[name])
+    return out
+
+
+def agree(ours: Tensor, own: Tensor) -> bool:
+    return ours.shape == own.shape and bool((ours - own).norm() <= _AGREEMENT * own.norm())
