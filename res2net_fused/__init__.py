@@ -1,5 +1,6 @@
 """Fused kernels for Res2Net: the add-then-convolve chain in one operator, a drop-in block, and `accelerate(model)`."""
 
+from . import _moved
 from .modules.bottle2neck import Bottle2neck
 from .ops.hierarchical_conv1d import hierarchical_conv1d
 from .ops.hierarchical_conv2d import hierarchical_conv2d
@@ -21,3 +22,5 @@ __all__ = [
     "refresh",
     "restore",
 ]
+
+_moved.install()

@@ -16,16 +16,16 @@ from torch import Tensor
 from ...chain.block_weights import BlockWeights
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
-from .. import triton as triton_backend
+from ..triton import chain as triton_chain
 from ..triton.availability import capability, precision_of
 from ..triton.block import slot_pitch
 from ..triton.tf32 import round_to_tf32
+from .chain import Slots, launch_chain
+from .packing import pack
 
 
 def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
     """[conv1 (s*pitch, inplanes), its bias, conv3 (planes * 4, s*pitch), its bias, the chain's weights and biases]."""
-    from .packing import pack  # which offers this function as its own
-
     weight = folded.weights[0]
     width = weight.shape[0]
     scale = config.scale(len(folded.weights))
@@ -45,8 +45,6 @@ def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
 
 def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool) -> Tensor:
     """As `block.run_block`, of which this is the `cuda` backend's own form."""
-    from .. import cuda as cuda_backend
-
     conv1, conv1_bias, conv3, conv3_bias, *chain = folded.packed or pack_block(folded, problem.config)
     pitch = slot_pitch(problem.width, 1, x.dtype.itemsize)
     lanes = problem.scale * pitch
@@ -63,8 +61,8 @@ def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, fol
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _pointwise(problem, x, conv1, conv1_bias, None, u, (pitch, problem.width), True)
-        source, target = cuda_backend.chain.Slots(u, lanes, pitch), cuda_backend.chain.Slots(y, lanes, pitch)
-        cuda_backend.chain.launch_chain(problem, source, target, chain, pitch)
+        source, target = Slots(u, lanes, pitch), Slots(y, lanes, pitch)
+        launch_chain(problem, source, target, chain, pitch)
         _pointwise(problem, y, conv3, conv3_bias, shortcut, out, (out.shape[1], out.shape[1]), relu)
     return out if problem.channels_last else out.contiguous()
 
@@ -80,7 +78,7 @@ def _pointwise(
     relu: bool,
 ) -> None:
     """out = relu(conv1x1(x) + bias + shortcut)"""
-    if triton_backend.chain.why_not(problem) is None:
+    if triton_chain.why_not(problem) is None:
         from ..triton.kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
         lanes, pixels = out.shape[1], x.numel() // x.shape[1]

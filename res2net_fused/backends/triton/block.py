@@ -23,6 +23,7 @@ from ...chain.block_weights import BlockWeights
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from .availability import capability, plan_for, precision_of
+from .chain import pack
 from .tf32 import for_every_precision, of_precision
 from .tiles import Tile
 
@@ -44,10 +45,8 @@ def in_place(config: ChainConfig, scale: int) -> bool:
 def pack_block(folded: BlockWeights, config: ChainConfig, only: str | None = None) -> list[Tensor]:
     """[conv1 (s*pitch, inplanes), its bias, the chain's weights and biases, conv3 (planes * 4, s*pitch), its bias].
 
-    Weights have one dimension more in front, as those of `triton_backend.pack`.
+    Weights have one dimension more in front, as those of `pack` in `chain.py`.
     """
-    from .chain import pack  # which offers this function as its own
-
     weight = folded.weights[0]
     width, dtype = weight.shape[0], weight.dtype
     scale = config.scale(len(folded.weights))

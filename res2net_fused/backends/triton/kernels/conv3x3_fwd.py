@@ -185,7 +185,7 @@ def interpreted() -> bool:
 def chain_calls(
     problem: ChainProblem, plan: StepPlan, x: Slots, out: Slots, weights: Tensor, bias: Tensor
 ) -> Iterator[KernelCall]:
-    """Every launch of the chain, in order. weights: from `triton_backend.pack`; bias (steps, w) in fp32."""
+    """Every launch of the chain, in order. weights: from `pack` of `backends/triton/chain.py`; bias (steps, w) in fp32."""
     weights = of_precision(weights, plan.precision)
     images = min(plan.images, problem.batch)
     pixels = images * problem.height * problem.width_pixels
