@@ -6,12 +6,13 @@ standard library only and runs no compiler. Which compiler to run, and in which 
 The pieces under `csrc/`:
 
 * `common/*.cpp`: in both operator libraries.
-* `cpu/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells a dispatcher which kernels exist.
+* `cpu/ops/*.cpp`, `cpu/chain/*.cpp`, `cpu/runtime/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells the
+  dispatcher which kernels exist.
 * `cpu/kernels/*.cpp`: once per instruction set, into the CPU library. `RES2NET_FUSED_ISA` is the name of the set
   (`portable`, `avx2`, `avx512`): put the code into `namespace res2net_fused::RES2NET_FUSED_ISA`.
-* `plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
-  those that register no operator (`*_op.cpp`) into the CUDA library too.
-* `cuda/**/*.cpp`, `cuda/**/*.cu`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
+* `cuda/plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
+  those that register no operator (`*_ops.cpp`) into the CUDA library too.
+* `cuda/*` and `cuda/chain/*`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
 * `python/*.cpp`: the pybind11 module, with `common/build_info.cpp`.
 """
 
@@ -115,7 +116,8 @@ def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) ->
     shared = (*CXX_FLAGS, _short_paths(root), *TORCH_DEFINES, *_includes(root, torch_root))
     sets = instruction_sets(machine)
     have = tuple(f"-DRES2NET_FUSED_HAVE_{s.name.upper()}=1" for s in sets)
-    units = [_unit(root, s, (*shared, *have), facts) for s in _sources(root, "common/*.cpp", "plan/*.cpp", "cpu/*.cpp")]
+    once = _sources(root, "common/*.cpp", "cuda/plan/*.cpp", *(f"cpu/{part}/*.cpp" for part in ("ops", "chain", "runtime")))
+    units = [_unit(root, source, (*shared, *have), facts) for source in once]
     # The linker keeps the first copy of an inline function. Objects that need no special instructions come first, so a
     # copy compiled for AVX-512 never serves portable code.
     for isa in sets:
@@ -129,8 +131,9 @@ def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     """The CUDA operator library for `facts.cuda_architectures`. Needs nvcc, but neither a GPU nor a CUDA torch."""
     code = gencode_flags(facts.cuda_architectures)
     flags = (*NVCC_FLAGS, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
-    plans = [s for s in _sources(root, "plan/*.cpp") if not s.name.endswith("_op.cpp")]
-    sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, "cuda/**/*.cpp", "cuda/**/*.cu")]
+    plans = [s for s in _sources(root, "cuda/plan/*.cpp") if not s.name.endswith("_ops.cpp")]
+    own = ("cuda/*.cpp", "cuda/*.cu", "cuda/chain/*.cpp", "cuda/chain/*.cu")
+    sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, *own)]
     have_wgmma = WGMMA_ARCHITECTURE in facts.cuda_architectures
     if have_wgmma:
         flags = (*flags, "-DRES2NET_FUSED_HAVE_WGMMA=1")

@@ -13,7 +13,7 @@ from res2net_fused.backends import native_cuda
 from res2net_fused.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
-UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/plan/instances.h").read_text())[1])
+UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/cuda/plan/instances.h").read_text())[1])
 # The others are compiled by the slow tests; d0c7t2 runs every type.
 QUICK = [(i, a) for i in ("d2c4t4", "d0c7t2") for a in ("80", "90a")]
 QUICK += [("d0c7t2", "100"), ("cluster_c4t2", "90a"), ("wgmma_c7t2", "90a")]

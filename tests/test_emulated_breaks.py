@@ -4,7 +4,7 @@ import pytest
 from emulator import breaks, harness, mutate
 
 WGMMA = "cuda/chain/wgmma_kernel.cuh"
-KERNEL, GEOMETRY = "cuda/chain/chain_kernel.cuh", "plan/chain_geometry.h"
+KERNEL, GEOMETRY = "cuda/chain/strip_kernel.cuh", "cuda/plan/geometry.h"
 CLUSTER = "cuda/chain/cluster_kernel.cuh"
 # name, case, file, its text, the replacement, checks that must turn red
 BREAKS = [

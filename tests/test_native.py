@@ -305,10 +305,10 @@ def test_gencode_embeds_ptx_of_the_newest_plain_architecture():
 @pytest.mark.parametrize("machine, expected", [("x86_64", ["portable", "avx2", "avx512"]), ("aarch64", ["portable"])])
 def test_kernels_compile_once_per_instruction_set(tmp_path, machine, expected):
     kernel = tmp_path / "csrc" / "cpu" / "kernels" / "chain.cpp"
-    dispatch = tmp_path / "csrc" / "cpu" / "dispatch.cpp"
-    kernel.parent.mkdir(parents=True)
-    kernel.touch()
-    dispatch.touch()
+    dispatch = tmp_path / "csrc" / "cpu" / "runtime" / "dispatch.cpp"
+    for source in (kernel, dispatch):
+        source.parent.mkdir(parents=True)
+        source.touch()
     target = build_flags.cpu_target(tmp_path, Path("torch"), machine, build_flags.BuildFacts())
     assert [unit.source for unit in target.units] == [dispatch, *[kernel] * len(expected)]
     for unit, name in zip(target.units[1:], expected, strict=True):

@@ -7,7 +7,7 @@ Calls with few pixels are shared by thread-block clusters, from sm_90 on (csrc/c
 half precision run on Hopper's wgmma where that is predicted to be faster (csrc/cuda/chain/wgmma_kernel.cuh); it is compiled for
 sm_90a alone.
 
-The launch plan comes from a C++ function of the CPU library (csrc/plan), so `plan_chain` works on machines with no GPU.
+The launch plan comes from a C++ function of the CPU library (csrc/cuda/plan), so `plan_chain` works on machines with no GPU.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["block_forward", "forward", "pack", "pack_block", "plan", "plan_chain
 
 # (lower, upper) bound of y
 CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
-TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/plan/data_type.h
-POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_arguments.h
-STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/cuda/plan/data_type.h
+POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/cuda/plan/arguments.h
+STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/cuda/plan/instances.h
 CLUSTER_INSTANCES = ("cluster_c2t2", "cluster_c4t2", "cluster_c7t2")
 WGMMA_INSTANCES = ("wgmma_c6t2", "wgmma_c7t2", "wgmma_c12t2", "wgmma_c14t2")
-MAX_POSITIONS = 2**15  # pixels of several whole images in one CTA: csrc/plan/plan_model.h
+MAX_POSITIONS = 2**15  # pixels of several whole images in one CTA: csrc/cuda/plan/time_model.h
 INSTANCE_NAMES = STRIP_INSTANCES + CLUSTER_INSTANCES + WGMMA_INSTANCES
 _INSTANCE_DEPTHS_COLUMNS = ((1, 2), (2, 4), (3, 6), (4, 7), (0, 6), (0, 7), (0, 4))
 
@@ -51,7 +51,7 @@ LIMITS = {
 
 
 class Plan(NamedTuple):
-    """How one call is launched, in the order in which csrc/plan/chain_plan.h gives its numbers."""
+    """How one call is launched, in the order in which csrc/cuda/plan/launch_plan.h gives its numbers."""
 
     instance: int
     rows: int  # output pixels of a CTA
@@ -262,7 +262,7 @@ def depth_channels(dtype: torch.dtype) -> int:
 
 
 def packed_columns(width: int, dtype: torch.dtype) -> int:
-    """Output channels in units of 8, padded to whole warps of the instance that runs this width (csrc/plan/chain_plan.cpp)."""
+    """Output channels in units of 8, padded to whole warps of the width's instance (csrc/cuda/plan/launch_plan.cpp)."""
     columns, depths = -(-width // 8), -(-width // depth_channels(dtype))
     for instance_depths, instance_columns in _INSTANCE_DEPTHS_COLUMNS:
         if dtype != torch.float32 and instance_depths == depths and columns <= instance_columns:

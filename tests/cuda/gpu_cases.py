@@ -87,7 +87,7 @@ def launch_of(case: Chain, limits: DeviceLimits) -> native_cuda.Plan:
 
 
 def strip_instance(case: Chain) -> int:
-    """The strip kernel's instance of this width, as csrc/plan/chain_plan.cpp chooses it."""
+    """The strip kernel's instance of this width, as csrc/cuda/plan/launch_plan.cpp chooses it."""
     depths = -(-case.width // native_cuda.depth_channels(case.dtype))
     columns = native_cuda.packed_columns(case.width, case.dtype)
     kinds = native_cuda._INSTANCE_DEPTHS_COLUMNS

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "cuda/chain/hardware_sm90.h"
-#include "plan/chain_geometry.h"
+#include "cuda/plan/geometry.h"
 
 namespace {
 int failures = 0;

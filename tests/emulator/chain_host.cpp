@@ -4,7 +4,7 @@
 
 #include "cuda/chain/cluster_kernel.cuh"
 #include "cuda/chain/wgmma_kernel.cuh"
-#include "plan/chain_plan.h"
+#include "cuda/plan/launch_plan.h"
 
 using namespace res2net_fused::chain;
 

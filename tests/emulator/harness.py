@@ -25,13 +25,13 @@ from res2net_fused.chain import ChainConfig
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulator"
-KERNEL = pathlib.Path("cuda/chain/chain_kernel.cuh")  # under csrc/
+KERNEL = pathlib.Path("cuda/chain/strip_kernel.cuh")  # under csrc/
 FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas".split()
 # Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster. What they leave
 # uninitialised holds a pattern.
 KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern")
 _ROWS = r"X\(((?:d|cluster_|wgmma_)\w+)((?:, \d+)+)\)"
-INSTANCES = [name for name, _ in re.findall(_ROWS, (ROOT / "csrc/plan/instances.h").read_text())]
+INSTANCES = [name for name, _ in re.findall(_ROWS, (ROOT / "csrc/cuda/plan/instances.h").read_text())]
 
 
 def includes(csrc: pathlib.Path) -> list[str]:
@@ -41,7 +41,7 @@ def includes(csrc: pathlib.Path) -> list[str]:
 def compile_cached(sources: list[pathlib.Path], flags: list[str], csrc: pathlib.Path, suffix: str) -> pathlib.Path:
     """Compiles `sources` into one file named after everything that goes into it, unless that file is there already."""
     digest = hashlib.sha256(" ".join(flags).replace(str(csrc), "").encode())
-    used = [HERE.glob("*.h"), HERE.glob("*.cpp"), csrc.glob("plan/*"), csrc.glob("cuda/chain/*")]
+    used = [HERE.glob("*.h"), HERE.glob("*.cpp"), csrc.glob("cuda/plan/*"), csrc.glob("cuda/chain/*")]
     for path in sorted(path for paths in used for path in paths):
         digest.update(path.name.encode() + path.read_bytes())
     target = BUILD / f"{sources[0].stem}-{digest.hexdigest()[:16]}{suffix}"
@@ -62,7 +62,7 @@ def emulator_object() -> pathlib.Path:
 
 @functools.cache
 def plan_object() -> pathlib.Path:
-    return compile_cached(sorted((ROOT / "csrc/plan").glob("c*_plan.cpp")), ["-O2", "-r"], ROOT / "csrc", ".o")
+    return compile_cached(sorted((ROOT / "csrc/cuda/plan").glob("*_plan.cpp")), ["-O2", "-r"], ROOT / "csrc", ".o")
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def plan_library() -> ctypes.CDLL:
 @functools.cache
 def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str, ...] = KERNEL_FLAGS) -> ctypes.CDLL:
     """The emulated kernel of one instance, from the sources under `csrc`."""
-    row = re.search(rf"X\(({instance}, [^)]*)\)", (csrc / "plan/instances.h").read_text())
+    row = re.search(rf"X\(({instance}, [^)]*)\)", (csrc / "cuda/plan/instances.h").read_text())
     kinds = {"cluster": "CLUSTER_INSTANCES", "wgmma": "WGMMA_INSTANCES_OF"}
     chosen = kinds.pop(instance.partition("_")[0], "INSTANCES")
     none = {"INSTANCES", *kinds.values()} - {chosen}

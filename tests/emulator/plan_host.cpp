@@ -1,7 +1,7 @@
 // The plan by itself, with a C interface for ctypes: where cases are cut for a GPU, nothing is emulated.
 #include <cstring>
 
-#include "plan/chain_plan.h"
+#include "cuda/plan/launch_plan.h"
 
 using namespace res2net_fused::chain;
 

@@ -1,6 +1,6 @@
 // One instance of the chain kernel with its launcher, for every type it runs: what every instance_*.cu consists of.
 #pragma once
-#include "chain_kernel.cuh"
+#include "strip_kernel.cuh"
 #include "launch.cuh"
 
 namespace res2net_fused::chain {

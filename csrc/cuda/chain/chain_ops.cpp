@@ -11,9 +11,9 @@
 #include <limits>
 #include <vector>
 
-#include "cuda/chain/chain_launch.h"
+#include "cuda/chain/launchers.h"
 #include "cuda/device.h"
-#include "plan/chain_plan.h"
+#include "cuda/plan/launch_plan.h"
 
 namespace {
 
@@ -42,9 +42,9 @@ int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// plan: the first twelve numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group,
-// passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, the channels of a slot to be written, and
-// whether the passed group is added to the first convolved one. float32 is multiplied in TF32.
+// plan: the first twelve numbers of a plan (cuda/plan/launch_plan.h). settings: channels, steps, stride, dilation, adds, first
+// group, passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, the channels of a slot to be written,
+// and whether the passed group is added to the first convolved one. float32 is multiplied in TF32.
 void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<int64_t> plan, std::vector<int64_t> settings,
                 double lower, double upper) {
   STD_TORCH_CHECK(plan.size() >= 12, "plan: expected at least 12 numbers, got ", plan.size());

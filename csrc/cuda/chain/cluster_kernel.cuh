@@ -20,12 +20,12 @@
 // The output of a CTA is small, and its sums long: `warps_k` warps share out the K slices of the same output. Each then has
 // enough independent products to hide their latency, and enough outputs for every byte that it loads from shared memory.
 #pragma once
-#include "cuda/chain/chain_kernel.cuh"
-#include "plan/cluster_geometry.h"
+#include "cuda/chain/strip_kernel.cuh"
+#include "cuda/plan/cluster_geometry.h"
 
 namespace res2net_fused::chain {
 
-// COLUMNS and TILES as in plan/instances.h.
+// COLUMNS and TILES as in cuda/plan/instances.h.
 template <class Element, int COLUMNS, int TILES>
 struct ClusterCta : ChainCta<Element, 0, COLUMNS, TILES> {
   static_assert(Element::BYTES == 2, "8 channels are 16 bytes here");

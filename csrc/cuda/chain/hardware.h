@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "plan/data_type.h"
+#include "cuda/plan/data_type.h"
 
 // The types of a chain's elements, as template arguments.
 template <res2net_fused::chain::DataType DATA_TYPE>

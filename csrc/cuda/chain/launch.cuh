@@ -4,8 +4,8 @@
 
 #include <atomic>
 
-#include "chain_launch.h"
-#include "plan/cluster_geometry.h"
+#include "launchers.h"
+#include "cuda/plan/cluster_geometry.h"
 
 namespace res2net_fused::chain {
 

@@ -38,7 +38,7 @@ LIMIT_NUMBERS = 7
 class Launch(NamedTuple):
     """One launch as the runtime took it. Grids and blocks of the chain kernels have one dimension."""
 
-    instance: str  # of csrc/plan/instances.h, such as "d2c4t4"; a symbol where it is another kernel
+    instance: str  # of csrc/cuda/plan/instances.h, such as "d2c4t4"; a symbol where it is another kernel
     dtype: str  # "fp16", "bf16" or "tf32"
     grid: int  # blocks
     block: int  # threads
@@ -71,7 +71,7 @@ def build(folder: Path) -> Path:
 
     digest = hashlib.sha256((torch_root / "version.py").read_bytes())
     digest.update(repr((FLAGS, [f.replace(str(ROOT), "") for flags in units.values() for f in flags])).encode())
-    used = [*ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/plan/*"), *ROOT.glob("csrc/cuda/**/*.*")]
+    used = [*ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/cuda/**/*.*")]
     for path in sorted({*used, *EMULATOR.glob("*.h"), *emulator, *HERE.glob("*"), Path(__file__)}):
         digest.update(path.name.encode() + path.read_bytes())
     name = digest.hexdigest()[:16]

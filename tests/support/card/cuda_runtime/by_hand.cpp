@@ -2,7 +2,7 @@
 // The kernel's body would make nothing of such arguments.
 #include <cstring>
 
-#include "cuda/chain/chain_launch.h"
+#include "cuda/chain/launchers.h"
 
 // grid: blocks, which the parts of a cluster divide. 0, a cudaError_t, or -1 where there is no such instance.
 extern "C" int stand_in_launch_by_hand(const char* name, int type, int grid, int warps, int shared_bytes, int parts,
