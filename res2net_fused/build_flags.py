@@ -13,6 +13,7 @@ The pieces under `csrc/`:
 * `cuda/plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
   those that register no operator (`*_ops.cpp`) into the CUDA library too.
 * `cuda/*` and `cuda/chain/*`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
+* `cuda/chain/instance.cu`: once per row of `cuda/plan/instances.h`, `RES2NET_FUSED_INSTANCE` being the row's name.
 * `python/*.cpp`: the pybind11 module, with `common/build_info.cpp`.
 """
 
@@ -39,8 +40,9 @@ CUDA_DEFINES = ("-DUSE_CUDA",)
 
 # 90a: wgmma and TMA of Hopper exist in the architecture-specific target only.
 DEFAULT_CUDA_ARCHITECTURES = ("80", "90a", "100")
-# Sources of this name are compiled for this architecture alone.
-WGMMA_PREFIX, WGMMA_ARCHITECTURE = "instance_wgmma_", "90a"
+# Instances of this name are compiled for this architecture alone.
+WGMMA_PREFIX, WGMMA_ARCHITECTURE = "wgmma_", "90a"
+INSTANCE_SOURCE, INSTANCE_ROWS = "cuda/chain/instance.cu", "cuda/plan/instances.h"
 # The oldest PTX with the instructions of thread-block clusters, which kernels have from there on (csrc/cuda/chain/hardware.h).
 CLUSTER_PTX = 90
 
@@ -127,9 +129,19 @@ def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) ->
     return Target("cpu", CPU_LIBRARY, "cxx", tuple(units), link)
 
 
+def cuda_instances(root: Path) -> tuple[str, ...]:
+    """Names of the compiled forms of the CUDA kernels, in the order of their table."""
+    return tuple(re.findall(r"^ +X\((\w+),", (root / "csrc" / INSTANCE_ROWS).read_text(), re.M))
+
+
+def instance_define(name: str) -> str:
+    """What tells `cuda/chain/instance.cu` which row of the table it is compiled for."""
+    return f"-DRES2NET_FUSED_INSTANCE={name}"
+
+
 def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     """The CUDA operator library for `facts.cuda_architectures`. Needs nvcc, but neither a GPU nor a CUDA torch."""
-    code = gencode_flags(facts.cuda_architectures)
+    code, instance_source = gencode_flags(facts.cuda_architectures), root / "csrc" / INSTANCE_SOURCE
     flags = (*NVCC_FLAGS, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
     plans = [s for s in _sources(root, "cuda/plan/*.cpp") if not s.name.endswith("_ops.cpp")]
     own = ("cuda/*.cpp", "cuda/*.cu", "cuda/chain/*.cpp", "cuda/chain/*.cu")
@@ -139,10 +151,14 @@ def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
         flags = (*flags, "-DRES2NET_FUSED_HAVE_WGMMA=1")
     units = []
     for source in sources:
-        if not source.name.startswith(WGMMA_PREFIX):
+        if source != instance_source:
             units.append(_unit(root, source, (*flags, *code), facts))
-        elif have_wgmma:
-            units.append(_unit(root, source, (*flags, _machine_code(WGMMA_ARCHITECTURE)), facts))
+            continue
+        for name in cuda_instances(root):
+            is_wgmma = name.startswith(WGMMA_PREFIX)
+            if have_wgmma or not is_wgmma:
+                target_code = (_machine_code(WGMMA_ARCHITECTURE),) if is_wgmma else code
+                units.append(_unit(root, source, (*flags, *target_code, instance_define(name)), facts, variant=name))
     # libtorch.so pulls in libtorch_cuda.so where torch has CUDA; linking it by name would need such a torch here.
     # One -Xlinker list, since nvcc moves -l options.
     torch_libraries = (f"-L{torch_root / 'lib'}", "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu")

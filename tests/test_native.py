@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from res2net_fused import build_flags, native
+from res2net_fused.backends import native_cuda
 
 PACKAGE = Path(native.__file__).resolve().parent
 # CPython's functions, and the mangled names of at::, c10:: and torch::, none of which outlive a release
@@ -283,13 +284,22 @@ def test_requested_architectures():
 def test_wgmma_is_compiled_for_hopper_alone(architectures, built, tmp_path):
     facts = build_flags.BuildFacts(cuda_architectures=architectures)
     target = build_flags.cuda_target(Path(__file__).parents[1], tmp_path, facts)
-    wgmma = [unit for unit in target.units if unit.source.name.startswith(build_flags.WGMMA_PREFIX)]
+    wgmma = [unit for unit in target.units if build_flags.WGMMA_PREFIX in unit.object]
     assert bool(wgmma) == built
     for unit in wgmma:
         assert [flag for flag in unit.flags if "gencode" in flag] == ["-gencode=arch=compute_90a,code=sm_90a"]
     others = [unit for unit in target.units if unit not in wgmma]
     assert all(("-DRES2NET_FUSED_HAVE_WGMMA=1" in unit.flags) == built for unit in others)
     assert all(set(build_flags.gencode_flags(architectures)) <= set(unit.flags) for unit in others)
+
+
+def test_every_cuda_instance_is_compiled_once_into_an_object_of_its_own(tmp_path):
+    facts = build_flags.BuildFacts(cuda_architectures=build_flags.DEFAULT_CUDA_ARCHITECTURES)
+    units = build_flags.cuda_target(Path(__file__).parents[1], tmp_path, facts).units
+    assert len({unit.object for unit in units}) == len(units)
+    compiled = {unit.object: flag.partition("=")[2] for unit in units for flag in unit.flags if "FUSED_INSTANCE=" in flag}
+    assert tuple(compiled.values()) == native_cuda.INSTANCE_NAMES
+    assert all(name in Path(made).parts for made, name in compiled.items())
 
 
 def test_gencode_embeds_ptx_of_the_newest_plain_architecture():

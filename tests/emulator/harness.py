@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import re
 import subprocess
 from dataclasses import dataclass, field, replace
 
@@ -18,24 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from res2net_fused import reference
+from res2net_fused import build_flags, reference
 from res2net_fused.backends import native_cuda
 from res2net_fused.chain import ChainConfig
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulator"
-KERNEL = pathlib.Path("cuda/chain/strip_kernel.cuh")  # under csrc/
 FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas".split()
 # Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster. What they leave
 # uninitialised holds a pattern.
 KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern")
-_ROWS = r"X\(((?:d|cluster_|wgmma_)\w+)((?:, \d+)+)\)"
-INSTANCES = [name for name, _ in re.findall(_ROWS, (ROOT / "csrc/cuda/plan/instances.h").read_text())]
+INSTANCES = build_flags.cuda_instances(ROOT)
 
 
 def includes(csrc: pathlib.Path) -> list[str]:
-    return [f"-I{csrc}", f"-I{csrc / KERNEL.parent}", f"-I{HERE}"]
+    return [f"-I{csrc}", f"-I{HERE}"]
 
 
 def compile_cached(sources: list[pathlib.Path], flags: list[str], csrc: pathlib.Path, suffix: str) -> pathlib.Path:
@@ -73,13 +70,9 @@ def plan_library() -> ctypes.CDLL:
 @functools.cache
 def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str, ...] = KERNEL_FLAGS) -> ctypes.CDLL:
     """The emulated kernel of one instance, from the sources under `csrc`."""
-    row = re.search(rf"X\(({instance}, [^)]*)\)", (csrc / "cuda/plan/instances.h").read_text())
-    kinds = {"cluster": "CLUSTER_INSTANCES", "wgmma": "WGMMA_INSTANCES_OF"}
-    chosen = kinds.pop(instance.partition("_")[0], "INSTANCES")
-    none = {"INSTANCES", *kinds.values()} - {chosen}
-    chosen = [f"-D{chosen}(X)=X({row[1]})", *(f"-D{kind}(X)=" for kind in sorted(none))]
     sources = [HERE / "chain_host.cpp", emulator_object(), plan_object()]
-    return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", *chosen], csrc, ".so")))
+    chosen = build_flags.instance_define(instance)
+    return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", chosen], csrc, ".so")))
 
 
 _INTS = (

@@ -20,15 +20,15 @@ namespace {
 using namespace res2net_fused::chain;
 using torch::stable::Tensor;
 
-#define RES2NET_LAUNCHER(name, ...) res2net_fused_launch_##name,
+#define RES2NET_LAUNCHER_ROW(name, ...) RES2NET_LAUNCHER(name),
 int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {
-    RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)
-        RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER)
+    RES2NET_STRIP_INSTANCES(RES2NET_LAUNCHER_ROW)
+        RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER_ROW)
 #ifdef RES2NET_FUSED_HAVE_WGMMA
-        RES2NET_WGMMA_INSTANCES(RES2NET_LAUNCHER)
+            RES2NET_WGMMA_INSTANCES(RES2NET_LAUNCHER_ROW)
 #endif
 };
-#undef RES2NET_LAUNCHER
+#undef RES2NET_LAUNCHER_ROW
 
 DataType type_of(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;

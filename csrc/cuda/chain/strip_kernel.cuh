@@ -27,7 +27,7 @@ struct VectorOf<16> {
 
 // DEPTHS, COLUMNS and TILES as in cuda/plan/instances.h.
 template <class Element, int DEPTHS, int COLUMNS, int TILES>
-struct ChainCta {
+struct StripCta {
   static constexpr int BYTES = Element::BYTES;
   static constexpr int PER_WORD = 4 / BYTES;  // elements in 4 bytes, the smallest move
   static constexpr int COLUMN_BYTES = 256;  // of 8 output channels of a K slice of the weights
@@ -43,7 +43,7 @@ struct ChainCta {
   int first_image, first_row, first_column;  // image, row and column that line 0 and column 0 of the strip stand for
 
   // block: counts the parts of the images, see ChainGeometry.
-  DEVICE ChainCta(const ChainArguments& arguments, int block)
+  DEVICE StripCta(const ChainArguments& arguments, int block)
       : a(arguments), g(arguments.geometry), shared(shared_memory()), thread(thread_index()), lane(thread % 32) {
     warp_n = thread / 32 % g.warps_n;
     warp_m = thread / 32 / g.warps_n;

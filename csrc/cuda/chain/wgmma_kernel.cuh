@@ -11,8 +11,8 @@ namespace res2net_fused::chain {
 
 // COLUMNS and TILES as in cuda/plan/instances.h: a tile is 64 positions of a warpgroup, 16 of each of its warps.
 template <class Element, int COLUMNS, int TILES>
-struct WgmmaCta : ChainCta<Element, PLANES, COLUMNS, TILES> {
-  using Base = ChainCta<Element, PLANES, COLUMNS, TILES>;
+struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
+  using Base = StripCta<Element, PLANES, COLUMNS, TILES>;
   using Base::g, Base::lane, Base::warp_m, Base::warp_n;
   int warp;  // of the warpgroup
 

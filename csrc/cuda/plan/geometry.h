@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "cuda/plan/data_type.h"
+#include "cuda/plan/instances.h"
 
 #if defined(__CUDACC__)
 #define RES2NET_HOST_DEVICE __host__ __device__ __forceinline__
@@ -65,16 +66,15 @@ struct ChainTile {
 };
 
 // Bytes between two slots. Eight neighbouring slots never collide in the banks when ldmatrix reads 16 bytes of each: swizzled
-// if a slot has 2, 4 or 8 chunks of 16 bytes, else an odd number of them. `depths` as in the instance table: 0 for run time.
-// PLANES: wgmma's layout. The channels of a slot lie in planes of 8 each; depths are known at run time.
-constexpr int PLANES = -1;
-constexpr int PLANE_ROWS = 64;  // slots of a product's A
+// if a slot has 2, 4 or 8 chunks of 16 bytes, else an odd number of them. instance_depths: as in the instance table.
 RES2NET_HOST_DEVICE constexpr bool swizzled(int instance_depths) {
   return instance_depths == 1 || instance_depths == 2 || instance_depths == 4;
 }
 RES2NET_HOST_DEVICE constexpr int slot_bytes_of(int instance_depths, int depths) {
   return 16 * (swizzled(instance_depths) ? 2 * depths : 2 * depths | 1);
 }
+
+constexpr int PLANE_ROWS = 64;  // slots of a product's A in wgmma's layout, PLANES
 
 // All that follows from the work and the tile; plain numbers, handed to the kernel by value.
 struct ChainGeometry {

@@ -8,7 +8,7 @@
 //   TILES    pixels of a warp in units of 16, the M of one mma
 //   WARPS    most warps of a CTA: bounds the registers of a thread to 65536 / (32 * WARPS)
 // The widths they are meant for: 14 and 16 | 26, 28 and 32 | 48 | 52 and 56 | 96, 192, 384 | 104, 112, 208 | any other.
-#define RES2NET_CHAIN_INSTANCES(X) \
+#define RES2NET_STRIP_INSTANCES(X) \
   X(d1c2t4, 1, 2, 4, 16)           \
   X(d2c4t4, 2, 4, 4, 12)           \
   X(d3c6t4, 3, 6, 4, 8)            \
@@ -34,8 +34,43 @@
   X(wgmma_c14t2, 14, 2, 8)
 
 namespace res2net_fused::chain {
+
+// DEPTHS of the wgmma kernel: known at run time, and the channels of a slot lie in planes of 8 each.
+constexpr int PLANES = -1;
+
 // Fixed depths are for half precision; TF32 has the instances whose depths are known at run time.
 constexpr bool instance_runs(int depths, DataType type) { return type != TF32 || depths == 0; }
+
+struct Instance {
+  const char* name;
+  int depths, columns, tiles, warps;
+  bool cluster;  // of the cluster kernel
+  constexpr bool runs(DataType type) const { return instance_runs(depths, type) && !(cluster && type == TF32); }
+  constexpr bool is_wgmma() const { return depths == PLANES; }
+  constexpr int warps_together() const { return is_wgmma() ? 4 : 1; }  // that compute one tile of 16 positions each at once
+};
+
+#define RES2NET_STRIP_ROW(name, DEPTHS, COLUMNS, TILES, WARPS) {#name, DEPTHS, COLUMNS, TILES, WARPS, false},
+#define RES2NET_CLUSTER_ROW(name, COLUMNS, TILES, WARPS) {#name, 0, COLUMNS, TILES, WARPS, true},
+#define RES2NET_WGMMA_ROW(name, COLUMNS, TILES, WARPS) {#name, PLANES, COLUMNS, TILES, WARPS, false},
+#define RES2NET_NAME(name, ...) name,
+#define RES2NET_COUNT(...) +1
+// The strip kernel's instances, then the cluster kernel's, then the wgmma kernel's.
+inline constexpr Instance INSTANCE_TABLE[] = {RES2NET_STRIP_INSTANCES(RES2NET_STRIP_ROW)
+                                                  RES2NET_CLUSTER_INSTANCES(RES2NET_CLUSTER_ROW)
+                                                      RES2NET_WGMMA_INSTANCES(RES2NET_WGMMA_ROW)};
+enum class InstanceIndex : int {
+  RES2NET_STRIP_INSTANCES(RES2NET_NAME) RES2NET_CLUSTER_INSTANCES(RES2NET_NAME) RES2NET_WGMMA_INSTANCES(RES2NET_NAME)
+};
+inline constexpr int STRIP_INSTANCES = 0 RES2NET_STRIP_INSTANCES(RES2NET_COUNT);
+inline constexpr int INSTANCES_COUNT = sizeof(INSTANCE_TABLE) / sizeof(Instance);
+inline constexpr int WGMMA_INSTANCES = INSTANCES_COUNT - (0 RES2NET_WGMMA_INSTANCES(RES2NET_COUNT));  // from there on
+#undef RES2NET_STRIP_ROW
+#undef RES2NET_CLUSTER_ROW
+#undef RES2NET_WGMMA_ROW
+#undef RES2NET_NAME
+#undef RES2NET_COUNT
+
 }  // namespace res2net_fused::chain
 
 // K slices (one tap, 16 or 8 input channels) that the inner loop multiplies between two tests of its end. It divides the 9 * depths

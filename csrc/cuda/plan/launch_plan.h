@@ -8,31 +8,6 @@
 
 namespace res2net_fused::chain {
 
-struct Instance {
-  const char* name;
-  int depths, columns, tiles, warps;
-  bool cluster;  // of the cluster kernel
-  constexpr bool runs(DataType type) const { return instance_runs(depths, type) && !(cluster && type == TF32); }
-  constexpr bool is_wgmma() const { return depths == PLANES; }
-  constexpr int warps_together() const { return is_wgmma() ? 4 : 1; }  // that compute one tile of 16 positions each at once
-};
-#define RES2NET_INSTANCE_ROW(name, DEPTHS, COLUMNS, TILES, WARPS) {#name, DEPTHS, COLUMNS, TILES, WARPS, false},
-#define RES2NET_CLUSTER_ROW(name, COLUMNS, TILES, WARPS) {#name, 0, COLUMNS, TILES, WARPS, true},
-#define RES2NET_WGMMA_ROW(name, COLUMNS, TILES, WARPS) {#name, PLANES, COLUMNS, TILES, WARPS, false},
-inline constexpr Instance STRIP_TABLE[] = {RES2NET_CHAIN_INSTANCES(RES2NET_INSTANCE_ROW)};
-inline constexpr int STRIP_INSTANCES = sizeof(STRIP_TABLE) / sizeof(Instance);
-// The strip kernel's instances, then the cluster kernel's, then the wgmma kernel's.
-inline constexpr Instance INSTANCE_TABLE[] = {RES2NET_CHAIN_INSTANCES(RES2NET_INSTANCE_ROW)
-                                                  RES2NET_CLUSTER_INSTANCES(RES2NET_CLUSTER_ROW)
-                                                      RES2NET_WGMMA_INSTANCES(RES2NET_WGMMA_ROW)};
-#undef RES2NET_WGMMA_ROW
-#undef RES2NET_INSTANCE_ROW
-#undef RES2NET_CLUSTER_ROW
-inline constexpr int INSTANCES_COUNT = sizeof(INSTANCE_TABLE) / sizeof(Instance);
-#define RES2NET_COUNT(...) +1
-inline constexpr int WGMMA_INSTANCES = INSTANCES_COUNT - (0 RES2NET_WGMMA_INSTANCES(RES2NET_COUNT));  // from there on
-#undef RES2NET_COUNT
-
 // As native.DeviceLimits in Python; sizes in bytes.
 struct DeviceLimits {
   int major, minor, multiprocessors, shared_per_block, shared_per_multiprocessor, registers_per_multiprocessor, l2_bytes;

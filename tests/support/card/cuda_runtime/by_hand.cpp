@@ -13,8 +13,8 @@ extern "C" int stand_in_launch_by_hand(const char* name, int type, int grid, int
   a.geometry.warps_m = warps, a.geometry.warps_n = a.geometry.warps_k = 1;
   a.geometry.shared_bytes = shared_bytes;
 #define LAUNCH(instance, ...) \
-  if (std::strcmp(name, #instance) == 0) return res2net_fused_launch_##instance(&a, type, stream);
-  RES2NET_CHAIN_INSTANCES(LAUNCH)
+  if (std::strcmp(name, #instance) == 0) return RES2NET_LAUNCHER(instance)(&a, type, stream);
+  RES2NET_STRIP_INSTANCES(LAUNCH)
   RES2NET_CLUSTER_INSTANCES(LAUNCH)
   RES2NET_WGMMA_INSTANCES(LAUNCH)
 #undef LAUNCH

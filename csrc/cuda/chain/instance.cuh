@@ -1,0 +1,23 @@
+// What a CTA does in each instance: its row of cuda/plan/instances.h as one of the three kernels. For the launchers and the emulator.
+#pragma once
+#include <type_traits>
+
+#include "cuda/chain/cluster_kernel.cuh"
+#include "cuda/chain/strip_kernel.cuh"
+#include "cuda/chain/wgmma_kernel.cuh"
+
+namespace res2net_fused::chain {
+
+template <int INDEX, class Element>
+struct CtaChoice {
+  static constexpr Instance ROW = INSTANCE_TABLE[INDEX];
+  // Of the three only the one that is taken is ever compiled.
+  using Strip = StripCta<Element, ROW.depths, ROW.columns, ROW.tiles>;
+  using Cluster = ClusterCta<Element, ROW.columns, ROW.tiles>;
+  using Wgmma = WgmmaCta<Element, ROW.columns, ROW.tiles>;
+  using type = std::conditional_t<ROW.cluster, Cluster, std::conditional_t<ROW.is_wgmma(), Wgmma, Strip>>;
+};
+template <int INDEX, class Element>
+using CtaOf = typename CtaChoice<INDEX, Element>::type;
+
+}  // namespace res2net_fused::chain
