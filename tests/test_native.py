@@ -88,6 +88,27 @@ def test_cuda_kernel_files_include_no_torch_header():
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source.name
 
 
+# Folders of csrc/, each of which includes from itself and those before it. Others see the CPU kernels by one header.
+FLOORS = {"cpu": ("kernels", "runtime", "chain", "ops"), "cuda": ("plan", "chain")}
+
+
+@pytest.mark.parametrize("library", FLOORS)
+def test_folders_of_the_sources_include_only_from_those_below(library):
+    csrc, floors = PACKAGE.parent / "csrc", FLOORS[library]
+    if not csrc.is_dir():
+        pytest.skip("the sources are not beside the installed package")
+    assert sorted(path.name for path in (csrc / library).iterdir() if path.is_dir()) == sorted(floors)
+    wrong, seen = [], 0
+    for number, floor in enumerate(floors):
+        for source in sorted((csrc / library / floor).iterdir()):
+            for other, name, file in re.findall(r'#include "(cpu|cuda)/(?:(\w+)/)?([\w.]+)"', source.read_text()):
+                seen += 1
+                below = other == library and (not name or floors.index(name) <= number)
+                if not below or (name == "kernels" and file != "kernels.h"):
+                    wrong.append(f"{library}/{floor}/{source.name} includes {other}/{name}/{file}")
+    assert wrong == [] and seen > 10
+
+
 # Loading
 
 

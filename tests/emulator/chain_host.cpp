@@ -6,7 +6,7 @@
 #include "cuda/chain/instance.cuh"
 #include "cuda/plan/launch_plan.h"
 
-using namespace res2net_fused::chain;
+using namespace res2net_fused::cuda;
 
 namespace {
 // Sizes of one call, as tests/emulator/harness.py fills them.
@@ -48,30 +48,30 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     const DataType type = DataType(call->type);
     const Kernel kernel = kernel_of(type);
     if (call->instance != INDEX || !kernel) return -1;
-    const ChainWork work{call->images, call->height, call->width, call->channels,
+    const ChainProblem problem{call->images, call->height, call->width, call->channels,
                          call->steps, call->stride, call->dilation, call->adds != 0, type};
     const ChainTile tile{call->rows, call->columns, call->tile_images, call->whole != 0, call->warps_m, call->warps_n,
                          call->slices, call->stages, call->row_parts, call->channel_parts, call->warps_k};
-    if (instance.cluster && !parts_fit(work, tile, instance.columns)) return -2;
+    if (instance.cluster && !parts_fit(problem, tile, instance.columns)) return -2;
     ChainArguments a{};
     a.x = call->x, a.weight = call->weight, a.bias = call->bias, a.out = call->out;
     a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};
     a.fill_channels = call->fill_channels;
     a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool, a.add_passed = call->add_passed != 0;
     a.lower = call->lower, a.upper = call->upper;
-    a.geometry = geometry_of(work, tile, call->instance);
+    a.geometry = geometry_of(problem, tile, call->instance);
     if (!offsets_fit(a, type) || !grid_fits(a.geometry)) return -2;
     set_moves(a, type);
     const ChainGeometry& g = a.geometry;
-    const size_t pixels = size_t(work.images) * work.height * work.width;
-    const size_t out_pixels = size_t(work.images) * work.out_height() * work.out_width();
+    const size_t pixels = size_t(problem.images) * problem.height * problem.width;
+    const size_t out_pixels = size_t(problem.images) * problem.out_height() * problem.out_width();
     const emulator::Launch launch{
         g.ctas(), g.threads(), g.shared_bytes, call->seed, call->checks != 0,
         {{"x", a.x, pixels * a.x_slots.pixel * bytes_of(type), false},
-         {"weight", a.weight, size_t(g.steps) * work.slices() * g.packed_columns * 256, false},
+         {"weight", a.weight, size_t(g.steps) * problem.slices() * g.packed_columns * 256, false},
          {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false},
          {"out", a.out, out_pixels * a.out_slots.pixel * bytes_of(type), true}},
-        exchanges(work, tile) ? tile.row_parts * tile.channel_parts : 1};
+        exchanges(problem, tile) ? tile.row_parts * tile.channel_parts : 1};
     const emulator::Report report = emulator::run(launch, [&] { kernel(a); });
     int used = 0;
     text[0] = 0;

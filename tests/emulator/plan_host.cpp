@@ -3,7 +3,7 @@
 
 #include "cuda/plan/launch_plan.h"
 
-using namespace res2net_fused::chain;
+using namespace res2net_fused::cuda;
 
 extern "C" {
 // The plan for a device with these limits; 0, or why there is none as text.

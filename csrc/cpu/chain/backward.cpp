@@ -30,7 +30,7 @@ class BackwardRun {
   BackwardRun(
       const ChainProblem& problem, const BackwardPlan& plan, const BackwardData& data, bool need_x, const Kernels& kernels)
       : problem_(problem), plan_(plan), data_(data), needs_x_(need_x), needs_weights_(data.gradients != nullptr),
-        kernels_(kernels), parts_{plan.parts},
+        kernels_(kernels), split_{plan.parts},
         no_bias_(static_cast<size_t>(bias_floats(problem.channels))) {}
 
   void images() const;
@@ -51,10 +51,10 @@ class BackwardRun {
   }
 
   Step shape() const;
-  Step input_step(int64_t i, const Sources& dz, int64_t first_image) const;
-  Step weight_step(int64_t i, const Sources& u, int64_t first_image) const;
-  void mask_rows(int64_t i, const Sources& dz, int64_t first_image, int64_t first_row, int64_t last_row) const;
-  void sum_rows(int64_t i, const Sources& u, int64_t first_image, int64_t first_row, int64_t last_row) const;
+  Step input_step(int64_t i, const PaddedImages& dz, int64_t first_image) const;
+  Step weight_step(int64_t i, const PaddedImages& u, int64_t first_image) const;
+  void mask_rows(int64_t i, const PaddedImages& dz, int64_t first_image, int64_t first_row, int64_t last_row) const;
+  void sum_rows(int64_t i, const PaddedImages& u, int64_t first_image, int64_t first_row, int64_t last_row) const;
 
   // Of V or Z in either layout.
   int64_t points_floats(int64_t tiles) const { return PointLayout::panels_first(tiles, problem_.channels).floats(); }
@@ -65,7 +65,7 @@ class BackwardRun {
   const BackwardData& data_;
   const bool needs_x_, needs_weights_;
   const Kernels& kernels_;
-  const Parts parts_;
+  const WorkSplit split_;
   const std::vector<float> no_bias_;
   mutable std::atomic<bool> right_{true};
 };
@@ -81,7 +81,7 @@ Step BackwardRun::shape() const {
 }
 
 // dz_i to du_i in its group of grad_x, and to the dz before it.
-Step BackwardRun::input_step(int64_t i, const Sources& dz, int64_t first_image) const {
+Step BackwardRun::input_step(int64_t i, const PaddedImages& dz, int64_t first_image) const {
   const int64_t index = group_of(i);
   Step step = shape();
   step.source = constant(dz.view(i));
@@ -100,7 +100,7 @@ Step BackwardRun::input_step(int64_t i, const Sources& dz, int64_t first_image) 
 }
 
 // u_i, which is x_i itself where nothing was added to it.
-Step BackwardRun::weight_step(int64_t i, const Sources& u, int64_t first_image) const {
+Step BackwardRun::weight_step(int64_t i, const PaddedImages& u, int64_t first_image) const {
   const int64_t index = group_of(i);
   Step step = shape();
   step.source_has_border = problem_.adds(index);
@@ -110,7 +110,7 @@ Step BackwardRun::weight_step(int64_t i, const Sources& u, int64_t first_image) 
 }
 
 // dz_i from dout_i alone; rows are counted over the images.
-void BackwardRun::mask_rows(int64_t i, const Sources& dz, int64_t first_image, int64_t first_row, int64_t last_row) const {
+void BackwardRun::mask_rows(int64_t i, const PaddedImages& dz, int64_t first_image, int64_t first_row, int64_t last_row) const {
   const ConstView grad = group(data_.grad, group_of(i), first_image), out = group(data_.out, group_of(i), first_image);
   const View to = dz.view(i);
   NormBackward n{};
@@ -128,7 +128,7 @@ void BackwardRun::mask_rows(int64_t i, const Sources& dz, int64_t first_image, i
   }
 }
 
-void BackwardRun::sum_rows(int64_t i, const Sources& u, int64_t first_image, int64_t first_row, int64_t last_row) const {
+void BackwardRun::sum_rows(int64_t i, const PaddedImages& u, int64_t first_image, int64_t first_row, int64_t last_row) const {
   const int64_t index = group_of(i);
   if (!needs_weights_ || !problem_.adds(index)) return;
   kernels_.copy_rows(
@@ -142,7 +142,7 @@ void BackwardRun::images() const {
   const int64_t weight_tiles = std::min(plan_.weight_tiles, tiles), block_tiles = std::min(plan_.block_tiles, tiles);
   const int64_t v = points_floats(std::max(weight_tiles, block_tiles));
   const int64_t other = std::max(points_floats(weight_tiles) + kWeightSums, m_floats(block_tiles));  // Z and sums, or M
-  const int64_t sources = Sources(problem_, plan_.images).floats();
+  const int64_t sources = PaddedImages(problem_, plan_.images).floats();
   const int64_t each = round_up(2 * sources + v + other, 1024) + kAlignment, weights = winograd_floats(w);
   const int64_t total = needs_weights_ ? total_floats(w) : 0;
   const Scratch scratch(steps * (weights + plan_.parts * total) + plan_.parts * each);
@@ -150,15 +150,15 @@ void BackwardRun::images() const {
   for (int64_t i = 0; i < steps; i++) {
     if (needs_input(i)) pack_ahead(data_.weights + i, 1, w, packed + i * weights, kernels_);
   }
-  parts_.for_each([&](int64_t part) {
+  split_.for_each([&](int64_t part) {
     float* const memory = totals + steps * plan_.parts * total + part * each;
-    Sources dz(problem_, plan_.images), u(problem_, plan_.images);
+    PaddedImages dz(problem_, plan_.images), u(problem_, plan_.images);
     dz.place(memory);
     u.place(memory + sources);
     dz.zero_borders();
     u.zero_borders();
     float *const in = memory + 2 * sources, *const rest = in + v, *const sums = rest + points_floats(weight_tiles);
-    const int64_t begin = parts_.share(problem_.batch, part), end = parts_.share(problem_.batch, part + 1);
+    const int64_t begin = split_.share(problem_.batch, part), end = split_.share(problem_.batch, part + 1);
     for (int64_t n = begin; n < end; n += plan_.images) {
       const int64_t images = std::min(plan_.images, end - n), rows = images * problem_.height;
       for (int64_t i = steps - 1; i >= 0; i--) {
@@ -171,7 +171,7 @@ void BackwardRun::images() const {
             kernels_.winograd_input(step, plan_.grid, block, in, PointLayout::panels_first(block.count, w), 0, padded);
             kernels_.winograd_gradient(constant(dz.view(i)), w, plan_.grid, block, rest, 0, padded);
             const bool add = n > begin || block.first > 0;
-            kernels_.winograd_weights(w, plan_.grid, block, in, rest, sums, to, to + bias_total(w), 0, w, add);
+            kernels_.winograd_weight_gradient(w, plan_.grid, block, in, rest, sums, to, to + bias_total(w), 0, w, add);
           });
         }
         if (!needs_input(i)) continue;
@@ -195,11 +195,11 @@ void BackwardRun::channels() const {
   const int64_t rows = problem_.batch * problem_.height;
   const int64_t blocks = (tiles + plan_.block_tiles - 1) / plan_.block_tiles, block_tiles = (tiles + blocks - 1) / blocks;
   const int64_t block_v = points_floats(block_tiles), all_v = blocks * block_v, m = m_floats(block_tiles);
-  const int64_t sources = Sources(problem_, problem_.batch).floats();
+  const int64_t sources = PaddedImages(problem_, problem_.batch).floats();
   const int64_t packed_floats = kPoints * w * kernels_.panels_per_pass * kPanel;
   const int64_t each = round_up(std::max(m + packed_floats, form_floats(w)), 1024) + kAlignment;
   const Scratch scratch(2 * sources + 3 * all_v + plan_.parts * each);
-  Sources dz(problem_, problem_.batch), u(problem_, problem_.batch);
+  PaddedImages dz(problem_, problem_.batch), u(problem_, problem_.batch);
   dz.place(scratch.data());
   u.place(scratch.data() + sources);
   dz.zero_borders();
@@ -211,12 +211,12 @@ void BackwardRun::channels() const {
   };
   // What does not depend on the step behind it.
   const auto prepare = [&](int64_t i, int64_t part) {
-    sum_rows(i, u, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
-    if (!is_fed(i)) mask_rows(i, dz, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
+    sum_rows(i, u, 0, split_.share(rows, part), split_.share(rows, part + 1));
+    if (!is_fed(i)) mask_rows(i, dz, 0, split_.share(rows, part), split_.share(rows, part + 1));
   };
   const auto transform = [&](int64_t i, int64_t part) {
-    const int64_t first = parts_.share(panels, part) * kPanel;
-    const int64_t last = std::min(parts_.share(panels, part + 1) * kPanel, problem_.padded());
+    const int64_t first = split_.share(panels, part) * kPanel;
+    const int64_t last = std::min(split_.share(panels, part + 1) * kPanel, problem_.padded());
     const Step of_input = input_step(i, dz, 0), of_weight = weight_step(i, u, 0);
     blockwise([&](Block block, int64_t at) {
       if (needs_input(i)) {
@@ -231,7 +231,7 @@ void BackwardRun::channels() const {
   };
   const auto multiply = [&](int64_t i, int64_t part) {
     float *const memory = own + part * each, *const packed = memory + m;
-    const int64_t first = parts_.share(panels, part), count = parts_.share(panels, part + 1) - first;
+    const int64_t first = split_.share(panels, part), count = split_.share(panels, part + 1) - first;
     if (needs_weights_) {
       const int64_t last = std::min((first + count) * kPanel, w);
       const WeightGradients& gradients = data_.gradients[i];
@@ -250,10 +250,10 @@ void BackwardRun::channels() const {
       });
     }
   };
-  parts_.for_each([&](int64_t part) { prepare(problem_.steps - 1, part); });
+  split_.for_each([&](int64_t part) { prepare(problem_.steps - 1, part); });
   for (int64_t i = problem_.steps - 1; i >= 0; i--) {
-    parts_.for_each([&](int64_t part) { transform(i, part); });
-    parts_.for_each([&](int64_t part) {
+    split_.for_each([&](int64_t part) { transform(i, part); });
+    split_.for_each([&](int64_t part) {
       multiply(i, part);
       if (i > 0) prepare(i - 1, part);  // into the other of the two sources
     });

@@ -31,14 +31,14 @@ struct BlockScratch {
 class Run {
  public:
   Run(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels)
-      : problem_(problem), plan_(plan), data_(data), kernels_(kernels), parts_{plan.parts} {}
+      : problem_(problem), plan_(plan), data_(data), kernels_(kernels), split_{plan.parts} {}
 
   void images() const;
   void tiles() const;
   void channels() const;
 
   // The first `images` images, by one thread.
-  void image_group(const Sources& sources, int64_t images, const BlockScratch& scratch) const;
+  void image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const;
 
   // Whether all results were finite, or computed again.
   bool right() const { return right_; }
@@ -65,8 +65,8 @@ class Run {
   bool passes_first() const { return problem_.passed_group() == 0; }
   bool passes_last() const { return problem_.passed_group() > 0 && !copies_passed(); }
 
-  Step step(int64_t i, const Sources& sources, int64_t first_image) const;
-  void copy_source(int64_t i, const Sources& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
+  Step step(int64_t i, const PaddedImages& sources, int64_t first_image) const;
+  void copy_source(int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
   void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
   void winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const;
 
@@ -84,11 +84,11 @@ class Run {
   const ChainPlan& plan_;
   const ChainData& data_;
   const Kernels& kernels_;
-  const Parts parts_;
+  const WorkSplit split_;
   mutable std::atomic<bool> right_{true};
 };
 
-Step Run::step(int64_t i, const Sources& sources, int64_t first_image) const {
+Step Run::step(int64_t i, const PaddedImages& sources, int64_t first_image) const {
   const ChainProblem& p = problem_;
   const int64_t group = group_of(i);
   const bool from_x = plan_.winograd && !plan_.copies_source && !p.adds(group);
@@ -125,7 +125,7 @@ Step Run::step(int64_t i, const Sources& sources, int64_t first_image) const {
 }
 
 void Run::copy_source(
-    int64_t i, const Sources& sources, int64_t first_image, int64_t first_row, int64_t last_row) const {
+    int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const {
   const int64_t group = group_of(i);
   // Only the first convolution of "first_added" comes here with something to add: the passed group.
   const ConstView plus = problem_.adds(group) ? constant(out_group(group - 1, first_image)) : ConstView{};
@@ -151,7 +151,7 @@ void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const Bl
   });
 }
 
-void Run::image_group(const Sources& sources, int64_t images, const BlockScratch& scratch) const {
+void Run::image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const {
   const int64_t out_rows = images * problem_.out_height(), channels = problem_.scale() * problem_.channels;
   if (plan_.brings_near) {
     bring_near(x_group(0, 0), images, problem_.height, problem_.width, channels);
@@ -174,10 +174,10 @@ void Run::image_group(const Sources& sources, int64_t images, const BlockScratch
 void Run::images() const {
   const int64_t each = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const Scratch scratch(each * plan_.parts);
-  parts_.for_each([&](int64_t part) {
+  split_.for_each([&](int64_t part) {
     const ImageChain chain(problem_, plan_, kernels_, scratch.data() + part * each);
-    const int64_t last = parts_.share(problem_.batch, part + 1);
-    for (int64_t n = parts_.share(problem_.batch, part); n < last; n += plan_.images) {
+    const int64_t last = split_.share(problem_.batch, part + 1);
+    for (int64_t n = split_.share(problem_.batch, part); n < last; n += plan_.images) {
       ChainData data = data_;
       data.x.data += n * data.x.image;
       data.out.data += n * data.out.image;
@@ -187,7 +187,7 @@ void Run::images() const {
 }
 
 void Run::tiles() const {
-  Sources sources(problem_, problem_.batch);
+  PaddedImages sources(problem_, problem_.batch);
   const int64_t all_tiles = plan_.winograd ? problem_.batch * plan_.grid.per_image() : 0;
   const int64_t block_tiles = plan_.winograd ? std::min(plan_.block_tiles, all_tiles / plan_.parts + 1) : 0;
   const int64_t v = plan_.winograd ? v_floats(block_tiles) : 0, m = plan_.winograd ? m_floats(block_tiles) : 0;
@@ -199,28 +199,28 @@ void Run::tiles() const {
 
   const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
   const auto pass_all = [&] {
-    parts_.for_each([&](int64_t part) { pass(0, parts_.share(out_rows, part), parts_.share(out_rows, part + 1)); });
+    split_.for_each([&](int64_t part) { pass(0, split_.share(out_rows, part), split_.share(out_rows, part + 1)); });
   };
   if (passes_first()) pass_all();
   for (int64_t i = 0; i < problem_.steps; i++) {
     if (needs_copy(i)) {
-      parts_.for_each([&](int64_t part) {
-        copy_source(i, sources, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
+      split_.for_each([&](int64_t part) {
+        copy_source(i, sources, 0, split_.share(rows, part), split_.share(rows, part + 1));
       });
     }
     const Step step = this->step(i, sources, 0);
-    parts_.for_each([&](int64_t part) {
+    split_.for_each([&](int64_t part) {
       if (plan_.winograd) {
         float* memory = blocks + part * each;
         const BlockScratch own{memory, memory + v, memory + v + m};
-        winograd_tiles(step, parts_.share(all_tiles, part), parts_.share(all_tiles, part + 1), own);
+        winograd_tiles(step, split_.share(all_tiles, part), split_.share(all_tiles, part + 1), own);
         return;
       }
       const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
       if (out_rows >= 4 * plan_.parts) {
-        kernels_.direct_rows(step, parts_.share(out_rows, part), parts_.share(out_rows, part + 1), 0, panels);
+        kernels_.direct_rows(step, split_.share(out_rows, part), split_.share(out_rows, part + 1), 0, panels);
       } else {
-        kernels_.direct_rows(step, 0, out_rows, parts_.share(panels, part), parts_.share(panels, part + 1));
+        kernels_.direct_rows(step, 0, out_rows, split_.share(panels, part), split_.share(panels, part + 1));
       }
     });
   }
@@ -230,7 +230,7 @@ void Run::tiles() const {
 // Each part transforms, multiplies and writes its own channels. What it writes is what it transforms for the next step, so
 // that one barrier a step is enough; V takes turns between two buffers.
 void Run::channels() const {
-  Sources sources(problem_, problem_.batch);
+  PaddedImages sources(problem_, problem_.batch);
   const int64_t w = problem_.channels, tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(w);
   const int64_t blocks = (tiles + plan_.block_tiles - 1) / plan_.block_tiles, block_tiles = (tiles + blocks - 1) / blocks;
   const int64_t block_v = v_floats(block_tiles), v = blocks * block_v, m = m_floats(block_tiles), patch = patch_floats();
@@ -246,8 +246,8 @@ void Run::channels() const {
     for_each_block(0, tiles, plan_.block_tiles, [&](Block block, int64_t b) { f(block, b * block_v); });
   };
   const auto transform = [&](int64_t i, int64_t part) {
-    const int64_t first = parts_.share(panels, part) * kPanel;
-    const int64_t last = std::min(parts_.share(panels, part + 1) * kPanel, problem_.padded());
+    const int64_t first = split_.share(panels, part) * kPanel;
+    const int64_t last = std::min(split_.share(panels, part + 1) * kPanel, problem_.padded());
     blockwise([&](Block block, int64_t at) {
       const PointLayout layout = PointLayout::tiles_first(block.count, w);
       kernels_.winograd_input(step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v + at, layout, first, last);
@@ -272,14 +272,14 @@ void Run::channels() const {
   const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
   if (passes_first()) pass(0, 0, out_rows);
   if (needs_copy(0)) {
-    parts_.for_each([&](int64_t part) {
-      copy_source(0, sources, 0, parts_.share(rows, part), parts_.share(rows, part + 1));
+    split_.for_each([&](int64_t part) {
+      copy_source(0, sources, 0, split_.share(rows, part), split_.share(rows, part + 1));
     });
   }
-  parts_.for_each([&](int64_t part) { transform(0, part); });
+  split_.for_each([&](int64_t part) { transform(0, part); });
   for (int64_t i = 0; i < problem_.steps; i++) {
-    parts_.for_each([&](int64_t part) {
-      const int64_t first = parts_.share(panels, part), count = parts_.share(panels, part + 1) - first;
+    split_.for_each([&](int64_t part) {
+      const int64_t first = split_.share(panels, part), count = split_.share(panels, part + 1) - first;
       // Weights that are packed here stay in cache: no more of them than one pass takes.
       const int64_t passes = data_.plain == nullptr ? 1 : (count + kernels_.panels_per_pass - 1) / kernels_.panels_per_pass;
       for (int64_t p = 0; p < passes; p++) {
@@ -295,7 +295,7 @@ void Run::channels() const {
 
 ImageChain::ImageChain(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels, float* scratch)
     : problem_(problem), plan_(plan), kernels_(kernels), scratch_(scratch) {
-  Sources sources(problem_, plan_.images);
+  PaddedImages sources(problem_, plan_.images);
   sources.place(scratch_);
   sources.zero_borders();
 }
@@ -304,12 +304,12 @@ int64_t ImageChain::scratch_floats(const ChainProblem& problem, const ChainPlan&
   const Run run(problem, plan, ChainData{}, kernels);
   const int64_t tiles = run.image_tiles();
   const int64_t blocks = plan.winograd ? run.v_floats(tiles) + run.m_floats(tiles) : 0;
-  return round_up(Sources(problem, plan.images).floats() + blocks + run.patch_floats(), 1024) + kAlignment;
+  return round_up(PaddedImages(problem, plan.images).floats() + blocks + run.patch_floats(), 1024) + kAlignment;
 }
 
 bool ImageChain::run(const ChainData& data, int64_t images) const {
   const Run run(problem_, plan_, data, kernels_);
-  Sources sources(problem_, plan_.images);
+  PaddedImages sources(problem_, plan_.images);
   sources.place(scratch_);
   float* const v = scratch_ + sources.floats();
   float* const m = v + (plan_.winograd ? run.v_floats(run.image_tiles()) : 0);
@@ -320,7 +320,7 @@ bool ImageChain::run(const ChainData& data, int64_t images) const {
 
 void pack_ahead(const WeightView* weights, int64_t steps, int64_t channels, float* packed, const Kernels& kernels) {
   const int64_t panels = panel_count(channels);
-  Parts{steps * panels}.for_each([&](int64_t item) {
+  WorkSplit{steps * panels}.for_each([&](int64_t item) {
     const int64_t step = item / panels, panel = item % panels;
     float* const to = packed + step * winograd_floats(channels) + panel * kPanel * channels;
     kernels.pack_winograd(weights[step], channels, to, winograd_point(channels), panel, panel + 1);

@@ -19,9 +19,9 @@ V group_of(V view, int64_t group, int64_t channels, int64_t first_image) {
 }
 
 // The sources u of some images: (images, H + 2*rows, W + 2*columns, padded w), so much border being zero.
-class Sources {
+class PaddedImages {
  public:
-  Sources(const ChainProblem& problem, int64_t images) : problem_(problem), images_(images) {
+  PaddedImages(const ChainProblem& problem, int64_t images) : problem_(problem), images_(images) {
     pixel_ = problem.padded();
     row_ = (problem.width + 2 * problem.column_dilation()) * pixel_;
     image_ = (problem.height + 2 * problem.row_dilation()) * row_;

@@ -1,5 +1,7 @@
 #include "cpu/chain/weight_gradients.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -13,7 +15,10 @@ constexpr uint32_t kExponent = 0x7f800000;   // all its bits are set in Inf and 
 constexpr int64_t kFewestBlockTiles = 32;
 constexpr int64_t kGrainFloats = 1 << 15;    // of weights: what pays for a second thread
 
-Tensor empty_weights(int64_t channels, bool channels_last) {
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+
+torch::stable::Tensor empty_weights(int64_t channels, bool channels_last) {
   const int64_t sizes[4] = {channels, channels, 3, 3};
   return torch::stable::empty(
       {sizes, 4}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
@@ -28,7 +33,7 @@ int64_t weight_block_tiles(int64_t channels) {
 }
 
 WeightGradients::WeightGradients(int64_t channels, bool channels_last)
-    : weights(empty_weights(channels, channels_last)), bias(torch::stable::view(new_floats(1, channels), {channels})),
+    : weights(empty_weights(channels, channels_last)), bias(torch::stable::empty({channels}, ScalarType::Float)),
       weights_data(static_cast<float*>(weights.mutable_data_ptr())), bias_data(static_cast<float*>(bias.mutable_data_ptr())),
       channels(channels), channels_last(channels_last) {}
 

@@ -1,7 +1,9 @@
 // The gradients of one convolution's weights and bias as the kernels leave them, and as the caller gets them.
 #pragma once
 
-#include "cpu/ops/op_arguments.h"
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/kernels/kernels.h"
 
 namespace res2net_fused {
 
@@ -22,7 +24,7 @@ int64_t weight_block_tiles(int64_t channels);
 
 // The caller's gradients: of the weights (w, w, 3, 3) in the memory format asked for, and of the bias (w,).
 struct WeightGradients {
-  Tensor weights, bias;
+  torch::stable::Tensor weights, bias;
   float *weights_data, *bias_data;
   int64_t channels;
   bool channels_last;
@@ -45,7 +47,7 @@ struct WeightGradients {
       const int64_t end = o + kWeightRows < last ? o + kWeightRows : last;
       bool add = false;
       for_each_block([&](Block block, int64_t at) {
-        kernels.winograd_weights(channels, grid, block, v + at, z + at, memory, rows, biases, o, end, add);
+        kernels.winograd_weight_gradient(channels, grid, block, v + at, z + at, memory, rows, biases, o, end, add);
         add = true;
       });
       finite &= write(rows, biases, 1, 0, o, end);

@@ -181,7 +181,7 @@ struct Kernels {
       ConstView dz, int64_t channels, const TileGrid&, Block, float* z, int64_t first, int64_t last);
   // The weights' gradient (o, 9 taps, w padded) and the bias's (o,) of output channels first ... last, at `total` and `bias`,
   // from the block's V of u and Z, panels first; with `add` onto what is there. first: a panel's. sums: kWeightSums floats.
-  void (*winograd_weights)(
+  void (*winograd_weight_gradient)(
       int64_t channels, const TileGrid&, Block, const float* v, const float* z, float* sums, float* total, float* bias,
       int64_t first, int64_t last, bool add);
   // Output rows first ... last, counted over all images, by direct convolution; panels counted over all groups.

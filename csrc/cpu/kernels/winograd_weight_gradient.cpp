@@ -114,7 +114,7 @@ void winograd_gradient(
   });
 }
 
-void winograd_weights(
+void winograd_weight_gradient(
     int64_t channels, const TileGrid& grid, Block block, const float* v, const float* z, float* sums, float* total,
     float* bias, int64_t first, int64_t last, bool add) {
   SortedTiles sorted;

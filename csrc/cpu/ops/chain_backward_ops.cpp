@@ -3,6 +3,7 @@
 
 #include "cpu/chain/backward.h"
 #include "cpu/chain/weight_gradients.h"
+#include "cpu/ops/op_arguments.h"
 
 namespace res2net_fused {
 namespace {

@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <atomic>
 
-#include "cpu/runtime/scratch.h"
 #include "cpu/chain/plan.h"
-#include "cpu/runtime/work_split.h"
 #include "cpu/chain/weight_gradients.h"
+#include "cpu/ops/op_arguments.h"
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/work_split.h"
 
 namespace res2net_fused {
 namespace {
@@ -60,16 +61,16 @@ std::vector<Tensor> weight_gradient(
   const Scratch scratch(2 * blocks * block_floats + shares.parts * own);
   float *const v = scratch.data(), *const z = v + blocks * block_floats, *const rest = z + blocks * block_floats;
   std::atomic<bool> finite{true};
-  const Parts parts{shares.parts};
+  const WorkSplit split{shares.parts};
   if (!shares.by_channels) {
     float *const totals = rest, *const sums = rest + shares.parts * each;
-    parts.for_each([&](int64_t part) {
+    split.for_each([&](int64_t part) {
       float *const own_v = v + part * block_floats, *const own_z = z + part * block_floats, *const total = totals + part * each;
-      for_each_block(parts.share(tiles, part), parts.share(tiles, part + 1), shares.block_tiles, [&](Block block, int64_t b) {
+      for_each_block(split.share(tiles, part), split.share(tiles, part + 1), shares.block_tiles, [&](Block block, int64_t b) {
         kernels.winograd_input(
             step, grid, block, own_v, PointLayout::panels_first(block.count, channels), 0, padded);
         kernels.winograd_gradient(gradient, channels, grid, block, own_z, 0, padded);
-        kernels.winograd_weights(
+        kernels.winograd_weight_gradient(
             channels, grid, block, own_v, own_z, sums + part * kWeightSums, total, total + bias_total(channels), 0, channels,
             b > 0);
       });
@@ -79,8 +80,8 @@ std::vector<Tensor> weight_gradient(
     const auto blockwise = [&](const auto& f) {
       for_each_block(0, tiles, shares.block_tiles, [&](Block block, int64_t b) { f(block, b * block_floats); });
     };
-    const auto first_of = [&](int64_t part) { return parts.share(panels, part) * kPanel; };
-    parts.for_each([&](int64_t part) {
+    const auto first_of = [&](int64_t part) { return split.share(panels, part) * kPanel; };
+    split.for_each([&](int64_t part) {
       const int64_t first = first_of(part), last = std::min(first_of(part + 1), padded);
       blockwise([&](Block block, int64_t at) {
         kernels.winograd_input(
@@ -88,7 +89,7 @@ std::vector<Tensor> weight_gradient(
         kernels.winograd_gradient(gradient, channels, grid, block, z + at, first, last);
       });
     });
-    parts.for_each([&](int64_t part) {
+    split.for_each([&](int64_t part) {
       const int64_t first = first_of(part), last = std::min(first_of(part + 1), channels);
       if (!gradients.form(kernels, grid, blockwise, v, z, rest + part * own, first, last)) finite = false;
     });

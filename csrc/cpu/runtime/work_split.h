@@ -7,7 +7,7 @@
 
 namespace res2net_fused {
 
-struct Parts {
+struct WorkSplit {
   int64_t count;
 
   // Where a part's share of `total` begins; it ends where the next part's begins.

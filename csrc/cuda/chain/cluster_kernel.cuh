@@ -23,7 +23,7 @@
 #include "cuda/chain/strip_kernel.cuh"
 #include "cuda/plan/cluster_geometry.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 // COLUMNS and TILES as in cuda/plan/instances.h.
 template <class Element, int COLUMNS, int TILES>
@@ -187,4 +187,4 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   DEVICE void run() const { Base::run(*this); }
 };
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

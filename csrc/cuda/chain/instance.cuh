@@ -1,4 +1,4 @@
-// What a CTA does in each instance: its row of cuda/plan/instances.h as one of the three kernels. For the launchers and the emulator.
+// Which of the three kernels an instance is, a row of cuda/plan/instances.h: for the launchers and for the emulator.
 #pragma once
 #include <type_traits>
 
@@ -6,7 +6,7 @@
 #include "cuda/chain/strip_kernel.cuh"
 #include "cuda/chain/wgmma_kernel.cuh"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 template <int INDEX, class Element>
 struct CtaChoice {
@@ -20,4 +20,4 @@ struct CtaChoice {
 template <int INDEX, class Element>
 using CtaOf = typename CtaChoice<INDEX, Element>::type;
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -6,7 +6,7 @@
 
 #include "cuda/chain/instance.cuh"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 template <class Cta, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, 1) chain_kernel(const __grid_constant__ ChainArguments arguments) {
@@ -82,4 +82,4 @@ cudaError_t launch_instance(const ChainArguments& arguments, int type, void* str
   return cudaErrorInvalidValue;
 }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -7,7 +7,7 @@
 #define RES2NET_LAUNCHER(instance) RES2NET_JOINED(res2net_fused_launch_, instance)
 
 #define RES2NET_DECLARE_LAUNCHER(name, ...) \
-  extern "C" int RES2NET_LAUNCHER(name)(const res2net_fused::chain::ChainArguments* arguments, int type, void* stream);
+  extern "C" int RES2NET_LAUNCHER(name)(const res2net_fused::cuda::ChainArguments* arguments, int type, void* stream);
 RES2NET_STRIP_INSTANCES(RES2NET_DECLARE_LAUNCHER)
 RES2NET_CLUSTER_INSTANCES(RES2NET_DECLARE_LAUNCHER)
 RES2NET_WGMMA_INSTANCES(RES2NET_DECLARE_LAUNCHER)  // defined where sm_90a is built for

@@ -8,7 +8,7 @@
 #include "cuda/plan/arguments.h"
 #include "cuda/plan/instances.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 template <int BYTES>
 struct VectorOf;
@@ -479,4 +479,4 @@ struct StripCta {
   }
 };
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -7,7 +7,7 @@
 #include "cuda/chain/strip_kernel.cuh"
 #include "cuda/chain/hardware_sm90.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 // COLUMNS and TILES as in cuda/plan/instances.h: a tile is 64 positions of a warpgroup, 16 of each of its warps.
 template <class Element, int COLUMNS, int TILES>
@@ -69,4 +69,4 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   DEVICE void run() const { Base::run(*this); }
 };
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

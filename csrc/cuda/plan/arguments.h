@@ -2,7 +2,7 @@
 #pragma once
 #include "cuda/plan/geometry.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 enum Pool : int { NO_POOL = 0, AVERAGE = 1, AVERAGE_WITHOUT_PADDING = 2 };
 
@@ -61,4 +61,4 @@ inline void set_moves(ChainArguments& a, DataType type) {
   a.by_copy_pieces = FastDivisor(filled_bytes / a.copy_bytes);
 }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -11,32 +11,32 @@
 #pragma once
 #include "cuda/plan/geometry.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 constexpr int MAX_CLUSTER = 8;  // CTAs; what every device with clusters runs
 constexpr int CLUSTER_CODE = 90;  // version of the PTX from which on code has the instructions of a cluster
 
-inline bool exchanges(const ChainWork& work, const ChainTile& tile) {
-  return work.adds && work.steps > 1 && tile.row_parts * tile.channel_parts > 1;
+inline bool exchanges(const ChainProblem& problem, const ChainTile& tile) {
+  return problem.adds && problem.steps > 1 && tile.row_parts * tile.channel_parts > 1;
 }
 
 // Whether the parts are all there and their rows reach: what the launcher and the plan have to make sure of.
-inline bool parts_fit(const ChainWork& work, const ChainTile& tile, int instance_columns) {
+inline bool parts_fit(const ChainProblem& problem, const ChainTile& tile, int instance_columns) {
   if (tile.row_parts < 1 || tile.channel_parts < 1 || tile.warps_k < 1) return false;
-  if (exchanges(work, tile) && tile.row_parts * tile.channel_parts > MAX_CLUSTER) return false;
-  const int columns = divide_up(work.channels, 8);
+  if (exchanges(problem, tile) && tile.row_parts * tile.channel_parts > MAX_CLUSTER) return false;
+  const int columns = divide_up(problem.channels, 8);
   if (divide_up(columns, tile.warps_n * instance_columns) != tile.channel_parts) return false;
   if (tile.row_parts == 1) return true;
-  return exchanges(work, tile) && !tile.whole && tile.images == 1 && tile.columns == work.width && tile.rows >= work.dilation &&
-         divide_up(work.height, tile.rows) == tile.row_parts;
+  return exchanges(problem, tile) && !tile.whole && tile.images == 1 && tile.columns == problem.width &&
+         tile.rows >= problem.dilation && divide_up(problem.height, tile.rows) == tile.row_parts;
 }
 
 // packed_columns: of the weights, all parts together.
-inline ChainGeometry make_cluster_geometry(const ChainWork& work, const ChainTile& tile, int instance_columns,
+inline ChainGeometry make_cluster_geometry(const ChainProblem& problem, const ChainTile& tile, int instance_columns,
                                            int instance_tiles, int packed_columns) {
-  ChainGeometry g = make_geometry(work, tile, 0, instance_columns);
+  ChainGeometry g = make_geometry(problem, tile, 0, instance_columns);
   g.packed_columns = packed_columns;
-  g.sends = exchanges(work, tile);
+  g.sends = exchanges(problem, tile);
   g.by_part_columns = FastDivisor(g.part_columns);
   // A warp's sums, 256 bytes for 8 positions and 8 channels; none where every warp has all slices.
   g.sums_bytes = tile.warps_k == 1 ? 0 : g.threads() / 32 * instance_tiles * 2 * instance_columns * 256;
@@ -44,4 +44,4 @@ inline ChainGeometry make_cluster_geometry(const ChainWork& work, const ChainTil
   return g;
 }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/plan/time_model.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 namespace {
 
 // None of these was measured by us; those for remote stores and for the cluster's barrier are guesses on the slow side.
@@ -19,7 +19,7 @@ constexpr double SEND_PER_RECEIVER = 5;         // receiver
 // empties the L1 cache.
 constexpr double CLUSTER_BARRIER_CYCLES = 1000;
 
-double cycles_of_cta(const ChainWork& work, const ChainGeometry& g, const ChainTile& tile, const Instance& instance,
+double cycles_of_cta(const ChainProblem& problem, const ChainGeometry& g, const ChainTile& tile, const Instance& instance,
                      const DeviceRates& rates, int resident) {
   const int warps = g.threads() / 32;
   const int per_scheduler = divide_up(resident * warps, 4);
@@ -27,7 +27,7 @@ double cycles_of_cta(const ChainWork& work, const ChainGeometry& g, const ChainT
   const double turns = divide_up(3 * g.depths, g.warps_k);      // of RES2NET_CHAIN_UNROLL slices, of the busiest warp
   const double mma_per_turn = double(RES2NET_CHAIN_UNROLL) * instance.tiles * instance.columns;
   const double mma_cycles = 4 * rates.mma_cycles;  // of one scheduler
-  const bool sends = exchanges(work, tile);
+  const bool sends = exchanges(problem, tile);
   double cycles = START_CYCLES;
   for (int step = 0; step < g.steps; step++) {
     const int tiles = divide_up(g.positions(step), 16 * instance.tiles);  // of a warp's size
@@ -52,8 +52,8 @@ double cycles_of_cta(const ChainWork& work, const ChainGeometry& g, const ChainT
     if (step + 1 == g.steps) break;
     const double lines = g.lines - 2 * g.work_line(step);
     const double pixels = lines * g.stored;
-    const double copies = sends ? pixels * copies_of(std::min(2 * work.channels, 16 * g.part_columns))
-                                : double(g.lines) * g.stored * copies_of(2 * work.channels);
+    const double copies = sends ? pixels * copies_of(std::min(2 * problem.channels, 16 * g.part_columns))
+                                : double(g.lines) * g.stored * copies_of(2 * problem.channels);
     cycles += resident * copies / 32 * COPY_INSTRUCTIONS / busy;
     if (!sends) continue;
     const int halos = g.row_parts == 1 ? 0 : std::min(2, g.row_parts - 1);
@@ -67,39 +67,41 @@ double cycles_of_cta(const ChainWork& work, const ChainGeometry& g, const ChainT
 }
 
 // Predicts the tile's time; false if it does not fit the device.
-bool evaluate(const ChainWork& work, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, ChainPlan& plan) {
+bool evaluate(const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, const ChainTile& tile,
+              LaunchPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
-  const ChainGeometry g = geometry_of(work, tile, index);
+  const ChainGeometry g = geometry_of(problem, tile, index);
   if (!counts_fit(g)) return false;  // first: the bytes of more would not fit an int
   if (g.shared_bytes > device.shared_per_block || g.threads() > 32 * instance.warps) return false;
   const int resident = resident_ctas(g, instance, device);
   if (resident < 1) return false;
-  set_launch(work, passes, g, index, tile, resident, plan);
+  set_launch(problem, passes, g, index, tile, resident, plan);
 
   const DeviceRates rates = rates_of(device.major, device.minor);
-  const int size = exchanges(work, tile) ? tile.row_parts * tile.channel_parts : 1;
+  const int size = exchanges(problem, tile) ? tile.row_parts * tile.channel_parts : 1;
   const int group = std::min(PROCESSOR_GROUP, device.multiprocessors), groups = device.multiprocessors / group;
   const auto concurrent = [&](int per_multiprocessor) {  // CTAs
     return size == 1 ? per_multiprocessor * device.multiprocessors : groups * (per_multiprocessor * group / size) * size;
   };
   if (concurrent(resident) < size) return false;
   const int full = plan.ctas / concurrent(resident), rest = plan.ctas % concurrent(resident);
-  double cycles = full * cycles_of_cta(work, g, tile, instance, rates, resident);
+  double cycles = full * cycles_of_cta(problem, g, tile, instance, rates, resident);
   int sharing = 1;
   while (rest > concurrent(sharing)) sharing++;
-  if (rest > 0) cycles += cycles_of_cta(work, g, tile, instance, rates, sharing);
-  plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory_seconds(work, passes, plan, rates)));
+  if (rest > 0) cycles += cycles_of_cta(problem, g, tile, instance, rates, sharing);
+  plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory_seconds(problem, passes, plan, rates)));
   return true;
 }
 
 // All ways for a CTA's warps to share out its part of the images.
-void try_warps(const ChainWork& work, bool passes, const DeviceLimits& device, int index, ChainTile tile, ChainPlan& best) {
+void try_warps(const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, ChainTile tile,
+               LaunchPlan& best) {
   const Instance& instance = INSTANCE_TABLE[index];
-  const int depths = work.depths();
-  const ChainGeometry g = make_geometry(work, tile, 0, instance.columns);
+  const int depths = problem.depths();
+  const ChainGeometry g = make_geometry(problem, tile, 0, instance.columns);
   if (int64_t(g.lines) * g.pitch > MAX_POSITIONS || g.strips * int64_t(g.strip_bytes) > device.shared_per_block) return;
   const int tiles = divide_up(g.positions(0), 16 * instance.tiles);
-  ChainPlan candidate;
+  LaunchPlan candidate;
   for (int warps_m = 1; warps_m <= std::min(tiles, instance.warps / tile.warps_n); warps_m++) {
     if (warps_m > 1 && divide_up(tiles, warps_m) == divide_up(tiles, warps_m - 1)) continue;  // no pass less
     for (int warps_k = 1; warps_k <= std::min(3 * depths, instance.warps / tile.warps_n / warps_m); warps_k++) {
@@ -107,7 +109,7 @@ void try_warps(const ChainWork& work, bool passes, const DeviceLimits& device, i
       for (int slices : {9 * depths, 3 * depths, 9, 3}) {
         tile.slices = slices;
         for (tile.stages = slices == 9 * depths ? 2 : 4; tile.stages >= 2; tile.stages--) {  // more are never slower
-          if (!evaluate(work, passes, device, index, tile, candidate)) continue;
+          if (!evaluate(problem, passes, device, index, tile, candidate)) continue;
           if (candidate.microseconds < best.microseconds) best = candidate;
           break;
         }
@@ -118,10 +120,10 @@ void try_warps(const ChainWork& work, bool passes, const DeviceLimits& device, i
 
 }  // namespace
 
-void plan_clusters(const ChainWork& work, bool passes, const DeviceLimits& device, ChainPlan& best) {
-  const bool sends = work.adds && work.steps > 1;
-  if (work.type == TF32 || (sends && (device.major < 9 || device.code < CLUSTER_CODE))) return;
-  const int columns = divide_up(work.channels, 8);
+void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, LaunchPlan& best) {
+  const bool sends = problem.adds && problem.steps > 1;
+  if (problem.type == TF32 || (sends && (device.major < 9 || device.code < CLUSTER_CODE))) return;
+  const int columns = divide_up(problem.channels, 8);
   for (int index = STRIP_INSTANCES; index < WGMMA_INSTANCES; index++) {
     const Instance& instance = INSTANCE_TABLE[index];
     ChainTile tile;
@@ -129,21 +131,21 @@ void plan_clusters(const ChainWork& work, bool passes, const DeviceLimits& devic
       tile.channel_parts = divide_up(columns, tile.warps_n * instance.columns);
       if (sends && tile.channel_parts > MAX_CLUSTER) continue;
       // Whole images, then row parts that send each other their halos, then strips that compute their halos.
-      tile.whole = true, tile.row_parts = 1, tile.rows = work.out_height(), tile.columns = work.out_width();
-      for (tile.images = 1; tile.images <= std::min<int64_t>(4, work.stride > 1 ? 1 : work.images); tile.images *= 2)
-        if (sends ? tile.channel_parts > 1 : true) try_warps(work, passes, device, index, tile, best);
+      tile.whole = true, tile.row_parts = 1, tile.rows = problem.out_height(), tile.columns = problem.out_width();
+      for (tile.images = 1; tile.images <= std::min<int64_t>(4, problem.stride > 1 ? 1 : problem.images); tile.images *= 2)
+        if (sends ? tile.channel_parts > 1 : true) try_warps(problem, passes, device, index, tile, best);
       tile.whole = false, tile.images = 1;
-      for (int rows : distinct_parts(work.out_height(), 1 << 12)) {
-        if (rows == work.out_height() || rows * int64_t(work.out_width()) > MAX_POSITIONS) continue;
+      for (int rows : distinct_parts(problem.out_height(), 1 << 12)) {
+        if (rows == problem.out_height() || rows * int64_t(problem.out_width()) > MAX_POSITIONS) continue;
         tile.rows = rows;
-        tile.row_parts = divide_up(work.out_height(), rows);
-        if (parts_fit(work, tile, instance.columns)) try_warps(work, passes, device, index, tile, best);
+        tile.row_parts = divide_up(problem.out_height(), rows);
+        if (parts_fit(problem, tile, instance.columns)) try_warps(problem, passes, device, index, tile, best);
         tile.row_parts = 1;
-        if (tile.channel_parts > 1) try_warps(work, passes, device, index, tile, best);
+        if (tile.channel_parts > 1) try_warps(problem, passes, device, index, tile, best);
       }
       if (tile.channel_parts == 1) break;
     }
   }
 }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 // TF32 is float32 in memory; only the factors of a product are rounded to TF32.
 enum DataType : int { FP16 = 0, BF16 = 1, TF32 = 2 };
@@ -15,4 +15,4 @@ constexpr int DEPTH_BYTES = 32;
 constexpr int depth_channels(DataType type) { return DEPTH_BYTES / bytes_of(type); }
 constexpr int mma_flops(DataType type) { return 2 * 16 * 8 * depth_channels(type); }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdlib>
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 struct DeviceRates {
   int capability;       // of the devices that these are the rates of, such as 90
@@ -35,4 +35,4 @@ inline const DeviceRates& rates_of(int major, int minor) {
   return *nearest;
 }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

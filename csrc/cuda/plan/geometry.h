@@ -20,7 +20,7 @@
 #define RES2NET_HOST_DEVICE inline
 #endif
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 // Division by a number known at launch: exact while numerator * divisor < 2^32.
 struct FastDivisor {
@@ -38,7 +38,7 @@ struct FastDivisor {
 RES2NET_HOST_DEVICE constexpr int divide_up(int value, int by) { return (value + by - 1) / by; }
 
 // The convolutions to run, without the data.
-struct ChainWork {
+struct ChainProblem {
   int64_t images = 1;
   int height = 1, width = 1;  // of x
   int channels = 8;           // of a group
@@ -53,7 +53,7 @@ struct ChainWork {
   int slices() const { return 9 * depths(); }  // K slices of one convolution
 };
 
-// How a launch cuts the work.
+// How a launch cuts the problem.
 struct ChainTile {
   int rows = 1, columns = 1;      // output pixels of a CTA
   int images = 1;                 // of a CTA; more than 1 only where it owns whole images
@@ -76,7 +76,7 @@ RES2NET_HOST_DEVICE constexpr int slot_bytes_of(int instance_depths, int depths)
 
 constexpr int PLANE_ROWS = 64;  // slots of a product's A in wgmma's layout, PLANES
 
-// All that follows from the work and the tile; plain numbers, handed to the kernel by value.
+// All that follows from the problem and the tile; plain numbers, handed to the kernel by value.
 struct ChainGeometry {
   int height, width, out_height, out_width;
   int channels, steps, depths, stride, dilation, adds;
@@ -120,42 +120,43 @@ inline bool grid_fits(const ChainGeometry& g) {
   return int64_t(g.row_blocks) * g.column_blocks * g.channel_parts <= INT32_MAX / g.image_blocks;
 }
 
-inline ChainGeometry make_geometry(const ChainWork& work, const ChainTile& tile, int instance_depths, int instance_columns) {
+inline ChainGeometry make_geometry(const ChainProblem& problem, const ChainTile& tile, int instance_depths,
+                                   int instance_columns) {
   ChainGeometry g{};
-  g.height = work.height, g.width = work.width, g.out_height = work.out_height(), g.out_width = work.out_width();
-  g.channels = work.channels, g.steps = work.steps, g.depths = work.depths();
-  g.stride = work.stride, g.dilation = work.dilation, g.adds = work.adds;
-  g.images = int(work.images), g.tile_images = tile.images;
+  g.height = problem.height, g.width = problem.width, g.out_height = problem.out_height(), g.out_width = problem.out_width();
+  g.channels = problem.channels, g.steps = problem.steps, g.depths = problem.depths();
+  g.stride = problem.stride, g.dilation = problem.dilation, g.adds = problem.adds;
+  g.images = int(problem.images), g.tile_images = tile.images;
   g.rows = tile.rows, g.columns = tile.columns;
   g.row_blocks = divide_up(g.out_height, g.rows);
   g.column_blocks = divide_up(g.out_width, g.columns);
   g.image_blocks = divide_up(g.images, g.tile_images);
 
-  const bool recomputes = work.adds && tile.row_parts == 1;  // halo rows; else neighbours send them
-  const int reach = work.dilation * (recomputes ? work.steps : 1);
-  g.lead = tile.whole ? work.dilation : reach;
+  const bool recomputes = problem.adds && tile.row_parts == 1;  // halo rows; else neighbours send them
+  const int reach = problem.dilation * (recomputes ? problem.steps : 1);
+  g.lead = tile.whole ? problem.dilation : reach;
   g.halo_columns = g.column_blocks == 1 ? 0 : reach;
-  g.shrink = tile.whole || !recomputes ? 0 : work.dilation;
-  const int input_rows = (g.rows - 1) * work.stride + 1;
-  const int input_columns = (g.columns - 1) * work.stride + 1;
-  g.lines = tile.whole ? tile.images * (work.height + work.dilation) + work.dilation : input_rows + 2 * reach;
-  g.period = tile.whole ? work.height + work.dilation : g.lines;
-  g.stored = g.column_blocks == 1 ? work.width : input_columns + 2 * g.halo_columns;
-  g.pitch = g.stored + work.dilation;
+  g.shrink = tile.whole || !recomputes ? 0 : problem.dilation;
+  const int input_rows = (g.rows - 1) * problem.stride + 1;
+  const int input_columns = (g.columns - 1) * problem.stride + 1;
+  g.lines = tile.whole ? tile.images * (problem.height + problem.dilation) + problem.dilation : input_rows + 2 * reach;
+  g.period = tile.whole ? problem.height + problem.dilation : g.lines;
+  g.stored = g.column_blocks == 1 ? problem.width : input_columns + 2 * g.halo_columns;
+  g.pitch = g.stored + problem.dilation;
   g.owned_line = g.lead;
   g.owned_line_end = tile.whole ? g.lines : g.lead + input_rows;
   g.owned_column = g.halo_columns;
-  g.owned_column_end = g.column_blocks == 1 ? work.width : g.halo_columns + input_columns;
-  g.work_pitch = work.stride > 1 ? g.columns : g.pitch;
-  g.work_column = work.stride > 1 ? g.halo_columns : 0;
+  g.owned_column_end = g.column_blocks == 1 ? problem.width : g.halo_columns + input_columns;
+  g.work_pitch = problem.stride > 1 ? g.columns : g.pitch;
+  g.work_column = problem.stride > 1 ? g.halo_columns : 0;
 
   g.warps_m = tile.warps_m, g.warps_n = tile.warps_n;
-  g.chunk_slices = tile.slices, g.chunks = work.slices() / tile.slices, g.stages = tile.stages;
+  g.chunk_slices = tile.slices, g.chunks = problem.slices() / tile.slices, g.stages = tile.stages;
   g.packed_columns = g.part_columns = tile.warps_n * instance_columns;
-  g.strips = work.steps > 1 ? 2 : 1;
+  g.strips = problem.steps > 1 ? 2 : 1;
   g.slot_bytes = slot_bytes_of(instance_depths, g.depths);
   // dilation slots before the first line, for its left padding, and as many behind the last
-  const int slots = g.lines * g.pitch + 2 * work.dilation;
+  const int slots = g.lines * g.pitch + 2 * problem.dilation;
   // An odd number of slots keeps the 16-byte stores of a pixel's planes apart in the banks.
   g.plane_bytes = (slots | 1) * 16;
   g.strip_bytes = instance_depths == PLANES ? 2 * g.depths * g.plane_bytes + (PLANE_ROWS - 1) * 16 : slots * g.slot_bytes;
@@ -168,4 +169,4 @@ inline ChainGeometry make_geometry(const ChainWork& work, const ChainTile& tile,
   return g;
 }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -33,7 +33,7 @@
   X(wgmma_c12t2, 12, 2, 12)        \
   X(wgmma_c14t2, 14, 2, 8)
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 // DEPTHS of the wgmma kernel: known at run time, and the channels of a slot lie in planes of 8 each.
 constexpr int PLANES = -1;
@@ -71,7 +71,7 @@ inline constexpr int WGMMA_INSTANCES = INSTANCES_COUNT - (0 RES2NET_WGMMA_INSTAN
 #undef RES2NET_NAME
 #undef RES2NET_COUNT
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda
 
 // K slices (one tap, 16 or 8 input channels) that the inner loop multiplies between two tests of its end. It divides the 9 * depths
 // slices of every convolution, so there is no remainder, and the number of tensor-core instructions is known.

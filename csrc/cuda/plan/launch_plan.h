@@ -6,7 +6,7 @@
 #include "cuda/plan/cluster_geometry.h"
 #include "cuda/plan/instances.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 // As native.DeviceLimits in Python; sizes in bytes.
 struct DeviceLimits {
@@ -15,7 +15,7 @@ struct DeviceLimits {
   int code;   // version of the PTX that the library's code for it was compiled from, such as 90; 0: there is none
 };
 
-struct ChainPlan {
+struct LaunchPlan {
   int instance = 0;
   ChainTile tile;
   int ctas = 0, threads = 0, shared_bytes = 0;
@@ -32,35 +32,35 @@ struct ChainPlan {
 int instance_for(int channels, DataType type);
 // Output channels in units of 8, padded to whole warps of the instance.
 int packed_columns_for(int channels, DataType type);
-// Whether this instance runs this work, with weights of that padding.
-bool runs_on(const ChainWork& work, int index);
+// Whether this instance runs this problem, with weights of that padding.
+bool runs_on(const ChainProblem& problem, int index);
 
 // What a launch of this instance is told of this tile.
-inline ChainGeometry geometry_of(const ChainWork& work, const ChainTile& tile, int instance) {
+inline ChainGeometry geometry_of(const ChainProblem& problem, const ChainTile& tile, int instance) {
   const Instance& row = INSTANCE_TABLE[instance];
-  if (!row.cluster) return make_geometry(work, tile, row.depths, row.columns);
-  return make_cluster_geometry(work, tile, row.columns, row.tiles, packed_columns_for(work.channels, work.type));
+  if (!row.cluster) return make_geometry(problem, tile, row.depths, row.columns);
+  return make_cluster_geometry(problem, tile, row.columns, row.tiles, packed_columns_for(problem.channels, problem.type));
 }
 
 // The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it is
 // empty otherwise.
-ChainPlan plan_chain(const ChainWork& work, bool passes, const DeviceLimits& device, std::string& reason,
-                     bool clusters = true);
+LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
+                       bool clusters = true);
 
 // Puts the cluster kernel's best launch into `best` where it is predicted to be faster.
-void plan_clusters(const ChainWork& work, bool passes, const DeviceLimits& device, ChainPlan& best);
+void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, LaunchPlan& best);
 
 // What the per-step Triton path is predicted to take.
-double predict_steps(const ChainWork& work, bool passes, const DeviceLimits& device);
+double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimits& device);
 
 // The same in numbers, for callers without these types.
-//   problem: images, height, width, channels, steps, stride, dilation, adds, passes, type (enum DataType)
+//   numbers: images, height, width, channels, steps, stride, dilation, adds, passes, type (enum DataType)
 //   device: in the order of DeviceLimits
 //   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, row parts, channel parts, warps_k,
 //     CTAs, threads, shared bytes, CTAs per multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs,
 //     nanoseconds, nanoseconds of the per-step path, the
 //     device's capability, such as 90, and the capability whose rates these times are counted with; empty if there is no plan, and `text` says why
-std::vector<int64_t> plan_as_numbers(const int64_t* problem, const int64_t* device, char* text, int size,
+std::vector<int64_t> plan_as_numbers(const int64_t* numbers, const int64_t* device, char* text, int size,
                                      bool clusters = true);
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

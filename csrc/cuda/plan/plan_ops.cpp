@@ -16,10 +16,10 @@ std::vector<int64_t> plan(const std::vector<int64_t>& problem, const std::vector
   for (size_t i = 0; i < 7; i++)
     STD_TORCH_CHECK(problem[i] >= 1 && problem[i] <= int64_t(1) << 40, "problem: number ", i, " is ", problem[i],
                     "; expected 1 or more");
-  STD_TORCH_CHECK(problem[9] >= 0 && problem[9] < res2net_fused::chain::DATA_TYPES, "problem: number 9 is ", problem[9],
-                  "; expected a type from 0 to ", res2net_fused::chain::DATA_TYPES - 1);
+  STD_TORCH_CHECK(problem[9] >= 0 && problem[9] < res2net_fused::cuda::DATA_TYPES, "problem: number 9 is ", problem[9],
+                  "; expected a type from 0 to ", res2net_fused::cuda::DATA_TYPES - 1);
   char text[400];
-  std::vector<int64_t> found = res2net_fused::chain::plan_as_numbers(problem.data(), device.data(), text, sizeof text);
+  std::vector<int64_t> found = res2net_fused::cuda::plan_as_numbers(problem.data(), device.data(), text, sizeof text);
   reason = text;
   return found;
 }

@@ -6,7 +6,7 @@
 #include "cuda/plan/launch_plan.h"
 #include "cuda/plan/device_rates.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
 // Offsets within the images of one CTA are ints. Of an image, its groups padded to 16 bytes as the block lays them out:
 constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;
@@ -54,8 +54,8 @@ inline bool counts_fit(const ChainGeometry& g) {
 }
 
 // All of a plan but the time.
-inline void set_launch(const ChainWork& work, bool passes, const ChainGeometry& g, int index, const ChainTile& tile,
-                       int resident, ChainPlan& plan) {
+inline void set_launch(const ChainProblem& problem, bool passes, const ChainGeometry& g, int index, const ChainTile& tile,
+                       int resident, LaunchPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
   plan.instance = index;
   plan.tile = tile;
@@ -64,22 +64,23 @@ inline void set_launch(const ChainWork& work, bool passes, const ChainGeometry& 
   plan.shared_bytes = g.shared_bytes;
   plan.ctas_per_multiprocessor = resident;
   plan.packed_columns = g.packed_columns;
-  const int group_bytes = work.channels * bytes_of(work.type);  // of a pixel
-  const int64_t in = work.images * work.height * work.width * group_bytes;
-  const int64_t out = work.images * work.out_height() * work.out_width() * group_bytes;
-  plan.dram_bytes = (work.steps + passes) * (in + out) + int64_t(work.steps) * work.slices() * g.packed_columns * 256;
-  plan.flops = 2 * 9 * work.images * work.out_height() * work.out_width() * work.steps * work.channels * int64_t(work.channels);
+  const int group_bytes = problem.channels * bytes_of(problem.type);  // of a pixel
+  const int64_t in = problem.images * problem.height * problem.width * group_bytes;
+  const int64_t out = problem.images * problem.out_height() * problem.out_width() * group_bytes;
+  plan.dram_bytes = (problem.steps + passes) * (in + out) + int64_t(problem.steps) * problem.slices() * g.packed_columns * 256;
+  plan.flops = 2 * 9 * problem.images * problem.out_height() * problem.out_width() * problem.steps * problem.channels *
+               int64_t(problem.channels);
   plan.loaded_bytes = 0;
   plan.mma_flops = 0;
-  for (int step = 0; step < work.steps; step++) {
-    const bool part = step > 0 && exchanges(work, tile);  // the rest comes from the other CTAs
+  for (int step = 0; step < problem.steps; step++) {
+    const bool part = step > 0 && exchanges(problem, tile);  // the rest comes from the other CTAs
     const int64_t lines = g.lines - 2 * (part ? g.work_line(step - 1) : step * g.shrink);
     const int64_t pixel_bytes = part ? std::min(group_bytes, g.part_columns * 16) : group_bytes;
     const int together = instance.warps_together();
     const int tiles = divide_up(g.positions(step), 16 * together * instance.tiles) * together;
     const int weight_reads = g.chunks > 1 ? g.passes(step, instance.tiles) : 1;
     plan.loaded_bytes += plan.ctas * (lines * g.stored * pixel_bytes + int64_t(weight_reads) * g.chunks * g.stage_bytes);
-    plan.mma_flops += int64_t(plan.ctas) * tiles * instance.tiles * g.part_columns * work.slices() * mma_flops(work.type);
+    plan.mma_flops += int64_t(plan.ctas) * tiles * instance.tiles * g.part_columns * problem.slices() * mma_flops(problem.type);
   }
 }
 
@@ -87,9 +88,9 @@ inline void set_launch(const ChainWork& work, bool passes, const ChainGeometry& 
 inline int copies_of(int bytes) { return divide_up(bytes, bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4); }
 
 // What memory takes at the least, in seconds.
-inline double memory_seconds(const ChainWork& work, bool passes, const ChainPlan& plan, const DeviceRates& rates) {
-  const int64_t out = work.images * work.out_height() * work.out_width() * work.channels * bytes_of(work.type);
-  return std::max(plan.dram_bytes / rates.dram, (plan.loaded_bytes + (work.steps + passes) * out) / rates.l2);
+inline double memory_seconds(const ChainProblem& problem, bool passes, const LaunchPlan& plan, const DeviceRates& rates) {
+  const int64_t out = problem.images * problem.out_height() * problem.out_width() * problem.channels * bytes_of(problem.type);
+  return std::max(plan.dram_bytes / rates.dram, (plan.loaded_bytes + (problem.steps + passes) * out) / rates.l2);
 }
 
 // size, halved, a third, ... rounded up, each once
@@ -102,4 +103,4 @@ inline std::vector<int> distinct_parts(int size, int most) {
   return parts;
 }
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda
