@@ -141,7 +141,7 @@ def write_ninja(target, folder, cxx, nvcc):
         f"  command = {compiler} -MD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "  description = compile $in",
+        "  description = compile $out",
         "rule link",
         f"  command = {compiler} $in $flags -o $out",
         "  description = link $out",

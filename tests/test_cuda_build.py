@@ -14,7 +14,8 @@ from res2net_fused.backends.cuda import kernel_report
 from res2net_fused.backends.cuda import plan as launch_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/plan/instances.h").read_text())[1])
+SOURCE = ROOT / "csrc" / build_flags.INSTANCE_SOURCE
+UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/cuda/plan/instances.h").read_text())[1])
 # The others are compiled by the slow tests; d0c7t2 runs every type.
 QUICK = [(i, a) for i in ("d2c4t4", "d0c7t2") for a in ("80", "90a")]
 QUICK += [("d0c7t2", "100"), ("cluster_c4t2", "90a"), ("wgmma_c7t2", "90a")]
@@ -32,15 +33,15 @@ def compile_instance(instance, architecture, folder):
     # The flags of the shipped library, but for what is about linking.
     flags = [f for f in build_flags.NVCC_FLAGS if f not in ("-cudart", "static")]
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    source = ROOT / f"csrc/cuda/chain/instance_{instance}.cu"
-    command = [find_nvcc(), *flags, target, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-fatbin", "-o", str(binary), str(source)]
+    flags += [target, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", build_flags.instance_define(instance)]
+    command = [find_nvcc(), *flags, "-fatbin", "-o", str(binary), str(SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return binary, done.stdout + done.stderr
 
 
 def architectures_of(instance):
-    wgmma = f"instance_{instance}".startswith(build_flags.WGMMA_PREFIX)
+    wgmma = instance.startswith(build_flags.WGMMA_PREFIX)
     return [build_flags.WGMMA_ARCHITECTURE] if wgmma else build_flags.DEFAULT_CUDA_ARCHITECTURES
 
 
@@ -90,9 +91,9 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
 def test_code_without_clusters_traps_where_it_would_need_them(version, traps, tmp_path):
     """The driver of a newer device compiles it from PTX: there a missing barrier would give wrong numbers in silence."""
     text = tmp_path / "cluster.ptx"
-    source = ROOT / "csrc/cuda/chain/instance_cluster_c2t2.cu"
     flags = ["-std=c++20", "-O3", f"-arch=compute_{version}", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([find_nvcc(), *flags, "-ptx", "-o", str(text), str(source)], check=True)
+    flags.append(build_flags.instance_define("cluster_c2t2"))
+    subprocess.run([find_nvcc(), *flags, "-ptx", "-o", str(text), str(SOURCE)], check=True)
     kernels = text.read_text().split(".entry")[1:]
     assert len(kernels) == 2
     for kernel in kernels:

@@ -295,7 +295,7 @@ def test_python_names_the_instances_of_the_table():
     import re
     from pathlib import Path
 
-    table = Path(__file__).parents[1] / "csrc/plan/instances.h"
+    table = Path(__file__).parents[1] / "csrc/cuda/plan/instances.h"
     rows = re.findall(r"X\((d\w+), (\d+), (\d+), (\d+), (\d+)\)", table.read_text())
     others = tuple(re.findall(r"X\(((?:cluster|wgmma)_\w+), ", table.read_text()))
     assert (*(row[0] for row in rows), *others) == launch_plan.INSTANCE_NAMES

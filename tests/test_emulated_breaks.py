@@ -4,68 +4,68 @@ import pytest
 from emulator import breaks, harness, mutate
 
 WGMMA = "cuda/chain/wgmma_kernel.cuh"
-KERNEL, GEOMETRY = "cuda/chain/chain_kernel.cuh", "plan/chain_geometry.h"
+STRIP, GEOMETRY = "cuda/chain/strip_kernel.cuh", "cuda/plan/geometry.h"
 CLUSTER = "cuda/chain/cluster_kernel.cuh"
 # name, case, file, its text, the replacement, checks that must turn red
 BREAKS = [
-    ("nothing broken", "strips", KERNEL, "// cleared before", "// cleared before", ""),
-    ("waits for one group too few", "strips", KERNEL, "wait(g.stages - 2 +", "wait(g.stages - 1 +", "in-flight wrong"),
-    ("waits too little for x", "strips", KERNEL, "wait(g.chunks - 1)", "wait(g.chunks)", "in-flight wrong"),
-    ("one stage for all weights", "strips", KERNEL, "index * g.stage_bytes", "0 * index * g.stage_bytes", "in-flight wrong"),
-    ("weights not advanced", "stream", KERNEL, "advance(fetch);\n            if", "if", "wrong"),
-    ("barrier in one warp only", "strips", KERNEL, "    cta.pass_group();\n", "if (thread < 32) sync_cta();\n", "divergence"),
+    ("nothing broken", "strips", STRIP, "// cleared before", "// cleared before", ""),
+    ("waits for one group too few", "strips", STRIP, "wait(g.stages - 2 +", "wait(g.stages - 1 +", "in-flight wrong"),
+    ("waits too little for x", "strips", STRIP, "wait(g.chunks - 1)", "wait(g.chunks)", "in-flight wrong"),
+    ("one stage for all weights", "strips", STRIP, "index * g.stage_bytes", "0 * index * g.stage_bytes", "in-flight wrong"),
+    ("weights not advanced", "stream", STRIP, "advance(fetch);\n            if", "if", "wrong"),
+    ("barrier in one warp only", "strips", STRIP, "    cta.pass_group();\n", "if (thread < 32) sync_cta();\n", "divergence"),
     (
         "a lane skips the matrix load",
         "strips",
-        KERNEL,
+        STRIP,
         "          const FragmentA matrix = rounded",
         "if (lane == 5) continue;\nconst FragmentA matrix = rounded",
         "divergence",
     ),
-    ("strips not cleared", "strips", KERNEL, "    clear_strips();\n", "\n", "uninitialised wrong"),
-    ("sums not cleared", "strips", KERNEL, "sums[tile][j] = Accumulator{};", ";", "wrong"),
-    ("tap one column off", "strips", KERNEL, "tap % 3 - 1) * g", "tap % 3) * g", "wrong"),
+    ("strips not cleared", "strips", STRIP, "    clear_strips();\n", "\n", "uninitialised wrong"),
+    ("sums not cleared", "strips", STRIP, "sums[tile][j] = Accumulator{};", ";", "wrong"),
+    ("tap one column off", "strips", STRIP, "tap % 3 - 1) * g", "tap % 3) * g", "wrong"),
     (
         "no slot for the left padding",
         "strips",
-        KERNEL,
+        STRIP,
         "return g.dilation + line * g.pitch",
         "return line * g.pitch",
         "out-of-bounds",
     ),
-    ("rows behind the last are computed", "strips", KERNEL, "position < end ? position : end - 1", "position", "out-of-bounds"),
+    ("rows behind the last are computed", "strips", STRIP, "position < end ? position : end - 1", "position", "out-of-bounds"),
     (
         "columns right of the image get values",
         "strips",
-        KERNEL,
+        STRIP,
         "\n              p.image_column >= 0 && p.image_column < g.width;",
         " p.image_column >= 0;",
         "wrong",
     ),
-    ("rows outside the image get values", "strips", KERNEL, "p.row >= 0 && p.row < g.height && ", "", "out-of-bounds"),
-    ("images behind the last are read", "images", KERNEL, "first_image + p.image < g.images &&", "", "out-of-bounds"),
-    ("one row too many owned", "strips", KERNEL, "p.line < g.owned_line_end", "p.line <= g.owned_line_end", "race"),
-    ("one column too many owned", "stream", KERNEL, "p.column < g.owned_column_end", "p.column <= g.owned_column_end", "race"),
+    ("rows outside the image get values", "strips", STRIP, "p.row >= 0 && p.row < g.height && ", "", "out-of-bounds"),
+    ("images behind the last are read", "images", STRIP, "first_image + p.image < g.images &&", "", "out-of-bounds"),
+    ("one row too many owned", "strips", STRIP, "p.line < g.owned_line_end", "p.line <= g.owned_line_end", "race"),
+    ("one column too many owned", "stream", STRIP, "p.column < g.owned_column_end", "p.column <= g.owned_column_end", "race"),
     ("slot pitch not a multiple of 16", "strips", GEOMETRY, "return 16 * (swizzled", "return 8 + 16 * (swizzled", "misaligned"),
-    ("swizzle that leaves its pixel", "w14", KERNEL, "% (2 * DEPTHS);", "% 8;", "wrong race"),
-    ("no swizzle", "strips", KERNEL, "if constexpr (swizzled(DEPTHS)) chunk", "if (false) chunk", "conflicts"),
-    ("passed group left out", "strips", KERNEL, "    cta.pass_group();\n", "\n", "wrong"),
-    ("bias of another step", "strips", KERNEL, "a.bias + step * g.packed_columns * 8 + channel", "a.bias + channel", "wrong"),
-    ("channels between the groups are read", "padded", KERNEL, "left < MOVE ? left : MOVE", "(void(left), MOVE)", "wrong"),
-    ("channels between the groups are written", "padded", KERNEL, "if (channel >= a.fill_channels) continue;", "", "padding"),
-    ("halo too small", "strips", GEOMETRY, "(recomputes ? work.steps : 1)", "(recomputes ? work.steps - 1 : 1)", "wrong"),
+    ("swizzle that leaves its pixel", "w14", STRIP, "% (2 * DEPTHS);", "% 8;", "wrong race"),
+    ("no swizzle", "strips", STRIP, "if constexpr (swizzled(DEPTHS)) chunk", "if (false) chunk", "conflicts"),
+    ("passed group left out", "strips", STRIP, "    cta.pass_group();\n", "\n", "wrong"),
+    ("bias of another step", "strips", STRIP, "a.bias + step * g.packed_columns * 8 + channel", "a.bias + channel", "wrong"),
+    ("channels between the groups are read", "padded", STRIP, "left < MOVE ? left : MOVE", "(void(left), MOVE)", "wrong"),
+    ("channels between the groups are written", "padded", STRIP, "if (channel >= a.fill_channels) continue;", "", "padding"),
+    ("halo too small", "strips", GEOMETRY, "(recomputes ? problem.steps : 1)", "(recomputes ? problem.steps - 1 : 1)", "wrong"),
     (
         "no zero row between images",
         "images",
         GEOMETRY,
-        "tile.whole ? work.height + work.dilation :",
-        "tile.whole ? work.height :",
+        "tile.whole ? problem.height + problem.dilation :",
+        "tile.whole ? problem.height :",
         "wrong",
     ),
-    ("passed group not added", "added", KERNEL, "      add_passed_group();\n", "\n", "wrong"),
-    ("passed group added before x is there", "added", KERNEL, "wait(g.stages - 2);", "wait(g.stages - 1);", "in-flight wrong"),
-    ("a depth of half as many channels", "odd", KERNEL, "PER_CHUNK = 16 / BYTES", "PER_CHUNK = 8", "wrong"),
-    ("pairs of channels at odd places", "odd", KERNEL, "if (!a.whole_pairs) {", "if (false) {", "misaligned"),
+    ("passed group not added", "added", STRIP, "      add_passed_group();\n", "\n", "wrong"),
+    ("passed group added before x is there", "added", STRIP, "wait(g.stages - 2);", "wait(g.stages - 1);", "in-flight wrong"),
+    ("a depth of half as many channels", "odd", STRIP, "PER_CHUNK = 16 / BYTES", "PER_CHUNK = 8", "wrong"),
+    ("pairs of channels at odd places", "odd", STRIP, "if (!a.whole_pairs) {", "if (false) {", "misaligned"),
     ("sends to the wrong part", "parts", CLUSTER, "part * g.channel_parts + receiver, u", "part * g.channel_parts, u", "wrong"),
     ("sends to a part that does not exist", "parts", CLUSTER, "part >= 0 && part <", "part <", "out-of-bounds"),
     ("halo above not sent", "parts", CLUSTER, "int part = row_part - 1; part", "int part = row_part; part", "wrong"),
@@ -116,7 +116,7 @@ BREAKS = [
         "wrong",
     ),
     ("one lane leaves products out", "wgmma", WGMMA, "multiply_async<", "if (lane != 9) multiply_async<", "divergence"),
-    ("pool reads a column too far", "stage", KERNEL, "column >= g.width) continue", "column > g.width) continue", "wrong"),
+    ("pool reads a column too far", "stage", STRIP, "column >= g.width) continue", "column > g.width) continue", "wrong"),
 ]
 
 
@@ -143,7 +143,7 @@ def test_emulated_truncation_to_tf32_is_noticed(tmp_path):
         assert text.count("word = round_to_tf32(word)") == 1
         return text.replace("word = round_to_tf32(word)", "word = word")
 
-    csrc = breaks.broken_copy(tmp_path, KERNEL, edit)
+    csrc = breaks.broken_copy(tmp_path, STRIP, edit)
     assert "wrong" in harness.check(breaks.CASES["odd"], integers=False, csrc=csrc, flags=breaks.FLAGS)
 
 

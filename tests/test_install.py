@@ -31,7 +31,7 @@ def checkout(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, root)
-    for folder, pattern in (("common", "*"), ("python", "*"), ("cpu", "build_info_op.cpp"), ("cuda", "device*")):
+    for folder, pattern in (("common", "*"), ("python", "*"), ("cpu/ops", "build_info_ops.cpp"), ("cuda", "device*")):
         (root / "csrc" / folder).mkdir(parents=True)
         for source in (ROOT / "csrc" / folder).glob(pattern):
             shutil.copy2(source, root / "csrc" / folder)
@@ -268,7 +268,7 @@ def test_an_nvcc_of_another_cuda_than_torchs_compiles_nothing(checkout, tmp_path
 def test_kernels_of_every_instruction_set_reach_the_library(checkout, tmp_path, request):
     need_compiler()
     kernel = checkout / "csrc" / "cpu" / "kernels" / "probe.cpp"
-    operator = checkout / "csrc" / "cpu" / "probe_op.cpp"
+    operator = checkout / "csrc" / "cpu" / "ops" / "probe_ops.cpp"
     request.addfinalizer(lambda: (kernel.unlink(), operator.unlink()))
     kernel.parent.mkdir()
     kernel.write_text(

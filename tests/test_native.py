@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from res2net_fused._native import build_flags, library
+from res2net_fused.backends.cuda import plan as launch_plan
 
 PACKAGE = Path(library.__file__).resolve().parents[1]
 # CPython's functions, and the mangled names of at::, c10:: and torch::, none of which outlive a release
@@ -85,6 +86,27 @@ def test_cuda_kernel_files_include_no_torch_header():
         pytest.skip("the sources are not beside the installed package")
     for source in sources:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source.name
+
+
+# Folders of csrc/, each of which includes from itself and those before it. Others see the CPU kernels by one header.
+FLOORS = {"cpu": ("kernels", "runtime", "chain", "ops"), "cuda": ("plan", "chain")}
+
+
+@pytest.mark.parametrize("library", FLOORS)
+def test_folders_of_the_sources_include_only_from_those_below(library):
+    csrc, floors = PACKAGE.parent / "csrc", FLOORS[library]
+    if not csrc.is_dir():
+        pytest.skip("the sources are not beside the installed package")
+    assert sorted(path.name for path in (csrc / library).iterdir() if path.is_dir()) == sorted(floors)
+    wrong, seen = [], 0
+    for number, floor in enumerate(floors):
+        for source in sorted((csrc / library / floor).iterdir()):
+            for other, name, file in re.findall(r'#include "(cpu|cuda)/(?:(\w+)/)?([\w.]+)"', source.read_text()):
+                seen += 1
+                below = other == library and (not name or floors.index(name) <= number)
+                if not below or (name == "kernels" and file != "kernels.h"):
+                    wrong.append(f"{library}/{floor}/{source.name} includes {other}/{name}/{file}")
+    assert wrong == [] and seen > 10
 
 
 # Loading
@@ -283,13 +305,22 @@ def test_requested_architectures():
 def test_wgmma_is_compiled_for_hopper_alone(architectures, built, tmp_path):
     facts = build_flags.BuildFacts(cuda_architectures=architectures)
     target = build_flags.cuda_target(Path(__file__).parents[1], tmp_path, facts)
-    wgmma = [unit for unit in target.units if unit.source.name.startswith(build_flags.WGMMA_PREFIX)]
+    wgmma = [unit for unit in target.units if build_flags.WGMMA_PREFIX in unit.object]
     assert bool(wgmma) == built
     for unit in wgmma:
         assert [flag for flag in unit.flags if "gencode" in flag] == ["-gencode=arch=compute_90a,code=sm_90a"]
     others = [unit for unit in target.units if unit not in wgmma]
     assert all(("-DRES2NET_FUSED_HAVE_WGMMA=1" in unit.flags) == built for unit in others)
     assert all(set(build_flags.gencode_flags(architectures)) <= set(unit.flags) for unit in others)
+
+
+def test_every_cuda_instance_is_compiled_once_into_an_object_of_its_own(tmp_path):
+    facts = build_flags.BuildFacts(cuda_architectures=build_flags.DEFAULT_CUDA_ARCHITECTURES)
+    units = build_flags.cuda_target(Path(__file__).parents[1], tmp_path, facts).units
+    assert len({unit.object for unit in units}) == len(units)
+    compiled = {unit.object: flag.partition("=")[2] for unit in units for flag in unit.flags if "FUSED_INSTANCE=" in flag}
+    assert tuple(compiled.values()) == launch_plan.INSTANCE_NAMES
+    assert all(name in Path(made).parts for made, name in compiled.items())
 
 
 def test_gencode_embeds_ptx_of_the_newest_plain_architecture():
@@ -305,10 +336,10 @@ def test_gencode_embeds_ptx_of_the_newest_plain_architecture():
 @pytest.mark.parametrize("machine, expected", [("x86_64", ["portable", "avx2", "avx512"]), ("aarch64", ["portable"])])
 def test_kernels_compile_once_per_instruction_set(tmp_path, machine, expected):
     kernel = tmp_path / "csrc" / "cpu" / "kernels" / "chain.cpp"
-    dispatch = tmp_path / "csrc" / "cpu" / "dispatch.cpp"
-    kernel.parent.mkdir(parents=True)
-    kernel.touch()
-    dispatch.touch()
+    dispatch = tmp_path / "csrc" / "cpu" / "runtime" / "dispatch.cpp"
+    for source in (kernel, dispatch):
+        source.parent.mkdir(parents=True)
+        source.touch()
     target = build_flags.cpu_target(tmp_path, Path("torch"), machine, build_flags.BuildFacts())
     assert [unit.source for unit in target.units] == [dispatch, *[kernel] * len(expected)]
     for unit, name in zip(target.units[1:], expected, strict=True):

@@ -6,12 +6,14 @@ standard library only and runs no compiler. Which compiler to run, and in which 
 The pieces under `csrc/`:
 
 * `common/*.cpp`: in both operator libraries.
-* `cpu/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells a dispatcher which kernels exist.
+* `cpu/ops/*.cpp`, `cpu/chain/*.cpp`, `cpu/runtime/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells the
+  dispatcher which kernels exist.
 * `cpu/kernels/*.cpp`: once per instruction set, into the CPU library. `RES2NET_FUSED_ISA` is the name of the set
   (`portable`, `avx2`, `avx512`): put the code into `namespace res2net_fused::RES2NET_FUSED_ISA`.
-* `plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
-  those that register no operator (`*_op.cpp`) into the CUDA library too.
-* `cuda/**/*.cpp`, `cuda/**/*.cu`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
+* `cuda/plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
+  those that register no operator (`*_ops.cpp`) into the CUDA library too.
+* `cuda/*` and `cuda/chain/*`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
+* `cuda/chain/instance.cu`: once per row of `cuda/plan/instances.h`, `RES2NET_FUSED_INSTANCE` being the row's name.
 * `python/*.cpp`: the pybind11 module, with `common/build_info.cpp`.
 """
 
@@ -38,8 +40,9 @@ CUDA_DEFINES = ("-DUSE_CUDA",)
 
 # 90a: wgmma and TMA of Hopper exist in the architecture-specific target only.
 DEFAULT_CUDA_ARCHITECTURES = ("80", "90a", "100")
-# Sources of this name are compiled for this architecture alone.
-WGMMA_PREFIX, WGMMA_ARCHITECTURE = "instance_wgmma_", "90a"
+# Instances of this name are compiled for this architecture alone.
+WGMMA_PREFIX, WGMMA_ARCHITECTURE = "wgmma_", "90a"
+INSTANCE_SOURCE, INSTANCE_ROWS = "cuda/chain/instance.cu", "cuda/plan/instances.h"
 # The oldest PTX with the instructions of thread-block clusters, which kernels have from there on (csrc/cuda/chain/hardware.h).
 CLUSTER_PTX = 90
 
@@ -115,7 +118,8 @@ def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) ->
     shared = (*CXX_FLAGS, _short_paths(root), *TORCH_DEFINES, *_includes(root, torch_root))
     sets = instruction_sets(machine)
     have = tuple(f"-DRES2NET_FUSED_HAVE_{s.name.upper()}=1" for s in sets)
-    units = [_unit(root, s, (*shared, *have), facts) for s in _sources(root, "common/*.cpp", "plan/*.cpp", "cpu/*.cpp")]
+    once = _sources(root, "common/*.cpp", "cuda/plan/*.cpp", *(f"cpu/{part}/*.cpp" for part in ("ops", "chain", "runtime")))
+    units = [_unit(root, source, (*shared, *have), facts) for source in once]
     # The linker keeps the first copy of an inline function. Objects that need no special instructions come first, so a
     # copy compiled for AVX-512 never serves portable code.
     for isa in sets:
@@ -125,21 +129,36 @@ def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) ->
     return Target("cpu", CPU_LIBRARY, "cxx", tuple(units), link)
 
 
+def cuda_instances(root: Path) -> tuple[str, ...]:
+    """Names of the compiled forms of the CUDA kernels, in the order of their table."""
+    return tuple(re.findall(r"^ +X\((\w+),", (root / "csrc" / INSTANCE_ROWS).read_text(), re.M))
+
+
+def instance_define(name: str) -> str:
+    """What tells `cuda/chain/instance.cu` which row of the table it is compiled for."""
+    return f"-DRES2NET_FUSED_INSTANCE={name}"
+
+
 def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     """The CUDA operator library for `facts.cuda_architectures`. Needs nvcc, but neither a GPU nor a CUDA torch."""
-    code = gencode_flags(facts.cuda_architectures)
+    code, instance_source = gencode_flags(facts.cuda_architectures), root / "csrc" / INSTANCE_SOURCE
     flags = (*NVCC_FLAGS, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
-    plans = [s for s in _sources(root, "plan/*.cpp") if not s.name.endswith("_op.cpp")]
-    sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, "cuda/**/*.cpp", "cuda/**/*.cu")]
+    plans = [s for s in _sources(root, "cuda/plan/*.cpp") if not s.name.endswith("_ops.cpp")]
+    own = ("cuda/*.cpp", "cuda/*.cu", "cuda/chain/*.cpp", "cuda/chain/*.cu")
+    sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, *own)]
     have_wgmma = WGMMA_ARCHITECTURE in facts.cuda_architectures
     if have_wgmma:
         flags = (*flags, "-DRES2NET_FUSED_HAVE_WGMMA=1")
     units = []
     for source in sources:
-        if not source.name.startswith(WGMMA_PREFIX):
+        if source != instance_source:
             units.append(_unit(root, source, (*flags, *code), facts))
-        elif have_wgmma:
-            units.append(_unit(root, source, (*flags, _machine_code(WGMMA_ARCHITECTURE)), facts))
+            continue
+        for name in cuda_instances(root):
+            is_wgmma = name.startswith(WGMMA_PREFIX)
+            if have_wgmma or not is_wgmma:
+                target_code = (_machine_code(WGMMA_ARCHITECTURE),) if is_wgmma else code
+                units.append(_unit(root, source, (*flags, *target_code, instance_define(name)), facts, variant=name))
     # libtorch.so pulls in libtorch_cuda.so where torch has CUDA; linking it by name would need such a torch here.
     # One -Xlinker list, since nvcc moves -l options.
     torch_libraries = (f"-L{torch_root / 'lib'}", "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu")

@@ -88,7 +88,7 @@ def launch_of(case: Chain, limits: DeviceLimits) -> launch_plan.Plan:
 
 
 def strip_instance(case: Chain) -> int:
-    """The strip kernel's instance of this width, as csrc/plan/chain_plan.cpp chooses it."""
+    """The strip kernel's instance of this width, as csrc/cuda/plan/launch_plan.cpp chooses it."""
     depths = -(-case.width // cuda_packing.depth_channels(case.dtype))
     columns = cuda_packing.packed_columns(case.width, case.dtype)
     kinds = cuda_packing._INSTANCE_DEPTHS_COLUMNS

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "cuda/chain/hardware_sm90.h"
-#include "plan/chain_geometry.h"
+#include "cuda/plan/geometry.h"
 
 namespace {
 int failures = 0;
@@ -317,7 +317,7 @@ __global__ void arithmetic(const uint32_t* in, uint32_t* out) {
   out[8 * i + 1] = as_bits(back.x), out[8 * i + 2] = as_bits(back.y);
   out[8 * i + 3] = as_bits(sum.x), out[8 * i + 4] = as_bits(sum.y);
   out[8 * i + 5] = as_bits(clamp(x, 0.0f, 20.0f)), out[8 * i + 6] = as_bits(clamp(y, -INFINITY, INFINITY));
-  out[8 * i + 7] = uint32_t(res2net_fused::chain::FastDivisor(i + 1).divide(30000 + i));
+  out[8 * i + 7] = uint32_t(res2net_fused::cuda::FastDivisor(i + 1).divide(30000 + i));
 }
 
 template <class Element>

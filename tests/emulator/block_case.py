@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from res2net_fused import Bottle2neck
-from res2net_fused.backends.cuda import block as native_cuda_block
+from res2net_fused.backends.cuda import block as cuda_block
 from res2net_fused.backends.cuda import chain as cuda_chain
 from res2net_fused.chain.problem import ChainProblem
 from res2net_fused.modules.block_parts import parts_of
@@ -53,7 +53,7 @@ def relative_error_of_block(name: str, dtype: torch.dtype, monkeypatch) -> float
     with torch.no_grad():
         config = block.chain_config
         problem = ChainProblem(config, x.device, dtype, 2, 5, 7, block.width, len(block.convs), False)
-        out = native_cuda_block.block_forward(problem, x, block.downsample(x), fold_block(parts_of(block), dtype), True)
+        out = cuda_block.block_forward(problem, x, block.downsample(x), fold_block(parts_of(block), dtype), True)
         expected = ReferenceBottle2neck.forward(copy.deepcopy(block).double(), x.double())
     assert out.is_contiguous() and out.dtype == dtype
     return float((out.double() - expected).norm() / expected.norm())

@@ -76,7 +76,7 @@ def removals(csrc: Path = harness.ROOT / "csrc") -> list[Removal]:
 def broken_copy(folder: Path, file: Path, edit) -> Path:
     """A copy of csrc/ in `folder` with `edit` applied to the text of one file."""
     csrc = folder / "csrc"
-    for part in ("plan", "cuda/chain"):
+    for part in ("cuda/plan", "cuda/chain"):
         shutil.copytree(harness.ROOT / "csrc" / part, csrc / part)
     path = csrc / file
     path.write_text(edit(path.read_text()))

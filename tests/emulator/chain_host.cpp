@@ -1,12 +1,12 @@
-// The host build: the chain kernel's own source, run by the emulator, with a C interface for ctypes.
+// The host build of one instance, RES2NET_FUSED_INSTANCE: the kernel's own source, run by the emulator, with a C interface for
+// ctypes.
 #include <cstdio>
 #include <cstring>
 
-#include "cuda/chain/cluster_kernel.cuh"
-#include "cuda/chain/wgmma_kernel.cuh"
-#include "plan/chain_plan.h"
+#include "cuda/chain/instance.cuh"
+#include "cuda/plan/launch_plan.h"
 
-using namespace res2net_fused::chain;
+using namespace res2net_fused::cuda;
 
 namespace {
 // Sizes of one call, as tests/emulator/harness.py fills them.
@@ -25,55 +25,18 @@ struct Call {
     int checks;
 };
 
-template <class Element, int DEPTHS, int COLUMNS, int TILES> void run_chain(const ChainArguments& arguments) {
-    ChainCta<Element, DEPTHS, COLUMNS, TILES>(arguments, block_index()).run();
-}
+constexpr int INDEX = int(InstanceIndex::RES2NET_FUSED_INSTANCE);  // the only instance of this build
 
-template <class Element, int COLUMNS, int TILES> void run_wgmma(const ChainArguments& arguments) {
-    WgmmaCta<Element, COLUMNS, TILES>(arguments, block_index()).run();
-}
-
-template <class Element, int COLUMNS, int TILES> void run_cluster(const ChainArguments& arguments) {
-    ClusterCta<Element, COLUMNS, TILES>(arguments).run();
+template <class Element> void run(const ChainArguments& arguments) {
+    CtaOf<INDEX, Element>(arguments, block_index()).run();
 }
 
 using Kernel = void (*)(const ChainArguments&);
-struct Entry {
-    Kernel run[DATA_TYPES];
-};
-
-template <int DEPTHS, int COLUMNS, int TILES> Entry entry() {
-    Entry made{};
-    made.run[FP16] = run_chain<fp16, DEPTHS, COLUMNS, TILES>;
-    made.run[BF16] = run_chain<bf16, DEPTHS, COLUMNS, TILES>;
-    if constexpr (instance_runs(DEPTHS, TF32)) made.run[TF32] = run_chain<tf32, DEPTHS, COLUMNS, TILES>;
-    return made;
-}
-template <int COLUMNS, int TILES> Entry cluster_entry() {
-    return {{run_cluster<fp16, COLUMNS, TILES>, run_cluster<bf16, COLUMNS, TILES>, nullptr}};
-}
-
-template <int COLUMNS, int TILES> Entry wgmma_entry() {
-    return {{run_wgmma<fp16, COLUMNS, TILES>, run_wgmma<bf16, COLUMNS, TILES>, nullptr}};
-}
-
-#ifndef INSTANCES  // a build may choose its own
-#define INSTANCES(X) RES2NET_CHAIN_INSTANCES(X)
-#define CLUSTER_INSTANCES(X) RES2NET_CLUSTER_INSTANCES(X)
-#define WGMMA_INSTANCES_OF(X) RES2NET_WGMMA_INSTANCES(X)
-#endif
-#define ENTRY(name, DEPTHS, COLUMNS, TILES, WARPS) \
-    if (std::strcmp(wanted, #name) == 0) return entry<DEPTHS, COLUMNS, TILES>();
-#define CLUSTER_ENTRY(name, COLUMNS, TILES, WARPS) \
-    if (std::strcmp(wanted, #name) == 0) return cluster_entry<COLUMNS, TILES>();
-#define WGMMA_ENTRY(name, COLUMNS, TILES, WARPS) \
-    if (std::strcmp(wanted, #name) == 0) return wgmma_entry<COLUMNS, TILES>();
-
-Entry find(const char* wanted) {
-    INSTANCES(ENTRY)
-    CLUSTER_INSTANCES(CLUSTER_ENTRY)
-    WGMMA_INSTANCES_OF(WGMMA_ENTRY)
-    return {};
+Kernel kernel_of(DataType type) {
+    if (type == FP16) return run<fp16>;
+    if (type == BF16) return run<bf16>;
+    if constexpr (INSTANCE_TABLE[INDEX].runs(TF32)) return run<tf32>;
+    return nullptr;
 }
 }  // namespace
 
@@ -82,34 +45,34 @@ extern "C" {
 // -2: parts that do not fit together, or offsets that no int holds.
 int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     const Instance& instance = INSTANCE_TABLE[call->instance];
-    const Entry entry = find(instance.name);
     const DataType type = DataType(call->type);
-    if (!entry.run[type]) return -1;
-    const ChainWork work{call->images, call->height, call->width, call->channels,
+    const Kernel kernel = kernel_of(type);
+    if (call->instance != INDEX || !kernel) return -1;
+    const ChainProblem problem{call->images, call->height, call->width, call->channels,
                          call->steps, call->stride, call->dilation, call->adds != 0, type};
     const ChainTile tile{call->rows, call->columns, call->tile_images, call->whole != 0, call->warps_m, call->warps_n,
                          call->slices, call->stages, call->row_parts, call->channel_parts, call->warps_k};
-    if (instance.cluster && !parts_fit(work, tile, instance.columns)) return -2;
+    if (instance.cluster && !parts_fit(problem, tile, instance.columns)) return -2;
     ChainArguments a{};
     a.x = call->x, a.weight = call->weight, a.bias = call->bias, a.out = call->out;
     a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};
     a.fill_channels = call->fill_channels;
     a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool, a.add_passed = call->add_passed != 0;
     a.lower = call->lower, a.upper = call->upper;
-    a.geometry = geometry_of(work, tile, call->instance);
+    a.geometry = geometry_of(problem, tile, call->instance);
     if (!offsets_fit(a, type) || !grid_fits(a.geometry)) return -2;
     set_moves(a, type);
     const ChainGeometry& g = a.geometry;
-    const size_t pixels = size_t(work.images) * work.height * work.width;
-    const size_t out_pixels = size_t(work.images) * work.out_height() * work.out_width();
+    const size_t pixels = size_t(problem.images) * problem.height * problem.width;
+    const size_t out_pixels = size_t(problem.images) * problem.out_height() * problem.out_width();
     const emulator::Launch launch{
         g.ctas(), g.threads(), g.shared_bytes, call->seed, call->checks != 0,
         {{"x", a.x, pixels * a.x_slots.pixel * bytes_of(type), false},
-         {"weight", a.weight, size_t(g.steps) * work.slices() * g.packed_columns * 256, false},
+         {"weight", a.weight, size_t(g.steps) * problem.slices() * g.packed_columns * 256, false},
          {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false},
          {"out", a.out, out_pixels * a.out_slots.pixel * bytes_of(type), true}},
-        exchanges(work, tile) ? tile.row_parts * tile.channel_parts : 1};
-    const emulator::Report report = emulator::run(launch, [&] { entry.run[type](a); });
+        exchanges(problem, tile) ? tile.row_parts * tile.channel_parts : 1};
+    const emulator::Report report = emulator::run(launch, [&] { kernel(a); });
     int used = 0;
     text[0] = 0;
     for (int kind = 0; kind < emulator::KINDS; kind++)

@@ -30,7 +30,7 @@ struct Rendezvous {
     const FragmentA* a[32];
     const FragmentB* b[32];
     int columns = 0;
-    res2net_fused::chain::DataType type{};
+    res2net_fused::cuda::DataType type{};
 };
 
 const std::function<void()>* kernel;
@@ -206,8 +206,8 @@ void perform_multiply_tf32(Rendezvous& meeting) {
 
 void perform_multiply(Rendezvous& meeting) {
     report.multiplies += meeting.columns;
-    if (meeting.type == res2net_fused::chain::TF32) return perform_multiply_tf32(meeting);
-    const auto widen = meeting.type == res2net_fused::chain::BF16 ? +[](uint32_t bits) { return widen_bf16(bits); } : widen_fp16;
+    if (meeting.type == res2net_fused::cuda::TF32) return perform_multiply_tf32(meeting);
+    const auto widen = meeting.type == res2net_fused::cuda::BF16 ? +[](uint32_t bits) { return widen_bf16(bits); } : widen_fp16;
     float a[16][16];
     for (int lane = 0; lane < 32; lane++)
         for (int i = 0; i < 4; i++) {
@@ -356,7 +356,8 @@ void load_matrices(SharedPtr row, uint32_t* words, int matrices, const Where& wh
     meet(meeting, "a matrix load", where);
 }
 
-void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::chain::DataType type, const Where& where) {
+void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::cuda::DataType type,
+              const Where& where) {
     Rendezvous& meeting = arrive(Operation::MULTIPLY, where);
     const int lane = current->thread % 32;
     meeting.c[lane] = c;

@@ -61,7 +61,8 @@ void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
 void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where);
 void load_matrices(SharedPtr row, uint32_t* words, int matrices, const Where& where);
-void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::chain::DataType type, const Where& where);
+void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::cuda::DataType type,
+              const Where& where);
 uint16_t round_to_bf16(float value);
 uint16_t round_to_fp16(float value);
 float widen_fp16(uint32_t bits);

@@ -17,7 +17,7 @@ namespace emulator {
 int uniform(int value, const Where& where);
 void proxy_fence();
 void begin_products(Accumulator* const* sums, int tiles, int columns);
-void multiply_async(Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::chain::DataType type,
+void multiply_async(Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::cuda::DataType type,
                     const Where& where);
 void commit_products(const Where& where);
 void wait_products(const Where& where);

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import re
 import subprocess
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from res2net_fused._native import build_flags
 from res2net_fused._native.library import DeviceLimits
 from res2net_fused.backends.cuda import chain as cuda_chain
 from res2net_fused.backends.cuda import packing as cuda_packing
@@ -28,23 +28,21 @@ from res2net_fused.chain.config import ChainConfig
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulator"
-KERNEL = pathlib.Path("cuda/chain/chain_kernel.cuh")  # under csrc/
 FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas".split()
 # Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster. What they leave
 # uninitialised holds a pattern.
 KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern")
-_ROWS = r"X\(((?:d|cluster_|wgmma_)\w+)((?:, \d+)+)\)"
-INSTANCES = [name for name, _ in re.findall(_ROWS, (ROOT / "csrc/plan/instances.h").read_text())]
+INSTANCES = build_flags.cuda_instances(ROOT)
 
 
 def includes(csrc: pathlib.Path) -> list[str]:
-    return [f"-I{csrc}", f"-I{csrc / KERNEL.parent}", f"-I{HERE}"]
+    return [f"-I{csrc}", f"-I{HERE}"]
 
 
 def compile_cached(sources: list[pathlib.Path], flags: list[str], csrc: pathlib.Path, suffix: str) -> pathlib.Path:
     """Compiles `sources` into one file named after everything that goes into it, unless that file is there already."""
     digest = hashlib.sha256(" ".join(flags).replace(str(csrc), "").encode())
-    used = [HERE.glob("*.h"), HERE.glob("*.cpp"), csrc.glob("plan/*"), csrc.glob("cuda/chain/*")]
+    used = [HERE.glob("*.h"), HERE.glob("*.cpp"), csrc.glob("cuda/plan/*"), csrc.glob("cuda/chain/*")]
     for path in sorted(path for paths in used for path in paths):
         digest.update(path.name.encode() + path.read_bytes())
     target = BUILD / f"{sources[0].stem}-{digest.hexdigest()[:16]}{suffix}"
@@ -65,7 +63,7 @@ def emulator_object() -> pathlib.Path:
 
 @functools.cache
 def plan_object() -> pathlib.Path:
-    return compile_cached(sorted((ROOT / "csrc/plan").glob("c*_plan.cpp")), ["-O2", "-r"], ROOT / "csrc", ".o")
+    return compile_cached(sorted((ROOT / "csrc/cuda/plan").glob("*_plan.cpp")), ["-O2", "-r"], ROOT / "csrc", ".o")
 
 
 @functools.cache
@@ -76,13 +74,9 @@ def plan_library() -> ctypes.CDLL:
 @functools.cache
 def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str, ...] = KERNEL_FLAGS) -> ctypes.CDLL:
     """The emulated kernel of one instance, from the sources under `csrc`."""
-    row = re.search(rf"X\(({instance}, [^)]*)\)", (csrc / "plan/instances.h").read_text())
-    kinds = {"cluster": "CLUSTER_INSTANCES", "wgmma": "WGMMA_INSTANCES_OF"}
-    chosen = kinds.pop(instance.partition("_")[0], "INSTANCES")
-    none = {"INSTANCES", *kinds.values()} - {chosen}
-    chosen = [f"-D{chosen}(X)=X({row[1]})", *(f"-D{kind}(X)=" for kind in sorted(none))]
     sources = [HERE / "chain_host.cpp", emulator_object(), plan_object()]
-    return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", *chosen], csrc, ".so")))
+    chosen = build_flags.instance_define(instance)
+    return ctypes.CDLL(str(compile_cached(sources, [*flags, "-shared", chosen], csrc, ".so")))
 
 
 _INTS = (

@@ -1,9 +1,9 @@
 // The plan by itself, with a C interface for ctypes: where cases are cut for a GPU, nothing is emulated.
 #include <cstring>
 
-#include "plan/chain_plan.h"
+#include "cuda/plan/launch_plan.h"
 
-using namespace res2net_fused::chain;
+using namespace res2net_fused::cuda;
 
 extern "C" {
 // The plan for a device with these limits; 0, or why there is none as text.

@@ -201,7 +201,7 @@ void begin_products(Accumulator* const* sums, int tiles, int columns) {
     }
 }
 
-void multiply_async(Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::chain::DataType type,
+void multiply_async(Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::cuda::DataType type,
                     const Where& where) {
     Warpgroup& group = group_of(*current);
     bool begun = false;
@@ -231,7 +231,7 @@ void multiply_async(Accumulator* c, const SharedMatrix& a, const SharedMatrix& b
     sums.pending++;
     report.multiplies += 4 * columns;
     const Product product{decode(a, ROWS, where), decode(b, 8 * columns, where), owner[0],
-                          type == res2net_fused::chain::BF16, write_number, ctas[current->rank].epoch, where};
+                          type == res2net_fused::cuda::BF16, write_number, ctas[current->rank].epoch, where};
     if (launch.checks) check_operands(product);
     group.open.push_back(product);
 }

@@ -1,7 +1,7 @@
 // Activations behind a convolution, forward and backward; NaN stays NaN.
 #pragma once
 
-#include "interface.h"
+#include "kernels.h"
 #include "vector.h"
 
 namespace res2net_fused::RES2NET_FUSED_ISA {

@@ -1,6 +1,6 @@
 // BatchNorm in training mode between the convolutions, fused with what stands beside it: each pass reads and writes memory once.
 #include "activations.h"
-#include "interface.h"
+#include "kernels.h"
 #include "vector.h"
 
 namespace res2net_fused::RES2NET_FUSED_ISA {

@@ -8,7 +8,7 @@
 //   +---+---+---+---+---+---+---+                 (drawn: one pixel's taps, dilation 2)
 //   |   |###|   |###|   |###|   |  ty = 2
 //   +---+---+---+---+---+---+---+
-#include "direct_run.h"
+#include "direct_conv.h"
 
 namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {

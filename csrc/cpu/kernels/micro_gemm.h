@@ -11,7 +11,7 @@
 // Row counts are chosen so that sums, one row of B and a broadcast fit the registers.
 #pragma once
 
-#include "interface.h"
+#include "kernels.h"
 #include "vector.h"
 
 namespace res2net_fused::RES2NET_FUSED_ISA {

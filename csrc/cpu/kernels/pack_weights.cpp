@@ -3,7 +3,7 @@
 //   weights[o][k][3][3]                        packed, one panel: k rows of 16 channels
 //     o = 0 ... 15   ---------------------->     k = 0: o0 o1 ... o15
 //                     for each point or tap      k = 1: o0 o1 ... o15
-#include "interface.h"
+#include "kernels.h"
 #include "micro_gemm.h"
 #include "vector.h"
 

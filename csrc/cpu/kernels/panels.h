@@ -1,7 +1,7 @@
 // How a range of panels is cut into passes of the micro-kernel.
 #pragma once
 
-#include "interface.h"
+#include "kernels.h"
 #include "micro_gemm.h"
 
 namespace res2net_fused::RES2NET_FUSED_ISA {

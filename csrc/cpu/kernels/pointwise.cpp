@@ -8,7 +8,7 @@
 //           +-------+                  +-----+                +-----+
 //
 // Where the depth takes several blocks, the sums of the rows wait for the next one in a buffer of one pass's width.
-#include "interface.h"
+#include "kernels.h"
 #include "micro_gemm.h"
 #include "panels.h"
 #include "vector.h"

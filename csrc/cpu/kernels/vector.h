@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "interface.h"
+#include "kernels.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

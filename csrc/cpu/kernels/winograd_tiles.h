@@ -1,7 +1,7 @@
 // A block's tiles in the order in which Winograd's products take them.
 #pragma once
 
-#include "interface.h"
+#include "kernels.h"
 #include "vector.h"
 
 namespace res2net_fused::RES2NET_FUSED_ISA {

@@ -11,24 +11,24 @@
 #include <limits>
 #include <vector>
 
-#include "cuda/chain/chain_launch.h"
+#include "cuda/chain/launchers.h"
 #include "cuda/device.h"
-#include "plan/chain_plan.h"
+#include "cuda/plan/launch_plan.h"
 
 namespace {
 
-using namespace res2net_fused::chain;
+using namespace res2net_fused::cuda;
 using torch::stable::Tensor;
 
-#define RES2NET_LAUNCHER(name, ...) res2net_fused_launch_##name,
+#define RES2NET_LAUNCHER_ROW(name, ...) RES2NET_LAUNCHER(name),
 int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {
-    RES2NET_CHAIN_INSTANCES(RES2NET_LAUNCHER)
-        RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER)
+    RES2NET_STRIP_INSTANCES(RES2NET_LAUNCHER_ROW)
+        RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER_ROW)
 #ifdef RES2NET_FUSED_HAVE_WGMMA
-        RES2NET_WGMMA_INSTANCES(RES2NET_LAUNCHER)
+            RES2NET_WGMMA_INSTANCES(RES2NET_LAUNCHER_ROW)
 #endif
 };
-#undef RES2NET_LAUNCHER
+#undef RES2NET_LAUNCHER_ROW
 
 DataType type_of(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
@@ -42,9 +42,9 @@ int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// plan: the first twelve numbers of a plan (plan/chain_plan.h). settings: channels, steps, stride, dilation, adds, first group,
-// passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, the channels of a slot to be written, and
-// whether the passed group is added to the first convolved one. float32 is multiplied in TF32.
+// plan: the first twelve numbers of a plan (cuda/plan/launch_plan.h). settings: channels, steps, stride, dilation, adds, first
+// group, passed group or -1, pool, then in elements the pixel and slot pitch of x and of out, the channels of a slot to be written,
+// and whether the passed group is added to the first convolved one. float32 is multiplied in TF32.
 void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<int64_t> plan, std::vector<int64_t> settings,
                 double lower, double upper) {
   STD_TORCH_CHECK(plan.size() >= 12, "plan: expected at least 12 numbers, got ", plan.size());
@@ -63,15 +63,16 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   STD_TORCH_CHECK(weight.scalar_type() == dtype && out.scalar_type() == dtype, "weight, out: expected the dtype of x");
   STD_TORCH_CHECK(bias.scalar_type() == torch::headeronly::ScalarType::Float, "bias: expected float32");
 
-  ChainWork work;
-  work.images = narrow("images", x.size(0));
-  work.height = narrow("height", x.size(2)), work.width = narrow("width", x.size(3));
-  work.channels = narrow("channels", settings[0]), work.steps = narrow("steps", settings[1]);
-  work.stride = narrow("stride", settings[2]), work.dilation = narrow("dilation", settings[3]), work.adds = settings[4] != 0;
-  work.type = type;
+  ChainProblem problem;
+  problem.images = narrow("images", x.size(0));
+  problem.height = narrow("height", x.size(2)), problem.width = narrow("width", x.size(3));
+  problem.channels = narrow("channels", settings[0]), problem.steps = narrow("steps", settings[1]);
+  problem.stride = narrow("stride", settings[2]), problem.dilation = narrow("dilation", settings[3]);
+  problem.adds = settings[4] != 0;
+  problem.type = type;
   const int index = narrow("instance", plan[0]);
-  STD_TORCH_CHECK(work.channels >= 1 && work.channels % pair == 0 && runs_on(work, index),
-                  "plan: instance ", index, " does not run groups of ", work.channels, " channels");
+  STD_TORCH_CHECK(problem.channels >= 1 && problem.channels % pair == 0 && runs_on(problem, index),
+                  "plan: instance ", index, " does not run groups of ", problem.channels, " channels");
   ChainTile tile;
   tile.rows = narrow("rows", plan[1]), tile.columns = narrow("columns", plan[2]), tile.images = narrow("images", plan[3]);
   tile.whole = plan[4] != 0;
@@ -80,18 +81,19 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   tile.row_parts = narrow("row parts", plan[9]), tile.channel_parts = narrow("channel parts", plan[10]);
   tile.warps_k = narrow("warps_k", plan[11]);
   const Instance& instance = INSTANCE_TABLE[index];
-  STD_TORCH_CHECK(instance.cluster ? parts_fit(work, tile, instance.columns)
+  STD_TORCH_CHECK(instance.cluster ? parts_fit(problem, tile, instance.columns)
                                    : tile.row_parts * tile.channel_parts * tile.warps_k == 1,
                   "plan: ", tile.row_parts, " x ", tile.channel_parts, " parts do not make up the images and channels");
 
   STD_TORCH_CHECK(tile.warps_m % instance.warps_together() == 0, "plan: ", tile.warps_m, " warps are no whole warpgroups");
 
   ChainArguments a{};
-  a.geometry = geometry_of(work, tile, index);
-  STD_TORCH_CHECK(weight.numel() == int64_t(work.steps) * work.slices() * a.geometry.packed_columns * (256 / bytes),
+  a.geometry = geometry_of(problem, tile, index);
+  STD_TORCH_CHECK(weight.numel() == int64_t(problem.steps) * problem.slices() * a.geometry.packed_columns * (256 / bytes),
                   "weight: ", weight.numel(), " elements are not the packed weights of this plan");
-  STD_TORCH_CHECK(bias.numel() == int64_t(work.steps) * a.geometry.packed_columns * 8, "bias: not the packed biases of this plan");
-  STD_TORCH_CHECK(out.size(0) == work.images && out.size(2) == work.out_height() && out.size(3) == work.out_width(),
+  STD_TORCH_CHECK(bias.numel() == int64_t(problem.steps) * a.geometry.packed_columns * 8,
+                  "bias: not the packed biases of this plan");
+  STD_TORCH_CHECK(out.size(0) == problem.images && out.size(2) == problem.out_height() && out.size(3) == problem.out_width(),
                   "out: its size does not fit x");
   a.x = x.data_ptr(), a.weight = weight.data_ptr(), a.out = out.data_ptr();
   a.bias = static_cast<const float*>(bias.data_ptr());
@@ -100,10 +102,10 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, std::vector<in
   a.x_slots = {narrow("x pixel pitch", settings[8]), narrow("x slot pitch", settings[9])};
   a.out_slots = {narrow("out pixel pitch", settings[10]), narrow("out slot pitch", settings[11])};
   STD_TORCH_CHECK(a.x_slots.pixel >= 1 && a.out_slots.pixel >= 1 && offsets_fit(a, type) && grid_fits(a.geometry),
-                  "x, out: an image of ", work.height, " x ", work.width, " pixels at a pitch of ", a.x_slots.pixel, " and ",
-                  a.out_slots.pixel, " elements, or the batch of ", work.images, ", is larger than the kernel counts");
+                  "x, out: an image of ", problem.height, " x ", problem.width, " pixels at a pitch of ", a.x_slots.pixel,
+                  " and ", a.out_slots.pixel, " elements, or the batch of ", problem.images, ", is larger than the kernel counts");
   a.fill_channels = narrow("filled channels", settings[12]);
-  STD_TORCH_CHECK(a.fill_channels >= work.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.out_slots.slot &&
+  STD_TORCH_CHECK(a.fill_channels >= problem.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.out_slots.slot &&
                       a.fill_channels <= a.geometry.packed_columns * 8 &&
                       a.fill_channels <= a.geometry.part_columns * a.geometry.channel_parts * 8,
                   "settings: ", a.fill_channels, " channels of a slot cannot be written");

@@ -20,26 +20,25 @@
 // The output of a CTA is small, and its sums long: `warps_k` warps share out the K slices of the same output. Each then has
 // enough independent products to hide their latency, and enough outputs for every byte that it loads from shared memory.
 #pragma once
-#include "cuda/chain/chain_kernel.cuh"
-#include "plan/cluster_geometry.h"
+#include "cuda/chain/strip_kernel.cuh"
+#include "cuda/plan/cluster_geometry.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
-// COLUMNS and TILES as in plan/instances.h.
+// COLUMNS and TILES as in cuda/plan/instances.h.
 template <class Element, int COLUMNS, int TILES>
-struct ClusterCta : ChainCta<Element, 0, COLUMNS, TILES> {
+struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   static_assert(Element::BYTES == 2, "8 channels are 16 bytes here");
-  using Base = ChainCta<Element, 0, COLUMNS, TILES>;
+  using Base = StripCta<Element, 0, COLUMNS, TILES>;
   using typename Base::ChunkCursor;
   using typename Base::Pixel;
   using Base::a, Base::g, Base::lane, Base::strip, Base::thread, Base::threads, Base::warp_m, Base::warp_n;
   int row_part, channel_part, warp_k;
 
-  DEVICE explicit ClusterCta(const ChainArguments& arguments)
-      : Base(arguments, block_index() / arguments.geometry.channel_parts) {
-    const int block = block_index() / g.channel_parts;
-    channel_part = block_index() - block * g.channel_parts;
-    row_part = block % g.row_parts;
+  DEVICE ClusterCta(const ChainArguments& arguments, int block) : Base(arguments, block / arguments.geometry.channel_parts) {
+    const int image_part = block / g.channel_parts;
+    channel_part = block - image_part * g.channel_parts;
+    row_part = image_part % g.row_parts;
     this->first_channel = channel_part * g.part_columns * 8;
     warp_k = warp_m / g.warps_m;
     warp_m -= warp_k * g.warps_m;
@@ -188,4 +187,4 @@ struct ClusterCta : ChainCta<Element, 0, COLUMNS, TILES> {
   DEVICE void run() const { Base::run(*this); }
 };
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

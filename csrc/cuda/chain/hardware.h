@@ -3,18 +3,18 @@
 #pragma once
 #include <cstdint>
 
-#include "plan/data_type.h"
+#include "cuda/plan/data_type.h"
 
 // The types of a chain's elements, as template arguments.
-template <res2net_fused::chain::DataType DATA_TYPE>
+template <res2net_fused::cuda::DataType DATA_TYPE>
 struct ElementOf {
-  static constexpr res2net_fused::chain::DataType TYPE = DATA_TYPE;
-  static constexpr int BYTES = res2net_fused::chain::bytes_of(TYPE);
-  static constexpr bool IS_BF16 = TYPE == res2net_fused::chain::BF16;
+  static constexpr res2net_fused::cuda::DataType TYPE = DATA_TYPE;
+  static constexpr int BYTES = res2net_fused::cuda::bytes_of(TYPE);
+  static constexpr bool IS_BF16 = TYPE == res2net_fused::cuda::BF16;
 };
-struct fp16 : ElementOf<res2net_fused::chain::FP16> {};
-struct bf16 : ElementOf<res2net_fused::chain::BF16> {};
-struct tf32 : ElementOf<res2net_fused::chain::TF32> {};
+struct fp16 : ElementOf<res2net_fused::cuda::FP16> {};
+struct bf16 : ElementOf<res2net_fused::cuda::BF16> {};
+struct tf32 : ElementOf<res2net_fused::cuda::TF32> {};
 
 // What one thread moves at once; sizeof(T) is the width of the memory instruction.
 struct alignas(4) Bytes4 {

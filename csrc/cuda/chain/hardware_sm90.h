@@ -2,7 +2,7 @@
 // in shared memory. They run while the warps go on, and read through the "async proxy".
 #pragma once
 #include "cuda/chain/hardware.h"
-#include "plan/chain_geometry.h"
+#include "cuda/plan/geometry.h"
 
 // A matrix of K = 32 bytes in shared memory, without a swizzle. It consists of blocks of 8 rows of 16 bytes, 128 bytes on end;
 // `leading` bytes from a block to the one with the next 16 bytes of K, `stride` bytes to the one with the next 8 rows (of A)

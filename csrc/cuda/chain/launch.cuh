@@ -1,13 +1,17 @@
-// How every kernel of the chain is launched; what the three launchers share.
+// How every instance of the kernels is launched.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <atomic>
 
-#include "chain_launch.h"
-#include "plan/cluster_geometry.h"
+#include "cuda/chain/instance.cuh"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
+
+template <class Cta, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS, 1) chain_kernel(const __grid_constant__ ChainArguments arguments) {
+  Cta(arguments, block_index()).run();
+}
 
 constexpr int PREPARED_DEVICES = 64;  // those beyond are prepared at every launch
 
@@ -38,7 +42,7 @@ cudaError_t prepare(int* version) {
 // the runtime's slot, where the next caller would find it. Errors of others are neither reported nor removed, unless ours
 // has overwritten them.
 template <auto KERNEL, int WARPS>
-cudaError_t launch(const ChainArguments& arguments, void* stream, int cluster = 1) {
+cudaError_t launch(const ChainArguments& arguments, void* stream, int cluster) {
   const ChainGeometry& g = arguments.geometry;
   if (g.threads() > 32 * WARPS) return cudaErrorInvalidConfiguration;
   int version = 0;
@@ -63,4 +67,19 @@ cudaError_t launch(const ChainArguments& arguments, void* stream, int cluster = 
   return error;
 }
 
-}  // namespace res2net_fused::chain
+// INDEX: into INSTANCE_TABLE; type: an enum DataType.
+template <int INDEX>
+cudaError_t launch_instance(const ChainArguments& arguments, int type, void* stream) {
+  constexpr Instance ROW = INSTANCE_TABLE[INDEX];
+  const ChainGeometry& g = arguments.geometry;
+  // Parts that send nothing are an ordinary grid, on any device.
+  const int cluster = ROW.cluster && g.sends ? g.row_parts * g.channel_parts : 1;
+  if (type == FP16) return launch<chain_kernel<CtaOf<INDEX, fp16>, ROW.warps>, ROW.warps>(arguments, stream, cluster);
+  if (type == BF16) return launch<chain_kernel<CtaOf<INDEX, bf16>, ROW.warps>, ROW.warps>(arguments, stream, cluster);
+  if constexpr (ROW.runs(TF32)) {
+    if (type == TF32) return launch<chain_kernel<CtaOf<INDEX, tf32>, ROW.warps>, ROW.warps>(arguments, stream, cluster);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace res2net_fused::cuda

@@ -4,15 +4,15 @@
 // 64 slots on end, so a tap is a shift of its address by 16 bytes per slot, and two planes are the K of one product. Rows
 // behind the last position are multiplied too, and dropped: they read slots of the next plane, or the room behind the last one.
 #pragma once
-#include "cuda/chain/chain_kernel.cuh"
+#include "cuda/chain/strip_kernel.cuh"
 #include "cuda/chain/hardware_sm90.h"
 
-namespace res2net_fused::chain {
+namespace res2net_fused::cuda {
 
-// COLUMNS and TILES as in plan/instances.h: a tile is 64 positions of a warpgroup, 16 of each of its warps.
+// COLUMNS and TILES as in cuda/plan/instances.h: a tile is 64 positions of a warpgroup, 16 of each of its warps.
 template <class Element, int COLUMNS, int TILES>
-struct WgmmaCta : ChainCta<Element, PLANES, COLUMNS, TILES> {
-  using Base = ChainCta<Element, PLANES, COLUMNS, TILES>;
+struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
+  using Base = StripCta<Element, PLANES, COLUMNS, TILES>;
   using Base::g, Base::lane, Base::warp_m, Base::warp_n;
   int warp;  // of the warpgroup
 
@@ -69,4 +69,4 @@ struct WgmmaCta : ChainCta<Element, PLANES, COLUMNS, TILES> {
   DEVICE void run() const { Base::run(*this); }
 };
 
-}  // namespace res2net_fused::chain
+}  // namespace res2net_fused::cuda

@@ -23,7 +23,7 @@ ARITHMETIC_VARIABLE = "RES2NET_FUSED_CPU_ARITHMETIC"
 
 ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
 
-# The codes are those of csrc/cpu/chain_plan.h and csrc/cpu/dispatch.h.
+# The codes are those of csrc/cpu/chain/plan.h and csrc/cpu/runtime/dispatch.h.
 ARITHMETICS = {"auto": 0, "winograd": 1, "direct": 2}
 
 INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
@@ -39,7 +39,7 @@ def available_instruction_sets() -> list[str]:
 
 
 def settings(problem: ChainProblem) -> list[int]:
-    """As `problem_of` in csrc/cpu/op_arguments.h takes it: enumerations by their place in the tables of `chain`."""
+    """As `problem_of` in csrc/cpu/ops/op_arguments.h takes it: enumerations by their place in the tables of `chain`."""
     return [problem.width, problem.steps, *_config_codes(problem.config)]
 
 

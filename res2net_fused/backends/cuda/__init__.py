@@ -7,7 +7,7 @@ Calls with few pixels are shared by thread-block clusters, from sm_90 on (csrc/c
 half precision run on Hopper's wgmma where that is predicted to be faster (csrc/cuda/chain/wgmma_kernel.cuh); it is compiled for
 sm_90a alone.
 
-The launch plan comes from a C++ function of the CPU library (csrc/plan), so `plan_chain` works on machines with no GPU.
+The launch plan comes from a C++ function of the CPU library (csrc/cuda/plan), so `plan_chain` works on machines with no GPU.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from .plan import describe, device_limits, plan_chain, planned, problem_numbers,
 # (lower, upper) bound of y
 CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
 
-POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/plan/chain_arguments.h
+POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/cuda/plan/arguments.h
 
-MAX_POSITIONS = 2**15  # pixels of several whole images in one CTA: csrc/plan/plan_model.h
+MAX_POSITIONS = 2**15  # pixels of several whole images in one CTA: csrc/cuda/plan/time_model.h
 
 
 def why_not(problem: ChainProblem) -> str | None:

@@ -19,7 +19,10 @@ from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from . import plan as launch_plan
 
-_KERNEL = re.compile(r"(?P<kind>chain|cluster|wgmma)_kernelI4(?P<dtype>bf16|fp16|tf32)(?P<numbers>(?:Li\d+E)+)")
+# chain_kernel<StripCta<bf16, depths, columns, tiles>, warps>, and the same of the other two without depths
+_KERNEL = re.compile(
+    r"chain_kernelINS\w*?_\d+(?P<kind>Strip|Cluster|Wgmma)CtaI4(?P<dtype>bf16|fp16|tf32)(?P<numbers>(?:Li\d+E)+)E"
+)
 # (w, s) of the published Res2Net-50s at their first stage; w doubles at each of the four stages, of 56, 28, 14 and 7 rows
 PUBLISHED = ((26, 4), (14, 8), (48, 2))
 
@@ -51,8 +54,8 @@ def instance_of(symbol: str) -> tuple[str, str] | None:
     match = _KERNEL.search(symbol)
     if match is None:
         return None
-    *depths, columns, tiles, _ = re.findall(r"Li(\d+)E", match["numbers"])
-    head = f"d{depths[0]}" if match["kind"] == "chain" else f"{match['kind']}_"
+    *depths, columns, tiles = re.findall(r"Li(\d+)E", match["numbers"])
+    head = f"d{depths[0]}" if match["kind"] == "Strip" else f"{match['kind'].lower()}_"
     return f"{head}c{columns}t{tiles}", match["dtype"]
 
 

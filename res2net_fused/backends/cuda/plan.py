@@ -10,9 +10,9 @@ import torch
 from ..._native import library
 from ...chain.problem import ChainProblem
 
-TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/plan/data_type.h
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/cuda/plan/data_type.h
 
-STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/plan/instances.h
+STRIP_INSTANCES = ("d1c2t4", "d2c4t4", "d3c6t4", "d4c7t4", "d0c6t2", "d0c7t2", "d0c4t2")  # as in csrc/cuda/plan/instances.h
 
 CLUSTER_INSTANCES = ("cluster_c2t2", "cluster_c4t2", "cluster_c7t2")
 
@@ -32,7 +32,7 @@ LIMITS = {
 
 
 class Plan(NamedTuple):
-    """How one call is launched, in the order in which csrc/plan/chain_plan.h gives its numbers."""
+    """How one call is launched, in the order in which csrc/cuda/plan/launch_plan.h gives its numbers."""
 
     instance: int
     rows: int  # output pixels of a CTA

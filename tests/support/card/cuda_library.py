@@ -20,6 +20,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ LIMIT_NUMBERS = 7
 class Launch(NamedTuple):
     """One launch as the runtime took it. Grids and blocks of the chain kernels have one dimension."""
 
-    instance: str  # of csrc/plan/instances.h, such as "d2c4t4"; a symbol where it is another kernel
+    instance: str  # of csrc/cuda/plan/instances.h, such as "d2c4t4"; a symbol where it is another kernel
     dtype: str  # "fp16", "bf16" or "tf32"
     grid: int  # blocks
     block: int  # threads
@@ -65,13 +66,13 @@ def build(folder: Path) -> Path:
     emulator = [EMULATOR / name for name in ("emulator.cpp", "memory.cpp", "products.cpp")]
     torch_include = ("-isystem", str(torch_root / "include"))
     common = (f"-I{ROOT / 'csrc'}", f"-I{HERE}", f"-I{EMULATOR}")
-    units = {unit.source: (*_for_any_compiler(unit.flags), *common) for unit in target.units}
-    units[HERE / "by_hand.cpp"] = common
-    beside = {source: (*common, *torch_include) for source in (HERE / "runtime.cpp", *emulator)}
+    units = [(unit.source, unit.object, (*_for_any_compiler(unit.flags), *common)) for unit in target.units]
+    units.append((HERE / "by_hand.cpp", "by_hand.o", common))
+    beside = [(source, source.stem + ".o", (*common, *torch_include)) for source in (HERE / "runtime.cpp", *emulator)]
 
     digest = hashlib.sha256((torch_root / "version.py").read_bytes())
-    digest.update(repr((FLAGS, [f.replace(str(ROOT), "") for flags in units.values() for f in flags])).encode())
-    used = [*ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/plan/*"), *ROOT.glob("csrc/cuda/**/*.*")]
+    digest.update(repr((FLAGS, [f.replace(str(ROOT), "") for _, _, flags in units for f in flags])).encode())
+    used = [*ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/cuda/**/*.*")]
     for path in sorted({*used, *EMULATOR.glob("*.h"), *emulator, *HERE.glob("*"), Path(__file__)}):
         digest.update(path.name.encode() + path.read_bytes())
     name = digest.hexdigest()[:16]
@@ -82,18 +83,17 @@ def build(folder: Path) -> Path:
     work = folder / f"{name}.{os.getpid()}"
     work.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = dict(pool.map(lambda item: (item[0], _compile(*item, work)), {**beside, **units}.items()))
+        list(pool.map(lambda unit: _compile(*unit, work), [*beside, *units]))
+    runtime_objects, library_objects = ([work / made for _, made, _ in part] for part in (beside, units))
     rpath = f"-Wl,-rpath,{folder}:{torch_root / 'lib'}"
     torch_library = f"-L{torch_root / 'lib'}"
     fresh = work / runtime_library.name
-    _run("-shared", *(objects[s] for s in beside), "-o", fresh, f"-Wl,-soname,{fresh.name}", torch_library, "-lc10", rpath)
+    _run("-shared", *runtime_objects, "-o", fresh, f"-Wl,-soname,{fresh.name}", torch_library, "-lc10", rpath)
     os.replace(fresh, runtime_library)
     fresh = work / library.name
-    _run("-shared", *(objects[s] for s in units), runtime_library, "-o", fresh, torch_library, "-ltorch_cpu", rpath)
+    _run("-shared", *library_objects, runtime_library, "-o", fresh, torch_library, "-ltorch_cpu", rpath)
     os.replace(fresh, library)
-    for path in work.iterdir():
-        path.unlink()
-    work.rmdir()
+    shutil.rmtree(work)
     return library
 
 
@@ -103,10 +103,9 @@ def _for_any_compiler(flags: Sequence[str]) -> tuple[str, ...]:
     return (*kept, *(f for i, word in enumerate(flags) if word == "-isystem" for f in flags[i : i + 2]))
 
 
-def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
-    made = folder / (source.name + ".o")
-    _run(*FLAGS, *flags, "-x", "c++", "-c", source, "-o", made)
-    return made
+def _compile(source: Path, made: str, flags: Sequence[str], folder: Path) -> None:
+    (folder / made).parent.mkdir(parents=True, exist_ok=True)
+    _run(*FLAGS, *flags, "-x", "c++", "-c", source, "-o", folder / made)
 
 
 def _run(*arguments: str | Path) -> None:

@@ -1,0 +1,175 @@
+#include "cpu/chain/block.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cpu/runtime/scratch.h"
+
+namespace res2net_fused {
+namespace {
+
+// u = relu(conv1(x)) and y = chain(u) of some images: (images, H, W, room), a pixel's channels padded to whole panels so that
+// nothing that is stored there needs a mask. Also the pixels that a strided projection reads, side by side.
+class Middle {
+ public:
+  Middle(const ChainProblem& problem, const BlockData& block, int64_t images) : problem_(problem) {
+    const int64_t out_pixels = images * problem.out_height() * problem.out_width();
+    room_ = round_up(problem.scale() * problem.channels, kPanel);
+    u_floats_ = images * problem.height * problem.width * room_;
+    y_floats_ = out_pixels * room_;
+    picked_floats_ = block.projection != nullptr && block.projection_stride > 1 ? out_pixels * block.shortcut_planes : 0;
+  }
+
+  int64_t floats() const { return u_floats_ + y_floats_ + picked_floats_; }
+  void place(float* memory) { memory_ = memory; }
+
+  int64_t room() const { return room_; }
+  float* u() const { return memory_; }
+  float* y() const { return memory_ + u_floats_; }
+  float* picked() const { return y() + y_floats_; }
+
+  ChainData chain(const BlockData& block) const {
+    const int64_t row = problem_.width * room_, out_row = problem_.out_width() * room_;
+    ChainData data{};
+    data.x = {u(), problem_.height * row, row, room_};
+    data.out = {y(), problem_.out_height() * out_row, out_row, room_};
+    data.room = room_;
+    data.winograd = block.winograd;
+    data.direct = block.direct;
+    data.bias = block.bias;
+    return data;
+  }
+
+ private:
+  const ChainProblem& problem_;
+  int64_t room_, u_floats_, y_floats_, picked_floats_;
+  float* memory_ = nullptr;
+};
+
+class BlockRun {
+ public:
+  BlockRun(const ChainProblem& problem, const ChainPlan& plan, const BlockData& data, const Kernels& kernels)
+      : problem_(problem), plan_(plan), data_(data), kernels_(kernels) {
+    plan_.brings_near = false;  // what the chain reads has just been written
+  }
+
+  void images() const;
+  void together() const;
+
+ private:
+  int64_t pixels(int64_t images) const { return images * problem_.height * problem_.width; }
+  int64_t out_pixels(int64_t images) const { return images * problem_.out_height() * problem_.out_width(); }
+
+  Pointwise conv1(const Middle& middle, int64_t first_image) const {
+    Pointwise p{};
+    p.sources[0] = {data_.x + pixels(first_image) * data_.inplanes, data_.inplanes, data_.inplanes, data_.conv1};
+    p.bias = data_.conv1_bias;
+    p.out = middle.u();
+    p.out_pitch = middle.room();
+    p.columns = problem_.scale() * problem_.channels;
+    p.full_vectors = p.relu = true;
+    return p;
+  }
+
+  Pointwise conv3(const Middle& middle, int64_t first_image) const {
+    Pointwise p{};
+    p.sources[0] = {middle.y(), middle.room(), problem_.scale() * problem_.channels, data_.conv3};
+    p.bias = data_.conv3_bias;
+    p.columns = p.out_pitch = p.shortcut_pitch = data_.outplanes;
+    const int64_t planes = data_.shortcut_planes;
+    if (data_.projection == nullptr) {
+      p.shortcut = data_.shortcut == nullptr ? nullptr : data_.shortcut + out_pixels(first_image) * data_.outplanes;
+    } else if (data_.projection_stride > 1) {
+      p.sources[1] = {middle.picked(), planes, planes, data_.projection};
+    } else {
+      p.sources[1] = {data_.shortcut + out_pixels(first_image) * planes, planes, planes, data_.projection};
+    }
+    p.out = data_.out + out_pixels(first_image) * data_.outplanes;
+    p.relu = data_.relu;
+    return p;
+  }
+
+  bool picks() const { return data_.projection != nullptr && data_.projection_stride > 1; }
+  // Rows of pixels that a strided projection reads, counted over the images from first_image on.
+  void pick(const Middle& middle, int64_t first_image, int64_t first_row, int64_t last_row) const {
+    const int64_t planes = data_.shortcut_planes, stride = data_.projection_stride;
+    const int64_t row = data_.shortcut_width * planes, image = data_.shortcut_height * row;
+    const int64_t height = problem_.out_height(), width = problem_.out_width();
+    kernels_.copy_rows(
+        {data_.shortcut + first_image * image, image, stride * row, stride * planes}, {},
+        {middle.picked(), height * width * planes, width * planes, planes}, height, width, planes, first_row, last_row);
+  }
+
+  // Calls f(first, last) for parts of `units`, one for each thread.
+  template <class F>
+  static void share_out(int64_t units, const F& f) {
+    const int64_t parts = std::min(std::max<int64_t>(torch::stable::get_num_threads(), 1), units);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      f(units * first / parts, units * last / parts);
+    });
+  }
+
+  // All rows, by all threads: the larger of the two operands is shared out.
+  void pointwise(const Pointwise& p, int64_t rows) const {
+    const int64_t panels = panel_count(p.columns);
+    if (rows >= p.columns) {
+      share_out(rows, [&](int64_t first, int64_t last) { kernels_.pointwise_rows(p, first, last, 0, panels); });
+    } else {
+      share_out(panels, [&](int64_t first, int64_t last) { kernels_.pointwise_rows(p, 0, rows, first, last); });
+    }
+  }
+
+  const ChainProblem& problem_;
+  ChainPlan plan_;
+  const BlockData& data_;
+  const Kernels& kernels_;
+};
+
+// Each thread takes its images through the whole block, plan.images at a time.
+void BlockRun::images() const {
+  const Middle shape(problem_, data_, plan_.images);
+  const int64_t chain_floats = ImageChain::scratch_floats(problem_, plan_, kernels_);
+  const int64_t each = chain_floats + round_up(shape.floats(), 1024);
+  const Scratch scratch(each * plan_.parts);
+  torch::stable::parallel_for(0, plan_.parts, 1, [&](int64_t first_part, int64_t last_part) {
+    for (int64_t part = first_part; part < last_part; part++) {
+      float* const memory = scratch.data() + part * each;
+      const ImageChain chain(problem_, plan_, kernels_, memory);
+      Middle middle(problem_, data_, plan_.images);
+      middle.place(memory + chain_floats);
+      const int64_t last = problem_.batch * (part + 1) / plan_.parts;
+      for (int64_t n = problem_.batch * part / plan_.parts; n < last; n += plan_.images) {
+        const int64_t images = std::min(plan_.images, last - n);
+        const Pointwise before = conv1(middle, n), behind = conv3(middle, n);
+        kernels_.pointwise_rows(before, 0, pixels(images), 0, panel_count(before.columns));
+        chain.run(middle.chain(data_), images);
+        if (picks()) pick(middle, n, 0, images * problem_.out_height());
+        kernels_.pointwise_rows(behind, 0, out_pixels(images), 0, panel_count(behind.columns));
+      }
+    }
+  });
+}
+
+// All threads on one part of the block after the other.
+void BlockRun::together() const {
+  Middle middle(problem_, data_, problem_.batch);
+  const Scratch scratch(middle.floats());
+  middle.place(scratch.data());
+  pointwise(conv1(middle, 0), pixels(problem_.batch));
+  run_chain(problem_, plan_, middle.chain(data_), kernels_);
+  if (picks()) {
+    const int64_t rows = problem_.batch * problem_.out_height();
+    share_out(rows, [&](int64_t first, int64_t last) { pick(middle, 0, first, last); });
+  }
+  pointwise(conv3(middle, 0), out_pixels(problem_.batch));
+}
+
+}  // namespace
+
+void run_block(const ChainProblem& problem, const ChainPlan& plan, const BlockData& data, const Kernels& kernels) {
+  const BlockRun run(problem, plan, data, kernels);
+  plan.schedule == Schedule::images ? run.images() : run.together();
+}
+
+}  // namespace res2net_fused

@@ -1,0 +1,346 @@
+#include "cpu/chain/forward.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/work_split.h"
+#include "cpu/chain/padded_images.h"
+
+namespace res2net_fused {
+namespace {
+
+// Reads one float of every cache line of some images, in the order of memory. The chain reads and writes a group at a time,
+// short pieces far apart, which comes from memory at a fraction of the speed at which whole rows do. Not of
+// pixels far apart: what lies between them would come too, gigabytes of it where x is a slice of something huge.
+void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, int64_t channels) {
+  constexpr int64_t kLine = 16;
+  if (view.pixel > 4 * channels) return;
+  for (int64_t row = 0; row < images * height; row++) {
+    const float* from = view.at(row / height, row % height, 0);
+    const int64_t floats = (width - 1) * view.pixel + channels;
+    for (int64_t i = 0; i < floats; i += kLine) static_cast<void>(*static_cast<const volatile float*>(from + i));
+  }
+}
+
+// Scratch of one thread for Winograd blocks.
+struct BlockScratch {
+  float *v, *m, *patch;
+};
+
+class Run {
+ public:
+  Run(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels)
+      : problem_(problem), plan_(plan), data_(data), kernels_(kernels), split_{plan.parts} {}
+
+  void images() const;
+  void tiles() const;
+  void channels() const;
+
+  // The first `images` images, by one thread.
+  void image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const;
+
+  // Whether all results were finite, or computed again.
+  bool right() const { return right_; }
+
+  int64_t v_floats(int64_t tiles) const { return PointLayout::tiles_first(tiles, problem_.channels).floats(); }
+  int64_t m_floats(int64_t tiles) const { return products_floats(kernels_, tiles, problem_.channels); }
+  int64_t patch_floats() const { return round_up(kPoints * problem_.channels, kAlignment); }
+  // Tiles of a block where whole images are worked on.
+  int64_t image_tiles() const {
+    return plan_.winograd ? std::min(plan_.block_tiles, plan_.images * plan_.grid.per_image()) : 0;
+  }
+
+ private:
+  int64_t group_of(int64_t step) const { return problem_.first_convolved() + step; }
+  bool needs_copy(int64_t step) const {
+    if (plan_.winograd && !plan_.copies_source && !problem_.adds(group_of(step))) return false;
+    return step == 0 || !problem_.adds(group_of(step));
+  }
+
+  // Whether the last convolution copies the passed group, tile by tile; else it has a turn of its own.
+  bool copies_passed() const {
+    return plan_.winograd && problem_.passthrough == Passthrough::last && problem_.pool == Pool::none;
+  }
+  bool passes_first() const { return problem_.passed_group() == 0; }
+  bool passes_last() const { return problem_.passed_group() > 0 && !copies_passed(); }
+
+  Step step(int64_t i, const PaddedImages& sources, int64_t first_image) const;
+  void copy_source(int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
+  void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
+  void winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const;
+
+  ConstView x_group(int64_t group, int64_t first_image) const {
+    return res2net_fused::group_of(data_.x, group, problem_.channels, first_image);
+  }
+  View out_group(int64_t group, int64_t first_image) const {
+    return res2net_fused::group_of(data_.out, group, problem_.channels, first_image);
+  }
+  void note(bool right) const {
+    if (!right) right_ = false;
+  }
+
+  const ChainProblem& problem_;
+  const ChainPlan& plan_;
+  const ChainData& data_;
+  const Kernels& kernels_;
+  const WorkSplit split_;
+  mutable std::atomic<bool> right_{true};
+};
+
+Step Run::step(int64_t i, const PaddedImages& sources, int64_t first_image) const {
+  const ChainProblem& p = problem_;
+  const int64_t group = group_of(i);
+  const bool from_x = plan_.winograd && !plan_.copies_source && !p.adds(group);
+  Step step{};
+  step.in_height = p.height;
+  step.in_width = p.width;
+  step.height = p.out_height();
+  step.width = p.out_width();
+  step.channels = p.channels;
+  step.groups = p.groups;
+  step.stride = p.stride;
+  step.row_dilation = p.row_dilation();
+  step.column_dilation = p.column_dilation();
+  step.activation = p.activation;
+  step.source = from_x ? x_group(group, first_image) : constant(sources.view(i));
+  step.source_has_border = !from_x;
+  step.source_full_vectors = !from_x || p.full_vectors(group, data_.room);
+  if (i + 1 < p.steps && p.adds(group + 1)) {
+    step.addend = x_group(group + 1, first_image);
+    step.addend_full_vectors = p.full_vectors(group + 1, data_.room);
+    step.next = sources.view(i + 1);
+  }
+  step.out = out_group(group, first_image);
+  step.out_full_vectors = p.full_vectors(group, data_.room);
+  if (copies_passed() && i + 1 == p.steps) {
+    step.passed = x_group(p.passed_group(), first_image);
+    step.passed_out = out_group(p.passed_group(), first_image);
+  }
+  if (data_.winograd != nullptr) step.winograd = data_.winograd + i * winograd_floats(p.channels);
+  step.winograd_point = winograd_point(p.channels);
+  if (data_.direct != nullptr) step.direct = data_.direct + i * p.groups * direct_group_floats(p.channels / p.groups);
+  step.bias = data_.bias + i * bias_floats(p.channels);
+  return step;
+}
+
+void Run::copy_source(
+    int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const {
+  const int64_t group = group_of(i);
+  // Only the first convolution of "first_added" comes here with something to add: the passed group.
+  const ConstView plus = problem_.adds(group) ? constant(out_group(group - 1, first_image)) : ConstView{};
+  kernels_.copy_rows(
+      x_group(group, first_image), plus, sources.view(i), problem_.height, problem_.width, problem_.channels, first_row,
+      last_row);
+}
+
+void Run::pass(int64_t first_image, int64_t first_row, int64_t last_row) const {
+  const int64_t group = problem_.passed_group();
+  kernels_.pass_rows(
+      x_group(group, first_image), problem_.height, problem_.width, out_group(group, first_image), problem_.out_height(),
+      problem_.out_width(), problem_.channels, problem_.stride, problem_.pool, first_row, last_row);
+}
+
+// Tiles first ... last of the step's images.
+void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const {
+  for_each_block(first, last, plan_.block_tiles, [&](Block block, int64_t) {
+    kernels_.winograd_input(
+        step, plan_.grid, block, scratch.v, PointLayout::tiles_first(block.count, problem_.channels), 0, problem_.padded());
+    note(kernels_.winograd_output(
+        step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels)));
+  });
+}
+
+void Run::image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const {
+  const int64_t out_rows = images * problem_.out_height(), channels = problem_.scale() * problem_.channels;
+  if (plan_.brings_near) {
+    bring_near(x_group(0, 0), images, problem_.height, problem_.width, channels);
+    bring_near(constant(out_group(0, 0)), images, problem_.out_height(), problem_.out_width(), channels);
+  }
+  if (passes_first()) pass(0, 0, out_rows);
+  for (int64_t i = 0; i < problem_.steps; i++) {
+    if (needs_copy(i)) copy_source(i, sources, 0, 0, images * problem_.height);
+    const Step step = this->step(i, sources, 0);
+    if (plan_.winograd) {
+      winograd_tiles(step, 0, images * plan_.grid.per_image(), scratch);
+    } else {
+      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+      kernels_.direct_rows(step, 0, out_rows, 0, panels);
+    }
+  }
+  if (passes_last()) pass(0, 0, out_rows);  // last: the slot before it spills into it
+}
+
+void Run::images() const {
+  const int64_t each = ImageChain::scratch_floats(problem_, plan_, kernels_);
+  const Scratch scratch(each * plan_.parts);
+  split_.for_each([&](int64_t part) {
+    const ImageChain chain(problem_, plan_, kernels_, scratch.data() + part * each);
+    const int64_t last = split_.share(problem_.batch, part + 1);
+    for (int64_t n = split_.share(problem_.batch, part); n < last; n += plan_.images) {
+      ChainData data = data_;
+      data.x.data += n * data.x.image;
+      data.out.data += n * data.out.image;
+      note(chain.run(data, std::min(plan_.images, last - n)));
+    }
+  });
+}
+
+void Run::tiles() const {
+  PaddedImages sources(problem_, problem_.batch);
+  const int64_t all_tiles = plan_.winograd ? problem_.batch * plan_.grid.per_image() : 0;
+  const int64_t block_tiles = plan_.winograd ? std::min(plan_.block_tiles, all_tiles / plan_.parts + 1) : 0;
+  const int64_t v = plan_.winograd ? v_floats(block_tiles) : 0, m = plan_.winograd ? m_floats(block_tiles) : 0;
+  const int64_t each = round_up(v + m + patch_floats(), 1024) + kAlignment;
+  const Scratch scratch(sources.floats() + each * plan_.parts);
+  sources.place(scratch.data());
+  sources.zero_borders();
+  float* const blocks = scratch.data() + sources.floats();
+
+  const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
+  const auto pass_all = [&] {
+    split_.for_each([&](int64_t part) { pass(0, split_.share(out_rows, part), split_.share(out_rows, part + 1)); });
+  };
+  if (passes_first()) pass_all();
+  for (int64_t i = 0; i < problem_.steps; i++) {
+    if (needs_copy(i)) {
+      split_.for_each([&](int64_t part) {
+        copy_source(i, sources, 0, split_.share(rows, part), split_.share(rows, part + 1));
+      });
+    }
+    const Step step = this->step(i, sources, 0);
+    split_.for_each([&](int64_t part) {
+      if (plan_.winograd) {
+        float* memory = blocks + part * each;
+        const BlockScratch own{memory, memory + v, memory + v + m};
+        winograd_tiles(step, split_.share(all_tiles, part), split_.share(all_tiles, part + 1), own);
+        return;
+      }
+      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+      if (out_rows >= 4 * plan_.parts) {
+        kernels_.direct_rows(step, split_.share(out_rows, part), split_.share(out_rows, part + 1), 0, panels);
+      } else {
+        kernels_.direct_rows(step, 0, out_rows, split_.share(panels, part), split_.share(panels, part + 1));
+      }
+    });
+  }
+  if (passes_last()) pass_all();
+}
+
+// Each part transforms, multiplies and writes its own channels. What it writes is what it transforms for the next step, so
+// that one barrier a step is enough; V takes turns between two buffers.
+void Run::channels() const {
+  PaddedImages sources(problem_, problem_.batch);
+  const int64_t w = problem_.channels, tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(w);
+  const int64_t blocks = (tiles + plan_.block_tiles - 1) / plan_.block_tiles, block_tiles = (tiles + blocks - 1) / blocks;
+  const int64_t block_v = v_floats(block_tiles), v = blocks * block_v, m = m_floats(block_tiles), patch = patch_floats();
+  const int64_t packed = data_.plain == nullptr ? 0 : kPoints * w * kernels_.panels_per_pass * kPanel;
+  const int64_t each = round_up(m + patch + packed, 1024) + kAlignment;
+  const Scratch scratch(sources.floats() + 2 * v + each * plan_.parts);
+  sources.place(scratch.data());
+  sources.zero_borders();
+  float* const transformed = scratch.data() + sources.floats();
+  float* const own = transformed + 2 * v;
+
+  const auto blockwise = [&](const auto& f) {
+    for_each_block(0, tiles, plan_.block_tiles, [&](Block block, int64_t b) { f(block, b * block_v); });
+  };
+  const auto transform = [&](int64_t i, int64_t part) {
+    const int64_t first = split_.share(panels, part) * kPanel;
+    const int64_t last = std::min(split_.share(panels, part + 1) * kPanel, problem_.padded());
+    blockwise([&](Block block, int64_t at) {
+      const PointLayout layout = PointLayout::tiles_first(block.count, w);
+      kernels_.winograd_input(step(i, sources, 0), plan_.grid, block, transformed + (i % 2) * v + at, layout, first, last);
+    });
+  };
+  const auto multiply = [&](int64_t i, int64_t part, int64_t first, int64_t last) {
+    float* const memory = own + part * each;
+    Step step = this->step(i, sources, 0);
+    if (data_.plain == nullptr) {
+      step.winograd += first * kPanel * w;
+    } else {
+      step.winograd = memory + m + patch;
+      step.winograd_point = w * (std::min(last * kPanel, problem_.padded()) - first * kPanel);
+      kernels_.pack_winograd(data_.plain[i], w, memory + m + patch, step.winograd_point, first, last);
+    }
+    blockwise([&](Block block, int64_t at) {
+      note(kernels_.winograd_output(
+          step, plan_.grid, block, transformed + (i % 2) * v + at, memory, memory + m, first, last));
+    });
+  };
+
+  const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
+  if (passes_first()) pass(0, 0, out_rows);
+  if (needs_copy(0)) {
+    split_.for_each([&](int64_t part) {
+      copy_source(0, sources, 0, split_.share(rows, part), split_.share(rows, part + 1));
+    });
+  }
+  split_.for_each([&](int64_t part) { transform(0, part); });
+  for (int64_t i = 0; i < problem_.steps; i++) {
+    split_.for_each([&](int64_t part) {
+      const int64_t first = split_.share(panels, part), count = split_.share(panels, part + 1) - first;
+      // Weights that are packed here stay in cache: no more of them than one pass takes.
+      const int64_t passes = data_.plain == nullptr ? 1 : (count + kernels_.panels_per_pass - 1) / kernels_.panels_per_pass;
+      for (int64_t p = 0; p < passes; p++) {
+        multiply(i, part, first + count * p / passes, first + count * (p + 1) / passes);
+      }
+      if (i + 1 < problem_.steps) transform(i + 1, part);
+    });
+  }
+  if (passes_last()) pass(0, 0, out_rows);
+}
+
+}  // namespace
+
+ImageChain::ImageChain(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels, float* scratch)
+    : problem_(problem), plan_(plan), kernels_(kernels), scratch_(scratch) {
+  PaddedImages sources(problem_, plan_.images);
+  sources.place(scratch_);
+  sources.zero_borders();
+}
+
+int64_t ImageChain::scratch_floats(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels) {
+  const Run run(problem, plan, ChainData{}, kernels);
+  const int64_t tiles = run.image_tiles();
+  const int64_t blocks = plan.winograd ? run.v_floats(tiles) + run.m_floats(tiles) : 0;
+  return round_up(PaddedImages(problem, plan.images).floats() + blocks + run.patch_floats(), 1024) + kAlignment;
+}
+
+bool ImageChain::run(const ChainData& data, int64_t images) const {
+  const Run run(problem_, plan_, data, kernels_);
+  PaddedImages sources(problem_, plan_.images);
+  sources.place(scratch_);
+  float* const v = scratch_ + sources.floats();
+  float* const m = v + (plan_.winograd ? run.v_floats(run.image_tiles()) : 0);
+  float* const patch = m + (plan_.winograd ? run.m_floats(run.image_tiles()) : 0);
+  run.image_group(sources, images, {v, m, patch});
+  return run.right();
+}
+
+void pack_ahead(const WeightView* weights, int64_t steps, int64_t channels, float* packed, const Kernels& kernels) {
+  const int64_t panels = panel_count(channels);
+  WorkSplit{steps * panels}.for_each([&](int64_t item) {
+    const int64_t step = item / panels, panel = item % panels;
+    float* const to = packed + step * winograd_floats(channels) + panel * kPanel * channels;
+    kernels.pack_winograd(weights[step], channels, to, winograd_point(channels), panel, panel + 1);
+  });
+}
+
+bool run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels) {
+  const Run run(problem, plan, data, kernels);
+  switch (plan.schedule) {
+    case Schedule::images:
+      run.images();
+      break;
+    case Schedule::tiles:
+      run.tiles();
+      break;
+    case Schedule::channels:
+      run.channels();
+      break;
+  }
+  return run.right();
+}
+
+}  // namespace res2net_fused

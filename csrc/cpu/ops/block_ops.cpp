@@ -1,0 +1,101 @@
+// torch.ops.res2net_fused_native.cpu_block_forward and cpu_pack_pointwise: the whole block in eval mode.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/runtime/scratch.h"
+#include "cpu/chain/block.h"
+#include "cpu/ops/op_arguments.h"
+
+namespace res2net_fused {
+namespace {
+
+// x with dense pixels, one after the other.
+Tensor as_dense_nhwc_floats(const Tensor& x) {
+  return torch::stable::contiguous(as_nhwc_floats(x), MemoryFormat::ChannelsLast);
+}
+
+// packed: conv1's weights and biases, conv3's weights, its biases (with the projection's), the projection's weights or an empty
+// tensor, then what cpu_pack returns. With a projection, shortcut is what it reads, at every projection_stride-th pixel.
+Tensor block_forward(
+    const Tensor& x_given, std::optional<Tensor> shortcut_given, const std::vector<Tensor>& packed, int64_t outplanes,
+    int64_t projection_stride, bool relu, const std::vector<int64_t>& settings, bool channels_last, int64_t arithmetic, int64_t instruction_set) {
+  STD_TORCH_CHECK(x_given.is_cpu() && x_given.dim() == 4, "x must be a four-dimensional tensor on the CPU");
+  STD_TORCH_CHECK(packed.size() == 8 && outplanes >= 1, "packed must be 8 tensors, not ", packed.size());
+  const Tensor x = as_dense_nhwc_floats(x_given);
+  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), settings);
+  const Kernels& kernels = kernels_of(instruction_set);
+  const int64_t channels = problem.channels, steps = problem.steps, groups = problem.groups;
+  const int64_t inplanes = x.size(1), middle = problem.scale() * channels;
+  BlockData data{};
+  data.inplanes = inplanes;
+  data.outplanes = outplanes;
+  data.relu = relu;
+  data.conv1 = packed_floats(packed[0], "conv1", pointwise_floats(middle, inplanes));
+  data.conv1_bias = packed_floats(packed[1], "conv1_bias", bias_floats(middle));
+  data.conv3 = packed_floats(packed[2], "conv3", pointwise_floats(outplanes, middle));
+  data.conv3_bias = packed_floats(packed[3], "conv3_bias", bias_floats(outplanes));
+  data.winograd = packed_floats(packed[5], "winograd", steps * winograd_floats(channels), true);
+  data.direct = packed_floats(packed[6], "direct", steps * groups * direct_group_floats(channels / groups));
+  data.bias = packed_floats(packed[7], "bias", steps * bias_floats(channels));
+
+  const int64_t height = problem.out_height(), width = problem.out_width();
+  Tensor out = empty_nhwc(problem.batch, outplanes, height, width);
+  Tensor shortcut;
+  STD_TORCH_CHECK(
+      shortcut_given.has_value() || packed[4].numel() == 0, "shortcut must be given beside a projection's weights");
+  if (shortcut_given.has_value()) {
+    shortcut = as_dense_nhwc_floats(*shortcut_given);
+    const int64_t planes = shortcut.size(1), stride = projection_stride;
+    const bool projected = packed[4].numel() > 0;
+    STD_TORCH_CHECK(
+        shortcut.is_cpu() && stride >= 1 && shortcut.size(0) == problem.batch && (projected || planes == outplanes) &&
+            (shortcut.size(2) - 1) / stride + 1 == height && (shortcut.size(3) - 1) / stride + 1 == width,
+        "shortcut must be (", problem.batch, ", ", outplanes, ", ", height, ", ", width, ") on the CPU, after its projection");
+    if (projected) data.projection = packed_floats(packed[4], "projection", pointwise_floats(outplanes, planes));
+    data.shortcut_planes = planes;
+    data.shortcut_height = shortcut.size(2);
+    data.shortcut_width = shortcut.size(3);
+    data.projection_stride = stride;
+    data.shortcut = static_cast<const float*>(shortcut.const_data_ptr());
+  }
+  if (problem.batch > 0) {
+    data.x = static_cast<const float*>(x.const_data_ptr());
+    data.out = static_cast<float*>(out.mutable_data_ptr());
+    const auto choice = data.winograd ? static_cast<ArithmeticChoice>(arithmetic) : ArithmeticChoice::direct;
+    run_block(problem, plan_chain(problem, choice, torch::stable::get_num_threads()), data, kernels);
+  }
+  return as_asked(out, x_given.scalar_type(), channels_last);
+}
+
+// [weights (columns, depth, 1, 1) in panels, biases], both fp32.
+std::vector<Tensor> pack_pointwise(const Tensor& weight, const Tensor& bias, int64_t instruction_set) {
+  STD_TORCH_CHECK(
+      weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && weight.numel() > 0,
+      "weight must be (columns, depth, 1, 1) on the CPU");
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  STD_TORCH_CHECK(bias.is_cpu() && bias.numel() == columns, "bias must hold ", columns, " elements");
+  const Kernels& kernels = kernels_of(instruction_set);
+  const Tensor plain = torch::stable::contiguous(torch::stable::to(weight, ScalarType::Float));
+  Tensor packed = new_floats(1, pointwise_floats(columns, depth));
+  const float* const from = static_cast<const float*>(plain.const_data_ptr());
+  float* const to = static_cast<float*>(packed.mutable_data_ptr());
+  ask_for_huge_pages(to, packed.numel() * static_cast<int64_t>(sizeof(float)));
+  torch::stable::parallel_for(0, panel_count(columns), 1, [&](int64_t first, int64_t last) {
+    kernels.pack_pointwise(from, columns, depth, to, first, last);
+  });
+  return {packed, pack_biases({bias}, 1, columns)};
+}
+
+}  // namespace
+}  // namespace res2net_fused
+
+STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
+  m.def(
+      "cpu_block_forward(Tensor x, Tensor? shortcut, Tensor[] packed, int outplanes, int projection_stride, "
+      "bool relu, int[] settings, bool channels_last, int arithmetic, int instruction_set) -> Tensor");
+  m.def("cpu_pack_pointwise(Tensor weight, Tensor bias, int instruction_set) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CPU, m) {
+  m.impl("cpu_block_forward", TORCH_BOX(&res2net_fused::block_forward));
+  m.impl("cpu_pack_pointwise", TORCH_BOX(&res2net_fused::pack_pointwise));
+}

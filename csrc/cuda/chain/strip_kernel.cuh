@@ -1,0 +1,482 @@
+// The Res2Net chain in one launch, inference, channels-last, in half precision or in float32 with products in TF32:
+//     y_i = clamp(conv3x3_i(u_i) + bias_i),   u_i = x_i + y_{i-1}  (or x_i alone),   and one group passes through
+//     and may be added to u_0.
+// A CTA owns a part of the output (see cuda/plan/geometry.h) and keeps u_i of that part and its halo in shared memory: step i
+// reads strip i % 2. Meanwhile x_{i+1} arrives in the other strip, where the step's end adds y_i to it.
+#pragma once
+#include "cuda/chain/hardware.h"
+#include "cuda/plan/arguments.h"
+#include "cuda/plan/instances.h"
+
+namespace res2net_fused::cuda {
+
+template <int BYTES>
+struct VectorOf;
+template <>
+struct VectorOf<4> {
+  using type = Bytes4;
+};
+template <>
+struct VectorOf<8> {
+  using type = Bytes8;
+};
+template <>
+struct VectorOf<16> {
+  using type = Bytes16;
+};
+
+// DEPTHS, COLUMNS and TILES as in cuda/plan/instances.h.
+template <class Element, int DEPTHS, int COLUMNS, int TILES>
+struct StripCta {
+  static constexpr int BYTES = Element::BYTES;
+  static constexpr int PER_WORD = 4 / BYTES;  // elements in 4 bytes, the smallest move
+  static constexpr int COLUMN_BYTES = 256;  // of 8 output channels of a K slice of the weights
+  using Pair = typename VectorOf<2 * BYTES>::type;  // of neighbouring channels
+
+  const ChainArguments& a;
+  const ChainGeometry& g;
+  const unsigned char* x;  // of the first image of this CTA
+  unsigned char* out;
+  SharedPtr shared;
+  int thread, lane, warp_m, warp_n, threads;
+  int first_channel = 0;                     // that this CTA computes
+  int first_image, first_row, first_column;  // image, row and column that line 0 and column 0 of the strip stand for
+
+  // block: counts the parts of the images, see ChainGeometry.
+  DEVICE StripCta(const ChainArguments& arguments, int block)
+      : a(arguments), g(arguments.geometry), shared(shared_memory()), thread(thread_index()), lane(thread % 32) {
+    warp_n = thread / 32 % g.warps_n;
+    warp_m = thread / 32 / g.warps_n;
+    threads = 32 * g.warps_m * g.warps_n;
+    const int column_block = block % g.column_blocks;
+    const int row_block = block / g.column_blocks % g.row_blocks;
+    first_image = block / g.column_blocks / g.row_blocks * g.tile_images;
+    first_row = row_block * g.rows * g.stride - g.lead;
+    first_column = column_block * g.columns * g.stride - g.halo_columns;
+    x = static_cast<const unsigned char*>(a.x) + int64_t(first_image) * g.height * g.width * a.x_slots.pixel * BYTES;
+    out = static_cast<unsigned char*>(a.out) + int64_t(first_image) * g.out_height * g.out_width * a.out_slots.pixel * BYTES;
+  }
+
+  // ---- where things are ----
+
+  DEVICE int depths() const {
+    if constexpr (DEPTHS > 0)
+      return DEPTHS;
+    else
+      return g.depths;
+  }
+  DEVICE int depths_divide(int slice) const {
+    if constexpr (DEPTHS > 0)
+      return slice / DEPTHS;
+    else
+      return g.by_depths.divide(slice);
+  }
+  DEVICE int slot_bytes() const {
+    if constexpr (DEPTHS > 0)
+      return slot_bytes_of(DEPTHS, DEPTHS);
+    else
+      return g.slot_bytes;
+  }
+  DEVICE SharedPtr strip(int step) const {
+    return shared.part(step % 2 * g.strip_bytes, g.strip_bytes, step % 2 ? "strip 1" : "strip 0");
+  }
+  DEVICE SharedPtr stage(int index) const {
+    return shared.part(g.strips * g.strip_bytes + index * g.stage_bytes, g.stage_bytes, "weights");
+  }
+  DEVICE int slot_of(int line, int column) const { return g.dilation + line * g.pitch + column; }
+  DEVICE int chunk_offset(int slot, int chunk) const {
+    if constexpr (DEPTHS == PLANES) return chunk * g.plane_bytes + slot * 16;
+    if constexpr (swizzled(DEPTHS)) chunk ^= unsigned(slot) / (8 / (2 * DEPTHS)) % (2 * DEPTHS);
+    return slot * slot_bytes() + chunk * 16;
+  }
+  DEVICE int channel_offset(int slot, int channel) const {
+    constexpr int PER_CHUNK = 16 / BYTES;
+    return chunk_offset(slot, channel / PER_CHUNK) + channel % PER_CHUNK * BYTES;
+  }
+
+  // A pixel of the strip: its slot, and the pixel of x it stands for.
+  struct Pixel {
+    int line, column;              // of the strip
+    int image, row, image_column;  // image: counted from the CTA's first
+    bool valid;                    // inside an image
+  };
+  DEVICE Pixel pixel_at(int line, int column) const {
+    Pixel p{line, column, g.by_period.divide(line), 0, first_column + column, false};
+    p.row = first_row + line - p.image * g.period;
+    // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters any more.
+    p.valid = p.row >= 0 && p.row < g.height && first_image + p.image < g.images &&
+              p.image_column >= 0 && p.image_column < g.width;
+    return p;
+  }
+  DEVICE int x_offset(const Pixel& p) const {  // bytes
+    return ((p.image * g.height + p.row) * g.width + p.image_column) * a.x_slots.pixel * BYTES;
+  }
+  DEVICE int out_offset(const Pixel& p) const {
+    const int row = g.stride == 1 ? p.row : p.row / g.stride;
+    const int column = g.stride == 1 ? p.image_column : p.image_column / g.stride;
+    return ((p.image * g.out_height + row) * g.out_width + column) * a.out_slots.pixel * BYTES;
+  }
+  DEVICE bool owned(const Pixel& p) const {
+    return p.valid && p.line >= g.owned_line && p.line < g.owned_line_end && p.column >= g.owned_column &&
+           p.column < g.owned_column_end;
+  }
+  // The pixel in the middle of the window of an output position.
+  DEVICE Pixel pixel_of(int step, int position) const {
+    const int line = g.by_work_pitch.divide(position);
+    const int column = position - line * g.work_pitch;
+    return pixel_at(g.work_line(step) + line * g.stride, g.work_column + column * g.stride);
+  }
+
+  // ---- 4 bytes: two elements in half precision, one float32 otherwise ----
+
+  static DEVICE Float2 unpack_word(uint32_t word) {
+    if constexpr (BYTES == 2)
+      return unpack_pair<Element>(word);
+    else
+      return {float_of(word), 0};
+  }
+  static DEVICE uint32_t pack_word(float first, float second) {
+    if constexpr (BYTES == 2)
+      return pack_pair<Element>(first, second);
+    else
+      return bits_of(first);
+  }
+  static DEVICE uint32_t add_word(uint32_t left, uint32_t right) {
+    if constexpr (BYTES == 2)
+      return add_pair<Element>(left, right);
+    else
+      return bits_of(float_of(left) + float_of(right));
+  }
+  static DEVICE Pair make_pair(float first, float second) {
+    if constexpr (BYTES == 2)
+      return {{pack_word(first, second)}};
+    else
+      return {{bits_of(first), bits_of(second)}};
+  }
+  // TF32 factors are rounded here, where x and u both pass: the tensor cores would truncate them, which shrinks every one.
+  // Eight instructions beside COLUMNS products of eight or more cycles each.
+  static DEVICE FragmentA rounded(FragmentA matrix) {
+    if constexpr (Element::TYPE == TF32)
+      for (uint32_t& word : matrix.word) word = round_to_tf32(word);
+    return matrix;
+  }
+
+  // ---- data into shared memory ----
+
+  DEVICE void clear_strips() const {
+    for (int chunk = thread; chunk < g.strips * g.strip_bytes / 16; chunk += threads) shared_store(shared + chunk * 16, Bytes16{});
+  }
+
+  // Starts copying x of the group that step `step` convolves: all lines of which that step reads anything.
+  DEVICE void start_group(int step) const {
+    if (a.load_bytes == 16)
+      start_group_by<16>(step);
+    else if (a.load_bytes == 8)
+      start_group_by<8>(step);
+    else
+      start_group_by<4>(step);
+  }
+  template <int MOVE>
+  DEVICE void start_group_by(int step) const {
+    start_lines<MOVE>(step, step * g.shrink, 0, a.by_load_pieces);
+  }
+  // From line `first_line` on, but for as many at the other end; of each pixel's bytes the pieces from `first_byte` on.
+  template <int MOVE>
+  DEVICE void start_lines(int step, int first_line, int first_byte, const FastDivisor& by_pieces) const {
+    const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * BYTES;
+    const SharedPtr to = strip(step);
+    const int pieces = int(by_pieces.divisor);
+    const int end = (g.lines - 2 * first_line) * g.stored * pieces;
+    for (int i = thread; i < end; i += threads) {
+      const int stored = by_pieces.divide(i);
+      const int byte = first_byte + (i - stored * pieces) * MOVE;
+      const int line = g.by_stored.divide(stored);
+      const Pixel p = pixel_at(first_line + line, stored - line * g.stored);
+      const int left = BYTES * g.channels - byte;
+      if (!p.valid || left <= 0) continue;
+      copy_async<MOVE>(to + channel_offset(slot_of(p.line, p.column), byte / BYTES), from + x_offset(p) + byte,
+                       left < MOVE ? left : MOVE);
+    }
+  }
+
+  // The order in which chunks of weights are used: for every step, for every pass over the pixels, all chunks; a chunk that holds
+  // a whole convolution stays for all passes.
+  struct ChunkCursor {
+    int step = 0, pass = 0, chunk = 0, stage = 0;
+  };
+  DEVICE void advance(ChunkCursor& cursor) const {
+    if (++cursor.stage == g.stages) cursor.stage = 0;
+    if (++cursor.chunk < g.chunks) return;
+    cursor.chunk = 0;
+    if (g.chunks > 1 && ++cursor.pass < g.passes(cursor.step, TILES)) return;
+    cursor.pass = 0;
+    cursor.step++;
+  }
+  DEVICE void start_weights(const ChunkCursor& cursor) const {
+    if (cursor.step >= g.steps) return;
+    const SharedPtr to = stage(cursor.stage);
+    const auto from =
+        static_cast<const unsigned char*>(a.weight) + (int64_t(cursor.step) * g.chunks + cursor.chunk) * g.stage_bytes;
+    for (int chunk = thread; chunk < g.stage_bytes / 16; chunk += threads) copy_async<16>(to + chunk * 16, from + chunk * 16);
+  }
+
+  // ---- the group that passes through ----
+
+  DEVICE void pass_group() const { pass_group(thread, threads); }
+  DEVICE void pass_group(int first, int sharers) const {  // the pieces that are this thread's
+    if (a.passed_group < 0) return;
+    if (a.pool != NO_POOL)
+      pool_group(first, sharers);
+    else if (a.copy_bytes == 16)
+      copy_group<16>(first, sharers);
+    else if (a.copy_bytes == 8)
+      copy_group<8>(first, sharers);
+    else
+      copy_group<4>(first, sharers);
+  }
+  DEVICE int owned_pixels() const { return g.tile_images * g.rows * g.columns; }
+  // The pixel of x at the middle of the window of an owned output pixel, all of which are numbered image by image.
+  DEVICE Pixel owned_pixel(int index) const {
+    const int row = index / g.columns;
+    const int image = row / g.rows;
+    const int line = g.lead + image * g.period + (row - image * g.rows) * g.stride;
+    return pixel_at(line, g.owned_column + (index - row * g.columns) * g.stride);
+  }
+  template <int MOVE>
+  DEVICE void copy_group(int first, int sharers) const {
+    using Vector = typename VectorOf<MOVE>::type;
+    const int pieces = int(a.by_copy_pieces.divisor);
+    for (int i = first; i < owned_pixels() * pieces; i += sharers) {
+      const int index = a.by_copy_pieces.divide(i);
+      const Pixel p = owned_pixel(index);
+      if (!p.valid) continue;
+      const int channel_bytes = (i - index * pieces) * MOVE;
+      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
+                   global_load<Vector>(passed_x(p) + channel_bytes));
+    }
+  }
+  DEVICE const unsigned char* passed_x(const Pixel& p) const {
+    return x + x_offset(p) + a.passed_group * a.x_slots.slot * BYTES;
+  }
+  DEVICE void pool_group(int first, int sharers) const {  // 3x3 average, padding 1
+    const int pieces = int(a.by_copy_pieces.divisor);
+    for (int i = first; i < owned_pixels() * pieces; i += sharers) {
+      const int index = a.by_copy_pieces.divide(i);
+      const Pixel p = owned_pixel(index);
+      if (!p.valid) continue;
+      const int channel_bytes = (i - index * pieces) * 4;
+      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
+                   pooled_word(p, channel_bytes));
+    }
+  }
+  DEVICE uint32_t pooled_word(const Pixel& p, int channel_bytes) const {
+    Float2 sum{0, 0};
+    int count = 0;
+    for (int dy = -1; dy <= 1; dy++) {
+      for (int dx = -1; dx <= 1; dx++) {
+        const int row = p.row + dy, column = p.image_column + dx;
+        if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
+        const int offset = (dy * g.width + dx) * a.x_slots.pixel * BYTES + channel_bytes;
+        const Float2 values = unpack_word(global_load<uint32_t>(passed_x(p) + offset));
+        sum.x += values.x, sum.y += values.y, count++;
+      }
+    }
+    const float divisor = a.pool == AVERAGE ? 9.0f : float(count);
+    return pack_word(sum.x / divisor, sum.y / divisor);
+  }
+  // Adds what passes to u_0, once x of that group is in its strip.
+  DEVICE void add_passed_group() const {
+    const int pieces = g.channels / PER_WORD;
+    for (int i = thread; i < g.lines * g.stored * pieces; i += threads) {
+      const int stored = i / pieces;
+      const int channel = (i - stored * pieces) * PER_WORD;
+      const int line = g.by_stored.divide(stored);
+      const Pixel p = pixel_at(line, stored - line * g.stored);
+      if (!p.valid) continue;
+      const uint32_t passed =
+          a.pool == NO_POOL ? global_load<uint32_t>(passed_x(p) + channel * BYTES) : pooled_word(p, channel * BYTES);
+      const SharedPtr u = strip(0) + channel_offset(slot_of(line, p.column), channel);
+      shared_store(u, add_word(passed, shared_load<uint32_t>(u)));
+    }
+  }
+
+  // ---- one pass: 16 * TILES positions of a warp, all K slices ----
+
+  // sums += the products of one chunk of K slices; base: the slots of this lane's rows of the mma's A.
+  DEVICE void multiply_chunk(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
+                             int chunk) const {
+    multiply_slices(sums, base, step, weights, chunk * g.chunk_slices, 0, RES2NET_CHAIN_UNROLL);
+  }
+  // RES2NET_CHAIN_UNROLL slices of every `stride` in a chunk, from the `begin`th on.
+  DEVICE void multiply_slices(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
+                              int first_slice, int begin, int stride) const {
+    const int slice_bytes = g.part_columns * COLUMN_BYTES;
+    const SharedPtr source = strip(step);
+    SharedPtr weight = weights + begin * slice_bytes + warp_n * COLUMNS * COLUMN_BYTES + lane * 16;
+#pragma unroll 1
+    for (int slice = first_slice + begin; slice < first_slice + g.chunk_slices; slice += stride) {
+#pragma unroll
+      for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
+        FragmentB b[COLUMNS];
+#pragma unroll
+        for (int j = 0; j + 1 < COLUMNS; j += 2) {
+          const FragmentA two = load_matrix(weight + j * COLUMN_BYTES);
+          b[j] = {{two.word[0], two.word[1]}}, b[j + 1] = {{two.word[2], two.word[3]}};
+        }
+        if constexpr (COLUMNS % 2) b[COLUMNS - 1] = load_columns(weight + (COLUMNS - 1) * COLUMN_BYTES);
+        weight = weight + slice_bytes;
+        const int tap = depths_divide(slice + k);
+        const int depth = slice + k - tap * depths();
+        const int shift = ((tap / 3 - 1) * g.pitch + tap % 3 - 1) * g.dilation;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const FragmentA matrix = rounded(load_matrix(source + chunk_offset(base[tile] + shift, 2 * depth + lane / 16)));
+          multiply<Element>(sums[tile], matrix, b);
+        }
+      }
+      weight = weight + (stride - RES2NET_CHAIN_UNROLL) * slice_bytes;
+    }
+  }
+
+  // One position, this thread's channels: y to `out`, and y + x to where x of the next group is.
+  DEVICE void finish(const Accumulator (&sums)[COLUMNS], int half, int step, int position) const {
+    const Pixel p = pixel_of(step, position);
+    if (!p.valid) return;  // a slot that stays zero, as padding of the next convolution
+    const bool store = owned(p);
+    const bool add = g.adds && step + 1 < g.steps;
+    unsigned char* to = out + out_offset(p) + (a.first_group + step) * a.out_slots.slot * BYTES;
+    const int slot = slot_of(p.line, p.column);
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+      const int channel = first_channel + (warp_n * COLUMNS + j) * 8 + lane % 4 * 2;
+      if (channel >= a.fill_channels) continue;
+      const bool real = channel < g.channels;
+      const auto bias = global_load<Float2>(a.bias + step * g.packed_columns * 8 + channel);
+      Pair y = make_pair(clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
+                         clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
+      if (!real) y = Pair{};  // zero weights give a zero sum, but for Inf and NaN
+      if constexpr (BYTES == 4) {  // in half precision the number of channels is even
+        if (channel + 1 >= g.channels) y.word[1] = 0;
+      }
+      if (store) store_pair(to, channel, y);
+      if (add && real) {
+        const SharedPtr u = strip(step + 1) + channel_offset(slot, channel);
+        Pair sum = shared_load<Pair>(u);
+        for (int i = 0; i < 2 / PER_WORD; i++) sum.word[i] = add_word(y.word[i], sum.word[i]);
+        shared_store(u, sum);
+      }
+    }
+  }
+  DEVICE void store_pair(unsigned char* to, int channel, Pair y) const {
+    if constexpr (BYTES == 4) {
+      if (!a.whole_pairs) {
+        global_store(to + channel * BYTES, y.word[0]);
+        if (channel + 1 < a.fill_channels) global_store(to + (channel + 1) * BYTES, y.word[1]);
+        return;
+      }
+    }
+    global_store(to + channel * BYTES, y);
+  }
+
+  // ---- what the other kernels do in ways of their own ----
+
+  // The first position of this warp in a pass.
+  DEVICE int first_position(int pass) const { return (pass * g.warps_m + warp_m) * 16 * TILES; }
+  // The slot of this lane's row of the mma's A.
+  DEVICE int slot_of_row(int step, int first, int tile) const {
+    // Rows beyond the last position repeat it: their sums are dropped.
+    const int position = first + tile * 16 + lane % 16, end = g.positions(step);
+    const Pixel p = pixel_of(step, position < end ? position : end - 1);
+    return slot_of(p.line, p.column);
+  }
+  // Before a barrier: what this thread wrote to shared memory is going to be multiplied.
+  DEVICE void show_writes() const {}
+  // The positions of one pass of this warp, of which the first is number `first`.
+  DEVICE void finish_pass(const Accumulator (&sums)[TILES][COLUMNS], int step, int /*pass*/, int first) const {
+    finish_tiles(sums, step, first + lane / 4, 16);
+  }
+  // first: of the position of this lane's first sum; so many positions from one tile to the next.
+  DEVICE void finish_tiles(const Accumulator (&sums)[TILES][COLUMNS], int step, int first, int tile_positions) const {
+    const int end = g.positions(step);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int position = first + tile * tile_positions + half * 8;
+        if (position < end) finish(sums[tile], half, step, position);
+      }
+    }
+  }
+  DEVICE void strips_are_clear() const {}
+  DEVICE void finish_step(int /*step*/) const {}
+
+  DEVICE void run() const { run(*this); }
+  template <class Cta>
+  DEVICE void run(const Cta& cta) const {  // cta: this object, as its own type
+    ChunkCursor fetch;                     // the next chunk of weights to start copying
+    cta.start_weights(fetch);
+    clear_strips();
+    sync_cta();  // cleared before the copies land
+    cta.strips_are_clear();
+    cta.start_group(0);
+    for (int ahead = 1; ahead < g.stages; ahead++) {
+      copy_async_commit();
+      advance(fetch);
+      if (ahead + 1 < g.stages) cta.start_weights(fetch);
+    }
+    cta.pass_group();
+    if (a.add_passed) {
+      copy_async_wait(g.stages - 2);
+      sync_cta();  // x of the first group is there
+      add_passed_group();
+    }
+
+    int stage_in_use = g.stages - 1;  // advanced before its first use
+    int since_group = g.stages;       // chunks taken into use since a copy of x was committed
+#pragma unroll 1
+    for (int step = 0; step < g.steps; step++) {
+      const int end = g.positions(step);
+      const int passes = g.passes(step, TILES);
+      const bool more = step + 1 < g.steps;
+#pragma unroll 1
+      for (int pass = 0; pass < passes; pass++) {
+        const int first = cta.first_position(pass);
+        Accumulator sums[TILES][COLUMNS];
+        int base[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          base[tile] = cta.slot_of_row(step, first, tile);
+#pragma unroll
+          for (int j = 0; j < COLUMNS; j++) sums[tile][j] = Accumulator{};
+        }
+#pragma unroll 1
+        for (int chunk = 0; chunk < g.chunks; chunk++) {
+          if (g.chunks > 1 || pass == 0) {
+            copy_async_wait(g.stages - 2 + (since_group < g.stages ? 1 : 0));
+            cta.show_writes();
+            sync_cta();  // this chunk and this step's strip are there; nobody reads the chunk before, or the other strip
+            cta.start_weights(fetch);
+            copy_async_commit();
+            advance(fetch);
+            if (++stage_in_use >= g.stages) stage_in_use = 0;
+            since_group++;
+            if (more && pass == 0 && chunk == 0) {
+              cta.start_group(step + 1);
+              copy_async_commit();
+              since_group = 1;
+            }
+          }
+          if (first < end) cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk);
+        }
+        if (more && pass == 0) {
+          copy_async_wait(g.chunks - 1);
+          sync_cta();  // x of the next group is there, for y to be added
+        }
+        cta.finish_pass(sums, step, pass, first);
+      }
+      cta.finish_step(step);
+    }
+  }
+};
+
+}  // namespace res2net_fused::cuda

@@ -1,0 +1,66 @@
+// From a call and a device's limits to the launch of the chain kernel. Plain C++: runs where there is no GPU and no torch.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "cuda/plan/cluster_geometry.h"
+#include "cuda/plan/instances.h"
+
+namespace res2net_fused::cuda {
+
+// As native.DeviceLimits in Python; sizes in bytes.
+struct DeviceLimits {
+  int major, minor, multiprocessors, shared_per_block, shared_per_multiprocessor, registers_per_multiprocessor, l2_bytes;
+  int wgmma;  // 1 where the device has wgmma and the library code for it
+  int code;   // version of the PTX that the library's code for it was compiled from, such as 90; 0: there is none
+};
+
+struct LaunchPlan {
+  int instance = 0;
+  ChainTile tile;
+  int ctas = 0, threads = 0, shared_bytes = 0;
+  int ctas_per_multiprocessor = 0;
+  int packed_columns = 0;
+  int64_t dram_bytes = 0;    // each byte of x, weights and out once
+  int64_t loaded_bytes = 0;  // by all CTAs: with halos, and weights for each CTA
+  int64_t flops = 0;         // of the convolutions themselves
+  int64_t mma_flops = 0;     // with halos and padding to the shapes of mma
+  double microseconds = 0;   // predicted
+};
+
+// The strip kernel's instance that runs this width, or -1. Weights are padded for it, so it depends on width and type alone.
+int instance_for(int channels, DataType type);
+// Output channels in units of 8, padded to whole warps of the instance.
+int packed_columns_for(int channels, DataType type);
+// Whether this instance runs this problem, with weights of that padding.
+bool runs_on(const ChainProblem& problem, int index);
+
+// What a launch of this instance is told of this tile.
+inline ChainGeometry geometry_of(const ChainProblem& problem, const ChainTile& tile, int instance) {
+  const Instance& row = INSTANCE_TABLE[instance];
+  if (!row.cluster) return make_geometry(problem, tile, row.depths, row.columns);
+  return make_cluster_geometry(problem, tile, row.columns, row.tiles, packed_columns_for(problem.channels, problem.type));
+}
+
+// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it is
+// empty otherwise.
+LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
+                       bool clusters = true);
+
+// Puts the cluster kernel's best launch into `best` where it is predicted to be faster.
+void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, LaunchPlan& best);
+
+// What the per-step Triton path is predicted to take.
+double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimits& device);
+
+// The same in numbers, for callers without these types.
+//   numbers: images, height, width, channels, steps, stride, dilation, adds, passes, type (enum DataType)
+//   device: in the order of DeviceLimits
+//   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, row parts, channel parts, warps_k,
+//     CTAs, threads, shared bytes, CTAs per multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs,
+//     nanoseconds, nanoseconds of the per-step path, the
+//     device's capability, such as 90, and the capability whose rates these times are counted with; empty if there is no plan, and `text` says why
+std::vector<int64_t> plan_as_numbers(const int64_t* numbers, const int64_t* device, char* text, int size,
+                                     bool clusters = true);
+
+}  // namespace res2net_fused::cuda

@@ -1,0 +1,106 @@
+// What the plans of the strip kernel and of the cluster kernel count alike.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "cuda/plan/launch_plan.h"
+#include "cuda/plan/device_rates.h"
+
+namespace res2net_fused::cuda {
+
+// Offsets within the images of one CTA are ints. Of an image, its groups padded to 16 bytes as the block lays them out:
+constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;
+constexpr int64_t MAX_BATCH_BYTES = int64_t(1) << 44;  // keeps every count of the model below 2^63
+constexpr int64_t MAX_IMAGES = int64_t(1) << 30;
+constexpr int MAX_ROWS = 1 << 15, MAX_COLUMNS = 1 << 20;
+constexpr int MAX_POSITIONS = 1 << 15;                    // keeps FastDivisor exact
+
+// Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
+constexpr double COPY_INSTRUCTIONS = 26;     // one cp.async with its index arithmetic
+constexpr double FINISH_PER_ROW = 45;        // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 16;     // and of each pair of channels in it
+constexpr double BARRIER_CYCLES = 60;        // per chunk of weights
+constexpr double DRAIN_CYCLES = 250;         // of wgmma: the last products of a chunk end, and the first of the next begin
+constexpr double STEP_CYCLES = 900;          // filling and draining the pipelines around a convolution
+constexpr double START_CYCLES = 2600;        // first loads and their latency
+
+// Of the tensor cores' and shared memory's peak, what a main loop reaches with so many warps per scheduler to hide latencies.
+inline double overlap(int warps_per_scheduler) {
+  return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55;
+}
+
+// The same of wgmma, whose products run while their warps go on: a guess, as is DRAIN_CYCLES.
+inline double overlap_async(int warps_per_scheduler) { return warps_per_scheduler >= 2 ? 0.85 : 0.7; }
+
+constexpr int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
+
+// Threads are no limit of their own: registers allow 512 of them at most, and every multiprocessor has 1536 or more.
+constexpr bool registers_bound_the_threads() {
+  for (const Instance& instance : INSTANCE_TABLE)
+    if (registers_of(instance) * 1536 < 65536) return false;
+  return true;
+}
+static_assert(registers_bound_the_threads());
+
+inline int resident_ctas(const ChainGeometry& g, const Instance& instance, const DeviceLimits& device) {
+  const int by_shared = device.shared_per_multiprocessor / (g.shared_bytes + 1024);  // the driver keeps 1 KiB of each
+  const int by_registers = device.registers_per_multiprocessor / (registers_of(instance) * g.threads());
+  return std::min(by_shared, by_registers);
+}
+
+// Whether the tile is one that may be launched: small enough to count in, and not too many of them for a grid.
+inline bool counts_fit(const ChainGeometry& g) {
+  return int64_t(g.lines) * g.pitch <= MAX_POSITIONS && grid_fits(g);
+}
+
+// All of a plan but the time.
+inline void set_launch(const ChainProblem& problem, bool passes, const ChainGeometry& g, int index, const ChainTile& tile,
+                       int resident, LaunchPlan& plan) {
+  const Instance& instance = INSTANCE_TABLE[index];
+  plan.instance = index;
+  plan.tile = tile;
+  plan.ctas = g.ctas();
+  plan.threads = g.threads();
+  plan.shared_bytes = g.shared_bytes;
+  plan.ctas_per_multiprocessor = resident;
+  plan.packed_columns = g.packed_columns;
+  const int group_bytes = problem.channels * bytes_of(problem.type);  // of a pixel
+  const int64_t in = problem.images * problem.height * problem.width * group_bytes;
+  const int64_t out = problem.images * problem.out_height() * problem.out_width() * group_bytes;
+  plan.dram_bytes = (problem.steps + passes) * (in + out) + int64_t(problem.steps) * problem.slices() * g.packed_columns * 256;
+  plan.flops = 2 * 9 * problem.images * problem.out_height() * problem.out_width() * problem.steps * problem.channels *
+               int64_t(problem.channels);
+  plan.loaded_bytes = 0;
+  plan.mma_flops = 0;
+  for (int step = 0; step < problem.steps; step++) {
+    const bool part = step > 0 && exchanges(problem, tile);  // the rest comes from the other CTAs
+    const int64_t lines = g.lines - 2 * (part ? g.work_line(step - 1) : step * g.shrink);
+    const int64_t pixel_bytes = part ? std::min(group_bytes, g.part_columns * 16) : group_bytes;
+    const int together = instance.warps_together();
+    const int tiles = divide_up(g.positions(step), 16 * together * instance.tiles) * together;
+    const int weight_reads = g.chunks > 1 ? g.passes(step, instance.tiles) : 1;
+    plan.loaded_bytes += plan.ctas * (lines * g.stored * pixel_bytes + int64_t(weight_reads) * g.chunks * g.stage_bytes);
+    plan.mma_flops += int64_t(plan.ctas) * tiles * instance.tiles * g.part_columns * problem.slices() * mma_flops(problem.type);
+  }
+}
+
+// Copies into shared memory per pixel of `bytes`. Groups are dense in memory in the usual call: this is then the widest copy.
+inline int copies_of(int bytes) { return divide_up(bytes, bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4); }
+
+// What memory takes at the least, in seconds.
+inline double memory_seconds(const ChainProblem& problem, bool passes, const LaunchPlan& plan, const DeviceRates& rates) {
+  const int64_t out = problem.images * problem.out_height() * problem.out_width() * problem.channels * bytes_of(problem.type);
+  return std::max(plan.dram_bytes / rates.dram, (plan.loaded_bytes + (problem.steps + passes) * out) / rates.l2);
+}
+
+// size, halved, a third, ... rounded up, each once
+inline std::vector<int> distinct_parts(int size, int most) {
+  std::vector<int> parts;
+  for (int count = 1; count <= std::min(size, most); count++) {
+    const int part = divide_up(size, count);
+    if (parts.empty() || parts.back() != part) parts.push_back(part);
+  }
+  return parts;
+}
+
+}  // namespace res2net_fused::cuda
