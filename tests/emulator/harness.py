@@ -284,7 +284,7 @@ def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] 
     red = {kind: first for kind, (_, first) in run.findings.items()}
     expected = expected_of(case, *tensors)
     error = float((run.out.double() - expected).norm() / expected.norm())
-    if not error <= (0 if integers else TOLERANCES[case.dtype]):
+    if not error <= (0 if integers else tolerance(case)):
         red["wrong"] = f"relative error {error:.2g}"
     if run.bank_ways > (2 if case.config.stride > 1 else 1):
         red["conflicts"] = f"{run.bank_ways} ways"
@@ -311,8 +311,14 @@ def assert_spreads_as_torch_does(case: Case, value: float) -> None:
     assert torch.equal(out.isinf(), expected.isinf())
 
 
-# Beside each the measured worst: fp32 sums that round to the neighbouring half, then spread by the chain.
+# Of three convolutions: fp32 sums that round to the neighbouring half, then spread by the chain.
 TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 1e-4}
+
+
+def tolerance(case: Case) -> float:
+    """The largest relative error for random numbers. It grows with the chain: PyTorch's fp32 sums, rounded in the same places,
+    are off by 0.2e-4 in fp16 behind the first convolution of 14w8s, by 3.4e-4 behind the seventh, and by 2.1e-4 in all."""
+    return TOLERANCES[case.dtype] * max(1, case.steps / 3)
 
 
 __all__ = [
@@ -328,5 +334,5 @@ __all__ = [
     "plan_of",
     "replace",
     "INSTANCES",
-    "TOLERANCES",
+    "tolerance",
 ]
