@@ -159,16 +159,25 @@ def plan_of(case: Case, device: tuple[int, ...] = native_cuda.LIMITS["sm_90"]) -
     """The plan that the shipped chooser makes for this call on such a device, among the kernels that the case asks for."""
     device = native_cuda.native.DeviceLimits(*device)
     device = device._replace(wgmma=device.wgmma * case.wgmma)
-    lib = plan_library()
+    numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
+    limits = (ctypes.c_int64 * len(device))(*device)
+    if plan_library().plan_call(_problem_numbers(case), limits, case.clusters, numbers, text, len(text)):
+        raise ValueError(text.value.decode())
+    return native_cuda.Plan(*numbers)
+
+
+def shared_bytes(case: Case, plan: native_cuda.Plan) -> int:
+    """Bytes of shared memory that the launch takes; the plan's own figure is out of date where fields of it were replaced."""
+    return plan_library().shared_bytes(_problem_numbers(case), (ctypes.c_int64 * 12)(*plan[:12]))
+
+
+def _problem_numbers(case: Case) -> ctypes.Array:
+    """As csrc/plan/chain_plan.h lists them."""
     c = case.config
-    problem = (ctypes.c_int64 * 10)(
+    return (ctypes.c_int64 * 10)(
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
         c.passthrough != "none", native_cuda.TYPES[case.dtype],
     )  # fmt: skip
-    numbers, text = (ctypes.c_int64 * len(native_cuda.Plan._fields))(), ctypes.create_string_buffer(400)
-    if lib.plan_call(problem, (ctypes.c_int64 * len(device))(*device), case.clusters, numbers, text, len(text)):
-        raise ValueError(text.value.decode())
-    return native_cuda.Plan(*numbers)
 
 
 def make_tensors(case: Case, integers: bool, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -333,6 +342,7 @@ __all__ = [
     "make_tensors",
     "plan_of",
     "replace",
+    "shared_bytes",
     "INSTANCES",
     "tolerance",
 ]
