@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,10 +204,11 @@ def why_not(backend: str, chain: Chain, x: Tensor) -> str | None:
     return get_backend(backend).why_not(problem)
 
 
-def runnable_backends(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that run an ordinary chain on this device."""
-    x = CHAINS["last"].tensors(dtype=dtype, device=device)[0]
-    return [name for name in NAMED_BACKENDS if why_not(name, CHAINS["last"], x) is None]
+def runnable_backends(device: str, dtype: torch.dtype = torch.float32, chain: Chain | None = None) -> list[str]:
+    """The backends that run this chain on this device; without one an ordinary chain."""
+    chain = CHAINS["last"] if chain is None else chain
+    x = chain.tensors(dtype=dtype, device=device)[0]
+    return [name for name in NAMED_BACKENDS if why_not(name, chain, x) is None]
 
 
 # Modules --------------------------------------------------------------------------------------------------------------
@@ -245,18 +247,18 @@ class SqueezeExcite(nn.Module):
 def import_timm():
     """The module `timm`; the test is skipped where it is not installed.
 
-    timm imports torchvision, whose C++ operators do not load beside a CPU-only torch of another build; torchvision then
+    timm imports torchvision, whose C++ operators do not load beside a torch of another build; torchvision then
     needs only that the two it registers fakes for exist.
     """
-    if importlib.util.find_spec("timm") is None:
+    torchvision = importlib.util.find_spec("torchvision")
+    if importlib.util.find_spec("timm") is None or torchvision is None or torchvision.origin is None:
         return None
-    if not torch.cuda.is_available():
+    try:
+        torch.ops.load_library(str(Path(torchvision.origin).with_name("_C.so")))
+    except OSError:
         for name in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                      "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
-            try:
-                torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
-            except RuntimeError:
-                pass  # torchvision has loaded its own
+            torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
     import timm
 
     return timm

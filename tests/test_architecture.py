@@ -1,6 +1,6 @@
 """The floors of the package: each folder imports from those below it alone, and no two files import each other.
 
-Imports inside functions count too. `docs/architecture.md` draws the floors; its walk from a block to the kernels is checked here.
+Imports inside functions count too. `docs/architecture.md` draws the floors; its walks from a block to kernels are checked here.
 """
 
 import ast

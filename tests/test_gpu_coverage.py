@@ -23,6 +23,7 @@ import gpu_cases  # noqa: E402
 import test_emulated_chain  # noqa: E402
 import test_emulated_cluster  # noqa: E402
 import test_emulated_wgmma  # noqa: E402
+from emulator import harness  # noqa: E402
 from test_rehearsals import card  # noqa: E402
 
 from res2net_fused._native import library  # noqa: E402
@@ -33,7 +34,8 @@ from res2net_fused.bench import schedule  # noqa: E402
 from res2net_fused.testing.cases import Case, Config, cases  # noqa: E402
 
 BATCHES = (1, 32, 256)  # of `info --kernels`
-REASONS = "fits the .* bytes of shared memory|no wgmma|no thread-block clusters"  # of a card that cannot
+# Why a card cannot.
+REASONS = "fits the .* bytes of shared memory|bytes of shared memory; a block may have|no wgmma|no thread-block clusters"
 needs_plans = pytest.mark.skipif(not library.cpu_library().loaded, reason="the plans are in the CPU library")
 on_devices = pytest.mark.parametrize("device", launch_plan.LIMITS)
 
@@ -99,10 +101,24 @@ def test_what_the_emulator_runs_by_hand_reaches_a_gpu():
 
 
 @needs_plans
+@on_devices
+def test_no_launch_takes_more_shared_memory_than_there_is(device):
+    """What is cut by hand has no plan to say what it takes; of planned launches that figure is the plan's."""
+    limits, found = launch_plan.LIMITS[device], {True: 0, False: 0}
+    for case in CHAINS:
+        try:
+            plan = gpu_cases.launch_of(case, limits)
+        except ValueError:
+            continue
+        needed = harness.shared_bytes(case, plan)
+        assert needed <= limits.shared_per_block_optin and (case.tile or needed == plan.shared_bytes), case
+        found[bool(case.tile)] += 1
+    assert min(found.values()) >= 30, found
+
+
+@needs_plans
 @pytest.mark.parametrize("case", [case for case in gpu_cases.CUT if case.tile and case.dtype != torch.float16], ids=str)
 def test_launches_cut_by_hand_are_the_emulators(case):
-    from emulator import harness
-
     emulated = harness.plan_of(case)._replace(**case.tile)
     own = gpu_cases.launch_of(case, launch_plan.LIMITS["sm_90"])
     told = set(case.tile) | {"instance", "whole"}

@@ -80,7 +80,7 @@ def chain_gradients(chain, backend, dtype, device):
 @devices
 @chains
 def test_against_float64_with_own_masks(chain, device, dtype):
-    for backend in runnable_backends(device, dtype):
+    for backend in runnable_backends(device, dtype, chain):
         (x, weights, biases), grad, got, expected = chain_gradients(chain, backend, dtype, device)
         out = reference.hierarchical_conv2d(x, weights, biases, chain.config)
         eager = torch.autograd.grad(out, [x, *weights, *biases], grad)

@@ -31,6 +31,14 @@ def test_rehearsals(name):
     assert found and int(found[1]) >= 15
 
 
+# The tests that a real card runs: with fewer launches and other refusals on the smaller card, and with Triton's kernels alone.
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "library", "least"), [("H100", True, 750), ("RTX4090", True, 600), ("H100", False, 180)])
+def test_the_gpu_tests(name, library, least):
+    found = re.search(r"(\d+) passed", rehearse(name, str(HERE / "cuda"), cuda_library=library))
+    assert found and int(found[1]) >= least
+
+
 def test_the_card_stays_out_of_other_processes():
     assert "STAND_IN_CARD" not in os.environ
     import torch

@@ -37,7 +37,8 @@ def test_an_accelerated_model_loads_and_runs_fused(saved):
 
 
 def test_it_loads_in_a_process_that_has_imported_nothing():
-    code = "import pickle, sys; found = pickle.load(open(sys.argv[1], 'rb')); import res2net_fused as rf; rf.accelerate(found['model'])"
+    code = "import pickle, sys; found = pickle.load(open(sys.argv[1], 'rb')); import res2net_fused as rf; "
+    code += "rf.accelerate(found['model'])"
     subprocess.run([sys.executable, "-c", code, str(PICKLE)], check=True)
 
 

@@ -63,7 +63,8 @@ def refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
     torch.library has no forward-mode rules and would lose it in silence.
     """
     if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(f"{name} has no forward-mode derivative; compute it with res2net_fused.chain.reference.{name}")
+        remedy = f"compute it with res2net_fused.chain.reference.{name}"
+        raise NotImplementedError(f"{name} has no forward-mode derivative; {remedy}")
 
 
 def check_devices(x: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from emulator.harness import Case as Chain
-from emulator.harness import replace
+from emulator.harness import replace, shared_bytes
 from test_emulated_chain import HALVES, SINGLES, TILES, WIDTHS
 from test_emulated_chain import SETTINGS as STRIP_SETTINGS
 from test_emulated_cluster import SHARED, SHARED_SETTINGS
@@ -84,6 +84,8 @@ def launch_of(case: Chain, limits: DeviceLimits) -> launch_plan.Plan:
     if "instance" not in case.tile:
         plan = plan._replace(instance=strip_instance(case))
     plan = plan._replace(**{"row_parts": 1, "channel_parts": 1, "warps_k": 1} | case.tile)
+    if (needed := shared_bytes(case, plan)) > limits.shared_per_block_optin:
+        raise ValueError(f"the cut takes {needed} bytes of shared memory; a block may have {limits.shared_per_block_optin}")
     return plan
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulator.harness import TOLERANCES, expected_of, make_tensors, replace
+from emulator.harness import expected_of, make_tensors, replace, tolerance
 from gpu_cases import (
     CUT,
     FULL,
@@ -77,7 +77,7 @@ def test_close_for_random_numbers(case, dtype, poisoned_memory):
     tensors = make_tensors(case, False, 1)
     out = run(case, tensors).permute(0, 2, 3, 1).cpu().double()
     expected = expected_of(case, *tensors)
-    assert (out - expected).norm() / expected.norm() < TOLERANCES[dtype]
+    assert (out - expected).norm() / expected.norm() < tolerance(case)
 
 
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "random"])
@@ -88,7 +88,7 @@ def test_float32_is_multiplied_in_tf32(case, integers, poisoned_memory):
     with convolution_precision("tf32", "cuda"):
         out = run(case, tensors).permute(0, 2, 3, 1).cpu().double()
     expected = expected_of(case, *tensors)
-    assert (out - expected).norm() <= (0 if integers else TOLERANCES[case.dtype]) * expected.norm()
+    assert (out - expected).norm() <= (0 if integers else tolerance(case)) * expected.norm()
 
 
 def test_float32_is_refused_where_tf32_is_not_allowed():

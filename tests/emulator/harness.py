@@ -154,16 +154,25 @@ def plan_of(case: Case, device: tuple[int, ...] = launch_plan.LIMITS["sm_90"]) -
     """The plan that the shipped chooser makes for this call on such a device, among the kernels that the case asks for."""
     device = DeviceLimits(*device)
     device = device._replace(wgmma=device.wgmma * case.wgmma)
-    lib = plan_library()
+    numbers, text = (ctypes.c_int64 * len(launch_plan.Plan._fields))(), ctypes.create_string_buffer(400)
+    limits = (ctypes.c_int64 * len(device))(*device)
+    if plan_library().plan_call(_problem_numbers(case), limits, case.clusters, numbers, text, len(text)):
+        raise ValueError(text.value.decode())
+    return launch_plan.Plan(*numbers)
+
+
+def shared_bytes(case: Case, plan: launch_plan.Plan) -> int:
+    """Bytes of shared memory that the launch takes; the plan's own figure is out of date where fields of it were replaced."""
+    return plan_library().shared_bytes(_problem_numbers(case), (ctypes.c_int64 * 12)(*plan[:12]))
+
+
+def _problem_numbers(case: Case) -> ctypes.Array:
+    """As csrc/cuda/plan/launch_plan.h lists them."""
     c = case.config
-    problem = (ctypes.c_int64 * 10)(
+    return (ctypes.c_int64 * 10)(
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
         c.passthrough != "none", launch_plan.TYPES[case.dtype],
     )  # fmt: skip
-    numbers, text = (ctypes.c_int64 * len(launch_plan.Plan._fields))(), ctypes.create_string_buffer(400)
-    if lib.plan_call(problem, (ctypes.c_int64 * len(device))(*device), case.clusters, numbers, text, len(text)):
-        raise ValueError(text.value.decode())
-    return launch_plan.Plan(*numbers)
 
 
 def make_tensors(case: Case, integers: bool, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -279,7 +288,7 @@ def check(case: Case, integers: bool = True, seed: int = 0, outputs: set[bytes] 
     red = {kind: first for kind, (_, first) in run.findings.items()}
     expected = expected_of(case, *tensors)
     error = float((run.out.double() - expected).norm() / expected.norm())
-    if not error <= (0 if integers else TOLERANCES[case.dtype]):
+    if not error <= (0 if integers else tolerance(case)):
         red["wrong"] = f"relative error {error:.2g}"
     if run.bank_ways > (2 if case.config.stride > 1 else 1):
         red["conflicts"] = f"{run.bank_ways} ways"
@@ -306,8 +315,14 @@ def assert_spreads_as_torch_does(case: Case, value: float) -> None:
     assert torch.equal(out.isinf(), expected.isinf())
 
 
-# Beside each the measured worst: fp32 sums that round to the neighbouring half, then spread by the chain.
+# Of three convolutions: fp32 sums that round to the neighbouring half, then spread by the chain.
 TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 1e-4}
+
+
+def tolerance(case: Case) -> float:
+    """The largest relative error for random numbers. It grows with the chain: PyTorch's fp32 sums, rounded in the same places,
+    are off by 0.2e-4 in fp16 behind the first convolution of 14w8s, by 3.4e-4 behind the seventh, and by 2.1e-4 in all."""
+    return TOLERANCES[case.dtype] * max(1, case.steps / 3)
 
 
 __all__ = [
@@ -322,6 +337,7 @@ __all__ = [
     "make_tensors",
     "plan_of",
     "replace",
+    "shared_bytes",
     "INSTANCES",
-    "TOLERANCES",
+    "tolerance",
 ]

@@ -19,7 +19,7 @@ def depth_channels(dtype: torch.dtype) -> int:
 
 
 def packed_columns(width: int, dtype: torch.dtype) -> int:
-    """Output channels in units of 8, padded to whole warps of the instance that runs this width (csrc/cuda/plan/launch_plan.cpp)."""
+    """Output channels in units of 8, padded to whole warps of the width's instance (csrc/cuda/plan/launch_plan.cpp)."""
     columns, depths = -(-width // 8), -(-width // depth_channels(dtype))
     for instance_depths, instance_columns in _INSTANCE_DEPTHS_COLUMNS:
         if dtype != torch.float32 and instance_depths == depths and columns <= instance_columns:

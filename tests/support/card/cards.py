@@ -24,7 +24,7 @@ class Card:
 
     @property
     def limits(self) -> tuple[int, ...]:
-        """As the CUDA library asks the device for them: `DeviceLimits` in res2net_fused/_native/library.py, without the last."""
+        """Return `DeviceLimits` (res2net_fused/_native/library.py) without its last, as the CUDA library asks the device."""
         return (*self.capability, self.multiprocessors, self.shared_per_block, self.shared_per_multiprocessor,
                 self.registers_per_multiprocessor, self.l2)  # fmt: skip
 

@@ -154,7 +154,8 @@ def _forward(out: Any, problem: Any, x: Any, weights: Any, biases: Any, packed: 
         return rounded(reference.activate(y, c.activation))
 
     if out.numel():
-        groups = list(x.float().split(problem.width, 1))
+        # In one layout, as kernels read it: oneDNN sums in another order where the layout is another.
+        groups = list(x.float().contiguous(memory_format=torch.channels_last).split(problem.width, 1))
         if c.passthrough == "first_added":  # what is added is what passes, rounded
             groups[0], c = rounded(reference.pool_passthrough(groups[0], c)), dataclasses.replace(c, pool=None)
         out.copy_(torch.cat(reference.hierarchical_chain(groups, convolution, c), 1))
