@@ -27,8 +27,8 @@ def import_timm() -> ModuleType:
     except (ImportError, RuntimeError) as error:  # the latter from torchvision, which timm imports
         raise SystemExit(
             f"timm cannot be imported: {error}\n"
-            "pip install --no-deps timm torchvision huggingface_hub safetensors pyyaml; torchvision must be of torch's own "
-            "release and build, CPU or CUDA."
+            "pip install --no-deps timm torchvision && pip install huggingface_hub safetensors pyyaml; torchvision must be of "
+            "torch's own release and build, CPU or CUDA: python tools/fit_torchvision.py sees to that."
         ) from error
     return timm
 

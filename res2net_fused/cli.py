@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -313,11 +314,15 @@ def _check(options: argparse.Namespace) -> int:
     none_can = None if options.backend is None else why_not(todo, options.backend)
     if none_can is not None:
         raise RuntimeError(none_can)
+    no_photographs = ""
     if not options.no_network:
-        photographs()  # what is missing for them is said before the comparisons
+        try:
+            photographs()
+        except ImportError as error:  # the rest of the check needs nothing but what the package depends on
+            no_photographs = str(error)
     with progress("parity against float64", len(todo)) as bar:
         report = check_cases(todo, options.backend, bar.update)
-    if not (options.no_network or report.lost):
+    if not (options.no_network or no_photographs or report.lost):
         print("Res2Net-50 on two photographs against float64", flush=True)
         for dtype in dtypes:
             try:
@@ -328,6 +333,8 @@ def _check(options: argparse.Namespace) -> int:
     if options.backend is None:
         for name, reason in unavailable_backends(options.device).items():
             print(f"not checked, backend {name}: {reason}")
+    if no_photographs:
+        print(f"not checked, whole networks: {no_photographs}")
     for what, reason in report.unchecked.items():
         print(f"not checked, {what}: {reason}")
     for row in report:
@@ -337,11 +344,25 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+_BENCH_EXTRA = {"tqdm": "tqdm", "matplotlib": "matplotlib"}  # by what is imported
+_BENCH_EXTRA_FOR_NETWORKS = {"sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def _need_bench_extra(networks: bool) -> None:
+    """Raises ImportError, whose message is one sentence with the remedy, where something of the extra is missing."""
+    wanted = _BENCH_EXTRA | (_BENCH_EXTRA_FOR_NETWORKS if networks else {})
+    missing = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ImportError(f"{', '.join(missing)} {verb} not installed: pip install 'res2net-fused[bench]'")
+
+
 def _bench(options: argparse.Namespace) -> int:
     from .bench.networks import DEFAULT_MODELS
     from .bench.run import Settings, command_line, measure, run_sweep
     from .bench.supervise import AGAIN
 
+    _need_bench_extra(networks=not options.no_network)
     _resolve(options)
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,14 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from res2net_fused import cli
-from res2net_fused.backends import reference as aten
-from res2net_fused.bench import results
+from res2net_fused.backends.reference import BACKEND as reference_backend
+from res2net_fused.bench import progress, results
 
 SMALL = ["--batch", "1", "--device", "cpu", "--no-network", "--threads", "1"]
 SPEED_UP = re.compile(r"\d\.\d\dx")
@@ -94,14 +95,14 @@ def test_bench_with_a_network(networks, tmp_path):
 
 
 def wrong_last_group(monkeypatch):
-    right = aten.forward
+    right = reference_backend.forward
 
     def forward(problem, x, *rest):
         out = right(problem, x, *rest)
         out[:, -1] += 0.01
         return out
 
-    monkeypatch.setattr(aten, "forward", forward)
+    monkeypatch.setattr(reference_backend, "forward", forward)
 
 
 @pytest.fixture
@@ -119,14 +120,14 @@ def test_check_fails_on_a_miss(monkeypatch, capsys, threads):
 
 
 def test_check_goes_on_behind_what_raises(monkeypatch, capsys, threads):
-    right = aten.forward
+    right = reference_backend.forward
 
     def forward(problem, x, *rest):
         if problem.height == 7:
             raise RuntimeError("it broke")
         return right(problem, x, *rest)
 
-    monkeypatch.setattr(aten, "forward", forward)
+    monkeypatch.setattr(reference_backend, "forward", forward)
     arguments = ["check", "--quick", *SMALL, "--configs", "14w8s", "--backend", "reference", "--dtype", "float32"]
     assert cli.main(arguments) == 1
     printed = capsys.readouterr().out
@@ -136,12 +137,49 @@ def test_check_goes_on_behind_what_raises(monkeypatch, capsys, threads):
 
 def test_photographs_are_asked_for_before_anything_is_measured(monkeypatch, capsys, tmp_path, threads):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    for command in ("check", "bench"):
-        arguments = [command, "--quick", "--batch", "1", "--device", "cpu"]
-        assert cli.main([*arguments, *(["--out", str(tmp_path)] if command == "bench" else [])]) == 2
-        printed = capsys.readouterr()
-        assert "--no-network" in printed.err and "parity" not in printed.out and "timing" not in printed.out
+    assert cli.main(["bench", "--quick", "--batch", "1", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "--no-network" in printed.err and "parity" not in printed.out and "timing" not in printed.out
     assert not list(tmp_path.iterdir())
+
+
+def test_check_goes_without_photographs(monkeypatch, capsys):
+    """They need the extra 'bench': the comparisons that do not need them are made, and what is left out is told."""
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    arguments = ["--configs", "14w4s", "--backend", "reference", "--dtype", "float32", "--batch", "1", "--device", "cpu"]
+    assert cli.main(["check", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^not checked, whole networks: .*pip install 'res2net-fused\[bench\]'", printed, re.M)
+    assert "two photographs against" not in printed and re.search(r"^\d\d comparisons, 0 misses$", printed, re.M)
+
+
+@pytest.mark.parametrize("hidden", [["tqdm"], ["matplotlib", "tqdm"], ["PIL"]])
+def test_bench_names_its_extra_in_one_sentence(monkeypatch, capsys, tmp_path, hidden):
+    own = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name, *a: None if name in hidden else own(name, *a))
+    assert cli.main(["bench", "--quick", *SMALL[:4], "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("not installed: pip install 'res2net-fused[bench]'")
+    assert all({"PIL": "pillow"}.get(name, name) in line for name in hidden)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_bench_needs_is_its_extra():
+    project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^bench = \[(.*)\]$", project, re.M)
+    assert set(re.findall(r'"([\w-]+)"', extra)) == {*cli._BENCH_EXTRA.values(), *cli._BENCH_EXTRA_FOR_NETWORKS.values()}
+
+
+def test_progress_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(progress, "_SILENCE_S", 0.0)
+    with progress.progress("comparing", 2) as bar:
+        bar.set_postfix_str("the first")
+        bar.update()
+    printed = capsys.readouterr().out
+    assert re.fullmatch(
+        r"comparing \(2 cases\)\n  0 of 2 after 0 s; the first\n  1 of 2 after 0 s; next\ncomparing: 0 s\n", printed
+    ), printed
 
 
 @pytest.mark.parametrize(

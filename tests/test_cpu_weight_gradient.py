@@ -94,7 +94,7 @@ def test_what_winograd_would_spoil_is_left_to_aten(value):
     dz *= 1e-3
     weight = torch.randn(16, 16, 3, 3)
     problem = ChainProblem.of_one_convolution(dz, weight, ChainConfig())
-    assert cpu_backend.convolution.weight_gradient(problem, dz, u, torch.channels_last) == (None, None)
+    assert cpu_backend.BACKEND.weight_gradient(problem, dz, u, torch.channels_last) == (None, None)
     _, *found = convolution_backward(cpu_backend, dz, u, weight, ChainConfig(), (True, True, True))
     for got, expected in zip(found, gradients(dz, u), strict=True):
         assert torch.equal(got.isfinite(), expected.isfinite())
@@ -109,8 +109,8 @@ def test_repeatable_for_a_number_of_threads(threads):
 
 def test_a_chain_takes_it(monkeypatch):
     taken = []
-    own = cpu_backend.convolution.weight_gradient
-    monkeypatch.setattr(cpu_backend.convolution, "weight_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
+    own = cpu_backend.convolution.WinogradConvolver.weight_gradient
+    monkeypatch.setattr(cpu_backend.convolution.WinogradConvolver, "weight_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
     chain = Chain({}, steps=3, width=16)
     x, weights, biases = chain.tensors((2, 9, 24), torch.float32)  # NCHW: convolution after convolution
     tensors = [*weights, *biases]

@@ -279,7 +279,7 @@ def test_a_driver_that_does_not_start(monkeypatch):
     pytest.importorskip("triton")
     triton_backend.availability._driver_refusal.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton_backend, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_backend.availability, "capability", lambda device: (9, 0))
     why = triton_backend.chain.why_not(problem())  # so that auto moves on to the next backend
     triton_backend.availability._driver_refusal.cache_clear()
     assert re.search(r"driver does not start.*C compiler.*TRITON_CACHE_DIR", why)
@@ -294,7 +294,7 @@ UNKNOWN = [(8, 7), (9, 9), (10, 3), (11, 0), (12, 1), (99, 0)]
 @pytest.mark.parametrize("capability", UNKNOWN, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_triton_plans_for_an_unknown_gpu(monkeypatch, capability, dtype):
-    monkeypatch.setattr(triton_backend, "capability", lambda device: capability)
+    monkeypatch.setattr(triton_backend.availability, "capability", lambda device: capability)
     for width, size in ((26, 56), (208, 7), (1, 3)):
         for batch in (1, 256):
             p = problem(width=width, height=size, width_pixels=size, batch=batch, dtype=dtype)

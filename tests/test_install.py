@@ -361,7 +361,16 @@ def test_make_builds_behind_the_compiler_that_it_installs(make):
     (extras,) = [i for i, call in enumerate(calls) if "-e .[bench,test,nvcc]" in call]
     assert calls[extras].startswith("BUILD=off ")
     assert calls.index("setup.py build_ext --inplace") > extras
-    assert any("torchvision==0.28.*" in call for call in calls)
+
+
+def test_make_installs_a_timm_that_can_be_used(make):
+    """Without dependencies, which would change torch; but huggingface_hub, which fetches its weights, with its own."""
+    calls = make()
+    (timm,) = [i for i, call in enumerate(calls) if "torchvision==0.28.*" in call]
+    assert "--no-deps" in calls[timm] and " timm " in calls[timm]
+    (hub,) = [i for i, call in enumerate(calls) if "huggingface_hub" in call]
+    assert "--no-deps" not in calls[hub]
+    assert calls.index(".ci/fit_torchvision.py") > timm > hub
 
 
 def test_make_leaves_the_torch_of_an_environment_that_it_did_not_create(make):

@@ -190,7 +190,7 @@ def test_info_names_what_keeps_a_gpu_from_its_kernels(capsys, monkeypatch):
     pytest.importorskip("triton")
     for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a card")):
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
-    monkeypatch.setattr(triton_backend, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_backend.availability, "capability", lambda device: (9, 0))
     triton_backend.availability._driver_refusal.cache_clear()
     assert cli.main(["info"]) == 0
     triton_backend.availability._driver_refusal.cache_clear()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from res2net_fused.backends import reference as aten
+from res2net_fused.backends.reference import BACKEND as reference_backend
 from res2net_fused.testing import parity, tolerances
 from res2net_fused.testing.cases import VARIANTS, Case, Config, cases
 
@@ -31,12 +31,12 @@ def test_convolution_of_one_group():
 
 
 def break_backend(monkeypatch, damage):
-    right = aten.forward
+    right = reference_backend.forward
 
     def forward(problem, x, *rest):
         return damage(right(problem, x, *rest), problem)
 
-    monkeypatch.setattr(aten, "forward", forward)
+    monkeypatch.setattr(reference_backend, "forward", forward)
 
 
 def unwritten_slot(out, problem):
@@ -122,7 +122,7 @@ def test_a_case_that_cannot_be_made_is_a_failure(monkeypatch):
 
 
 def test_cases_that_a_backend_cannot_run_are_not_checked(monkeypatch):
-    monkeypatch.setattr(aten, "why_not", lambda problem: "no halves here" if problem.dtype == torch.bfloat16 else None)
+    monkeypatch.setattr(reference_backend, "why_not", lambda problem: "no halves here" if problem.dtype == torch.bfloat16 else None)
     report = parity.check_cases(MIXED, "reference")
     assert [row.outcome for row in report] == ["ok", "ok"] and report.ok
     (reason,) = report.unchecked.values()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from res2net_fused import cli
-from res2net_fused.backends import reference as aten
+from res2net_fused.backends.reference import BACKEND as reference_backend
 from res2net_fused.bench import candidates, providers, results, runner, supervise
 from res2net_fused.bench import run as sweep
 from res2net_fused.bench.supervise import AGAIN
@@ -103,14 +103,14 @@ def test_a_fault_of_the_build_costs_its_contender_alone(bench, monkeypatch):
 
 def test_no_speed_up_on_a_red_gate(bench, monkeypatch):
     """Of any contender: what is not verified is not timed."""
-    right = aten.forward
+    right = reference_backend.forward
 
     def forward(problem, x, *rest):
         out = right(problem, x, *rest)
         out[:, -1] += 0.01
         return out
 
-    monkeypatch.setattr(aten, "forward", forward)
+    monkeypatch.setattr(reference_backend, "forward", forward)
     status, printed, data = bench("--backend", "reference")
     assert status == 1
     assert cells(data) == {cell for cell in EVERYTHING if cell[1] != "ours"}

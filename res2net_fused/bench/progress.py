@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..backends.triton.compile_progress import compile_progress
@@ -15,13 +15,20 @@ _SILENCE_S = 30.0  # after which a line says what is going on
 @contextmanager
 def progress(title: str, total: int, of: str = "cases") -> Iterator[Any]:
     """A tqdm bar on stderr where that is a terminal, else a line now and then; lines before and after with the time it took."""
-    from tqdm import tqdm
-
     start = time.perf_counter()
     print(f"{title} ({total} {of})", flush=True)
-    with tqdm(total=total, desc=title, disable=None, leave=False) as bar, compile_progress(bar):
-        yield _Lines(total) if bar.disable else bar
+    with _bar(title, total) as bar, compile_progress(bar):
+        yield _Lines(total) if bar is None or bar.disable else bar
     print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _bar(title: str, total: int) -> Any:
+    """A tqdm as a context, or None as one where tqdm is not installed: only the extra 'bench' brings it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return nullcontext()
+    return tqdm(total=total, desc=title, disable=None, leave=False)
 
 
 class _Lines:

@@ -1,0 +1,168 @@
+"""The package in an environment that holds nothing but what it declares: installed from source without make, and as a wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from pages import PREAMBLE, ROOT, fenced
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the native extension is built on Linux only")
+
+# The first block of the README, with this package's own network in the place of timm's.
+WITHOUT_TIMM = """
+import sys, types
+from res2net_fused.models import create_model
+sys.modules["timm"] = types.ModuleType("timm")
+sys.modules["timm"].create_model = lambda name, pretrained: create_model(name, fused=False, layers=(1, 1, 1, 1))
+"""
+
+
+def declared(extra: str = "") -> list[Requirement]:
+    """What pyproject.toml declares, without its extras or of one of them."""
+    # Not by tomllib, which Python 3.10 lacks.
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(rf"^{extra or 'dependencies'} = \[(.*?)\]$", project, re.M | re.S)[1]
+    return [Requirement(text) for text in re.findall(r'"([^"]+)"', listed)]
+
+
+def closure(requirements: Iterable[Requirement]) -> dict[str, importlib.metadata.Distribution]:
+    """What pip would install for them, from what is installed here."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    left = list(requirements)
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found[name] = importlib.metadata.distribution(name)
+        left += map(Requirement, found[name].requires or ())
+    return found
+
+
+def expose(folder: Path, requirements: Iterable[Requirement]) -> None:
+    """Links to these packages and what they require, and to nothing beside them: gigabytes are not copied."""
+    folder.mkdir(exist_ok=True)
+    for distribution in closure(requirements).values():
+        tops = {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}
+        assert tops, f"nothing is known of the files of {distribution.name}"
+        for top in tops:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(distribution.locate_file(top)).resolve())
+
+
+class Environment:
+    """A virtual environment without pip and setuptools, which sees what `expose` is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.python = folder, folder / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        (self.site,) = folder.glob("lib/python*/site-packages")
+        assert not list(self.site.iterdir()), "this Python brings packages"
+        (self.site / "exposed.pth").write_text(f"{folder / 'exposed'}\n")
+        self.expose(declared())
+        # Nothing of the caller: neither the checkout, nor pip's and this package's settings.
+        self.variables = {
+            k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "RES2NET_FUSED_"))
+        } | {"PIP_CONFIG_FILE": os.devnull, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+    def expose(self, requirements: Iterable[Requirement]) -> None:
+        expose(self.folder / "exposed", requirements)
+
+    def pip(self, *arguments: object, **variables: str) -> None:
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--no-index", *map(str, arguments)]
+        done = subprocess.run(pip, cwd=self.folder, env=self.variables | variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, *command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+        words = [str(self.folder / "bin" / str(command[0])), *map(str, command[1:])]
+        done = subprocess.run(words, cwd=self.folder, env=self.variables, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+
+def build_tools() -> list[Requirement]:
+    """What the README has a user install before the package, besides torch."""
+    commands = re.findall(r"`pip install (torch [^`]+)`", (ROOT / "README.md").read_text())
+    assert commands, "the README names no build tools"
+    return [Requirement(word.strip("'\"")) for word in commands[0].split() if word != "torch"]
+
+
+def sources(folder: Path) -> Path:
+    """A copy of what an install from source reads, with nothing built."""
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy2(ROOT / name, folder)
+    ignored = shutil.ignore_patterns("*.so", "build.json", "__pycache__")
+    for name in ("csrc", "res2net_fused"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+def try_commands(environment: Environment, *, shapes: tuple[str, ...], cpu_library: bool) -> None:
+    """info, check and the README's first block without the extra, bench without and with it."""
+    device = ("--device", "cpu")
+    environment.run("python", "-c", "import tqdm", status=1)
+    info = environment.run("res2net-fused", "info", *device).stdout
+    assert re.search(r"cpu library +loaded" if cpu_library else r"cpu library +not loaded: ", info), info
+    check = environment.run("res2net-fused", "check", "--quick", *device, *shapes).stdout
+    assert re.search(r"^[1-9]\d* comparisons, 0 misses$", check, re.M), check
+    assert "not checked, whole networks: " in check and "pip install 'res2net-fused[bench]'" in check
+    (block, *_) = fenced(ROOT / "README.md", "python")
+    shown = environment.run("python", "-c", f"{WITHOUT_TIMM}{PREAMBLE}{block.text}").stdout
+    assert "4 of 4 blocks fused" in shown, shown
+    (line,) = environment.run("res2net-fused", "bench", "--quick", status=2).stderr.splitlines()
+    assert line.endswith("are not installed: pip install 'res2net-fused[bench]'"), line
+    environment.expose(declared("bench"))
+    environment.run("res2net-fused", "bench", "--quick", *device, *shapes, "--out", environment.folder / "results")
+    assert (environment.folder / "results" / "bench-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_names_what_a_build_needs():
+    """pip does not fetch it with --no-build-isolation; pybind11 is for builds in place, and wheel is part of setuptools."""
+    project = (ROOT / "pyproject.toml").read_text()
+    (texts,) = re.findall(r"^requires = \[(.*)\]$", project, re.M)
+    required = {requirement.name: requirement for requirement in map(Requirement, re.findall(r'"([^"]+)"', texts))}
+    named = {requirement.name: requirement for requirement in build_tools()}
+    assert set(required) - {"pybind11", "wheel"} <= set(named)
+    assert named["setuptools"].specifier == required["setuptools"].specifier
+
+
+def test_from_source_without_make(tmp_path):
+    """Pure Python, which compiles nothing; the whole way is a slow test."""
+    environment = Environment(tmp_path / "venv")
+    environment.expose(build_tools())
+    environment.pip("--no-build-isolation", sources(tmp_path / "sources"), RES2NET_FUSED_BUILD="off")
+    shapes = ("--configs", "14w8s", "--batch", "1")
+    try_commands(environment, shapes=shapes, cpu_library=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["source", "wheel"])
+def test_the_whole_way(way, tmp_path):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    builder = environment = Environment(tmp_path / "venv")
+    if way == "wheel":
+        builder = Environment(tmp_path / "builder")
+    builder.expose(build_tools())
+    settings = {"RES2NET_FUSED_BUILD": "require", "RES2NET_FUSED_CUDA_ARCHS": "none"}
+    if way == "source":
+        environment.pip("--no-build-isolation", sources(tmp_path / "sources"), **settings)
+    else:
+        pip = [sys.executable, "-m", "pip", "--python", str(builder.python), "wheel", "--no-index", "--no-build-isolation"]
+        command = [*pip, "--no-deps", "-w", str(tmp_path), str(sources(tmp_path / "sources"))]
+        done = subprocess.run(command, env=builder.variables | settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (wheel,) = tmp_path.glob("*.whl")
+        environment.pip(wheel)
+    try_commands(environment, shapes=(), cpu_library=True)
