@@ -30,7 +30,7 @@ def anchors(page: Path) -> set[str]:
 def test_all_pages_are_found():
     assert {"README.md", "CONTRIBUTING.md"} <= set(NAMES)
     assert [page.stem for page in NEW_PAGES] == [
-        "backends", "benchmarking", "kernels", "mathematics", "stand_in_card", "troubleshooting",
+        "backends", "benchmarking", "kernels", "mathematics", "results", "stand_in_card", "troubleshooting",
     ]  # fmt: skip
 
 
