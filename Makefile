@@ -1,4 +1,4 @@
-# make bench | check | record | readme | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | lint | types | clean
+# make bench | check | record | results | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1". TORCH and TRITON say what pip installs, such as make bench TORCH=torch==2.11.0;
 # PIP_INDEX_URL and pip's other variables say from where.
@@ -20,7 +20,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) res2net_fused/_native/build_flags.py res2net_fused/_native/cuda_toolkit.py
 
-.PHONY: bench check record readme test test-full test-gpu fuzz mutate sanitize wheel versions lint types clean setup FORCE
+.PHONY: bench check record results test test-full test-gpu fuzz mutate sanitize wheel versions lint types clean setup FORCE
 
 setup: $(INSTALLED)
 
@@ -34,8 +34,8 @@ check: $(INSTALLED)
 record:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/record.py $(ARGS)
 
-readme: $(INSTALLED)
-	$(BIN)/python benchmarks/readme_results.py $(ARGS)
+results: $(INSTALLED)
+	$(BIN)/python benchmarks/render_results.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -302,7 +302,9 @@ def test_no_panel_is_empty_and_nothing_is_cut_off(drawn, cases):
     ])  # fmt: skip
     panels = [axis for axis in figure.axes if axis.get_visible()]
     assert len(panels) == len({case[:2] for case in cases})
-    assert all(len(axis.lines) == len(forms) for axis in panels)
+    for axis in panels:
+        bars, lines = len(axis.patches), sum(len(line.get_xdata()) > 1 for line in axis.lines)
+        assert (bars, lines) in ((len(forms), 0), (0, len(forms)))
     box = figure.bbox
     for what in (figure.legends[0], figure._suptitle, *(axis for axis in panels)):
         extent = what.get_tightbbox(figure.canvas.get_renderer()) if what in panels else what.get_window_extent()
@@ -319,6 +321,16 @@ def test_a_line_holds_one_form_of_a_provider(drawn):
     ]
     (axis,) = drawn(rows).axes
     assert {line.get_label(): list(line.get_ydata()) for line in axis.lines} == {"compile": [4, 4], "compile*": [1, 1]}
+
+
+def test_one_scale_is_drawn_as_bars(drawn):
+    """A line of one point would leave the panel empty; a panel with two scales beside it keeps its lines."""
+    rows = [example_row(stage=4, provider=provider, median_ms=ms) for provider, ms in (("eager", 4.0), ("ours", 1.0))]
+    rows += [example_row(stage=1, config=config) for config in ("48w2s", "26w4s")]
+    lines, bars = drawn(rows).axes
+    assert [bar.get_height() for bar in bars.patches] == [4.0, 1.0]
+    assert [text.get_text() for text in bars.get_xticklabels()] == ["4"] and bars.get_ylim()[1] > 4.0
+    assert not lines.patches and [list(line.get_xdata()) for line in lines.lines] == [[2, 4]]
 
 
 def test_plot_of_networks_alone_is_refused(tmp_path):

@@ -71,9 +71,10 @@ class Environment:
         (self.site / "exposed.pth").write_text(f"{folder / 'exposed'}\n")
         self.expose(declared())
         # Nothing of the caller: neither the checkout, nor pip's and this package's settings.
-        self.variables = {
-            k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "RES2NET_FUSED_"))
-        } | {"PIP_CONFIG_FILE": os.devnull, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        self.variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "RES2NET_FUSED_"))} | {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        }
 
     def expose(self, requirements: Iterable[Requirement]) -> None:
         expose(self.folder / "exposed", requirements)

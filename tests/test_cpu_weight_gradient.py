@@ -109,8 +109,9 @@ def test_repeatable_for_a_number_of_threads(threads):
 
 def test_a_chain_takes_it(monkeypatch):
     taken = []
-    own = cpu_backend.convolution.WinogradConvolver.weight_gradient
-    monkeypatch.setattr(cpu_backend.convolution.WinogradConvolver, "weight_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
+    convolver = cpu_backend.convolution.WinogradConvolver
+    own = convolver.weight_gradient
+    monkeypatch.setattr(convolver, "weight_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
     chain = Chain({}, steps=3, width=16)
     x, weights, biases = chain.tensors((2, 9, 24), torch.float32)  # NCHW: convolution after convolution
     tensors = [*weights, *biases]

@@ -52,7 +52,7 @@ BARE = """
 import sys, torch, res2net_fused as rf
 from res2net_fused import cli
 from res2net_fused._native import library
-from res2net_fused.chain.reference import ReferenceBottle2neck
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 assert rf.__file__.startswith(sys.argv[1]), rf.__file__
 block = ReferenceBottle2neck(64, 16, baseWidth=26, scale=4).eval()
 x = torch.randn(2, 64, 9, 7)

@@ -1,4 +1,4 @@
-"""The figures of a record, and the README's results."""
+"""The figures of a record, and the results that the pages show."""
 
 import json
 
@@ -77,16 +77,29 @@ def test_training_figures():
     assert found["res2net50_14w8s training step, batch 256, over compile"].outcome == "unmeasured"
 
 
-# README ---------------------------------------------------------------------------------------------------------------
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+CPU_NETWORK = """python benchmarks/cpu_network.py --batch 1
+Some(R) Chip(R) Processor (AVX512), 2 threads, torch 2.13.0+cpu, medians in ms;
+{}; ratios above 1: ours is faster
+network          batch          ours     ms             over PyTorch  over openvino             over ResNet-50
+---------------  -----  ------------  -----  -----------------------  -------------  -------------------------
+res2net50_14w8s      1  ours_compile     35  2.00x (70.0 ms compile)      not timed  1.20x (42 ms compile)
+res2net50_26w4s      1  ours_compile  34.91  1.53x (53.49 ms compile)  0.90x (31.51 ms)  1.20x (42 ms compile)
+"""
 
 
-def test_the_readme_shows_the_committed_records():
-    assert script("readme_results").main(["--check"]) == 0
+def test_the_pages_show_the_committed_files():
+    assert script("render_results").main(["--check"]) == 0
 
 
-def test_readme_is_written_and_checked(tmp_path, capsys):
-    readme = script("readme_results")
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+@pytest.fixture
+def checkout(tmp_path):
+    """A root with the two pages, and a record of a GPU."""
+    pages = script("render_results")
+    (tmp_path / "docs").mkdir()
+    for page in ("README.md", "docs/results.md"):
+        (tmp_path / page).write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     rows = [
         row(stage=stage, provider=provider, graph=graph, median_ms=ms, roofline_share=0.5, workload=workload)
         for workload in ("chain", "block")
@@ -98,36 +111,89 @@ def test_readme_is_written_and_checked(tmp_path, capsys):
     rows.append(row(**network, median_ms=4.0, yardstick_ms=3.0))
     path = tmp_path / "benchmarks" / "results" / "some-gpu" / "record.json"
     results.write(path, environment(device="Some GPU", cuda="13.0", command="make record"), rows)
-    arguments = ["--root", str(tmp_path)]
-    assert readme.main([*arguments, "--check"]) == 1
-    assert readme.main(arguments) == 0
-    text = (tmp_path / "README.md").read_text()
+    return tmp_path
+
+
+def test_pages_are_written_and_checked(checkout, capsys):
+    pages = script("render_results")
+    arguments = ["--root", str(checkout)]
+    assert pages.main([*arguments, "--check"]) == 1
+    assert pages.main(arguments) == 0
+    text = (checkout / "docs" / "results.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert "### Some GPU" in text and "CUDA 13.0" in text and "`make record`" in text
     line = next(line for line in text.splitlines() if line.startswith("| 26w4s"))
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "26w4s", "32", "bfloat16", "7", "4", "2.50 2.00 1.50 1.00", "50 50 50 50",
     ]  # fmt: skip
-    assert "0.75" in next(line for line in text.splitlines() if line.startswith("| res2net50_26w4s"))  # a loss, shown
-    assert "(benchmarks/results/some-gpu/record.png)" in text
-    assert readme.main([*arguments, "--check"]) == 0
-    path.with_suffix(".png").unlink()
-    assert readme.main([*arguments, "--check"]) == 1
+    assert "0.75" in next(line for line in text.split("## By record")[1].splitlines() if line.startswith("| res2net50_26w4s"))
+    assert "(../benchmarks/results/some-gpu/record.png)" in text
+    assert "\nold\n" not in (checkout / "README.md").read_text()
+    assert pages.main([*arguments, "--check"]) == 0
+    (checkout / "benchmarks" / "results" / "some-gpu" / "record.png").unlink()
+    assert pages.main([*arguments, "--check"]) == 1
     assert "no plot" in capsys.readouterr().out
 
 
-def test_bad_records_and_readmes_are_named(tmp_path, capsys):
-    readme = script("readme_results")
-    (tmp_path / "README.md").write_text("no markers")
-    assert readme.main(["--root", str(tmp_path)]) == 2
-    path = tmp_path / "benchmarks" / "results" / "x" / "bad.json"
+def test_whole_networks_are_read_from_both_kinds_of_file(checkout):
+    """Each form of ours has a line of its own, with the ratios of its own run; the README shows one network."""
+    folder = checkout / "benchmarks" / "results" / "chip"
+    network = {"workload": "network", "stage": None, "batch": 1, "dtype": "float32", "device": "cpu", "graph": False}
+    rows = [
+        row(**network, config=config, provider=provider, median_ms=ms)
+        for config, provider, ms in (
+            ("res2net50_26w4s", "eager", 66.0), ("res2net50_26w4s", "openvino", 33.0), ("res2net50_26w4s", "ours", 44.0),
+            ("resnet50", "eager", 55.0), ("resnet50", "openvino", 22.0),
+        )
+    ]  # fmt: skip
+    results.write(folder / "bench.json", environment(device="Some(R) Chip(R) Processor (AVX512)"), rows)
+    (folder / "networks.txt").write_text(CPU_NETWORK)
+    assert script("render_results").main(["--root", str(checkout)]) == 0
+    readme = (checkout / "README.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
+    assert ["Some Chip", "1", "`accelerate`", "44.0 ms", "1.50x", "0.75x", "1.25x"] in lines
+    assert ["Some Chip", "1", "`accelerate`, `freeze`, `torch.compile`", "34.9 ms", "1.53x", "0.90x", "1.20x"] in lines
+    shown = (checkout / "docs" / "results.md").read_text()
+    assert "res2net50_14w8s" in shown and "not timed" in shown and "14w8s" not in readme
+    picture = checkout / "benchmarks" / "results" / "networks.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    assert script("render_results").main(["--root", str(checkout), "--check"]) == 0
+    picture.unlink()
+    assert script("render_results").main(["--root", str(checkout), "--check"]) == 1
+
+
+def test_the_picture_shows_each_contender_of_one_run(tmp_path):
+    summary = script("network_summary")
+    (tmp_path / "networks.txt").write_text(CPU_NETWORK)
+    run = summary.from_text(tmp_path / "networks.txt")
+    groups = [
+        ((4, "26w4s"), {"pytorch": 53.49, "openvino": 31.51, "ours": 34.91}),
+        ((8, "14w8s"), {"pytorch": 70.0, "ours": 35.0}),
+    ]
+    assert summary.bars([run]) == [("Some Chip, 2 cores, batch 1", 42.0, groups)]
+
+
+@pytest.mark.parametrize("change", [("1.53x", "fast"), (", 2 threads", ""), ("network  ", "model  "), ("PyTorch", "Caffe")])
+def test_a_text_of_another_form_is_named(checkout, capsys, change):
+    path = checkout / "benchmarks" / "results" / "chip" / "networks.txt"
+    path.parent.mkdir()
+    path.write_text(CPU_NETWORK.replace(*change))
+    assert script("render_results").main(["--root", str(checkout)]) == 2
+    assert "networks.txt" in capsys.readouterr().err
+
+
+def test_bad_records_and_pages_are_named(checkout, capsys):
+    pages = script("render_results")
+    (checkout / "docs" / "results.md").write_text("no markers")
+    assert pages.main(["--root", str(checkout)]) == 2
+    path = checkout / "benchmarks" / "results" / "x" / "bad.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps([]))
-    assert readme.main(["--root", str(tmp_path)]) == 2
+    assert pages.main(["--root", str(checkout)]) == 2
     err = capsys.readouterr().err
-    assert "results:begin" in err and "bad.json" in err
+    assert "results.md needs the lines" in err and "bad.json" in err
 
 
 def test_markdown_columns_are_aligned():
-    table = script("readme_results").markdown_table(["a", "long head"], [["first", "1"]])
+    table = script("render_results").markdown_table(["a", "long head"], [["first", "1"]])
     assert table == "| a     | long head |\n| :---- | --------: |\n| first |         1 |"

@@ -97,8 +97,9 @@ def test_against_float64_with_own_masks(chain, device, dtype):
 @pytest.mark.parametrize("width", [8, 13, 26])
 def test_input_gradients_by_the_native_kernels(settings, width, monkeypatch):
     taken = []
-    own = cpu_backend.convolution.WinogradConvolver.input_gradient
-    monkeypatch.setattr(cpu_backend.convolution.WinogradConvolver, "input_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
+    convolver = cpu_backend.convolution.WinogradConvolver
+    own = convolver.input_gradient
+    monkeypatch.setattr(convolver, "input_gradient", lambda *args: (taken.append(own(*args)), taken[-1])[1])
     chain = Chain(settings, steps=3, width=width)
     x, weights, biases = leaves(chain, (2, 9, 24), torch.float32)  # NCHW: convolution after convolution
     tensors = [x, *weights, *biases]

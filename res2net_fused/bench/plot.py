@@ -36,7 +36,8 @@ _COLOURS = {  # in the order of the legend
 
 def plot(data: dict[str, Any], path: Path) -> None:
     """Draws the chains and blocks of a result file: a column for each stage that it has, a row for each workload, variant,
-    batch and dtype. Dashed: replayed from a CUDA graph.
+    batch and dtype. A panel has a line for each provider, or a bar where it has one scale only, since lines of one point show
+    nothing. Dashed or hatched: replayed from a CUDA graph.
 
     Raises ImportError where matplotlib is missing, ValueError where the file holds neither chains nor blocks.
     """
@@ -73,16 +74,23 @@ def plot(data: dict[str, Any], path: Path) -> None:
             axis.set_visible(bool(here))
             if not here:
                 continue
-            for line in lines:
-                _draw(axis, [row for row in here if _line(row) == line])
+            of_lines = [of_line for line in lines if (of_line := [row for row in here if _line(row) == line])]
+            here_scales = sorted({Config.parse(row["config"]).scale for row in here})
+            if len(here_scales) == 1:
+                _draw_bars(axis, [of_line[0] for of_line in of_lines])
+                axis.set_xticks([(len(of_lines) - 1) / 2], [str(here_scales[0])])
+            else:
+                for of_line in of_lines:
+                    _draw_line(axis, of_line)
+                axis.set_xticks(scales)
+                axis.set_xlim(scales[0] - 0.5, scales[-1] + 0.5)
             handles.update((text, handle) for handle, text in zip(*axis.get_legend_handles_labels(), strict=True))
             size = SIZES[stage - 1]
             what = workload if variant == "normal" else f"{workload} ({variant})"
             axis.set_title(f"{what}, stage {stage} ({size}x{size})", fontsize=10)
             axis.set_ylim(bottom=0)
+            axis.set_axisbelow(True)
             axis.grid(alpha=0.3)
-            axis.set_xticks(scales)
-            axis.set_xlim(scales[0] - 0.5, scales[-1] + 0.5)
             axis.set_xlabel("scale s, width at equal FLOPs")
             if first:
                 axis.set_ylabel(f"milliseconds\nbatch {batch}, {dtype}")
@@ -103,11 +111,9 @@ def _line(row: dict[str, Any]) -> tuple[str, bool]:
     return row["provider"], bool(row.get("graph"))
 
 
-def _draw(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _draw_line(axis: Any, rows: list[dict[str, Any]]) -> None:
     """One line of medians with a band from the 20th to the 80th percentile."""
     rows = sorted(rows, key=lambda row: Config.parse(row["config"]).scale)
-    if not rows:
-        return
     scales = [Config.parse(row["config"]).scale for row in rows]
     colour, text = _COLOURS[rows[0]["provider"]], label(rows[0]).replace("_", " ")
     style = "--" if rows[0].get("graph") else "-"
@@ -116,6 +122,18 @@ def _draw(axis: Any, rows: list[dict[str, Any]]) -> None:
     )
     low, high = ([row[name] for row in rows] for name in ("p20_ms", "p80_ms"))
     axis.fill_between(scales, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """A bar of the median for each row, with a whisker from the 20th to the 80th percentile."""
+    for place, row in enumerate(rows):
+        median = row["median_ms"]
+        whisker = [[max(0.0, median - row["p20_ms"])], [max(0.0, row["p80_ms"] - median)]]
+        hatch = "//" if row.get("graph") else None
+        axis.bar(
+            place, median, yerr=whisker, color=_COLOURS[row["provider"]], hatch=hatch, label=label(row).replace("_", " "),
+            error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Writes the README's results from the committed records: tables between its markers, and a plot beside each record.
+"""Writes the results that the pages show from the committed files, between the pages' markers, and draws the plots.
 
-python benchmarks/readme_results.py           # after adding or changing benchmarks/results/<device>/*.json
-python benchmarks/readme_results.py --check   # exit status 1 where the README says something else than the records
+docs/results.md gets the table of whole networks and a section for each record, README.md the rows of one network;
+benchmarks/results/networks.png and a plot beside each record are drawn.
+
+    python benchmarks/render_results.py           # after adding or changing a file of benchmarks/results/<device>/
+    python benchmarks/render_results.py --check   # exit status 1 where a page says something else than those files
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +20,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import network_summary  # noqa: E402
+
 from res2net_fused.bench import results  # noqa: E402
+from res2net_fused.bench.providers import PYTORCH  # noqa: E402
 from res2net_fused.testing.cases import STAGES, Config  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -24,11 +31,12 @@ OURS = ("ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")
 _TITLES = {
     "chain": "Chains, BatchNorms folded on all sides",
     "block": "Normal blocks",
-    "network": "Whole networks",
+    "network": "Whole networks as one record times them",
     "train_chain": "Chains in training, forward and backward",
     "train_block": "Normal blocks in training, forward and backward",
     "train_step": "Training steps (forward, backward, SGD)",
 }
+_NOTHING = "No run is committed yet: `make bench` prints a table for your machine, `make record` measures a GPU."
 Row = dict[str, Any]
 
 
@@ -37,29 +45,37 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something would change")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the checkout (default: this one)")
     options = parser.parse_args(arguments)
-    readme = options.root / "README.md"
+    root = options.root
     try:
-        records = find_records(options.root)
-        before = readme.read_text()
-        after = replace_block(before, render(records, options.root))
+        records = find_records(root)
+        runs = network_summary.find_runs(root, records)
+        pages = {root / "docs" / "results.md": render(runs, records, root), root / "README.md": summary(runs)}
+        before = {page: page.read_text() for page in pages}
+        after = {page: replace_block(page, before[page], text) for page, text in pages.items()}
     except ValueError as error:
-        print(f"readme_results: {error}", file=sys.stderr)
+        print(f"render_results: {error}", file=sys.stderr)
         return 2
-    missing = [path for path, data in records if plotted_rows(data["rows"]) and not path.with_suffix(".png").is_file()]
+    plots = {path.with_suffix(".png"): {"environment": data["environment"], "rows": plotted_rows(data["rows"])}
+             for path, data in records if plotted_rows(data["rows"])}  # fmt: skip
+    picture = root / "benchmarks" / "results" / "networks.png"
+    drawn = [run for run in runs if run.path.name == "networks.txt"]
     if options.check:
+        missing = [path for path in (*plots, *([picture] if drawn else [])) if not path.is_file()]
+        stale = [page for page in pages if before[page] != after[page]]
         for path in missing:
-            print(f"{path} has no plot beside it")
-        if before != after:
-            print(f"{readme} does not show the committed records: run python benchmarks/readme_results.py")
-        return int(before != after or bool(missing))
-    for path, data in records:
-        rows = plotted_rows(data["rows"])
-        if rows:
-            from res2net_fused.bench.plot import plot
+            print(f"there is no plot {path}")
+        for page in stale:
+            print(f"{page} does not show the committed files: run python benchmarks/render_results.py")
+        return int(bool(stale or missing))
+    for path, data in plots.items():
+        from res2net_fused.bench.plot import plot
 
-            plot({"environment": data["environment"], "rows": rows}, path.with_suffix(".png"))
-    readme.write_text(after)
-    print(f"{readme}: {len(records)} records")
+        plot(data, path)
+    if drawn:
+        network_summary.draw(drawn, picture)
+    for page, text in after.items():
+        page.write_text(text)
+        print(f"{page}: {len(records)} records")
     return 0
 
 
@@ -68,19 +84,28 @@ def find_records(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     return [(path, results.read(path)) for path in sorted((root / "benchmarks" / "results").glob("*/*.json"))]
 
 
-def replace_block(readme: str, text: str) -> str:
-    """The README with `text` between its markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END}, once each and in this order")
-    head, rest = readme.split(BEGIN)
+def replace_block(page: Path, content: str, text: str) -> str:
+    """The page's content with `text` between its markers."""
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise ValueError(f"{page.name} needs the lines {BEGIN} and {END}, once each and in this order")
+    head, rest = content.split(BEGIN)
     return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
-def render(records: Sequence[tuple[Path, dict[str, Any]]], root: Path) -> str:
-    """Markdown for all records."""
+def summary(runs: Sequence[network_summary.NetworkRun]) -> str:
+    """Markdown for the README: the network that users ask about first."""
+    return markdown_table(*network_summary.table_lines(runs, network_summary.README_MODEL)) if runs else _NOTHING
+
+
+def render(runs: Sequence[network_summary.NetworkRun], records: Sequence[tuple[Path, dict[str, Any]]], root: Path) -> str:
+    """Markdown for docs/results.md: all networks, then a section for each record."""
     if not records:
-        return "No run is committed yet: `make bench` prints a table for your machine, `make record` measures a GPU."
-    return "\n\n".join(_section(path.relative_to(root), data) for path, data in records)
+        return _NOTHING
+    parts = ["## Whole networks", markdown_table(*network_summary.table_lines(runs))] if runs else []
+    folder = root / "docs"
+    return "\n\n".join(
+        [*parts, "## By record", *(_section(Path(os.path.relpath(path, folder)), data) for path, data in records)]
+    )
 
 
 def _section(path: Path, data: dict[str, Any]) -> str:
@@ -90,11 +115,11 @@ def _section(path: Path, data: dict[str, Any]) -> str:
     if not environment["cuda"]:
         versions.append(f"{environment['threads']} threads")
     parts = [
-        f"### {environment['device']}",
+        f"### {environment['device']}, {path.stem}",
         f"{', '.join(versions)}, commit `{environment['commit']}`, [record]({path.as_posix()}): `{environment['command']}`. "
         "Medians in milliseconds, interleaved in one run; dtype and batch are in the tables. "
         + ("A star marks times of CUDA-graph replays. " if any(row.get("graph") for row in rows) else "")
-        + "The speed-up is the fastest peer's time over the fastest of ours: below 1x, ours is slower.",
+        + "The speed-up is the fastest peer's time over the fastest of ours: below 1, ours is slower.",
     ]
     for workload, title in _TITLES.items():
         chosen = [row for row in rows if row["workload"] == workload]
@@ -171,12 +196,12 @@ def _stage_table(rows: Sequence[Row]) -> str:
 
 
 def _network_table(rows: Sequence[Row]) -> str:
-    """One line for each network, batch and dtype; ResNet-50's time over ours where it was timed beside it.
+    """One line for each network, batch and dtype; ResNet-50's time in PyTorch's fastest mode over ours, where it was timed.
 
-    A row may carry that time; else it is the fastest peer's on the network of that name.
+    A row may carry that time; else it is that of the rows of ResNet-50.
     """
     providers = _providers(rows)
-    peers = [row for row in rows if row["config"] == "resnet50" and row["provider"] not in OURS]
+    peers = [row for row in rows if row["config"] == "resnet50" and row["provider"] in PYTORCH]
     lines = []
     for config, batch, dtype in dict.fromkeys((row["config"], row["batch"], row["dtype"]) for row in rows):
         here = {row["provider"]: row for row in rows if (row["config"], row["batch"], row["dtype"]) == (config, batch, dtype)}
