@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import res2net_fused
+import res2net_fused.models
 from res2net_fused.backends.selection import EXPERIMENTAL
 from res2net_fused.chain import BACKENDS
 
@@ -58,7 +58,7 @@ def test_named_files_exist(page):
     top = ("res2net_fused", "csrc", "benchmarks", "tests", "examples")
     file_names = {path.name for folder in top for path in ROOT.glob(f"{folder}/**/*")}
     for name in named:
-        if name.startswith(("build/", "results/")) or "<" in name:
+        if name.startswith(("build/", "dist/", "results/")) or "<" in name:
             continue  # what a run writes
         found = any((ROOT / folder / name).exists() for folder in folders) or (page.parent / name).exists()
         alone = "/" not in name and page not in NEW_PAGES and name in file_names
@@ -101,6 +101,13 @@ def test_python_on_pages_is_python_and_its_names_are_public(page):
                 assert node.attr in res2net_fused.__all__, node.attr
     for name in re.findall(r"\brf\.(\w+)", page.read_text()):
         assert name in res2net_fused.__all__, name
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    modules = {"res2net_fused": res2net_fused, "res2net_fused.models": res2net_fused.models}
+    public = {f"{name}.{item}" for name, module in modules.items() for item in module.__all__}
+    assert sorted(re.findall(r"^::: (\S+)$", page, re.M)) == sorted(public)
 
 
 def sources() -> str:
