@@ -1,4 +1,5 @@
-# make bench | check | record | results | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | lint | types | clean
+# make bench | check | record | results | docs | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | lint
+#    | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1". TORCH and TRITON say what pip installs, such as make bench TORCH=torch==2.11.0;
 # PIP_INDEX_URL and pip's other variables say from where.
@@ -18,9 +19,10 @@ KEEPS_TORCH = $(if $(filter file,$(origin TORCH)),$(if $(filter-out .venv,$(VENV
 PINS := $(VENV)/.pins
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 NATIVE := $(shell find csrc -type f) res2net_fused/_native/build_flags.py res2net_fused/_native/cuda_toolkit.py
 
-.PHONY: bench check record results test test-full test-gpu fuzz mutate sanitize wheel versions lint types clean setup FORCE
+.PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel versions lint types clean setup FORCE
 
 setup: $(INSTALLED)
 
@@ -36,6 +38,10 @@ record:
 
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/render_results.py $(ARGS)
+
+# The site, in build/site; a warning, such as a link that leads nowhere, is an error.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
@@ -100,7 +106,12 @@ $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python .ci/fit_torchvision.py
 	touch $@
 
+# The package is there already, so pip installs only what this extra adds.
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install 'res2net-fused[docs]'
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis $(INSTALLED)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis $(INSTALLED) $(DOCS)
 	rm -f res2net_fused/*.so res2net_fused/lib/*.so res2net_fused/lib/*.json
 	find res2net_fused tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import res2net_fused
+import res2net_fused.models
 from res2net_fused.backends.base import BACKENDS
 from res2net_fused.backends.policy import EXPERIMENTAL
 
@@ -34,8 +34,8 @@ def anchors(page: Path) -> set[str]:
 def test_all_pages_are_found():
     assert {"README.md", "CONTRIBUTING.md"} <= set(NAMES)
     assert [page.stem for page in NEW_PAGES] == [
-        "api", "architecture", "backends", "benchmarking", "install", "kernels", "mathematics", "results", "stand_in_card", "training",
-        "troubleshooting", "usage",
+        "api", "architecture", "backends", "benchmarking", "install", "kernels", "mathematics", "results", "stand_in_card",
+        "training", "troubleshooting", "usage",
     ]  # fmt: skip
 
 
@@ -101,6 +101,13 @@ def test_python_on_pages_is_python_and_its_names_are_public(page):
                 assert node.attr in res2net_fused.__all__, node.attr
     for name in re.findall(r"\brf\.(\w+)", page.read_text()):
         assert name in res2net_fused.__all__, name
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    modules = {"res2net_fused": res2net_fused, "res2net_fused.models": res2net_fused.models}
+    public = {f"{name}.{item}" for name, module in modules.items() for item in module.__all__}
+    assert sorted(re.findall(r"^::: (\S+)$", page, re.M)) == sorted(public)
 
 
 def sources() -> str:

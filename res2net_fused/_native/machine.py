@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 # CUDA's major version -> the first Linux driver that runs it
 MINIMUM_DRIVER = {11: 450, 12: 525, 13: 580}
-OTHER_BUILDS = "https://pytorch.org/get-started/previous-versions; with make TORCH= and TRITON= name it, see README.md"
+OTHER_BUILDS = "https://pytorch.org/get-started/previous-versions; with make TORCH= and TRITON= name it, see docs/install.md"
 
 
 class TorchBuild(NamedTuple):
