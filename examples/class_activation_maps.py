@@ -1,13 +1,14 @@
 """Grad-CAM (arXiv:1610.02391) on fused networks: which pixels speak for a class, as heat maps over the images, in one PNG.
 
-With two checkpoints, scikit-learn's two photographs by Res2Net-50 and by ResNet-50, side by side. Without, handwritten digits
-by the narrow network that train_digits.py trains, which is trained first: random weights would show nothing.
+With two checkpoints, scikit-learn's two photographs by Res2Net-50 and by ResNet-50, one above the other. Without, handwritten
+digits by the narrow network that train_digits.py trains, which is trained first: random weights would show nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,37 +46,52 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, classes: Tensor
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).detach(), classes
 
 
-def draw(columns: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: str) -> None:
-    """The images, and beside them one column for each (name, images (N, C, H, W), maps (N, H, W), classes (N,))."""
+def enlarged(x: Tensor, side: int = 240) -> Tensor:
+    """(N, C, H, W) smoothly made larger where it is smaller than `side`, and within 0 to 1: digits have 8x8 pixels."""
+    factor = max(1.0, side / max(x.shape[2:]))
+    size = [round(n * factor) for n in x.shape[2:]]
+    return F.interpolate(x, size, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def draw(lines: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: str) -> None:
+    """The images in a line, and below them one line for each (name, images (N, C, H, W), maps (N, H, W), classes (N,)).
+
+    A map lies over its image, the more opaque the hotter it is: where nothing speaks for the class the image is seen alone.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = len(columns[0][1])
-    size = (2.4 * (len(columns) + 1), 2.6 * rows)
-    figure, axes = plt.subplots(rows, len(columns) + 1, figsize=size, layout="constrained", squeeze=False)
-    for i, (name, images, maps, classes) in enumerate(columns, start=1):
-        for j, image in enumerate(images):
-            low, high = image.min(), image.max()
-            picture = ((image - low) / (high - low)).permute(1, 2, 0).numpy()  # (H, W, C)
-            for axis in (axes[j, 0], axes[j, i]):
-                axis.imshow(picture, cmap="gray")
-                axis.set_axis_off()
-            axes[j, i].imshow(maps[j].numpy(), cmap="jet", alpha=0.45, vmin=0, vmax=1)
-            axes[j, i].set_title(f"{name}: class {int(classes[j])}", fontsize=9)
+    images = lines[0][1]
+    low, high = (t.view(-1, 1, 1, 1) for t in images.flatten(1).aminmax(dim=1))
+    pictures = enlarged((images - low) / (high - low)).permute(0, 2, 3, 1)  # (N, H, W, C)
+    shape = (1 + len(lines), len(images))
+    figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.5 * shape[0]), layout="constrained", squeeze=False)
+    for axis, picture in zip(axes[0], pictures, strict=True):
+        axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
+    for row, (name, _, maps, classes) in zip(axes[1:], lines, strict=True):
+        for axis, picture, heat, kind in zip(row, pictures, enlarged(maps[:, None])[:, 0], classes.tolist(), strict=True):
+            axis.imshow(picture.mean(2).numpy(), cmap="gray", vmin=0, vmax=1.3)
+            shown = axis.imshow(heat.numpy(), cmap="turbo", vmin=0, vmax=1, alpha=(0.85 * heat.sqrt()).numpy())
+            axis.set_title(f"class {kind}", fontsize=9)
+        row[0].set_ylabel(name, fontsize=11)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    bar = figure.colorbar(plt.cm.ScalarMappable(shown.norm, shown.cmap), ax=axes[1:], fraction=0.05, aspect=30)
+    bar.set_label("speaks for the class")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def photographs_by(networks: dict[str, nn.Module]) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Columns for `draw`: the two photographs by every network, from its last stage."""
+    """Lines for `draw`: the two photographs by every network, from its last stage."""
     images = photographs()
     return [(name, images, *grad_cam(network.eval(), network.layer4, images)) for name, network in networks.items()]
 
 
-def digits_by_trained_network(epochs: int, count: int = 5) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Columns for `draw`: test digits by a network trained for so many epochs, from its first two stages."""
+def digits_by_trained_network(epochs: int, count: int = 6) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Lines for `draw`: test digits, each another one, by a network trained for so many epochs, from its first two stages."""
     from train_digits import Res2NeXt29, load_digits, train
 
     torch.manual_seed(0)
@@ -83,7 +99,8 @@ def digits_by_trained_network(epochs: int, count: int = 5) -> list[tuple[str, Te
     model = Res2NeXt29(Bottle2neck)
     curves = train(model, data, epochs, seed=0, title="training")
     print(f"test accuracy {100 * curves.accuracy[-1]:.1f} %")
-    images = data[2][:count]
+    first = [int((data[3] == digit).nonzero()[0]) for digit in range(count)]
+    images = data[2][first]
     return [(f"stage {i + 1}", images, *grad_cam(model.eval(), model.stages[i], images)) for i in range(2)]
 
 
@@ -95,17 +112,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="of the digits network, without checkpoints (default 10)")
     parser.add_argument("--out", default="class_activation_maps.png", help="the PNG (default class_activation_maps.png)")
     arguments = parser.parse_args()
+    Path(arguments.out).resolve().parent.mkdir(parents=True, exist_ok=True)  # rather now than after the training
     if arguments.checkpoint:
         names = {"Res2Net-50": "res2net50_26w_4s", "ResNet-50": "resnet50"}
         networks = {
             title: load_checkpoint(create_model(name), path)
             for (title, name), path in zip(names.items(), arguments.checkpoint, strict=True)
         }
-        columns = photographs_by(networks)
+        lines = photographs_by(networks)
     else:
         torch.set_num_threads(1)  # the fastest for images of 8x8 pixels
-        columns = digits_by_trained_network(arguments.epochs)
-    draw(columns, arguments.out)
+        lines = digits_by_trained_network(arguments.epochs)
+    draw(lines, arguments.out)
     print(f"heat maps: {arguments.out}")
 
 

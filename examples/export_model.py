@@ -44,6 +44,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="rows and columns of the images (default 224)")
     parser.add_argument("--out", type=Path, default=Path("exported"), help="folder (default exported)")
     arguments = parser.parse_args()
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install 'res2net-fused[bench]'") from None
     warnings.simplefilter("ignore")  # the exporters', about themselves
     model = create_model(arguments.model).eval()
     if arguments.checkpoint:
@@ -52,21 +56,32 @@ def main() -> None:
     with torch.no_grad():
         expected = model(images)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    package = arguments.out / f"{arguments.model}.pt2"
-    write_package(model, images, package)
-    logits = torch._inductor.aoti_load_package(str(package))(images)
-    print(f"{package}: relative difference {float((logits - expected).norm() / expected.norm()):.1e}")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         print(f"no ONNX file: {error} (pip install onnx onnxscript onnxruntime)")
-        return
-    file = arguments.out / f"{arguments.model}.onnx"
-    write_onnx(model, images, file)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    print(f"{file}: relative difference {float((torch.from_numpy(logits) - expected).norm() / expected.norm()):.1e}")
+        onnxruntime = None
+    package, file = arguments.out / f"{arguments.model}.pt2", arguments.out / f"{arguments.model}.onnx"
+    results: dict[Path, Tensor] = {}
+    with tqdm(total=2 if onnxruntime is None else 4, unit="step") as bar:
+        bar.set_description("compiling, for a minute or more")
+        write_package(model, images, package)
+        bar.update()
+        bar.set_description("running the package")
+        results[package] = torch._inductor.aoti_load_package(str(package))(images)
+        bar.update()
+        if onnxruntime is not None:
+            bar.set_description("writing ONNX")
+            write_onnx(model, images, file)
+            bar.update()
+            bar.set_description("running ONNX")
+            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+            (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+            results[file] = torch.from_numpy(logits)
+            bar.update()
+    for path, logits in results.items():
+        print(f"{path}: relative difference {float((logits - expected).norm() / expected.norm()):.1e}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import argparse
 import copy
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from res2net_fused import accelerate
 from res2net_fused.models.registry import create_model
@@ -36,6 +36,11 @@ def milliseconds(
     layers: tuple[int, ...] | None = None,
 ) -> dict[str, dict[int, float]]:
     """By path and scale the median of one forward pass; layers: blocks in each stage instead of ResNet-50's."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install 'res2net-fused[bench]'") from None
+
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     models: dict[tuple[str, int], nn.Module] = {}
     for scale, name in NETWORKS.items():
@@ -84,6 +89,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default float32")
     parser.add_argument("--out", default="scale_latency.png", help="the plot (default scale_latency.png)")
     arguments = parser.parse_args()
+    Path(arguments.out).resolve().parent.mkdir(parents=True, exist_ok=True)  # rather now than after the measurements
     dtype = getattr(torch, arguments.dtype)
     medians = milliseconds(arguments.batch, arguments.size, arguments.repeats, arguments.device, dtype)
     print("scale     " + "".join(f"{scale:>10}" for scale in NETWORKS))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,11 @@ class Curves:
 
 def load_digits(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images (1437, 1, 8, 8) and labels, test images (360, 1, 8, 8) and labels; zero mean, unit deviation."""
-    from sklearn.datasets import load_digits as sklearn_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits as sklearn_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install 'res2net-fused[bench]'") from None
 
     digits = sklearn_digits()
     parts = train_test_split(digits.images, digits.target, test_size=0.2, random_state=0, stratify=digits.target)
@@ -89,7 +93,10 @@ def train(
     model: nn.Module, data, epochs: int, seed: int, batch: int = 64, autocast: torch.dtype | None = None, title: str = ""
 ) -> Curves:
     """SGD with momentum and a one-cycle rate; draws batches and augmentation from `seed` alone."""
-    from tqdm import tqdm
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install 'res2net-fused[bench]'") from None
 
     images, labels, test_images, test_labels = data
     device = images.device.type
@@ -166,6 +173,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1, the fastest for images of 8x8 pixels)")
     parser.add_argument("--plot", default="digits.png", help="where the curves go; '' for no plot (default digits.png)")
     arguments = parser.parse_args()
+    if arguments.plot:
+        Path(arguments.plot).resolve().parent.mkdir(parents=True, exist_ok=True)  # rather now than after the training
     torch.set_num_threads(arguments.threads)
     autocast = getattr(torch, arguments.autocast) if arguments.autocast else None
     curves = train_both(arguments.epochs, arguments.seed, arguments.device, autocast, arguments.recompute)

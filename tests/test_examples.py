@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, timm_or_skip
+from helpers import assert_close, import_timm, timm_or_skip
 from networks import TINY, pair, tiny_pair
 
 from res2net_fused import explain
@@ -59,8 +59,10 @@ def test_digits_are_learnt_alike_by_both_paths(digits, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_has_examples(name):
-    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True, check=True)
+def test_help_has_examples(name, tmp_path):
+    """From any folder."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "examples:" in done.stdout and f"python examples/{name}.py" in done.stdout
 
 
@@ -110,6 +112,80 @@ def test_export(example, tmp_path, monkeypatch, capsys):
     assert all(float(line.split()[-1]) < 1e-4 for line in lines)
 
 
+@pytest.mark.parametrize("name, module", [("train_digits", "sklearn.datasets"), ("scale_latency", "tqdm")])
+def test_what_an_example_needs_is_told_in_one_sentence(name, module, example, monkeypatch):
+    loaded = example(name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=r"pip install 'res2net-fused\[bench\]'"):
+        loaded.load_digits() if name == "train_digits" else loaded.milliseconds(1, 32, 1, layers=(1, 1, 1, 1))
+
+
+# Dense prediction -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(example):
+    return example("dense_prediction")
+
+
+@pytest.mark.parametrize("heads", ["torchvision's", "small ones of this example"])
+def test_dense_prediction_is_learnt_alike_by_both_paths(heads, dense, monkeypatch, tmp_path, capsys):
+    if heads == "torchvision's":
+        import_timm()  # beside a CPU-only torch, torchvision needs what that defines
+        pytest.importorskip("torchvision.models.detection.retinanet")
+    else:
+        monkeypatch.setitem(sys.modules, "torchvision.models.detection.retinanet", None)
+    curves, own = {}, dense.plot
+    monkeypatch.setattr(dense, "plot", lambda losses, *rest: (curves.update(losses), own(losses, *rest)))
+    picture = tmp_path / "new" / "dense.png"
+    run_main(dense, monkeypatch, "--quick", "--planes", 16, 16, 16, 32, "--out", picture)
+    assert f"heads: {heads}" in capsys.readouterr().out and is_picture(picture)
+    assert list(curves) == ["segmentation", "detection"]
+    for task, by_path in curves.items():
+        plain, fused = by_path["PyTorch"], by_path["fused"]
+        assert len(plain) == len(fused) == 12
+        assert fused[:4] == pytest.approx(plain[:4], rel=1e-3), task
+        assert fused != plain, "both are one and the same path"
+        for losses in (plain, fused):
+            assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), (task, losses)
+
+
+def test_frozen_norms_stay_as_they_are(dense):
+    (_, fused) = dense.both_paths("detection", (1, 1, 1, 1), (16, 16, 16, 32), 48, "cpu", 0).values()
+    before = {key: value.clone() for key, value in fused.backbone.state_dict().items()}
+    dense.train(fused, 48, 2, 2, "cpu", 0, "training")
+    changed = {key for key, value in fused.backbone.state_dict().items() if not torch.equal(value, before[key])}
+    assert "layer4.0.convs.0.weight" in changed, "the chains learn"
+    assert not [key for key in changed if "bn" in key or "running" in key or "num_batches" in key]
+
+
+def test_boxes_and_pixels_of_drawings_belong_together(dense):
+    seen = dense.drawings(20, 64, torch.Generator().manual_seed(0))
+    kinds = set()
+    for labels, boxes, classes in zip(seen.pixels, seen.boxes, seen.classes, strict=True):
+        covered = torch.zeros_like(labels)
+        for (x0, y0, x1, y1), kind in zip(boxes.long().tolist(), classes.tolist(), strict=True):
+            part = labels[y0:y1, x0:x1]
+            assert set(part.unique().tolist()) <= {0, kind}
+            assert (part > 0).any(0).all() and (part > 0).any(1).sum() >= y1 - y0 - 1
+            covered[y0:y1, x0:x1] = 1
+            kinds.add(kind)
+        assert not labels[covered == 0].any()
+    assert kinds == {1, 2, 3}
+
+
+def test_boxes_are_found_where_the_head_says(dense):
+    anchors = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11], [40, 40, 60, 60]])
+    boxes = torch.tensor([[2.0, 1, 14, 9], [2, 1, 14, 9], [35, 42, 66, 50]])
+    assert_close(dense.decode(dense.encode(boxes, anchors), anchors), boxes, 1e-6)
+    assert dense.overlaps(anchors[:1], anchors)[0].tolist() == pytest.approx([1, 81 / 119, 0])
+    scores = torch.tensor([[[-9.0, 2, -9], [-9, 1, -9], [3, -9, -9]]])
+    out = (scores, dense.encode(boxes, anchors)[None], anchors)
+    ((found, classes),) = dense.Detector.found(lambda images: out, torch.zeros(1, 3, 64, 64))
+    assert classes.tolist() == [1, 2], "the second of the equal boxes is dropped"
+    assert_close(found, boxes[[2, 0]], 1e-6)
+
+
 # Class activation maps ------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +227,23 @@ def test_grad_cam_in_float32_of_trees(maps):
     images = torch.randn(2, 3, 64, 64)
     results = [maps.grad_cam(model, model.level4, images, torch.tensor([3, 7]))[0] for model in (plain, fused)]
     assert_close(results[1], results[0], 1e-4)
+
+
+def test_a_map_leaves_the_image_where_nothing_speaks_for_the_class(maps, tmp_path):
+    """Digits of 8x8 pixels are made large and smooth; where a map is 0 the picture is the image's grey, else it has colour."""
+    import matplotlib.image
+
+    large = maps.enlarged(torch.rand(2, 1, 8, 8))
+    assert large.shape == (2, 1, 240, 240) and 0 <= large.min() and large.max() <= 1
+    assert (large[..., 1:] - large[..., :-1]).abs().max() < 0.1, "steps as of pixels"
+    heat = torch.zeros(1, 8, 8)
+    heat[:, :, 5:] = 1
+    maps.draw([("stage", torch.rand(1, 1, 8, 8), heat, torch.tensor([3]))], str(tmp_path / "maps.png"))
+    picture = torch.from_numpy(matplotlib.image.imread(tmp_path / "maps.png"))[..., :3]
+    lower = picture[picture.shape[0] // 2 :]
+    colour = (lower.amax(2) - lower.amin(2)).amax(0)  # by column
+    width = int(0.8 * len(colour))  # without the bar
+    assert colour[: width // 3].max() < 0.05 < 0.5 < colour[width // 2 : width].max()
 
 
 @pytest.mark.slow

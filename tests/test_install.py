@@ -155,29 +155,6 @@ def test_builds_in_place_have_the_pybind_module(checkout, request):
     assert information["source"] == "_build_info"
 
 
-@pytest.mark.slow
-def test_the_wheel_checks_itself_in_a_clean_environment(tmp_path):
-    """Of this checkout, beside this environment's torch but not its copy of the package."""
-    need_compiler()
-    wheel = build_wheel(ROOT, tmp_path, environment(RES2NET_FUSED_BUILD="require"))
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "--no-deps", "--no-index"]
-    env = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
-    subprocess.run([*pip, str(wheel)], env=env, check=True, capture_output=True)
-    (site,) = venv.glob("lib/python*/site-packages")
-    # A folder named by a .pth is searched, and its own .pth files, such as of an editable install, are not read. Only now:
-    # pip would take the package there for the installed one.
-    (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent))
-    for arguments, expected in (
-        (("info", "--device", "cpu"), r"cpu library +loaded"),
-        (("check", "--quick", "--no-network", "--device", "cpu"), r"block .* cpu .*\n(.*\n)*.* 0 misses"),
-    ):
-        command = [str(venv / "bin" / "res2net-fused"), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0 and re.search(expected, done.stdout), done.stdout + done.stderr
-
-
 def test_require_fails_without_a_compiler(checkout, tmp_path):
     env = environment(compiler_on_path=False, RES2NET_FUSED_BUILD="require")
     done, record = build(checkout, tmp_path, env)
