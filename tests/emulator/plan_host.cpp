@@ -18,7 +18,7 @@ int plan_call(const int64_t* problem, const int64_t* device, int clusters, int64
 int shared_bytes(const int64_t* problem, const int64_t* launch) {
     const auto p = [&](int i) { return int(problem[i]); };
     const auto l = [&](int i) { return int(launch[i]); };
-    const ChainWork work{problem[0], p(1), p(2), p(3), p(4), p(5), p(6), p(7) != 0, DataType(p(9))};
+    const ChainProblem work{problem[0], p(1), p(2), p(3), p(4), p(5), p(6), p(7) != 0, DataType(p(9))};
     const ChainTile tile{l(1), l(2), l(3), l(4) != 0, l(5), l(6), l(7), l(8), l(9), l(10), l(11)};
     return geometry_of(work, tile, l(0)).shared_bytes;
 }
