@@ -223,7 +223,7 @@ def test_tiles_without_a_home(monkeypatch, fresh_tables, caplog):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert plan_steps(problem(), (9, 0)).tile_source == "shipped table"
+    assert plan_steps(problem(), (9, 0)).tile_source == "rule"
     assert "RES2NET_FUSED_TILES" in caplog.text
     with pytest.raises(RuntimeError, match="set RES2NET_FUSED_TILES to a file"):
         tuning.run_tune([], "cuda", None, "tune", [], 1.0, False)
@@ -232,7 +232,7 @@ def test_tiles_without_a_home(monkeypatch, fresh_tables, caplog):
 @pytest.mark.parametrize("kind", ["folder", "below a file"])
 def test_a_table_of_tiles_that_cannot_be_read(monkeypatch, fresh_tables, tmp_path, blocked, caplog, kind):
     monkeypatch.setenv(tile_table.ENVIRONMENT_VARIABLE, str(tmp_path if kind == "folder" else blocked))
-    assert plan_steps(problem(), (9, 0)).tile_source == "shipped table"
+    assert plan_steps(problem(), (9, 0)).tile_source == "rule"
     assert "tuned tiles are not used" in caplog.text
 
 

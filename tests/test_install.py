@@ -137,7 +137,7 @@ def test_one_wheel_serves_every_python(checkout, tmp_path):
         assert f"Tag: py3-none-{platform}\n" in archive.read(tag).decode()
         record = json.loads(archive.read("res2net_fused/lib/build.json"))
     sources = [str(path.relative_to(checkout)) for path in (checkout / "res2net_fused").rglob("*.py")]
-    data = ["kernels/tiles.json", "lib/build.json", "lib/libres2net_fused_cpu.so", "py.typed"]
+    data = ["lib/build.json", "lib/libres2net_fused_cpu.so", "py.typed"]
     assert sorted(names) == sorted([*sources, *(f"res2net_fused/{name}" for name in data)])
     assert record["parts"]["cpu"]["built"] and "serve every Python" in record["parts"]["python"]["reason"]
 
@@ -362,3 +362,14 @@ def test_make_leaves_the_torch_of_an_environment_that_it_did_not_create(make):
     (make.folder / "Makefile").touch()
     assert torch_installed(make("VENV=created")), "make's own follows the pins"
     assert torch_installed(make()), "and so does the usual one"
+
+
+def test_importing_the_package_leaves_optimizers_alone():
+    code = (
+        "import torch, res2net_fused as rf, torch.optim.optimizer as o\n"
+        "assert not o._global_optimizer_post_hooks\n"
+        "block = rf.Bottle2neck(16, 4, scale=4, baseWidth=32).eval()\n"
+        "with torch.no_grad(): block(torch.randn(1, 16, 5, 5))\n"
+        "assert len(o._global_optimizer_post_hooks) == 1  # weights are kept from here on\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

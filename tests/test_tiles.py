@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from res2net_fused.backends.triton import tiles as tile_table
 from res2net_fused.backends.triton.step_plan import default_tile, plan_steps, step_shape
 from res2net_fused.backends.triton.tiles import Row, Shape, Tile, lookup, merge, read, write
 from res2net_fused.testing.cases import Config, cases
@@ -22,24 +21,11 @@ TILE = Tile(64, 32, 32, 4, 3)
 pytestmark = pytest.mark.usefixtures("user_table")
 
 
-def test_the_shipped_table_answers_for_the_published_shapes():
-    for width, pixels in ((26, 56 * 56), (52, 28 * 28), (104, 14 * 14), (208, 7 * 7), (14, 56 * 56), (48, 56 * 56)):
-        for batch in (1, 32, 256):
-            shape = Shape("step", (9, 0), "half", width, width, batch * pixels)
-            assert lookup(shape)[1] == "shipped table"
-
-
-def test_shipped_rows_are_those_of_known_kernels_and_distinct():
-    rows = read(tile_table.SHIPPED)
-    assert len({row.shape for row in rows}) == len(rows) > 100
-    assert {row.shape.capability for row in rows} == {(8, 0), (9, 0)}
-
-
 def test_the_nearest_row_answers(user_table):
     near, far = replace(SHAPE, pixels=SHAPE.pixels * 2), replace(SHAPE, pixels=SHAPE.pixels // 3)
     write(user_table, [Row(far, Tile(16, 16, 16, 1, 2)), Row(near, TILE)])
-    assert lookup(SHAPE) == (TILE, "tuned")
-    assert lookup(replace(SHAPE, pixels=far.pixels)) == (Tile(16, 16, 16, 1, 2), "tuned")
+    assert lookup(SHAPE) == TILE
+    assert lookup(replace(SHAPE, pixels=far.pixels)) == Tile(16, 16, 16, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +38,10 @@ def test_what_is_not_near_does_not_answer(changes):
 def test_a_plan_takes_its_tile_from_the_tables_and_says_so(user_table):
     case = cases(("chain",), [Config(26, 4)], [32], "bfloat16", "cpu")[0]
     problem = replace(case.problem(case.module()), device=torch.device("cuda"))
-    shipped = plan_steps(problem, (9, 0))
-    assert shipped.tile_source == "shipped table"
-    assert plan_steps(problem, (12, 0)).tile_source == "rule"  # no row for such a GPU
-    assert plan_steps(problem, (12, 0)).tile == default_tile(problem, (12, 0), "ieee", plan_steps(problem, (12, 0)).images)
+    untuned = plan_steps(problem, (9, 0))
+    assert untuned.tile_source == "rule" and untuned.tile == default_tile(problem, (9, 0), "ieee", untuned.images)
     other = Tile(32, 16, 16, 2, 2)
-    write(user_table, [Row(step_shape(problem, (9, 0), "ieee", shipped.images), other)])
+    write(user_table, [Row(step_shape(problem, (9, 0), "ieee", untuned.images), other)])
     tuned = plan_steps(problem, (9, 0))
     assert (tuned.tile, tuned.tile_source) == (other, "tuned") and "(tuned)" in tuned.describe(problem)
 
@@ -98,5 +82,5 @@ def test_a_broken_table_names_itself_and_the_remedy(user_table, text, message, c
         read(user_table)
     assert str(user_table) in str(error.value) and "res2net-fused tune" in str(error.value)
     with caplog.at_level(logging.WARNING, "res2net_fused"):
-        assert lookup(SHAPE)[1] == "shipped table"  # a chain still runs
+        assert lookup(SHAPE) is None  # the rule decides
     assert "tuned tiles are not used" in caplog.text

@@ -6,6 +6,7 @@ parameters, but knows nothing of the kernels that fold and pack them, nor of the
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
@@ -96,7 +97,10 @@ def _advance_epoch(*_: object) -> None:
     _epoch = object()
 
 
-register_optimizer_step_post_hook(_advance_epoch)
+@functools.cache
+def _watch_optimizers() -> None:
+    """Install the hook with the first weights that are kept: importing the package changes nothing in the process."""
+    register_optimizer_step_post_hook(_advance_epoch)
 
 
 def cacheable(tensors: Iterable[Tensor]) -> bool:
@@ -119,6 +123,7 @@ class CacheKey:
     """Tells whether a block's tensors are the ones that were folded, unchanged as far as PyTorch can tell."""
 
     def __init__(self, tensors: list[Tensor], settings: tuple[object, ...]) -> None:
+        _watch_optimizers()
         self.settings = settings
         self.epoch = _epoch
         self.references = [weakref.ref(tensor) for tensor in tensors]

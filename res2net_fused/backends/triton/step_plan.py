@@ -101,10 +101,8 @@ def plan_steps(
         fitting = min(fitting, CHUNK_BYTES // traffic)
     chunks = -(-problem.batch // max(1, fitting))
     images = -(-problem.batch // max(1, chunks))
-    tile, tile_source = lookup(step_shape(problem, capability, precision, images)) or (
-        default_tile(problem, capability, precision, images),
-        "rule",
-    )
+    tuned = lookup(step_shape(problem, capability, precision, images))
+    tile, tile_source = (default_tile(problem, capability, precision, images), "rule") if tuned is None else (tuned, "tuned")
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
     return StepPlan(tile, tile_source, launches, images, lanes, precision, capability)

@@ -1,10 +1,9 @@
-"""Tiles by shape: a table that ships (`tiles.json`) and one that `res2net-fused tune` writes for this machine.
+"""Tiles by shape, in the table that `res2net-fused tune` writes for this machine.
 
 A table is JSON, {"rows": [...]}; a row holds a kernel ("step", "pointwise"), the GPU's compute capability ("9.0"), a class of
 dtypes ("half", "tf32", "ieee"), the shape (width: output channels, inputs: input channels, pixels: of one launch, times its
-independent convolutions) and the tile ([block_m, block_n, block_k, warps, stages]). The row nearest in shape answers, a row
-of the user's table before any that ships; where no row is near, the rule in `step_plan` or `pointwise` decides. Nothing is
-measured at run time.
+independent convolutions) and the tile ([block_m, block_n, block_k, warps, stages]). The row nearest in shape answers; where no
+row is near, the rule in `step_plan` or `pointwise` decides. No table ships, since none was measured.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_TILES"
-SHIPPED = Path(__file__).with_name("tiles.json")
 KERNELS = ("step", "pointwise")
 DTYPE_CLASSES = ("half", "tf32", "ieee")
 # Farther apart than these factors, two shapes say nothing about each other.
@@ -90,13 +88,10 @@ def dtype_class(itemsize: int, precision: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def lookup(shape: Shape) -> tuple[Tile, str] | None:
-    """The tile of the nearest row and the table that holds it, or None where no row is near."""
-    for name, rows in (("tuned", _user_rows()), ("shipped table", _shipped_rows())):
-        nearest = min(rows, key=lambda row: shape.distance(row.shape), default=None)
-        if nearest is not None and shape.distance(nearest.shape) < math.inf:
-            return nearest.tile, name
-    return None
+def lookup(shape: Shape) -> Tile | None:
+    """Return the tile of the nearest row, or None where no row is near."""
+    nearest = min(_user_rows(), key=lambda row: shape.distance(row.shape), default=None)
+    return None if nearest is None or shape.distance(nearest.shape) == math.inf else nearest.tile
 
 
 def user_path() -> Path:
@@ -178,11 +173,6 @@ def _parse(row: object, i: int) -> Row:
         return Row(Shape(row["kernel"], (int(parts[0]), int(parts[1])), row["dtype"], *numbers), Tile(*tile))
     except ValueError as error:
         raise ValueError(f"rows[{i}]: {error}") from None
-
-
-@functools.cache
-def _shipped_rows() -> tuple[Row, ...]:
-    return tuple(read(SHIPPED))
 
 
 @functools.cache

@@ -99,10 +99,10 @@ class Pixels:
 def pointwise_tile(
     pixels: int, out_lanes: int, in_lanes: int, itemsize: int, precision: str, capability: tuple[int, int]
 ) -> Tile:
-    """From the tables of tiles, else by the rule."""
+    """From the tuned table, else by the rule."""
     kind = dtype_class(itemsize, precision)
     found = lookup(Shape("pointwise", capability, kind, out_lanes, in_lanes, max(1, pixels)))
-    return found[0] if found else default_pointwise_tile(pixels, out_lanes, in_lanes, kind, capability)
+    return found or default_pointwise_tile(pixels, out_lanes, in_lanes, kind, capability)
 
 
 def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str, capability: tuple[int, int]) -> Tile:
