@@ -93,7 +93,7 @@ class Environment:
 
 def build_tools() -> list[Requirement]:
     """What the README has a user install before the package, besides torch."""
-    commands = re.findall(r"`pip install (torch [^`]+)`", (ROOT / "README.md").read_text())
+    commands = re.findall(r"^ +pip install (torch [^#\n]+)", (ROOT / "README.md").read_text(), re.M)
     assert commands, "the README names no build tools"
     return [Requirement(word.strip("'\"")) for word in commands[0].split() if word != "torch"]
 

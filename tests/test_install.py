@@ -289,7 +289,7 @@ def make(tmp_path):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     shutil.copy2(ROOT / "Makefile", tmp_path)
-    for name in ("setup.py", "pyproject.toml", "csrc/a.cpp", "res2net_fused/build_flags.py", "res2net_fused/cuda_toolkit.py"):
+    for name in ("setup.py", "pyproject.toml", "csrc/a.cpp", "res2net_fused/_native/build_flags.py", "res2net_fused/_native/cuda_toolkit.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     # Stands for the interpreter of an environment, and for the one that creates environments.

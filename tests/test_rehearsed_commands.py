@@ -117,6 +117,7 @@ def check_faults(environment, rows, ours, told):
     assert told
 
 
+@pytest.mark.slow  # minutes; the same faults without a card: tests/test_record_faults.py
 def test_rehearsed_bench_survives_every_fault(tmp_path):
     arguments = ["bench", "--batch", "1", "--quick", "--no-network", "--configs", "26w4s", "--out", tmp_path, "--limit", "30"]
     options = {"faults": FAULTS, "expected": 1, "cuda_library": False, "timeout": 900}

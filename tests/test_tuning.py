@@ -62,7 +62,7 @@ def test_candidates_are_near_and_fit():
 def test_the_default_takes_minutes():
     found = list(tuning.jobs(cases(("block",), DEFAULT_CONFIGS, [32], "bfloat16", "cpu", ("normal", "stage"))))
     text = tuning.arithmetic(found, 227 * 1024, 16)
-    assert text.startswith("67 shapes; of 28,782 sensible tiles 1,886 fit") and text.endswith("about 6 minutes"), text
+    assert text.startswith("67 shapes; of 28,782 sensible tiles 1,899 fit") and text.endswith("about 6 minutes"), text
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
