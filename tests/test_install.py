@@ -289,8 +289,9 @@ def make(tmp_path):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     shutil.copy2(ROOT / "Makefile", tmp_path)
-    for name in ("setup.py", "pyproject.toml", "csrc/a.cpp", "res2net_fused/_native/build_flags.py", "res2net_fused/_native/cuda_toolkit.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    native = (f"res2net_fused/_native/{name}.py" for name in ("build_flags", "cuda_toolkit"))
+    for name in ("setup.py", "pyproject.toml", "csrc/a.cpp", *native):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     # Stands for the interpreter of an environment, and for the one that creates environments.
     python = tmp_path / "python"
