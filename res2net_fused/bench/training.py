@@ -32,7 +32,7 @@ _GRADIENTS_OVER_FORWARD = 10.0
 _MOST_OF_GRADIENTS = 0.9  # however far flipped ReLUs take eager's: gradients of zero are off by 1
 
 
-class TrainedChain(nn.Module):
+class ChainWithBatchNorm(nn.Module):
     """The 3x3 convolutions and BatchNorms of a block, (N, s*w, H, W) -> (N, s*w, H/stride, W/stride).
 
     backend: of ours; None for PyTorch's own operators.
@@ -72,7 +72,7 @@ def training_module(case: Case, provider: str, backend: str) -> nn.Module:
     module: nn.Module = block
     if case.workload == "train_chain":
         assert isinstance(block, ReferenceBottle2neck)
-        module = TrainedChain(block, named)
+        module = ChainWithBatchNorm(block, named)
     elif named is not None:
         module = accelerate(block, named)
     return module if provider == "eager" else channels_last(module)
@@ -230,7 +230,7 @@ class TrainingTruth:
         """In float64, of x and of every parameter, for the few images."""
         x = self._copies.few.double().requires_grad_()
         exact = copy.deepcopy(self._exact)
-        out = exact(x, masks) if isinstance(exact, TrainedChain) else exact(x)
+        out = exact(x, masks) if isinstance(exact, ChainWithBatchNorm) else exact(x)
         return torch.autograd.grad(out, [x, *exact.parameters()], self._grad.double())
 
 

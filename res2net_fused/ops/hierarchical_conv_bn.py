@@ -1,6 +1,6 @@
 """The operator `res2net_fused::hierarchical_conv_bn`, the chain with BatchNorm in training mode: its registration with PyTorch.
 
-It mutates nothing: batch statistics are outputs, from which the caller updates running statistics (`trained_block.py`).
+It mutates nothing: batch statistics are outputs, from which the caller updates running statistics (`modules/training.py`).
 """
 
 from __future__ import annotations
