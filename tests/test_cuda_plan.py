@@ -363,7 +363,7 @@ def test_auto_goes_on_where_a_size_is_too_large_and_says_so(monkeypatch):
     """As on a GPU, which is only made believe."""
     pytest.importorskip("triton")
     monkeypatch.setattr(library, "cuda_library", library.cpu_library)
-    monkeypatch.setattr(launch_plan, "device_limits", lambda device: LIMITS["sm_90"])
+    monkeypatch.setattr(cuda_chain, "device_limits", lambda device: LIMITS["sm_90"])
     monkeypatch.setattr(triton_backend.availability, "capability", lambda device: (9, 0))
     high = selection.choose(problem(1, 26, 4, 2**15 + 1, 56))
     assert high.name == "triton" and high.reason == "cuda: the height of x is 32769; at most 32768 is allowed"

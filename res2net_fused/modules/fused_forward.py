@@ -1,7 +1,7 @@
 """How a Res2Net block runs fused: the mixin that stands in front of a block class's own forward.
 
 `Bottle2neck` has it by inheritance, the blocks of other libraries get it from `accelerate`. In eval mode it folds the
-BatchNorms, keeps the folded and packed weights, and calls the operator; in training mode `modules/training.py` takes over, with an
+BatchNorms, keeps the folded and packed weights, and calls the operator; in training mode `training.py` takes over, with an
 operator that has BatchNorm in it. Whatever cannot run fused runs the class's own forward.
 """
 

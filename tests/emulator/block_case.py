@@ -9,7 +9,6 @@ from torch import nn
 
 from res2net_fused import Bottle2neck
 from res2net_fused.backends.cuda import block as cuda_block
-from res2net_fused.backends.cuda import chain as cuda_chain
 from res2net_fused.chain.problem import ChainProblem
 from res2net_fused.modules.block_parts import parts_of
 from res2net_fused.modules.folding import fold_block
@@ -38,7 +37,7 @@ def emulated_launch(problem: ChainProblem, x, out, packed, fill) -> None:
 
 
 def relative_error_of_block(name: str, dtype: torch.dtype, monkeypatch) -> float:
-    monkeypatch.setattr(cuda_chain, "launch_chain", emulated_launch)
+    monkeypatch.setattr(cuda_block, "launch_chain", emulated_launch)
     torch.manual_seed(3)
     arguments = (BLOCKS | ODD_BLOCKS)[name]
     planes, stride = arguments["planes"] * 4, arguments.get("stride", 1)
