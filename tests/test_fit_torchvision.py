@@ -58,6 +58,7 @@ def environment(tmp_path):
     return python
 
 
+@pytest.mark.slow  # waits for an index of wheels; make runs the same
 def test_torchvision_goes_without_a_binary_that_does_not_load(environment):
     use = ("-c", "import torchvision, torch; print(torch.ops.torchvision.nms.default._schema)")
     done = environment(*use)

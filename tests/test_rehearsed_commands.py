@@ -56,6 +56,7 @@ def test_rehearsed_check_is_green(name):
 # Benchmarks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the default parts below hold all of it
 @on_rtx4090
 def test_rehearsed_quick_bench_writes_all_its_rows(name, tmp_path):
     text = run(name, *RF, "bench", "--quick", "--batch", "1", "--out", tmp_path, "--device", "cuda:1", "--configs", "26w4s",
