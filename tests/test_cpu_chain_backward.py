@@ -72,7 +72,7 @@ def native(problem, grad, x, out, weights, need_x=True, need_weights=True):
 def check(chain, shape, seed=0):
     problem, x, weights, biases, out, grad = operands(chain, shape, seed)
     assert native(problem, grad, x, out, weights)
-    grad_x, grad_weights, grad_biases = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    grad_x, grad_weights, grad_biases = cpu_backend.BACKEND.chain_backward(problem, grad, x, out, weights, (True, True, True))
     expected = masked_gradients(chain, x, weights, biases, out, grad)
     for i, (got, ref) in enumerate(zip([grad_x, *grad_weights, *grad_biases], expected, strict=True)):
         assert got.shape == ref.shape and relative_error(got, ref) <= BOUND, (i, chain, shape)
@@ -109,8 +109,8 @@ NEEDED = [(True, False, False), (False, True, False), (False, False, True), (Tru
 def test_only_what_is_needed(needed, shape):
     chain = Chain(steps=3, width=shape[1])
     problem, x, weights, biases, out, grad = operands(chain, shape)
-    found = cpu_backend.chain_backward(problem, grad, x, out, weights, needed)
-    everything = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    found = cpu_backend.BACKEND.chain_backward(problem, grad, x, out, weights, needed)
+    everything = cpu_backend.BACKEND.chain_backward(problem, grad, x, out, weights, (True, True, True))
     assert (found[0] is None) == (not needed[0])
     for need, some, same in zip(needed, found, everything, strict=True):
         if need:
@@ -168,7 +168,7 @@ def test_operands_of_any_strides():
     """NCHW, slices of wider pixels, which must not be read beyond, and stride 0."""
     chain = Chain(steps=2, width=12)
     problem, x, weights, biases, out, grad = operands(chain, (2, 12, 9, 14))
-    expected = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    expected = cpu_backend.BACKEND.chain_backward(problem, grad, x, out, weights, (True, True, True))
 
     def inside(t):
         wide = torch.full((2, t.shape[1] + 5, 9, 14), torch.nan).contiguous(memory_format=LAST)
@@ -176,11 +176,11 @@ def test_operands_of_any_strides():
         return wide[:, 3 : 3 + t.shape[1]]
 
     for form in (torch.Tensor.contiguous, inside):
-        found = cpu_backend.chain_backward(problem, form(grad), form(x), form(out), weights, (True, True, True))
+        found = cpu_backend.BACKEND.chain_backward(problem, form(grad), form(x), form(out), weights, (True, True, True))
         for a, b in zip((found[0], *found[1], *found[2]), (expected[0], *expected[1], *expected[2]), strict=True):
             assert torch.equal(a, b)
     one = torch.ones(()).expand_as(grad)
-    grad_x, *_ = cpu_backend.chain_backward(problem, one, x, out, weights, (True, False, False))
+    grad_x, *_ = cpu_backend.BACKEND.chain_backward(problem, one, x, out, weights, (True, False, False))
     assert_close(grad_x, masked_gradients(chain, x, weights, biases, out, one)[0])
 
 
@@ -194,7 +194,7 @@ def test_what_winograd_would_spoil_is_left_to_others(value, where, shape, monkey
     grad *= 1e-3
     (x if where == "x" else grad)[1, chain.width + 2, 3, 3] = value
     assert native(problem, grad, x, out, weights) == []
-    found = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    found = cpu_backend.BACKEND.chain_backward(problem, grad, x, out, weights, (True, True, True))
     monkeypatch.setenv(cpu_backend.settings.ARITHMETIC_VARIABLE, "direct")
     expected = backward.chain_backward(grad, x, out, weights, chain.config, (True, True, True))  # by ATen
     for got, ref in zip([found[0], *found[1], *found[2]], [expected[0], *expected[1], *expected[2]], strict=True):
@@ -207,7 +207,7 @@ def test_repeatable_for_a_number_of_threads(threads, shape):
     chain = Chain(steps=3, width=shape[1])
     problem, x, weights, _, out, grad = operands(chain, (6, *shape[1:]))
     assert native(problem, grad, x, out, weights)
-    first, second = (cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True)) for _ in range(2))
+    first, second = (cpu_backend.BACKEND.chain_backward(problem, grad, x, out, weights, (True, True, True)) for _ in range(2))
     for a, b in zip((first[0], *first[1], *first[2]), (second[0], *second[1], *second[2]), strict=True):
         assert torch.equal(a, b)
 
@@ -226,7 +226,7 @@ def test_a_strided_chain_goes_group_by_group():
     chain = Chain({"hierarchical": False, "stride": 2, "pool": "avg3"}, steps=3, width=12)
     problem, x, weights, biases, out, grad = operands(chain, (2, 12, 9, 14))
     assert native(problem, grad, x, out, weights) == []
-    found = cpu_backend.chain_backward(problem, grad, x, out, weights, (True, True, True))
+    found = cpu_backend.BACKEND.chain_backward(problem, grad, x, out, weights, (True, True, True))
     expected = masked_gradients(chain, x, weights, biases, out, grad)
     for got, ref in zip([found[0], *found[1], *found[2]], expected, strict=True):
         assert_close(got, ref)

@@ -95,7 +95,7 @@ def test_what_winograd_would_spoil_is_left_to_aten(value):
     weight = torch.randn(16, 16, 3, 3)
     problem = ChainProblem.of_one_convolution(dz, weight, ChainConfig())
     assert cpu_backend.BACKEND.weight_gradient(problem, dz, u, torch.channels_last) == (None, None)
-    _, *found = convolution_backward(cpu_backend, dz, u, weight, ChainConfig(), (True, True, True))
+    _, *found = convolution_backward(cpu_backend.BACKEND, dz, u, weight, ChainConfig(), (True, True, True))
     for got, expected in zip(found, gradients(dz, u), strict=True):
         assert torch.equal(got.isfinite(), expected.isfinite())
         torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
