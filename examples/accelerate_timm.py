@@ -28,7 +28,7 @@ def import_timm() -> ModuleType:
         raise SystemExit(
             f"timm cannot be imported: {error}\n"
             "pip install --no-deps timm torchvision && pip install huggingface_hub safetensors pyyaml; torchvision must be of "
-            "torch's own release and build, CPU or CUDA: python tools/fit_torchvision.py sees to that."
+            "torch's own release and build, CPU or CUDA: python .ci/fit_torchvision.py sees to that."
         ) from error
     return timm
 
