@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from pages import PAGES, ROOT
 
 import res2net_fused.models
 from res2net_fused.backends.base import BACKENDS
 from res2net_fused.backends.policy import EXPERIMENTAL
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")])
 NEW_PAGES = [page for page in PAGES if page.parent == ROOT / "docs"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 SOURCES = [*ROOT.glob("res2net_fused/**/*.py"), *ROOT.glob("csrc/**/*.*"), ROOT / "setup.py"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,7 +66,7 @@ class Backend(BatchNormPasses):
     def block_forward(
         self, problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool
     ) -> Tensor:
-        """Return relu(conv3(chain(relu(conv1(x)))) + shortcut), a new tensor (N, planes * 4, H', W') in x's memory format.
+        """Return relu(conv3(chain(relu(conv1(x)))) + shortcut), a new tensor (N, planes * 4, H', W') in any memory format.
 
         shortcut: already projected, unless this backend `projects`. relu: whether the last activation is applied.
         """
@@ -81,7 +80,7 @@ class Backend(BatchNormPasses):
             out += shortcut
         if relu:
             out.relu_()
-        return out.contiguous(memory_format=torch.channels_last if problem.channels_last else torch.contiguous_format)
+        return out
 
     # Gradients of a chain without batch statistics ---------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..chain.problem import Chain1dProblem
 from ..chain.reference import affine_1d
-from .cpu.chain1d import _Convolutions, _Products, multiplies, pack_1d
+from .cpu.chain1d import Convolutions, Products, multiplies, pack_1d
 from .selection import Choice, requested
 from .triton import chain1d
 
@@ -70,11 +70,11 @@ def forward_1d(
     chain, width = problem.config.chain, problem.width
     groups, outputs = x.split(width, 1), out.split(width, 1)
     products = name == "cpu" and multiplies(problem)
-    step: _Products | _Convolutions
+    step: Products | Convolutions
     if products:
-        step = _Products(problem, packed or pack_1d(weights), biases)
+        step = Products(problem, packed or pack_1d(weights), biases)
     else:
-        step = _Convolutions(problem, weights, biases, in_place=name == "cpu")
+        step = Convolutions(problem, weights, biases, in_place=name == "cpu")
     kept: list[Tensor] = []
     for i, (group, slot) in enumerate(zip(groups, outputs, strict=True)):
         if i == chain.passed_group(problem.scale):

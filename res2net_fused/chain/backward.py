@@ -92,9 +92,8 @@ def convolution_backward(
     """
     need_u, need_weight, need_bias = needed
     problem = ChainProblem.of_one_convolution(dz, weight, config)
-    own = convolver if config.stride == 1 else ATEN  # whose input gradient alone undoes a stride
-    du = own.input_gradient(problem, dz, weight) if need_u else None
-    dweight, dbias = own.weight_gradient(problem, dz, u, memory_format(weight)) if need_weight else (None, None)
+    du = convolver.input_gradient(problem, dz, weight) if need_u else None
+    dweight, dbias = convolver.weight_gradient(problem, dz, u, memory_format(weight)) if need_weight else (None, None)
     need_weight, need_bias = need_weight and dweight is None, need_bias and dbias is None
     if (du is not None or not need_u) and not need_weight and not need_bias:
         return dz if du is None else du, dz if dweight is None else dweight, dz if dbias is None else dbias

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it, and the rules by which a folded block may be kept.
+"""BatchNorm folded into the convolution before it, and which norms and shortcuts can be.
 
 In eval mode BatchNorm is the affine map y = (z - mean) * weight / sqrt(var + eps) + bias, so that
 bn(conv(x)) = conv'(x) + b' with conv' = conv * scale and b' = (conv.bias - mean) * scale + bias.

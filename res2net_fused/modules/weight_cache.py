@@ -1,7 +1,9 @@
-"""Weights that are made on one CUDA stream, kept, and read by calls on other streams.
+"""Folded weights that are kept from call to call: when they still hold, and who may read them.
 
-PyTorch orders nothing between streams. Whoever calls a block on a second stream has ordered it behind the writes to the block's
-parameters, but knows nothing of the kernels that fold and pack them, nor of the moment at which the result is freed.
+`CacheKey` and `KeepsWeights` say when they hold, `Frozen` keeps them until told otherwise, and `MadeOn` lends weights that one
+CUDA stream made to calls on others: PyTorch orders nothing between streams. Whoever calls a block on a second stream has
+ordered it behind the writes to the block's parameters, but knows nothing of the kernels that fold and pack them, nor of the
+moment at which the result is freed.
 """
 
 from __future__ import annotations

@@ -10,25 +10,28 @@ import torch
 from torch import Tensor
 
 from ..chain.config import ChainConfig
-from ..chain.problem import ChainProblem
+
+SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+library = torch.library.Library("res2net_fused", "DEF")  # of all operators
+cached_config = functools.lru_cache(ChainConfig)
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def register_autocast(
-    library: torch.library.Library, name: str, cast: Callable[..., tuple[object, ...]], first_tensors: int = 2
-) -> None:
+def register_autocast(name: str, cast: Callable[..., tuple[object, ...]]) -> None:
     """Under autocast `name` runs with the arguments that `cast(dtype, *arguments)` returns.
 
-    As for ATen's convolutions, nothing is cast where one of the first arguments, tensors or lists of them, is fp64 or no
-    floating-point tensor.
+    As for ATen's convolutions, nothing is cast where x or a weight, the first two arguments, is fp64 or no floating-point
+    tensor.
     """
     operator = getattr(torch.ops.res2net_fused, name).default
 
     def kernel_for(device_type: str, key: str) -> Callable[..., object]:
         def kernel(*arguments):
-            tensors = [t for a in arguments[:first_tensors] for t in (a if isinstance(a, (list, tuple)) else [a])]
-            if not any(t.dtype == torch.float64 or not t.is_floating_point() for t in tensors):
+            x, weights, *_ = arguments
+            if not any(t.dtype == torch.float64 or not t.is_floating_point() for t in (x, *weights)):
                 arguments = cast(torch.get_autocast_dtype(device_type), *arguments)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                 return operator(*arguments)
@@ -39,22 +42,13 @@ def register_autocast(
         library.impl(name, kernel_for(device_type, key), key)
 
 
-def refuse_second_derivative(library: torch.library.Library, name: str) -> None:
+def refuse_second_derivative(name: str) -> None:
     """For the backward operator of `name`, which has no backward of its own."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(f"{name} has no second derivative; compute it with res2net_fused.chain.reference.{name}")
 
     torch.library.register_autograd(f"res2net_fused::{name}_backward", refuse, lib=library)
-
-
-SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
-
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-
-library = torch.library.Library("res2net_fused", "DEF")
-
-cached_config = functools.lru_cache(ChainConfig)
 
 
 def refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
@@ -81,16 +75,6 @@ def check_devices(x: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None
 
 
 _device_of = operator.attrgetter("device")
-
-
-# Kernel ---------------------------------------------------------------------------------------------------------------
-
-
-def output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
-    return problem.batch, problem.scale * problem.width, problem.output_height, problem.output_width
-
-
-# FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
 def convolution_flops(weight_shapes: Sequence[Sequence[int]], out_shape: Sequence[int]) -> int:

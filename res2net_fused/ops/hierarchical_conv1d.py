@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,17 +15,16 @@ from ..chain import reference
 from ..chain.backward1d import chain_backward_1d
 from ..chain.checks import check_arguments_1d, check_dense, sequence_types
 from ..chain.config import Chain1dConfig, one_of
-from ._library import TAGS, check_devices, refuse_tangents
+from ._library import TAGS, check_devices, library, refuse_second_derivative, refuse_tangents, register_autocast
 
 _SETTINGS = "int dilation, str passthrough, str padding_mode"
-_library = torch.library.Library("res2net_fused", "FRAGMENT")
 # -> [out, *rectified]; what is rectified is left out unless `keep`.
-_library.define(
+library.define(
     "hierarchical_conv1d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? affine_scale, Tensor[]? affine_shift, "
     f"Tensor[]? packed, {_SETTINGS}, bool keep, str backend) -> Tensor[]",
     tags=TAGS,
 )
-_library.define(
+library.define(
     "hierarchical_conv1d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] rectified, Tensor[] weights, Tensor[]? biases, "
     f"Tensor[]? affine_scale, Tensor[]? affine_shift, {_SETTINGS}, bool[] needed) -> Tensor[]",
     tags=TAGS,
@@ -101,7 +100,7 @@ def call_1d(
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(_library.impl, "hierarchical_conv1d", dispatch_key="CompositeExplicitAutograd")
+@functools.partial(library.impl, "hierarchical_conv1d", dispatch_key="CompositeExplicitAutograd")
 def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
     *chain, keep, backend = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
@@ -112,7 +111,7 @@ def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) 
     return [out, *rectified]
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv1d", lib=_library)
+@torch.library.register_fake("res2net_fused::hierarchical_conv1d", lib=library)
 def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
     *chain, keep, _ = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
@@ -121,7 +120,7 @@ def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> 
     return [x.new_empty(x.shape), *rectified]
 
 
-@functools.partial(_library.impl, "hierarchical_conv1d_backward", dispatch_key="CompositeExplicitAutograd")
+@functools.partial(library.impl, "hierarchical_conv1d_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> list[Tensor]:
     *chain, needed = settings
     devices = dict(rectified=rectified, weights=weights, biases=biases, affine_scale=affine_scale, affine_shift=affine_shift)
@@ -130,7 +129,7 @@ def _backward_kernel(grad, x, out, rectified, weights, biases, affine_scale, aff
     return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed)
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv1d_backward", lib=_library)
+@torch.library.register_fake("res2net_fused::hierarchical_conv1d_backward", lib=library)
 def _backward_fake(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> list[Tensor]:
     need_x, need_weights, *need_others = settings[-1]
     results = [x.new_empty(x.shape)] if need_x else []
@@ -176,35 +175,19 @@ def _backward(ctx, grads):
     return *results, None, *[None] * (len(ctx.settings) + 2)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        "hierarchical_conv1d has no second derivative; compute it with res2net_fused.chain.reference.hierarchical_conv1d"
-    )
-
-
-torch.library.register_autograd("res2net_fused::hierarchical_conv1d", _backward, setup_context=_save_for_backward, lib=_library)
-torch.library.register_autograd("res2net_fused::hierarchical_conv1d_backward", _no_double_backward, lib=_library)
+torch.library.register_autograd("res2net_fused::hierarchical_conv1d", _backward, setup_context=_save_for_backward, lib=library)
+refuse_second_derivative("hierarchical_conv1d")
 
 
 # Autocast: x and the convolution weights only; biases and the affine map stay as they are ----------------------------------
 
 
-def _autocast(device_type: str, key: str) -> Callable[..., list[Tensor]]:
-    def kernel(x, weights, biases, affine_scale, affine_shift, packed, *settings):
-        dtype = torch.get_autocast_dtype(device_type)
-        if not any(t.dtype == torch.float64 or not t.is_floating_point() for t in (x, *weights)):
-            packed = packed if weights[0].dtype == dtype else None
-            x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return torch.ops.res2net_fused.hierarchical_conv1d.default(
-                x, weights, biases, affine_scale, affine_shift, packed, *settings
-            )
-
-    return kernel
+def _cast(dtype: torch.dtype, x, weights, biases, affine_scale, affine_shift, packed, *settings) -> tuple[object, ...]:
+    packed = packed if weights[0].dtype == dtype else None
+    return x.to(dtype), [weight.to(dtype) for weight in weights], biases, affine_scale, affine_shift, packed, *settings
 
 
-_library.impl("hierarchical_conv1d", _autocast("cpu", "AutocastCPU"), "AutocastCPU")
-_library.impl("hierarchical_conv1d", _autocast("cuda", "AutocastCUDA"), "AutocastCUDA")
+register_autocast("hierarchical_conv1d", _cast)
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------

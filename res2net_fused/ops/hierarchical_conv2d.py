@@ -30,7 +30,6 @@ from ._library import (
     check_devices,
     convolution_flops,
     library,
-    output_shape,
     refuse_second_derivative,
     refuse_tangents,
     register_autocast,
@@ -105,6 +104,10 @@ def hierarchical_conv2d(
     )
 
 
+def _output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
+    return problem.batch, problem.scale * problem.width, problem.output_height, problem.output_width
+
+
 @functools.partial(library.impl, "hierarchical_conv2d", dispatch_key="CompositeExplicitAutograd")
 def _forward(
     x: Tensor,
@@ -120,7 +123,7 @@ def _forward(
         check_devices(x, packed=packed)
     name = choose(problem, backend, layout).name
     if problem.batch == 0:
-        return x.new_empty(output_shape(problem))
+        return x.new_empty(_output_shape(problem))
     out = get_backend(name).forward(problem, x, weights, biases, packed if layout == name else None)
     return with_format(out, problem.channels_last)
 
@@ -129,7 +132,7 @@ def _forward(
 def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, packed: object, layout: str, *settings):
     *chain, _ = settings
     problem = check_arguments(x, weights, biases, cached_config(*chain))
-    return torch.empty(output_shape(problem), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return torch.empty(_output_shape(problem), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ def _any(needs: bool | Sequence[bool]) -> bool:
 
 torch.library.register_autograd("res2net_fused::hierarchical_conv2d", _backward, setup_context=_save_for_backward, lib=library)
 
-refuse_second_derivative(library, "hierarchical_conv2d")
+refuse_second_derivative("hierarchical_conv2d")
 
 
 # Autocast: x and the convolution weights only; biases stay as they are ------------------------------------------------
@@ -211,7 +214,7 @@ def _cast(dtype: torch.dtype, x, weights, biases, packed, layout, *settings) -> 
     return x.to(dtype), weights, biases, packed, layout, *settings
 
 
-register_autocast(library, "hierarchical_conv2d", _cast)
+register_autocast("hierarchical_conv2d", _cast)
 
 
 @register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d)

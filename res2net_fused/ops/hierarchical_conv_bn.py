@@ -18,16 +18,15 @@ from ..chain.batch_norm import Statistics, train_backward, train_forward, wide_d
 from ..chain.checks import check_arguments, describe
 from ..chain.memory_format import in_format_of, memory_format, with_format
 from ..chain.problem import ChainProblem
-from ._library import SETTINGS, TAGS, cached_config, convolution_flops, refuse_second_derivative, register_autocast
+from ._library import SETTINGS, TAGS, cached_config, convolution_flops, library, refuse_second_derivative, register_autocast
 
-_library = torch.library.Library("res2net_fused", "FRAGMENT")
 # -> [out, mean, invstd, variance, *z]; z is left out where `recompute` says so.
-_library.define(
+library.define(
     "hierarchical_conv_bn(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, "
     f"{SETTINGS}, bool recompute, str backend, str group) -> Tensor[]",
     tags=TAGS,
 )
-_library.define(
+library.define(
     "hierarchical_conv_bn_backward(Tensor grad, Tensor x, Tensor out, Tensor[] z, Tensor mean, Tensor invstd, "
     f"Tensor[] weights, Tensor[] gammas, float[] eps, {SETTINGS}, str backend, str group, bool[] needed) -> Tensor[]",
     tags=TAGS,
@@ -99,7 +98,7 @@ def _check(x, weights, gammas, betas, eps, chain, group) -> ChainProblem:
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(_library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
+@functools.partial(library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
 def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     *chain, recompute, backend, group = settings
     problem = _check(x, weights, gammas, betas, eps, chain, group)
@@ -109,7 +108,7 @@ def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     return [out, statistics.mean, statistics.invstd, statistics.variance, *z]
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv_bn", lib=_library)
+@torch.library.register_fake("res2net_fused::hierarchical_conv_bn", lib=library)
 def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     *chain, recompute, _, group = settings
     problem = _check(x, weights, gammas, betas, eps, chain, group)
@@ -126,7 +125,7 @@ def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     return [like_x(x.shape[1]), statistic(), statistic(), statistic(), *z]
 
 
-@functools.partial(_library.impl, "hierarchical_conv_bn_backward", dispatch_key="CompositeExplicitAutograd")
+@functools.partial(library.impl, "hierarchical_conv_bn_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> list[Tensor]:
     *chain, backend, group, needed = settings
     problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
@@ -134,7 +133,7 @@ def _backward_kernel(grad, x, out, z, mean, invstd, weights, gammas, eps, *setti
     return train_backward(chosen, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv_bn_backward", lib=_library)
+@torch.library.register_fake("res2net_fused::hierarchical_conv_bn_backward", lib=library)
 def _backward_fake(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> list[Tensor]:
     need_x, need_weights, need_gammas, need_betas = settings[-1]
     results = []
@@ -183,10 +182,8 @@ def _backward(ctx, grads):
     return *results, None, *[None] * (len(chain) + 3)
 
 
-torch.library.register_autograd(
-    "res2net_fused::hierarchical_conv_bn", _backward, setup_context=_save_for_backward, lib=_library
-)
-refuse_second_derivative(_library, "hierarchical_conv_bn")
+torch.library.register_autograd("res2net_fused::hierarchical_conv_bn", _backward, setup_context=_save_for_backward, lib=library)
+refuse_second_derivative("hierarchical_conv_bn")
 
 
 # Autocast: x and the convolution weights only; BatchNorm's parameters stay as they are -----------------------------------
@@ -196,7 +193,7 @@ def _cast(dtype: torch.dtype, x, weights, *rest) -> tuple[object, ...]:
     return x.to(dtype), [weight.to(dtype) for weight in weights], *rest
 
 
-register_autocast(_library, "hierarchical_conv_bn", _cast)
+register_autocast("hierarchical_conv_bn", _cast)
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------

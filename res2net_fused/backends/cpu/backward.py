@@ -1,4 +1,7 @@
-"""The backward of a chain on the CPU: in one native call, or group by group."""
+"""The backward of a chain on the CPU, fp32: in one native call where Winograd covers it, else group by group.
+
+Gradients of weights and biases repeat their bits for one number of threads.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,8 @@
-"""Training of the chain on the CPU, fp32: its backward without batch statistics, and both passes with them.
-
-Without statistics the backward of a whole chain is one operator where Winograd covers it. With them, and elsewhere, the chain
-goes group by group, and every pass over memory between two convolutions is one kernel.
+"""The chain with BatchNorm in training mode on the CPU, fp32: every pass over memory between two convolutions is one kernel.
 
 Per step forward reads z for its statistics, then z and x_{i+1}, and writes y_i to its slot and u_{i+1}. Backward reads dout_i,
 du_{i+1}, y_i and z_i and writes the masked gradient (and du_{i+1} to its slot), then turns that into dz_i in place.
-All of it is channels-last. BatchNorm's sums are the same for any number of threads; gradients of weights and biases repeat
-their bits for one number of threads.
+All of it is channels-last. BatchNorm's sums are the same for any number of threads.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
 
 
 def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool) -> Tensor:
-    """As `block.run_block`, of which this is the `cpu` backend's own form: each image through the whole block in cache."""
+    """Run `Backend.block_forward` image by image, each through the whole block in cache."""
     packed = folded.packed or pack_block(folded, problem.config)
     return operators.cpu_block_forward.default(
         x, shortcut, packed, folded.conv3_weight.shape[0], folded.projection_stride, relu, settings(problem),

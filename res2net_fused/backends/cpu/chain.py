@@ -58,10 +58,6 @@ def forward(
     return operators.cpu_chain_forward.default(x, winograd, direct, bias, settings(problem), problem.channels_last, mode, isa)
 
 
-def why_not_training(problem: ChainProblem) -> str | None:
-    return why_not(problem)
-
-
 def plan_training(problem: ChainProblem) -> str:
     passes = "native passes" if covers(problem) else "ATen's passes (the native ones are for float32 in channels-last)"
     return f"{passes}, convolutions and their gradients by {'Winograd' if convolves_faster(problem) else 'ATen'}"

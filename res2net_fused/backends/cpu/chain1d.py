@@ -22,7 +22,7 @@ def pack_1d(weights: Sequence[Tensor]) -> list[Tensor]:
     return [tap.contiguous() for weight in weights for tap in weight.detach().permute(2, 1, 0)]
 
 
-class _Convolutions:
+class Convolutions:
     """relu of a convolution by PyTorch's operator; `in_place`: of rows that are padded where they are summed."""
 
     def __init__(self, problem: Chain1dProblem, weights, biases, in_place: bool) -> None:
@@ -42,7 +42,7 @@ class _Convolutions:
         return F.conv1d(padded_1d(u, weight, problem.config), weight, bias, dilation=dilation).relu_()
 
 
-class _Products:
+class Products:
     """relu of a convolution as the sum of one product for each tap, over the padded rows of all images at once."""
 
     def __init__(self, problem: Chain1dProblem, packed: Sequence[Tensor], biases) -> None:

@@ -28,8 +28,6 @@ ARITHMETICS = {"auto": 0, "winograd": 1, "direct": 2}
 
 INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
 
-operators = torch.ops.res2net_fused_native
-
 
 def available_instruction_sets() -> list[str]:
     """Those that this build and this processor have, the best last; empty without the native library."""

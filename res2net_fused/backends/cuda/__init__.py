@@ -12,51 +12,22 @@ The launch plan comes from a C++ function of the CPU library (csrc/cuda/plan), s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from ...chain.block_weights import BlockWeights
-from ...chain.config import ChainConfig
-from ...chain.problem import ChainProblem
 from ..base import Backend
 from . import block, chain, packing
 
 
 class CudaBackend(Backend):
-    """Calls the files of this folder, each of which holds one ability."""
+    """Its abilities, each a function of one file of this folder."""
 
     name = "cuda"
 
-    def why_not(self, problem: ChainProblem) -> str | None:
-        return chain.why_not(problem)
-
-    def why_not_auto(self, problem: ChainProblem) -> str | None:
-        return chain.why_not_auto(problem)
-
-    def plan(self, problem: ChainProblem) -> str:
-        return chain.plan(problem)
-
-    def forward(
-        self,
-        problem: ChainProblem,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor] | None,
-        packed: Sequence[Tensor] | None,
-    ) -> Tensor:
-        return chain.forward(problem, x, weights, biases, packed)
-
-    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> list[Tensor]:
-        return packing.pack(weights, biases, config)
-
-    def pack_block(self, folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
-        return block.pack_block(folded, config)
-
-    def block_forward(
-        self, problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool
-    ) -> Tensor:
-        return block.block_forward(problem, x, shortcut, folded, relu)
+    why_not = staticmethod(chain.why_not)
+    why_not_auto = staticmethod(chain.why_not_auto)
+    plan = staticmethod(chain.plan)
+    forward = staticmethod(chain.forward)
+    pack = staticmethod(packing.pack)
+    pack_block = staticmethod(block.pack_block)
+    block_forward = staticmethod(block.block_forward)
 
 
 BACKEND = CudaBackend()

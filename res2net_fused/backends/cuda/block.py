@@ -44,7 +44,7 @@ def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
 
 
 def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool) -> Tensor:
-    """As `block.run_block`, of which this is the `cuda` backend's own form."""
+    """Run `Backend.block_forward` in three launches."""
     conv1, conv1_bias, conv3, conv3_bias, *chain = folded.packed or pack_block(folded, problem.config)
     pitch = slot_pitch(problem.width, 1, x.dtype.itemsize)
     lanes = problem.scale * pitch
