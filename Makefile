@@ -43,28 +43,33 @@ results: $(INSTALLED)
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
+# Two processes, whose idle threads sleep instead of spinning on each other's processor; WORKERS=0 for one.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist worksteal --benchmark-disable
+test test-full: export OMP_WAIT_POLICY ?= passive
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # An empty marker expression selects the slow tests too.
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m '' $(ARGS)
 
 # What a first run on a GPU needs, in that order; Triton's kernels are compiled first, on all processors.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -rs tests/cuda $(ARGS)
+	$(BIN)/python -m pytest -rs tests/gpu $(ARGS)
 
-# 5,000 random calls; what fails is added to tests/fuzz/corpus.json. ARGS="--cases 500 --seed 7 --only chain" for others.
+# 5,000 random calls; what fails is added to tests/robustness/fuzz/corpus.json. ARGS="--cases 500 --seed 7 --only chain" for others.
 fuzz: $(INSTALLED)
-	$(BIN)/python tests/fuzz/run.py $(ARGS)
+	$(BIN)/python tests/robustness/fuzz/run.py $(ARGS)
 
 # Removes every barrier and wait of the CUDA kernels in turn; each removal must turn a test red.
 mutate: $(INSTALLED)
-	$(BIN)/python tests/emulator/mutate.py $(ARGS)
+	$(BIN)/python tests/support/emulator/mutate.py $(ARGS)
 
 # The CPU kernels' tests, the slow ones too, over a library that checks every access; ARGS="--plant" must turn it red.
 sanitize: $(INSTALLED)
-	$(BIN)/python tests/sanitizer/run.py $(ARGS)
+	$(BIN)/python tests/robustness/sanitizer/run.py $(ARGS)
 
 # One wheel for every torch from 2.11 on and every Python; a native part that does not build is an error here.
 wheel: $(INSTALLED)
@@ -73,7 +78,7 @@ wheel: $(INSTALLED)
 # The wheel with the oldest and the newest torch, each in an environment of its own under build/: gigabytes, and not in CI.
 versions: $(DEPENDENCIES)
 	$(MAKE) wheel ARGS=
-	$(BIN)/python tests/versions/run.py $(ARGS)
+	$(BIN)/python tests/integration/versions/run.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "res2net_fused"
 FLOORS = ("_native", "_tables", "chain", "backends", "ops", "modules", "patching", "models", "testing", "bench", "cli")
 OUTSIDE = {"__init__", "__main__", "_moved"}  # the public names, and the old ones

@@ -1,22 +1,23 @@
 """Models saved by version 0.1.0 in its first layout, before the modules were moved, still load and compute the same.
 
-The files in tests/saved were written by that version: a pickle of two accelerated blocks, ReferenceBottle2neck(16, 4, scale=4,
-baseWidth=32) and Bottle2neck(16, 4, scale=3, baseWidth=32), with an input and their output, and the first block exported.
+The files in tests/support/saved were written by that version: a pickle of two accelerated blocks,
+ReferenceBottle2neck(16, 4, scale=4, baseWidth=32) and Bottle2neck(16, 4, scale=3, baseWidth=32), with an input and their
+output, and the first block exported.
 """
 
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_close
+from tree import TESTS
 
 import res2net_fused as rf
 from res2net_fused import _moved
 
-SAVED = Path(__file__).parent / "saved"
+SAVED = TESTS / "support" / "saved"
 PICKLE = SAVED / "accelerated_0.1.0.pickle"
 
 

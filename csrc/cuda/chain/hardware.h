@@ -1,5 +1,5 @@
 // The hardware as the chain kernel sees it. The kernel uses nothing of CUDA but what is named here, so the same source
-// compiles with nvcc (this file) and with a host compiler (tests/emulator/emulator.h), where every access is checked.
+// compiles with nvcc (this file) and with a host compiler (tests/support/emulator/emulator.h), where every access is checked.
 #pragma once
 #include <cstdint>
 

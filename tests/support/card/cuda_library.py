@@ -6,8 +6,8 @@
     ...                        # calls of the operators
     cards.launches()           # what was launched, in order
 
-All sources of the library are the real ones; the kernels are compiled against the emulator's hardware (tests/emulator) and run
-only after `execute(True)`. The runtime refuses and remembers errors as CUDA's does; see `Runtime`. The current device and
+All sources of the library are the real ones; the kernels are compiled against the emulator's hardware and run only
+after `execute(True)`. The runtime refuses and remembers errors as CUDA's does; see `Runtime`. The current device and
 stream are those of the c10 device guard for CUDA where one is registered (device.cpp registers one), else that of
 `Runtime.set_device` and stream 0.
 """
@@ -30,8 +30,8 @@ from res2net_fused._native import build_flags
 
 HERE = Path(__file__).resolve().parent / "cuda_runtime"
 ROOT = HERE.parents[3]
-EMULATOR = ROOT / "tests/emulator"
-# Kernels are sampled for speed at -O1, as in tests/emulator/harness.py. What is declared in registers holds patterns.
+EMULATOR = ROOT / "tests/support/emulator"
+# Kernels are sampled for speed at -O1, as in tests/support/emulator/harness.py. What is declared in registers holds patterns.
 FLAGS = ("-O1", "-std=c++20", "-fPIC", "-w", "-ftrivial-auto-var-init=pattern")
 LIMIT_NUMBERS = 7
 

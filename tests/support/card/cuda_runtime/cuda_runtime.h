@@ -1,4 +1,4 @@
-// The same for sources with kernels, which are compiled against the emulator's hardware (tests/emulator): a C++ compiler sees
+// The same for sources with kernels, which are compiled against the emulator's hardware (tests/support/emulator): a C++ compiler sees
 // ordinary functions.
 #pragma once
 #include "cuda_runtime_api.h"

@@ -1,0 +1,121 @@
+"""The CUDA kernels through nvcc: nothing spilled, no stack, nothing serialized, and as many tensor-core instructions as the
+source's loops say. Needs nvcc, no GPU."""
+
+import re
+import subprocess
+
+import pytest
+from helpers import find_nvcc, tool
+from tree import ROOT
+
+from res2net_fused._native import build_flags, library
+from res2net_fused._tables import format_table
+from res2net_fused.backends.cuda import kernel_report
+from res2net_fused.backends.cuda import plan as launch_plan
+
+SOURCE = ROOT / "csrc" / build_flags.INSTANCE_SOURCE
+UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/cuda/plan/instances.h").read_text())[1])
+# The others are compiled by the slow tests; d0c7t2 runs every type.
+QUICK = [(i, a) for i in ("d2c4t4", "d0c7t2") for a in ("80", "90a")]
+QUICK += [("d0c7t2", "100"), ("cluster_c4t2", "90a"), ("wgmma_c7t2", "90a")]
+# The opcode of the tensor-core instruction of each type
+PRODUCTS = {"bf16": "HMMA.16816.F32.BF16 ", "fp16": "HMMA.16816.F32 ", "tf32": "HMMA.1688.F32.TF32 "}
+
+
+def types_of(instance):
+    return ["bf16", "fp16"] + ["tf32"] * instance.startswith("d0")
+
+
+def compile_instance(instance, architecture, folder):
+    """(compiled file, the compiler's messages)"""
+    binary = folder / f"{instance}_{architecture}.fatbin"
+    # The flags of the shipped library, but for what is about linking.
+    flags = [f for f in build_flags.NVCC_FLAGS if f not in ("-cudart", "static")]
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    flags += [target, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", build_flags.instance_define(instance)]
+    command = [find_nvcc(), *flags, "-fatbin", "-o", str(binary), str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return binary, done.stdout + done.stderr
+
+
+def architectures_of(instance):
+    wgmma = instance.startswith(build_flags.WGMMA_PREFIX)
+    return [build_flags.WGMMA_ARCHITECTURE] if wgmma else build_flags.DEFAULT_CUDA_ARCHITECTURES
+
+
+def marked():
+    for instance in launch_plan.INSTANCE_NAMES:
+        for architecture in architectures_of(instance):
+            marks = [] if (instance, architecture) in QUICK else [pytest.mark.slow]
+            yield pytest.param(instance, architecture, marks=marks, id=f"{instance}-sm_{architecture}")
+
+
+@pytest.mark.parametrize("instance, architecture", list(marked()))
+def test_instance_compiles_without_spills(instance, architecture, tmp_path):
+    cuobjdump = tool(kernel_report.find_cuobjdump(), "cuobjdump", "install triton")
+    binary, messages = compile_instance(instance, architecture, tmp_path)
+    # wgmma: neither serialized (C7510, C7520) nor with fences that the compiler had to add (C7519)
+    assert "serialized" not in messages and "warning" not in messages and "injected" not in messages, messages
+    types = types_of(instance)
+    assert messages.count("Compiling entry function") == len(types)
+    assert messages.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(types), messages
+    kernels = kernel_report.compiled_kernels(binary, cuobjdump)
+    assert [(k.instance, k.dtype) for k in kernels] == [(instance, dtype) for dtype in types]
+    assert all(k.stack == k.local == 0 for k in kernels)
+    assert all(k.architecture == f"sm_{architecture}" for k in kernels)
+
+    sass = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, re.S))
+    columns, tiles = map(int, re.fullmatch(r"(?:d\d+|cluster_|wgmma_)c(\d+)t(\d+)", instance).groups())
+    for symbol, text in functions.items():
+        _, dtype = kernel_report.instance_of(symbol)
+        assert not re.search(r"\b(STL|LDL)\b", text)
+        if instance.startswith("wgmma"):
+            product = f"HGMMA.64x{8 * columns}x16.F32{'.BF16' * (dtype == 'bf16')} "
+            assert text.count(product) == text.count("HGMMA") == UNROLL * tiles
+            assert text.count("WARPGROUP.ARRIVE") == text.count("WARPGROUP.DEPBAR") == 1
+            assert not re.search(r"\bHMMA|\bLDSM", text)
+            continue
+        assert text.count(PRODUCTS[dtype]) == text.count("HMMA") == UNROLL * columns * tiles
+        assert text.count("LDSM.16.M88.4") == UNROLL * (tiles + columns // 2)
+        assert text.count("LDSM.16.M88.2") == UNROLL * (columns % 2)
+        clusters = instance.startswith("cluster") and architecture != "80"
+        assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * clusters
+        assert ("BPT.TRAP" in text) == (instance.startswith("cluster") and not clusters)
+    assert len(functions) == len(types)
+
+
+@pytest.mark.parametrize("version, traps", [(80, True), (90, False)])
+def test_code_without_clusters_traps_where_it_would_need_them(version, traps, tmp_path):
+    """The driver of a newer device compiles it from PTX: there a missing barrier would give wrong numbers in silence."""
+    text = tmp_path / "cluster.ptx"
+    flags = ["-std=c++20", "-O3", f"-arch=compute_{version}", f"-I{ROOT / 'csrc'}"]
+    flags.append(build_flags.instance_define("cluster_c2t2"))
+    subprocess.run([find_nvcc(), *flags, "-ptx", "-o", str(text), str(SOURCE)], check=True)
+    kernels = text.read_text().split(".entry")[1:]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert ("trap;" in kernel) == traps and ("barrier.cluster" in kernel) != traps
+
+
+@pytest.mark.parametrize("architectures, ptx", [("80", 90), ("86", 90), ("90a", 90), ("80;90a", 90), ("80;90a;100", 100)])
+def test_ptx_for_devices_to_come_has_clusters(architectures, ptx):
+    flags = build_flags.gencode_flags(architectures.split(";"))
+    assert [flag for flag in flags if "code=compute" in flag] == [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
+def test_the_table_lists_every_instance_of_the_built_library():
+    tool(kernel_report.find_cuobjdump(), "cuobjdump", "install triton")
+    record = library.NativeLibraries(library.PACKAGE).record()["parts"].get("cuda", {})
+    if not record.get("built"):
+        pytest.skip(f"the CUDA library is not built: {record.get('reason')}")
+    head, *rows = kernel_report.kernel_table()
+    architectures = {row[0] for row in rows}
+    built = [(i, a) for i in launch_plan.INSTANCE_NAMES for a in architectures_of(i) if f"sm_{a}" in architectures]
+    kernels = {(f"sm_{architecture}", instance, dtype) for instance, architecture in built for dtype in types_of(instance)}
+    assert {row[:3] for row in rows} == kernels and len(rows) == len(kernels)
+    assert all(16 < int(row[3]) <= 255 and row[4] == row[5] == "0" for row in rows)
+    assert "26: " in next(row[6] for row in rows if row[1] == "d2c4t4")
+    assert "26: " in next(row[6] for row in rows if row[1:3] == ("d0c4t2", "tf32"))
+    assert len(format_table(head, rows).splitlines()) == len(rows) + 2

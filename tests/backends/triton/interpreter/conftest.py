@@ -1,0 +1,42 @@
+"""These tests need TRITON_INTERPRET=1 before Triton's import, hence a process of their own: see ../test_chain.py."""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["*"]
+
+
+@pytest.fixture(autouse=True)
+def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tiles, since the interpreter takes its time per program, not per element; one test has small ones."""
+    from res2net_fused.backends.triton import step_plan
+
+    monkeypatch.setattr(step_plan, "_MULTIPROCESSORS", {(8, 0): 1})
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """float32 is multiplied in TF32 as tensor cores do, which read 19 bits of each factor and cut the others off.
+
+    Returned: of each product that lost bits by that, how many of its factors did.
+    """
+    import numpy
+    from triton._C.libtriton.ir import INPUT_PRECISION
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from res2net_fused.backends.triton import availability
+
+    exact, losses = InterpreterBuilder.create_dot, []
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if input_precision == INPUT_PRECISION.TF32 and a.data.dtype == numpy.float32:
+            bits = [numpy.ascontiguousarray(factor.data).view(numpy.uint32) for factor in (a, b)]
+            losses.extend(filter(None, [sum(int(numpy.count_nonzero(own & 0x1FFF)) for own in bits)]))
+            a, b = (TensorHandle((own & 0xFFFFE000).view(numpy.float32), a.dtype) for own in bits)
+        return exact(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(availability, "uses_tf32", lambda problem: availability.convolutions_use_tf32())
+    return losses
