@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers import tool
-from tree import ROOT
 
 import res2net_fused
 
-PROGRAMS = ROOT / "tests" / "typed"
+PROGRAMS = Path(__file__).with_name("typed")
 
 
 def mypy(program: Path, cache: Path) -> subprocess.CompletedProcess:
