@@ -102,7 +102,10 @@ class Configurable(Bottle2neck):
         return self.last(super().forward(x)) * self.options[0]
 
 
-@pytest.mark.parametrize("settings", [{"last": torch.tanh}, {"options": (2.0,)}, {"options": [2.0]}], ids=["function", "tuple", "list"])
+OTHER_SETTINGS = {"function": {"last": torch.tanh}, "tuple": {"options": (2.0,)}, "list": {"options": [2.0]}}
+
+
+@pytest.mark.parametrize("settings", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
 def test_blocks_of_one_class_with_other_settings_are_confirmed_apart(settings):
     plain, other = Configurable(32, 8).eval(), Configurable(32, 8, **settings).eval()
     x = torch.randn(2, 32, 5, 5)

@@ -23,8 +23,9 @@ FOLDER = ROOT / "build" / "versions"
 OLDEST, NEWEST = "2.11.0", "newest"
 CHECK = ("check", "--quick", "--no-network", "--device", "cpu")
 CORE = (
-    "accelerate", "bottle2neck", "chain1d", "checkpoint", "compile", "cpu_block", "cpu_kernels", "damaged_files", "faults",
-    "gradients", "native", "operator", "trained_block", "triton",
+    "backends/cpu/test_block.py", "backends/cpu/test_chain.py", "backends/triton/test_chain.py", "models/test_checkpoint.py",
+    "modules", "native/test_library.py", "ops", "patching/test_accelerate.py", "robustness/test_damaged_files.py",
+    "robustness/test_faults.py",
 )  # fmt: skip
 FACTS = """
 import platform, torch, triton, res2net_fused
@@ -79,7 +80,7 @@ def tried(folder: Path, version: str, options: argparse.Namespace, wheel: Path, 
     facts = run(python, "-c", FACTS.format(folder=str(folder)), stdout=subprocess.PIPE).stdout.strip()
     print(facts, flush=True)
     run(str(folder / "bin" / "res2net-fused"), *CHECK)
-    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in CORE]
+    tests = [str(ROOT / "tests" / name) for name in CORE]
     run(
         python, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider",
         *tests, *for_pytest,
