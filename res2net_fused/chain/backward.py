@@ -91,7 +91,7 @@ def convolution_backward(
     A backend's own gradient of the weight has the weight's memory format; ATen's has whichever it likes.
     """
     need_u, need_weight, need_bias = needed
-    problem = ChainProblem.of_one_convolution(dz, weight, config)
+    problem = ChainProblem.for_convolution(dz, weight, config)
     du = convolver.input_gradient(problem, dz, weight) if need_u else None
     dweight, dbias = convolver.weight_gradient(problem, dz, u, memory_format(weight)) if need_weight else (None, None)
     need_weight, need_bias = need_weight and dweight is None, need_bias and dbias is None

@@ -158,7 +158,7 @@ def activate_into(y: Tensor, activation: str, slot: Tensor) -> Tensor:
 
 def convolve(convolver: Convolver, u: Tensor, weight: Tensor, config: ChainConfig) -> Tensor:
     """z of one 3x3 convolution, (N, w, H, W) -> (N, w, H', W'): the convolver's, or ATen's."""
-    z = convolver.convolution(ChainProblem.of_one_convolution(u, weight, config), u, weight)
+    z = convolver.convolution(ChainProblem.for_convolution(u, weight, config), u, weight)
     if z is None:
         z = torch.conv2d(u, weight, None, config.stride, config.dilation, config.dilation, config.groups)
     return z

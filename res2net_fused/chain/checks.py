@@ -113,7 +113,7 @@ def check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
             f"stride is {config.stride} with hierarchical=True: y_(i-1) is smaller than x_i and cannot be added to it; "
             "use hierarchical=False"
         )
-    return ChainProblem.of(x, width, steps, config)
+    return ChainProblem.from_tensor(x, width, steps, config)
 
 
 def check_arguments_1d(
@@ -168,4 +168,4 @@ def check_arguments_1d(
             f"x is {describe(x)}; with dilation={config.dilation}, kernels of {problem.kernel_size} and "
             f"padding_mode={config.padding_mode!r}, L must be at least {least}"
         )
-    return replace(problem, config=config.within(problem.length)) if type(problem.length) is int else problem
+    return replace(problem, config=config.clamped_to(problem.length)) if type(problem.length) is int else problem

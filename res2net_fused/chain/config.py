@@ -89,7 +89,7 @@ class ChainConfig:
                 "use pool='avg3' or 'avg3_nopad', or passthrough='none'"
             )
 
-    def settings(self) -> ChainSettings:
+    def as_kwargs(self) -> ChainSettings:
         """As keyword arguments of `hierarchical_conv2d`, in the order of the operator's schema."""
         return {
             "stride": self.stride,
@@ -119,7 +119,7 @@ class ChainConfig:
         first = self.first_convolved
         return self.hierarchical and (group > first or (group == 1 and self.passthrough == "first_added"))
 
-    def within(self, size: int) -> ChainConfig:
+    def clamped_to(self, size: int) -> ChainConfig:
         """The same for images of at most `size` rows and columns, with no stride or dilation beyond them.
 
         Farther taps meet zeros and farther pixels are not there, but kernels take memory for the way, PyTorch's backward
@@ -164,11 +164,11 @@ class Chain1dConfig:
         """Values added at each end, so that rows keep their length under kernels of kernel_size."""
         return self.dilation * (kernel_size // 2)
 
-    def within(self, length: int) -> Chain1dConfig:
-        """The same for rows of this length: as `ChainConfig.within`; a row is longer than what it reflects."""
+    def clamped_to(self, length: int) -> Chain1dConfig:
+        """The same for rows of this length: as `ChainConfig.clamped_to`; a row is longer than what it reflects."""
         far = self.padding_mode == "zeros" and self.dilation > length
         return replace(self, dilation=length) if far else self
 
-    def settings(self) -> dict[str, object]:
+    def as_kwargs(self) -> dict[str, object]:
         """As keyword arguments of `hierarchical_conv1d`, in the order of the operator's schema."""
         return {"dilation": self.dilation, "passthrough": self.passthrough, "padding_mode": self.padding_mode}

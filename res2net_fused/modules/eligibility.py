@@ -20,7 +20,7 @@ from .training import uses_batch_statistics, why_not_trained
 def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:
     """The call of the chain inside, for the block's x."""
     rows, columns = block.conv1.stride
-    problem = ChainProblem.of(x, block.convs[0].in_channels, len(block.convs), state.config)
+    problem = ChainProblem.from_tensor(x, block.convs[0].in_channels, len(block.convs), state.config)
     dtype = compute_dtype(block.conv1.weight)
     if rows == columns == 1 and dtype == x.dtype:
         return problem

@@ -88,7 +88,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     if folded.overflowed and dtype == torch.float16:
         return OVERFLOWED
     if not one_operator(state.config):
-        chain = PackedWeights.of_block(folded, state.config)
+        chain = PackedWeights.from_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
     entry = entry_pixels(block, x_in)
     if not adds_at_once(block):
@@ -106,7 +106,7 @@ def _run_parts(
     biases = None if isinstance(weights, PackedWeights) else folded.biases
     out = F.conv2d(x, folded.conv1_weight, folded.conv1_bias.to(dtype), block.conv1.stride)
     out = out.relu_() if config.activation == "relu" else activate(out, config.activation)  # (N, s*w, H, W)
-    out = hierarchical_conv2d(out, weights, biases, **config.settings(), backend=state.backend)
+    out = hierarchical_conv2d(out, weights, biases, **config.as_kwargs(), backend=state.backend)
     out = apply_optional(block, "drop_block", out)
     return F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
 

@@ -133,15 +133,15 @@ def chain_weights(
 ) -> Chain1dWeights:
     """The frozen tensors, the kept ones if nothing changed, both in `dtype` on `device`, or the block's own."""
     if _differentiable(convs, bns, x):
-        return work_out(convs, bns)
+        return resolve_weights(convs, bns)
     frozen = state.frozen
     if frozen is not None:
         return frozen.weights(dtype, device)
     tensors = _tensors(convs, bns)
     if not cacheable(tensors):
-        return work_out(convs, bns)
+        return resolve_weights(convs, bns)
     settings = dtype, requested(state.backend), tuple(bn.eps for bn in bns)
-    return state.keep(tensors, settings, lambda: work_out_and_pack(convs, bns, dtype))
+    return state.keep(tensors, settings, lambda: resolve_and_pack(convs, bns, dtype))
 
 
 def _tensors(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> list[Tensor]:
@@ -150,7 +150,7 @@ def _tensors(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> list[
     return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
 
-def work_out(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain1dWeights:
+def resolve_weights(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain1dWeights:
     """Differentiable."""
     found = [conv.bias for conv in convs if conv.bias is not None]
     biases = found if len(found) == len(convs) else None
@@ -159,10 +159,10 @@ def work_out(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d]) -> Chain
     return Chain1dWeights(weights, biases, [scale for scale, _ in affine], [shift for _, shift in affine])
 
 
-def work_out_and_pack(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], dtype: torch.dtype) -> Chain1dWeights:
+def resolve_and_pack(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], dtype: torch.dtype) -> Chain1dWeights:
     """For keeping: ordinary tensors outside autograd, also in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
-        return _pack(_detached(work_out(convs, bns)).to(dtype, convs[0].weight.device))
+        return _pack(_detached(resolve_weights(convs, bns)).to(dtype, convs[0].weight.device))
 
 
 def _detached(chain: Chain1dWeights, copy: bool = False) -> Chain1dWeights:
@@ -185,7 +185,7 @@ def freeze_chain(convs: Sequence[nn.Conv1d], bns: Sequence[nn.BatchNorm1d], stat
     def frozen() -> Frozen[Chain1dWeights]:
         weight = convs[0].weight
         with torch.inference_mode(False), torch.no_grad():
-            chain = _detached(work_out(convs, bns), copy=True)
+            chain = _detached(resolve_weights(convs, bns), copy=True)
         return Frozen(chain, weight.device, _pack, compute_dtype(weight))
 
     state.freeze(frozen)

@@ -73,14 +73,14 @@ class Made(Protocol):
 Kept = TypeVar("Kept", bound=Made)
 
 
-def made_here(value: Kept, device: torch.device) -> Kept:
+def mark_made(value: Kept, device: torch.device) -> Kept:
     """`value`, whose tensors the current stream has just been told to make, with a note of that; for keeping."""
     if device.type == "cuda":
         value.made = MadeOn(value, device)
     return value
 
 
-def use_kept(value: Kept) -> Kept:
+def lend_to_current_stream(value: Kept) -> Kept:
     """`value` for a call on the current stream."""
     if value.made is not None and not torch.compiler.is_compiling():
         value.made.lend()
@@ -168,8 +168,8 @@ class KeepsWeights:
         kept = self.kept
         if kept is None or not kept[0].matches(tensors, settings):
             key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
-            self.kept = kept = key, made_here(make(), tensors[0].device)
-        return use_kept(kept[1])
+            self.kept = kept = key, mark_made(make(), tensors[0].device)
+        return lend_to_current_stream(kept[1])
 
     def unchanged(self, tensors: list[Tensor], settings: tuple[object, ...]) -> Any | None:
         """What is kept if nothing changed, not to be read but to be asked, else None."""
@@ -211,13 +211,13 @@ class Frozen(Generic[Weights]):
     def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
         """For a call on the current stream."""
         held = self.held.get((dtype, device))
-        return self._make(dtype, device) if held is None else use_kept(held)
+        return self._make(dtype, device) if held is None else lend_to_current_stream(held)
 
     def _make(self, dtype: torch.dtype, device: torch.device) -> Weights:
         if torch.compiler.is_compiling():
             return self.original.to(dtype, device)
         with torch.inference_mode(False), torch.no_grad():
-            weights = use_kept(self.original).to(dtype, device)
+            weights = lend_to_current_stream(self.original).to(dtype, device)
             if not cacheable(()):  # a CUDA graph's, made again at every replay, or what some mode makes in place of tensors
                 return self.pack(weights) if capturing() else weights
             self.held[dtype, device] = weights = _ready(self.pack(weights), device)
@@ -226,7 +226,7 @@ class Frozen(Generic[Weights]):
 
 def _ready(weights: Weights, device: torch.device) -> Weights:
     """The same, waited for: a CUDA graph may read them, which must not wait for what lies outside it."""
-    made = made_here(weights, device).made
+    made = mark_made(weights, device).made
     if made is not None:
         made.wait()
     return weights

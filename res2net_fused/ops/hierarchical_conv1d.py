@@ -93,7 +93,7 @@ def call_1d(
             refuse_tangents("hierarchical_conv1d", tensors)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return torch.ops.res2net_fused.hierarchical_conv1d.default(
-        x, weights, biases, affine_scale, affine_shift, packed, *config.settings().values(), keep, backend
+        x, weights, biases, affine_scale, affine_shift, packed, *config.as_kwargs().values(), keep, backend
     )[0]
 
 
@@ -125,7 +125,7 @@ def _backward_kernel(grad, x, out, rectified, weights, biases, affine_scale, aff
     *chain, needed = settings
     devices = dict(rectified=rectified, weights=weights, biases=biases, affine_scale=affine_scale, affine_shift=affine_shift)
     check_devices(x, grad=grad, out=out, **devices)
-    config = _cached_config(*chain).within(x.shape[2])
+    config = _cached_config(*chain).clamped_to(x.shape[2])
     return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed)
 
 

@@ -142,12 +142,12 @@ def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None,
 def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
     *chain, backend, needed = settings
     check_devices(x, grad=grad, out=out, weights=weights, biases=biases)
-    problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
+    problem = ChainProblem.from_tensor(x, weights[0].shape[0], len(weights), cached_config(*chain))
     own = backend_of_gradients(problem, backend)
     if own is None:
         convolver: Convolver = ATEN
         if problem.config.stride == 1:
-            convolver = get_backend(choose(ChainProblem.of_one_convolution(out, weights[0], problem.config)).name)
+            convolver = get_backend(choose(ChainProblem.for_convolution(out, weights[0], problem.config)).name)
         gradients = chain_backward(grad, x, out, weights, problem.config, needed, convolver)
     else:
         gradients = own.chain_backward(problem, grad, x, out, weights, needed)

@@ -128,7 +128,7 @@ def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
 @functools.partial(library.impl, "hierarchical_conv_bn_backward", dispatch_key="CompositeExplicitAutograd")
 def _backward_kernel(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> list[Tensor]:
     *chain, backend, group, needed = settings
-    problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
+    problem = ChainProblem.from_tensor(x, weights[0].shape[0], len(weights), cached_config(*chain))
     chosen = get_backend(choose_for_training(problem, backend).name)
     return train_backward(chosen, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
 

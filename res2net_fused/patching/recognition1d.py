@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
-from ..modules.fused_forward1d import Layout1d, enter_block_1d, finish_block_1d, parts_1d, work_out
+from ..modules.fused_forward1d import Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
 from .recognition import agree, own_signature, random_twin, seeded
 
 # Where the published code keeps the chain's convolutions and norms.
@@ -104,6 +104,6 @@ def _reference(block: nn.Module, layout: Layout1d, x: Tensor, config: Chain1dCon
     inner = enter_block_1d(block, x) if layout.outer else x
     if inner.shape[1] != config.chain.scale(len(convs)) * convs[0].in_channels:
         return None
-    chain = work_out(convs, bns)
+    chain = resolve_weights(convs, bns)
     out = hierarchical_conv1d(inner, chain.weights, chain.biases, chain.scale, chain.shift, config)
     return finish_block_1d(block, out, x) if layout.outer else out
