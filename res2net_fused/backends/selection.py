@@ -10,12 +10,12 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..chain.problem import ChainProblem
+from ..chain.problem import Chain1dProblem, ChainProblem
 from .base import BACKENDS, Backend
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
@@ -23,6 +23,10 @@ ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
 FIRST_CHOICE = "first choice on this device"  # as a reason
 
 AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+AUTO_ORDER_1D = {"cpu": ("cpu", "reference")}  # Triton's 1-D kernel was never timed on a GPU
+
+Problem = ChainProblem | Chain1dProblem
 
 _log = logging.getLogger("res2net_fused")
 
@@ -65,19 +69,9 @@ def is_auto(backend: str) -> bool:
 
 
 def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
-    """As `choose`, of the backends that run BatchNorm in training mode."""
-    name, source = requested(backend)
-    order = AUTO_ORDER.get(problem.device.type, ("reference",)) if name == "auto" else (name,)
-    rejected: list[tuple[str, str]] = []
-    for candidate in order:
-        why = get_backend(candidate).why_not_training(problem)
-        if why is None:
-            _warn_of_reference(candidate, problem, rejected)
-            return Choice(candidate, tuple(rejected), source)
-        rejected.append((candidate, why))
-    if name != "auto":
-        raise RuntimeError(f"{source} cannot train {problem}: {why}")
-    raise RuntimeError(f"no backend can train {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
+    """The backend, of those that run BatchNorm in training mode, that a call runs on. Raises as `choose` does."""
+    order = AUTO_ORDER.get(problem.device.type, ("reference",))
+    return _choose("train", problem, backend, order, lambda found: found.why_not_training(problem))
 
 
 def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
@@ -92,37 +86,60 @@ def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backen
     return None
 
 
-def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") -> Choice:
+def choose(problem: Problem, backend: str = "auto", layout: str = "plain") -> Choice:
     """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it.
 
     layout: of the call's packed weights. Auto takes the backend that they were packed for where it can run the call: packing
     anew at each call costs more than the predictions of `why_not_auto` differ.
     """
+    if isinstance(problem, Chain1dProblem):
+        rows = problem
+        order_1d = AUTO_ORDER_1D.get(rows.device.type, ("reference",))
+        return _choose("run", rows, backend, order_1d, lambda found: found.why_not_1d(rows))
+    images = problem
+    order = AUTO_ORDER.get(images.device.type, ("reference",))
+    if layout in order[:-1] and requested(backend)[0] == "auto" and get_backend(layout).why_not(images) is None:
+        return Choice(layout, (("others", "the weights are packed for this one"),))
+    return _choose("run", images, backend, order, lambda found: found.why_not(images), lambda found: found.why_not_auto(images))
+
+
+def _choose(
+    work: str,
+    problem: Problem,
+    backend: str,
+    order: Sequence[str],
+    why_not: Callable[[Backend], str | None],
+    why_not_auto: Callable[[Backend], str | None] = lambda found: None,
+) -> Choice:
+    """The backend asked for, or the first of `order` that speaks neither against the call nor for a later one."""
     name, source = requested(backend)
     if name != "auto":
-        why = get_backend(name).why_not(problem)
+        why = why_not(get_backend(name))
         if why is not None:
-            raise RuntimeError(f"{source} cannot run {problem}: {why}")
+            raise RuntimeError(f"{source} cannot {work} {problem}: {why}")
         return Choice(name, requested_by=source)
     rejected: list[tuple[str, str]] = []
     postponed = None
-    order = AUTO_ORDER.get(problem.device.type, ("reference",))
-    if layout in order[:-1] and get_backend(layout).why_not(problem) is None:
-        return Choice(layout, (("others", "the weights are packed for this one"),))
     for candidate in order:
         found = get_backend(candidate)
-        why = found.why_not(problem)
+        why = why_not(found)
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
         if why is None:
-            why = found.why_not_auto(problem)
+            why = why_not_auto(found)
             postponed = None if why is None else candidate
         if why is None:
             _warn_of_reference(candidate, problem, rejected)
             return Choice(candidate, tuple(rejected))
         rejected.append((candidate, why))
         _log_once(candidate, why)
-    raise RuntimeError(f"no backend can run {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
+    raise RuntimeError(f"no backend can {work} {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
+
+
+def plan(problem: Problem, name: str) -> str:
+    """One line for `explain`: how the backend of this name would run the call."""
+    found = get_backend(name)
+    return found.plan_1d(problem) if isinstance(problem, Chain1dProblem) else found.plan(problem)
 
 
 @functools.lru_cache(1024)  # reasons hold sizes: of ever new shapes there is no end
@@ -133,8 +150,8 @@ def _log_once(candidate: str, why: str) -> None:
 _warned: list[str] = []
 
 
-def _warn_of_reference(chosen: str, problem: ChainProblem, rejected: Sequence[tuple[str, str]]) -> None:
-    """Once a process, that a GPU runs none of the kernels; torch.float64 has none anywhere."""
+def _warn_of_reference(chosen: str, problem: Problem, rejected: Sequence[tuple[str, str]]) -> None:
+    """Warns, once a process, that a GPU runs none of the kernels; torch.float64 has none anywhere."""
     if _warned or not rejected or chosen != "reference" or problem.device.type != "cuda" or problem.dtype == torch.float64:
         return
     _warned.append("; ".join(f"{name}: {why}" for name, why in rejected))

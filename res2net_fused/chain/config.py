@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -32,6 +32,20 @@ def at_least_one(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1")
     if value > LARGEST:
         raise ValueError(f"{name} is {value}; it must be at most {LARGEST}")
+
+
+class Convolution(NamedTuple):
+    """One convolution of a chain and its neighbours. k: its place among them. group: the one that it reads and writes.
+
+    adds: whether it reads x_i + y_{i-1} rather than x_i. chained: whether that y_{i-1} is the convolution's before it, else the
+    passed group's. feeds_next: whether the next convolution adds its output.
+    """
+
+    k: int
+    group: int
+    adds: bool
+    chained: bool
+    feeds_next: bool
 
 
 class ChainSettings(TypedDict):
@@ -114,10 +128,22 @@ class ChainConfig:
         """The group without a convolution, of `scale` groups, or None."""
         return None if self.passthrough == "none" else 0 if self.first_convolved else scale - 1
 
-    def adds(self, group: int) -> bool:
-        """Whether the convolved `group` reads x_i + y_{i-1} rather than x_i."""
-        first = self.first_convolved
-        return self.hierarchical and (group > first or (group == 1 and self.passthrough == "first_added"))
+    @property
+    def adds_passed(self) -> bool:
+        """Whether the first convolution adds the group that passes."""
+        return self.passthrough == "first_added"
+
+    def convolutions(self, steps: int) -> list[Convolution]:
+        """The one walk over a chain of so many convolutions, in the order of the recurrence.
+
+        The passed group comes before all of them or after all; only where it `adds_passed` does one read it.
+        """
+        found = []
+        for k in range(steps):
+            chained, feeds_next = self.hierarchical and k > 0, self.hierarchical and k + 1 < steps
+            adds = chained or (k == 0 and self.adds_passed)
+            found.append(Convolution(k, self.first_convolved + k, adds, chained, feeds_next))
+        return found
 
     def clamped_to(self, size: int) -> ChainConfig:
         """The same for images of at most `size` rows and columns, with no stride or dilation beyond them.

@@ -99,6 +99,17 @@ class Chain1dProblem:
     steps: int
     kernel_size: int
 
+    @classmethod
+    def from_tensor(cls, x: Tensor, weight: Tensor, steps: int, config: Chain1dConfig) -> Chain1dProblem:
+        """A call on a tensor with x's batch, length, dtype and device; its channels are not looked at.
+
+        weight: of one convolution, (w, w, k). steps: convolutions. config: the settings.
+        """
+        batch, _, length = x.shape
+        if type(length) is int:
+            config = config.clamped_to(length)
+        return cls(config, x.device, x.dtype, batch, length, weight.shape[0], steps, weight.shape[2])
+
     @property
     def padding(self) -> int:
         return self.config.padding(self.kernel_size)

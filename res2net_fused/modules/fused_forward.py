@@ -23,7 +23,7 @@ from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
 from .block_parts import BlockParts, parts_of
-from .block_state import STATE, BlockState, FusedModule
+from .block_state import BlockState, FusedModule
 from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
 from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
@@ -38,27 +38,21 @@ UNSEEN = "a CUDA graph is captured in float16 and no call before it has seen tha
 class FusedForward(FusedModule):
     """Mixin before an nn.Module class of the Res2Net kind; its instances carry a BlockState."""
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        state: BlockState = getattr(self, STATE)
+    def _res2net_fused_forward(
+        self, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Tensor | str:
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
-        if not torch.compiler.is_compiling():
-            state.last_refusal = refusal
         if any(bn.training and not is_frozen(bn) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if refusal is not None:
-            return super().forward(x, *args, **kwargs)
+            return refusal
         shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
         if any(map(uses_batch_statistics, parts.bns)):
             if not torch.compiler.is_compiling():
                 state.last_problem, state.last_trained = chain_problem(parts, x, state), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
-        out = run_fused(parts, x, shortcut, state)
-        if not isinstance(out, str):
-            return out
-        if not torch.compiler.is_compiling():
-            state.last_refusal = out
-        return super().forward(x, *args, **kwargs)
+        return run_fused(parts, x, shortcut, state)
 
 
 def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | str:

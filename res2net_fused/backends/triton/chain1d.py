@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...chain.problem import Chain1dProblem
+from ...chain.reference import pass_through
 from .availability import precision_of, why_not_device
 from .step_plan import padded_lanes
 from .tf32 import for_precision
@@ -45,9 +46,9 @@ def forward_1d(
     biases: Sequence[Tensor] | None,
     affine_scale: Sequence[Tensor] | None,
     affine_shift: Sequence[Tensor] | None,
+    packed: Sequence[Tensor] | None,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `chain1d.forward_1d`."""
     from .kernels.conv1d_fwd import chain_calls_1d, pack_weights_1d
 
     if x.stride(2) != 1:
@@ -55,10 +56,7 @@ def forward_1d(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape = problem.batch, problem.width, problem.length
     rectified = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(problem.steps if keep else 0)]
-    passed = problem.config.chain.passed_group(problem.scale)
-    if passed is not None:
-        place = slice(passed * problem.width, (passed + 1) * problem.width)
-        out[:, place] = x[:, place]
+    pass_through(x.split(problem.width, 1), out.split(problem.width, 1), problem.config.chain)
     if out.numel() == 0:
         return out, rectified
     if biases is None:
@@ -68,8 +66,8 @@ def forward_1d(
     affine = None if affine_scale is None or affine_shift is None else (_stacked(affine_scale), _stacked(affine_shift))
     precision = precision_of(problem)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        packed = for_precision(pack_weights_1d(weights), precision)
-        for call in chain_calls_1d(problem, x, out, packed, bias, affine, rectified, precision):
+        factors = for_precision(pack_weights_1d(weights), precision)
+        for call in chain_calls_1d(problem, x, out, factors, bias, affine, rectified, precision):
             call.run()
     return out, rectified
 
