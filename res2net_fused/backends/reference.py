@@ -57,7 +57,7 @@ class ReferenceBackend(Backend):
 
 
 class Convolutions:
-    """The convolutions of a 1-D chain and their ReLU, by PyTorch's operators. reuses: whether calls share one result's memory."""
+    """The convolutions of a 1-D chain and their ReLU, by PyTorch's operators. reuses: whether calls share a result's memory."""
 
     reuses = False
 
