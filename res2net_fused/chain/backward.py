@@ -1,4 +1,4 @@
-"""The chain's gradients from x, the output and the incoming gradient alone.
+"""The gradients of 2-D and 1-D chains from x, the output and the incoming gradient alone.
 
 With u_i = x_i + y_{i-1} and y_i = act(K_i u_i + b_i), from the last group to the first:
 
@@ -174,7 +174,7 @@ def convolution_backward(
 
 
 def clear_idle_taps(dweight: Tensor, u: Tensor, config: ChainConfig) -> None:
-    """Zeros, in place, for taps that meet no pixel of u: oneDNN leaves there, in half types, whatever the memory held."""
+    """Zeroes in place the taps that meet no pixel of u: oneDNN leaves there, in half types, whatever the memory held."""
     for axis in (2, 3):
         size = u.shape[axis]
         if config.dilation > (config.output_size(size) - 1) * config.stride:

@@ -32,7 +32,7 @@ from .sync_batch_norm import combine_moments, combine_sums
 
 @dataclass
 class Statistics:
-    """Of every convolution's output over batch and pixels, each (steps, w), fp32 (fp64 for an fp64 chain).
+    """Moments of every convolution's output over batch and pixels, each (steps, w), fp32 (fp64 for an fp64 chain).
 
     invstd: 1 / sqrt(biased variance + eps). variance: unbiased, as running statistics take it.
     """
@@ -81,7 +81,7 @@ class BatchNormPasses(Convolver):
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of statistics and of BatchNorm's arithmetic."""
+    """The dtype of statistics and of BatchNorm's arithmetic."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -96,7 +96,7 @@ def train_forward(
     keep: bool,
     group: str = "",  # of processes over which statistics are taken; "" for this one alone
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
-    """out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
+    """Returns out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
     results = backend.train_forward(problem, x, weights, gammas, betas, eps, keep, group)
     if results is not None:
         return results
@@ -125,7 +125,7 @@ def train_forward(
 
 
 def synchronised_statistics(z: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, invstd, unbiased and biased variance (w,) of z (N, w, H, W) of all processes."""
+    """Returns mean, invstd, unbiased and biased variance (w,) of z (N, w, H, W) of all processes."""
     count = z.numel() // z.shape[1]
     biased, mean = torch.var_mean(z.to(wide_dtype(z.dtype)), (0, 2, 3), correction=0)
     mean, squares, total = combine_moments(mean, biased * count, count, group)
@@ -136,7 +136,7 @@ def synchronised_statistics(z: Tensor, eps: float, group: str) -> tuple[Tensor, 
 def _synchronised_norm_backward(
     g: Tensor, z: Tensor, gamma: Tensor, mean: Tensor, invstd: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As aten.native_batch_norm_backward, the statistics being those of all processes.
+    """aten.native_batch_norm_backward with the statistics of all processes.
 
     Gradients of gamma and beta are of this one alone, as nn.SyncBatchNorm leaves them to be averaged with all others.
     """

@@ -104,7 +104,7 @@ class ChainConfig:
             )
 
     def as_kwargs(self) -> ChainSettings:
-        """As keyword arguments of `hierarchical_conv2d`, in the order of the operator's schema."""
+        """The keyword arguments of `hierarchical_conv2d`, in the order of the operator's schema."""
         return {
             "stride": self.stride,
             "dilation": self.dilation,
@@ -134,7 +134,7 @@ class ChainConfig:
         return self.passthrough == "first_added"
 
     def convolutions(self, steps: int) -> list[Convolution]:
-        """The one walk over a chain of so many convolutions, in the order of the recurrence.
+        """The one walk over a chain: its convolutions in the order of the recurrence. steps: how many there are.
 
         The passed group comes before all of them or after all; only where it `adds_passed` does one read it.
         """
@@ -148,8 +148,8 @@ class ChainConfig:
     def clamped_to(self, size: int) -> ChainConfig:
         """The same for images of at most `size` rows and columns, with no stride or dilation beyond them.
 
-        Farther taps meet zeros and farther pixels are not there, but kernels take memory for the way, PyTorch's backward
-        above all.
+        Larger values give the same result, since the taps read only padding, but PyTorch's backward allocates memory in
+        proportion to them.
         """
         if self.stride <= size and self.dilation <= size:
             return self
@@ -196,5 +196,5 @@ class Chain1dConfig:
         return replace(self, dilation=length) if far else self
 
     def as_kwargs(self) -> dict[str, object]:
-        """As keyword arguments of `hierarchical_conv1d`, in the order of the operator's schema."""
+        """The keyword arguments of `hierarchical_conv1d`, in the order of the operator's schema."""
         return {"dilation": self.dilation, "passthrough": self.passthrough, "padding_mode": self.padding_mode}

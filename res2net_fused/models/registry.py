@@ -39,7 +39,7 @@ class ModelConfig:
 
     @property
     def stage_passthrough(self) -> str:
-        """For CIFAR "none": no code is published, and with it the parameters are those of the paper's table."""
+        """The pass-through of 'stage' blocks: no code is published for CIFAR, but "none" gives the parameters of its table."""
         return "none" if self.stem == "cifar" else "last"
 
     @property

@@ -63,7 +63,7 @@ else:
 
 
 class FusedModule(_Mixin):
-    """Mixin of all modules that run fused: what they keep under STATE is dropped where PyTorch changes their tensors."""
+    """Mixin of all modules that run fused, with a FusedState that drops what it keeps where PyTorch changes their tensors."""
 
     def _res2net_fused_forward(
         self, state: Any, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]

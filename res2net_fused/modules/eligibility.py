@@ -92,7 +92,7 @@ def why_not_called(
 
 
 def why_not_left_out(modules: Iterable[nn.Module | None]) -> str | None:
-    """None if nobody would miss the calls of these modules, else the reason."""
+    """None if the calls of all these modules may be left out, else the reason."""
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
     return next((reason for module in modules if module is not None and (reason := why_not_bypassed(module))), None)

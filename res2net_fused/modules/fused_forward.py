@@ -153,7 +153,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
 def _folded_in_a_graph(
     block: BlockParts, dtype: torch.dtype, state: BlockState, kept: BlockWeights | None
 ) -> BlockWeights | None:
-    """For a CUDA graph, which folds at every replay, and packs as calls before it did: so it launches kernels that are loaded.
+    """Folds in a CUDA graph, again at every replay, and packs as calls before it did: so it launches kernels that are loaded.
 
     kept: what such a call has kept of the same weights, or None. In float16 that says whether they overflow: nothing else can
     while the graph is captured.

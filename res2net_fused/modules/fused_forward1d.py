@@ -129,7 +129,7 @@ def finish_block_1d(block: Any, out: Tensor, x: Tensor) -> Tensor:
 
 
 def run_chain_1d(chain: ChainParts, x: Tensor, state: BlockState1d) -> Tensor:
-    """(N, s*w, L) -> (N, s*w, L)."""
+    """Runs the chain; (N, s*w, L) -> (N, s*w, L)."""
     if not torch.compiler.is_compiling():
         state.last_problem = chain.problem(x, state.config)
     w = chain_weights(chain, x, state)

@@ -44,7 +44,7 @@ class MadeOn:
         self.readers = {stream.stream_id}
 
     def wait(self) -> None:
-        """Until the tensors are there, which lets every stream read them."""
+        """Waits until the tensors are there, which lets every stream read them."""
         self.event.synchronize()
 
     def lend(self) -> None:
@@ -74,14 +74,14 @@ Kept = TypeVar("Kept", bound=Made)
 
 
 def mark_made(value: Kept, device: torch.device) -> Kept:
-    """`value`, whose tensors the current stream has just been told to make, with a note of that; for keeping."""
+    """Notes on `value` the CUDA stream that is making its tensors, so that other streams can wait for them. Returns `value`."""
     if device.type == "cuda":
         value.made = MadeOn(value, device)
     return value
 
 
 def lend_to_current_stream(value: Kept) -> Kept:
-    """`value` for a call on the current stream."""
+    """Makes `value` safe to read on the current stream. Returns `value`."""
     if value.made is not None and not torch.compiler.is_compiling():
         value.made.lend()
     return value
@@ -145,7 +145,7 @@ def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
 
 
 class KeepsWeights:
-    """Of a block's state: what is kept from call to call, and when that is dropped.
+    """Base of a block's state: what is kept from call to call, and when that is dropped.
 
     Any number of threads may call the block while others drop or freeze what is kept. The fields are each read and written at
     once, and `generation`, another object after every drop, tells weights that were read before it from later ones.
@@ -172,7 +172,7 @@ class KeepsWeights:
         return lend_to_current_stream(kept[1])
 
     def unchanged(self, tensors: list[Tensor], settings: tuple[object, ...]) -> Any | None:
-        """What is kept if nothing changed, not to be read but to be asked, else None."""
+        """What is kept if nothing changed, to be asked but not read, else None."""
         kept = self.kept
         return kept[1] if kept is not None and kept[0].matches(tensors, (self.generation, *settings)) else None
 
@@ -209,7 +209,7 @@ class Frozen(Generic[Weights]):
         self._make(dtype, device)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        """For a call on the current stream."""
+        """The weights for a call on the current stream."""
         held = self.held.get((dtype, device))
         return self._make(dtype, device) if held is None else lend_to_current_stream(held)
 

@@ -32,7 +32,7 @@ library.define(
 def fused_bottle2neck(
     x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool, config: ChainConfig, backend: str
 ) -> Tensor:
-    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; x (N, inplanes, H, W) -> (N, planes * 4, H', W').
+    """Runs conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; x (N, inplanes, H, W) -> (N, planes * 4, H', W').
 
     Where `folded` has a projection, `shortcut` is what that reads. config: of the chain. backend: as for `hierarchical_conv2d`.
     Raises ValueError or TypeError for tensors that do not fit, RuntimeError where an explicit backend cannot run.

@@ -33,7 +33,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def layout_of(module: nn.Module) -> BlockPaths | None:
-    """Where the module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
+    """The paths at which a module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
     return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
 
 
@@ -155,7 +155,7 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Without gradients or inference tensors, and with random numbers of a seed of its own; the caller's are given back."""
+    """Switches gradients and inference mode off and seeds random numbers; the caller's are given back."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
         yield

@@ -20,7 +20,7 @@ _PATHS = (("convs.*", "bns.*"), ("blocks.*.conv.conv", "blocks.*.norm.norm"), ("
 
 
 def layout_1d_of(module: nn.Module) -> Layout1d | None:
-    """Where the module keeps a chain of 1-D convolutions of one shape and their norms, or None where it has none."""
+    """The paths at which a module keeps 1-D convolutions of one shape and their norms, or None where it has none."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     for paths in _PATHS:

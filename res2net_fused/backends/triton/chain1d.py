@@ -73,5 +73,5 @@ def forward_1d(
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """(steps, w) in fp32."""
+    """One tensor (steps, w) in fp32."""
     return torch.stack([value.detach().float() for value in values])
