@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chain.batch_norm import BatchNormPasses
-from ..chain.block_weights import BlockWeights
+from ..chain.block_weights import BlockWeights, Chain1dWeights
 from ..chain.config import ChainConfig
 from ..chain.memory_format import with_format
 from ..chain.problem import Chain1dProblem, ChainProblem
@@ -93,17 +93,9 @@ class Backend(BatchNormPasses):
         raise NotImplementedError
 
     def forward_1d(
-        self,
-        problem: Chain1dProblem,
-        x: Tensor,  # (N, s*w, L), any strides
-        weights: Sequence[Tensor],  # each (w, w, k)
-        biases: Sequence[Tensor] | None,  # each (w,), as the affine map
-        affine_scale: Sequence[Tensor] | None,
-        affine_shift: Sequence[Tensor] | None,
-        packed: Sequence[Tensor] | None,  # what `pack_1d` of backends/cpu/chain1d.py returned for these weights, or None
-        keep: bool,
+        self, problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return out (N, s*w, L), contiguous, and with `keep` relu(K_i u_i + b_i) of every convolution, each (N, w, L)."""
+        """Return out as x (N, s*w, L), contiguous, and with `keep` relu(K_i u_i + b_i) of every convolution, each (N, w, L)."""
         raise NotImplementedError
 
     # Gradients of a chain without batch statistics ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chain import reference
+from ..chain.block_weights import Chain1dWeights
 from ..chain.memory_format import with_format
 from ..chain.problem import Chain1dProblem, ChainProblem
 from .base import Backend
@@ -37,17 +38,9 @@ class ReferenceBackend(Backend):
     plan_1d = plan
 
     def forward_1d(
-        self,
-        problem: Chain1dProblem,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor] | None,
-        affine_scale: Sequence[Tensor] | None,
-        affine_shift: Sequence[Tensor] | None,
-        packed: Sequence[Tensor] | None,
-        keep: bool,
+        self, problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        return run_steps_1d(problem, x, Convolutions(problem, weights, biases), affine_scale, affine_shift, keep)
+        return run_steps_1d(problem, x, Convolutions(problem, weights), weights, keep)
 
     def why_not_training(self, problem: ChainProblem) -> str | None:
         return None
@@ -61,8 +54,8 @@ class Convolutions:
 
     reuses = False
 
-    def __init__(self, problem: Chain1dProblem, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
-        self.problem, self.weights, self.biases = problem, weights, biases
+    def __init__(self, problem: Chain1dProblem, chain: Chain1dWeights) -> None:
+        self.problem, self.weights, self.biases = problem, chain.weights, chain.biases
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         """relu(K u + b) of convolution k, (N, w, L), where u = x + y_{i-1} if that is given; x (N, w, L)."""
@@ -74,14 +67,10 @@ class Convolutions:
 
 
 def run_steps_1d(
-    problem: Chain1dProblem,
-    x: Tensor,  # (N, s*w, L)
-    convolve: Convolutions,
-    affine_scale: Sequence[Tensor] | None,  # each (w,)
-    affine_shift: Sequence[Tensor] | None,
-    keep: bool,
+    problem: Chain1dProblem, x: Tensor, convolve: Convolutions, weights: Chain1dWeights, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """What `Backend.forward_1d` returns, group by group: a convolution, then the affine map into the group's place."""
+    scale, shift = weights.scale, weights.shift
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     groups, outputs, chain = x.split(problem.width, 1), out.split(problem.width, 1), problem.config.chain
     reference.pass_through(groups, outputs, chain)
@@ -90,12 +79,12 @@ def run_steps_1d(
         rectified = convolve(k, groups[i], outputs[i - 1] if adds else None)  # (N, w, L)
         if keep:
             kept.append(rectified.clone(memory_format=torch.contiguous_format) if convolve.reuses else rectified)
-        if affine_scale is None or affine_shift is None:
+        if scale is None or shift is None:
             outputs[i].copy_(rectified)
-        elif affine_scale[k].dtype == affine_shift[k].dtype == x.dtype:
-            torch.addcmul(affine_shift[k][:, None], rectified, affine_scale[k][:, None], out=outputs[i])
+        elif scale[k].dtype == shift[k].dtype == x.dtype:
+            torch.addcmul(shift[k][:, None], rectified, scale[k][:, None], out=outputs[i])
         else:
-            outputs[i].copy_(reference.affine_1d(rectified, affine_scale, affine_shift, k))
+            outputs[i].copy_(reference.affine_1d(rectified, scale, shift, k))
     return out, kept
 
 

@@ -71,7 +71,7 @@ def is_auto(backend: str) -> bool:
 def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
     """The backend, of those that run BatchNorm in training mode, that a call runs on. Raises as `choose` does."""
     order = AUTO_ORDER.get(problem.device.type, ("reference",))
-    return _choose("train", problem, backend, order, lambda found: found.why_not_training(problem))
+    return _choose("cannot train", problem, backend, order, lambda found: found.why_not_training(problem))
 
 
 def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
@@ -95,16 +95,17 @@ def choose(problem: Problem, backend: str = "auto", layout: str = "plain") -> Ch
     if isinstance(problem, Chain1dProblem):
         rows = problem
         order_1d = AUTO_ORDER_1D.get(rows.device.type, ("reference",))
-        return _choose("run", rows, backend, order_1d, lambda found: found.why_not_1d(rows))
+        return _choose("cannot run", rows, backend, order_1d, lambda found: found.why_not_1d(rows))
     images = problem
     order = AUTO_ORDER.get(images.device.type, ("reference",))
     if layout in order[:-1] and requested(backend)[0] == "auto" and get_backend(layout).why_not(images) is None:
         return Choice(layout, (("others", "the weights are packed for this one"),))
-    return _choose("run", images, backend, order, lambda found: found.why_not(images), lambda found: found.why_not_auto(images))
+    against, for_later = (lambda found: found.why_not(images)), (lambda found: found.why_not_auto(images))
+    return _choose("cannot run", images, backend, order, against, for_later)
 
 
 def _choose(
-    work: str,
+    cannot: str,
     problem: Problem,
     backend: str,
     order: Sequence[str],
@@ -116,7 +117,7 @@ def _choose(
     if name != "auto":
         why = why_not(get_backend(name))
         if why is not None:
-            raise RuntimeError(f"{source} cannot {work} {problem}: {why}")
+            raise RuntimeError(f"{source} {cannot} {problem}: {why}")
         return Choice(name, requested_by=source)
     rejected: list[tuple[str, str]] = []
     postponed = None
@@ -133,7 +134,9 @@ def _choose(
             return Choice(candidate, tuple(rejected))
         rejected.append((candidate, why))
         _log_once(candidate, why)
-    raise RuntimeError(f"no backend can {work} {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
+    raise RuntimeError(
+        f"no backend {cannot.replace('not', '')} {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected)
+    )
 
 
 def plan(problem: Problem, name: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..backends import policy
 from ..backends.cpu.chain1d import pack_1d
 from ..backends.selection import is_auto, requested
+from ..chain.block_weights import Chain1dWeights
 from ..chain.config import Chain1dConfig
 from ..chain.problem import Chain1dProblem
 from ..ops.hierarchical_conv1d import call_1d
@@ -24,7 +25,7 @@ from .block_parts import Path, resolve
 from .block_state import FusedModule, FusedState
 from .eligibility import compute_dtype, why_not_called, why_not_left_out
 from .folding import affine_of
-from .weight_cache import CacheKey, Frozen, MadeOn, cacheable
+from .weight_cache import CacheKey, Frozen, cacheable
 
 
 @dataclass(frozen=True)
@@ -54,32 +55,6 @@ class ChainParts(NamedTuple):
         """The call of the chain for an x of this batch and length, which those of a whole bottleneck share with it."""
         weight = self.convs[0].weight
         return replace(Chain1dProblem.from_tensor(x, weight, len(self.convs), config), dtype=compute_dtype(weight))
-
-
-@dataclass
-class Chain1dWeights:
-    """A chain's tensors as the operator takes them; packed and affine maps resolved where they are kept."""
-
-    weights: list[Tensor]  # each (w, w, k)
-    biases: list[Tensor] | None  # each (w,), as the affine maps
-    scale: list[Tensor]
-    shift: list[Tensor]
-    packed: list[Tensor] | None = None
-    made: MadeOn | None = None  # where it is kept
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> Chain1dWeights:
-        """The plain weights in `dtype`, all on `device`; what is added and scaled keeps its dtype."""
-        biases = None if self.biases is None else [bias.to(device) for bias in self.biases]
-        scale, shift = [scale.to(device) for scale in self.scale], [shift.to(device) for shift in self.shift]
-        return Chain1dWeights([weight.to(device, dtype) for weight in self.weights], biases, scale, shift)
-
-    def detached(self, copy: bool = False) -> Chain1dWeights:
-        """The same outside autograd; copy: with weights and biases that are not the block's own."""
-
-        def detached(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor.detach().clone() if copy else tensor.detach() for tensor in tensors]
-
-        return replace(self, weights=detached(self.weights), biases=None if self.biases is None else detached(self.biases))
 
 
 @dataclass
@@ -132,8 +107,7 @@ def run_chain_1d(chain: ChainParts, x: Tensor, state: BlockState1d) -> Tensor:
     """Runs the chain; (N, s*w, L) -> (N, s*w, L)."""
     if not torch.compiler.is_compiling():
         state.last_problem = chain.problem(x, state.config)
-    w = chain_weights(chain, x, state)
-    return call_1d(x, w.weights, w.biases, w.scale, w.shift, w.packed, state.config, state.backend)
+    return call_1d(x, chain_weights(chain, x, state), state.config, state.backend)
 
 
 # Weights ----------------------------------------------------------------------------------------------------------------

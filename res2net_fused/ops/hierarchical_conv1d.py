@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends.selection import choose, get_backend
 from ..chain import reference
 from ..chain.backward import chain_backward_1d
+from ..chain.block_weights import Chain1dWeights
 from ..chain.checks import check_arguments_1d, check_dense, sequence_types
 from ..chain.config import Chain1dConfig
 from ._library import (
@@ -75,32 +76,23 @@ def hierarchical_conv1d(
         raise TypeError(f"x is a {type(x).__name__}; a Tensor of shape (N, s*w, L) is needed")
     check_dense("x", x)
     config = Chain1dConfig(dilation, passthrough, padding_mode)
-    return call_1d(x, weights, biases, affine_scale, affine_shift, None, config, backend)
+    return call_1d(x, Chain1dWeights(weights, biases, affine_scale, affine_shift), config, backend)
 
 
-def call_1d(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    affine_scale: Sequence[Tensor] | None,
-    affine_shift: Sequence[Tensor] | None,
-    packed: Sequence[Tensor] | None,  # what `pack_1d` made of the weights, or None
-    config: Chain1dConfig,
-    backend: str,
-) -> Tensor:
-    """Calls the operator with arguments that are tensors and weights that may be packed.
+def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: str) -> Tensor:
+    """Calls the operator on x (N, s*w, L), with arguments that are tensors and weights that may be packed.
 
-    x (N, s*w, L), weights (w, w, k), biases, affine_scale, affine_shift (w,) and backend: as for `hierarchical_conv1d`, whose
-    settings are `config`.
+    chain: the tensors. config: the settings. backend: as for `hierarchical_conv1d`, which says what is raised.
     """
+    lists = chain.weights, chain.biases, chain.scale, chain.shift
     if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
-        return reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, config)
-    tensors = (x, *weights, *(biases or ()), *(affine_scale or ()), *(affine_shift or ()))
+        return reference.hierarchical_conv1d(x, *lists, config)
+    tensors = (x, *(tensor for values in lists for tensor in values or ()))
     if not torch.compiler.is_compiling():
         check_call("hierarchical_conv1d", backend, tensors)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return torch.ops.res2net_fused.hierarchical_conv1d.default(
-        x, weights, biases, affine_scale, affine_shift, packed, *config.as_kwargs().values(), keep, backend
+        x, *lists, chain.packed, *config.as_kwargs().values(), keep, backend
     )[0]
 
 
@@ -114,7 +106,7 @@ def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) 
     if packed:
         check_devices(x, packed=packed)
     chosen = get_backend(choose(problem, backend).name)
-    out, rectified = chosen.forward_1d(problem, x, weights, biases, affine_scale, affine_shift, packed, keep)
+    out, rectified = chosen.forward_1d(problem, x, Chain1dWeights(weights, biases, affine_scale, affine_shift, packed), keep)
     return [out, *rectified]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...chain.block_weights import Chain1dWeights
 from ...chain.problem import Chain1dProblem
 from ...chain.reference import bias_of
 from .. import policy
@@ -32,31 +33,22 @@ def pack_1d(weights: Sequence[Tensor]) -> list[Tensor]:
     return [tap.contiguous() for weight in weights for tap in weight.detach().permute(2, 1, 0)]
 
 
-def forward_1d(
-    problem: Chain1dProblem,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    affine_scale: Sequence[Tensor] | None,
-    affine_shift: Sequence[Tensor] | None,
-    packed: Sequence[Tensor] | None,
-    keep: bool,
-) -> tuple[Tensor, list[Tensor]]:
+def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
     if multiplies(problem):
-        convolve: Convolutions = Products(problem, packed or pack_1d(weights), biases)
+        convolve: Convolutions = Products(problem, weights)
     elif problem.config.padding_mode == "reflect":
-        convolve = ReflectedConvolutions(problem, weights, biases)
+        convolve = ReflectedConvolutions(problem, weights)
     else:
-        convolve = Convolutions(problem, weights, biases)
-    return run_steps_1d(problem, x, convolve, affine_scale, affine_shift, keep)
+        convolve = Convolutions(problem, weights)
+    return run_steps_1d(problem, x, convolve, weights, keep)
 
 
 class ReflectedConvolutions(Convolutions):
     """PyTorch's convolutions of rows that are reflected where they are summed."""
 
-    def __init__(self, problem: Chain1dProblem, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
-        super().__init__(problem, weights, biases)
-        self.rows = _PaddedRows(problem, weights[0], last=True)
+    def __init__(self, problem: Chain1dProblem, chain: Chain1dWeights) -> None:
+        super().__init__(problem, chain)
+        self.rows = _PaddedRows(problem, chain.weights[0], last=True)
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         bias, dilation = bias_of(self.biases, k, x), self.problem.config.dilation
@@ -68,9 +60,10 @@ class Products(Convolutions):
 
     reuses = True
 
-    def __init__(self, problem: Chain1dProblem, packed: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
-        super().__init__(problem, packed, biases)
-        self.rows = _PaddedRows(problem, packed[0], last=False)
+    def __init__(self, problem: Chain1dProblem, chain: Chain1dWeights) -> None:
+        super().__init__(problem, chain)
+        self.packed = chain.packed or pack_1d(chain.weights)
+        self.rows = _PaddedRows(problem, self.packed[0], last=False)
         rows = self.rows.padded.flatten(0, 1)  # (N * (L + 2p), w)
         count = rows.shape[0] - 2 * problem.padding  # those between images are computed too, and never read
         dilation = problem.config.dilation
@@ -82,7 +75,7 @@ class Products(Convolutions):
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         self.rows.fill(x, previous)
         taps = self.problem.kernel_size
-        first, *others = self.weights[k * taps : (k + 1) * taps]
+        first, *others = self.packed[k * taps : (k + 1) * taps]
         bias = bias_of(self.biases, k, x)
         if bias is None:
             torch.mm(self.shifted[0], first, out=self.z)
