@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -22,11 +23,12 @@ ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
 
 FIRST_CHOICE = "first choice on this device"  # as a reason
 
-AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
-AUTO_ORDER_1D = {"cpu": ("cpu", "reference")}  # Triton's 1-D kernel was never timed on a GPU
+AUTO_ORDER_1D: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}  # Triton's 1-D kernel was never timed on a GPU
 
 Problem = ChainProblem | Chain1dProblem
+Kind = TypeVar("Kind", ChainProblem, Chain1dProblem)
 
 _log = logging.getLogger("res2net_fused")
 
@@ -70,8 +72,7 @@ def is_auto(backend: str) -> bool:
 
 def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
     """The backend, of those that run BatchNorm in training mode, that a call runs on. Raises as `choose` does."""
-    order = AUTO_ORDER.get(problem.device.type, ("reference",))
-    return _choose("cannot train", problem, backend, order, lambda found: found.why_not_training(problem))
+    return _choose("cannot train", problem, backend, AUTO_ORDER, lambda found, p: found.why_not_training(p))
 
 
 def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
@@ -93,50 +94,48 @@ def choose(problem: Problem, backend: str = "auto", layout: str = "plain") -> Ch
     anew at each call costs more than the predictions of `why_not_auto` differ.
     """
     if isinstance(problem, Chain1dProblem):
-        rows = problem
-        order_1d = AUTO_ORDER_1D.get(rows.device.type, ("reference",))
-        return _choose("cannot run", rows, backend, order_1d, lambda found: found.why_not_1d(rows))
-    images = problem
-    order = AUTO_ORDER.get(images.device.type, ("reference",))
-    if layout in order[:-1] and requested(backend)[0] == "auto" and get_backend(layout).why_not(images) is None:
+        return _choose("cannot run", problem, backend, AUTO_ORDER_1D, lambda found, p: found.why_not_1d(p))
+    packed_for = layout in AUTO_ORDER.get(problem.device.type, ())[:-1] and requested(backend)[0] == "auto"
+    if packed_for and get_backend(layout).why_not(problem) is None:
         return Choice(layout, (("others", "the weights are packed for this one"),))
-    against, for_later = (lambda found: found.why_not(images)), (lambda found: found.why_not_auto(images))
-    return _choose("cannot run", images, backend, order, against, for_later)
+    return _choose(
+        "cannot run", problem, backend, AUTO_ORDER, lambda found, p: found.why_not(p), lambda found, p: found.why_not_auto(p)
+    )
 
 
 def _choose(
     cannot: str,
-    problem: Problem,
+    problem: Kind,
     backend: str,
-    order: Sequence[str],
-    why_not: Callable[[Backend], str | None],
-    why_not_auto: Callable[[Backend], str | None] = lambda found: None,
+    orders: dict[str, tuple[str, ...]],
+    why_not: Callable[[Backend, Kind], str | None],
+    why_not_auto: Callable[[Backend, Kind], str | None] = lambda found, problem: None,
 ) -> Choice:
-    """The backend asked for, or the first of `order` that speaks neither against the call nor for a later one."""
+    """The backend asked for, or the first in order that speaks neither against the call nor for a later one."""
     name, source = requested(backend)
     if name != "auto":
-        why = why_not(get_backend(name))
+        why = why_not(get_backend(name), problem)
         if why is not None:
             raise RuntimeError(f"{source} {cannot} {problem}: {why}")
         return Choice(name, requested_by=source)
     rejected: list[tuple[str, str]] = []
     postponed = None
+    order = orders.get(problem.device.type, ("reference",))
     for candidate in order:
         found = get_backend(candidate)
-        why = why_not(found)
+        why = why_not(found, problem)
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
         if why is None:
-            why = why_not_auto(found)
+            why = why_not_auto(found, problem)
             postponed = None if why is None else candidate
         if why is None:
             _warn_of_reference(candidate, problem, rejected)
             return Choice(candidate, tuple(rejected))
         rejected.append((candidate, why))
         _log_once(candidate, why)
-    raise RuntimeError(
-        f"no backend {cannot.replace('not', '')} {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected)
-    )
+    reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
+    raise RuntimeError(f"no backend {cannot.replace('not', '')} {problem}: {reasons}")
 
 
 def plan(problem: Problem, name: str) -> str:
