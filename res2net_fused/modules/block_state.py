@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..chain.block_weights import BlockWeights
 from ..chain.config import ChainConfig
-from ..chain.problem import ChainProblem
 from .block_parts import PUBLISHED, BlockPaths
 from .weight_cache import CacheKey, Frozen, KeepsWeights
 
@@ -50,9 +48,6 @@ class BlockState(FusedState):
     recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
     shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
     layout: BlockPaths = PUBLISHED  # where the block keeps its parts
-    kept: tuple[CacheKey, BlockWeights] | None = field(default=None, init=False, repr=False)
-    frozen: Frozen[BlockWeights] | None = field(default=None, init=False, repr=False)
-    last_problem: ChainProblem | None = field(default=None, init=False)
 
 
 # The mixins come before a class of modules; by themselves they are none.

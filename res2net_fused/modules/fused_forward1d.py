@@ -8,7 +8,7 @@ those norms need the statistics of the batch, the class's own forward runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +25,7 @@ from .block_parts import Path, resolve
 from .block_state import FusedModule, FusedState
 from .eligibility import compute_dtype, why_not_called, why_not_left_out
 from .folding import affine_of
-from .weight_cache import CacheKey, Frozen, cacheable
+from .weight_cache import Frozen, cacheable
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,6 @@ class BlockState1d(FusedState):
     config: Chain1dConfig
     geometry: list[object]  # of all its modules: `geometry_1d`
     layout: Layout1d
-    kept: tuple[CacheKey, Chain1dWeights] | None = field(default=None, init=False, repr=False)
-    frozen: Frozen[Chain1dWeights] | None = field(default=None, init=False, repr=False)
-    last_problem: Chain1dProblem | None = field(default=None, init=False)
 
 
 class FusedForward1d(FusedModule):
