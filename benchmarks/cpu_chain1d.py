@@ -22,6 +22,7 @@ from res2net_fused._tables import format_table
 from res2net_fused.backends import policy
 from res2net_fused.backends.cpu import chain1d
 from res2net_fused.chain import reference
+from res2net_fused.chain.block_weights import Chain1dWeights
 from res2net_fused.chain.config import Chain1dConfig
 from res2net_fused.ops.hierarchical_conv1d import call_1d
 
@@ -42,7 +43,7 @@ def contenders(x: Tensor, width: int, config: Chain1dConfig) -> tuple[dict[str, 
     variances = [0.5 + torch.rand(width) for _ in range(steps)]
     scale = [gamma * (variance + 1e-5).rsqrt() for gamma, variance in zip(gammas, variances, strict=True)]
     shift = [beta - mean * a for beta, mean, a in zip(betas, means, scale, strict=True)]
-    packed = chain1d.pack_1d(weights)
+    chain = Chain1dWeights(weights, biases, scale, shift, chain1d.pack_1d(weights))
 
     def eager() -> Tensor:
         def convolution(k: int, u: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def contenders(x: Tensor, width: int, config: Chain1dConfig) -> tuple[dict[str, 
     def ours(rows: int) -> Tensor:
         own, policy.ROWS_FOR_PRODUCTS = policy.ROWS_FOR_PRODUCTS, rows
         try:
-            return call_1d(x, weights, biases, scale, shift, packed, config, "cpu")
+            return call_1d(x, chain, config, "cpu")
         finally:
             policy.ROWS_FOR_PRODUCTS = own
 

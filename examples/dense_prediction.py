@@ -348,9 +348,7 @@ def plot(losses: dict[str, dict[str, list[float]]], models: dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="of training, for each network and path (default 200)")
     parser.add_argument("--batch", type=int, default=8, help="drawings in a step (default 8)")
     parser.add_argument("--size", type=int, default=64, help="rows and columns of a drawing (default 64)")

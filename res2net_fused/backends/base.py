@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chain.batch_norm import BatchNormPasses
-from ..chain.block_weights import BlockWeights
+from ..chain.block_weights import BlockWeights, Chain1dWeights
 from ..chain.config import ChainConfig
 from ..chain.memory_format import with_format
-from ..chain.problem import ChainProblem
+from ..chain.problem import Chain1dProblem, ChainProblem
 
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")  # what `backend=` may be
 
@@ -81,6 +81,22 @@ class Backend(BatchNormPasses):
         if relu:
             out.relu_()
         return out
+
+    # The 1-D chain, whose gradients the mathematics computes -----------------------------------------------------------
+
+    def why_not_1d(self, problem: Chain1dProblem) -> str | None:
+        """Return what `why_not` does, for a 1-D chain."""
+        return "it has no 1-D kernels"
+
+    def plan_1d(self, problem: Chain1dProblem) -> str:
+        """Return what `plan` does, for a 1-D chain."""
+        raise NotImplementedError
+
+    def forward_1d(
+        self, problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return out as x (N, s*w, L), contiguous, and with `keep` relu(K_i u_i + b_i) of every convolution, each (N, w, L)."""
+        raise NotImplementedError
 
     # Gradients of a chain without batch statistics ---------------------------------------------------------------------
 

@@ -10,19 +10,25 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from ..chain.problem import ChainProblem
+from ..chain.problem import Chain1dProblem, ChainProblem
 from .base import BACKENDS, Backend
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
 
 FIRST_CHOICE = "first choice on this device"  # as a reason
 
-AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+AUTO_ORDER_1D: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}  # Triton's 1-D kernel was never timed on a GPU
+
+Problem = ChainProblem | Chain1dProblem
+Kind = TypeVar("Kind", ChainProblem, Chain1dProblem)
 
 _log = logging.getLogger("res2net_fused")
 
@@ -65,19 +71,8 @@ def is_auto(backend: str) -> bool:
 
 
 def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
-    """As `choose`, of the backends that run BatchNorm in training mode."""
-    name, source = requested(backend)
-    order = AUTO_ORDER.get(problem.device.type, ("reference",)) if name == "auto" else (name,)
-    rejected: list[tuple[str, str]] = []
-    for candidate in order:
-        why = get_backend(candidate).why_not_training(problem)
-        if why is None:
-            _warn_of_reference(candidate, problem, rejected)
-            return Choice(candidate, tuple(rejected), source)
-        rejected.append((candidate, why))
-    if name != "auto":
-        raise RuntimeError(f"{source} cannot train {problem}: {why}")
-    raise RuntimeError(f"no backend can train {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
+    """The backend, of those that run BatchNorm in training mode, that a call runs on. Raises as `choose` does."""
+    return _choose("cannot train", problem, backend, AUTO_ORDER, lambda found, p: found.why_not_training(p))
 
 
 def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
@@ -92,37 +87,61 @@ def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backen
     return None
 
 
-def choose(problem: ChainProblem, backend: str = "auto", layout: str = "plain") -> Choice:
+def choose(problem: Problem, backend: str = "auto", layout: str = "plain") -> Choice:
     """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it.
 
     layout: of the call's packed weights. Auto takes the backend that they were packed for where it can run the call: packing
     anew at each call costs more than the predictions of `why_not_auto` differ.
     """
+    if isinstance(problem, Chain1dProblem):
+        return _choose("cannot run", problem, backend, AUTO_ORDER_1D, lambda found, p: found.why_not_1d(p))
+    packed_for = layout in AUTO_ORDER.get(problem.device.type, ())[:-1] and requested(backend)[0] == "auto"
+    if packed_for and get_backend(layout).why_not(problem) is None:
+        return Choice(layout, (("others", "the weights are packed for this one"),))
+    return _choose(
+        "cannot run", problem, backend, AUTO_ORDER, lambda found, p: found.why_not(p), lambda found, p: found.why_not_auto(p)
+    )
+
+
+def _choose(
+    cannot: str,
+    problem: Kind,
+    backend: str,
+    orders: dict[str, tuple[str, ...]],
+    why_not: Callable[[Backend, Kind], str | None],
+    why_not_auto: Callable[[Backend, Kind], str | None] = lambda found, problem: None,
+) -> Choice:
+    """The backend asked for, or the first in order that speaks neither against the call nor for a later one."""
     name, source = requested(backend)
     if name != "auto":
-        why = get_backend(name).why_not(problem)
+        why = why_not(get_backend(name), problem)
         if why is not None:
-            raise RuntimeError(f"{source} cannot run {problem}: {why}")
+            raise RuntimeError(f"{source} {cannot} {problem}: {why}")
         return Choice(name, requested_by=source)
     rejected: list[tuple[str, str]] = []
     postponed = None
-    order = AUTO_ORDER.get(problem.device.type, ("reference",))
-    if layout in order[:-1] and get_backend(layout).why_not(problem) is None:
-        return Choice(layout, (("others", "the weights are packed for this one"),))
+    order = orders.get(problem.device.type, ("reference",))
     for candidate in order:
         found = get_backend(candidate)
-        why = found.why_not(problem)
+        why = why_not(found, problem)
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
         if why is None:
-            why = found.why_not_auto(problem)
+            why = why_not_auto(found, problem)
             postponed = None if why is None else candidate
         if why is None:
             _warn_of_reference(candidate, problem, rejected)
             return Choice(candidate, tuple(rejected))
         rejected.append((candidate, why))
         _log_once(candidate, why)
-    raise RuntimeError(f"no backend can run {problem}: " + "; ".join(f"{name}: {why}" for name, why in rejected))
+    reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
+    raise RuntimeError(f"no backend {cannot.replace('not', '')} {problem}: {reasons}")
+
+
+def plan(problem: Problem, name: str) -> str:
+    """One line for `explain`: how the backend of this name would run the call."""
+    found = get_backend(name)
+    return found.plan_1d(problem) if isinstance(problem, Chain1dProblem) else found.plan(problem)
 
 
 @functools.lru_cache(1024)  # reasons hold sizes: of ever new shapes there is no end
@@ -133,8 +152,8 @@ def _log_once(candidate: str, why: str) -> None:
 _warned: list[str] = []
 
 
-def _warn_of_reference(chosen: str, problem: ChainProblem, rejected: Sequence[tuple[str, str]]) -> None:
-    """Once a process, that a GPU runs none of the kernels; torch.float64 has none anywhere."""
+def _warn_of_reference(chosen: str, problem: Problem, rejected: Sequence[tuple[str, str]]) -> None:
+    """Warns, once a process, that a GPU runs none of the kernels; torch.float64 has none anywhere."""
     if _warned or not rejected or chosen != "reference" or problem.device.type != "cuda" or problem.dtype == torch.float64:
         return
     _warned.append("; ".join(f"{name}: {why}" for name, why in rejected))

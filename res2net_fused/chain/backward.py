@@ -1,4 +1,4 @@
-"""The chain's gradients from x, the output and the incoming gradient alone.
+"""The gradients of 2-D and 1-D chains from x, the output and the incoming gradient alone.
 
 With u_i = x_i + y_{i-1} and y_i = act(K_i u_i + b_i), from the last group to the first:
 
@@ -10,15 +10,17 @@ K_i^T dz_i, itself a 3x3 convolution, and dK_i are the convolver's that is hande
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .config import ChainConfig
+from .config import Chain1dConfig, ChainConfig
 from .convolver import ATEN, Convolver
 from .memory_format import memory_format
 from .problem import ChainProblem
+from .reference import padded_1d
 
 
 def chain_backward(
@@ -38,44 +40,96 @@ def chain_backward(
     def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
         return activation_backward(dy, y, config.activation).contiguous(memory_format=memory_format(out))
 
-    return walk_back(convolver, grad, x, out, weights, config, output_backward, needed)
+    by_convolver = functools.partial(convolution_backward, convolver, config=config)
+    return walk_back(grad, x, out, weights, config, output_backward, by_convolver, needed)
+
+
+def chain_backward_1d(
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    rectified: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    affine_scale: Sequence[Tensor] | None,
+    affine_shift: Sequence[Tensor] | None,
+    config: Chain1dConfig,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of (x, weights, biases, affine_scale, affine_shift), of these only what `needed` names.
+
+    Here y_i = a_i r_i + c_i with r_i = relu(K_i * u_i + b_i), which is kept, so that before the walk goes on
+
+        da_i = sum dy_i r_i,   dc_i = sum dy_i,   dz_i = dy_i a_i [r_i > 0]
+
+    grad, out, x: (N, s*w, L), any strides; rectified: each r_i (N, w, L).
+    """
+    need_x, need_weights, need_biases, need_scale, need_shift = needed
+    grad_scale, grad_shift = ([grad] * len(weights) for _ in range(2))
+
+    def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        if affine_scale is not None and affine_shift is not None:
+            if need_scale:
+                grad_scale[k] = (dy.to(affine_scale[k].dtype) * rectified[k]).sum((0, 2))
+            if need_shift:
+                grad_shift[k] = dy.sum((0, 2), dtype=affine_shift[k].dtype)
+            dy = (dy * affine_scale[k][:, None]).to(dy.dtype)
+        return torch.ops.aten.threshold_backward(dy, rectified[k], 0).contiguous()
+
+    by_aten = functools.partial(convolution_backward_1d, config=config)
+    needed = need_x, need_weights, need_biases and biases is not None
+    return *walk_back(grad, x, out, weights, config.chain, output_backward, by_aten, needed), grad_scale, grad_shift
 
 
 def walk_back(
-    convolver: Convolver,
     grad: Tensor,
     x: Tensor,
     out: Tensor,
     weights: Sequence[Tensor],
     config: ChainConfig,
     output_backward: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    convolution_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """As `chain_backward`; output_backward: (k, dy_k, y_k, u_k) -> dz_k, the backward of all that follows convolution k."""
+    """The walk from the last convolution to the first: gradients of (x, weights, biases), of these only what `needed` names.
+
+    output_backward: (k, dy_k, y_k, u_k) -> dz_k, the backward of all that follows convolution k.
+    convolution_backward: (dz_k, u_k, weight, needed=...) -> gradients of (u_k, weight, bias), in 1-D or 2-D.
+    """
     need_x, need_weights, need_biases = needed
     width, steps = weights[0].shape[0], len(weights)
-    groups, outputs, grads = (list(t.split(width, 1)) for t in (x, out, grad))
-    scale = config.scale(steps)
-    grad_x: list[Tensor] = [grad] * scale
+    groups, outputs, grads = (t.split(width, 1) for t in (x, out, grad))
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)) if need_x else None
+    slots = () if grad_x is None else grad_x.split(width, 1)
     grad_weights: list[Tensor] = [grad] * steps
     grad_biases: list[Tensor] = [grad] * steps
     into_previous: Tensor | None = None  # du_{i+1}, where group i+1 added y_i
-    for i in reversed(range(scale)):
+    for k, i, adds, chained, _ in reversed(config.convolutions(steps)):
         dy = grads[i] if into_previous is None else grads[i] + into_previous
-        into_previous = None
-        if i == config.passed_group(scale):
-            grad_x[i] = pool_backward(dy, groups[i], config)
-            continue
-        k = i - config.first_convolved
-        u = groups[i] + outputs[i - 1] if config.adds(i) else groups[i]
+        u = groups[i] + outputs[i - 1] if adds else groups[i]
         dz = output_backward(k, dy, outputs[i], u)
-        need_u = need_x or feeds_a_convolution(config, i)
-        grad_x[i], grad_weights[k], grad_biases[k] = convolution_backward(
-            convolver, dz, u, weights[k], config, (need_u, need_weights, need_biases)
+        need_u = need_x or chained
+        into_previous = None
+        if not (need_u or need_weights or need_biases):
+            continue
+        du, grad_weights[k], grad_biases[k] = convolution_backward(
+            dz, u, weights[k], needed=(need_u, need_weights, need_biases)
         )
-        if config.adds(i):
-            into_previous = grad_x[i]
-    return torch.cat(grad_x, 1) if need_x else None, grad_weights, grad_biases
+        if need_x:
+            slots[i].copy_(du)
+        if chained:
+            into_previous = du
+    if need_x:
+        pass_back(config, slots, grads, groups)
+    return grad_x, grad_weights, grad_biases
+
+
+def pass_back(config: ChainConfig, slots: Sequence[Tensor], grads: Sequence[Tensor], groups: Sequence[Tensor]) -> None:
+    """Writes the gradient of the passed group, if there is one, into its slot; those of the other groups are in theirs."""
+    passed = config.passed_group(len(grads))
+    if passed is not None:
+        dy = grads[passed] + slots[passed + 1] if config.adds_passed else grads[passed]
+        slots[passed].copy_(pool_backward(dy, groups[passed], config))
 
 
 def convolution_backward(
@@ -91,7 +145,7 @@ def convolution_backward(
     A backend's own gradient of the weight has the weight's memory format; ATen's has whichever it likes.
     """
     need_u, need_weight, need_bias = needed
-    problem = ChainProblem.of_one_convolution(dz, weight, config)
+    problem = ChainProblem.for_convolution(dz, weight, config)
     du = convolver.input_gradient(problem, dz, weight) if need_u else None
     dweight, dbias = convolver.weight_gradient(problem, dz, u, memory_format(weight)) if need_weight else (None, None)
     need_weight, need_bias = need_weight and dweight is None, need_bias and dbias is None
@@ -120,7 +174,7 @@ def convolution_backward(
 
 
 def clear_idle_taps(dweight: Tensor, u: Tensor, config: ChainConfig) -> None:
-    """Zeros, in place, for taps that meet no pixel of u: oneDNN leaves there, in half types, whatever the memory held."""
+    """Zeroes in place the taps that meet no pixel of u: oneDNN leaves there, in half types, whatever the memory held."""
     for axis in (2, 3):
         size = u.shape[axis]
         if config.dilation > (config.output_size(size) - 1) * config.stride:
@@ -129,9 +183,28 @@ def clear_idle_taps(dweight: Tensor, u: Tensor, config: ChainConfig) -> None:
             dweight.select(axis, 2).zero_()
 
 
-def feeds_a_convolution(config: ChainConfig, group: int) -> bool:
-    """Whether du of this group reaches an earlier convolution."""
-    return config.adds(group) and group - 1 >= config.first_convolved
+def convolution_backward_1d(
+    dz: Tensor, u: Tensor, weight: Tensor, config: Chain1dConfig, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (u, weight, bias) where `needed`; dz and u: (N, w, L)."""
+    reflects = config.padding_mode == "reflect"
+    padding = config.padding(weight.shape[2])
+    du, dweight, dbias = torch.ops.aten.convolution_backward(
+        dz,
+        padded_1d(u, weight, config) if reflects else u,
+        weight,
+        [weight.shape[0]],
+        [1],
+        [0 if reflects else padding],
+        [config.dilation],
+        False,
+        [0],
+        1,
+        list(needed),
+    )
+    if needed[0] and reflects and padding:
+        du = torch.ops.aten.reflection_pad1d_backward(du, u, [padding, padding])
+    return du, dweight, dbias
 
 
 def activation_backward(dy: Tensor, y: Tensor, activation: str) -> Tensor:

@@ -14,24 +14,25 @@ u_i is formed again from x and out, and act' is read off y_i. z_i is kept, or co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backward import activation_backward, walk_back
+from .backward import activation_backward, convolution_backward, walk_back
 from .config import ChainConfig
 from .convolver import Convolver
-from .memory_format import in_format_of, memory_format
+from .memory_format import memory_format
 from .problem import ChainProblem
-from .reference import activate, pool_passthrough
+from .reference import activate, pass_through
 from .sync_batch_norm import combine_moments, combine_sums
 
 
 @dataclass
 class Statistics:
-    """Of every convolution's output over batch and pixels, each (steps, w), fp32 (fp64 for an fp64 chain).
+    """Moments of every convolution's output over batch and pixels, each (steps, w), fp32 (fp64 for an fp64 chain).
 
     invstd: 1 / sqrt(biased variance + eps). variance: unbiased, as running statistics take it.
     """
@@ -75,12 +76,12 @@ class BatchNormPasses(Convolver):
         needed: Sequence[bool],
         group: str,
     ) -> Gradients | None:
-        """Return what `train_backward` of this file does, not flattened, from the same arguments."""
+        """Return what `train_backward` of this file does, from the same arguments."""
         return None
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of statistics and of BatchNorm's arithmetic."""
+    """The dtype of statistics and of BatchNorm's arithmetic."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -95,7 +96,7 @@ def train_forward(
     keep: bool,
     group: str = "",  # of processes over which statistics are taken; "" for this one alone
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
-    """out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
+    """Returns out (N, s*w, H', W') in x's memory format, the statistics, and with `keep` every z_i (N, w, H', W')."""
     results = backend.train_forward(problem, x, weights, gammas, betas, eps, keep, group)
     if results is not None:
         return results
@@ -105,13 +106,10 @@ def train_forward(
     groups, outputs = x.split(width, 1), out.split(width, 1)
     # ATen updates running statistics that are 0 with momentum 1: what it leaves are those of this batch.
     mean, variance = (torch.zeros(problem.steps, width, dtype=wide, device=x.device) for _ in range(2))
-    kept, invstds, y = [], [], x
-    for i, (x_i, slot) in enumerate(zip(groups, outputs, strict=True)):
-        if i == config.passed_group(problem.scale):
-            y = slot.copy_(pool_passthrough(x_i, config))
-            continue
-        k = i - config.first_convolved
-        z = convolve(backend, x_i + y if config.adds(i) else x_i, weights[k], config)
+    kept, invstds = [], []
+    pass_through(groups, outputs, config)
+    for k, i, adds, *_ in config.convolutions(problem.steps):
+        z = convolve(backend, groups[i] + outputs[i - 1] if adds else groups[i], weights[k], config)
         if group:
             mean[k], invstd, variance[k], biased = synchronised_statistics(z, eps[k], group)
             y, *_ = torch.native_batch_norm(z, gammas[k].to(wide), betas[k].to(wide), mean[k], biased, False, 0.0, eps[k])
@@ -119,7 +117,7 @@ def train_forward(
             y, _, invstd = torch.native_batch_norm(
                 z, gammas[k].to(wide), betas[k].to(wide), mean[k], variance[k], True, 1.0, eps[k]
             )
-        y = activate_into(y, config.activation, slot)
+        activate_into(y, config.activation, outputs[i])
         invstds.append(invstd)
         if keep:
             kept.append(z)
@@ -127,7 +125,7 @@ def train_forward(
 
 
 def synchronised_statistics(z: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, invstd, unbiased and biased variance (w,) of z (N, w, H, W) of all processes."""
+    """Returns mean, invstd, unbiased and biased variance (w,) of z (N, w, H, W) of all processes."""
     count = z.numel() // z.shape[1]
     biased, mean = torch.var_mean(z.to(wide_dtype(z.dtype)), (0, 2, 3), correction=0)
     mean, squares, total = combine_moments(mean, biased * count, count, group)
@@ -138,7 +136,7 @@ def synchronised_statistics(z: Tensor, eps: float, group: str) -> tuple[Tensor, 
 def _synchronised_norm_backward(
     g: Tensor, z: Tensor, gamma: Tensor, mean: Tensor, invstd: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As aten.native_batch_norm_backward, the statistics being those of all processes.
+    """aten.native_batch_norm_backward with the statistics of all processes.
 
     Gradients of gamma and beta are of this one alone, as nn.SyncBatchNorm leaves them to be averaged with all others.
     """
@@ -150,15 +148,16 @@ def _synchronised_norm_backward(
     return dz.to(g.dtype), sums[1] * invstd, sums[0]
 
 
-def activate_into(y: Tensor, activation: str, slot: Tensor) -> Tensor:
+def activate_into(y: Tensor, activation: str, slot: Tensor) -> None:
     if activation == "relu":
-        return torch.clamp_min(y, 0, out=slot)
-    return slot.copy_(activate(y, activation))
+        torch.clamp_min(y, 0, out=slot)
+    else:
+        slot.copy_(activate(y, activation))
 
 
 def convolve(convolver: Convolver, u: Tensor, weight: Tensor, config: ChainConfig) -> Tensor:
     """z of one 3x3 convolution, (N, w, H, W) -> (N, w, H', W'): the convolver's, or ATen's."""
-    z = convolver.convolution(ChainProblem.of_one_convolution(u, weight, config), u, weight)
+    z = convolver.convolution(ChainProblem.for_convolution(u, weight, config), u, weight)
     if z is None:
         z = torch.conv2d(u, weight, None, config.stride, config.dilation, config.dilation, config.groups)
     return z
@@ -178,45 +177,16 @@ def train_backward(
     eps: Sequence[float],
     needed: Sequence[bool],
     group: str = "",  # as in forward
-) -> list[Tensor]:
-    """Gradients of (x, weights, gammas, betas), flat, and of these only what `needed` names."""
-    need_x, need_weights, need_gammas, need_betas = needed
-    gradients = backend.train_backward(problem, grad, x, out, z, mean, invstd, weights, gammas, needed, group)
-    if gradients is None:
-        gradients = _train_backward(backend, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
-    grad_x, grad_weights, grad_gammas, grad_betas = gradients
-    results = []
-    if grad_x is not None:
-        results.append(grad_x.to(x.dtype).contiguous(memory_format=memory_format(x)))
-    if need_weights:
-        results += [in_format_of(g, weight) for g, weight in zip(grad_weights, weights, strict=True)]
-    for needs, grads in ((need_gammas, grad_gammas), (need_betas, grad_betas)):
-        if needs:
-            results += [g.to(gamma.dtype) for g, gamma in zip(grads, gammas, strict=True)]
-    return results
-
-
-def _train_backward(
-    convolver: Convolver,
-    problem: ChainProblem,
-    grad: Tensor,
-    x: Tensor,
-    out: Tensor,
-    z: Sequence[Tensor],
-    mean: Tensor,
-    invstd: Tensor,
-    weights: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    eps: Sequence[float],
-    needed: Sequence[bool],
-    group: str,
 ) -> Gradients:
-    """As `train_backward`, not flattened, by PyTorch's operators and the backend's convolutions."""
+    """Gradients of (x, weights, gammas, betas), of these only what `needed` names."""
+    gradients = backend.train_backward(problem, grad, x, out, z, mean, invstd, weights, gammas, needed, group)
+    if gradients is not None:
+        return gradients
     need_x, need_weights, need_gammas, need_betas = needed
     grad_gammas, grad_betas = ([grad] * problem.steps for _ in range(2))
 
     def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        zk = z[k] if z else convolve(convolver, u, weights[k], problem.config)
+        zk = z[k] if z else convolve(backend, u, weights[k], problem.config)
         masked = activation_backward(dy, y, problem.config.activation).contiguous(memory_format=memory_format(zk))
         gamma, affine = gammas[k].to(mean.dtype), need_gammas or need_betas
         if group:
@@ -228,7 +198,8 @@ def _train_backward(
         dz, grad_gammas[k], grad_betas[k] = gradients
         return dz
 
+    by_convolver = functools.partial(convolution_backward, backend, config=problem.config)
     grad_x, grad_weights, _ = walk_back(
-        convolver, grad, x, out, weights, problem.config, output_backward, (need_x, need_weights, False)
+        grad, x, out, weights, problem.config, output_backward, by_convolver, (need_x, need_weights, False)
     )
     return grad_x, grad_weights, grad_gammas, grad_betas

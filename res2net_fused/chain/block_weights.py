@@ -1,8 +1,9 @@
-"""The weights of a whole bottleneck in eval mode: convolutions with their BatchNorms folded in."""
+"""The weights that operators take in eval mode: a whole bottleneck's, with BatchNorms folded in, and those of a 1-D chain."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,3 +51,29 @@ class BlockWeights:
         """Whether that is so; a device is waited for, which no CUDA graph may while it is captured."""
         valueless = self.conv1_weight.is_meta or isinstance(self.conv1_weight, FakeTensor)
         return not valueless and bool(self.overflow().isnan())
+
+
+@dataclass
+class Chain1dWeights:
+    """A chain's tensors as the operator takes them; for many calls also packed."""
+
+    weights: Sequence[Tensor]  # each (w, w, k)
+    biases: Sequence[Tensor] | None = None  # each (w,), as the affine map y = scale * r + shift behind ReLU
+    scale: Sequence[Tensor] | None = None
+    shift: Sequence[Tensor] | None = None
+    packed: Sequence[Tensor] | None = None  # what `pack_1d` of backends/cpu/chain1d.py made of the weights
+    made: Any = None  # a MadeOn of modules/weight_cache.py, where it is kept
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Chain1dWeights:
+        """The plain weights in `dtype`, all on `device`; what is added and scaled keeps its dtype."""
+        vectors = (self.biases, self.scale, self.shift)
+        moved = (None if values is None else [value.to(device) for value in values] for values in vectors)
+        return Chain1dWeights([weight.to(device, dtype) for weight in self.weights], *moved)
+
+    def detached(self, copy: bool = False) -> Chain1dWeights:
+        """The same outside autograd; copy: with weights and biases that are not the block's own."""
+
+        def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensor.detach().clone() if copy else tensor.detach() for tensor in tensors]
+
+        return replace(self, weights=detached(self.weights), biases=None if self.biases is None else detached(self.biases))

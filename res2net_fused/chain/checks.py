@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -100,20 +99,35 @@ def check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     if x.dtype != weights[0].dtype:
         raise TypeError(f"x is {x.dtype} but weights[0] is {weights[0].dtype}; both must have one dtype")
     steps = len(weights)
+    _check_channels(x, steps, width, config)
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"x is {describe(x)}; H and W must be at least 1")
+    if config.stride > 1 and any(step.adds for step in config.convolutions(steps)):
+        raise ValueError(
+            f"stride is {config.stride} with hierarchical=True: y_(i-1) is smaller than x_i and cannot be added to it; "
+            "use hierarchical=False"
+        )
+    return ChainProblem.from_tensor(x, width, steps, config)
+
+
+def _check_channels(x: Tensor, steps: int, width: int, config: ChainConfig) -> None:
     scale = config.scale(steps)
     if x.shape[1] != scale * width:
         raise ValueError(
             f"x has {x.shape[1]} channels; {steps} weights of width {width} with passthrough={config.passthrough!r} "
             f"need s*w = {scale}*{width} = {scale * width}"
         )
-    if x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(f"x is {describe(x)}; H and W must be at least 1")
-    if config.stride > 1 and any(config.adds(config.first_convolved + i) for i in range(steps)):
-        raise ValueError(
-            f"stride is {config.stride} with hierarchical=True: y_(i-1) is smaller than x_i and cannot be added to it; "
-            "use hierarchical=False"
-        )
-    return ChainProblem.of(x, width, steps, config)
+
+
+def check_vectors(name: str, values: Sequence[Tensor], steps: int, width: int, x: Tensor) -> None:
+    """Raises ValueError or TypeError where `values`, the argument `name`, are not `steps` vectors (width,) that go with x."""
+    if len(values) != steps:
+        raise ValueError(f"{name} holds {len(values)} tensors; weights holds {steps}, and both must match")
+    for i, value in enumerate(values):
+        if tuple(value.shape) != (width,) or value.device != x.device:
+            raise ValueError(f"{name}[{i}] is {describe(value)}; ({width},) on {x.device} is needed")
+        if value.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name}[{i}] is {value.dtype}; allowed are {x.dtype} (as x) and torch.float32")
 
 
 def check_arguments_1d(
@@ -141,31 +155,19 @@ def check_arguments_1d(
         if weight.shape != first.shape or weight.dtype != x.dtype or weight.device != x.device:
             needed = f"{tuple(first.shape)} {x.dtype} on {x.device}"
             raise ValueError(f"weights[{i}] is {describe(weight)}; {needed} is needed, as weights[0] and x are")
-    width, steps, scale = first.shape[0], len(weights), config.chain.scale(len(weights))
+    width, steps = first.shape[0], len(weights)
     if (affine_scale is None) != (affine_shift is None):
         raise ValueError("affine_scale and affine_shift must both be given, or neither")
     for name, values in (("biases", biases), ("affine_scale", affine_scale), ("affine_shift", affine_shift)):
-        if values is None:
-            continue
-        if len(values) != steps:
-            raise ValueError(f"{name} holds {len(values)} tensors; weights holds {steps}, and both must match")
-        for i, value in enumerate(values):
-            if tuple(value.shape) != (width,) or value.device != x.device:
-                raise ValueError(f"{name}[{i}] is {describe(value)}; ({width},) on {x.device} is needed")
-            if value.dtype not in (x.dtype, torch.float32):
-                raise TypeError(f"{name}[{i}] is {value.dtype}; allowed are {x.dtype} (as x) and torch.float32")
+        if values is not None:
+            check_vectors(name, values, steps, width, x)
     if x.dim() != 3:
         raise ValueError(f"x is {describe(x)}; three dimensions (N, s*w, L) are needed")
-    if x.shape[1] != scale * width:
+    _check_channels(x, steps, width, config.chain)
+    least = config.padding(first.shape[2]) + 1 if config.padding_mode == "reflect" else 1
+    if x.shape[2] < least:
         raise ValueError(
-            f"x has {x.shape[1]} channels; {steps} weights of width {width} with passthrough={config.passthrough!r} "
-            f"need s*w = {scale}*{width} = {scale * width}"
-        )
-    problem = Chain1dProblem(config, x.device, x.dtype, x.shape[0], x.shape[2], width, steps, first.shape[2])
-    least = problem.padding + 1 if config.padding_mode == "reflect" else 1
-    if problem.length < least:
-        raise ValueError(
-            f"x is {describe(x)}; with dilation={config.dilation}, kernels of {problem.kernel_size} and "
+            f"x is {describe(x)}; with dilation={config.dilation}, kernels of {first.shape[2]} and "
             f"padding_mode={config.padding_mode!r}, L must be at least {least}"
         )
-    return replace(problem, config=config.within(problem.length)) if type(problem.length) is int else problem
+    return Chain1dProblem.from_tensor(x, first, steps, config)

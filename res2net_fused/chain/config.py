@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -32,6 +32,20 @@ def at_least_one(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1")
     if value > LARGEST:
         raise ValueError(f"{name} is {value}; it must be at most {LARGEST}")
+
+
+class Convolution(NamedTuple):
+    """One convolution of a chain and its neighbours. k: its place among them. group: the one that it reads and writes.
+
+    adds: whether it reads x_i + y_{i-1} rather than x_i. chained: whether that y_{i-1} is the convolution's before it, else the
+    passed group's. feeds_next: whether the next convolution adds its output.
+    """
+
+    k: int
+    group: int
+    adds: bool
+    chained: bool
+    feeds_next: bool
 
 
 class ChainSettings(TypedDict):
@@ -89,8 +103,8 @@ class ChainConfig:
                 "use pool='avg3' or 'avg3_nopad', or passthrough='none'"
             )
 
-    def settings(self) -> ChainSettings:
-        """As keyword arguments of `hierarchical_conv2d`, in the order of the operator's schema."""
+    def as_kwargs(self) -> ChainSettings:
+        """The keyword arguments of `hierarchical_conv2d`, in the order of the operator's schema."""
         return {
             "stride": self.stride,
             "dilation": self.dilation,
@@ -114,16 +128,28 @@ class ChainConfig:
         """The group without a convolution, of `scale` groups, or None."""
         return None if self.passthrough == "none" else 0 if self.first_convolved else scale - 1
 
-    def adds(self, group: int) -> bool:
-        """Whether the convolved `group` reads x_i + y_{i-1} rather than x_i."""
-        first = self.first_convolved
-        return self.hierarchical and (group > first or (group == 1 and self.passthrough == "first_added"))
+    @property
+    def adds_passed(self) -> bool:
+        """Whether the first convolution adds the group that passes."""
+        return self.passthrough == "first_added"
 
-    def within(self, size: int) -> ChainConfig:
+    def convolutions(self, steps: int) -> list[Convolution]:
+        """The one walk over a chain: its convolutions in the order of the recurrence. steps: how many there are.
+
+        The passed group comes before all of them or after all; only where it `adds_passed` does one read it.
+        """
+        found = []
+        for k in range(steps):
+            chained, feeds_next = self.hierarchical and k > 0, self.hierarchical and k + 1 < steps
+            adds = chained or (k == 0 and self.adds_passed)
+            found.append(Convolution(k, self.first_convolved + k, adds, chained, feeds_next))
+        return found
+
+    def clamped_to(self, size: int) -> ChainConfig:
         """The same for images of at most `size` rows and columns, with no stride or dilation beyond them.
 
-        Farther taps meet zeros and farther pixels are not there, but kernels take memory for the way, PyTorch's backward
-        above all.
+        Larger values give the same result, since the taps read only padding, but PyTorch's backward allocates memory in
+        proportion to them.
         """
         if self.stride <= size and self.dilation <= size:
             return self
@@ -164,11 +190,11 @@ class Chain1dConfig:
         """Values added at each end, so that rows keep their length under kernels of kernel_size."""
         return self.dilation * (kernel_size // 2)
 
-    def within(self, length: int) -> Chain1dConfig:
-        """The same for rows of this length: as `ChainConfig.within`; a row is longer than what it reflects."""
+    def clamped_to(self, length: int) -> Chain1dConfig:
+        """The same for rows of this length: as `ChainConfig.clamped_to`; a row is longer than what it reflects."""
         far = self.padding_mode == "zeros" and self.dilation > length
         return replace(self, dilation=length) if far else self
 
-    def settings(self) -> dict[str, object]:
-        """As keyword arguments of `hierarchical_conv1d`, in the order of the operator's schema."""
+    def as_kwargs(self) -> dict[str, object]:
+        """The keyword arguments of `hierarchical_conv1d`, in the order of the operator's schema."""
         return {"dilation": self.dilation, "passthrough": self.passthrough, "padding_mode": self.padding_mode}

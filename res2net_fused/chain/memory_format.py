@@ -28,5 +28,7 @@ def with_format(out: Tensor, channels_last: bool) -> Tensor:
 
 
 def in_format_of(gradient: Tensor, weight: Tensor) -> Tensor:
-    """A weight's `gradient` in the memory format of `weight`, both (w, w/groups, 3, 3): it is accumulated without a copy."""
+    """The `gradient` of a tensor in the memory format of that `weight`, of any shape: it is accumulated without a copy."""
+    if weight.dim() != 4:
+        return gradient.contiguous()
     return with_format(gradient, memory_format(weight) == torch.channels_last)

@@ -36,7 +36,7 @@ class ChainProblem:
     channels_last: bool
 
     @classmethod
-    def of(cls, x: Tensor, width: int, steps: int, config: ChainConfig) -> ChainProblem:
+    def from_tensor(cls, x: Tensor, width: int, steps: int, config: ChainConfig) -> ChainProblem:
         """A call on a tensor with x's batch, size, dtype, device and memory format; its channels are not looked at.
 
         width: channels of a group. steps: convolutions. config: the settings.
@@ -44,17 +44,17 @@ class ChainProblem:
         batch, _, height, width_pixels = x.shape
         last = memory_format(x) == torch.channels_last
         if type(height) is int and type(width_pixels) is int:  # a traced size would be compared, and the graph kept to it
-            config = config.within(max(height, width_pixels))
+            config = config.clamped_to(max(height, width_pixels))
         return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last)
 
     @classmethod
-    def of_one_convolution(cls, u: Tensor, weight: Tensor, config: ChainConfig) -> ChainProblem:
+    def for_convolution(cls, u: Tensor, weight: Tensor, config: ChainConfig) -> ChainProblem:
         """One of the chain's convolutions and nothing behind it, on u (N, w, H, W) with a weight (w, w/groups, 3, 3).
 
         config: of the chain.
         """
         alone = one_convolution(config)
-        return replace(cls.of(u, weight.shape[0], 1, alone), config=alone)  # u may be the gradient of a smaller output
+        return replace(cls.from_tensor(u, weight.shape[0], 1, alone), config=alone)  # u may be the gradient of a smaller output
 
     @property
     def scale(self) -> int:
@@ -98,6 +98,17 @@ class Chain1dProblem:
     width: int
     steps: int
     kernel_size: int
+
+    @classmethod
+    def from_tensor(cls, x: Tensor, weight: Tensor, steps: int, config: Chain1dConfig) -> Chain1dProblem:
+        """A call on a tensor with x's batch, length, dtype and device; its channels are not looked at.
+
+        weight: of one convolution, (w, w, k). steps: convolutions. config: the settings.
+        """
+        batch, _, length = x.shape
+        if type(length) is int:
+            config = config.clamped_to(length)
+        return cls(config, x.device, x.dtype, batch, length, weight.shape[0], steps, weight.shape[2])
 
     @property
     def padding(self) -> int:

@@ -27,15 +27,11 @@ def hierarchical_chain(
     groups: Sequence[Tensor], convolution: Callable[[int, Tensor], Tensor], config: ChainConfig
 ) -> list[Tensor]:
     """The recurrence. `groups` are x_1 ... x_s; `convolution(k, u)` is the k-th convolution with all that follows it."""
-    scale = len(groups)
-    passed = config.passed_group(scale)
-    outputs: list[Tensor] = []
-    for i, x in enumerate(groups):
-        if i == passed:
-            outputs.append(pool_passthrough(x, config))
-        else:
-            u = x + outputs[i - 1] if config.adds(i) else x
-            outputs.append(convolution(i - config.first_convolved, u))
+    outputs, passed = list(groups), config.passed_group(len(groups))
+    if passed is not None:
+        outputs[passed] = pool_passthrough(groups[passed], config)
+    for k, i, adds, *_ in config.convolutions(len(groups) - (passed is not None)):
+        outputs[i] = convolution(k, groups[i] + outputs[i - 1] if adds else groups[i])
     return outputs
 
 
@@ -44,6 +40,13 @@ def pool_passthrough(x: Tensor, config: ChainConfig) -> Tensor:
     if config.pool is None:
         return x
     return F.avg_pool2d(x, 3, config.stride, padding=1, count_include_pad=config.pool == "avg3")
+
+
+def pass_through(groups: Sequence[Tensor], slots: Sequence[Tensor], config: ChainConfig) -> None:
+    """Writes the output of the passed group, if there is one, into its slot; both are all groups of x and of the output."""
+    passed = config.passed_group(len(groups))
+    if passed is not None:
+        slots[passed].copy_(pool_passthrough(groups[passed], config))
 
 
 def activate(y: Tensor, activation: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def gather(vector: Tensor, group: str) -> Tensor:
-    """(n,) of every process, as (processes, n). group: the name of a process group of torch.distributed."""
+    """Gathers a vector (n,) of every process into (processes, n). group: the name of a process group of torch.distributed."""
     import torch.distributed._functional_collectives as collectives
 
     name: Any = group  # later releases of torch have a type of its own for names

@@ -52,7 +52,7 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """Of the file, without the nesting and the prefixes that training scripts add."""
+    """The state_dict of the file, without the nesting and the prefixes that training scripts add."""
     found: Any = _read(path)
     for _ in _NESTS:  # no script nests deeper, and a hostile file can hold itself
         nest = next((name for name in _NESTS if isinstance(found, dict) and isinstance(found.get(name), dict)), None)

@@ -81,7 +81,7 @@ class Dla(Network):
         self.initialise()
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """Of x (N, in_chans, H, W) the output of each level of trees, as `Network.stages`."""
+        """Returns the output of each level of trees for x (N, in_chans, H, W), as `Network.stages`."""
         x = self.level1(self.level0(self.base_layer(x)))
         features = []
         for i in range(len(LEVEL_CHANNELS)):

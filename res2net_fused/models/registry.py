@@ -22,7 +22,7 @@ _LAYERS_29 = (3, 3, 3)
 
 
 @dataclass(frozen=True)
-class Configuration:
+class ModelConfig:
     """A network: w for 64 planes, s, groups of the 3x3 convolutions, and what it is built around.
 
     layers: blocks in each stage, for "dla" the depths of its trees. stem: of `Res2Net`, or "dla".
@@ -39,7 +39,7 @@ class Configuration:
 
     @property
     def stage_passthrough(self) -> str:
-        """For CIFAR "none": no code is published, and with it the parameters are those of the paper's table."""
+        """The pass-through of 'stage' blocks: no code is published for CIFAR, but "none" gives the parameters of its table."""
         return "none" if self.stem == "cifar" else "last"
 
     @property
@@ -52,29 +52,29 @@ class Configuration:
         return 100 if self.stem == "cifar" else 1000
 
 
-def _v1b(layers: tuple[int, ...]) -> Configuration:
-    return Configuration(layers, 26, 4, stem="deep", pooled_shortcut=True)
+def _v1b(layers: tuple[int, ...]) -> ModelConfig:
+    return ModelConfig(layers, 26, 4, stem="deep", pooled_shortcut=True)
 
 
-def _cifar(cardinality: int, width: int, scale: int, se: bool = False) -> Configuration:
-    return Configuration(_LAYERS_29, width, scale, cardinality, stem="cifar", se=se)
+def _cifar(cardinality: int, width: int, scale: int, se: bool = False) -> ModelConfig:
+    return ModelConfig(_LAYERS_29, width, scale, cardinality, stem="cifar", se=se)
 
 
 CONFIGURATIONS = {
-    "res2net50_48w_2s": Configuration(LAYERS_50, 48, 2),
-    "res2net50_26w_4s": Configuration(LAYERS_50, 26, 4),
-    "res2net50_14w_8s": Configuration(LAYERS_50, 14, 8),
-    "res2net50_26w_6s": Configuration(LAYERS_50, 26, 6),
-    "res2net50_26w_8s": Configuration(LAYERS_50, 26, 8),
-    "res2net50_18w_4s": Configuration(LAYERS_50, 18, 4),
-    "res2net101_26w_4s": Configuration(_LAYERS_101, 26, 4),
+    "res2net50_48w_2s": ModelConfig(LAYERS_50, 48, 2),
+    "res2net50_26w_4s": ModelConfig(LAYERS_50, 26, 4),
+    "res2net50_14w_8s": ModelConfig(LAYERS_50, 14, 8),
+    "res2net50_26w_6s": ModelConfig(LAYERS_50, 26, 6),
+    "res2net50_26w_8s": ModelConfig(LAYERS_50, 26, 8),
+    "res2net50_18w_4s": ModelConfig(LAYERS_50, 18, 4),
+    "res2net101_26w_4s": ModelConfig(_LAYERS_101, 26, 4),
     "res2net50_v1b": _v1b(LAYERS_50),
     "res2net101_v1b": _v1b(_LAYERS_101),
     "res2net152_v1b": _v1b(_LAYERS_152),
-    "res2next50": Configuration(LAYERS_50, 4, 4, 8),
-    "se_res2net50": Configuration(LAYERS_50, 26, 4, se=True),
-    "dla60_res2net": Configuration(DEPTHS_60, 28, 4, stem="dla"),
-    "dla60_res2next": Configuration(DEPTHS_60, 4, 4, 8, stem="dla"),
+    "res2next50": ModelConfig(LAYERS_50, 4, 4, 8),
+    "se_res2net50": ModelConfig(LAYERS_50, 26, 4, se=True),
+    "dla60_res2net": ModelConfig(DEPTHS_60, 28, 4, stem="dla"),
+    "dla60_res2next": ModelConfig(DEPTHS_60, 4, 4, 8, stem="dla"),
     "res2next29_6c_24w_4s": _cifar(6, 24, 4),
     "res2next29_8c_25w_4s": _cifar(8, 25, 4),
     "res2next29_6c_24w_6s": _cifar(6, 24, 6),
@@ -82,10 +82,10 @@ CONFIGURATIONS = {
     "se_res2next29_8c_25w_4s": _cifar(8, 25, 4, se=True),
     "se_res2next29_6c_24w_6s": _cifar(6, 24, 6, se=True),
     # Baselines: s = 1, one convolution for the whole width.
-    "resnet50": Configuration(LAYERS_50, 64, 1),
-    "resnext50_32x4d": Configuration(LAYERS_50, 4, 1, 32),
-    "se_resnet50": Configuration(LAYERS_50, 64, 1, se=True),
-    "dla60": Configuration(DEPTHS_60, 64, 1, stem="dla"),
+    "resnet50": ModelConfig(LAYERS_50, 64, 1),
+    "resnext50_32x4d": ModelConfig(LAYERS_50, 4, 1, 32),
+    "se_resnet50": ModelConfig(LAYERS_50, 64, 1, se=True),
+    "dla60": ModelConfig(DEPTHS_60, 64, 1, stem="dla"),
     "resnext29_8c_64w": _cifar(8, 64, 1),
 }
 ALIASES = {  # timm's and the official names

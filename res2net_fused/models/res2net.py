@@ -100,7 +100,7 @@ class Res2Net(Network):
         self.initialise()
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """Of x (N, in_chans, H, W) the output of each stage, as `Network.stages`."""
+        """Returns the output of each stage for x (N, in_chans, H, W), as `Network.stages`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features = []
         for i in range(len(self.feature_channels)):

@@ -1,4 +1,4 @@
-"""Where a class of 2-D Res2Net blocks keeps its parts: names are data here, semantics are confirmed in `recognition.py`.
+"""The paths at which classes of 2-D blocks keep their parts: names are data here, semantics are confirmed in `recognition.py`.
 
 A layout is found once for a block and kept with it; `parts_of` then reads the block's present modules at every call, since
 users replace and hook them at any time.

@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from ..chain.block_weights import BlockWeights
 from ..chain.config import ChainConfig
-from ..chain.problem import ChainProblem
 from .block_parts import PUBLISHED, BlockPaths
 from .weight_cache import CacheKey, Frozen, KeepsWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-STATE = "_res2net_fused"  # the attribute that holds a block's BlockState
+STATE = "_res2net_fused"  # the attribute that holds a block's FusedState
 
 
 @dataclass
-class BlockState(KeepsWeights):
-    """What a fused block knows about itself; of this only the fields before `kept` are copied and pickled."""
+class FusedState(KeepsWeights):
+    """What a fused block, 2-D or 1-D, knows about itself; of this only what its constructor takes is copied and pickled."""
 
-    config: ChainConfig
+    config: Any
     backend: str
-    geometry: tuple[object, ...]  # of the convolutions and the pool when they were recognised: `block_geometry`
-    recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
-    shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
-    layout: BlockPaths = PUBLISHED  # where the block keeps its parts
+    geometry: Any  # of its modules when they were recognised: what changes the result beyond their tensors
     # One tuple, read and written at once: DataParallel's replicas share it among threads.
-    kept: tuple[CacheKey, BlockWeights] | None = field(default=None, repr=False)
-    frozen: Frozen[BlockWeights] | None = field(default=None, repr=False)
-    last_problem: ChainProblem | None = None  # of the last fused call
-    last_trained: bool = False  # whether that call had batch statistics
-    last_refusal: str | None = None  # why the last call ran the class's own forward
+    kept: tuple[CacheKey, Any] | None = field(default=None, init=False, repr=False)
+    frozen: Frozen[Any] | None = field(default=None, init=False, repr=False)
+    last_problem: Any = field(default=None, init=False)  # of the last fused call
+    last_trained: bool = field(default=False, init=False)  # whether that call had batch statistics
+    last_refusal: str | None = field(default=None, init=False)  # why the last call ran the class's own forward
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("config", "backend", "geometry", "recompute", "shortcut", "layout")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+@dataclass
+class BlockState(FusedState):
+    """What a fused 2-D block knows about itself."""
+
+    config: ChainConfig
+    recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
+    shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
+    layout: BlockPaths = PUBLISHED  # where the block keeps its parts
 
 
 # The mixins come before a class of modules; by themselves they are none.
@@ -52,7 +58,25 @@ else:
 
 
 class FusedModule(_Mixin):
-    """Mixin of all modules that run fused: what they keep under STATE is dropped where PyTorch changes their tensors."""
+    """Mixin of all modules that run fused, with a FusedState that drops what it keeps where PyTorch changes their tensors."""
+
+    def _res2net_fused_forward(
+        self, state: Any, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Tensor | str:
+        """Return the output, or the reason why the class's own forward has to run."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        state: FusedState = getattr(self, STATE)
+        notes = not torch.compiler.is_compiling()
+        if notes:
+            state.last_refusal = None
+        out = self._res2net_fused_forward(state, x, args, kwargs)
+        if not isinstance(out, str):
+            return out
+        if notes:
+            state.last_refusal = out
+        return super().forward(x, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         getattr(self, STATE).drop(frozen=mode)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from .training import uses_batch_statistics, why_not_trained
 def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:
     """The call of the chain inside, for the block's x."""
     rows, columns = block.conv1.stride
-    problem = ChainProblem.of(x, block.convs[0].in_channels, len(block.convs), state.config)
+    problem = ChainProblem.from_tensor(x, block.convs[0].in_channels, len(block.convs), state.config)
     dtype = compute_dtype(block.conv1.weight)
     if rows == columns == 1 and dtype == x.dtype:
         return problem
@@ -40,23 +42,17 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def why_not_fused(
-    block: BlockParts, state: BlockState, x: object, args: tuple[object, ...], kwargs: dict[str, object]
+    block: BlockParts, state: BlockState, x: Any, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> str | None:
     """None if this call may run fused, else the reason."""
-    if torch.onnx.is_in_onnx_export():
-        return "exported to ONNX, which knows PyTorch's own operators only"
-    shortcut, reason = given_shortcut(state.shortcut, args, kwargs)
+    shortcut, reason = why_not_called(4, state.shortcut, x, args, kwargs)
     if reason is not None:
         return reason
     if shortcut is not None and block.downsample is not None:
         return "called with a shortcut, beside a downsample of its own"
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        return "x is not a 4-D floating-point tensor"
     weight_dtype = block.conv1.weight.dtype
     if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not torch.is_autocast_enabled(x.device.type)):
         return f"x is {x.dtype} but the weights are {weight_dtype}"
-    if not torch.compiler.is_compiling() and transformed():
-        return "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     training = any(map(uses_batch_statistics, block.bns))
     if training and getattr(block.module, "with_cp", False):
         return "with_cp: in training its own forward checkpoints it"
@@ -73,18 +69,33 @@ def why_not_fused(
     alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
     if alone and not policy.clamped_chain_pays(chain_problem(block, x, state)):
         return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
-    if torch.nn.modules.module._has_any_global_hook():
-        return "global module hooks must see every submodule's call"
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
-    for module in (*outer, *block.convs, *block.bns, block.relu, block.pool):
-        if module is None:
-            continue
-        reason = why_not_bypassed(module)
-        if reason is not None:
-            return reason
-    return None
+    return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, block.pool))
+
+
+def why_not_called(
+    dimensions: int, shortcut: str | None, x: object, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Tensor | None, str | None]:
+    """What a caller passes as `shortcut`, or None; and why a call with these arguments cannot run fused anywhere, or None."""
+    if torch.onnx.is_in_onnx_export():
+        return None, "exported to ONNX, which knows PyTorch's own operators only"
+    given, reason = given_shortcut(shortcut, args, kwargs)
+    if reason is not None:
+        return None, reason
+    if not isinstance(x, Tensor) or x.dim() != dimensions or not x.is_floating_point():
+        return None, f"x is not a {dimensions}-D floating-point tensor"
+    if not torch.compiler.is_compiling() and transformed():
+        return None, "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
+    return given, None
+
+
+def why_not_left_out(modules: Iterable[nn.Module | None]) -> str | None:
+    """None if the calls of all these modules may be left out, else the reason."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks must see every submodule's call"
+    return next((reason for module in modules if module is not None and (reason := why_not_bypassed(module))), None)
 
 
 def given_shortcut(name: str | None, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor | None, str | None]:

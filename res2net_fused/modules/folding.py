@@ -95,7 +95,7 @@ def why_not_folded(bn: nn.Module) -> str | None:
 
 
 def why_not_bypassed(module: nn.Module) -> str | None:
-    """None if nobody would miss this module's own call, else the reason."""
+    """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on a {type(module).__name__} inside the block must see its call"
     if "forward" in vars(module):

@@ -23,7 +23,7 @@ from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
 from .block_parts import BlockParts, parts_of
-from .block_state import STATE, BlockState, FusedModule
+from .block_state import BlockState, FusedModule
 from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
 from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
@@ -38,27 +38,21 @@ UNSEEN = "a CUDA graph is captured in float16 and no call before it has seen tha
 class FusedForward(FusedModule):
     """Mixin before an nn.Module class of the Res2Net kind; its instances carry a BlockState."""
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        state: BlockState = getattr(self, STATE)
+    def _res2net_fused_forward(
+        self, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Tensor | str:
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
-        if not torch.compiler.is_compiling():
-            state.last_refusal = refusal
         if any(bn.training and not is_frozen(bn) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if refusal is not None:
-            return super().forward(x, *args, **kwargs)
+            return refusal
         shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
         if any(map(uses_batch_statistics, parts.bns)):
             if not torch.compiler.is_compiling():
                 state.last_problem, state.last_trained = chain_problem(parts, x, state), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
-        out = run_fused(parts, x, shortcut, state)
-        if not isinstance(out, str):
-            return out
-        if not torch.compiler.is_compiling():
-            state.last_refusal = out
-        return super().forward(x, *args, **kwargs)
+        return run_fused(parts, x, shortcut, state)
 
 
 def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | str:
@@ -88,7 +82,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     if folded.overflowed and dtype == torch.float16:
         return OVERFLOWED
     if not one_operator(state.config):
-        chain = PackedWeights.of_block(folded, state.config)
+        chain = PackedWeights.from_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
     entry = entry_pixels(block, x_in)
     if not adds_at_once(block):
@@ -106,7 +100,7 @@ def _run_parts(
     biases = None if isinstance(weights, PackedWeights) else folded.biases
     out = F.conv2d(x, folded.conv1_weight, folded.conv1_bias.to(dtype), block.conv1.stride)
     out = out.relu_() if config.activation == "relu" else activate(out, config.activation)  # (N, s*w, H, W)
-    out = hierarchical_conv2d(out, weights, biases, **config.settings(), backend=state.backend)
+    out = hierarchical_conv2d(out, weights, biases, **config.as_kwargs(), backend=state.backend)
     out = apply_optional(block, "drop_block", out)
     return F.conv2d(out, folded.conv3_weight, folded.conv3_bias.to(dtype))
 
@@ -159,7 +153,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
 def _folded_in_a_graph(
     block: BlockParts, dtype: torch.dtype, state: BlockState, kept: BlockWeights | None
 ) -> BlockWeights | None:
-    """For a CUDA graph, which folds at every replay, and packs as calls before it did: so it launches kernels that are loaded.
+    """Folds in a CUDA graph, again at every replay, and packs as calls before it did: so it launches kernels that are loaded.
 
     kept: what such a call has kept of the same weights, or None. In float16 that says whether they overflow: nothing else can
     while the graph is captured.

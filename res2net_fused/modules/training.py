@@ -87,7 +87,7 @@ def _why_not_synchronised(block: BlockParts, backend: str, recompute: bool) -> s
 def run_trained(
     block: BlockParts, x: Tensor, shortcut: Tensor | None, config: ChainConfig, recompute: bool, backend: str
 ) -> Tensor:
-    """(N, inplanes, H, W) -> (N, planes * 4, H', W'), as the class's own forward; running statistics are updated.
+    """Runs the block, (N, inplanes, H, W) -> (N, planes * 4, H', W'), and updates running statistics as its own forward does.
 
     shortcut: what is added instead of x or its downsample, or None.
     """
@@ -105,7 +105,7 @@ def trained_chain(chain: Parts, x: Tensor, config: ChainConfig, recompute: bool,
         [gamma for gamma, _ in parameters],
         [beta for _, beta in parameters],
         [float(bn.eps) for bn in chain.bns],
-        **config.settings(),
+        **config.as_kwargs(),
         recompute=recompute,
         backend=backend,
         group=_group(chain.bns[0]).group_name if synchronises(chain.bns[0]) else "",
@@ -123,7 +123,7 @@ def _affine(bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update_running_statistics(bns: Sequence[nn.BatchNorm2d], statistics: Statistics) -> None:
-    """As nn.BatchNorm2d.forward does it, in place: momentum None averages over all batches."""
+    """Updates them in place as nn.BatchNorm2d.forward does: momentum None averages over all batches."""
     with torch.no_grad():
         for bn, mean, variance in zip(bns, statistics.mean, statistics.variance, strict=True):
             if not bn.training or not bn.track_running_stats:

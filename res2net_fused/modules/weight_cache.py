@@ -44,7 +44,7 @@ class MadeOn:
         self.readers = {stream.stream_id}
 
     def wait(self) -> None:
-        """Until the tensors are there, which lets every stream read them."""
+        """Waits until the tensors are there, which lets every stream read them."""
         self.event.synchronize()
 
     def lend(self) -> None:
@@ -73,15 +73,15 @@ class Made(Protocol):
 Kept = TypeVar("Kept", bound=Made)
 
 
-def made_here(value: Kept, device: torch.device) -> Kept:
-    """`value`, whose tensors the current stream has just been told to make, with a note of that; for keeping."""
+def mark_made(value: Kept, device: torch.device) -> Kept:
+    """Notes on `value` the CUDA stream that is making its tensors, so that other streams can wait for them. Returns `value`."""
     if device.type == "cuda":
         value.made = MadeOn(value, device)
     return value
 
 
-def use_kept(value: Kept) -> Kept:
-    """`value` for a call on the current stream."""
+def lend_to_current_stream(value: Kept) -> Kept:
+    """Makes `value` safe to read on the current stream. Returns `value`."""
     if value.made is not None and not torch.compiler.is_compiling():
         value.made.lend()
     return value
@@ -145,7 +145,7 @@ def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
 
 
 class KeepsWeights:
-    """Of a block's state: what is kept from call to call, and when that is dropped.
+    """Base of a block's state: what is kept from call to call, and when that is dropped.
 
     Any number of threads may call the block while others drop or freeze what is kept. The fields are each read and written at
     once, and `generation`, another object after every drop, tells weights that were read before it from later ones.
@@ -168,11 +168,11 @@ class KeepsWeights:
         kept = self.kept
         if kept is None or not kept[0].matches(tensors, settings):
             key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
-            self.kept = kept = key, made_here(make(), tensors[0].device)
-        return use_kept(kept[1])
+            self.kept = kept = key, mark_made(make(), tensors[0].device)
+        return lend_to_current_stream(kept[1])
 
     def unchanged(self, tensors: list[Tensor], settings: tuple[object, ...]) -> Any | None:
-        """What is kept if nothing changed, not to be read but to be asked, else None."""
+        """What is kept if nothing changed, to be asked but not read, else None."""
         kept = self.kept
         return kept[1] if kept is not None and kept[0].matches(tensors, (self.generation, *settings)) else None
 
@@ -209,15 +209,15 @@ class Frozen(Generic[Weights]):
         self._make(dtype, device)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        """For a call on the current stream."""
+        """The weights for a call on the current stream."""
         held = self.held.get((dtype, device))
-        return self._make(dtype, device) if held is None else use_kept(held)
+        return self._make(dtype, device) if held is None else lend_to_current_stream(held)
 
     def _make(self, dtype: torch.dtype, device: torch.device) -> Weights:
         if torch.compiler.is_compiling():
             return self.original.to(dtype, device)
         with torch.inference_mode(False), torch.no_grad():
-            weights = use_kept(self.original).to(dtype, device)
+            weights = lend_to_current_stream(self.original).to(dtype, device)
             if not cacheable(()):  # a CUDA graph's, made again at every replay, or what some mode makes in place of tensors
                 return self.pack(weights) if capturing() else weights
             self.held[dtype, device] = weights = _ready(self.pack(weights), device)
@@ -226,7 +226,7 @@ class Frozen(Generic[Weights]):
 
 def _ready(weights: Weights, device: torch.device) -> Weights:
     """The same, waited for: a CUDA graph may read them, which must not wait for what lies outside it."""
-    made = made_here(weights, device).made
+    made = mark_made(weights, device).made
     if made is not None:
         made.wait()
     return weights

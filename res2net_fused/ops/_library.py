@@ -1,15 +1,21 @@
-"""What the operators share: the library, pieces of schemas, autocast, FLOPs, checks."""
+"""What the operators share: the library, pieces of schemas, gradients, autocast, FLOPs, checks."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from ..chain.config import ChainConfig
+from ..backends.base import BACKENDS
+from ..chain.config import ChainConfig, one_of
+from ..chain.memory_format import in_format_of, memory_format
 
 SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -17,11 +23,93 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library = torch.library.Library("res2net_fused", "DEF")  # of all operators
 cached_config = functools.lru_cache(ChainConfig)
 
+# Gradients --------------------------------------------------------------------------------------------------------------
+
+
+def register_backward(
+    name: str,
+    kernel: Callable[..., Sequence[Any]],
+    like: Sequence[int],
+    kept: Callable[[Sequence[Any], Any], tuple[Sequence[Tensor | Sequence[Tensor] | None], Sequence[object]]],
+) -> None:
+    """Registers the gradients of the operator `name`, whose first arguments are x and lists of tensors, or None for a list.
+
+    They come from `<name>_backward(grad, *tensors, *settings, needed)`, of which only the schema is defined elsewhere.
+    kernel: what that computes, a gradient of x and a list for each list, in any format; of those not `needed` anything.
+    like: the places, among its arguments, of the tensors that have the shapes and dtypes of these gradients.
+    kept: (inputs, output) of `name` -> the tensors and the settings of the backward operator.
+    """
+
+    def run(*arguments: Any) -> list[Tensor]:
+        found = kernel(*arguments)
+        return [
+            in_format_of(gradient.to(value.dtype), value)
+            for i, values in _wanted(arguments, like)
+            for gradient, value in zip([found[i]] if i == 0 else found[i], values, strict=True)
+        ]
+
+    def fake(*arguments: Any) -> list[Tensor]:
+        return [
+            torch.empty(value.shape, dtype=value.dtype, device=value.device, memory_format=memory_format(value))
+            for _, values in _wanted(arguments, like)
+            for value in values
+        ]
+
+    def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        tensors, ctx.settings = kept(inputs, output)
+        ctx.arguments, ctx.lengths = len(inputs), [None if t is None else len(t) for t in inputs[1 : len(like)]]
+        ctx.sizes = [None if t is None else -1 if isinstance(t, Tensor) else len(t) for t in tensors]
+        if not isinstance(output, Tensor):
+            ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*itertools.chain.from_iterable([t] if isinstance(t, Tensor) else t or () for t in tensors))
+
+    def backward(ctx: Any, grad: Any) -> tuple[object, ...]:
+        grad = grad if grad is None or isinstance(grad, Tensor) else grad[0]
+        results: list[object] = [None, *(None if length is None else [None] * length for length in ctx.lengths)]
+        if grad is not None:
+            saved = iter(ctx.saved_tensors)
+            tensors = [
+                None if size is None else next(saved) if size < 0 else list(itertools.islice(saved, size)) for size in ctx.sizes
+            ]
+            needed = [needs if isinstance(needs, bool) else any(needs) for needs in ctx.needs_input_grad[: len(like)]]
+            needed[1:] = [needs and length is not None for needs, length in zip(needed[1:], ctx.lengths, strict=True)]
+            run_backward = getattr(torch.ops.res2net_fused, f"{name}_backward").default
+            found = iter(run_backward(grad, *tensors, *ctx.settings, needed))
+            results[0] = next(found) if needed[0] else None
+            for i, length in enumerate(ctx.lengths, start=1):
+                if needed[i]:
+                    results[i] = list(itertools.islice(found, length))
+        return *results, *[None] * (ctx.arguments - len(results))
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{name} has no second derivative; compute it with res2net_fused.chain.reference.{name}")
+
+    library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"res2net_fused::{name}_backward", fake, lib=library)
+    torch.library.register_autograd(f"res2net_fused::{name}", backward, setup_context=save, lib=library)
+    torch.library.register_autograd(f"res2net_fused::{name}_backward", refuse, lib=library)
+
+
+def _wanted(arguments: Sequence[Any], like: Sequence[int]) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """The tensors whose gradients are needed, x in a list of its own, each list with its place in `like`."""
+    for i, (needs, place) in enumerate(zip(arguments[-1], like, strict=True)):
+        if needs and arguments[place] is not None:
+            yield i, [arguments[place]] if i == 0 else arguments[place]
+
+
+# Autocast and FLOPs -----------------------------------------------------------------------------------------------------
+
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def register_autocast(name: str, cast: Callable[..., tuple[object, ...]]) -> None:
-    """Under autocast `name` runs with the arguments that `cast(dtype, *arguments)` returns.
+def cast_convolution(dtype: torch.dtype, x: Tensor, weights: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
+    """Under autocast, x and the convolution weights in `dtype`; all else stays as it is, BatchNorm's parameters too."""
+    return x.to(dtype), [weight.to(dtype) for weight in weights], *rest
+
+
+def register_autocast(name: str, cast: Callable[..., tuple[object, ...]] = cast_convolution) -> None:
+    """Makes `name` run, under autocast, with the arguments that `cast(dtype, *arguments)` returns.
 
     As for ATen's convolutions, nothing is cast where x or a weight, the first two arguments, is fp64 or no floating-point
     tensor.
@@ -42,20 +130,41 @@ def register_autocast(name: str, cast: Callable[..., tuple[object, ...]]) -> Non
         library.impl(name, kernel_for(device_type, key), key)
 
 
-def refuse_second_derivative(name: str) -> None:
-    """For the backward operator of `name`, which has no backward of its own."""
+def register_flops(name: str, weights: int, kept: int | None = None) -> None:
+    """Registers the FLOPs of the operator `name` and of its backward.
 
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"{name} has no second derivative; compute it with res2net_fused.chain.reference.{name}")
+    weights: their place in the backward operator's arguments. kept: that of outputs which it convolves again if there are none.
+    """
 
-    torch.library.register_autograd(f"res2net_fused::{name}_backward", refuse, lib=library)
+    def forward(x_shape: Any, weight_shapes: Any, *rest: Any, out_shape: Any = None, **keywords: Any) -> int:
+        return convolution_flops(weight_shapes, out_shape if isinstance(out_shape[0], int) else out_shape[0])
+
+    def backward(grad_shape: Any, *rest: Any, out_shape: Any = None, **keywords: Any) -> int:
+        need_x, need_weights, *_ = rest[-1]
+        again = kept is not None and not rest[kept - 1]
+        return (need_x + need_weights + again) * convolution_flops(rest[weights - 1], grad_shape)
+
+    register_flop_formula(getattr(torch.ops.res2net_fused, name))(forward)
+    register_flop_formula(getattr(torch.ops.res2net_fused, f"{name}_backward"))(backward)
 
 
-def refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raises NotImplementedError, naming the operator `name`, where one of the tensors has a tangent.
+def convolution_flops(weight_shapes: Sequence[Sequence[int]], out_shape: Sequence[int]) -> int:
+    """Multiplications and additions of convolutions by weight_shapes, all (w, w/groups, *kernel), to (N, C, *size)."""
+    batch, _, *size = out_shape
+    return 2 * batch * math.prod(size) * len(weight_shapes) * math.prod(weight_shapes[0])
+
+
+# Checks -----------------------------------------------------------------------------------------------------------------
+
+
+def check_call(name: str, backend: str, tensors: Sequence[Tensor]) -> None:
+    """Raises ValueError for an unknown backend, NotImplementedError, naming the operator, where a tensor has a tangent.
 
     torch.library has no forward-mode rules and would lose it in silence.
     """
+    one_of("backend", backend, BACKENDS)
+    if torch.autograd.forward_ad._current_level < 0:
+        return
     if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         remedy = f"compute it with res2net_fused.chain.reference.{name}"
         raise NotImplementedError(f"{name} has no forward-mode derivative; {remedy}")
@@ -75,10 +184,3 @@ def check_devices(x: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None
 
 
 _device_of = operator.attrgetter("device")
-
-
-def convolution_flops(weight_shapes: Sequence[Sequence[int]], out_shape: Sequence[int]) -> int:
-    """Multiplications and additions of convolutions by weight_shapes, all (w, w/groups, 3, 3), to out_shape (N, C, H', W')."""
-    batch, _, height, width = out_shape
-    out_channels, in_channels, rows, columns = weight_shapes[0]
-    return 2 * batch * height * width * len(weight_shapes) * out_channels * in_channels * rows * columns

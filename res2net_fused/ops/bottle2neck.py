@@ -32,7 +32,7 @@ library.define(
 def fused_bottle2neck(
     x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool, config: ChainConfig, backend: str
 ) -> Tensor:
-    """conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; x (N, inplanes, H, W) -> (N, planes * 4, H', W').
+    """Runs conv1 + ReLU, the chain, conv3, + shortcut, ReLU if `relu`; x (N, inplanes, H, W) -> (N, planes * 4, H', W').
 
     Where `folded` has a projection, `shortcut` is what that reads. config: of the chain. backend: as for `hierarchical_conv2d`.
     Raises ValueError or TypeError for tensors that do not fit, RuntimeError where an explicit backend cannot run.
@@ -40,7 +40,7 @@ def fused_bottle2neck(
     f = folded
     return torch.ops.res2net_fused.bottle2neck.default(
         x, shortcut, f.conv1_weight, f.conv1_bias, f.weights, f.biases, f.conv3_weight, f.conv3_bias, f.projection_weight,
-        f.projection_bias, f.projection_stride, f.packed, f.layout, relu, *config.settings().values(), backend,
+        f.projection_bias, f.projection_stride, f.packed, f.layout, relu, *config.as_kwargs().values(), backend,
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def _problem(
         conv3_weight=folded.conv3_weight, conv3_bias=folded.conv3_bias, projection_weight=folded.projection_weight,
         projection_bias=folded.projection_bias, packed=packed,
     )  # fmt: skip
-    return ChainProblem.of(x, width, len(weights), config)
+    return ChainProblem.from_tensor(x, width, len(weights), config)
 
 
 @functools.partial(library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")

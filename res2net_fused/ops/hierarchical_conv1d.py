@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from ..backends.base import BACKENDS
-from ..backends.selection1d import choose_1d, forward_1d
+from ..backends.selection import choose, get_backend
 from ..chain import reference
-from ..chain.backward1d import chain_backward_1d
+from ..chain.backward import chain_backward_1d
+from ..chain.block_weights import Chain1dWeights
 from ..chain.checks import check_arguments_1d, check_dense, sequence_types
-from ..chain.config import Chain1dConfig, one_of
-from ._library import TAGS, check_devices, library, refuse_second_derivative, refuse_tangents, register_autocast
+from ..chain.config import Chain1dConfig
+from ._library import (
+    TAGS,
+    cast_convolution,
+    check_call,
+    check_devices,
+    library,
+    register_autocast,
+    register_backward,
+    register_flops,
+)
 
 _SETTINGS = "int dilation, str passthrough, str padding_mode"
 # -> [out, *rectified]; what is rectified is left out unless `keep`.
@@ -67,33 +76,23 @@ def hierarchical_conv1d(
         raise TypeError(f"x is a {type(x).__name__}; a Tensor of shape (N, s*w, L) is needed")
     check_dense("x", x)
     config = Chain1dConfig(dilation, passthrough, padding_mode)
-    return call_1d(x, weights, biases, affine_scale, affine_shift, None, config, backend)
+    return call_1d(x, Chain1dWeights(weights, biases, affine_scale, affine_shift), config, backend)
 
 
-def call_1d(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    affine_scale: Sequence[Tensor] | None,
-    affine_shift: Sequence[Tensor] | None,
-    packed: Sequence[Tensor] | None,  # what `backends.chain1d.pack_1d` made of the weights, or None
-    config: Chain1dConfig,
-    backend: str,
-) -> Tensor:
-    """As `hierarchical_conv1d`, of arguments that are tensors, with weights that may be packed.
+def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: str) -> Tensor:
+    """Calls the operator on x (N, s*w, L), with arguments that are tensors and weights that may be packed.
 
-    x (N, s*w, L), weights (w, w, k), biases, affine_scale, affine_shift (w,) and backend: as there. config: its settings.
+    chain: the tensors. config: the settings. backend: as for `hierarchical_conv1d`, which says what is raised.
     """
+    lists = chain.weights, chain.biases, chain.scale, chain.shift
     if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
-        return reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, config)
-    tensors = (x, *weights, *(biases or ()), *(affine_scale or ()), *(affine_shift or ()))
+        return reference.hierarchical_conv1d(x, *lists, config)
+    tensors = (x, *(tensor for values in lists for tensor in values or ()))
     if not torch.compiler.is_compiling():
-        one_of("backend", backend, BACKENDS)
-        if torch.autograd.forward_ad._current_level >= 0:
-            refuse_tangents("hierarchical_conv1d", tensors)
+        check_call("hierarchical_conv1d", backend, tensors)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return torch.ops.res2net_fused.hierarchical_conv1d.default(
-        x, weights, biases, affine_scale, affine_shift, packed, *config.settings().values(), keep, backend
+        x, *lists, chain.packed, *config.as_kwargs().values(), keep, backend
     )[0]
 
 
@@ -106,8 +105,8 @@ def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) 
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
     if packed:
         check_devices(x, packed=packed)
-    name = choose_1d(problem, backend).name
-    out, rectified = forward_1d(name, problem, x, weights, biases, affine_scale, affine_shift, packed, keep)
+    chosen = get_backend(choose(problem, backend).name)
+    out, rectified = chosen.forward_1d(problem, x, Chain1dWeights(weights, biases, affine_scale, affine_shift, packed), keep)
     return [out, *rectified]
 
 
@@ -120,91 +119,28 @@ def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> 
     return [x.new_empty(x.shape), *rectified]
 
 
-@functools.partial(library.impl, "hierarchical_conv1d_backward", dispatch_key="CompositeExplicitAutograd")
-def _backward_kernel(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> list[Tensor]:
+# Gradients, autocast and FLOPs ----------------------------------------------------------------------------------------
+
+
+def _gradients(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> Sequence[Any]:
     *chain, needed = settings
     devices = dict(rectified=rectified, weights=weights, biases=biases, affine_scale=affine_scale, affine_shift=affine_shift)
     check_devices(x, grad=grad, out=out, **devices)
-    config = _cached_config(*chain).within(x.shape[2])
+    config = _cached_config(*chain).clamped_to(x.shape[2])
     return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed)
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv1d_backward", lib=library)
-def _backward_fake(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> list[Tensor]:
-    need_x, need_weights, *need_others = settings[-1]
-    results = [x.new_empty(x.shape)] if need_x else []
-    if need_weights:
-        results += [weight.new_empty(weight.shape) for weight in weights]
-    for needs, values in zip(need_others, (biases, affine_scale, affine_shift), strict=True):
-        if needs and values is not None:
-            results += [value.new_empty(value.shape) for value in values]
-    return results
-
-
-# Autograd -------------------------------------------------------------------------------------------------------------
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
+def _kept(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[object]]:
     x, weights, biases, affine_scale, affine_shift, _, *settings = inputs
     out, *rectified = output
-    lists = rectified, weights, biases, affine_scale, affine_shift
-    ctx.settings = settings[:-2]
-    ctx.counts = [None if values is None else len(values) for values in lists]
-    ctx.mark_non_differentiable(*rectified)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, out, *(tensor for values in lists for tensor in values or ()))
-
-
-def _backward(ctx, grads):
-    counts = ctx.counts
-    results: list[object] = [None, *(None if count is None else [None] * count for count in counts[1:])]
-    if grads[0] is not None:
-        x, out, *rest = ctx.saved_tensors
-        tensors = iter(rest)
-        lists = [None if count is None else [next(tensors) for _ in range(count)] for count in counts]
-        needed = [needs if isinstance(needs, bool) else any(needs) for needs in ctx.needs_input_grad[:5]]
-        needed[2:] = [needs and values is not None for needs, values in zip(needed[2:], lists[2:], strict=True)]
-        gradients = iter(
-            torch.ops.res2net_fused.hierarchical_conv1d_backward.default(grads[0], x, out, *lists, *ctx.settings, needed)
-        )
-        if needed[0]:
-            results[0] = next(gradients)
-        for i, needs in enumerate(needed[1:], start=1):
-            if needs:
-                results[i] = [next(gradients) for _ in range(counts[i])]
-    return *results, None, *[None] * (len(ctx.settings) + 2)
-
-
-torch.library.register_autograd("res2net_fused::hierarchical_conv1d", _backward, setup_context=_save_for_backward, lib=library)
-refuse_second_derivative("hierarchical_conv1d")
-
-
-# Autocast: x and the convolution weights only; biases and the affine map stay as they are ----------------------------------
+    return (x, out, rectified, weights, biases, affine_scale, affine_shift), settings[:-2]
 
 
 def _cast(dtype: torch.dtype, x, weights, biases, affine_scale, affine_shift, packed, *settings) -> tuple[object, ...]:
     packed = packed if weights[0].dtype == dtype else None
-    return x.to(dtype), [weight.to(dtype) for weight in weights], biases, affine_scale, affine_shift, packed, *settings
+    return cast_convolution(dtype, x, weights, biases, affine_scale, affine_shift, packed, *settings)
 
 
+register_backward("hierarchical_conv1d", _gradients, like=(1, 4, 5, 6, 7), kept=_kept)
 register_autocast("hierarchical_conv1d", _cast)
-
-
-# FLOPs ----------------------------------------------------------------------------------------------------------------
-
-
-def _flops(x_shape, weight_shapes) -> int:
-    batch, _, length = x_shape
-    out_channels, in_channels, taps = weight_shapes[0]
-    return 2 * batch * length * len(weight_shapes) * out_channels * in_channels * taps
-
-
-@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv1d)
-def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
-    return _flops(x_shape, weight_shapes)
-
-
-@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv1d_backward)
-def _backward_flops(grad_shape, x_shape, out_shape_, rectified, weight_shapes, *args, out_shape=None, **kwargs) -> int:
-    need_x, need_weights, *_ = args[-1]
-    return (need_x + need_weights) * _flops(x_shape, weight_shapes)
+register_flops("hierarchical_conv1d", weights=4)

@@ -12,27 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from ..backends.base import BACKENDS
 from ..backends.selection import backend_of_gradients, choose, get_backend
 from ..chain import reference
 from ..chain.backward import chain_backward
 from ..chain.checks import check_arguments, check_types
-from ..chain.config import ChainConfig, one_of
+from ..chain.config import ChainConfig
 from ..chain.convolver import ATEN, Convolver
-from ..chain.memory_format import in_format_of, memory_format, with_format
+from ..chain.memory_format import memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
     TAGS,
     cached_config,
+    cast_convolution,
+    check_call,
     check_devices,
-    convolution_flops,
     library,
-    refuse_second_derivative,
-    refuse_tangents,
     register_autocast,
+    register_backward,
+    register_flops,
 )
 from .packed_weights import PackedWeights
 
@@ -95,10 +94,8 @@ def hierarchical_conv2d(
         config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
         return reference.hierarchical_conv2d(x, weights, biases, config)
     if not torch.compiler.is_compiling():
-        one_of("backend", backend, BACKENDS)
+        check_call("hierarchical_conv2d", backend, (x, *weights, *(biases or ())))
         ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
-        if torch.autograd.forward_ad._current_level >= 0:
-            refuse_tangents("hierarchical_conv2d", (x, *weights, *(biases or ())))
     return torch.ops.res2net_fused.hierarchical_conv2d.default(
         x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
     )
@@ -135,94 +132,33 @@ def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None,
     return torch.empty(_output_shape(problem), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-# Autograd -------------------------------------------------------------------------------------------------------------
+# Gradients, autocast and FLOPs ----------------------------------------------------------------------------------------
 
 
-@functools.partial(library.impl, "hierarchical_conv2d_backward", dispatch_key="CompositeExplicitAutograd")
-def _backward_kernel(grad, x, out, weights, biases, *settings) -> list[Tensor]:
+def _gradients(grad, x, out, weights, biases, *settings) -> Sequence[Any]:
     *chain, backend, needed = settings
     check_devices(x, grad=grad, out=out, weights=weights, biases=biases)
-    problem = ChainProblem.of(x, weights[0].shape[0], len(weights), cached_config(*chain))
+    problem = ChainProblem.from_tensor(x, weights[0].shape[0], len(weights), cached_config(*chain))
     own = backend_of_gradients(problem, backend)
-    if own is None:
-        convolver: Convolver = ATEN
-        if problem.config.stride == 1:
-            convolver = get_backend(choose(ChainProblem.of_one_convolution(out, weights[0], problem.config)).name)
-        gradients = chain_backward(grad, x, out, weights, problem.config, needed, convolver)
-    else:
-        gradients = own.chain_backward(problem, grad, x, out, weights, needed)
-    need_x, need_weights, need_biases = needed
-    grad_x, grad_weights, grad_biases = gradients
-    results = [with_format(grad_x.to(x.dtype), problem.channels_last)] if grad_x is not None else []
-    if need_weights:
-        results += [in_format_of(g, weight) for g, weight in zip(grad_weights, weights, strict=True)]
-    if need_biases:
-        results += [g.to(bias.dtype) for g, bias in zip(grad_biases, biases, strict=True)]
-    return results
+    if own is not None:
+        return own.chain_backward(problem, grad, x, out, weights, needed)
+    convolver: Convolver = ATEN
+    if problem.config.stride == 1:
+        convolver = get_backend(choose(ChainProblem.for_convolution(out, weights[0], problem.config)).name)
+    return chain_backward(grad, x, out, weights, problem.config, needed, convolver)
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv2d_backward", lib=library)
-def _backward_fake(grad, x, out, weights, biases, *settings) -> list[Tensor]:
-    need_x, need_weights, need_biases = settings[-1]
-    results = []
-    if need_x:
-        results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
-    if need_weights:
-        results += [in_format_of(weight.new_empty(weight.shape), weight) for weight in weights]
-    if need_biases:
-        results += [bias.new_empty(bias.shape) for bias in biases]
-    return results
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
+def _kept(inputs: Sequence[Any], out: Tensor) -> tuple[Sequence[Any], Sequence[object]]:
     x, weights, biases, _, _, *settings = inputs
-    ctx.settings = settings
-    ctx.counts = len(weights), 0 if biases is None else len(biases)
-    ctx.save_for_backward(x, output, *weights, *(biases or ()))
-
-
-def _backward(ctx, grad):
-    x, out, *rest = ctx.saved_tensors
-    steps, bias_count = ctx.counts
-    weights, biases = rest[:steps], rest[steps:] or None
-    needs = ctx.needs_input_grad
-    needed = [needs[0], _any(needs[1]), bias_count > 0 and _any(needs[2])]
-    results = iter(
-        torch.ops.res2net_fused.hierarchical_conv2d_backward.default(grad, x, out, weights, biases, *ctx.settings, needed)
-    )
-    grad_x = next(results) if needed[0] else None
-    grad_weights = [next(results) if needed[1] else None for _ in range(steps)]
-    grad_biases = [next(results) if needed[2] else None for _ in range(bias_count)]
-    return grad_x, grad_weights, grad_biases if bias_count else None, *[None] * (2 + len(ctx.settings))
-
-
-def _any(needs: bool | Sequence[bool]) -> bool:
-    return needs if isinstance(needs, bool) else any(needs)
-
-
-torch.library.register_autograd("res2net_fused::hierarchical_conv2d", _backward, setup_context=_save_for_backward, lib=library)
-
-refuse_second_derivative("hierarchical_conv2d")
-
-
-# Autocast: x and the convolution weights only; biases stay as they are ------------------------------------------------
+    return (x, out, weights, biases), settings
 
 
 def _cast(dtype: torch.dtype, x, weights, biases, packed, layout, *settings) -> tuple[object, ...]:
     if weights[0].dtype != dtype:
-        weights, packed, layout = [weight.to(dtype) for weight in weights], None, "plain"
-    return x.to(dtype), weights, biases, packed, layout, *settings
+        packed, layout = None, "plain"
+    return cast_convolution(dtype, x, weights, biases, packed, layout, *settings)
 
 
+register_backward("hierarchical_conv2d", _gradients, like=(1, 3, 4), kept=_kept)
 register_autocast("hierarchical_conv2d", _cast)
-
-
-@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d)
-def _forward_flops(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
-    return convolution_flops(weight_shapes, out_shape)
-
-
-@register_flop_formula(torch.ops.res2net_fused.hierarchical_conv2d_backward)
-def _backward_flops(grad_shape, x_shape, out_shape_, weight_shapes, biases, *settings, out_shape=None, **kwargs) -> int:
-    need_x, need_weights, _ = settings[-1]
-    return (need_x + need_weights) * convolution_flops(weight_shapes, out_shape_)
+register_flops("hierarchical_conv2d", weights=3)

@@ -36,7 +36,7 @@ class PackedWeights:
     groups: int
 
     @classmethod
-    def of_block(cls, folded: BlockWeights, config: ChainConfig) -> PackedWeights:
+    def from_block(cls, folded: BlockWeights, config: ChainConfig) -> PackedWeights:
         """The chain's weights of a block that is not one operator, in the layout that `pack_block` gave `folded`.
 
         config: of the chain, from which stride, dilation and groups are taken.

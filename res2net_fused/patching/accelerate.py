@@ -62,7 +62,7 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
         mixin = FusedForward1d
         config, reason = recognise_1d(module, layout_1d)
         if config is not None:
-            state = BlockState1d(config, backend, layout_1d, geometry_1d(descendants(module)))
+            state = BlockState1d(config, backend, geometry_1d(descendants(module)), layout_1d)
     elif (layout := layout_of(module)) is not None:
         recognised, reason = recognise(module, layout)
         if recognised is not None:
@@ -122,7 +122,7 @@ def freeze(model: Model) -> Model:
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
         if isinstance(state, BlockState1d):
-            freeze_chain(*parts_1d(block, state.layout), state)
+            freeze_chain(parts_1d(block, state.layout), state)
             continue
         parts = parts_of(block, state.layout)
         if why_not_foldable(parts) is not None:
@@ -133,7 +133,7 @@ def freeze(model: Model) -> Model:
 
 def _norms(block: nn.Module) -> Iterable[nn.Module]:
     state = getattr(block, STATE)
-    return parts_1d(block, state.layout)[1] if isinstance(state, BlockState1d) else parts_of(block, state.layout).norms
+    return parts_1d(block, state.layout).bns if isinstance(state, BlockState1d) else parts_of(block, state.layout).norms
 
 
 def refresh(model: Model) -> Model:

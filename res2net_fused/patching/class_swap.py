@@ -31,7 +31,7 @@ def _generate(original: Any, mixin: Any) -> Any:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """As the original class would, but with a constructor that generates the class again."""
+    """Reduces as the original class would, but with a constructor that generates the class again."""
     generated: Any = next(c for c in type(self).__mro__ if c in originals)
     if type(self) is not generated:
         return super(generated, self).__reduce_ex__(protocol)  # a class that others put on top is theirs to rebuild

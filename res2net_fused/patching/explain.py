@@ -10,12 +10,12 @@ from torch import nn
 from .._tables import format_table
 from ..backends import policy
 from ..backends.base import Backend
-from ..backends.selection import choose, choose_for_training, get_backend
+from ..backends.selection import choose, choose_for_training, get_backend, plan
 from ..chain.batch_norm import wide_dtype
+from ..chain.block_weights import BlockWeights
 from ..chain.problem import ChainProblem
 from ..modules.block_parts import parts_of
-from ..modules.block_state import STATE, BlockState, FusedModule
-from ..modules.fused_forward1d import FusedForward1d, report_1d
+from ..modules.block_state import STATE, BlockState, FusedModule, FusedState
 from ..modules.training import synchronises
 from .accelerate import REFUSAL
 from .recognition import layout_of
@@ -31,7 +31,7 @@ def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
     group = problem.batch * problem.output_height * problem.output_width * problem.width * item
     x = problem.batch * problem.height * problem.width_pixels * problem.scale * problem.width * item
     both = x + problem.scale * group + 2 * problem.steps * problem.width * wide_dtype(problem.dtype).itemsize
-    sums = sum(config.adds(config.first_convolved + i) for i in range(problem.steps))
+    sums = sum(step.adds for step in config.convolutions(problem.steps))
     return both + (0 if recompute else problem.steps * group), both + (2 * problem.steps + sums) * group
 
 
@@ -92,12 +92,10 @@ def _with_status(report: BlockReport) -> BlockReport:
 
 
 def _report(name: str, module: nn.Module) -> BlockReport:
-    if isinstance(module, FusedForward1d):
-        return BlockReport(name, *report_1d(getattr(module, STATE)))
     if not isinstance(module, FusedModule):
         reason = module.__dict__.get(REFUSAL, "accelerate(model) has not been called since this block was added")
         return BlockReport(name, False, "", reason)
-    state: BlockState = getattr(module, STATE)
+    state: FusedState = getattr(module, STATE)
     if state.last_refusal is not None:
         return BlockReport(name, False, "", state.last_refusal)
     problem = state.last_problem
@@ -106,18 +104,19 @@ def _report(name: str, module: nn.Module) -> BlockReport:
     try:
         if state.last_trained:
             choice = choose_for_training(problem, state.backend)
+            assert isinstance(state, BlockState)
             synchronised = synchronises(parts_of(module, state.layout).bns[0])
-            plan = f"{problem}: {describe_training(get_backend(choice.name), problem, state.recompute, synchronised)}"
-            return BlockReport(name, True, choice.name, choice.reason, plan)
-        kept, frozen = state.kept, state.frozen  # read once: another thread may drop them
-        folded = kept[1] if kept else None
-        if frozen is not None:
-            folded = frozen.held.get((problem.dtype, problem.device))
-        choice = choose(problem, state.backend, folded.layout if folded else "plain")
+            how = describe_training(get_backend(choice.name), problem, state.recompute, synchronised)
+        else:
+            kept, frozen = state.kept, state.frozen  # read once: another thread may drop them
+            weights = kept[1] if kept else None
+            if frozen is not None:
+                weights = frozen.held.get((problem.dtype, problem.device))
+            choice = choose(problem, state.backend, weights.layout if isinstance(weights, BlockWeights) else "plain")
+            how = plan(problem, choice.name)
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))
-    plan = f"{problem}: {get_backend(choice.name).plan(problem)}"
-    return BlockReport(name, True, choice.name, choice.reason, plan)
+    return BlockReport(name, True, choice.name, choice.reason, f"{problem}: {how}")
 
 
 def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:

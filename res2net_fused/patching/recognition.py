@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,13 @@ from ..modules.reference_blocks import bottle2neck, normalized
 
 _AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
 _SEED = 20190402
+Layout = TypeVar("Layout")
+Found = TypeVar("Found")
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def layout_of(module: nn.Module) -> BlockPaths | None:
-    """Where the module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
+    """The paths at which a module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
     return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
 
 
@@ -45,16 +47,32 @@ class Recognised:
 
 def recognise(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, str]:
     """The confirmed settings of a block with that layout, or None and the reason."""
-    refusal = _structure(parts_of(block, layout))
+    return confirmed_once(block, layout, _structure(parts_of(block, layout)), _confirm)
+
+
+def confirmed_once(
+    block: nn.Module,
+    layout: Layout,
+    refusal: str | None,
+    confirm: Callable[[nn.Module, Layout], tuple[Found | None, str]],
+) -> tuple[Found | None, str]:
+    """What `confirm(block, layout)` finds, tried once for each configuration, or None and the reason, such as `refusal`."""
     if refusal is not None:
         return None, refusal
     signature = own_signature(block), layout
     if signature not in _confirmed:
-        _confirmed[signature] = _confirm(block, layout)
+        try:
+            with seeded():
+                _confirmed[signature] = confirm(block, layout)
+        except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
+            reason = f"its own forward could not be tried: {type(error).__name__}: {error}"
+            _confirmed[signature] = None, reason
     return _confirmed[signature]
 
 
-_confirmed: dict[tuple[object, ...], tuple[Recognised | None, str]] = {}
+_confirmed: dict[tuple[object, ...], tuple[Any, str]] = {}
+AGREED = "the reference agrees with its own forward in float64"
+DISAGREED = "no known recurrence agrees with its own forward"
 
 
 def _structure(block: BlockParts) -> str | None:
@@ -120,29 +138,24 @@ def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
 
 
 def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, str]:
-    try:
-        with seeded():
-            twin = random_twin(block)
-            parts = parts_of(twin, layout)
-            refusal = _hidden_arithmetic(parts)
-            if refusal is not None:
-                return None, refusal
-            own = _own_results(type(block).forward, parts)
-            plain_call, plain_results = own[0]
-            for config in _candidates(parts):
-                agreed = [call for call, results in own if _agrees(parts, config, call, results)]
-                if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
-                    return Recognised(config, agreed[-1].name), "the reference agrees with its own forward in float64"
-            if isinstance(plain_results, Exception):
-                raise plain_results
-    except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
-        return None, f"its own forward could not be tried: {type(error).__name__}: {error}"
-    return None, "no known recurrence agrees with its own forward" + _unknown_parts(block, layout)
+    parts = parts_of(random_twin(block), layout)
+    refusal = _hidden_arithmetic(parts)
+    if refusal is not None:
+        return None, refusal
+    own = _own_results(type(block).forward, parts)
+    plain_call, plain_results = own[0]
+    for config in _candidates(parts):
+        agreed = [call for call, results in own if _agrees(parts, config, call, results)]
+        if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
+            return Recognised(config, agreed[-1].name), AGREED
+    if isinstance(plain_results, Exception):
+        raise plain_results
+    return None, DISAGREED + _unknown_parts(block, layout)
 
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Without gradients or inference tensors, and with random numbers of a seed of its own; the caller's are given back."""
+    """Switches gradients and inference mode off and seeds random numbers; the caller's are given back."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
         yield

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
-from ..modules.fused_forward1d import Layout1d, enter_block_1d, finish_block_1d, parts_1d, work_out
-from .recognition import agree, own_signature, random_twin, seeded
+from ..modules.fused_forward1d import ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
+from .recognition import AGREED, DISAGREED, agree, confirmed_once, random_twin
 
 # Where the published code keeps the chain's convolutions and norms.
 _PATHS = (("convs.*", "bns.*"), ("blocks.*.conv.conv", "blocks.*.norm.norm"), ("blocks.*.conv", "blocks.*.norm"))
 
 
 def layout_1d_of(module: nn.Module) -> Layout1d | None:
-    """Where the module keeps a chain of 1-D convolutions of one shape and their norms, or None where it has none."""
+    """The paths at which a module keeps 1-D convolutions of one shape and their norms, or None where it has none."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     for paths in _PATHS:
@@ -40,70 +40,57 @@ def layout_1d_of(module: nn.Module) -> Layout1d | None:
 
 def recognise_1d(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, str]:
     """The confirmed settings of a module with that layout, or None and the reason."""
-    refusal = _structure(*parts_1d(block, layout))
-    if refusal is not None:
-        return None, refusal
-    signature = own_signature(block), layout
-    if signature not in _confirmed:
-        _confirmed[signature] = _confirm(block, layout)
-    return _confirmed[signature]
+    return confirmed_once(block, layout, _structure(parts_1d(block, layout)), _confirm)
 
 
-_confirmed: dict[tuple[object, ...], tuple[Chain1dConfig | None, str]] = {}
-
-
-def _structure(convs: list[nn.Conv1d], bns: list[nn.BatchNorm1d]) -> str | None:
-    for i, (conv, bn) in enumerate(zip(convs, bns, strict=True)):
+def _structure(chain: ChainParts) -> str | None:
+    for i, (conv, bn) in enumerate(zip(chain.convs, chain.bns, strict=True)):
         if type(conv) is not nn.Conv1d:
             return f"the chain's convolution {i} is a {type(conv).__name__}, not a plain Conv1d"
         if type(bn) is not nn.BatchNorm1d:
             return f"the chain's norm {i} is a {type(bn).__name__}, not a BatchNorm1d"
         if conv.stride != (1,) or conv.groups != 1 or conv.kernel_size[0] % 2 == 0:
             return f"the chain's convolution {i} has a stride, groups or an even kernel"
-        if (conv.bias is None) != (convs[0].bias is None):
+        if (conv.bias is None) != (chain.convs[0].bias is None):
             return "some of the chain's convolutions have a bias and some have none"
     return None
 
 
-def _candidates(convs: list[nn.Conv1d]) -> Iterator[Chain1dConfig]:
+def _candidates(dilation: int) -> Iterator[Chain1dConfig]:
     """Settings the chain may have; a wrapper may pad where the convolution inside does not."""
     for padding_mode, passthrough in itertools.product(PADDING_MODES, ("last", "first", "none", "first_added")):
-        yield Chain1dConfig(convs[0].dilation[0], passthrough, padding_mode)
+        yield Chain1dConfig(dilation, passthrough, padding_mode)
 
 
 def _confirm(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, str]:
-    try:
-        with seeded():
-            twin = random_twin(block).eval()  # in training mode the class's own forward runs
-            convs, bns = parts_1d(twin, layout)
-            width, longest = convs[0].in_channels, convs[0].dilation[0] * convs[0].kernel_size[0]
-            entry: Any = twin._modules.get("conv1")  # a convolution where there is an outer part
-            channels = entry.in_channels if layout.outer else (len(convs) + 1) * width
-            errors = []
-            for given in (channels, len(convs) * width):  # with a group that passes, and without
-                x = torch.randn(2, given, longest + 5, dtype=torch.float64, device="cpu")
-                try:
-                    own = type(block).forward(twin, x.clone())
-                except Exception as error:
-                    errors.append(error)
-                    continue
-                for config in _candidates(convs):
-                    ours = _reference(twin, layout, x, config)
-                    if ours is not None and agree(ours, own):
-                        return config, "the reference agrees with its own forward in float64"
-            if len(errors) == 2:
-                raise errors[0]
-    except Exception as error:  # the module's own code may fail in any way; it is then left alone, and explain says why
-        return None, f"its own forward could not be tried: {type(error).__name__}: {error}"
-    return None, "no known recurrence agrees with its own forward"
+    twin = random_twin(block).eval()  # in training mode the class's own forward runs
+    convs = parts_1d(twin, layout).convs
+    width, (dilation,), (taps,) = convs[0].in_channels, convs[0].dilation, convs[0].kernel_size
+    entry: Any = twin._modules.get("conv1")  # a convolution where there is an outer part
+    channels = entry.in_channels if layout.outer else (len(convs) + 1) * width
+    errors = []
+    for given in (channels, len(convs) * width):  # with a group that passes, and without
+        x = torch.randn(2, given, dilation * taps + 5, dtype=torch.float64, device="cpu")
+        try:
+            own = type(block).forward(twin, x.clone())
+        except Exception as error:
+            errors.append(error)
+            continue
+        for config in _candidates(dilation):
+            ours = _reference(twin, layout, x, config)
+            if ours is not None and agree(ours, own):
+                return config, AGREED
+    if len(errors) == 2:
+        raise errors[0]
+    return None, DISAGREED
 
 
 def _reference(block: nn.Module, layout: Layout1d, x: Tensor, config: Chain1dConfig) -> Tensor | None:
     """What the module would compute with these settings, in eval mode; None where the channels do not fit them."""
-    convs, bns = parts_1d(block, layout)
+    chain = parts_1d(block, layout)
     inner = enter_block_1d(block, x) if layout.outer else x
-    if inner.shape[1] != config.chain.scale(len(convs)) * convs[0].in_channels:
+    if inner.shape[1] != config.chain.scale(len(chain.convs)) * chain.convs[0].in_channels:
         return None
-    chain = work_out(convs, bns)
-    out = hierarchical_conv1d(inner, chain.weights, chain.biases, chain.scale, chain.shift, config)
+    w = resolve_weights(chain)
+    out = hierarchical_conv1d(inner, w.weights, w.biases, w.scale, w.shift, config)
     return finish_block_1d(block, out, x) if layout.outer else out

@@ -202,3 +202,13 @@ def test_train_mode_moves_the_running_statistics():
     z = torch.einsum("nchw,oc->nohw", x, block.conv1.weight[:, :, 0, 0])
     block(x)
     assert_close(block.bn1.running_mean, 0.9 * before + 0.1 * z.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_walk_meets_every_group_but_the_passed_one(name):
+    config, steps = CHAINS[name].config, CHAINS[name].steps
+    walk, passed = config.convolutions(steps), config.passed_group(config.scale(steps))
+    assert [c.k for c in walk] == list(range(steps))
+    assert sorted({c.group for c in walk} | {passed} - {None}) == list(range(config.scale(steps)))
+    assert [c.feeds_next for c in walk] == [*(c.chained for c in walk[1:]), False]
+    assert all(c.adds == (c.chained or (c.k == 0 and config.adds_passed)) for c in walk)

@@ -239,7 +239,7 @@ def test_bytes_that_explain_reports_are_those_that_autograd_keeps(settings, reco
     case = training_case(Chain(settings, 3, 8), (2, 12, 14), torch.float32)
     case.x = case.x.contiguous(memory_format=torch.channels_last)
     case.require_grad()
-    problem = ChainProblem.of(case.x, 8, 3, case.chain.config)
+    problem = ChainProblem.from_tensor(case.x, 8, 3, case.chain.config)
     fused, eager = saved_bytes(problem, recompute)
     parameters = [*case.weights, *case.gammas, *case.betas]
     measured, _ = bytes_saved(lambda: case.run(recompute=recompute).out, *parameters)

@@ -198,7 +198,7 @@ def operator_arguments(name, extras=True, keep=True, packed=None):
     settings, tensors = arguments(name, extras=extras)
     for tensor in leaves(tensors):
         tensor.requires_grad_(keep)
-    return *tensors, packed, *Chain1dConfig(**settings).settings().values(), keep, "auto"
+    return *tensors, packed, *Chain1dConfig(**settings).as_kwargs().values(), keep, "auto"
 
 
 @pytest.mark.parametrize("extras", [True, False])

@@ -259,7 +259,7 @@ def test_memory_format_for_views(device, view):
 
 
 def operator_arguments(chain, x, weights, biases, backend="auto"):
-    return x, weights, biases, None, "plain", *chain.config.settings().values(), backend
+    return x, weights, biases, None, "plain", *chain.config.as_kwargs().values(), backend
 
 
 OPCHECKED = ["last", "first_added", "none", "stage_stride2", "dilated3_groups", "hardtanh", "s1"]
@@ -284,7 +284,7 @@ def test_opcheck_without_gradients_biases_and_with_a_pack(device):
     torch.library.opcheck(OPERATOR, operator_arguments(chain, x, weights, None))
     for backend in runnable_backends(device):
         pack = pack_weights(weights, backend=backend)
-        arguments = (x, pack.weights, pack.biases, pack.packed, pack.layout, *chain.config.settings().values(), backend)
+        arguments = (x, pack.weights, pack.biases, pack.packed, pack.layout, *chain.config.as_kwargs().values(), backend)
         torch.library.opcheck(OPERATOR, arguments)
 
 
@@ -294,7 +294,7 @@ def test_opcheck_of_the_backward_operator(name, needed):
     chain = CHAINS[name]
     x, weights, biases = chain.tensors((2, 5, 6), torch.float32)
     out = call(chain, x, weights, biases)
-    settings = chain.config.settings().values()
+    settings = chain.config.as_kwargs().values()
     backward = torch.ops.res2net_fused.hierarchical_conv2d_backward.default
     torch.library.opcheck(backward, (torch.randn_like(out), x, out, weights, biases, *settings, "auto", needed))
 

@@ -23,7 +23,7 @@ formats = pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMATS.keys()
 def training_backends(device, dtype=torch.float32):
     """The backends that train an ordinary chain here."""
     case = training_case(CHAINS["last"], dtype=dtype, device=device)
-    problem = ChainProblem.of(case.x, 4, 3, ChainConfig())
+    problem = ChainProblem.from_tensor(case.x, 4, 3, ChainConfig())
     found = []
     for name in BACKENDS[1:]:
         try:
@@ -304,7 +304,7 @@ def test_opcheck(name, device, recompute):
         case = training_case(CHAINS[name], device=device)
         case.x = case.x.contiguous(memory_format=layout)
         case.require_grad()
-        settings = case.chain.config.settings().values()
+        settings = case.chain.config.as_kwargs().values()
         arguments = case.x, case.weights, case.gammas, case.betas, case.eps, *settings, recompute, "auto", ""
         torch.library.opcheck(torch.ops.res2net_fused.hierarchical_conv_bn.default, arguments)
 

@@ -134,7 +134,7 @@ def block_1d():
     return accelerate(randomize(SpeechBrainChain()).double().eval(), backend="cpu"), x
 
 
-SLOW = {"2d": (block_2d, fused_forward, "fold_block"), "1d": (block_1d, fused_forward1d, "work_out")}
+SLOW = {"2d": (block_2d, fused_forward, "fold_block"), "1d": (block_1d, fused_forward1d, "resolve_weights")}
 
 
 @pytest.fixture(params=SLOW.values(), ids=SLOW.keys())
@@ -211,13 +211,13 @@ def current(monkeypatch):
 def test_kept_weights_are_waited_for_and_held_on_other_streams(current):
     block, x = block_2d()
     infer(block, x)
-    folded = weight_cache.made_here(getattr(block, STATE).kept[1], torch.device("cuda"))
+    folded = weight_cache.mark_made(getattr(block, STATE).kept[1], torch.device("cuda"))
     maker, other = current.stream, FakeStream()
     infer(block, x)
     assert current.lent == []
     # What a call has left out, a hooked projection for one, the stream's later calls may read.
     current.stream = other
-    weight_cache.use_kept(dataclasses.replace(folded, packed=None))
+    weight_cache.lend_to_current_stream(dataclasses.replace(folded, packed=None))
     for _ in range(3):  # once is enough
         infer(block, x)
         assert other.waited == [maker] and maker.waited == []
@@ -225,10 +225,10 @@ def test_kept_weights_are_waited_for_and_held_on_other_streams(current):
         kept = folded.conv1_weight, folded.conv3_bias, *folded.weights, *folded.biases, *folded.packed
         assert set(map(id, kept)) <= set(lent) and len(lent) == len(set(lent))
     current.capturing, current.stream = True, FakeStream()  # a graph cannot wait for what lies outside it
-    weight_cache.use_kept(folded)
+    weight_cache.lend_to_current_stream(folded)
     assert current.stream.waited == []
     current.capturing = False  # and a stream that a graph was captured on is still to be lent to
-    weight_cache.use_kept(folded)
+    weight_cache.lend_to_current_stream(folded)
     assert current.stream.waited == [maker]
 
 
@@ -236,7 +236,7 @@ def test_streams_without_end_are_not_remembered_without_end(current, monkeypatch
     monkeypatch.setattr(weight_cache, "_MANY_STREAMS", 4)
     block, x = block_2d()
     infer(block, x)
-    folded = weight_cache.made_here(getattr(block, STATE).kept[1], torch.device("cuda"))
+    folded = weight_cache.mark_made(getattr(block, STATE).kept[1], torch.device("cuda"))
     for _ in range(20):
         current.stream = FakeStream()
         for _ in range(2):

@@ -70,7 +70,7 @@ def in_float64(chain, x, shortcut, folded, relu=True):
 
 
 def problem_of(chain, x):
-    return ChainProblem.of(x, chain.width, chain.steps, chain.config)
+    return ChainProblem.from_tensor(x, chain.width, chain.steps, chain.config)
 
 
 def check(chain, shape, dtype=torch.float32, arithmetics=("auto",), shortcut=True, relu=True, packed=True, **sizes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..base import Backend
-from . import backward, batch_norm, block, chain
+from . import backward, batch_norm, block, chain, chain1d
 from .convolution import WinogradConvolver
 
 
@@ -19,6 +19,9 @@ class CpuBackend(WinogradConvolver, Backend):
     forward = staticmethod(chain.forward)
     pack_block = staticmethod(block.pack_block)
     block_forward = staticmethod(block.block_forward)
+    why_not_1d = staticmethod(chain1d.why_not_1d)
+    plan_1d = staticmethod(chain1d.plan_1d)
+    forward_1d = staticmethod(chain1d.forward_1d)
     runs_chain_backward = staticmethod(backward.runs_chain_backward)
     chain_backward = staticmethod(backward.chain_backward)
     why_not_training = staticmethod(chain.why_not)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...chain.backward import convolution_backward, feeds_a_convolution, pool_backward
+from ...chain.backward import convolution_backward, pass_back
 from ...chain.config import ACTIVATIONS, ChainConfig
 from ...chain.memory_format import memory_format
 from ...chain.problem import ChainProblem
@@ -50,24 +50,13 @@ def chain_backward(
         if found:
             grad_x, *rest = found
             if needed[0]:
-                pass_back(problem, grad_x, grad, x)
+                pass_back(problem.config, *(t.split(problem.width, 1) for t in (grad_x, grad, x)))
             return grad_x if needed[0] else None, rest[: problem.steps], rest[problem.steps :]
 
     def activation_backward(k: int, dy: DownstreamGradient, y: Tensor, u: Tensor) -> Tensor:
         return operators.cpu_activation_backward.default(*dy, y, activation_code(problem.config), isa)
 
     return walk_back(problem, grad, x, out, weights, activation_backward, False, needed)
-
-
-def pass_back(problem: ChainProblem, grad_x: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Writes the gradient of the group that passes the chain by; those of the others are in grad_x."""
-    config, passed = problem.config, problem.config.passed_group(problem.scale)
-    if passed is None:
-        return
-    slots, grads, groups = (t.split(problem.width, 1) for t in (grad_x, grad, x))
-    added = passed + 1 < problem.scale and config.adds(passed + 1)
-    dy = grads[passed] + slots[passed + 1] if added else grads[passed]
-    slots[passed].copy_(pool_backward(dy, groups[passed], config))
 
 
 # dout_i, du_{i+1} or None, and where in the gradient of x the latter is to be copied, or None.
@@ -90,26 +79,20 @@ def walk_back(
     """
     isa = instruction_set()
     need_x, need_weights, need_biases = needed
-    config, scale = problem.config, problem.scale
+    config = problem.config
     grad, x, out = (channels_last(t) for t in (grad, x, out))
     groups, outputs, grads = (t.split(problem.width, 1) for t in (x, out, grad))
     grad_x = torch.empty_like(x) if need_x else None
-    slots: Any = [None] * scale if grad_x is None else grad_x.split(problem.width, 1)
+    slots: Any = [None] * problem.scale if grad_x is None else grad_x.split(problem.width, 1)
     grad_weights: list[Tensor] = [grad] * problem.steps
     grad_biases: list[Tensor] = [grad] * problem.steps
     du: Tensor | None = None  # of group i+1, where that added y_i
-    for i in reversed(range(scale)):
-        if i == config.passed_group(scale):
-            if need_x and du is not None:
-                slots[i + 1].copy_(du)
-            du = None
-            continue
-        k = i - config.first_convolved
+    for k, i, adds, chained, _ in reversed(config.convolutions(problem.steps)):
         u = groups[i]
-        if config.adds(i) and (need_weights or needs_sums):
+        if adds and (need_weights or needs_sums):
             u = operators.cpu_sum.default(u, outputs[i - 1], isa)
         dz = output_backward(k, (grads[i], du, slots[i + 1] if du is not None else None), outputs[i], u)
-        need_u = need_x or feeds_a_convolution(config, i)
+        need_u = need_x or chained
         du = None
         if not need_u and not need_weights and not need_biases:
             continue
@@ -117,12 +100,12 @@ def walk_back(
             CONVOLVER, dz, u, weights[k], config, (need_u, need_weights, need_biases)
         )
         du = channels_last(du) if need_u else None
-        if need_x and not config.adds(i):
-            slots[i].copy_(du)
-        if not config.adds(i):
+        if not chained:
+            if need_x:
+                slots[i].copy_(du)
             du = None
     if grad_x is not None:
-        pass_back(problem, grad_x, grad, x)
+        pass_back(config, slots, grads, groups)
     return grad_x, grad_weights, grad_biases
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...chain.batch_norm import Statistics, convolve
 from ...chain.convolver import Convolver
 from ...chain.problem import ChainProblem
-from ...chain.reference import pool_passthrough
+from ...chain.reference import pass_through
 from .backward import DownstreamGradient, activation_code, channels_last, walk_back
 from .settings import instruction_set, operators
 
@@ -49,21 +49,17 @@ def train_forward(
         (problem.batch, x.shape[1], problem.output_height, problem.output_width), memory_format=torch.channels_last
     )
     groups, outputs = x.split(problem.width, 1), out.split(problem.width, 1)
+    pass_through(groups, outputs, config)
     statistics, kept, following = [], [], None
-    for i, (x_i, slot) in enumerate(zip(groups, outputs, strict=True)):
-        if i == config.passed_group(problem.scale):
-            slot.copy_(pool_passthrough(x_i, config))
-            continue
-        k = i - config.first_convolved
+    for k, i, added, _, adds in config.convolutions(problem.steps):
         if following is None:
-            following = operators.cpu_sum.default(x_i, outputs[i - 1], isa) if config.adds(i) else x_i
+            following = operators.cpu_sum.default(groups[i], outputs[i - 1], isa) if added else groups[i]
         z = channels_last(convolve(convolver, following, weights[k], config))
         statistics.append(operators.cpu_norm_statistics.default(z, eps[k], isa))
         mean, invstd, _ = statistics[-1]
-        adds = k + 1 < problem.steps and config.adds(i + 1)
         following = torch.empty_like(z) if adds else None
         operators.cpu_norm_forward.default(
-            z, mean, gammas[k].float() * invstd, betas[k].float().contiguous(), activation_code(config), slot,
+            z, mean, gammas[k].float() * invstd, betas[k].float().contiguous(), activation_code(config), outputs[i],
             groups[i + 1] if adds else None, following, isa,
         )  # fmt: skip
         if keep:
@@ -85,7 +81,7 @@ def train_backward(
     needed: Sequence[bool],
     group: str = "",
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]] | None:
-    """As `chain.batch_norm.train_backward`, not flattened, the gradient of x channels-last; None as for `train_forward`."""
+    """As `chain.batch_norm.train_backward`, the gradient of x channels-last; None as for `train_forward`."""
     if group or not covers(problem):
         return None
     isa = instruction_set()

@@ -15,9 +15,14 @@ from .convolution import chain_from_weights, convolves_faster, winograd_covers, 
 from .settings import ARITHMETICS, arithmetic, instruction_set, operators, settings
 
 
+def why_not_device(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"x is on {device}; this backend runs on cpu tensors"
+
+
 def why_not(problem: ChainProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"x is on {problem.device}; this backend runs on cpu tensors"
+    other_device = why_not_device(problem.device)
+    if other_device is not None:
+        return other_device
     status = library.cpu_library()
     if not status.loaded:
         return status.reason

@@ -1,4 +1,4 @@
-"""The 1-D chain arranged for CPUs: products of padded rows, or convolutions written into their places."""
+"""The 1-D chain arranged for CPUs: products of padded rows, or convolutions of rows that are padded where they are summed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...chain.block_weights import Chain1dWeights
 from ...chain.problem import Chain1dProblem
-from ...chain.reference import bias_of, padded_1d
+from ...chain.reference import bias_of
 from .. import policy
+from ..reference import Convolutions, run_steps_1d
+from .chain import why_not_device
+
+
+def why_not_1d(problem: Chain1dProblem) -> str | None:
+    return why_not_device(problem.device)
+
+
+def plan_1d(problem: Chain1dProblem) -> str:
+    return "one product for each tap" if multiplies(problem) else "convolutions of padded rows, written into their places"
 
 
 def multiplies(problem: Chain1dProblem) -> bool:
@@ -22,43 +33,49 @@ def pack_1d(weights: Sequence[Tensor]) -> list[Tensor]:
     return [tap.contiguous() for weight in weights for tap in weight.detach().permute(2, 1, 0)]
 
 
-class Convolutions:
-    """relu of a convolution by PyTorch's operator; `in_place`: of rows that are padded where they are summed."""
+def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    if multiplies(problem):
+        convolve: Convolutions = Products(problem, weights)
+    elif problem.config.padding_mode == "reflect":
+        convolve = ReflectedConvolutions(problem, weights)
+    else:
+        convolve = Convolutions(problem, weights)
+    return run_steps_1d(problem, x, convolve, weights, keep)
 
-    def __init__(self, problem: Chain1dProblem, weights, biases, in_place: bool) -> None:
-        self.problem, self.weights, self.biases = problem, weights, biases
-        self.rows = None
-        if in_place and problem.config.padding_mode == "reflect":
-            self.rows = _PaddedRows(problem, weights[0], last=True)
+
+class ReflectedConvolutions(Convolutions):
+    """PyTorch's convolutions of rows that are reflected where they are summed."""
+
+    def __init__(self, problem: Chain1dProblem, chain: Chain1dWeights) -> None:
+        super().__init__(problem, chain)
+        self.rows = _PaddedRows(problem, chain.weights[0], last=True)
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
-        problem, dilation = self.problem, self.problem.config.dilation
-        weight, bias = self.weights[k], bias_of(self.biases, k, x)
-        if self.rows is not None:
-            return F.conv1d(self.rows.fill(x, previous), weight, bias, dilation=dilation).relu_()
-        u = x if previous is None else x + previous
-        if problem.config.padding_mode == "zeros":
-            return F.conv1d(u, weight, bias, padding=problem.padding, dilation=dilation).relu_()
-        return F.conv1d(padded_1d(u, weight, problem.config), weight, bias, dilation=dilation).relu_()
+        bias, dilation = bias_of(self.biases, k, x), self.problem.config.dilation
+        return F.conv1d(self.rows.fill(x, previous), self.weights[k], bias, dilation=dilation).relu_()
 
 
-class Products:
-    """relu of a convolution as the sum of one product for each tap, over the padded rows of all images at once."""
+class Products(Convolutions):
+    """A convolution as the sum of one product for each tap, over the padded rows of all images at once."""
 
-    def __init__(self, problem: Chain1dProblem, packed: Sequence[Tensor], biases) -> None:
-        self.packed, self.biases, self.taps = packed, biases, problem.kernel_size
-        self.rows = _PaddedRows(problem, packed[0], last=False)
+    reuses = True
+
+    def __init__(self, problem: Chain1dProblem, chain: Chain1dWeights) -> None:
+        super().__init__(problem, chain)
+        self.packed = chain.packed or pack_1d(chain.weights)
+        self.rows = _PaddedRows(problem, self.packed[0], last=False)
         rows = self.rows.padded.flatten(0, 1)  # (N * (L + 2p), w)
         count = rows.shape[0] - 2 * problem.padding  # those between images are computed too, and never read
         dilation = problem.config.dilation
-        self.shifted = [rows[tap * dilation : tap * dilation + count] for tap in range(self.taps)]
+        self.shifted = [rows[tap * dilation : tap * dilation + count] for tap in range(problem.kernel_size)]
         result = torch.empty_like(self.rows.padded)  # (N, L + 2p, w)
         self.z = result.flatten(0, 1)[:count]
         self.rectified = result[:, : problem.length].transpose(1, 2)  # (N, w, L)
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         self.rows.fill(x, previous)
-        first, *others = self.packed[k * self.taps : (k + 1) * self.taps]
+        taps = self.problem.kernel_size
+        first, *others = self.packed[k * taps : (k + 1) * taps]
         bias = bias_of(self.biases, k, x)
         if bias is None:
             torch.mm(self.shifted[0], first, out=self.z)

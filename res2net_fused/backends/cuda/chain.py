@@ -100,7 +100,7 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
     settings = [
         problem.width, problem.steps, c.stride, c.dilation, int(c.hierarchical), c.first_convolved,
         -1 if passed is None else passed, POOLS[c.pool], x.pixel, x.slot, out.pixel, out.slot, fill,
-        int(c.passthrough == "first_added"),
+        int(c.adds_passed),
     ]  # fmt: skip
     launch = plan_chain(problem, device_limits(x.data.device))
     torch.ops.res2net_fused_native.cuda_chain(x.data, *packed, out.data, list(launch[:12]), settings, *CLAMPS[c.activation])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..base import Backend
-from . import block, chain, training
+from . import block, chain, chain1d, training
 
 
 class TritonBackend(Backend):
@@ -18,6 +18,9 @@ class TritonBackend(Backend):
     forward = staticmethod(chain.forward)
     pack_block = staticmethod(block.pack_block)
     block_forward = staticmethod(block.block_forward)
+    why_not_1d = staticmethod(chain1d.why_not_1d)
+    plan_1d = staticmethod(chain1d.plan_1d)
+    forward_1d = staticmethod(chain1d.forward_1d)
     runs_chain_backward = staticmethod(training.runs_chain_backward)
     chain_backward = staticmethod(training.chain_backward)
     why_not_training = staticmethod(chain.why_not_training)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...chain.backward import feeds_a_convolution, pool_backward
+from ...chain.backward import pass_back
 from ...chain.problem import ChainProblem
 from ...chain.sync_batch_norm import combine_sums
 from .kernels.bn_bwd import norm_gradient_call
@@ -88,21 +88,12 @@ class ChainGradients:
             packed = pack_weights(turned(self.kernels, config.groups), config.groups, self.plan.lanes)
             packed = for_precision(packed, self.plan.precision)
         behind: dict[str, Tensor] | None = None  # what gradient_step of group i+1 has left of group i
-        added = False  # whether group i+1 added y_i
-        for i in reversed(range(problem.scale)):
-            if i == config.passed_group(problem.scale):
-                if self.x is not None:
-                    slots = self.x.split(problem.width, 1)
-                    dy = self.grads[i] + slots[i + 1] if added else self.grads[i]
-                    slots[i].copy_(pool_backward(dy, self.groups[i], config))
-                continue
-            k, added = i - config.first_convolved, config.adds(i)
+        for k, i, added, feeds, _ in reversed(config.convolutions(problem.steps)):
             if behind is None:
                 behind = self._room(k, PASS_BLOCK_M)
                 yield mask_gradient_call(problem, self.plan, i, self.slots, behind, norms is not None, self.need_sums)
             if self.need_sums:
                 yield from sum_calls(behind["tile_sums"], self.sums[k].view(-1))
-            feeds = feeds_a_convolution(config, i)
             need_du = self.need_x or feeds
             dz = behind["target"]
             if norms is not None and (need_du or self.need_weights):
@@ -124,7 +115,9 @@ class ChainGradients:
                     self.need_x, feeds, norms is not None, self.need_sums,
                 )  # fmt: skip
             if self.need_weights or (need_du and config.stride > 1):
-                self._weight_gradient(i, k, dz, self._form_u(i) if u is None else u)
+                self._weight_gradient(i, k, dz, self._form_u(k) if u is None else u)
+        if self.x is not None:
+            pass_back(config, self.x.split(problem.width, 1), self.grads, self.groups)
 
     def _room(self, k: int, block_m: int) -> dict[str, Tensor]:
         """What an epilogue reads and writes for convolution k; convolved again, also u_k."""
@@ -140,18 +133,19 @@ class ChainGradients:
             if norms.z:
                 room["z"] = norms.z[k]
             else:
-                room["own_u"] = self._form_u(k + problem.config.first_convolved)
+                room["own_u"] = self._form_u(k)
                 u = _image(room["own_u"], problem.batch, problem.height, problem.width_pixels)
                 room["z"] = norms.convolve(k, _real_channels(u, problem.config.groups, problem.width))
         return room
 
-    def _form_u(self, i: int) -> Tensor:
-        """u_i in scratch's layout, (N*H*W, groups*lanes); nobody looks at what its padding leads to."""
+    def _form_u(self, k: int) -> Tensor:
+        """u of convolution k in scratch's layout, (N*H*W, groups*lanes); nobody looks at what its padding leads to."""
         problem, groups = self.problem, self.problem.config.groups
         channels = problem.width // groups
+        _, i, adds, *_ = problem.config.convolutions(problem.steps)[k]
         x = self.groups[i].permute(0, 2, 3, 1).unflatten(3, (groups, channels))  # (N, H, W, groups, w/groups)
         u = x.new_empty((*x.shape[:4], self.lanes))
-        if problem.config.adds(i):
+        if adds:
             y = self.outputs[i - 1].permute(0, 2, 3, 1).unflatten(3, (groups, channels))
             torch.add(x, y, out=u[..., :channels])
         else:

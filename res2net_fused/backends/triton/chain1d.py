@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...chain.block_weights import Chain1dWeights
 from ...chain.problem import Chain1dProblem
+from ...chain.reference import pass_through
 from .availability import precision_of, why_not_device
 from .step_plan import padded_lanes
 from .tf32 import for_precision
@@ -38,16 +40,7 @@ def plan_1d(problem: Chain1dProblem) -> str:
     return f"one launch for each of {problem.steps} convolutions, tiles of {tile}"
 
 
-def forward_1d(
-    problem: Chain1dProblem,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    affine_scale: Sequence[Tensor] | None,
-    affine_shift: Sequence[Tensor] | None,
-    keep: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """As `chain1d.forward_1d`."""
+def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
     from .kernels.conv1d_fwd import chain_calls_1d, pack_weights_1d
 
     if x.stride(2) != 1:
@@ -55,25 +48,23 @@ def forward_1d(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape = problem.batch, problem.width, problem.length
     rectified = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(problem.steps if keep else 0)]
-    passed = problem.config.chain.passed_group(problem.scale)
-    if passed is not None:
-        place = slice(passed * problem.width, (passed + 1) * problem.width)
-        out[:, place] = x[:, place]
+    pass_through(x.split(problem.width, 1), out.split(problem.width, 1), problem.config.chain)
     if out.numel() == 0:
         return out, rectified
-    if biases is None:
+    if weights.biases is None:
         bias = torch.zeros(problem.steps, problem.width, dtype=torch.float32, device=x.device)
     else:
-        bias = _stacked(biases)
-    affine = None if affine_scale is None or affine_shift is None else (_stacked(affine_scale), _stacked(affine_shift))
+        bias = _stacked(weights.biases)
+    scale, shift = weights.scale, weights.shift
+    affine = None if scale is None or shift is None else (_stacked(scale), _stacked(shift))
     precision = precision_of(problem)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        packed = for_precision(pack_weights_1d(weights), precision)
-        for call in chain_calls_1d(problem, x, out, packed, bias, affine, rectified, precision):
+        factors = for_precision(pack_weights_1d(weights.weights), precision)
+        for call in chain_calls_1d(problem, x, out, factors, bias, affine, rectified, precision):
             call.run()
     return out, rectified
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """(steps, w) in fp32."""
+    """One tensor (steps, w) in fp32."""
     return torch.stack([value.detach().float() for value in values])

@@ -146,15 +146,14 @@ def why_not_size(problem: ChainProblem) -> str | None:
 
 def _independent(problem: ChainProblem) -> bool:
     """Whether no convolution reads another's output."""
-    config = problem.config
-    return not any(config.adds(config.first_convolved + i) for i in range(problem.steps))
+    return not any(step.adds for step in problem.config.convolutions(problem.steps))
 
 
 def _launches(problem: ChainProblem, pixels: int, slot_bytes: int, passes: bool) -> tuple[Launch, ...]:
     config, steps = problem.config, problem.steps
     if _independent(problem):
         return (Launch(0, steps, reads_u=False, forms_next=False, passes=passes),)
-    prepare = config.adds(config.first_convolved) or (pixels >= ALIGN_FIRST_PIXELS and slot_bytes % 8 != 0)
+    prepare = config.adds_passed or (pixels >= ALIGN_FIRST_PIXELS and slot_bytes % 8 != 0)
     launches = [Launch(0, 0, reads_u=False, forms_next=True, passes=passes)] if prepare else []
     for i in range(steps):
         last = i == steps - 1

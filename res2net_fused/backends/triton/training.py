@@ -11,7 +11,7 @@ from torch import Tensor
 from ...chain.batch_norm import Gradients, Statistics, convolve
 from ...chain.convolver import Convolver
 from ...chain.problem import ChainProblem
-from ...chain.reference import pool_passthrough
+from ...chain.reference import pass_through
 from .availability import capability, plan_training_for
 from .step_plan import most_pixels, padded_lanes
 from .tf32 import for_precision
@@ -62,9 +62,8 @@ def train_forward(
     with _device_of(x):
         plan = plan_training_for(problem, capability(problem.device))
         packed = for_precision(packed, plan.precision)
-        passed = config.passed_group(problem.scale)
-        if passed is not None and plan.launches[0].steps > 0:
-            out.split(width, 1)[passed].copy_(pool_passthrough(x.split(width, 1)[passed], config))
+        if plan.launches[0].steps > 0:
+            pass_through(x.split(width, 1), out.split(width, 1), config)
         slots = Slots(x, width, width), Slots(out, width, width)
         for call in train_calls(problem, plan, *slots, z, statistics, packed, gammas, betas, eps, group):
             call.run()
@@ -85,7 +84,7 @@ def train_backward(
     needed: Sequence[bool],
     group: str = "",
 ) -> Gradients:
-    """As `chain.batch_norm.train_backward`, not flattened, the gradient of x channels-last."""
+    """As `chain.batch_norm.train_backward`, the gradient of x channels-last."""
     from .backward import BatchNorms
 
     def convolve_again(k: int, u: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def operands(chain, shape, seed=0):
     batch, _, height, columns = shape
     x, weights, biases = chain.tensors((batch, height, columns), torch.float32, seed=seed)
     x = x.contiguous(memory_format=LAST)
-    problem = ChainProblem.of(x, chain.width, chain.steps, chain.config)
+    problem = ChainProblem.from_tensor(x, chain.width, chain.steps, chain.config)
     out = cpu_backend.chain.forward(problem, x, weights, biases, None)
     return problem, x, weights, biases, out, torch.randn_like(out)
 
@@ -157,7 +157,7 @@ def test_a_total_of_its_own_only_for_a_part_with_tiles_enough():
 
 def test_biases_that_do_not_fit_are_refused():
     x, weights = torch.zeros(1, 12, 9, 14), [torch.zeros(12, 12, 3, 3)]
-    settings = cpu_backend.settings.settings(ChainProblem.of(x, 12, 1, ChainConfig(passthrough="none")))
+    settings = cpu_backend.settings.settings(ChainProblem.from_tensor(x, 12, 1, ChainConfig(passthrough="none")))
     with pytest.raises(RuntimeError, match="one bias for each of 1 convolutions"):
         torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
             x, weights, [torch.zeros(12)] * 40, False, settings, False, cpu_backend.settings.instruction_set()
@@ -215,11 +215,11 @@ def test_repeatable_for_a_number_of_threads(threads, shape):
 def test_auto_takes_it_and_leaves_it():
     def chosen(**changes):
         x = torch.empty(2, 48, 9, 14, **changes).contiguous(memory_format=changes.pop("memory_format", LAST))
-        return backend_of_gradients(ChainProblem.of(x, 12, 3, ChainConfig()))
+        return backend_of_gradients(ChainProblem.from_tensor(x, 12, 3, ChainConfig()))
 
     assert chosen() is cpu_backend.BACKEND and chosen(dtype=torch.float64) is None and chosen(dtype=torch.bfloat16) is None
     large = torch.empty(2, 48, 28, 28)  # NCHW
-    assert backend_of_gradients(ChainProblem.of(large, 12, 3, ChainConfig())) is None
+    assert backend_of_gradients(ChainProblem.from_tensor(large, 12, 3, ChainConfig())) is None
 
 
 def test_a_strided_chain_goes_group_by_group():
@@ -241,7 +241,7 @@ def test_plain_weights_of_either_memory_format(shape, memory_format, isa):
     chain = Chain({"passthrough": "first"}, steps=2, width=shape[1])
     x, weights, biases = chain.tensors((shape[0], *shape[2:]), torch.float32)
     weights = [w.contiguous(memory_format=memory_format) for w in weights]
-    problem = ChainProblem.of(x, chain.width, chain.steps, chain.config)
+    problem = ChainProblem.from_tensor(x, chain.width, chain.steps, chain.config)
     found = torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
         x, weights, biases, False, cpu_backend.settings.settings(problem), False, cpu_backend.settings.instruction_set()
     )
@@ -255,7 +255,7 @@ def test_input_gradient_by_turned_weights(shape, memory_format, isa, threads):
     batch, width, height, columns = shape
     dz = torch.randn(batch, width, height, columns).contiguous(memory_format=LAST)
     weight = torch.randn(width, width, 3, 3).contiguous(memory_format=memory_format)
-    problem = ChainProblem.of_one_convolution(dz, weight, ChainConfig())
+    problem = ChainProblem.for_convolution(dz, weight, ChainConfig())
     found = cpu_backend.BACKEND.input_gradient(problem, dz, weight)
     assert_close(found, torch.nn.grad.conv2d_input(dz.shape, weight.double(), dz.double(), padding=1))
 
@@ -264,7 +264,7 @@ def test_a_chain_that_is_not_finite_is_convolved_directly():
     chain = Chain(steps=2, width=16)
     x, weights, biases = chain.tensors((2, 9, 14), torch.float32)
     x[1, 3, 4, 4] = 3e37
-    settings = cpu_backend.settings.settings(ChainProblem.of(x, 16, 2, chain.config))
+    settings = cpu_backend.settings.settings(ChainProblem.from_tensor(x, 16, 2, chain.config))
     isa = cpu_backend.settings.instruction_set()
     assert torch.ops.res2net_fused_native.cpu_chain_from_weights.default(x, weights, biases, False, settings, False, isa) == []
     doubles = [[t.double() for t in tensors] for tensors in (weights, biases)]

@@ -93,7 +93,7 @@ def test_what_winograd_would_spoil_is_left_to_aten(value):
     u[1, 5, 4, 4] = value
     dz *= 1e-3
     weight = torch.randn(16, 16, 3, 3)
-    problem = ChainProblem.of_one_convolution(dz, weight, ChainConfig())
+    problem = ChainProblem.for_convolution(dz, weight, ChainConfig())
     assert cpu_backend.BACKEND.weight_gradient(problem, dz, u, torch.channels_last) == (None, None)
     _, *found = convolution_backward(cpu_backend.BACKEND, dz, u, weight, ChainConfig(), (True, True, True))
     for got, expected in zip(found, gradients(dz, u), strict=True):

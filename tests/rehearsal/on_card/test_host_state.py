@@ -54,7 +54,7 @@ def change(block, factor=1.5):
 def folds(monkeypatch):
     """How often a block was folded or a chain's affine maps were worked out: `len(folds)`."""
     calls = []
-    for module, name in ((fused_forward, "fold_block"), (fused_forward1d, "work_out")):
+    for module, name in ((fused_forward, "fold_block"), (fused_forward1d, "resolve_weights")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, own=own: (calls.append(1), own(*args))[1])
     return calls
@@ -222,13 +222,13 @@ def block_call():
     infer(block, x)
     f = getattr(block, STATE).kept[1]
     tensors = [getattr(f, field.name) for field in dataclasses.fields(f)][:9]
-    return x, x, *tensors, f.packed, f.layout, True, *block.chain_config.settings().values(), "auto"
+    return x, x, *tensors, f.packed, f.layout, True, *block.chain_config.as_kwargs().values(), "auto"
 
 
 def chain_call():
     x, weights, biases = Chain().tensors((2, 7, 9), torch.float32, "cuda")
     pack = pack_weights(weights, biases, backend="triton")
-    return x, weights, biases, pack.packed, pack.layout, *ChainConfig().settings().values(), "auto"
+    return x, weights, biases, pack.packed, pack.layout, *ChainConfig().as_kwargs().values(), "auto"
 
 
 def chain_backward_call():
@@ -240,7 +240,7 @@ def row_call():
     block, x = make("1d")
     infer(block, x)
     chain, config = getattr(block, STATE).kept[1], getattr(block, STATE).config
-    return x, chain.weights, chain.biases, chain.scale, chain.shift, chain.weights, *config.settings().values(), False, "auto"
+    return x, chain.weights, chain.biases, chain.scale, chain.shift, chain.weights, *config.as_kwargs().values(), False, "auto"
 
 
 def row_backward_call():

@@ -116,7 +116,7 @@ class ChainCase:
         assert found[0].is_contiguous(memory_format=memory_format(x)), where
 
         # PyTorch's backward takes memory for all of a stride.
-        near = Chain(chain.config.within(max(self.shape[1:])).settings(), self.steps, self.width)
+        near = Chain(chain.config.clamped_to(max(self.shape[1:])).as_kwargs(), self.steps, self.width)
 
         def exact(noise: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
             offsets = [noise(b) for b in biases or torch.zeros(self.steps, self.width)]
@@ -147,7 +147,7 @@ class RowsCase:
     @property
     def near(self) -> Chain1dConfig:
         """PyTorch pads for all of a dilation."""
-        return Chain1dConfig(**self.settings).within(self.shape[1])
+        return Chain1dConfig(**self.settings).clamped_to(self.shape[1])
 
     def tensors(self) -> list[object]:
         """x, weights, biases, affine_scale, affine_shift."""
@@ -268,7 +268,7 @@ class BlockCase:
 
         truth = Truth(exact, dtype)
         with hostile_memory(self.threads):
-            chain = Chain(block.chain_config.settings(), len(block.convs), block.width)
+            chain = Chain(block.chain_config.as_kwargs(), len(block.convs), block.width)
             for backend, where in each_path(backends):
                 if backend != "auto" and why_not(backend, chain, x) is not None:
                     continue

@@ -152,7 +152,7 @@ def run(operator: str, arguments: dict[str, object]) -> tuple[Tensor, Callable[[
     def exact() -> Tensor:
         x, *others = [t.double() if isinstance(t, Tensor) else t and [v.double() for v in t] for t in lists]
         if operator == "conv1d":
-            return reference.hierarchical_conv1d(x, *others, Chain1dConfig(**rest).within(x.shape[2]))
+            return reference.hierarchical_conv1d(x, *others, Chain1dConfig(**rest).clamped_to(x.shape[2]))
         return reference.hierarchical_conv2d(x, *others, ChainConfig(**rest))
 
     if operator == "conv1d":

@@ -204,17 +204,13 @@ def _train_backward(
 
     reference, eps = get_backend("reference"), [1e-5] * problem.steps  # which the saved statistics hold already
     arguments = grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group
-    _copy_needed(result, batch_norm._train_backward(reference, problem, *arguments), needed)
+    _copy_needed(result, batch_norm.train_backward(reference, problem, *arguments), needed)
 
 
 def _chain_backward(result: Any, problem: Any, grad: Any, x: Any, out: Any, weights: Any, needed: Any) -> None:
     from res2net_fused.chain import backward
-    from res2net_fused.chain.convolver import ATEN
 
-    def output_backward(k: int, dy: Any, y: Any, u: Any) -> Any:
-        return backward.activation_backward(dy, y, problem.config.activation)
-
-    _copy_needed(result, backward.walk_back(ATEN, grad, x, out, weights, problem.config, output_backward, needed), needed)
+    _copy_needed(result, backward.chain_backward(grad, x, out, weights, problem.config, needed), needed)
 
 
 def _copy_needed(result: Any, other: Any, needed: Any) -> None:

@@ -30,7 +30,7 @@ def emulated_launch(problem: ChainProblem, x, out, packed, fill) -> None:
     """`cuda_chain.launch_chain` on the CPU, by the emulator."""
     case = harness.Case(
         problem.width, problem.scale, problem.batch, problem.height, problem.width_pixels, problem.dtype,
-        problem.config.settings(), clusters=True,
+        problem.config.as_kwargs(), clusters=True,
     )  # fmt: skip
     findings, *_ = harness.launch(case, harness.plan_of(case), x, out, packed, fill, seed=1)
     assert findings == {}

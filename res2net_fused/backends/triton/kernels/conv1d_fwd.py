@@ -121,19 +121,17 @@ def chain_calls_1d(
     precision: str,
 ) -> Iterator[KernelCall]:
     """Every launch of the chain but for the group that passes through, in order."""
-    chain, width, steps = problem.config.chain, problem.width, problem.steps
+    width, convolutions = problem.width, problem.config.chain.convolutions(problem.steps)
     tile = tile_1d(problem)
     programs = problem.batch * triton.cdiv(problem.length, tile["BLOCK_L"]) * triton.cdiv(width, tile["BLOCK_C"])
     shape = problem.batch, width, problem.length
-    sums = sum(chain.adds(chain.first_convolved + k) for k in range(steps))
+    sums = sum(step.adds for step in convolutions)
     scratch = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(min(2, sums))]
     first = None
-    if chain.adds(chain.first_convolved):  # the group that passes is added to the first one convolved
+    if problem.config.chain.adds_passed:  # the group that passes is added to the first one convolved
         first = scratch[-1].copy_(x[:, :width]).add_(x[:, width : 2 * width])
-    for k in range(steps):
-        group = chain.first_convolved + k
-        source = first if k == 0 else scratch[(k - 1) % 2] if chain.adds(group) else None
-        forms_next = k + 1 < steps and chain.adds(group + 1)
+    for k, group, _, chained, forms_next in convolutions:
+        source = scratch[(k - 1) % 2] if chained else first
         arguments = {
             "source": x if source is None else source, "x": x, "out": out,
             # Where nothing is kept, formed or mapped, another tensor stands in for a pointer that is never followed.

@@ -142,8 +142,7 @@ def train_calls(
     if plan.launches[0].steps == 0:
         u = scratch
         yield step_call(problem, plan, plan.launches[0], x, out, None, u, None, None)
-    for k in range(problem.steps):
-        slot = config.first_convolved + k
+    for k, slot, _, _, forms_next in config.convolutions(problem.steps):
         source = source_arguments(problem, plan, x, u, slot)
         del source["source_slot_step"]
         arguments = {
@@ -157,7 +156,6 @@ def train_calls(
         if group:
             _synchronise(statistics[:, k], gammas[k], pixels, eps[k], group)
         own = dict(zip(STATISTICS, statistics[:, k], strict=True))
-        forms_next = k + 1 < problem.steps and config.adds(slot + 1)
         u = scratch if forms_next else None
         arguments = {
             "z": z[k], "mean": own["mean"], "scale": own["scale"], "beta": betas[k], "x": x.data, "out": out.data,

@@ -244,7 +244,7 @@ def step_call(
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     programs = plan.programs(problem, launch, images)
     if launch.steps == 0:
-        arguments |= {"x_slot": x.offset(slot), "ADDS": config.adds(slot)}
+        arguments |= {"x_slot": x.offset(slot), "ADDS": config.adds_passed}
         return KernelCall(prepare_first_u, programs, arguments, options)
     assert weights is not None and bias is not None
     arguments |= {

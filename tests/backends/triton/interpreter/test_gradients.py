@@ -235,7 +235,7 @@ def test_statistics_of_processes_that_differ(monkeypatch):
 def test_opcheck(name):
     """Schemas and fakes hold for these kernels too; and no two results share memory."""
     case = training_case(CHAINS[name], (2, 5, 6), torch.float32).require_grad()
-    settings = case.chain.config.settings().values()
+    settings = case.chain.config.as_kwargs().values()
     out, *rest = torch.ops.res2net_fused.hierarchical_conv_bn.default(
         *(arguments := (case.x, case.weights, case.gammas, case.betas, case.eps, *settings, False, "triton", ""))
     )
