@@ -167,12 +167,12 @@ def shared_bytes(case: Case, plan: launch_plan.Plan) -> int:
 
 
 def _problem_numbers(case: Case) -> ctypes.Array:
-    """As csrc/cuda/plan/launch_plan.h lists them."""
     c = case.config
-    return (ctypes.c_int64 * 10)(
+    request = launch_plan.PlanRequest(
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
         c.passthrough != "none", launch_plan.TYPES[case.dtype],
     )  # fmt: skip
+    return (ctypes.c_int64 * len(request))(*request)
 
 
 def make_tensors(case: Case, integers: bool, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:

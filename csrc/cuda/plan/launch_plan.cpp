@@ -1,7 +1,6 @@
 #include "cuda/plan/launch_plan.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "cuda/plan/time_model.h"
 
@@ -223,27 +222,16 @@ double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimit
   return 1e6 * (rates.launch + problem.steps * (latency + step) + (problem.steps - 1) * 1.0e-6 + pass);
 }
 
-std::vector<int64_t> plan_as_numbers(const int64_t* numbers, const int64_t* device, char* text, int size, bool clusters) {
-  ChainProblem problem;
-  problem.images = numbers[0];
-  const auto narrow = [](int64_t value) { return int(std::min<int64_t>(value, 1 << 30)); };  // refused either way
-  problem.height = narrow(numbers[1]), problem.width = narrow(numbers[2]);
-  problem.channels = narrow(numbers[3]), problem.steps = narrow(numbers[4]);
-  problem.stride = narrow(numbers[5]), problem.dilation = narrow(numbers[6]), problem.adds = numbers[7] != 0;
-  const bool passes = numbers[8] != 0;
-  problem.type = DataType(numbers[9]);
-  const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
-                            int(device[4]), int(device[5]), int(device[6]), int(device[7]), int(device[8])};
-  std::string reason;
-  const LaunchPlan plan = plan_launch(problem, passes, limits, reason, clusters);
-  std::snprintf(text, size, "%s", reason.c_str());
+std::vector<int64_t> plan_as_numbers(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
+                                     bool clusters) {
+  const LaunchPlan plan = plan_launch(problem, passes, device, reason, clusters);
   if (!reason.empty()) return {};
   const ChainTile& t = plan.tile;
   return {plan.instance, t.rows, t.columns, t.images, t.whole, t.warps_m, t.warps_n, t.slices, t.stages,
           t.row_parts, t.channel_parts, t.warps_k, plan.ctas, plan.threads, plan.shared_bytes,
           plan.ctas_per_multiprocessor, plan.packed_columns, plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops,
-          int64_t(1000 * plan.microseconds), int64_t(1000 * predict_steps(problem, passes, limits)),
-          capability_of(limits.major, limits.minor), rates_of(limits.major, limits.minor).capability};
+          int64_t(1000 * plan.microseconds), int64_t(1000 * predict_steps(problem, passes, device)),
+          capability_of(device.major, device.minor), rates_of(device.major, device.minor).capability};
 }
 
 }  // namespace res2net_fused::cuda

@@ -53,14 +53,8 @@ void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits&
 // What the per-step Triton path is predicted to take.
 double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimits& device);
 
-// The same in numbers, for callers without these types.
-//   numbers: images, height, width, channels, steps, stride, dilation, adds, passes, type (enum DataType)
-//   device: in the order of DeviceLimits
-//   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, row parts, channel parts, warps_k,
-//     CTAs, threads, shared bytes, CTAs per multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs,
-//     nanoseconds, nanoseconds of the per-step path, the
-//     device's capability, such as 90, and the capability whose rates these times are counted with; empty if there is no plan, and `text` says why
-std::vector<int64_t> plan_as_numbers(const int64_t* numbers, const int64_t* device, char* text, int size,
+// plan_launch in numbers, in the order of `Plan` in res2net_fused/backends/cuda/plan.py; empty where there is no plan.
+std::vector<int64_t> plan_as_numbers(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
                                      bool clusters = true);
 
 }  // namespace res2net_fused::cuda
