@@ -23,13 +23,13 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from res2net_fused.backends.triton.backward import BatchNorms, ChainGradients  # noqa: E402
 from res2net_fused.backends.triton.block import block_calls, slot_pitch  # noqa: E402
-from res2net_fused.backends.triton.kernels.common import Slots, pack_weights  # noqa: E402
-from res2net_fused.backends.triton.kernels.conv1d_fwd import chain_calls_1d, conv1d_step  # noqa: E402
-from res2net_fused.backends.triton.kernels.conv3x3_bn_fwd import train_calls, train_step  # noqa: E402
-from res2net_fused.backends.triton.kernels.conv3x3_dgrad import gradient_step  # noqa: E402
-from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls, conv3x3_step, interpreted  # noqa: E402
+from res2net_fused.backends.triton.kernels.common import GroupView, pack_weights  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv1d_fwd import chain_calls_1d, conv1d_fwd  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_bn_fwd import conv3x3_bn_fwd, train_calls  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_dgrad import conv3x3_dgrad  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls, conv3x3_fwd, interpreted  # noqa: E402
 from res2net_fused.backends.triton.launch import KernelCall  # noqa: E402
-from res2net_fused.backends.triton.step_plan import dot_precision, has_wide_products, padded_lanes, plan_steps, plan_training  # noqa: E402
+from res2net_fused.backends.triton.step_plan import dot_precision, has_wide_products, padded_channels, plan_steps, plan_training  # noqa: E402
 from res2net_fused.chain.config import (  # noqa: E402
     Chain1dConfig,  # noqa: E402
     ChainConfig,  # noqa: E402
@@ -87,7 +87,7 @@ def _shapes() -> list[Shape]:
             shapes.append(Shape(network, width, scale, size, groups))
             shapes.append(Shape(network, width, scale, min(56, 2 * size), groups, stage=True))
             if width % 8:  # the layout in which every slot is padded to a multiple of 8
-                shapes.append(Shape(network, width, scale, size, groups, pitch=padded_lanes(width)))
+                shapes.append(Shape(network, width, scale, size, groups, pitch=padded_channels(width)))
     return shapes
 
 
@@ -104,13 +104,13 @@ def calls(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, i
     pitch = shape.pitch or shape.width
     plan = plan_steps(problem, capability, tf32=tf32, pitch=pitch)
 
-    def slots(height: int, width: int) -> Slots:
+    def slots(height: int, width: int) -> GroupView:
         data = torch.empty(batch, shape.scale * pitch, height, width, dtype=dtype, device="meta")
-        return Slots(data.to(memory_format=torch.channels_last), pitch, pitch)
+        return GroupView(data.to(memory_format=torch.channels_last), pitch, pitch)
 
     x, out = slots(shape.size, shape.size), slots(problem.output_height, problem.output_width)
     weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
-    weights = pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))[None]
+    weights = pack_weights([weight] * steps, shape.groups, padded_channels(shape.width // shape.groups))[None]
     bias = torch.empty(steps, shape.width, device="meta")
     distinct = {}
     for call in chain_calls(problem, plan, x, out, weights, bias):
@@ -125,7 +125,7 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
         config, torch.device("cuda"), dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True
     )
     planes = 64 * shape.width // _width(shape.network, 0)
-    lanes = shape.scale * slot_pitch(shape.width, shape.groups, dtype.itemsize)
+    channels = shape.scale * slot_pitch(shape.width, shape.groups, dtype.itemsize)
 
     def pixels(channels: int, height: int) -> torch.Tensor:
         data = torch.empty(batch, channels, height, height, dtype=dtype, device="meta")
@@ -134,11 +134,11 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
     weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
     x, out = pixels(planes * 4, shape.size), pixels(planes * 4, problem.output_height)
     packed = [
-        torch.empty(1, lanes, planes * 4, dtype=dtype, device="meta"),
-        torch.empty(lanes, device="meta"),
-        pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))[None],
+        torch.empty(1, channels, planes * 4, dtype=dtype, device="meta"),
+        torch.empty(channels, device="meta"),
+        pack_weights([weight] * steps, shape.groups, padded_channels(shape.width // shape.groups))[None],
         torch.empty(steps, shape.width, device="meta"),
-        torch.empty(1, planes * 4, lanes, dtype=dtype, device="meta"),
+        torch.empty(1, planes * 4, channels, dtype=dtype, device="meta"),
         torch.empty(planes * 4, device="meta"),
     ]
     distinct = {}
@@ -163,9 +163,9 @@ def calls_of_training(
 
     channels = shape.scale * shape.width
     x, out = pixels(channels, shape.size), pixels(channels, problem.output_height)
-    slots = Slots(x, shape.width, shape.width), Slots(out, shape.width, shape.width)
+    slots = GroupView(x, shape.width, shape.width), GroupView(out, shape.width, shape.width)
     weights = [torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")] * steps
-    packed = pack_weights(weights, shape.groups, padded_lanes(shape.width // shape.groups))
+    packed = pack_weights(weights, shape.groups, padded_channels(shape.width // shape.groups))
     vectors, statistics = [torch.empty(shape.width, device="meta")] * steps, torch.empty(4, steps, shape.width, device="meta")
     z = [pixels(shape.width, problem.output_height)] * steps
     plan = plan_training(problem, capability, tf32=tf32)
@@ -186,7 +186,7 @@ def calls_of_rows(
     """The distinct launches of an ECAPA-TDNN chain of s = 8, on tensors without memory."""
     problem = Chain1dProblem(config, torch.device("cuda"), dtype, 32, length, width, 7, 3)
     x = torch.empty(32, 8 * width, length, dtype=dtype, device="meta")
-    weights = torch.empty(7, 3, width, padded_lanes(width), dtype=dtype, device="meta")
+    weights = torch.empty(7, 3, width, padded_channels(width), dtype=dtype, device="meta")
     vectors = torch.empty(7, width, device="meta")
     rectified = [x[:, :width].contiguous()] * 7 if keep else []
     distinct = {}
@@ -249,7 +249,7 @@ def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) 
     assert bool(masks) == rounds(call), masks
     if "BLOCK_K" in call.arguments:
         check_tensor_cores(call, compiled.asm["ptx"], capability)
-    if call.kernel in (conv3x3_step, train_step, gradient_step):
+    if call.kernel in (conv3x3_fwd, conv3x3_bn_fwd, conv3x3_dgrad):
         check_wide_copies(call, compiled.asm["ptx"])
 
 
@@ -260,7 +260,7 @@ def rounds(call: KernelCall) -> bool:
         return False
     if "ROUNDS" in arguments:
         return arguments["ROUNDS"] or arguments.get("FORMS_NEXT", False)
-    if "NORM" in arguments:  # with batch statistics norm_gradient does it
+    if "NORM" in arguments:  # with batch statistics bn_bwd does it
         return arguments.get("FEEDS", True) and not arguments["NORM"]
     return arguments.get("FORMS_NEXT", True)
 
@@ -281,7 +281,7 @@ def check_wide_copies(call: KernelCall, ptx: str) -> None:
     """Scratch (or an aligned x) and the weights travel 16 bytes at a time, in every stage of the pipeline."""
     arguments = call.arguments
     bytes_per_element = arguments["weights"].element_size()
-    vec, group = ("DZ_VEC", "LANES") if call.kernel is gradient_step else ("SOURCE_VEC", "SOURCE_GROUP")
+    vec, group = ("DZ_VEC", "PADDED") if call.kernel is conv3x3_dgrad else ("SOURCE_VEC", "SOURCE_GROUP")
     if arguments[vec] * bytes_per_element < 16 or arguments[group] * bytes_per_element % 16:
         return
     threads = 32 * call.options["num_warps"]
@@ -314,10 +314,10 @@ BLOCKS = [shape for shape in SHAPES if shape.pitch is None]
 
 def check_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int], batch: int, folder: Path) -> None:
     compiled = calls_of_block(shape, dtype, capability, batch)
-    assert {call.kernel.__name__ for call in compiled} == {"pointwise", "conv3x3_step"}
+    assert {call.kernel.__name__ for call in compiled} == {"pointwise", "conv3x3_fwd"}
     for call in compiled:
         check_compiled(call, capability, folder)
-        if call.kernel is conv3x3_step:
+        if call.kernel is conv3x3_fwd:
             assert call.arguments["SOURCE_VEC"] * dtype.itemsize == 16 or shape.groups > 1, "the padded layout is aligned"
 
 
@@ -370,7 +370,7 @@ def test_all_rows(dtype, tf32, capability, tmp_path) -> None:
 def test_new_lengths_compile_nothing_in_rows() -> None:
     first, second = (calls_of_rows(64, torch.bfloat16, False, length=length) for length in (300, 301))
     assert [_key(call) for call in first] == [_key(call) for call in second]
-    integers = [p for p in conv1d_step.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
+    integers = [p for p in conv1d_fwd.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
     assert len(integers) == 10 and all(p.do_not_specialize for p in integers)
 
 
@@ -418,7 +418,7 @@ def test_new_sizes_compile_nothing() -> None:
     first = calls(Shape("26w4s", 26, 4, 56), torch.bfloat16, False, (9, 0), 16)
     second = calls(Shape("26w4s", 26, 4, 57), torch.bfloat16, False, (9, 0), 17)
     assert [_key(call) for call in first] == [_key(call) for call in second]
-    integers = [p for p in conv3x3_step.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
+    integers = [p for p in conv3x3_fwd.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
     assert len(integers) > 15 and all(p.do_not_specialize for p in integers)
 
 

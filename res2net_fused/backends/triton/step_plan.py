@@ -43,7 +43,7 @@ class Launch:
 class StepPlan:
     """tile: of every launch, from `tile_source`. images: per run through `launches`, so that a chunk of the batch stays in L2.
 
-    lanes: channels that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
+    padded_channels: that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
     precision: of the products, as `tl.dot` names it; only float32 is affected. capability: of the GPU, known or not.
     """
 
@@ -51,7 +51,7 @@ class StepPlan:
     tile_source: str
     launches: tuple[Launch, ...]
     images: int
-    lanes: int
+    padded_channels: int
     precision: str
     capability: tuple[int, int]
 
@@ -93,11 +93,11 @@ def plan_steps(
     in_place: the group that passes through already lies where it belongs, so that nothing copies it.
     """
     precision = dot_precision(problem.dtype, tf32)
-    lanes = padded_lanes(problem.width // problem.config.groups)
+    padded = padded_channels(problem.width // problem.config.groups)
     pixels_per_image = problem.output_height * problem.output_width
     fitting = most_pixels(problem) // pixels_per_image
     if not _independent(problem):
-        traffic = 4 * pixels_per_image * problem.config.groups * lanes * problem.dtype.itemsize
+        traffic = 4 * pixels_per_image * problem.config.groups * padded * problem.dtype.itemsize
         fitting = min(fitting, CHUNK_BYTES // traffic)
     chunks = -(-problem.batch // max(1, fitting))
     images = -(-problem.batch // max(1, chunks))
@@ -105,7 +105,7 @@ def plan_steps(
     tile, tile_source = (default_tile(problem, capability, precision, images), "rule") if tuned is None else (tuned, "tuned")
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
-    return StepPlan(tile, tile_source, launches, images, lanes, precision, capability)
+    return StepPlan(tile, tile_source, launches, images, padded, precision, capability)
 
 
 def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False) -> StepPlan:
@@ -121,7 +121,7 @@ def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: b
     return replace(plan, tile=tile)
 
 
-def padded_lanes(channels: int) -> int:
+def padded_channels(channels: int) -> int:
     """Channels of a convolution group once padded: 8, for 16-byte loads of half types, or a multiple of 16, K of one mma."""
     return -(-channels // 8) * 8 if channels <= 8 else -(-channels // 16) * 16
 

@@ -13,7 +13,7 @@ from ...chain.convolver import Convolver
 from ...chain.problem import ChainProblem
 from ...chain.reference import pool_passthrough
 from .availability import capability, plan_training_for
-from .step_plan import most_pixels, padded_lanes
+from .step_plan import most_pixels, padded_channels
 from .tf32 import for_precision
 
 
@@ -43,7 +43,7 @@ def train_forward(
     group: str = "",
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
     """As `chain.batch_norm.train_forward`, channels-last."""
-    from .kernels.common import Slots, pack_weights
+    from .kernels.common import GroupView, pack_weights
     from .kernels.conv3x3_bn_fwd import train_calls
 
     config, width = problem.config, problem.width
@@ -57,7 +57,7 @@ def train_forward(
     # Where none is kept one buffer serves all: z_k is read for the last time before z_{k+1} is written.
     z = [pixels_of(width) for _ in range(problem.steps)] if keep else [pixels_of(width)] * problem.steps
     statistics = torch.empty((4, problem.steps, width), dtype=torch.float32, device=x.device)
-    packed = pack_weights(weights, config.groups, padded_lanes(width // config.groups))
+    packed = pack_weights(weights, config.groups, padded_channels(width // config.groups))
     gammas, betas = (_single(tensors) for tensors in (gammas, betas))
     with _device_of(x):
         plan = plan_training_for(problem, capability(problem.device))
@@ -65,7 +65,7 @@ def train_forward(
         passed = config.passed_group(problem.scale)
         if passed is not None and plan.launches[0].steps > 0:
             out.split(width, 1)[passed].copy_(pool_passthrough(x.split(width, 1)[passed], config))
-        slots = Slots(x, width, width), Slots(out, width, width)
+        slots = GroupView(x, width, width), GroupView(out, width, width)
         for call in train_calls(problem, plan, *slots, z, statistics, packed, gammas, betas, eps, group):
             call.run()
     return out, Statistics(*(statistics[i].clone() for i in range(3))), z if keep else []
