@@ -25,7 +25,7 @@ std::string cuda_build_info() {
   return res2net_fused::to_json(info);
 }
 
-// In the order of DeviceLimits in res2net_fused/native.py.
+// The fields of DeviceLimits in res2net_fused/_native/library.py, in that order.
 std::vector<int64_t> device_limits(int64_t device) {
   STD_TORCH_CHECK(device >= 0 && device <= std::numeric_limits<int>::max(),
                   "device: expected the index of a CUDA device, got ", device);

@@ -112,7 +112,7 @@ void cluster_barrier() {
 }
 uint32_t received() { return shared_load<Bytes16>(shared_memory() + thread_index() * 16).word[3]; }
 
-// Of three CTAs of one warp each.
+// Kernels of three CTAs of one warp each.
 void cluster_kernels() {
     using enum emulator::Kind;
     const auto verdict = [](const char* title, const char* kind, auto kernel) { expect(title, kind, 32, kernel, 3); };

@@ -315,7 +315,7 @@ def assert_spreads_as_torch_does(case: Case, value: float) -> None:
     assert torch.equal(out.isinf(), expected.isinf())
 
 
-# Of three convolutions: fp32 sums that round to the neighbouring half, then spread by the chain.
+# Three convolutions: fp32 sums that round to the neighbouring half, then spread by the chain.
 TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 1e-4}
 
 

@@ -58,7 +58,7 @@ struct Fiber {
     std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
 };
 
-// Of each GRANULE bytes of a buffer the thread of the launch that wrote it, or -1. In pages, since buffers may be large and sparse.
+// The thread that wrote each GRANULE bytes of a buffer, or -1. Kept in pages, since buffers may be large and sparse.
 class Writers {
 public:
     int& of(int64_t granule) {
@@ -92,16 +92,16 @@ template <class... Values> void finding(Kind kind, const Where& where, const cha
     report.first[kind] = line;
 }
 
-// In emulator.cpp, about the current thread but for `wake`.
+// Defined in emulator.cpp. All but `wake` concern the current thread.
 void suspend(const char* waits_for, const Where& where);
 void wake(const Fiber& fiber);
 [[noreturn]] void give_up();  // gives up this cluster
 
-// In products.cpp
+// Defined in products.cpp.
 bool products_pending();  // of the current thread's warpgroup
 void prepare_products();
 
-// In memory.cpp. They concern the current thread and, but for stores to others, the shared memory of its CTA.
+// Defined in memory.cpp. They concern the current thread and the shared memory of its CTA, stores to others excepted.
 bool in_region(SharedPtr pointer, int bytes, const char* what, const Where& where);
 void check_read(SharedPtr from, int bytes, const Where& where);
 void prepare_memory();

@@ -1,4 +1,4 @@
-// From the last group to the first, with dy_i = dout_i + du_{i+1}:
+// Walks from the last group to the first, with dy_i = dout_i + du_{i+1}:
 //
 //   dz_i = dy_i where y_i passed its input on         dz_i * K_i turned  = du_i -> grad_x       u_i, dz_i -> dK_i, db_i
 //   +-----------+   V   +----+  x U   +----+                     +------+
@@ -56,7 +56,7 @@ class BackwardRun {
   void mask_rows(int64_t i, const PaddedImages& dz, int64_t first_image, int64_t first_row, int64_t last_row) const;
   void sum_rows(int64_t i, const PaddedImages& u, int64_t first_image, int64_t first_row, int64_t last_row) const;
 
-  // Of V or Z in either layout.
+  // Floats of V or Z in either layout.
   int64_t points_floats(int64_t tiles) const { return PointLayout::panels_first(tiles, problem_.channels).floats(); }
   int64_t m_floats(int64_t tiles) const { return products_floats(kernels_, tiles, problem_.channels); }
 
@@ -264,7 +264,7 @@ int64_t tiles_of(const ChainProblem& problem) {
   return problem.batch * covering_tiles(problem.height, problem.width).per_image();
 }
 
-// Of Schedule::images.
+// Parts of Schedule::images.
 int64_t image_parts(const ChainProblem& problem, int64_t threads) {
   return std::min({threads, problem.batch, std::max<int64_t>(1, tiles_of(problem) / kTilesWorthAPart)});
 }

@@ -14,7 +14,7 @@ struct BackwardData {
   const WeightGradients* gradients;  // one a step, or null
 };
 
-// How the work is cut, as ChainPlan.
+// How the work of a backward is cut: what ChainPlan is to a forward.
 struct BackwardPlan {
   Schedule schedule;
   TileGrid grid;

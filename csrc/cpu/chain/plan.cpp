@@ -9,7 +9,7 @@ namespace {
 // Reading one weight from the L3 cache, in multiplications that take as long.
 constexpr int64_t kMatrixCost = 8;
 
-// Of x and out together, that may well lie in cache when a call begins: 4 MB.
+// Floats of x and out together that may well lie in cache when a call begins: 4 MB.
 constexpr int64_t kCachedFloats = 1 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

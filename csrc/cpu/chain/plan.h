@@ -8,7 +8,7 @@
 
 namespace res2net_fused {
 
-// In the order of the codes that Python passes: res2net_fused/backends/cpu/settings.py.
+// The codes are those that Python passes: res2net_fused/backends/cpu/settings.py.
 enum class ArithmeticChoice : int64_t { automatic = 0, winograd = 1, direct = 2 };
 
 enum class Schedule {
@@ -36,7 +36,7 @@ bool winograd_pays(const ChainProblem& problem);
 
 ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, int64_t threads);
 
-// For Winograd over weights that are packed in the call. With Schedule::channels by whoever needs them.
+// Plan of Winograd for calls whose weights are not packed yet. With Schedule::channels, each thread packs only the weights it needs.
 ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads);
 
 // Tiles of a block beside weights, or their gradient, that stay in cache.

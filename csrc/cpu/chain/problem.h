@@ -1,4 +1,4 @@
-// One call of the chain without its data: the C++ twin of res2net_fused/chain.py, which checks the caller's arguments.
+// One call of the chain without its data: the C++ twin of res2net_fused/chain/problem.py, which checks the caller's arguments.
 #pragma once
 
 #include "cpu/kernels/kernels.h"

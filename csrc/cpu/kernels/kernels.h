@@ -46,7 +46,7 @@ struct Step {
   ConstView addend;          // the next group of x, and
   View next;                 // where its sum with y goes; data is null where the next step adds nothing
   bool addend_full_vectors;
-  // In a backward chain: the output of the activation before, whose backward that sum goes through. Pixels as the addend's.
+  // Backward only: the output of the activation before, whose backward that sum goes through. It has the addend's pixels.
   ConstView mask;
   Activation mask_activation;
   View out;
@@ -155,7 +155,7 @@ struct PointLayout {
     return {point_pitch(tiles, round_up(channels, kPanel)), kPanel, tiles * kPanel};
   }
   R2N_INLINE_MEMBER int64_t at(int64_t channel) const { return channel / kPanel * panel + channel % kPanel; }
-  // Of all points: whole cache lines, 36 times a multiple of 8.
+  // Floats of all points: whole cache lines, 36 times a multiple of 8.
   R2N_INLINE_MEMBER int64_t floats() const { return kPoints * point; }
 };
 
@@ -225,7 +225,7 @@ static constexpr int64_t direct_group_floats(int64_t group_channels) {
 
 static constexpr int64_t pointwise_floats(int64_t columns, int64_t depth) { return depth * round_up(columns, kUnit); }
 
-// Of the bias of one convolution: whole vectors are read from any channel on.
+// Floats of one convolution's packed bias, padded by a panel, since kernels load whole vectors from any channel on.
 static constexpr int64_t bias_floats(int64_t channels) { return round_up(channels, kUnit) + kPanel; }
 
 // The kernels of one instruction set; null where this library was not compiled for it.

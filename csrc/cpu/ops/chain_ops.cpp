@@ -50,8 +50,8 @@ Tensor chain_forward(
   return as_asked(out, x_given.scalar_type(), channels_last);
 }
 
-// As chain_forward by Winograd, from weights (w, w, 3, 3) as they are; `turned`: by those of the input gradient. Nothing
-// where a result is not finite, of which only direct convolution says which ones are.
+// The chain by Winograd from weights (w, w, 3, 3) as they are; `turned`: by those of the input gradient. Returns nothing where
+// a result is not finite, since only direct convolution says which ones are.
 std::vector<Tensor> chain_from_weights(
     const Tensor& x_given, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, bool turned,
     RES2NET_PARAMETERS(R2N_CHAIN), bool channels_last, int64_t instruction_set) {

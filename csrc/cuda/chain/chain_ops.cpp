@@ -125,7 +125,7 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, RES2NET_PARAME
   STD_TORCH_CHECK((reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out)) % 4 == 0 &&
                       (x_pixel | x_slot | out_pixel | out_slot) % pair == 0,
                   "x, out: expected pixels and slots that are aligned to 4 bytes");
-  // Of copies of 16 bytes, and of loads of two numbers.
+  // Weights are copied by 16 bytes, biases loaded two at a time.
   STD_TORCH_CHECK(reinterpret_cast<uint64_t>(a.weight) % 16 == 0, "weight: expected memory that is aligned to 16 bytes");
   STD_TORCH_CHECK(reinterpret_cast<uint64_t>(a.bias) % 8 == 0, "bias: expected memory that is aligned to 8 bytes");
   set_moves(a, type);

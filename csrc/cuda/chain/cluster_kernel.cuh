@@ -13,7 +13,7 @@
 //                                            strips (i + 1) % 2 of CTAs 0 and 2, and the last rows as halo to CTAs 3, 4 and 5
 //     one barrier of the cluster
 //
-// With two strips this one barrier a step is enough: nobody writes to a strip that a CTA still reads, since that CTA arrives at
+// Two strips make this one barrier a step enough: nobody writes to a strip that a CTA still reads, since that CTA arrives at
 // the barrier after its last read. Before the first step's results are sent, a barrier makes sure that all strips are clear.
 // The last step sends nothing, so no CTA ends while others may still write to it.
 //

@@ -82,7 +82,7 @@ DEVICE void cluster_wait() {
   __trap();
 #endif
 }
-// To the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
+// Stores to the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
 DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -167,7 +167,7 @@ DEVICE FragmentB load_columns(SharedPtr column) {
 DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// To the nearest TF32 number, away from zero at equal distance; keeps NaN.
+// Rounds to the nearest TF32 number, away from zero at equal distance; keeps NaN.
 DEVICE uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(float_of(bits)));

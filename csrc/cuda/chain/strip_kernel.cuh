@@ -180,7 +180,7 @@ struct StripCta {
   DEVICE void start_group_by(int step) const {
     start_lines<MOVE>(step, step * g.shrink, 0, a.by_load_pieces);
   }
-  // From line `first_line` on, but for as many at the other end; of each pixel's bytes the pieces from `first_byte` on.
+  // Skips `first_line` lines at either end, and the first `first_byte` bytes of every pixel.
   template <int MOVE>
   DEVICE void start_lines(int step, int first_line, int first_byte, const FastDivisor& by_pieces) const {
     const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * BYTES;

@@ -23,7 +23,7 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   }
 
   DEVICE int first_position(int pass) const { return (pass * g.warps_m + warp_m - warp) * 16 * TILES; }
-  // Of the first of a tile's rows. A tile without any position repeats the first one.
+  // The slot of the first of a tile's rows. A tile without any position repeats the first one.
   DEVICE int slot_of_row(int step, int first, int tile) const {
     const int position = first + tile * PLANE_ROWS;
     return this->slot_of(g.work_line(step), 0) + (position < g.positions(step) ? position : first);

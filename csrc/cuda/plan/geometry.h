@@ -99,7 +99,7 @@ struct ChainGeometry {
   FastDivisor by_pitch, by_period, by_stored, by_depths, by_work_pitch;
   int period;
 
-  // Of the cluster kernel: see cluster_geometry.h.
+  // The cluster kernel's alone: see cluster_geometry.h.
   int row_parts, channel_parts, warps_k, sums_bytes;
   int sends;  // whether CTAs send each other what they computed
   FastDivisor by_part_columns;

@@ -1,4 +1,4 @@
-// From a call and a device's limits to the launch of the chain kernel. Plain C++: runs where there is no GPU and no torch.
+// Chooses the launch of the chain kernel for a call and a device's limits. Plain C++: runs where there is no GPU and no torch.
 #pragma once
 #include <string>
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace res2net_fused::cuda {
 
-// As native.DeviceLimits in Python; sizes in bytes.
+// The same fields as DeviceLimits in res2net_fused/_native/library.py; sizes in bytes.
 struct DeviceLimits {
   int major, minor, multiprocessors, shared_per_block, shared_per_multiprocessor, registers_per_multiprocessor, l2_bytes;
   int wgmma;  // 1 where the device has wgmma and the library code for it

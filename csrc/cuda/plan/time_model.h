@@ -24,7 +24,7 @@ constexpr double DRAIN_CYCLES = 250;         // of wgmma: the last products of a
 constexpr double STEP_CYCLES = 900;          // filling and draining the pipelines around a convolution
 constexpr double START_CYCLES = 2600;        // first loads and their latency
 
-// Of the tensor cores' and shared memory's peak, what a main loop reaches with so many warps per scheduler to hide latencies.
+// The part of the tensor cores' and shared memory's peak that a main loop reaches with so many warps to hide latencies.
 inline double overlap(int warps_per_scheduler) {
   return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55;
 }

@@ -35,7 +35,7 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 
 
 def plan(problem: ChainProblem) -> str:
-    """Of a call with packed weights; one with plain weights and few pixels convolves directly."""
+    """Describe a call with packed weights; one with plain weights and few pixels convolves directly."""
     return operators.cpu_plan(
         problem.batch, problem.height, problem.width_pixels, **chain_arguments(problem),
         arithmetic=arithmetic(), instruction_set=instruction_set(),

@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
 
 def unsupported(problem: ChainProblem) -> str | None:
-    """What of this call no instance of the kernel does, on any device, or None."""
+    """Say what in this call no instance of the kernel does, on any device, or None."""
     config = problem.config
     if problem.dtype not in TYPES:
         return f"x is {problem.dtype}; this backend runs {', '.join(map(str, TYPES))}"

@@ -189,6 +189,6 @@ def _image(scratch: Tensor, batch: int, height: int, width: int) -> Tensor:
 
 
 def _real_channels(image: Tensor, groups: int, width: int) -> Tensor:
-    """Of (N, groups*padded, H, W) without the padding: (N, w, H, W), channels-last."""
+    """Cut the padding off (N, groups*padded, H, W): (N, w, H, W), channels-last."""
     real = image.unflatten(1, (groups, -1))[:, :, : width // groups].flatten(1, 2)
     return real.contiguous(memory_format=torch.channels_last)

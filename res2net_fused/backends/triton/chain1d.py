@@ -47,7 +47,7 @@ def forward_1d(
     affine_shift: Sequence[Tensor] | None,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `chain1d.forward_1d`."""
+    """Return what `chain1d.forward_1d` does."""
     from .kernels.conv1d_fwd import chain_calls_1d, pack_weights_1d
 
     if x.stride(2) != 1:

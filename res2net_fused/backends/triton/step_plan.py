@@ -20,7 +20,7 @@ MAX_CHANNELS = 15360  # of a convolution group: offsets within the weights of on
 CHUNK_BYTES = 32 * 2**20
 # From so many output pixels on, aligning a badly aligned first group once costs less than nine unaligned reads of it.
 ALIGN_FIRST_PIXELS = 50_000
-# Of the usual GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
+# The usual GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 _MULTIPROCESSORS = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 
 
@@ -189,7 +189,7 @@ def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: 
     enough = (shape for shape in shapes if steps * _tiles(problem, *shape, images) >= wanted)
     block_m, block_n = next(enough, shapes[-1])
     warps = next(warps for warps, area in ((8, 8192), (4, 1024), (2, 512), (1, 0)) if block_m * block_n >= area)
-    # With more stages in narrow scalar tiles, ptxas for Blackwell spills a register to fit one more warp.
+    # More stages in narrow scalar tiles make ptxas for Blackwell spill a register to fit one more warp.
     stages = 2 if scalar and block_n == 16 else 3 if block_k == 64 else 4
     return Tile(block_m, block_n, block_k, warps, stages)
 
@@ -200,7 +200,7 @@ def nearest_known(capability: tuple[int, int]) -> tuple[int, int]:
 
 
 def multiprocessors(capability: tuple[int, int]) -> int:
-    """Of the usual GPU of a compute capability; a plan wants at least as many programs."""
+    """Multiprocessors of the usual GPU of a compute capability; a plan wants at least as many programs."""
     return _MULTIPROCESSORS[nearest_known(capability)]
 
 

@@ -26,7 +26,7 @@ def why_not_whole_batch(problem: ChainProblem) -> str | None:
 
 
 def describe(problem: ChainProblem) -> str:
-    """For `explain`."""
+    """Say for `explain` who computes what."""
     theirs = "weights" if problem.config.stride == 1 else "weights and of the strided convolutions"
     return f"Triton forward and backward, gradients of {theirs} by ATen"
 
@@ -42,7 +42,7 @@ def train_forward(
     keep: bool,
     group: str = "",
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
-    """As `chain.batch_norm.train_forward`, channels-last."""
+    """Return what `chain.batch_norm.train_forward` does, channels-last."""
     from .kernels.common import GroupView, pack_weights
     from .kernels.conv3x3_bn_fwd import train_calls
 
@@ -85,7 +85,7 @@ def train_backward(
     needed: Sequence[bool],
     group: str = "",
 ) -> Gradients:
-    """As `chain.batch_norm.train_backward`, not flattened, the gradient of x channels-last."""
+    """Return what `chain.batch_norm.train_backward` does, not flattened, the gradient of x channels-last."""
     from .backward import BatchNorms
 
     def convolve_again(k: int, u: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _run(problem, grad, x, out, weights, norms, needed):
 
 
 def _channels_together(t: Tensor) -> Tensor:
-    """With the channels of a pixel side by side; every other stride may be what it is."""
+    """Lay the channels of a pixel side by side; every other stride may be what it is."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous(memory_format=torch.channels_last)
 
 

@@ -143,7 +143,7 @@ class GroupView:
 
     @property
     def step(self) -> int:
-        """From one slot to the next."""
+        """Units of `vec` elements from one slot to the next."""
         return self.pitch // self.vec
 
     def offset(self, group: int) -> int:

@@ -99,7 +99,7 @@ class Pixels:
 def pointwise_tile(
     pixels: int, out_channels: int, in_channels: int, itemsize: int, precision: str, capability: tuple[int, int]
 ) -> Tile:
-    """From the tuned table, else by the rule."""
+    """Return the tile of the tuned table, else that of the rule."""
     kind = dtype_class(itemsize, precision)
     found = lookup(Shape("pointwise", capability, kind, out_channels, in_channels, max(1, pixels)))
     return found or default_pointwise_tile(pixels, out_channels, in_channels, kind, capability)
