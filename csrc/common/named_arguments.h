@@ -3,8 +3,8 @@
 //
 //   #define SIZES(INT, BOOL) INT(height), INT(width), BOOL(padded)
 //
-// RES2NET_SCHEMA(SIZES) is "int height, int width, bool padded", RES2NET_PARAMETERS(SIZES) the same as parameters of a function,
-// and RES2NET_VALUES(SIZES) passes them on: height, width, padded. Python passes them by keyword, which the schema checks.
+// RES2NET_SCHEMA(SIZES) is "int height, int width, bool padded", RES2NET_PARAMETERS(SIZES) the same as parameters of a
+// function, and RES2NET_VALUES(SIZES) passes them on: height, width, padded. Python passes keywords, which the schema checks.
 #pragma once
 #include <cstdint>
 

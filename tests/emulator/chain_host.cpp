@@ -41,8 +41,8 @@ Kernel kernel_of(DataType type) {
 }  // namespace
 
 extern "C" {
-// Writes "kind|count|first finding" per line, and {bank ways, multiplies, switches, ctas, shared bytes}; -1: instance not built,
-// -2: parts that do not fit together, or offsets that no int holds.
+// Writes "kind|count|first finding" per line, and {bank ways, multiplies, switches, ctas, shared bytes}; -1: instance not
+// built, -2: parts that do not fit together, or offsets that no int holds.
 int run_call(const Call* call, char* text, int size, int64_t* statistics) {
     const Instance& instance = INSTANCE_TABLE[call->instance];
     const DataType type = DataType(call->type);

@@ -1,5 +1,5 @@
-// The host build of csrc/cuda/chain/hardware.h: every thread of a CTA, or of all CTAs of a cluster, is a fiber, picked in a seeded
-// random order, and every access to shared or global memory, every barrier and every warp-wide instruction is checked.
+// The host build of csrc/cuda/chain/hardware.h: every thread of a CTA, or of all CTAs of a cluster, is a fiber, picked in a
+// seeded random order, and every access to shared or global memory, every barrier and every warp-wide instruction is checked.
 #pragma once
 #include <bit>
 #include <cstddef>

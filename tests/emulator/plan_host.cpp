@@ -7,7 +7,7 @@
 using namespace res2net_fused::cuda;
 
 namespace {
-// Numbers in the order of PlanRequest in res2net_fused/backends/cuda/plan.py; the one that is left out says whether a group passes.
+// Numbers in the order of PlanRequest in res2net_fused/backends/cuda/plan.py; numbers[8] is read by plan_call.
 ChainProblem problem_of(const int64_t* numbers) {
     const auto p = [&](int i) { return int(numbers[i]); };
     return {numbers[0], p(1), p(2), p(3), p(4), p(5), p(6), p(7) != 0, DataType(p(9))};

@@ -23,7 +23,7 @@ struct Copy {
 
 // What is known of GRANULE bytes of shared memory. Epochs count barriers of CTAs over the whole launch, so an epoch before
 // the cluster's first means "not in this cluster". Two accesses by different threads, one of them a write, need a barrier
-// between them: of the CTA, or of the warp if both threads are in one, or else of the cluster. Threads are those of the cluster.
+// between them: of the CTA, or of the warp if both threads are in one, or else of the cluster. Threads are the cluster's.
 struct Granule {
     uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
     int write_phase = 0, read_phase = 0;  // barriers of the cluster at which the thread (of the reads: any) had arrived before

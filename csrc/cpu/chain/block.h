@@ -1,4 +1,4 @@
-// The whole Bottle2neck in eval mode: conv1, the chain and conv3, with a cut of the images staying in cache from one to the next.
+// The whole Bottle2neck in eval mode: conv1, the chain and conv3, some images at a time, which stay in cache.
 #pragma once
 
 #include "cpu/chain/forward.h"

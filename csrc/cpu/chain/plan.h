@@ -36,7 +36,7 @@ bool winograd_pays(const ChainProblem& problem);
 
 ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, int64_t threads);
 
-// Plan of Winograd for calls whose weights are not packed yet. With Schedule::channels, each thread packs only the weights it needs.
+// Plan of Winograd for weights that are not packed yet. With Schedule::channels, each thread packs only those that it needs.
 ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads);
 
 // Tiles of a block beside weights, or their gradient, that stay in cache.

@@ -66,8 +66,8 @@ std::vector<Tensor> chain_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(
-      "cpu_chain_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, " RES2NET_SCHEMA(R2N_CHAIN)
-      ", bool need_x, "
+      "cpu_chain_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, "  //
+      RES2NET_SCHEMA(R2N_CHAIN) ", bool need_x, "
       "bool need_weights, bool channels_last_weights, int instruction_set) -> Tensor[]");
 }
 

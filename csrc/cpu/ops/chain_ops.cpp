@@ -141,11 +141,11 @@ int64_t scratch_bytes(bool release) { return cached_scratch_bytes(release); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(
-      "cpu_chain_forward(Tensor x, Tensor winograd, Tensor direct, Tensor bias, " RES2NET_SCHEMA(R2N_CHAIN)
-      ", bool channels_last, int arithmetic, int instruction_set) -> Tensor");
+      "cpu_chain_forward(Tensor x, Tensor winograd, Tensor direct, Tensor bias, "  //
+      RES2NET_SCHEMA(R2N_CHAIN) ", bool channels_last, int arithmetic, int instruction_set) -> Tensor");
   m.def(
-      "cpu_chain_from_weights(Tensor x, Tensor[] weights, Tensor[] biases, bool turned, " RES2NET_SCHEMA(R2N_CHAIN)
-      ", bool channels_last, int instruction_set) -> Tensor[]");
+      "cpu_chain_from_weights(Tensor x, Tensor[] weights, Tensor[] biases, bool turned, "  //
+      RES2NET_SCHEMA(R2N_CHAIN) ", bool channels_last, int instruction_set) -> Tensor[]");
   m.def("cpu_pack(Tensor[] weights, Tensor[] biases, int groups, bool with_winograd, int instruction_set) -> Tensor[]");
   m.def(
       "cpu_plan(int batch, int height, int width, " RES2NET_SCHEMA(R2N_CHAIN) ", int arithmetic, int instruction_set) -> str");

@@ -24,8 +24,8 @@ inline const Kernels& kernels_of(int64_t instruction_set) {
   return *kernels;
 }
 
-// What describes a chain without its images, as chain_arguments in res2net_fused/backends/cpu/settings.py passes it. channels: of
-// a group. Enumerations come as their codes.
+// What describes a chain without its images, as chain_arguments in res2net_fused/backends/cpu/settings.py passes it. channels:
+// of a group. Enumerations come as their codes.
 #define R2N_CHAIN(INT, BOOL)                                                                                     \
   INT(channels), INT(steps), INT(stride), INT(dilation), INT(groups), BOOL(hierarchical), INT(passthrough), INT(pool), \
       INT(activation)

@@ -1,4 +1,4 @@
-// torch.ops.res2net_fused_native.cpu_weight_gradient: dK and db of one 3x3 convolution (stride, dilation and groups 1), by Winograd.
+// torch.ops.res2net_fused_native.cpu_weight_gradient: dK and db by Winograd of one 3x3 convolution, stride, dilation and groups 1.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -21,13 +21,15 @@ using namespace res2net_fused::cuda;
 using torch::stable::Tensor;
 
 #define RES2NET_LAUNCHER_ROW(name, ...) RES2NET_LAUNCHER(name),
+// clang-format off
 int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {
     RES2NET_STRIP_INSTANCES(RES2NET_LAUNCHER_ROW)
-        RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER_ROW)
+    RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER_ROW)
 #ifdef RES2NET_FUSED_HAVE_WGMMA
-            RES2NET_WGMMA_INSTANCES(RES2NET_LAUNCHER_ROW)
+    RES2NET_WGMMA_INSTANCES(RES2NET_LAUNCHER_ROW)
 #endif
 };
+// clang-format on
 #undef RES2NET_LAUNCHER_ROW
 
 DataType type_of(torch::headeronly::ScalarType dtype) {
@@ -42,15 +44,15 @@ int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// What `launch_chain` in res2net_fused/backends/cuda/chain.py passes: how a plan cuts the launch, then the chain, with the group that
-// passes or -1; pixel and slot: pitches of x and of out, in elements; fill_channels: of a slot of out, that are written;
-// add_passed: whether the passed group is added to the first convolved one.
+// What `launch_chain` in res2net_fused/backends/cuda/chain.py passes: how a plan cuts the launch, then the chain, with the
+// group that passes or -1; pixel and slot: pitches of x and of out, in elements; fill_channels: of a slot of out, that are
+// written; add_passed: whether the passed group is added to the first convolved one.
 #define RES2NET_LAUNCH_ARGUMENTS(INT, BOOL)                                                                                      \
   INT(instance), INT(rows), INT(columns), INT(images), INT(whole), INT(warps_m), INT(warps_n), INT(slices), INT(stages),         \
       INT(row_parts), INT(channel_parts), INT(warps_k), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds),       \
       INT(first_group), INT(passed_group), INT(pool), INT(x_pixel), INT(x_slot), INT(out_pixel), INT(out_slot),                  \
       INT(fill_channels), BOOL(add_passed)
-#define RES2NET_NARROW(name) narrow(#name, name)
+#define RES2NET_NARROW(name) narrow(#name, name)  // named in the error
 
 // float32 is multiplied in TF32.
 void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, RES2NET_PARAMETERS(RES2NET_LAUNCH_ARGUMENTS), double lower,
@@ -141,8 +143,9 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, RES2NET_PARAME
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
-  m.def("cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, " RES2NET_SCHEMA(
-      RES2NET_LAUNCH_ARGUMENTS) ", float lower, float upper) -> ()");
+  m.def(
+      "cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out, "  //
+      RES2NET_SCHEMA(RES2NET_LAUNCH_ARGUMENTS) ", float lower, float upper) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CUDA, m) { m.impl("cuda_chain", TORCH_BOX(&cuda_chain)); }

@@ -1,5 +1,5 @@
-// The chain by CTAs that work together, for calls with so few pixels that each CTA of the strip kernel would stream all weights.
-// Here of 2 x 3 CTAs that share one image:
+// The chain by CTAs that work together, for calls with so few pixels that each CTA of the strip kernel would stream all
+// weights. Here of 2 x 3 CTAs that share one image:
 //
 //                  channels 0-31   32-63    64-95       Every CTA keeps u_i of all channels in its strip, for its own rows
 //     rows 0-6        CTA 0        CTA 1    CTA 2       and `dilation` rows on either side. It computes y_i of its rows and

@@ -65,8 +65,8 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
-// Thread-block clusters, from sm_90 on. Code for older devices holds the calls too, and must never come to them: it may run on a
-// newer device, compiled there from PTX, where numbers without barriers would be wrong in silence.
+// Thread-block clusters, from sm_90 on. Code for older devices holds the calls too, and must never come to them: it may run on
+// a newer device, compiled there from PTX, where numbers without barriers would be wrong in silence.
 // Every thread of the cluster arrives and then waits: what one did before it arrived is visible to all after they waited.
 DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
@@ -143,7 +143,7 @@ DEVICE void copy_async_wait(int pending) {
 }
 
 // ldmatrix.x4: lane i names bytes 16 * (i / 16) onwards of row i % 16, of a matrix of 16 rows of 32 bytes, and gets word i % 4
-// of rows i / 4 and i / 4 + 8, then word i % 4 + 4 of both: the A of m16n8k16 for elements of 2 bytes, of m16n8k8 for those of 4.
+// of rows i / 4 and i / 4 + 8, then word i % 4 + 4 of both: the A of m16n8k16 for elements of 2 bytes, of m16n8k8 for 4.
 DEVICE FragmentA load_matrix(SharedPtr row) {
   FragmentA a;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

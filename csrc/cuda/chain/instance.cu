@@ -1,5 +1,5 @@
-// One instance of the kernel with its launcher: compiled once for each row of cuda/plan/instances.h, RES2NET_FUSED_INSTANCE being
-// the row's name.
+// One instance of the kernel with its launcher: compiled once for each row of cuda/plan/instances.h, RES2NET_FUSED_INSTANCE
+// being the row's name.
 #include "cuda/chain/launch.cuh"
 #include "cuda/chain/launchers.h"
 

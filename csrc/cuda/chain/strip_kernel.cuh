@@ -103,7 +103,7 @@ struct StripCta {
   DEVICE Pixel pixel_at(int line, int column) const {
     Pixel p{line, column, g.by_period.divide(line), 0, first_column + column, false};
     p.row = first_row + line - p.image * g.period;
-    // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters any more.
+    // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters.
     p.valid = p.row >= 0 && p.row < g.height && first_image + p.image < g.images &&
               p.image_column >= 0 && p.image_column < g.width;
     return p;
@@ -199,8 +199,8 @@ struct StripCta {
     }
   }
 
-  // The order in which chunks of weights are used: for every step, for every pass over the pixels, all chunks; a chunk that holds
-  // a whole convolution stays for all passes.
+  // The order in which chunks of weights are used: for every step, for every pass over the pixels, all chunks; a chunk that
+  // holds a whole convolution stays for all passes.
   struct ChunkCursor {
     int step = 0, pass = 0, chunk = 0, stage = 0;
   };

@@ -30,7 +30,7 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   }
 
   DEVICE void show_writes() const {
-    proxy_fence();
+    proxy_fence();  // on a line of its own: a test removes it
   }
 
   DEVICE void multiply_chunk(Accumulator (&sums)[TILES][COLUMNS], const int (&slot)[TILES], int step, SharedPtr weights,

@@ -1,8 +1,8 @@
 // How a CTA of the chain kernel cuts its part out of the images and lays it out in shared memory. Plain C++, shared by the
 // plan, the launcher, the kernel and the emulator.
 //
-// A CTA owns `rows` x `columns` output pixels of one image, or all pixels of `images` whole images. Of a group's channels it keeps
-// the owned pixels and a halo in a "strip", one long line of pixel slots:
+// A CTA owns `rows` x `columns` output pixels of one image, or all pixels of `images` whole images. Of a group's channels it
+// keeps the owned pixels and a halo in a "strip", one long line of pixel slots:
 //
 //   * A line of the strip is one row of an image: `stored` pixels, then `dilation` slots that stay zero. These serve as right padding
 //     of that line and as left padding of the next, so every tap of the convolution is a constant shift in slots.

@@ -118,9 +118,11 @@ LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLim
   const struct {
     const char* what;
     int64_t value, most;
-  } limits[] = {{"the batch", problem.images, MAX_IMAGES}, {"the height of x", problem.height, MAX_ROWS},
-                {"the width of x", problem.width, MAX_COLUMNS}, {"stride", problem.stride, MAX_POSITIONS},
-                {"dilation", problem.dilation, MAX_POSITIONS}, {"the number of convolutions", problem.steps, 1024}};
+  } limits[] = {
+      {"the batch", problem.images, MAX_IMAGES},      {"the height of x", problem.height, MAX_ROWS},
+      {"the width of x", problem.width, MAX_COLUMNS}, {"stride", problem.stride, MAX_POSITIONS},
+      {"dilation", problem.dilation, MAX_POSITIONS},  {"the number of convolutions", problem.steps, 1024},
+  };
   for (const auto& limit : limits) {
     if (limit.value <= limit.most) continue;
     reason = std::string(limit.what) + " is " + std::to_string(limit.value) + "; at most " + std::to_string(limit.most) +
@@ -227,11 +229,13 @@ std::vector<int64_t> plan_as_numbers(const ChainProblem& problem, bool passes, c
   const LaunchPlan plan = plan_launch(problem, passes, device, reason, clusters);
   if (!reason.empty()) return {};
   const ChainTile& t = plan.tile;
+  // clang-format off
   return {plan.instance, t.rows, t.columns, t.images, t.whole, t.warps_m, t.warps_n, t.slices, t.stages,
           t.row_parts, t.channel_parts, t.warps_k, plan.ctas, plan.threads, plan.shared_bytes,
           plan.ctas_per_multiprocessor, plan.packed_columns, plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops,
           int64_t(1000 * plan.microseconds), int64_t(1000 * predict_steps(problem, passes, device)),
           capability_of(device.major, device.minor), rates_of(device.major, device.minor).capability};
+  // clang-format on
 }
 
 }  // namespace res2net_fused::cuda

@@ -42,8 +42,8 @@ inline ChainGeometry geometry_of(const ChainProblem& problem, const ChainTile& t
   return make_cluster_geometry(problem, tile, row.columns, row.tiles, packed_columns_for(problem.channels, problem.type));
 }
 
-// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it is
-// empty otherwise.
+// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it
+// is empty otherwise.
 LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
                        bool clusters = true);
 

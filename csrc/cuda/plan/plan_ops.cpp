@@ -1,5 +1,5 @@
-// torch.ops.res2net_fused_native.cuda_chain_plan and .cuda_chain_refusal: the plan of the CUDA chain kernel, in the CPU library,
-// so that it can be asked for where there is no GPU.
+// torch.ops.res2net_fused_native.cuda_chain_plan and .cuda_chain_refusal: the plan of the CUDA chain kernel, in the CPU
+// library, so that it can be asked for where there is no GPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -14,7 +14,8 @@ namespace {
 
 using namespace res2net_fused::cuda;
 
-// The fields of PlanRequest in res2net_fused/backends/cuda/plan.py, then those of DeviceLimits in res2net_fused/_native/library.py.
+// The fields of PlanRequest in res2net_fused/backends/cuda/plan.py, then those of DeviceLimits in
+// res2net_fused/_native/library.py.
 #define RES2NET_PLAN_ARGUMENTS(INT, BOOL)                                                                                     \
   INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes),      \
       INT(type), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin),             \

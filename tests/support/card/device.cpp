@@ -3,8 +3,8 @@
 //
 //   operator on cuda tensors -> `run_on_host` -> views of the same memory as cpu tensors -> the CPU kernel -> its results as cuda
 //
-// Streams and events exist and are counted, but work is done at once and in order. A capture keeps what it ran; a replay runs it
-// again into the same memory. What a device would refuse is refused: two cards in one operator, a host that waits in a capture.
+// Streams and events exist and are counted, but work is done at once and in order. A capture keeps what it ran; a replay runs
+// it again into the same memory. What a device would refuse is refused: two cards in one operator, a host that waits in one.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
