@@ -2,8 +2,8 @@
 
 #include <sstream>
 
-#if !defined(RES2NET_FUSED_COMMIT) || !defined(RES2NET_FUSED_INSTRUCTION_SETS) || \
-    !defined(RES2NET_FUSED_TORCH_TARGET) || !defined(RES2NET_FUSED_CUDA_VERSION) || !defined(RES2NET_FUSED_CUDA_ARCHS)
+#if !defined(RES2NET_FUSED_COMMIT) || !defined(RES2NET_FUSED_INSTRUCTION_SETS) || !defined(RES2NET_FUSED_TORCH_TARGET) || \
+    !defined(RES2NET_FUSED_CUDA_VERSION) || !defined(RES2NET_FUSED_CUDA_ARCHS)
 #error "compile through setup.py: res2net_fused/_native/build_flags.py defines what this file reports"
 #endif
 

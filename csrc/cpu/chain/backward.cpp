@@ -16,11 +16,11 @@
 #include <atomic>
 #include <vector>
 
-#include "cpu/runtime/scratch.h"
 #include "cpu/chain/forward.h"
-#include "cpu/runtime/work_split.h"
 #include "cpu/chain/padded_images.h"
 #include "cpu/chain/weight_gradients.h"
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/work_split.h"
 
 namespace res2net_fused {
 namespace {
@@ -30,8 +30,7 @@ class BackwardRun {
   BackwardRun(
       const ChainProblem& problem, const BackwardPlan& plan, const BackwardData& data, bool need_x, const Kernels& kernels)
       : problem_(problem), plan_(plan), data_(data), needs_x_(need_x), needs_weights_(data.gradients != nullptr),
-        kernels_(kernels), split_{plan.parts},
-        no_bias_(static_cast<size_t>(bias_floats(problem.channels))) {}
+        kernels_(kernels), split_{plan.parts}, no_bias_(static_cast<size_t>(bias_floats(problem.channels))) {}
 
   void images() const;
   void channels() const;
@@ -132,8 +131,8 @@ void BackwardRun::sum_rows(int64_t i, const PaddedImages& u, int64_t first_image
   const int64_t index = group_of(i);
   if (!needs_weights_ || !problem_.adds(index)) return;
   kernels_.copy_rows(
-      group(data_.x, index, first_image), group(data_.out, index - 1, first_image), u.view(i), problem_.height,
-      problem_.width, problem_.channels, first_row, last_row);
+      group(data_.x, index, first_image), group(data_.out, index - 1, first_image), u.view(i), problem_.height, problem_.width,
+      problem_.channels, first_row, last_row);
 }
 
 void BackwardRun::images() const {
@@ -220,12 +219,10 @@ void BackwardRun::channels() const {
     const Step of_input = input_step(i, dz, 0), of_weight = weight_step(i, u, 0);
     blockwise([&](Block block, int64_t at) {
       if (needs_input(i)) {
-        kernels_.winograd_input(
-            of_input, plan_.grid, block, v_dz + at, PointLayout::tiles_first(block.count, w), first, last);
+        kernels_.winograd_input(of_input, plan_.grid, block, v_dz + at, PointLayout::tiles_first(block.count, w), first, last);
       }
       if (!needs_weights_) return;
-      kernels_.winograd_input(
-          of_weight, plan_.grid, block, v_u + at, PointLayout::panels_first(block.count, w), first, last);
+      kernels_.winograd_input(of_weight, plan_.grid, block, v_u + at, PointLayout::panels_first(block.count, w), first, last);
       kernels_.winograd_gradient(of_input.source, w, plan_.grid, block, z + at, first, last);
     });
   };

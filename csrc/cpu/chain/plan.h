@@ -20,12 +20,12 @@ enum class Schedule {
 struct ChainPlan {
   bool winograd;
   Schedule schedule;
-  TileGrid grid;          // Winograd only
-  int64_t block_tiles;    // Winograd only: tiles transformed and multiplied together, at most
-  int64_t images;         // Schedule::images: taken through the chain together by one thread
-  int64_t parts;          // the work is cut into; one thread each
-  bool brings_near;       // Schedule::images: x and out are read through once before they are worked on
-  bool copies_source;     // Winograd only: groups that nothing is added to are copied between zero borders first
+  TileGrid grid;        // Winograd only
+  int64_t block_tiles;  // Winograd only: tiles transformed and multiplied together, at most
+  int64_t images;       // Schedule::images: taken through the chain together by one thread
+  int64_t parts;        // the work is cut into; one thread each
+  bool brings_near;     // Schedule::images: x and out are read through once before they are worked on
+  bool copies_source;   // Winograd only: groups that nothing is added to are copied between zero borders first
 };
 
 // Whether Winograd can run the problem at all.

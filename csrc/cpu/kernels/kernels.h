@@ -12,9 +12,7 @@ constexpr int64_t kUnit = 8;     // channels of a group are padded to multiples 
 constexpr int64_t kPanel = 16;   // output channels that packed weights keep side by side
 constexpr int64_t kPoints = 36;  // of F(4x4, 3x3)
 
-static constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 enum class Activation : int64_t { relu = 0, none = 1, hardtanh20 = 2 };
 enum class Pool : int64_t { none = 0, avg3 = 1, avg3_nopad = 2 };
@@ -59,7 +57,7 @@ struct Step {
   const float* winograd;
   int64_t winograd_point;
   const float* direct;  // [group][panel][tap][w/groups][16], the last panel 8 wide likewise; null: nothing is computed again
-  const float* bias;      // (w padded,)
+  const float* bias;    // (w padded,)
 };
 
 // The weights of one convolution as the caller has them: strides in floats, negative where the taps are turned around.
@@ -115,7 +113,7 @@ struct NormBackward {
   float* du_out;    // where that one is to be copied, or null
   int64_t du_out_pitch;
   float* dz;
-  int64_t dz_pitch;  // with statistics: no gap
+  int64_t dz_pitch;                     // with statistics: no gap
   const float *scale, *offset, *slope;  // of the second pass
 };
 
@@ -169,16 +167,14 @@ struct Kernels {
   int64_t panels_per_pass;
 
   // V of a block in some layout, for channels first ... last (multiples of kUnit).
-  void (*winograd_input)(
-      const Step&, const TileGrid&, Block, float* v, const PointLayout&, int64_t first, int64_t last);
+  void (*winograd_input)(const Step&, const TileGrid&, Block, float* v, const PointLayout&, int64_t first, int64_t last);
   // Multiplies by the panels, transforms back, and writes out and next. m: point_pitch(tiles, 16 * panels_per_pass + 8) for
   // each point. patch: 36 * w floats, for tiles that are not finite and therefore computed directly. False where one was
   // not, since step.direct is null.
   bool (*winograd_output)(
       const Step&, const TileGrid&, Block, const float* v, float* m, float* patch, int64_t first_panel, int64_t last_panel);
   // Z of the gradients dz of a block's outputs, as V; panels first.
-  void (*winograd_gradient)(
-      ConstView dz, int64_t channels, const TileGrid&, Block, float* z, int64_t first, int64_t last);
+  void (*winograd_gradient)(ConstView dz, int64_t channels, const TileGrid&, Block, float* z, int64_t first, int64_t last);
   // The weights' gradient (o, 9 taps, w padded) and the bias's (o,) of output channels first ... last, at `total` and `bias`,
   // from the block's V of u and Z, panels first; with `add` onto what is there. first: a panel's. sums: kWeightSums floats.
   void (*winograd_weight_gradient)(

@@ -24,9 +24,8 @@ void check_shape(const Tensor& t, const char* name, const ChainProblem& problem)
 // [gradient of x, its passed group not written; then, where asked for, those of the weights, and as many of the biases].
 // Nothing where this is not for the problem or a gradient is not finite.
 std::vector<Tensor> chain_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& out, const std::vector<Tensor>& weights,
-    RES2NET_PARAMETERS(R2N_CHAIN), bool need_x, bool need_weights, bool channels_last_weights,
-    int64_t instruction_set) {
+    const Tensor& grad, const Tensor& x, const Tensor& out, const std::vector<Tensor>& weights, RES2NET_PARAMETERS(R2N_CHAIN),
+    bool need_x, bool need_weights, bool channels_last_weights, int64_t instruction_set) {
   STD_TORCH_CHECK(x.dim() == 4, "x must be a four-dimensional tensor");
   const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), RES2NET_VALUES(R2N_CHAIN));
   const int64_t threads = torch::stable::get_num_threads();

@@ -3,9 +3,9 @@
 
 #include <string>
 
-#include "cpu/runtime/scratch.h"
 #include "cpu/chain/forward.h"
 #include "cpu/ops/op_arguments.h"
+#include "cpu/runtime/scratch.h"
 
 namespace res2net_fused {
 namespace {
@@ -36,8 +36,8 @@ Tensor output_of(const ChainProblem& problem) {
 }
 
 Tensor chain_forward(
-    const Tensor& x_given, const Tensor& winograd, const Tensor& direct, const Tensor& bias,
-    RES2NET_PARAMETERS(R2N_CHAIN), bool channels_last, int64_t arithmetic, int64_t instruction_set) {
+    const Tensor& x_given, const Tensor& winograd, const Tensor& direct, const Tensor& bias, RES2NET_PARAMETERS(R2N_CHAIN),
+    bool channels_last, int64_t arithmetic, int64_t instruction_set) {
   const ChainProblem problem = problem_for(x_given, RES2NET_VALUES(R2N_CHAIN));
   ChainData data{};
   data.winograd = packed_floats(winograd, "winograd", steps * winograd_floats(channels), true);
@@ -109,8 +109,7 @@ std::vector<Tensor> pack(
     for (int64_t item = first; item < last; item++) {
       const int64_t step = item / direct_panels, panel = item % direct_panels;
       const float* from = static_cast<const float*>(plain[static_cast<size_t>(step)].const_data_ptr());
-      kernels.pack_direct(
-          from, channels, groups, d + step * groups * direct_group_floats(group_channels), panel, panel + 1);
+      kernels.pack_direct(from, channels, groups, d + step * groups * direct_group_floats(group_channels), panel, panel + 1);
       if (with_winograd && panel < panels) {
         const WeightView view{from, channels * 9, 9, 3, 1};
         const int64_t at = step * winograd_floats(channels) + panel * kPanel * channels;
@@ -122,11 +121,9 @@ std::vector<Tensor> pack(
 }
 
 std::string plan_text(
-    int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN), int64_t arithmetic,
-    int64_t instruction_set) {
+    int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN), int64_t arithmetic, int64_t instruction_set) {
   const ChainProblem problem = problem_of(batch, height, width, RES2NET_VALUES(R2N_CHAIN));
-  const ChainPlan plan =
-      plan_chain(problem, static_cast<ArithmeticChoice>(arithmetic), torch::stable::get_num_threads());
+  const ChainPlan plan = plan_chain(problem, static_cast<ArithmeticChoice>(arithmetic), torch::stable::get_num_threads());
   return describe(problem, plan, kernels_of(instruction_set));
 }
 

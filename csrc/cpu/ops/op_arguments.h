@@ -26,7 +26,7 @@ inline const Kernels& kernels_of(int64_t instruction_set) {
 
 // What describes a chain without its images, as chain_arguments in res2net_fused/backends/cpu/settings.py passes it. channels:
 // of a group. Enumerations come as their codes.
-#define R2N_CHAIN(INT, BOOL)                                                                                     \
+#define R2N_CHAIN(INT, BOOL)                                                                                           \
   INT(channels), INT(steps), INT(stride), INT(dilation), INT(groups), BOOL(hierarchical), INT(passthrough), INT(pool), \
       INT(activation)
 
@@ -55,9 +55,8 @@ inline ChainProblem problem_of(int64_t batch, int64_t height, int64_t width, RES
 inline const float* packed_floats(const Tensor& tensor, const char* name, int64_t floats, bool may_be_empty = false) {
   if (may_be_empty && tensor.numel() == 0) return nullptr;
   STD_TORCH_CHECK(
-      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == floats,
-      name, " must be ", floats, " contiguous floats on the CPU as packing returns them; it has ", tensor.numel(),
-      " elements");
+      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == floats, name,
+      " must be ", floats, " contiguous floats on the CPU as packing returns them; it has ", tensor.numel(), " elements");
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 

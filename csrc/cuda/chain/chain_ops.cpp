@@ -34,8 +34,9 @@ int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {
 
 DataType type_of(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
-                  "x: expected float16, bfloat16 or float32");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+      "x: expected float16, bfloat16 or float32");
   return dtype == ScalarType::Half ? FP16 : dtype == ScalarType::BFloat16 ? BF16 : TF32;
 }
 
@@ -47,21 +48,23 @@ int narrow(const char* name, int64_t value) {
 // What `launch_chain` in res2net_fused/backends/cuda/chain.py passes: how a plan cuts the launch, then the chain, with the
 // group that passes or -1; pixel and slot: pitches of x and of out, in elements; fill_channels: of a slot of out, that are
 // written; add_passed: whether the passed group is added to the first convolved one.
-#define RES2NET_LAUNCH_ARGUMENTS(INT, BOOL)                                                                                      \
-  INT(instance), INT(rows), INT(columns), INT(images), INT(whole), INT(warps_m), INT(warps_n), INT(slices), INT(stages),         \
-      INT(row_parts), INT(channel_parts), INT(warps_k), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds),       \
-      INT(first_group), INT(passed_group), INT(pool), INT(x_pixel), INT(x_slot), INT(out_pixel), INT(out_slot),                  \
+#define RES2NET_LAUNCH_ARGUMENTS(INT, BOOL)                                                                                \
+  INT(instance), INT(rows), INT(columns), INT(images), INT(whole), INT(warps_m), INT(warps_n), INT(slices), INT(stages),   \
+      INT(row_parts), INT(channel_parts), INT(warps_k), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), \
+      INT(first_group), INT(passed_group), INT(pool), INT(x_pixel), INT(x_slot), INT(out_pixel), INT(out_slot),            \
       INT(fill_channels), BOOL(add_passed)
 #define RES2NET_NARROW(name) narrow(#name, name)  // named in the error
 
 // float32 is multiplied in TF32.
-void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, RES2NET_PARAMETERS(RES2NET_LAUNCH_ARGUMENTS), double lower,
-                double upper) {
-  STD_TORCH_CHECK(x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
+void cuda_chain(
+    Tensor x, Tensor weight, Tensor bias, Tensor out, RES2NET_PARAMETERS(RES2NET_LAUNCH_ARGUMENTS), double lower,
+    double upper) {
+  STD_TORCH_CHECK(
+      x.is_cuda() && out.is_cuda() && weight.is_cuda() && bias.is_cuda(), "x, weight, bias, out: expected CUDA tensors");
   const int32_t device = x.get_device_index();
   const auto check_device = [&](const char* name, const Tensor& t) {
-    STD_TORCH_CHECK(t.get_device_index() == device, name, ": on cuda:", t.get_device_index(), "; expected cuda:", device,
-                    ", where x is");
+    STD_TORCH_CHECK(
+        t.get_device_index() == device, name, ": on cuda:", t.get_device_index(), "; expected cuda:", device, ", where x is");
   };
   check_device("weight", weight), check_device("bias", bias), check_device("out", out);
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "x, out: expected four dimensions");
@@ -71,62 +74,70 @@ void cuda_chain(Tensor x, Tensor weight, Tensor bias, Tensor out, RES2NET_PARAME
   STD_TORCH_CHECK(weight.scalar_type() == dtype && out.scalar_type() == dtype, "weight, out: expected the dtype of x");
   STD_TORCH_CHECK(bias.scalar_type() == torch::headeronly::ScalarType::Float, "bias: expected float32");
 
-  const ChainProblem problem{.images = narrow("the batch of x", x.size(0)),
-                             .height = narrow("the height of x", x.size(2)),
-                             .width = narrow("the width of x", x.size(3)),
-                             .channels = RES2NET_NARROW(channels),
-                             .steps = RES2NET_NARROW(steps),
-                             .stride = RES2NET_NARROW(stride),
-                             .dilation = RES2NET_NARROW(dilation),
-                             .adds = adds,
-                             .type = type};
+  const ChainProblem problem{
+      .images = narrow("the batch of x", x.size(0)),
+      .height = narrow("the height of x", x.size(2)),
+      .width = narrow("the width of x", x.size(3)),
+      .channels = RES2NET_NARROW(channels),
+      .steps = RES2NET_NARROW(steps),
+      .stride = RES2NET_NARROW(stride),
+      .dilation = RES2NET_NARROW(dilation),
+      .adds = adds,
+      .type = type};
   const int index = RES2NET_NARROW(instance);
-  STD_TORCH_CHECK(problem.channels >= 1 && problem.channels % pair == 0 && runs_on(problem, index),
-                  "instance: ", index, " does not run groups of ", problem.channels, " channels");
-  const ChainTile tile{.rows = RES2NET_NARROW(rows),
-                       .columns = RES2NET_NARROW(columns),
-                       .images = RES2NET_NARROW(images),
-                       .whole = whole != 0,
-                       .warps_m = RES2NET_NARROW(warps_m),
-                       .warps_n = RES2NET_NARROW(warps_n),
-                       .slices = RES2NET_NARROW(slices),
-                       .stages = RES2NET_NARROW(stages),
-                       .row_parts = RES2NET_NARROW(row_parts),
-                       .channel_parts = RES2NET_NARROW(channel_parts),
-                       .warps_k = RES2NET_NARROW(warps_k)};
+  STD_TORCH_CHECK(
+      problem.channels >= 1 && problem.channels % pair == 0 && runs_on(problem, index), "instance: ", index,
+      " does not run groups of ", problem.channels, " channels");
+  const ChainTile tile{
+      .rows = RES2NET_NARROW(rows),
+      .columns = RES2NET_NARROW(columns),
+      .images = RES2NET_NARROW(images),
+      .whole = whole != 0,
+      .warps_m = RES2NET_NARROW(warps_m),
+      .warps_n = RES2NET_NARROW(warps_n),
+      .slices = RES2NET_NARROW(slices),
+      .stages = RES2NET_NARROW(stages),
+      .row_parts = RES2NET_NARROW(row_parts),
+      .channel_parts = RES2NET_NARROW(channel_parts),
+      .warps_k = RES2NET_NARROW(warps_k)};
   const Instance& row = INSTANCE_TABLE[index];
-  STD_TORCH_CHECK(row.cluster ? parts_fit(problem, tile, row.columns)
-                                   : tile.row_parts * tile.channel_parts * tile.warps_k == 1,
-                  "row_parts, channel_parts: ", tile.row_parts, " x ", tile.channel_parts, " parts do not make up the images and channels");
+  STD_TORCH_CHECK(
+      row.cluster ? parts_fit(problem, tile, row.columns) : tile.row_parts * tile.channel_parts * tile.warps_k == 1,
+      "row_parts, channel_parts: ", tile.row_parts, " x ", tile.channel_parts, " parts do not make up the images and channels");
   STD_TORCH_CHECK(tile.warps_m % row.warps_together() == 0, "warps_m: ", tile.warps_m, " warps are no whole warpgroups");
 
   ChainArguments a{};
   a.geometry = geometry_of(problem, tile, index);
-  STD_TORCH_CHECK(weight.numel() == int64_t(problem.steps) * problem.slices() * a.geometry.packed_columns * (256 / bytes),
-                  "weight: ", weight.numel(), " elements are not the packed weights of this plan");
-  STD_TORCH_CHECK(bias.numel() == int64_t(problem.steps) * a.geometry.packed_columns * 8,
-                  "bias: not the packed biases of this plan");
-  STD_TORCH_CHECK(out.size(0) == problem.images && out.size(2) == problem.out_height() && out.size(3) == problem.out_width(),
-                  "out: its size does not fit x");
+  STD_TORCH_CHECK(
+      weight.numel() == int64_t(problem.steps) * problem.slices() * a.geometry.packed_columns * (256 / bytes),
+      "weight: ", weight.numel(), " elements are not the packed weights of this plan");
+  STD_TORCH_CHECK(
+      bias.numel() == int64_t(problem.steps) * a.geometry.packed_columns * 8, "bias: not the packed biases of this plan");
+  STD_TORCH_CHECK(
+      out.size(0) == problem.images && out.size(2) == problem.out_height() && out.size(3) == problem.out_width(),
+      "out: its size does not fit x");
   a.x = x.data_ptr(), a.weight = weight.data_ptr(), a.out = out.data_ptr();
   a.bias = static_cast<const float*>(bias.data_ptr());
   a.first_group = RES2NET_NARROW(first_group), a.passed_group = RES2NET_NARROW(passed_group), a.pool = RES2NET_NARROW(pool);
   a.x_slots = {.pixel = RES2NET_NARROW(x_pixel), .slot = RES2NET_NARROW(x_slot)};
   a.out_slots = {.pixel = RES2NET_NARROW(out_pixel), .slot = RES2NET_NARROW(out_slot)};
-  STD_TORCH_CHECK(a.x_slots.pixel >= 1 && a.out_slots.pixel >= 1 && offsets_fit(a, type) && grid_fits(a.geometry),
-                  "x, out: an image of ", problem.height, " x ", problem.width, " pixels at a pitch of ", a.x_slots.pixel,
-                  " and ", a.out_slots.pixel, " elements, or the batch of ", problem.images, ", is larger than the kernel counts");
+  STD_TORCH_CHECK(
+      a.x_slots.pixel >= 1 && a.out_slots.pixel >= 1 && offsets_fit(a, type) && grid_fits(a.geometry), "x, out: an image of ",
+      problem.height, " x ", problem.width, " pixels at a pitch of ", a.x_slots.pixel, " and ", a.out_slots.pixel,
+      " elements, or the batch of ", problem.images, ", is larger than the kernel counts");
   a.fill_channels = RES2NET_NARROW(fill_channels);
-  STD_TORCH_CHECK(a.fill_channels >= problem.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.out_slots.slot &&
-                      a.fill_channels <= a.geometry.packed_columns * 8 &&
-                      a.fill_channels <= a.geometry.part_columns * a.geometry.channel_parts * 8,
-                  "fill_channels: ", a.fill_channels, " channels of a slot cannot be written");
+  STD_TORCH_CHECK(
+      a.fill_channels >= problem.channels && a.fill_channels % pair == 0 && a.fill_channels <= a.out_slots.slot &&
+          a.fill_channels <= a.geometry.packed_columns * 8 &&
+          a.fill_channels <= a.geometry.part_columns * a.geometry.channel_parts * 8,
+      "fill_channels: ", a.fill_channels, " channels of a slot cannot be written");
   a.add_passed = add_passed;
   STD_TORCH_CHECK(!a.add_passed || a.passed_group >= 0, "add_passed: no group passes that could be added");
   a.lower = float(lower), a.upper = float(upper);
-  STD_TORCH_CHECK((reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out)) % 4 == 0 &&
-                      (x_pixel | x_slot | out_pixel | out_slot) % pair == 0,
-                  "x, out: expected pixels and slots that are aligned to 4 bytes");
+  STD_TORCH_CHECK(
+      (reinterpret_cast<uint64_t>(a.x) | reinterpret_cast<uint64_t>(a.out)) % 4 == 0 &&
+          (x_pixel | x_slot | out_pixel | out_slot) % pair == 0,
+      "x, out: expected pixels and slots that are aligned to 4 bytes");
   // Weights are copied by 16 bytes, biases loaded two at a time.
   STD_TORCH_CHECK(reinterpret_cast<uint64_t>(a.weight) % 16 == 0, "weight: expected memory that is aligned to 16 bytes");
   STD_TORCH_CHECK(reinterpret_cast<uint64_t>(a.bias) % 8 == 0, "bias: expected memory that is aligned to 8 bytes");

@@ -177,10 +177,10 @@ DEVICE uint32_t round_to_tf32(uint32_t bits) {
 // c[j] += a * b[j]. In TF32 the hardware ignores the lowest 13 bits of a factor: it truncates.
 template <class Element, int COLUMNS>
 DEVICE void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS]) {
-#define RES2NET_MMA(SHAPE, TYPE)                                                                                \
-  asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE                                          \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
-               : "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3])             \
+#define RES2NET_MMA(SHAPE, TYPE)                                                                    \
+  asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE                              \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+               : "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3]) \
                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b[j].word[0]), "r"(b[j].word[1]))
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {

@@ -44,8 +44,8 @@ inline ChainGeometry geometry_of(const ChainProblem& problem, const ChainTile& t
 
 // The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it
 // is empty otherwise.
-LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
-                       bool clusters = true);
+LaunchPlan plan_launch(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true);
 
 // Puts the cluster kernel's best launch into `best` where it is predicted to be faster.
 void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, LaunchPlan& best);
@@ -54,7 +54,7 @@ void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits&
 double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimits& device);
 
 // plan_launch in numbers, in the order of `Plan` in res2net_fused/backends/cuda/plan.py; empty where there is no plan.
-std::vector<int64_t> plan_as_numbers(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
-                                     bool clusters = true);
+std::vector<int64_t> plan_as_numbers(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true);
 
 }  // namespace res2net_fused::cuda

@@ -16,9 +16,9 @@ using namespace res2net_fused::cuda;
 
 // The fields of PlanRequest in res2net_fused/backends/cuda/plan.py, then those of DeviceLimits in
 // res2net_fused/_native/library.py.
-#define RES2NET_PLAN_ARGUMENTS(INT, BOOL)                                                                                     \
-  INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes),      \
-      INT(type), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin),             \
+#define RES2NET_PLAN_ARGUMENTS(INT, BOOL)                                                                                \
+  INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes), \
+      INT(type), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin),        \
       INT(shared_per_multiprocessor), INT(registers_per_multiprocessor), INT(l2_bytes), INT(wgmma), INT(code)
 
 std::vector<int64_t> plan(std::string& reason, RES2NET_PARAMETERS(RES2NET_PLAN_ARGUMENTS)) {
@@ -30,24 +30,26 @@ std::vector<int64_t> plan(std::string& reason, RES2NET_PARAMETERS(RES2NET_PLAN_A
     return int(std::min<int64_t>(checked(name, value), 1 << 30));  // more is refused either way
   };
   STD_TORCH_CHECK(type >= 0 && type < DATA_TYPES, "type: ", type, "; expected 0 to ", DATA_TYPES - 1);
-  const ChainProblem problem{.images = checked("images", images),
-                             .height = narrow("height", height),
-                             .width = narrow("width", width),
-                             .channels = narrow("channels", channels),
-                             .steps = narrow("steps", steps),
-                             .stride = narrow("stride", stride),
-                             .dilation = narrow("dilation", dilation),
-                             .adds = adds,
-                             .type = DataType(type)};
-  const DeviceLimits device{.major = int(capability_major),
-                            .minor = int(capability_minor),
-                            .multiprocessors = int(multiprocessors),
-                            .shared_per_block = int(shared_per_block_optin),
-                            .shared_per_multiprocessor = int(shared_per_multiprocessor),
-                            .registers_per_multiprocessor = int(registers_per_multiprocessor),
-                            .l2_bytes = int(l2_bytes),
-                            .wgmma = int(wgmma),
-                            .code = int(code)};
+  const ChainProblem problem{
+      .images = checked("images", images),
+      .height = narrow("height", height),
+      .width = narrow("width", width),
+      .channels = narrow("channels", channels),
+      .steps = narrow("steps", steps),
+      .stride = narrow("stride", stride),
+      .dilation = narrow("dilation", dilation),
+      .adds = adds,
+      .type = DataType(type)};
+  const DeviceLimits device{
+      .major = int(capability_major),
+      .minor = int(capability_minor),
+      .multiprocessors = int(multiprocessors),
+      .shared_per_block = int(shared_per_block_optin),
+      .shared_per_multiprocessor = int(shared_per_multiprocessor),
+      .registers_per_multiprocessor = int(registers_per_multiprocessor),
+      .l2_bytes = int(l2_bytes),
+      .wgmma = int(wgmma),
+      .code = int(code)};
   return plan_as_numbers(problem, passes, device, reason);
 }
 
