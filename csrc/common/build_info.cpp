@@ -2,9 +2,9 @@
 
 #include <sstream>
 
-#if !defined(RES2NET_FUSED_COMMIT) || !defined(RES2NET_FUSED_INSTRUCTION_SETS) || \
-    !defined(RES2NET_FUSED_TORCH_TARGET) || !defined(RES2NET_FUSED_CUDA_VERSION) || !defined(RES2NET_FUSED_CUDA_ARCHS)
-#error "compile through setup.py: res2net_fused/build_flags.py defines what this file reports"
+#if !defined(RES2NET_FUSED_COMMIT) || !defined(RES2NET_FUSED_INSTRUCTION_SETS) || !defined(RES2NET_FUSED_TORCH_TARGET) || \
+    !defined(RES2NET_FUSED_CUDA_VERSION) || !defined(RES2NET_FUSED_CUDA_ARCHS)
+#error "compile through setup.py: res2net_fused/_native/build_flags.py defines what this file reports"
 #endif
 
 namespace res2net_fused {

@@ -8,11 +8,11 @@ namespace res2net_fused {
 
 struct BuildInfo {
   std::string compiler;
-  long cxx_standard;  // value of __cplusplus, such as 202002
+  long cxx_standard;         // value of __cplusplus, such as 202002
   std::string torch_target;  // lowest torch release the stable ABI was compiled for
   std::string commit;
   std::vector<std::string> instruction_sets;  // what the CPU kernels were compiled for, lowest first
-  std::string cuda_version;  // of the nvcc found at build time; empty: no CUDA library
+  std::string cuda_version;                   // of the nvcc found at build time; empty: no CUDA library
   std::vector<std::string> cuda_architectures;
 };
 

@@ -9,7 +9,7 @@ typedef struct {
   int capability_major;
   int capability_minor;
   int multiprocessors;
-  int shared_per_block_optin;  // bytes a block may ask for through cudaFuncAttributeMaxDynamicSharedMemorySize
+  int shared_per_block_optin;     // bytes a block may ask for through cudaFuncAttributeMaxDynamicSharedMemorySize
   int shared_per_multiprocessor;  // bytes
   int registers_per_multiprocessor;
   int l2_bytes;

@@ -25,18 +25,23 @@ std::string cuda_build_info() {
   return res2net_fused::to_json(info);
 }
 
-// In the order of DeviceLimits in res2net_fused/native.py.
+// The fields of DeviceLimits in res2net_fused/_native/library.py, in that order.
 std::vector<int64_t> device_limits(int64_t device) {
-  STD_TORCH_CHECK(device >= 0 && device <= std::numeric_limits<int>::max(),
-                  "device: expected the index of a CUDA device, got ", device);
+  STD_TORCH_CHECK(
+      device >= 0 && device <= std::numeric_limits<int>::max(), "device: expected the index of a CUDA device, got ", device);
   res2net_fused_device_limits limits;
   const int error = res2net_fused_query_device(static_cast<int>(device), &limits);
   STD_TORCH_CHECK(error == 0, "device: CUDA device ", device, " cannot be queried: ", res2net_fused_cuda_error(error));
-  return {limits.capability_major,          limits.capability_minor,
-          limits.multiprocessors,           limits.shared_per_block_optin,
-          limits.shared_per_multiprocessor, limits.registers_per_multiprocessor,
-          limits.l2_bytes,                  HAVE_WGMMA && limits.capability_major == 9,
-          limits.code};
+  return {
+      limits.capability_major,
+      limits.capability_minor,
+      limits.multiprocessors,
+      limits.shared_per_block_optin,
+      limits.shared_per_multiprocessor,
+      limits.registers_per_multiprocessor,
+      limits.l2_bytes,
+      HAVE_WGMMA && limits.capability_major == 9,
+      limits.code};
 }
 
 }  // namespace

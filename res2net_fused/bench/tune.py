@@ -62,7 +62,7 @@ class Job:
         """The same launch cut into other tiles."""
         arguments, options = self.call.arguments, self.call.options
         pixels = arguments["pixels"]
-        columns = arguments["OUT_LANES"] if self.shape.kernel == "pointwise" else arguments["CHANNELS"]
+        columns = arguments["OUT_CHANNELS"] if self.shape.kernel == "pointwise" else arguments["CHANNELS"]
         tasks = self.call.programs // _tiles(pixels, columns, self.tile)
         return replace(
             self.call,
@@ -146,8 +146,8 @@ def _block_jobs(case: Case, device: str | None) -> list[Job | KernelCall]:
     found: list[Job | KernelCall] = []
     for call in block_calls(problem, own, x, shortcut, pack_block(folded, problem.config), True, out):
         arguments = call.arguments
-        if "IN_LANES" in arguments:
-            shape = Shape("pointwise", own, kind, arguments["OUT_LANES"], arguments["IN_LANES"], arguments["pixels"])
+        if "IN_CHANNELS" in arguments:
+            shape = Shape("pointwise", own, kind, arguments["OUT_CHANNELS"], arguments["IN_CHANNELS"], arguments["pixels"])
             found.append(Job(shape, call))
         elif "BLOCK_K" in arguments:
             found.append(Job(step_shape(problem, own, plan.precision, min(plan.images, problem.batch)), call))

@@ -37,7 +37,7 @@ def test_jobs_are_the_distinct_launches_of_the_blocks():
 def test_another_tile_covers_the_same_work():
     for job in jobs():
         call = job.with_tile(Tile(16, 16, 16, 1, 2))
-        columns = call.arguments.get("OUT_LANES" if job.shape.kernel == "pointwise" else "CHANNELS")
+        columns = call.arguments.get("OUT_CHANNELS" if job.shape.kernel == "pointwise" else "CHANNELS")
         tasks = 1 if job.shape.kernel == "pointwise" else call.arguments["STEPS"] + call.arguments["PASSES"]
         assert call.programs == tasks * -(-call.arguments["pixels"] // 16) * -(-columns // 16)
         assert job.with_tile(job.tile).programs == job.call.programs
@@ -74,7 +74,7 @@ def tile_of(call):
 
 def key_of(call):
     """Of a launch: what it is of, and its tile."""
-    return call.arguments.get("OUT_LANES") if "IN_LANES" in call.arguments else "step", tile_of(call)
+    return call.arguments.get("OUT_CHANNELS") if "IN_CHANNELS" in call.arguments else "step", tile_of(call)
 
 
 class World:

@@ -90,8 +90,7 @@ __global__ void matrix_product(const uint32_t* in, uint32_t* out) {
     for (int i = 0; i < 4; i++) c[j].value[i] = columns_right ? 0.5f : NAN;
   multiply<Element>(c, a, b);
   for (int j = 0; j < 2; j++)
-    for (int i = 0; i < 4; i++)
-      out[(lane / 4 + i / 2 * 8) * 16 + j * 8 + lane % 4 * 2 + i % 2] = as_bits(c[j].value[i]);
+    for (int i = 0; i < 4; i++) out[(lane / 4 + i / 2 * 8) * 16 + j * 8 + lane % 4 * 2 + i % 2] = as_bits(c[j].value[i]);
 }
 
 template <class Element>
@@ -140,8 +139,7 @@ __global__ void tf32_product(const uint32_t* in, uint32_t* out) {
     for (int i = 0; i < 4; i++) c[j].value[i] = columns_right ? 0.5f : NAN;
   multiply<tf32>(c, a, b);
   for (int j = 0; j < 2; j++)
-    for (int i = 0; i < 4; i++)
-      out[(lane / 4 + i / 2 * 8) * 16 + j * 8 + lane % 4 * 2 + i % 2] = as_bits(c[j].value[i]);
+    for (int i = 0; i < 4; i++) out[(lane / 4 + i / 2 * 8) * 16 + j * 8 + lane % 4 * 2 + i % 2] = as_bits(c[j].value[i]);
 }
 
 template <bool TRUNCATES>
@@ -219,7 +217,8 @@ void test_async_product(uint32_t (*pack)(int, int), const char* what) {
       for (int k = half * 8; k < half * 8 + 8; k += 2) in.push_back(pack(factor_a(row, k), factor_a(row, k + 1)));
   for (int block = 0; block < 2 * COLUMNS; block++)
     for (int column = block / 2 * 8; column < block / 2 * 8 + 8; column++)
-      for (int k = block % 2 * 8; k < block % 2 * 8 + 8; k += 2) in.push_back(pack(factor_b(k, column), factor_b(k + 1, column)));
+      for (int k = block % 2 * 8; k < block % 2 * 8 + 8; k += 2)
+        in.push_back(pack(factor_b(k, column), factor_b(k + 1, column)));
   const auto out = run(async_product<Element, COLUMNS>, 128, in, 64 * 8 * COLUMNS);
   for (int row = 0; row < 64; row++)
     for (int column = 0; column < 8 * COLUMNS; column++) {

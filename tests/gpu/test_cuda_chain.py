@@ -113,12 +113,12 @@ def run_in_slots(case, tensors):
         pytest.skip("no kernel runs on this stand-in card, and only whole calls are answered")
     x, weights, biases = on_gpu(case, tensors)
     pitch, problem = case.width + case.pad, problem_of(case)
-    lanes = case.scale * pitch
+    channels = case.scale * pitch
 
     def slots(height, columns, value):
-        shape = case.images, lanes, height, columns
+        shape = case.images, channels, height, columns
         data = torch.full(shape, value, dtype=case.dtype, device="cuda").contiguous(memory_format=torch.channels_last)
-        return cuda_chain.Slots(data, lanes, pitch), data.unflatten(1, (case.scale, pitch))
+        return cuda_chain.Slots(data, channels, pitch), data.unflatten(1, (case.scale, pitch))
 
     source, x_slots = slots(case.height, case.columns, 0.0 if case.fill else torch.nan)
     target, out_slots = slots(problem.output_height, problem.output_width, torch.nan)

@@ -10,12 +10,12 @@ from triton.compiler import ASTSource
 
 from res2net_fused.backends.triton.backward import BatchNorms, ChainGradients
 from res2net_fused.backends.triton.block import block_calls, slot_pitch
-from res2net_fused.backends.triton.kernels.common import Slots, pack_weights
+from res2net_fused.backends.triton.kernels.common import GroupView, pack_weights
 from res2net_fused.backends.triton.kernels.conv1d_fwd import chain_calls_1d
 from res2net_fused.backends.triton.kernels.conv3x3_bn_fwd import train_calls
 from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls
 from res2net_fused.backends.triton.launch import KernelCall
-from res2net_fused.backends.triton.step_plan import dot_precision, padded_lanes, plan_steps, plan_training
+from res2net_fused.backends.triton.step_plan import dot_precision, padded_channels, plan_steps, plan_training
 from res2net_fused.chain.config import (
     Chain1dConfig,
     ChainConfig,
@@ -71,7 +71,7 @@ def _shapes() -> list[Shape]:
             shapes.append(Shape(network, width, scale, size, groups))
             shapes.append(Shape(network, width, scale, min(56, 2 * size), groups, stage=True))
             if width % 8:  # the layout in which every slot is padded to a multiple of 8
-                shapes.append(Shape(network, width, scale, size, groups, pitch=padded_lanes(width)))
+                shapes.append(Shape(network, width, scale, size, groups, pitch=padded_channels(width)))
     return shapes
 
 
@@ -88,13 +88,13 @@ def calls(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, i
     pitch = shape.pitch or shape.width
     plan = plan_steps(problem, capability, tf32=tf32, pitch=pitch)
 
-    def slots(height: int, width: int) -> Slots:
+    def slots(height: int, width: int) -> GroupView:
         data = torch.empty(batch, shape.scale * pitch, height, width, dtype=dtype, device="meta")
-        return Slots(data.to(memory_format=torch.channels_last), pitch, pitch)
+        return GroupView(data.to(memory_format=torch.channels_last), pitch, pitch)
 
     x, out = slots(shape.size, shape.size), slots(problem.output_height, problem.output_width)
     weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
-    weights = pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))[None]
+    weights = pack_weights([weight] * steps, shape.groups, padded_channels(shape.width // shape.groups))[None]
     bias = torch.empty(steps, shape.width, device="meta")
     distinct = {}
     for call in chain_calls(problem, plan, x, out, weights, bias):
@@ -109,7 +109,7 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
         config, torch.device("cuda"), dtype, batch, shape.size, shape.size, shape.width, steps, channels_last=True
     )
     planes = 64 * shape.width // _width(shape.network, 0)
-    lanes = shape.scale * slot_pitch(shape.width, shape.groups, dtype.itemsize)
+    channels = shape.scale * slot_pitch(shape.width, shape.groups, dtype.itemsize)
 
     def pixels(channels: int, height: int) -> torch.Tensor:
         data = torch.empty(batch, channels, height, height, dtype=dtype, device="meta")
@@ -118,11 +118,11 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
     weight = torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")
     x, out = pixels(planes * 4, shape.size), pixels(planes * 4, problem.output_height)
     packed = [
-        torch.empty(1, lanes, planes * 4, dtype=dtype, device="meta"),
-        torch.empty(lanes, device="meta"),
-        pack_weights([weight] * steps, shape.groups, padded_lanes(shape.width // shape.groups))[None],
+        torch.empty(1, channels, planes * 4, dtype=dtype, device="meta"),
+        torch.empty(channels, device="meta"),
+        pack_weights([weight] * steps, shape.groups, padded_channels(shape.width // shape.groups))[None],
         torch.empty(steps, shape.width, device="meta"),
-        torch.empty(1, planes * 4, lanes, dtype=dtype, device="meta"),
+        torch.empty(1, planes * 4, channels, dtype=dtype, device="meta"),
         torch.empty(planes * 4, device="meta"),
     ]
     distinct = {}
@@ -147,9 +147,9 @@ def calls_of_training(
 
     channels = shape.scale * shape.width
     x, out = pixels(channels, shape.size), pixels(channels, problem.output_height)
-    slots = Slots(x, shape.width, shape.width), Slots(out, shape.width, shape.width)
+    slots = GroupView(x, shape.width, shape.width), GroupView(out, shape.width, shape.width)
     weights = [torch.empty(shape.width, shape.width // shape.groups, 3, 3, dtype=dtype, device="meta")] * steps
-    packed = pack_weights(weights, shape.groups, padded_lanes(shape.width // shape.groups))
+    packed = pack_weights(weights, shape.groups, padded_channels(shape.width // shape.groups))
     vectors, statistics = [torch.empty(shape.width, device="meta")] * steps, torch.empty(4, steps, shape.width, device="meta")
     z = [pixels(shape.width, problem.output_height)] * steps
     plan = plan_training(problem, capability, tf32=tf32)
@@ -170,7 +170,7 @@ def calls_of_rows(
     """The distinct launches of an ECAPA-TDNN chain of s = 8, on tensors without memory."""
     problem = Chain1dProblem(config, torch.device("cuda"), dtype, 32, length, width, 7, 3)
     x = torch.empty(32, 8 * width, length, dtype=dtype, device="meta")
-    weights = torch.empty(7, 3, width, padded_lanes(width), dtype=dtype, device="meta")
+    weights = torch.empty(7, 3, width, padded_channels(width), dtype=dtype, device="meta")
     vectors = torch.empty(7, width, device="meta")
     rectified = [x[:, :width].contiguous()] * 7 if keep else []
     distinct = {}

@@ -1,4 +1,4 @@
-// From the last group to the first, with dy_i = dout_i + du_{i+1}:
+// Walks from the last group to the first, with dy_i = dout_i + du_{i+1}:
 //
 //   dz_i = dy_i where y_i passed its input on         dz_i * K_i turned  = du_i -> grad_x       u_i, dz_i -> dK_i, db_i
 //   +-----------+   V   +----+  x U   +----+                     +------+
@@ -16,11 +16,11 @@
 #include <atomic>
 #include <vector>
 
-#include "cpu/runtime/scratch.h"
 #include "cpu/chain/forward.h"
-#include "cpu/runtime/work_split.h"
 #include "cpu/chain/padded_images.h"
 #include "cpu/chain/weight_gradients.h"
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/work_split.h"
 
 namespace res2net_fused {
 namespace {
@@ -30,8 +30,7 @@ class BackwardRun {
   BackwardRun(
       const ChainProblem& problem, const BackwardPlan& plan, const BackwardData& data, bool need_x, const Kernels& kernels)
       : problem_(problem), plan_(plan), data_(data), needs_x_(need_x), needs_weights_(data.gradients != nullptr),
-        kernels_(kernels), split_{plan.parts},
-        no_bias_(static_cast<size_t>(bias_floats(problem.channels))) {}
+        kernels_(kernels), split_{plan.parts}, no_bias_(static_cast<size_t>(bias_floats(problem.channels))) {}
 
   void images() const;
   void channels() const;
@@ -56,7 +55,7 @@ class BackwardRun {
   void mask_rows(int64_t i, const PaddedImages& dz, int64_t first_image, int64_t first_row, int64_t last_row) const;
   void sum_rows(int64_t i, const PaddedImages& u, int64_t first_image, int64_t first_row, int64_t last_row) const;
 
-  // Of V or Z in either layout.
+  // Floats of V or Z in either layout.
   int64_t points_floats(int64_t tiles) const { return PointLayout::panels_first(tiles, problem_.channels).floats(); }
   int64_t m_floats(int64_t tiles) const { return products_floats(kernels_, tiles, problem_.channels); }
 
@@ -132,8 +131,8 @@ void BackwardRun::sum_rows(int64_t i, const PaddedImages& u, int64_t first_image
   const int64_t index = group_of(i);
   if (!needs_weights_ || !problem_.adds(index)) return;
   kernels_.copy_rows(
-      group(data_.x, index, first_image), group(data_.out, index - 1, first_image), u.view(i), problem_.height,
-      problem_.width, problem_.channels, first_row, last_row);
+      group(data_.x, index, first_image), group(data_.out, index - 1, first_image), u.view(i), problem_.height, problem_.width,
+      problem_.channels, first_row, last_row);
 }
 
 void BackwardRun::images() const {
@@ -220,12 +219,10 @@ void BackwardRun::channels() const {
     const Step of_input = input_step(i, dz, 0), of_weight = weight_step(i, u, 0);
     blockwise([&](Block block, int64_t at) {
       if (needs_input(i)) {
-        kernels_.winograd_input(
-            of_input, plan_.grid, block, v_dz + at, PointLayout::tiles_first(block.count, w), first, last);
+        kernels_.winograd_input(of_input, plan_.grid, block, v_dz + at, PointLayout::tiles_first(block.count, w), first, last);
       }
       if (!needs_weights_) return;
-      kernels_.winograd_input(
-          of_weight, plan_.grid, block, v_u + at, PointLayout::panels_first(block.count, w), first, last);
+      kernels_.winograd_input(of_weight, plan_.grid, block, v_u + at, PointLayout::panels_first(block.count, w), first, last);
       kernels_.winograd_gradient(of_input.source, w, plan_.grid, block, z + at, first, last);
     });
   };
@@ -264,7 +261,7 @@ int64_t tiles_of(const ChainProblem& problem) {
   return problem.batch * covering_tiles(problem.height, problem.width).per_image();
 }
 
-// Of Schedule::images.
+// Parts of Schedule::images.
 int64_t image_parts(const ChainProblem& problem, int64_t threads) {
   return std::min({threads, problem.batch, std::max<int64_t>(1, tiles_of(problem) / kTilesWorthAPart)});
 }

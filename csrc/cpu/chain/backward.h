@@ -7,14 +7,14 @@
 namespace res2net_fused {
 
 struct BackwardData {
-  ConstView x, out, grad;  // (N, H, W, s*w), channels side by side
-  View grad_x;             // as x; of the groups that are convolved
-  int64_t room;            // floats of a pixel of each: s*w
-  const WeightView* weights;  // one a step, turned
+  ConstView x, out, grad;            // (N, H, W, s*w), channels side by side
+  View grad_x;                       // as x; of the groups that are convolved
+  int64_t room;                      // floats of a pixel of each: s*w
+  const WeightView* weights;         // one a step, turned
   const WeightGradients* gradients;  // one a step, or null
 };
 
-// How the work is cut, as ChainPlan.
+// How the work of a backward is cut: what ChainPlan is to a forward.
 struct BackwardPlan {
   Schedule schedule;
   TileGrid grid;

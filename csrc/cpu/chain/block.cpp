@@ -105,9 +105,8 @@ class BlockRun {
   template <class F>
   static void share_out(int64_t units, const F& f) {
     const int64_t parts = std::min(std::max<int64_t>(torch::stable::get_num_threads(), 1), units);
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      f(units * first / parts, units * last / parts);
-    });
+    torch::stable::parallel_for(
+        0, parts, 1, [&](int64_t first, int64_t last) { f(units * first / parts, units * last / parts); });
   }
 
   // All rows, by all threads: the larger of the two operands is shared out.

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/chain/padded_images.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/work_split.h"
-#include "cpu/chain/padded_images.h"
 
 namespace res2net_fused {
 namespace {
@@ -124,8 +124,7 @@ Step Run::step(int64_t i, const PaddedImages& sources, int64_t first_image) cons
   return step;
 }
 
-void Run::copy_source(
-    int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const {
+void Run::copy_source(int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const {
   const int64_t group = group_of(i);
   // Only the first convolution of "first_added" comes here with something to add: the passed group.
   const ConstView plus = problem_.adds(group) ? constant(out_group(group - 1, first_image)) : ConstView{};
@@ -204,9 +203,8 @@ void Run::tiles() const {
   if (passes_first()) pass_all();
   for (int64_t i = 0; i < problem_.steps; i++) {
     if (needs_copy(i)) {
-      split_.for_each([&](int64_t part) {
-        copy_source(i, sources, 0, split_.share(rows, part), split_.share(rows, part + 1));
-      });
+      split_.for_each(
+          [&](int64_t part) { copy_source(i, sources, 0, split_.share(rows, part), split_.share(rows, part + 1)); });
     }
     const Step step = this->step(i, sources, 0);
     split_.for_each([&](int64_t part) {
@@ -264,17 +262,14 @@ void Run::channels() const {
       kernels_.pack_winograd(data_.plain[i], w, memory + m + patch, step.winograd_point, first, last);
     }
     blockwise([&](Block block, int64_t at) {
-      note(kernels_.winograd_output(
-          step, plan_.grid, block, transformed + (i % 2) * v + at, memory, memory + m, first, last));
+      note(kernels_.winograd_output(step, plan_.grid, block, transformed + (i % 2) * v + at, memory, memory + m, first, last));
     });
   };
 
   const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
   if (passes_first()) pass(0, 0, out_rows);
   if (needs_copy(0)) {
-    split_.for_each([&](int64_t part) {
-      copy_source(0, sources, 0, split_.share(rows, part), split_.share(rows, part + 1));
-    });
+    split_.for_each([&](int64_t part) { copy_source(0, sources, 0, split_.share(rows, part), split_.share(rows, part + 1)); });
   }
   split_.for_each([&](int64_t part) { transform(0, part); });
   for (int64_t i = 0; i < problem_.steps; i++) {

@@ -12,7 +12,7 @@ struct ChainData {
   const float* winograd;  // winograd_floats(w) a step; null where the plan has no Winograd, or takes `plain`
   const float* direct;    // groups * direct_group_floats(w/groups) a step; null: tiles that are not finite are reported
   const WeightView* plain = nullptr;  // one a step, packed by whoever needs them; for Schedule::channels
-  const float* bias;      // bias_floats(w) a step
+  const float* bias;                  // bias_floats(w) a step
 };
 
 // Takes up to plan.images images at a time through the whole chain on the calling thread; for Schedule::images.

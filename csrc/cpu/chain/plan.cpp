@@ -9,7 +9,7 @@ namespace {
 // Reading one weight from the L3 cache, in multiplications that take as long.
 constexpr int64_t kMatrixCost = 8;
 
-// Of x and out together, that may well lie in cache when a call begins: 4 MB.
+// Floats of x and out together that may well lie in cache when a call begins: 4 MB.
 constexpr int64_t kCachedFloats = 1 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -95,9 +95,10 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
   }
   if (plan.schedule == Schedule::channels) plan.block_tiles = kMaxBlockTiles;
   plan.copies_source = plan.schedule == Schedule::images && problem.height * problem.width <= 14 * 14;
-  plan.parts = std::min(plan.parts, plan.schedule == Schedule::images  ? problem.batch
-                                    : plan.schedule == Schedule::tiles ? all_tiles
-                                                                       : panel_count(problem.channels));
+  plan.parts = std::min(
+      plan.parts, plan.schedule == Schedule::images  ? problem.batch
+                  : plan.schedule == Schedule::tiles ? all_tiles
+                                                     : panel_count(problem.channels));
   return plan;
 }
 
@@ -132,7 +133,7 @@ std::string describe(const ChainProblem& problem, const ChainPlan& plan, const K
   } else {
     text << "direct convolution";
   }
-  const char* shared = plan.schedule == Schedule::images   ? "images"
+  const char* shared = plan.schedule == Schedule::images  ? "images"
                        : plan.schedule == Schedule::tiles ? (plan.winograd ? "tiles" : "rows")
                                                           : "channels";
   text << ", " << shared << " over " << plan.parts << (plan.parts == 1 ? " thread" : " threads");

@@ -8,7 +8,7 @@
 
 namespace res2net_fused {
 
-// In the order of the codes that Python passes: res2net_fused/backends/cpu/settings.py.
+// The codes are those that Python passes: res2net_fused/backends/cpu/settings.py.
 enum class ArithmeticChoice : int64_t { automatic = 0, winograd = 1, direct = 2 };
 
 enum class Schedule {
@@ -20,12 +20,12 @@ enum class Schedule {
 struct ChainPlan {
   bool winograd;
   Schedule schedule;
-  TileGrid grid;          // Winograd only
-  int64_t block_tiles;    // Winograd only: tiles transformed and multiplied together, at most
-  int64_t images;         // Schedule::images: taken through the chain together by one thread
-  int64_t parts;          // the work is cut into; one thread each
-  bool brings_near;       // Schedule::images: x and out are read through once before they are worked on
-  bool copies_source;     // Winograd only: groups that nothing is added to are copied between zero borders first
+  TileGrid grid;        // Winograd only
+  int64_t block_tiles;  // Winograd only: tiles transformed and multiplied together, at most
+  int64_t images;       // Schedule::images: taken through the chain together by one thread
+  int64_t parts;        // the work is cut into; one thread each
+  bool brings_near;     // Schedule::images: x and out are read through once before they are worked on
+  bool copies_source;   // Winograd only: groups that nothing is added to are copied between zero borders first
 };
 
 // Whether Winograd can run the problem at all.
@@ -36,7 +36,7 @@ bool winograd_pays(const ChainProblem& problem);
 
 ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, int64_t threads);
 
-// For Winograd over weights that are packed in the call. With Schedule::channels by whoever needs them.
+// Plan of Winograd for weights that are not packed yet. With Schedule::channels, each thread packs only those that it needs.
 ChainPlan plan_from_weights(const ChainProblem& problem, int64_t threads);
 
 // Tiles of a block beside weights, or their gradient, that stay in cache.

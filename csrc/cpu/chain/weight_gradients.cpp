@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kBlockFloats = 192 << 10;  // of V and Z together: three quarters of an L2 cache of 1 MB
 constexpr uint32_t kExponent = 0x7f800000;   // all its bits are set in Inf and NaN
 constexpr int64_t kFewestBlockTiles = 32;
-constexpr int64_t kGrainFloats = 1 << 15;    // of weights: what pays for a second thread
+constexpr int64_t kGrainFloats = 1 << 15;  // of weights: what pays for a second thread
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;

@@ -12,9 +12,7 @@ constexpr int64_t bias_total(int64_t channels) { return channels * 9 * round_up(
 constexpr int64_t total_floats(int64_t channels) { return round_up(bias_total(channels) + round_up(channels, kUnit), 16); }
 
 // Scratch of WeightGradients::form.
-constexpr int64_t form_floats(int64_t channels) {
-  return kWeightSums + kWeightRows * 9 * round_up(channels, kUnit) + 16;
-}
+constexpr int64_t form_floats(int64_t channels) { return kWeightSums + kWeightRows * 9 * round_up(channels, kUnit) + 16; }
 
 // Fewer tiles do not pay for a total of a part's own.
 constexpr int64_t kTilesWorthAPart = 16;
@@ -39,8 +37,8 @@ struct WeightGradients {
   // for_each_block(f): calls f(Block, floats from v to its V and from z to its Z). False as `gather`.
   template <class Blocks>
   bool form(
-      const Kernels& kernels, const TileGrid& grid, const Blocks& for_each_block, const float* v, const float* z,
-      float* memory, int64_t first, int64_t last) const {
+      const Kernels& kernels, const TileGrid& grid, const Blocks& for_each_block, const float* v, const float* z, float* memory,
+      int64_t first, int64_t last) const {
     float *const rows = memory + kWeightSums, *const biases = rows + kWeightRows * 9 * round_up(channels, kUnit);
     bool finite = true;
     for (int64_t o = first; o < last; o += kWeightRows) {
@@ -56,8 +54,7 @@ struct WeightGradients {
   }
 
  private:
-  bool write(
-      const float* rows, const float* biases, int64_t count, int64_t each, int64_t first, int64_t last) const;
+  bool write(const float* rows, const float* biases, int64_t count, int64_t each, int64_t first, int64_t last) const;
 };
 
 }  // namespace res2net_fused

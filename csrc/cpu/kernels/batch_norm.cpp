@@ -1,4 +1,4 @@
-// BatchNorm in training mode between the convolutions, fused with what stands beside it: each pass reads and writes memory once.
+// BatchNorm in training mode between the convolutions, fused with what stands beside it: each pass goes over memory once.
 #include "activations.h"
 #include "kernels.h"
 #include "vector.h"

@@ -6,8 +6,8 @@ namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {
 
 void average_row(
-    ConstView source, int64_t in_height, int64_t in_width, View target, int64_t n, int64_t y, int64_t width,
-    int64_t channels, int64_t stride, Pool pool) {
+    ConstView source, int64_t in_height, int64_t in_width, View target, int64_t n, int64_t y, int64_t width, int64_t channels,
+    int64_t stride, Pool pool) {
   const int64_t top = y * stride - 1, first_row = top < 0 ? 0 : top, last_row = smaller(top + 3, in_height);
   for (int64_t x = 0; x < width; x++) {
     const int64_t left = x * stride - 1, first_column = left < 0 ? 0 : left, last_column = smaller(left + 3, in_width);

@@ -26,9 +26,24 @@ void pack_direct(const float*, int64_t, int64_t, float*, int64_t, int64_t);
 void pack_pointwise(const float*, int64_t, int64_t, float*, int64_t, int64_t);
 
 const Kernels kernels = {
-    R2N_NAME(RES2NET_FUSED_ISA), kMaxPanels, winograd_input, winograd_output, winograd_gradient, winograd_weight_gradient,
-    direct_rows, copy_rows, pass_rows, pointwise_rows, pack_winograd, pack_direct, norm_moments, norm_forward,
-    activation_backward, norm_backward_sums, norm_backward_apply, pack_pointwise,
+    R2N_NAME(RES2NET_FUSED_ISA),
+    kMaxPanels,
+    winograd_input,
+    winograd_output,
+    winograd_gradient,
+    winograd_weight_gradient,
+    direct_rows,
+    copy_rows,
+    pass_rows,
+    pointwise_rows,
+    pack_winograd,
+    pack_direct,
+    norm_moments,
+    norm_forward,
+    activation_backward,
+    norm_backward_sums,
+    norm_backward_apply,
+    pack_pointwise,
 };
 
 }  // namespace res2net_fused::RES2NET_FUSED_ISA

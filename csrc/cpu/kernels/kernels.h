@@ -12,9 +12,7 @@ constexpr int64_t kUnit = 8;     // channels of a group are padded to multiples 
 constexpr int64_t kPanel = 16;   // output channels that packed weights keep side by side
 constexpr int64_t kPoints = 36;  // of F(4x4, 3x3)
 
-static constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 enum class Activation : int64_t { relu = 0, none = 1, hardtanh20 = 2 };
 enum class Pool : int64_t { none = 0, avg3 = 1, avg3_nopad = 2 };
@@ -46,7 +44,7 @@ struct Step {
   ConstView addend;          // the next group of x, and
   View next;                 // where its sum with y goes; data is null where the next step adds nothing
   bool addend_full_vectors;
-  // In a backward chain: the output of the activation before, whose backward that sum goes through. Pixels as the addend's.
+  // Backward only: the output of the activation before, whose backward that sum goes through. It has the addend's pixels.
   ConstView mask;
   Activation mask_activation;
   View out;
@@ -59,7 +57,7 @@ struct Step {
   const float* winograd;
   int64_t winograd_point;
   const float* direct;  // [group][panel][tap][w/groups][16], the last panel 8 wide likewise; null: nothing is computed again
-  const float* bias;      // (w padded,)
+  const float* bias;    // (w padded,)
 };
 
 // The weights of one convolution as the caller has them: strides in floats, negative where the taps are turned around.
@@ -115,7 +113,7 @@ struct NormBackward {
   float* du_out;    // where that one is to be copied, or null
   int64_t du_out_pitch;
   float* dz;
-  int64_t dz_pitch;  // with statistics: no gap
+  int64_t dz_pitch;                     // with statistics: no gap
   const float *scale, *offset, *slope;  // of the second pass
 };
 
@@ -155,7 +153,7 @@ struct PointLayout {
     return {point_pitch(tiles, round_up(channels, kPanel)), kPanel, tiles * kPanel};
   }
   R2N_INLINE_MEMBER int64_t at(int64_t channel) const { return channel / kPanel * panel + channel % kPanel; }
-  // Of all points: whole cache lines, 36 times a multiple of 8.
+  // Floats of all points: whole cache lines, 36 times a multiple of 8.
   R2N_INLINE_MEMBER int64_t floats() const { return kPoints * point; }
 };
 
@@ -169,16 +167,14 @@ struct Kernels {
   int64_t panels_per_pass;
 
   // V of a block in some layout, for channels first ... last (multiples of kUnit).
-  void (*winograd_input)(
-      const Step&, const TileGrid&, Block, float* v, const PointLayout&, int64_t first, int64_t last);
+  void (*winograd_input)(const Step&, const TileGrid&, Block, float* v, const PointLayout&, int64_t first, int64_t last);
   // Multiplies by the panels, transforms back, and writes out and next. m: point_pitch(tiles, 16 * panels_per_pass + 8) for
   // each point. patch: 36 * w floats, for tiles that are not finite and therefore computed directly. False where one was
   // not, since step.direct is null.
   bool (*winograd_output)(
       const Step&, const TileGrid&, Block, const float* v, float* m, float* patch, int64_t first_panel, int64_t last_panel);
   // Z of the gradients dz of a block's outputs, as V; panels first.
-  void (*winograd_gradient)(
-      ConstView dz, int64_t channels, const TileGrid&, Block, float* z, int64_t first, int64_t last);
+  void (*winograd_gradient)(ConstView dz, int64_t channels, const TileGrid&, Block, float* z, int64_t first, int64_t last);
   // The weights' gradient (o, 9 taps, w padded) and the bias's (o,) of output channels first ... last, at `total` and `bias`,
   // from the block's V of u and Z, panels first; with `add` onto what is there. first: a panel's. sums: kWeightSums floats.
   void (*winograd_weight_gradient)(
@@ -225,7 +221,7 @@ static constexpr int64_t direct_group_floats(int64_t group_channels) {
 
 static constexpr int64_t pointwise_floats(int64_t columns, int64_t depth) { return depth * round_up(columns, kUnit); }
 
-// Of the bias of one convolution: whole vectors are read from any channel on.
+// Floats of one convolution's packed bias, padded by a panel, since kernels load whole vectors from any channel on.
 static constexpr int64_t bias_floats(int64_t channels) { return round_up(channels, kUnit) + kPanel; }
 
 // The kernels of one instruction set; null where this library was not compiled for it.

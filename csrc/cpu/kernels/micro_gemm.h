@@ -16,16 +16,14 @@
 
 namespace res2net_fused::RES2NET_FUSED_ISA {
 
-constexpr int kPerPanel = kPanel / kLanes<Full>;                    // full vectors in a panel
-constexpr bool kHalfVectors = kLanes<Half> < kLanes<Full>;          // whether a half panel has a vector type of its own
-constexpr int kPerHalf = kHalfVectors ? 0 : kUnit / kLanes<Full>;   // else: full vectors in a half panel
+constexpr int kPerPanel = kPanel / kLanes<Full>;                   // full vectors in a panel
+constexpr bool kHalfVectors = kLanes<Half> < kLanes<Full>;         // whether a half panel has a vector type of its own
+constexpr int kPerHalf = kHalfVectors ? 0 : kUnit / kLanes<Full>;  // else: full vectors in a half panel
 
 // Panels that one pass takes at most: as many as leave room for enough rows.
 constexpr int kMaxPanels = kRegisters == 32 ? (kPerPanel == 1 ? 3 : 1) : 1;
 
-constexpr int vectors_of(int panels, bool half) {
-  return panels * kPerPanel + (half ? (kHalfVectors ? 1 : kPerHalf) : 0);
-}
+constexpr int vectors_of(int panels, bool half) { return panels * kPerPanel + (half ? (kHalfVectors ? 1 : kPerHalf) : 0); }
 
 // The most rows for so many vectors side by side, within the registers left beside a row of B.
 constexpr int max_rows(int vectors) {
@@ -55,8 +53,8 @@ R2N_INLINE void clear(Sums<P, Panels, HalfPanel>& sums) {
 // half). With Prefetch, asks for as many floats at `soon` as the panels at b hold.
 template <bool Prefetch, int P, int Panels, bool HalfPanel>
 R2N_INLINE void accumulate(
-    Sums<P, Panels, HalfPanel>& sums, const float* a, int64_t row_pitch, const float* b, const float* half,
-    int64_t panel_pitch, int64_t depth, const float* soon) {
+    Sums<P, Panels, HalfPanel>& sums, const float* a, int64_t row_pitch, const float* b, const float* half, int64_t panel_pitch,
+    int64_t depth, const float* soon) {
   constexpr int kFull = Sums<P, Panels, HalfPanel>::kFull;
   const float* rows[(P + 2) / 3];  // every third row: the two behind it are reached by the addressing mode
 #pragma GCC unroll 8

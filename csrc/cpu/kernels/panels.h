@@ -57,8 +57,8 @@ R2N_INLINE void with_pass_shape(PanelPass pass, const F& f) {
 template <int Most, class F>
 R2N_INLINE void with_rows(int64_t rows, const F& f) {
   switch (rows) {
-#define R2N_ROWS(P)                                   \
-  case P:                                             \
+#define R2N_ROWS(P)                                      \
+  case P:                                                \
     if constexpr (P <= Most) f.template operator()<P>(); \
     break;
     R2N_ROWS(1)

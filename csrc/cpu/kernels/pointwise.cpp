@@ -24,7 +24,7 @@ constexpr int64_t kWidest = kMaxPanels * kPanel + kUnit;
 struct DepthBlock {
   const float *source, *weights, *half_weights;
   int64_t source_pitch, panel_pitch, depth;
-  float* waiting;    // sums of the blocks before this one, and then also its own
+  float* waiting;  // sums of the blocks before this one, and then also its own
   bool first, last;
 };
 

@@ -19,8 +19,7 @@ namespace {
 
 // Copies a tile's source pixels, zeros where there are none, into patch[pixel][channel] for `lanes` channels from `channel`.
 template <bool Part, class V>
-R2N_INLINE void gather(
-    const Step& step, const Tile& tile, int64_t channel, int64_t lanes, float* patch, int64_t patch_pixel) {
+R2N_INLINE void gather(const Step& step, const Tile& tile, int64_t channel, int64_t lanes, float* patch, int64_t patch_pixel) {
   for (int64_t i = 0; i < tile.rows + 2; i++) {
     for (int64_t j = 0; j < tile.columns + 2; j++) {
       const int64_t y = tile.y - 1 + i, x = tile.x - 1 + j;
@@ -35,8 +34,8 @@ R2N_INLINE void gather(
 template <int Rows, int Columns>
 __attribute__((noinline)) void tile_input(
     const Step& step, const Tile& tile, float* v, const PointLayout& layout, int64_t first, int64_t last) {
-  const bool inside = step.source_has_border || (tile.y >= 1 && tile.x >= 1 && tile.y + Rows < step.in_height &&
-                                                 tile.x + Columns < step.in_width);
+  const bool inside = step.source_has_border ||
+                      (tile.y >= 1 && tile.x >= 1 && tile.y + Rows < step.in_height && tile.x + Columns < step.in_width);
   for_each_vector(first, last, step.channels, [&](auto kind, int64_t channel, int64_t lanes) R2N_LAMBDA_INLINE {
     using V = decltype(kind);
     const bool part = lanes < kLanes<V> && !step.source_full_vectors;
@@ -132,8 +131,7 @@ __attribute__((noinline)) bool tile_output(
 }
 
 // The tile's outputs of one pass by direct convolution.
-__attribute__((noinline, cold)) void repair_tile(
-    const Step& step, const Tile& tile, PanelPass pass, float* patch) {
+__attribute__((noinline, cold)) void repair_tile(const Step& step, const Tile& tile, PanelPass pass, float* patch) {
   const int64_t w = step.channels;
   for_each_vector(0, round_up(w, kUnit), w, [&](auto kind, int64_t channel, int64_t lanes) {
     using V = decltype(kind);
@@ -202,8 +200,8 @@ __attribute__((noinline)) void multiply_rows(
 // M = V * U for one pass of panels, point by point.
 template <int Panels, bool HalfPanel>
 R2N_INLINE void multiply_points(
-    const Step& step, const TileGrid& grid, const SortedTiles& sorted, Block block, const float* v, float* m,
-    PanelPass pass, int64_t first_panel) {
+    const Step& step, const TileGrid& grid, const SortedTiles& sorted, Block block, const float* v, float* m, PanelPass pass,
+    int64_t first_panel) {
   constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
   const int64_t w = step.channels, padded = round_up(w, kUnit), width = pass.width();
   const int64_t v_point = PointLayout::tiles_first(block.count, w).point, m_point = point_pitch(block.count, width);

@@ -115,8 +115,8 @@ void winograd_gradient(
 }
 
 void winograd_weight_gradient(
-    int64_t channels, const TileGrid& grid, Block block, const float* v, const float* z, float* sums, float* total,
-    float* bias, int64_t first, int64_t last, bool add) {
+    int64_t channels, const TileGrid& grid, Block block, const float* v, const float* z, float* sums, float* total, float* bias,
+    int64_t first, int64_t last, bool add) {
   SortedTiles sorted;
   sort_tiles(grid, block, sorted);
   const int64_t padded = round_up(channels, kUnit);

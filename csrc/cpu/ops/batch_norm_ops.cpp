@@ -33,7 +33,8 @@ int64_t pitch_of(const Tensor& t, const char* name, int64_t pixels, int64_t chan
     pitch = t.stride(0);
   }
   const bool regular = (t.size(1) == 1 || t.stride(1) == 1) && (t.size(3) == 1 || t.stride(3) == pitch) &&
-      (t.size(2) == 1 || t.stride(2) == pitch * t.size(3)) && (t.size(0) == 1 || t.stride(0) == pitch * t.size(2) * t.size(3));
+                       (t.size(2) == 1 || t.stride(2) == pitch * t.size(3)) &&
+                       (t.size(0) == 1 || t.stride(0) == pitch * t.size(2) * t.size(3));
   STD_TORCH_CHECK(regular, name, " must be channels-last, its pixels at one distance");
   return pitch;
 }

@@ -1,9 +1,9 @@
 // torch.ops.res2net_fused_native.cpu_block_forward and cpu_pack_pointwise: the whole block in eval mode.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/runtime/scratch.h"
 #include "cpu/chain/block.h"
 #include "cpu/ops/op_arguments.h"
+#include "cpu/runtime/scratch.h"
 
 namespace res2net_fused {
 namespace {
@@ -17,13 +17,13 @@ Tensor as_dense_nhwc_floats(const Tensor& x) {
 // tensor, then what cpu_pack returns. With a projection, shortcut is what it reads, at every projection_stride-th pixel.
 Tensor block_forward(
     const Tensor& x_given, std::optional<Tensor> shortcut_given, const std::vector<Tensor>& packed, int64_t outplanes,
-    int64_t projection_stride, bool relu, const std::vector<int64_t>& settings, bool channels_last, int64_t arithmetic, int64_t instruction_set) {
+    int64_t projection_stride, bool relu, RES2NET_PARAMETERS(R2N_CHAIN), bool channels_last, int64_t arithmetic,
+    int64_t instruction_set) {
   STD_TORCH_CHECK(x_given.is_cpu() && x_given.dim() == 4, "x must be a four-dimensional tensor on the CPU");
   STD_TORCH_CHECK(packed.size() == 8 && outplanes >= 1, "packed must be 8 tensors, not ", packed.size());
   const Tensor x = as_dense_nhwc_floats(x_given);
-  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), settings);
+  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), RES2NET_VALUES(R2N_CHAIN));
   const Kernels& kernels = kernels_of(instruction_set);
-  const int64_t channels = problem.channels, steps = problem.steps, groups = problem.groups;
   const int64_t inplanes = x.size(1), middle = problem.scale() * channels;
   BlockData data{};
   data.inplanes = inplanes;
@@ -40,21 +40,21 @@ Tensor block_forward(
   const int64_t height = problem.out_height(), width = problem.out_width();
   Tensor out = empty_nhwc(problem.batch, outplanes, height, width);
   Tensor shortcut;
-  STD_TORCH_CHECK(
-      shortcut_given.has_value() || packed[4].numel() == 0, "shortcut must be given beside a projection's weights");
+  STD_TORCH_CHECK(shortcut_given.has_value() || packed[4].numel() == 0, "shortcut must be given beside a projection's weights");
   if (shortcut_given.has_value()) {
     shortcut = as_dense_nhwc_floats(*shortcut_given);
-    const int64_t planes = shortcut.size(1), stride = projection_stride;
+    const int64_t planes = shortcut.size(1);
     const bool projected = packed[4].numel() > 0;
     STD_TORCH_CHECK(
-        shortcut.is_cpu() && stride >= 1 && shortcut.size(0) == problem.batch && (projected || planes == outplanes) &&
-            (shortcut.size(2) - 1) / stride + 1 == height && (shortcut.size(3) - 1) / stride + 1 == width,
+        shortcut.is_cpu() && projection_stride >= 1 && shortcut.size(0) == problem.batch &&
+            (projected || planes == outplanes) && (shortcut.size(2) - 1) / projection_stride + 1 == height &&
+            (shortcut.size(3) - 1) / projection_stride + 1 == width,
         "shortcut must be (", problem.batch, ", ", outplanes, ", ", height, ", ", width, ") on the CPU, after its projection");
     if (projected) data.projection = packed_floats(packed[4], "projection", pointwise_floats(outplanes, planes));
     data.shortcut_planes = planes;
     data.shortcut_height = shortcut.size(2);
     data.shortcut_width = shortcut.size(3);
-    data.projection_stride = stride;
+    data.projection_stride = projection_stride;
     data.shortcut = static_cast<const float*>(shortcut.const_data_ptr());
   }
   if (problem.batch > 0) {
@@ -91,7 +91,7 @@ std::vector<Tensor> pack_pointwise(const Tensor& weight, const Tensor& bias, int
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(
       "cpu_block_forward(Tensor x, Tensor? shortcut, Tensor[] packed, int outplanes, int projection_stride, "
-      "bool relu, int[] settings, bool channels_last, int arithmetic, int instruction_set) -> Tensor");
+      "bool relu, " RES2NET_SCHEMA(R2N_CHAIN) ", bool channels_last, int arithmetic, int instruction_set) -> Tensor");
   m.def("cpu_pack_pointwise(Tensor weight, Tensor bias, int instruction_set) -> Tensor[]");
 }
 

@@ -13,6 +13,4 @@ std::string build_info() { return res2net_fused::to_json(res2net_fused::build_in
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) { m.def("build_info() -> str"); }
 
 // CompositeExplicitAutograd: an operator without tensor arguments has no device to dispatch on.
-STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&build_info));
-}
+STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }

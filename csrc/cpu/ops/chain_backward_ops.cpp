@@ -24,12 +24,11 @@ void check_shape(const Tensor& t, const char* name, const ChainProblem& problem)
 // [gradient of x, its passed group not written; then, where asked for, those of the weights, and as many of the biases].
 // Nothing where this is not for the problem or a gradient is not finite.
 std::vector<Tensor> chain_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& out, const std::vector<Tensor>& weights,
-    const std::vector<int64_t>& settings, bool need_x, bool need_weights, bool channels_last_weights,
-    int64_t instruction_set) {
+    const Tensor& grad, const Tensor& x, const Tensor& out, const std::vector<Tensor>& weights, RES2NET_PARAMETERS(R2N_CHAIN),
+    bool need_x, bool need_weights, bool channels_last_weights, int64_t instruction_set) {
   STD_TORCH_CHECK(x.dim() == 4, "x must be a four-dimensional tensor");
-  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), settings);
-  const int64_t channels = problem.channels, steps = problem.steps, threads = torch::stable::get_num_threads();
+  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), RES2NET_VALUES(R2N_CHAIN));
+  const int64_t threads = torch::stable::get_num_threads();
   if (!backward_covers(problem, threads)) return {};
   check_shape(grad, "grad", problem);
   check_shape(x, "x", problem);
@@ -66,7 +65,8 @@ std::vector<Tensor> chain_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(
-      "cpu_chain_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, int[] settings, bool need_x, "
+      "cpu_chain_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, "  //
+      RES2NET_SCHEMA(R2N_CHAIN) ", bool need_x, "
       "bool need_weights, bool channels_last_weights, int instruction_set) -> Tensor[]");
 }
 

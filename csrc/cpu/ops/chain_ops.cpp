@@ -3,16 +3,16 @@
 
 #include <string>
 
-#include "cpu/runtime/scratch.h"
 #include "cpu/chain/forward.h"
 #include "cpu/ops/op_arguments.h"
+#include "cpu/runtime/scratch.h"
 
 namespace res2net_fused {
 namespace {
 
-ChainProblem problem_for(const Tensor& x, const std::vector<int64_t>& settings) {
+ChainProblem problem_for(const Tensor& x, RES2NET_PARAMETERS(R2N_CHAIN)) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a four-dimensional tensor on the CPU");
-  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), settings);
+  const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), RES2NET_VALUES(R2N_CHAIN));
   STD_TORCH_CHECK(
       x.size(1) == problem.scale() * problem.channels, "x has ", x.size(1), " channels, which do not fit ", problem.steps,
       " convolutions of ", problem.channels, " channels");
@@ -36,10 +36,9 @@ Tensor output_of(const ChainProblem& problem) {
 }
 
 Tensor chain_forward(
-    const Tensor& x_given, const Tensor& winograd, const Tensor& direct, const Tensor& bias,
-    const std::vector<int64_t>& settings, bool channels_last, int64_t arithmetic, int64_t instruction_set) {
-  const ChainProblem problem = problem_for(x_given, settings);
-  const int64_t channels = problem.channels, steps = problem.steps, groups = problem.groups;
+    const Tensor& x_given, const Tensor& winograd, const Tensor& direct, const Tensor& bias, RES2NET_PARAMETERS(R2N_CHAIN),
+    bool channels_last, int64_t arithmetic, int64_t instruction_set) {
+  const ChainProblem problem = problem_for(x_given, RES2NET_VALUES(R2N_CHAIN));
   ChainData data{};
   data.winograd = packed_floats(winograd, "winograd", steps * winograd_floats(channels), true);
   data.direct = packed_floats(direct, "direct", steps * groups * direct_group_floats(channels / groups));
@@ -51,13 +50,12 @@ Tensor chain_forward(
   return as_asked(out, x_given.scalar_type(), channels_last);
 }
 
-// As chain_forward by Winograd, from weights (w, w, 3, 3) as they are; `turned`: by those of the input gradient. Nothing
-// where a result is not finite, of which only direct convolution says which ones are.
+// The chain by Winograd from weights (w, w, 3, 3) as they are; `turned`: by those of the input gradient. Returns nothing where
+// a result is not finite, since only direct convolution says which ones are.
 std::vector<Tensor> chain_from_weights(
     const Tensor& x_given, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, bool turned,
-    const std::vector<int64_t>& settings, bool channels_last, int64_t instruction_set) {
-  const ChainProblem problem = problem_for(x_given, settings);
-  const int64_t channels = problem.channels, steps = problem.steps;
+    RES2NET_PARAMETERS(R2N_CHAIN), bool channels_last, int64_t instruction_set) {
+  const ChainProblem problem = problem_for(x_given, RES2NET_VALUES(R2N_CHAIN));
   STD_TORCH_CHECK(
       winograd_covers(problem) && static_cast<int64_t>(weights.size()) == steps,
       "Winograd needs stride, dilation and groups of 1, images of 2 x 2 pixels and one weight for each of ", steps,
@@ -111,8 +109,7 @@ std::vector<Tensor> pack(
     for (int64_t item = first; item < last; item++) {
       const int64_t step = item / direct_panels, panel = item % direct_panels;
       const float* from = static_cast<const float*>(plain[static_cast<size_t>(step)].const_data_ptr());
-      kernels.pack_direct(
-          from, channels, groups, d + step * groups * direct_group_floats(group_channels), panel, panel + 1);
+      kernels.pack_direct(from, channels, groups, d + step * groups * direct_group_floats(group_channels), panel, panel + 1);
       if (with_winograd && panel < panels) {
         const WeightView view{from, channels * 9, 9, 3, 1};
         const int64_t at = step * winograd_floats(channels) + panel * kPanel * channels;
@@ -124,11 +121,9 @@ std::vector<Tensor> pack(
 }
 
 std::string plan_text(
-    int64_t batch, int64_t height, int64_t width, const std::vector<int64_t>& settings, int64_t arithmetic,
-    int64_t instruction_set) {
-  const ChainProblem problem = problem_of(batch, height, width, settings);
-  const ChainPlan plan =
-      plan_chain(problem, static_cast<ArithmeticChoice>(arithmetic), torch::stable::get_num_threads());
+    int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN), int64_t arithmetic, int64_t instruction_set) {
+  const ChainProblem problem = problem_of(batch, height, width, RES2NET_VALUES(R2N_CHAIN));
+  const ChainPlan plan = plan_chain(problem, static_cast<ArithmeticChoice>(arithmetic), torch::stable::get_num_threads());
   return describe(problem, plan, kernels_of(instruction_set));
 }
 
@@ -143,14 +138,14 @@ int64_t scratch_bytes(bool release) { return cached_scratch_bytes(release); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(
-      "cpu_chain_forward(Tensor x, Tensor winograd, Tensor direct, Tensor bias, int[] settings, bool channels_last, "
-      "int arithmetic, int instruction_set) -> Tensor");
+      "cpu_chain_forward(Tensor x, Tensor winograd, Tensor direct, Tensor bias, "  //
+      RES2NET_SCHEMA(R2N_CHAIN) ", bool channels_last, int arithmetic, int instruction_set) -> Tensor");
   m.def(
-      "cpu_chain_from_weights(Tensor x, Tensor[] weights, Tensor[] biases, bool turned, int[] settings, bool channels_last, "
-      "int instruction_set) -> Tensor[]");
+      "cpu_chain_from_weights(Tensor x, Tensor[] weights, Tensor[] biases, bool turned, "  //
+      RES2NET_SCHEMA(R2N_CHAIN) ", bool channels_last, int instruction_set) -> Tensor[]");
   m.def("cpu_pack(Tensor[] weights, Tensor[] biases, int groups, bool with_winograd, int instruction_set) -> Tensor[]");
   m.def(
-      "cpu_plan(int batch, int height, int width, int[] settings, int arithmetic, int instruction_set) -> str");
+      "cpu_plan(int batch, int height, int width, " RES2NET_SCHEMA(R2N_CHAIN) ", int arithmetic, int instruction_set) -> str");
   m.def("cpu_has_instruction_set(int instruction_set) -> bool");
   m.def("cpu_scratch_bytes(bool release) -> int");
 }

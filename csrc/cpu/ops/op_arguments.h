@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/named_arguments.h"
 #include "cpu/chain/problem.h"
 #include "cpu/runtime/dispatch.h"
 
@@ -23,27 +24,39 @@ inline const Kernels& kernels_of(int64_t instruction_set) {
   return *kernels;
 }
 
-// settings: channels of a group, steps, stride, dilation, groups, hierarchical, passthrough, pool, activation.
-inline ChainProblem problem_of(int64_t batch, int64_t height, int64_t width, const std::vector<int64_t>& settings) {
-  STD_TORCH_CHECK(settings.size() == 9, "settings must be 9 numbers, not ", settings.size());
-  const std::vector<int64_t>& s = settings;
-  const ChainProblem problem{
-      batch, height, width, s[0], s[1], s[2], s[3], s[4], s[5] != 0, static_cast<Passthrough>(s[6]), static_cast<Pool>(s[7]),
-      static_cast<Activation>(s[8])};
+// What describes a chain without its images, as chain_arguments in res2net_fused/backends/cpu/settings.py passes it. channels:
+// of a group. Enumerations come as their codes.
+#define R2N_CHAIN(INT, BOOL)                                                                                           \
+  INT(channels), INT(steps), INT(stride), INT(dilation), INT(groups), BOOL(hierarchical), INT(passthrough), INT(pool), \
+      INT(activation)
+
+inline ChainProblem problem_of(int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN)) {
   STD_TORCH_CHECK(
-      problem.channels >= 1 && problem.steps >= 1 && problem.stride >= 1 && problem.dilation >= 1 && problem.groups >= 1 &&
-          problem.channels % problem.groups == 0 && height >= 1 && width >= 1,
-      "settings do not describe a chain over images of ", height, " x ", width, " pixels");
-  return problem;
+      channels >= 1 && steps >= 1 && stride >= 1 && dilation >= 1 && groups >= 1 && channels % groups == 0 && height >= 1 &&
+          width >= 1,
+      "no chain over images of ", height, " x ", width, " pixels: channels ", channels, ", steps ", steps, ", stride ", stride,
+      ", dilation ", dilation, ", groups ", groups);
+  return {
+      .batch = batch,
+      .height = height,
+      .width = width,
+      .channels = channels,
+      .steps = steps,
+      .stride = stride,
+      .dilation = dilation,
+      .groups = groups,
+      .hierarchical = hierarchical,
+      .passthrough = static_cast<Passthrough>(passthrough),
+      .pool = static_cast<Pool>(pool),
+      .activation = static_cast<Activation>(activation)};
 }
 
 // The floats of a tensor that cpu_pack or cpu_pack_pointwise returned; null if it is empty and may be.
 inline const float* packed_floats(const Tensor& tensor, const char* name, int64_t floats, bool may_be_empty = false) {
   if (may_be_empty && tensor.numel() == 0) return nullptr;
   STD_TORCH_CHECK(
-      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == floats,
-      name, " must be ", floats, " contiguous floats on the CPU as packing returns them; it has ", tensor.numel(),
-      " elements");
+      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == floats, name,
+      " must be ", floats, " contiguous floats on the CPU as packing returns them; it has ", tensor.numel(), " elements");
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 

@@ -1,4 +1,4 @@
-// torch.ops.res2net_fused_native.cpu_weight_gradient: of one 3x3 convolution (stride, dilation and groups 1), by Winograd.
+// torch.ops.res2net_fused_native.cpu_weight_gradient: dK and db by Winograd of one 3x3 convolution, stride, dilation and groups 1.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -67,8 +67,7 @@ std::vector<Tensor> weight_gradient(
     split.for_each([&](int64_t part) {
       float *const own_v = v + part * block_floats, *const own_z = z + part * block_floats, *const total = totals + part * each;
       for_each_block(split.share(tiles, part), split.share(tiles, part + 1), shares.block_tiles, [&](Block block, int64_t b) {
-        kernels.winograd_input(
-            step, grid, block, own_v, PointLayout::panels_first(block.count, channels), 0, padded);
+        kernels.winograd_input(step, grid, block, own_v, PointLayout::panels_first(block.count, channels), 0, padded);
         kernels.winograd_gradient(gradient, channels, grid, block, own_z, 0, padded);
         kernels.winograd_weight_gradient(
             channels, grid, block, own_v, own_z, sums + part * kWeightSums, total, total + bias_total(channels), 0, channels,
@@ -84,8 +83,7 @@ std::vector<Tensor> weight_gradient(
     split.for_each([&](int64_t part) {
       const int64_t first = first_of(part), last = std::min(first_of(part + 1), padded);
       blockwise([&](Block block, int64_t at) {
-        kernels.winograd_input(
-            step, grid, block, v + at, PointLayout::panels_first(block.count, channels), first, last);
+        kernels.winograd_input(step, grid, block, v + at, PointLayout::panels_first(block.count, channels), first, last);
         kernels.winograd_gradient(gradient, channels, grid, block, z + at, first, last);
       });
     });

@@ -5,7 +5,7 @@
 
 namespace res2net_fused {
 
-// In the order of the codes that Python passes: res2net_fused/backends/cpu/settings.py.
+// The codes are those that Python passes: res2net_fused/backends/cpu/settings.py.
 enum class InstructionSet : int64_t { best = -1, portable = 0, avx2 = 1, avx512 = 2 };
 
 // The kernels, or null where this processor or this build has none of that set. `best` never gives null.

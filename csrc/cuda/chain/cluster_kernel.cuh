@@ -1,5 +1,5 @@
-// The chain by CTAs that work together, for calls with so few pixels that each CTA of the strip kernel would stream all weights.
-// Here of 2 x 3 CTAs that share one image:
+// The chain by CTAs that work together, for calls with so few pixels that each CTA of the strip kernel would stream all
+// weights. Here of 2 x 3 CTAs that share one image:
 //
 //                  channels 0-31   32-63    64-95       Every CTA keeps u_i of all channels in its strip, for its own rows
 //     rows 0-6        CTA 0        CTA 1    CTA 2       and `dilation` rows on either side. It computes y_i of its rows and
@@ -13,7 +13,7 @@
 //                                            strips (i + 1) % 2 of CTAs 0 and 2, and the last rows as halo to CTAs 3, 4 and 5
 //     one barrier of the cluster
 //
-// With two strips this one barrier a step is enough: nobody writes to a strip that a CTA still reads, since that CTA arrives at
+// Two strips make this one barrier a step enough: nobody writes to a strip that a CTA still reads, since that CTA arrives at
 // the barrier after its last read. Before the first step's results are sent, a barrier makes sure that all strips are clear.
 // The last step sends nothing, so no CTA ends while others may still write to it.
 //
@@ -30,9 +30,9 @@ template <class Element, int COLUMNS, int TILES>
 struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   static_assert(Element::BYTES == 2, "8 channels are 16 bytes here");
   using Base = StripCta<Element, 0, COLUMNS, TILES>;
+  using Base::a, Base::g, Base::lane, Base::strip, Base::thread, Base::threads, Base::warp_m, Base::warp_n;
   using typename Base::ChunkCursor;
   using typename Base::Pixel;
-  using Base::a, Base::g, Base::lane, Base::strip, Base::thread, Base::threads, Base::warp_m, Base::warp_n;
   int row_part, channel_part, warp_k;
 
   DEVICE ClusterCta(const ChainArguments& arguments, int block) : Base(arguments, block / arguments.geometry.channel_parts) {
@@ -86,14 +86,14 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
 
   // ---- products ----
 
-  DEVICE void multiply_chunk(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
-                             int chunk) const {
+  DEVICE void multiply_chunk(
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
     // Warps take turns over the slices of the whole convolution, so that no chunk's remainder leaves one behind.
     const int turns = g.chunk_slices / RES2NET_CHAIN_UNROLL;
     int turn = (warp_k - chunk * turns) % g.warps_k;
     if (turn < 0) turn += g.warps_k;
-    this->multiply_slices(sums, base, step, weights, chunk * g.chunk_slices, turn * RES2NET_CHAIN_UNROLL,
-                          g.warps_k * RES2NET_CHAIN_UNROLL);
+    this->multiply_slices(
+        sums, base, step, weights, chunk * g.chunk_slices, turn * RES2NET_CHAIN_UNROLL, g.warps_k * RES2NET_CHAIN_UNROLL);
   }
 
   // Where a warp leaves its sums of half a tile for the one that finishes it.

@@ -65,8 +65,8 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
-// Thread-block clusters, from sm_90 on. Code for older devices holds the calls too, and must never come to them: it may run on a
-// newer device, compiled there from PTX, where numbers without barriers would be wrong in silence.
+// Thread-block clusters, from sm_90 on. Code for older devices holds the calls too, and must never come to them: it may run on
+// a newer device, compiled there from PTX, where numbers without barriers would be wrong in silence.
 // Every thread of the cluster arrives and then waits: what one did before it arrived is visible to all after they waited.
 DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
@@ -82,7 +82,7 @@ DEVICE void cluster_wait() {
   __trap();
 #endif
 }
-// To the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
+// Stores to the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
 DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -143,7 +143,7 @@ DEVICE void copy_async_wait(int pending) {
 }
 
 // ldmatrix.x4: lane i names bytes 16 * (i / 16) onwards of row i % 16, of a matrix of 16 rows of 32 bytes, and gets word i % 4
-// of rows i / 4 and i / 4 + 8, then word i % 4 + 4 of both: the A of m16n8k16 for elements of 2 bytes, of m16n8k8 for those of 4.
+// of rows i / 4 and i / 4 + 8, then word i % 4 + 4 of both: the A of m16n8k16 for elements of 2 bytes, of m16n8k8 for 4.
 DEVICE FragmentA load_matrix(SharedPtr row) {
   FragmentA a;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -167,7 +167,7 @@ DEVICE FragmentB load_columns(SharedPtr column) {
 DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// To the nearest TF32 number, away from zero at equal distance; keeps NaN.
+// Rounds to the nearest TF32 number, away from zero at equal distance; keeps NaN.
 DEVICE uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(float_of(bits)));
@@ -177,10 +177,10 @@ DEVICE uint32_t round_to_tf32(uint32_t bits) {
 // c[j] += a * b[j]. In TF32 the hardware ignores the lowest 13 bits of a factor: it truncates.
 template <class Element, int COLUMNS>
 DEVICE void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS]) {
-#define RES2NET_MMA(SHAPE, TYPE)                                                                                \
-  asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE                                          \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
-               : "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3])             \
+#define RES2NET_MMA(SHAPE, TYPE)                                                                    \
+  asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE                              \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+               : "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3]) \
                : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b[j].word[0]), "r"(b[j].word[1]))
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {

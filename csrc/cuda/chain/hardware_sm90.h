@@ -36,7 +36,7 @@ DEVICE void pin(Accumulator (&sums)[TILES][COLUMNS]) {
   for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
-      float(&v)[4] = sums[tile][j].value;
+      float (&v)[4] = sums[tile][j].value;
       asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])::"memory");
     }
   }
@@ -56,31 +56,30 @@ DEVICE void products_wait(Accumulator (&sums)[TILES][COLUMNS]) {
 }
 
 #define RES2NET_SUMS(j) "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3])
-#define RES2NET_SUMS_6 \
-  RES2NET_SUMS(0), RES2NET_SUMS(1), RES2NET_SUMS(2), RES2NET_SUMS(3), RES2NET_SUMS(4), RES2NET_SUMS(5)
-#define RES2NET_SUMS_12                                                                                                   \
+#define RES2NET_SUMS_6 RES2NET_SUMS(0), RES2NET_SUMS(1), RES2NET_SUMS(2), RES2NET_SUMS(3), RES2NET_SUMS(4), RES2NET_SUMS(5)
+#define RES2NET_SUMS_12 \
   RES2NET_SUMS_6, RES2NET_SUMS(6), RES2NET_SUMS(7), RES2NET_SUMS(8), RES2NET_SUMS(9), RES2NET_SUMS(10), RES2NET_SUMS(11)
-#define RES2NET_NAMES_24                                                                                                  \
+#define RES2NET_NAMES_24 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define RES2NET_NAMES_28 RES2NET_NAMES_24 ", %24, %25, %26, %27"
-#define RES2NET_NAMES_48                                                                                                  \
+#define RES2NET_NAMES_48 \
   RES2NET_NAMES_28 ", %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define RES2NET_NAMES_56 RES2NET_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 // sums += a * b: neither operand negated or transposed
-#define RES2NET_WGMMA(N, TYPE, NAMES, A, B, ...)                                                                          \
-  asm volatile("{.reg .pred adds; setp.eq.b32 adds, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE  \
-               " {" NAMES "}, %" #A ", %" #B ", adds, 1, 1, 0, 0;}"                                                       \
-               : __VA_ARGS__                                                                                              \
-               : "l"(a.descriptor), "l"(b.descriptor)                                                                     \
+#define RES2NET_WGMMA(N, TYPE, NAMES, A, B, ...)                                                                         \
+  asm volatile("{.reg .pred adds; setp.eq.b32 adds, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+               " {" NAMES "}, %" #A ", %" #B ", adds, 1, 1, 0, 0;}"                                                      \
+               : __VA_ARGS__                                                                                             \
+               : "l"(a.descriptor), "l"(b.descriptor)                                                                    \
                : "memory")
-#define RES2NET_WGMMA_OF(TYPE)                                                                                            \
-  if constexpr (COLUMNS == 6)                                                                                             \
-    RES2NET_WGMMA(48, TYPE, RES2NET_NAMES_24, 24, 25, RES2NET_SUMS_6);                                                    \
-  else if constexpr (COLUMNS == 7)                                                                                        \
-    RES2NET_WGMMA(56, TYPE, RES2NET_NAMES_28, 28, 29, RES2NET_SUMS_6, RES2NET_SUMS(6));                                   \
-  else if constexpr (COLUMNS == 12)                                                                                       \
-    RES2NET_WGMMA(96, TYPE, RES2NET_NAMES_48, 48, 49, RES2NET_SUMS_12);                                                   \
-  else                                                                                                                    \
+#define RES2NET_WGMMA_OF(TYPE)                                                          \
+  if constexpr (COLUMNS == 6)                                                           \
+    RES2NET_WGMMA(48, TYPE, RES2NET_NAMES_24, 24, 25, RES2NET_SUMS_6);                  \
+  else if constexpr (COLUMNS == 7)                                                      \
+    RES2NET_WGMMA(56, TYPE, RES2NET_NAMES_28, 28, 29, RES2NET_SUMS_6, RES2NET_SUMS(6)); \
+  else if constexpr (COLUMNS == 12)                                                     \
+    RES2NET_WGMMA(96, TYPE, RES2NET_NAMES_48, 48, 49, RES2NET_SUMS_12);                 \
+  else                                                                                  \
     RES2NET_WGMMA(112, TYPE, RES2NET_NAMES_56, 56, 57, RES2NET_SUMS_12, RES2NET_SUMS(12), RES2NET_SUMS(13))
 
 // c += a * b in the background, by all threads of the warpgroup; a: 64 rows, b: 8 * COLUMNS columns. Warp w of the warpgroup

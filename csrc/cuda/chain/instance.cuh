@@ -11,7 +11,7 @@ namespace res2net_fused::cuda {
 template <int INDEX, class Element>
 struct CtaChoice {
   static constexpr Instance ROW = INSTANCE_TABLE[INDEX];
-  // Of the three only the one that is taken is ever compiled.
+  // Only the one that is taken is ever compiled.
   using Strip = StripCta<Element, ROW.depths, ROW.columns, ROW.tiles>;
   using Cluster = ClusterCta<Element, ROW.columns, ROW.tiles>;
   using Wgmma = WgmmaCta<Element, ROW.columns, ROW.tiles>;

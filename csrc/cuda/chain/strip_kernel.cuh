@@ -29,8 +29,8 @@ struct VectorOf<16> {
 template <class Element, int DEPTHS, int COLUMNS, int TILES>
 struct StripCta {
   static constexpr int BYTES = Element::BYTES;
-  static constexpr int PER_WORD = 4 / BYTES;  // elements in 4 bytes, the smallest move
-  static constexpr int COLUMN_BYTES = 256;  // of 8 output channels of a K slice of the weights
+  static constexpr int PER_WORD = 4 / BYTES;        // elements in 4 bytes, the smallest move
+  static constexpr int COLUMN_BYTES = 256;          // of 8 output channels of a K slice of the weights
   using Pair = typename VectorOf<2 * BYTES>::type;  // of neighbouring channels
 
   const ChainArguments& a;
@@ -103,9 +103,9 @@ struct StripCta {
   DEVICE Pixel pixel_at(int line, int column) const {
     Pixel p{line, column, g.by_period.divide(line), 0, first_column + column, false};
     p.row = first_row + line - p.image * g.period;
-    // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters any more.
-    p.valid = p.row >= 0 && p.row < g.height && first_image + p.image < g.images &&
-              p.image_column >= 0 && p.image_column < g.width;
+    // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters.
+    p.valid =
+        p.row >= 0 && p.row < g.height && first_image + p.image < g.images && p.image_column >= 0 && p.image_column < g.width;
     return p;
   }
   DEVICE int x_offset(const Pixel& p) const {  // bytes
@@ -164,7 +164,8 @@ struct StripCta {
   // ---- data into shared memory ----
 
   DEVICE void clear_strips() const {
-    for (int chunk = thread; chunk < g.strips * g.strip_bytes / 16; chunk += threads) shared_store(shared + chunk * 16, Bytes16{});
+    for (int chunk = thread; chunk < g.strips * g.strip_bytes / 16; chunk += threads)
+      shared_store(shared + chunk * 16, Bytes16{});
   }
 
   // Starts copying x of the group that step `step` convolves: all lines of which that step reads anything.
@@ -180,7 +181,7 @@ struct StripCta {
   DEVICE void start_group_by(int step) const {
     start_lines<MOVE>(step, step * g.shrink, 0, a.by_load_pieces);
   }
-  // From line `first_line` on, but for as many at the other end; of each pixel's bytes the pieces from `first_byte` on.
+  // Skips `first_line` lines at either end, and the first `first_byte` bytes of every pixel.
   template <int MOVE>
   DEVICE void start_lines(int step, int first_line, int first_byte, const FastDivisor& by_pieces) const {
     const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * BYTES;
@@ -194,13 +195,13 @@ struct StripCta {
       const Pixel p = pixel_at(first_line + line, stored - line * g.stored);
       const int left = BYTES * g.channels - byte;
       if (!p.valid || left <= 0) continue;
-      copy_async<MOVE>(to + channel_offset(slot_of(p.line, p.column), byte / BYTES), from + x_offset(p) + byte,
-                       left < MOVE ? left : MOVE);
+      copy_async<MOVE>(
+          to + channel_offset(slot_of(p.line, p.column), byte / BYTES), from + x_offset(p) + byte, left < MOVE ? left : MOVE);
     }
   }
 
-  // The order in which chunks of weights are used: for every step, for every pass over the pixels, all chunks; a chunk that holds
-  // a whole convolution stays for all passes.
+  // The order in which chunks of weights are used: for every step, for every pass over the pixels, all chunks; a chunk that
+  // holds a whole convolution stays for all passes.
   struct ChunkCursor {
     int step = 0, pass = 0, chunk = 0, stage = 0;
   };
@@ -251,8 +252,9 @@ struct StripCta {
       const Pixel p = owned_pixel(index);
       if (!p.valid) continue;
       const int channel_bytes = (i - index * pieces) * MOVE;
-      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
-                   global_load<Vector>(passed_x(p) + channel_bytes));
+      global_store(
+          out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
+          global_load<Vector>(passed_x(p) + channel_bytes));
     }
   }
   DEVICE const unsigned char* passed_x(const Pixel& p) const {
@@ -265,8 +267,8 @@ struct StripCta {
       const Pixel p = owned_pixel(index);
       if (!p.valid) continue;
       const int channel_bytes = (i - index * pieces) * 4;
-      global_store(out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
-                   pooled_word(p, channel_bytes));
+      global_store(
+          out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes, pooled_word(p, channel_bytes));
     }
   }
   DEVICE uint32_t pooled_word(const Pixel& p, int channel_bytes) const {
@@ -303,13 +305,14 @@ struct StripCta {
   // ---- one pass: 16 * TILES positions of a warp, all K slices ----
 
   // sums += the products of one chunk of K slices; base: the slots of this lane's rows of the mma's A.
-  DEVICE void multiply_chunk(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
-                             int chunk) const {
+  DEVICE void multiply_chunk(
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
     multiply_slices(sums, base, step, weights, chunk * g.chunk_slices, 0, RES2NET_CHAIN_UNROLL);
   }
   // RES2NET_CHAIN_UNROLL slices of every `stride` in a chunk, from the `begin`th on.
-  DEVICE void multiply_slices(Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights,
-                              int first_slice, int begin, int stride) const {
+  DEVICE void multiply_slices(
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int first_slice, int begin,
+      int stride) const {
     const int slice_bytes = g.part_columns * COLUMN_BYTES;
     const SharedPtr source = strip(step);
     SharedPtr weight = weights + begin * slice_bytes + warp_n * COLUMNS * COLUMN_BYTES + lane * 16;
@@ -352,9 +355,10 @@ struct StripCta {
       if (channel >= a.fill_channels) continue;
       const bool real = channel < g.channels;
       const auto bias = global_load<Float2>(a.bias + step * g.packed_columns * 8 + channel);
-      Pair y = make_pair(clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
-                         clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
-      if (!real) y = Pair{};  // zero weights give a zero sum, but for Inf and NaN
+      Pair y = make_pair(
+          clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
+          clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
+      if (!real) y = Pair{};       // zero weights give a zero sum, but for Inf and NaN
       if constexpr (BYTES == 4) {  // in half precision the number of channels is even
         if (channel + 1 >= g.channels) y.word[1] = 0;
       }

@@ -4,8 +4,8 @@
 // 64 slots on end, so a tap is a shift of its address by 16 bytes per slot, and two planes are the K of one product. Rows
 // behind the last position are multiplied too, and dropped: they read slots of the next plane, or the room behind the last one.
 #pragma once
-#include "cuda/chain/strip_kernel.cuh"
 #include "cuda/chain/hardware_sm90.h"
+#include "cuda/chain/strip_kernel.cuh"
 
 namespace res2net_fused::cuda {
 
@@ -23,18 +23,18 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   }
 
   DEVICE int first_position(int pass) const { return (pass * g.warps_m + warp_m - warp) * 16 * TILES; }
-  // Of the first of a tile's rows. A tile without any position repeats the first one.
+  // The slot of the first of a tile's rows. A tile without any position repeats the first one.
   DEVICE int slot_of_row(int step, int first, int tile) const {
     const int position = first + tile * PLANE_ROWS;
     return this->slot_of(g.work_line(step), 0) + (position < g.positions(step) ? position : first);
   }
 
   DEVICE void show_writes() const {
-    proxy_fence();
+    proxy_fence();  // on a line of its own: a test removes it
   }
 
-  DEVICE void multiply_chunk(Accumulator (&sums)[TILES][COLUMNS], const int (&slot)[TILES], int step, SharedPtr weights,
-                             int chunk) const {
+  DEVICE void multiply_chunk(
+      Accumulator (&sums)[TILES][COLUMNS], const int (&slot)[TILES], int step, SharedPtr weights, int chunk) const {
     const SharedMatrix strip(this->strip(step), g.plane_bytes, 128);
     SharedMatrix weight = SharedMatrix(weights, 128, Base::COLUMN_BYTES) + warp_n * COLUMNS * Base::COLUMN_BYTES;
     // Slices go through the depths of a tap, then through the taps of a row. No division in the loop: too slow for few warps.

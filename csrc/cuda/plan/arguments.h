@@ -18,11 +18,11 @@ struct ChainArguments {
   const float* bias;   // (steps, packed_columns * 8)
   void* out;           // (N, out_height, out_width, out_slots.pixel); shares no memory with x
   Slots x_slots, out_slots;
-  int fill_channels;  // of a slot of out that are written; those beyond the group become zero, if they are zero in x
-  int first_group;   // what the first convolution reads and writes
-  int passed_group;  // the group without a convolution, or -1
-  bool add_passed;   // whether u_0 = x_0 + the passed group
-  int pool;          // on the passed group
+  int fill_channels;   // of a slot of out that are written; those beyond the group become zero, if they are zero in x
+  int first_group;     // what the first convolution reads and writes
+  int passed_group;    // the group without a convolution, or -1
+  bool add_passed;     // whether u_0 = x_0 + the passed group
+  int pool;            // on the passed group
   float lower, upper;  // y is clamped to this range: 0 and infinity for ReLU
   int load_bytes;      // of one copy into shared memory: 16, 8 or 4
   int copy_bytes;      // of one move of the passed group

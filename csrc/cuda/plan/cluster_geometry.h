@@ -13,7 +13,7 @@
 
 namespace res2net_fused::cuda {
 
-constexpr int MAX_CLUSTER = 8;  // CTAs; what every device with clusters runs
+constexpr int MAX_CLUSTER = 8;    // CTAs; what every device with clusters runs
 constexpr int CLUSTER_CODE = 90;  // version of the PTX from which on code has the instructions of a cluster
 
 inline bool exchanges(const ChainProblem& problem, const ChainTile& tile) {
@@ -32,8 +32,8 @@ inline bool parts_fit(const ChainProblem& problem, const ChainTile& tile, int in
 }
 
 // packed_columns: of the weights, all parts together.
-inline ChainGeometry make_cluster_geometry(const ChainProblem& problem, const ChainTile& tile, int instance_columns,
-                                           int instance_tiles, int packed_columns) {
+inline ChainGeometry make_cluster_geometry(
+    const ChainProblem& problem, const ChainTile& tile, int instance_columns, int instance_tiles, int packed_columns) {
   ChainGeometry g = make_geometry(problem, tile, 0, instance_columns);
   g.packed_columns = packed_columns;
   g.sends = exchanges(problem, tile);

@@ -7,20 +7,21 @@ namespace res2net_fused::cuda {
 namespace {
 
 // None of these was measured by us; those for remote stores and for the cluster's barrier are guesses on the slow side.
-constexpr int PROCESSOR_GROUP = 16;             // multiprocessors of which a cluster takes some; some groups have more
-constexpr double MMA_LATENCY = 33;              // cycles from an mma to one that needs its sums
-constexpr double TURN_LATENCY = 60;             // cycles of the loads before RES2NET_CHAIN_UNROLL slices
-constexpr double WEIGHT_RATE = 64;              // bytes per cycle from L2 into one multiprocessor
-constexpr double WEIGHT_LATENCY = 900;          // cycles from L2, under load
-constexpr double REMOTE_RATE = 16;              // bytes per cycle to other multiprocessors of a cluster
-constexpr double SEND_INSTRUCTIONS = 40;        // for 16 bytes, and as many for every
-constexpr double SEND_PER_RECEIVER = 5;         // receiver
+constexpr int PROCESSOR_GROUP = 16;       // multiprocessors of which a cluster takes some; some groups have more
+constexpr double MMA_LATENCY = 33;        // cycles from an mma to one that needs its sums
+constexpr double TURN_LATENCY = 60;       // cycles of the loads before RES2NET_CHAIN_UNROLL slices
+constexpr double WEIGHT_RATE = 64;        // bytes per cycle from L2 into one multiprocessor
+constexpr double WEIGHT_LATENCY = 900;    // cycles from L2, under load
+constexpr double REMOTE_RATE = 16;        // bytes per cycle to other multiprocessors of a cluster
+constexpr double SEND_INSTRUCTIONS = 40;  // for 16 bytes, and as many for every
+constexpr double SEND_PER_RECEIVER = 5;   // receiver
 // Its release is compiled to a memory barrier of the whole GPU, which waits for the stores to `out` as well, and its acquire
 // empties the L1 cache.
 constexpr double CLUSTER_BARRIER_CYCLES = 1000;
 
-double cycles_of_cta(const ChainProblem& problem, const ChainGeometry& g, const ChainTile& tile, const Instance& instance,
-                     const DeviceRates& rates, int resident) {
+double cycles_of_cta(
+    const ChainProblem& problem, const ChainGeometry& g, const ChainTile& tile, const Instance& instance,
+    const DeviceRates& rates, int resident) {
   const int warps = g.threads() / 32;
   const int per_scheduler = divide_up(resident * warps, 4);
   const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
@@ -67,8 +68,8 @@ double cycles_of_cta(const ChainProblem& problem, const ChainGeometry& g, const 
 }
 
 // Predicts the tile's time; false if it does not fit the device.
-bool evaluate(const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, const ChainTile& tile,
-              LaunchPlan& plan) {
+bool evaluate(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, LaunchPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
   const ChainGeometry g = geometry_of(problem, tile, index);
   if (!counts_fit(g)) return false;  // first: the bytes of more would not fit an int
@@ -94,8 +95,8 @@ bool evaluate(const ChainProblem& problem, bool passes, const DeviceLimits& devi
 }
 
 // All ways for a CTA's warps to share out its part of the images.
-void try_warps(const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, ChainTile tile,
-               LaunchPlan& best) {
+void try_warps(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, ChainTile tile, LaunchPlan& best) {
   const Instance& instance = INSTANCE_TABLE[index];
   const int depths = problem.depths();
   const ChainGeometry g = make_geometry(problem, tile, 0, instance.columns);

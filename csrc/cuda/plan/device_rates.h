@@ -8,7 +8,7 @@ namespace res2net_fused::cuda {
 struct DeviceRates {
   int capability;       // of the devices that these are the rates of, such as 90
   double clock;         // Hz
-  double mma_cycles;    // a multiprocessor's cycles per mma.m16n8k16 in half precision or m16n8k8 in TF32, its four tensor cores together
+  double mma_cycles;    // of a multiprocessor per mma.m16n8k16 (half) or m16n8k8 (TF32), its four tensor cores together
   double wgmma_cycles;  // the same by wgmma, for as many products: 95 % of the peak, a guess; 0 where there is none
   double dram, l2;      // bytes/s
   double launch;        // s: from one kernel of a graph to the next, and a kernel's own start and end

@@ -1,8 +1,8 @@
 // How a CTA of the chain kernel cuts its part out of the images and lays it out in shared memory. Plain C++, shared by the
 // plan, the launcher, the kernel and the emulator.
 //
-// A CTA owns `rows` x `columns` output pixels of one image, or all pixels of `images` whole images. Of a group's channels it keeps
-// the owned pixels and a halo in a "strip", one long line of pixel slots:
+// A CTA owns `rows` x `columns` output pixels of one image, or all pixels of `images` whole images. Of a group's channels it
+// keeps the owned pixels and a halo in a "strip", one long line of pixel slots:
 //
 //   * A line of the strip is one row of an image: `stored` pixels, then `dilation` slots that stay zero. These serve as right padding
 //     of that line and as left padding of the next, so every tap of the convolution is a constant shift in slots.
@@ -55,14 +55,14 @@ struct ChainProblem {
 
 // How a launch cuts the problem.
 struct ChainTile {
-  int rows = 1, columns = 1;      // output pixels of a CTA
-  int images = 1;                 // of a CTA; more than 1 only where it owns whole images
-  bool whole = false;             // rows == out_height, columns == out_width, no halo
-  int warps_m = 1, warps_n = 1;   // warps along the pixels and along the output channels
-  int slices = 9;                 // K slices that one stage of the weight pipeline holds
+  int rows = 1, columns = 1;     // output pixels of a CTA
+  int images = 1;                // of a CTA; more than 1 only where it owns whole images
+  bool whole = false;            // rows == out_height, columns == out_width, no halo
+  int warps_m = 1, warps_n = 1;  // warps along the pixels and along the output channels
+  int slices = 9;                // K slices that one stage of the weight pipeline holds
   int stages = 2;
   int row_parts = 1, channel_parts = 1;  // CTAs that share their results: see cluster_geometry.h; 1 x 1 for the strip kernel
-  int warps_k = 1;                        // warps that share out the K slices of the same output; 1 for the strip kernel
+  int warps_k = 1;                       // warps that share out the K slices of the same output; 1 for the strip kernel
 };
 
 // Bytes between two slots. Eight neighbouring slots never collide in the banks when ldmatrix reads 16 bytes of each: swizzled
@@ -99,7 +99,7 @@ struct ChainGeometry {
   FastDivisor by_pitch, by_period, by_stored, by_depths, by_work_pitch;
   int period;
 
-  // Of the cluster kernel: see cluster_geometry.h.
+  // The cluster kernel's alone: see cluster_geometry.h.
   int row_parts, channel_parts, warps_k, sums_bytes;
   int sends;  // whether CTAs send each other what they computed
   FastDivisor by_part_columns;
@@ -120,8 +120,8 @@ inline bool grid_fits(const ChainGeometry& g) {
   return int64_t(g.row_blocks) * g.column_blocks * g.channel_parts <= INT32_MAX / g.image_blocks;
 }
 
-inline ChainGeometry make_geometry(const ChainProblem& problem, const ChainTile& tile, int instance_depths,
-                                   int instance_columns) {
+inline ChainGeometry make_geometry(
+    const ChainProblem& problem, const ChainTile& tile, int instance_depths, int instance_columns) {
   ChainGeometry g{};
   g.height = problem.height, g.width = problem.width, g.out_height = problem.out_height(), g.out_width = problem.out_width();
   g.channels = problem.channels, g.steps = problem.steps, g.depths = problem.depths();

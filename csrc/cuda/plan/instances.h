@@ -56,9 +56,13 @@ struct Instance {
 #define RES2NET_NAME(name, ...) name,
 #define RES2NET_COUNT(...) +1
 // The strip kernel's instances, then the cluster kernel's, then the wgmma kernel's.
-inline constexpr Instance INSTANCE_TABLE[] = {RES2NET_STRIP_INSTANCES(RES2NET_STRIP_ROW)
-                                                  RES2NET_CLUSTER_INSTANCES(RES2NET_CLUSTER_ROW)
-                                                      RES2NET_WGMMA_INSTANCES(RES2NET_WGMMA_ROW)};
+// clang-format off
+inline constexpr Instance INSTANCE_TABLE[] = {
+    RES2NET_STRIP_INSTANCES(RES2NET_STRIP_ROW)
+    RES2NET_CLUSTER_INSTANCES(RES2NET_CLUSTER_ROW)
+    RES2NET_WGMMA_INSTANCES(RES2NET_WGMMA_ROW)
+};
+// clang-format on
 enum class InstanceIndex : int {
   RES2NET_STRIP_INSTANCES(RES2NET_NAME) RES2NET_CLUSTER_INSTANCES(RES2NET_NAME) RES2NET_WGMMA_INSTANCES(RES2NET_NAME)
 };
@@ -73,6 +77,6 @@ inline constexpr int WGMMA_INSTANCES = INSTANCES_COUNT - (0 RES2NET_WGMMA_INSTAN
 
 }  // namespace res2net_fused::cuda
 
-// K slices (one tap, 16 or 8 input channels) that the inner loop multiplies between two tests of its end. It divides the 9 * depths
-// slices of every convolution, so there is no remainder, and the number of tensor-core instructions is known.
+// K slices (one tap, 16 or 8 input channels) that the inner loop multiplies between two tests of its end. It divides the 9 *
+// depths slices of every convolution, so there is no remainder, and the number of tensor-core instructions is known.
 #define RES2NET_CHAIN_UNROLL 3

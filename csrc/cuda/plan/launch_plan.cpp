@@ -1,15 +1,14 @@
 #include "cuda/plan/launch_plan.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "cuda/plan/time_model.h"
 
 namespace res2net_fused::cuda {
 namespace {
 
-double cycles_of_cta(const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int copies_per_pixel,
-                     int resident) {
+double cycles_of_cta(
+    const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int copies_per_pixel, int resident) {
   const int warps = g.warps_m * g.warps_n;
   const int per_scheduler = divide_up(resident * warps, 4);
   const bool wgmma = instance.is_wgmma();
@@ -44,8 +43,8 @@ double cycles_of_cta(const ChainGeometry& g, const Instance& instance, const Dev
 }
 
 // Predicts the tile's time; false if it does not fit the device.
-bool evaluate(const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, const ChainTile& tile,
-              LaunchPlan& plan) {
+bool evaluate(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, const ChainTile& tile, LaunchPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
   const ChainGeometry g = geometry_of(problem, tile, index);
   if (!counts_fit(g)) return false;  // first: the bytes of more would not fit an int
@@ -99,8 +98,8 @@ bool runs_on(const ChainProblem& problem, int index) {
          4 * columns / instance.columns <= instance.warps;
 }
 
-LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
-                       bool clusters) {
+LaunchPlan plan_launch(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters) {
   reason.clear();
   if (device.major < 8) {
     reason = "the device has compute capability " + std::to_string(device.major) + "." + std::to_string(device.minor) +
@@ -119,9 +118,11 @@ LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLim
   const struct {
     const char* what;
     int64_t value, most;
-  } limits[] = {{"the batch", problem.images, MAX_IMAGES}, {"the height of x", problem.height, MAX_ROWS},
-                {"the width of x", problem.width, MAX_COLUMNS}, {"stride", problem.stride, MAX_POSITIONS},
-                {"dilation", problem.dilation, MAX_POSITIONS}, {"the number of convolutions", problem.steps, 1024}};
+  } limits[] = {
+      {"the batch", problem.images, MAX_IMAGES},      {"the height of x", problem.height, MAX_ROWS},
+      {"the width of x", problem.width, MAX_COLUMNS}, {"stride", problem.stride, MAX_POSITIONS},
+      {"dilation", problem.dilation, MAX_POSITIONS},  {"the number of convolutions", problem.steps, 1024},
+  };
   for (const auto& limit : limits) {
     if (limit.value <= limit.most) continue;
     reason = std::string(limit.what) + " is " + std::to_string(limit.value) + "; at most " + std::to_string(limit.most) +
@@ -137,9 +138,9 @@ LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLim
   const int64_t image_bytes = problem.height * int64_t(problem.width) * slot_bytes * (problem.steps + passes);  // below 2^56
   if (image_bytes > MAX_IMAGE_BYTES || image_bytes * problem.images > MAX_BATCH_BYTES) {
     const bool one = image_bytes > MAX_IMAGE_BYTES;
-    reason = (one ? "an image of x has " + std::to_string(image_bytes) : "x has " + std::to_string(image_bytes * problem.images)) +
-             " bytes, its groups padded to 16; at most " + std::to_string(one ? MAX_IMAGE_BYTES : MAX_BATCH_BYTES) +
-             " are allowed";
+    reason =
+        (one ? "an image of x has " + std::to_string(image_bytes) : "x has " + std::to_string(image_bytes * problem.images)) +
+        " bytes, its groups padded to 16; at most " + std::to_string(one ? MAX_IMAGE_BYTES : MAX_BATCH_BYTES) + " are allowed";
     return {};
   }
   const int depths = problem.depths();
@@ -192,8 +193,8 @@ LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLim
     one_image.images = 1;
     if (problem.images > 1) plan_launch(one_image, passes, device, reason, clusters);
     if (problem.images > 1 && reason.empty())
-      reason = "x has " + std::to_string(problem.images) + " images, whose parts are more than the " + std::to_string(INT32_MAX) +
-               " blocks of a launch";
+      reason = "x has " + std::to_string(problem.images) + " images, whose parts are more than the " +
+               std::to_string(INT32_MAX) + " blocks of a launch";
     else
       reason = "no part of an image with its halo fits the " + std::to_string(device.shared_per_block) +
                " bytes of shared memory that a block may have";
@@ -213,7 +214,8 @@ double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimit
   const double weight_reads = pixels / 128 * padded * padded * 9 * bytes;
   const double l2 = (pixels * problem.stride * 9 * padded * bytes * column_tiles + weight_reads) / rates.l2;
   const double products = pixels * 9 * double(padded) * padded;
-  const double tensor = 2 * products / mma_flops(problem.type) * rates.mma_cycles / (0.75 * rates.clock * device.multiprocessors);
+  const double tensor =
+      2 * products / mma_flops(problem.type) * rates.mma_cycles / (0.75 * rates.clock * device.multiprocessors);
   const double group = double(problem.images) * problem.height * problem.width * problem.channels * bytes;
   const double dram = (problem.adds ? 4 : 2) * group / rates.dram;
   const double latency = 3.0e-6;  // of a small launch: loads, products, stores one after the other
@@ -223,27 +225,18 @@ double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimit
   return 1e6 * (rates.launch + problem.steps * (latency + step) + (problem.steps - 1) * 1.0e-6 + pass);
 }
 
-std::vector<int64_t> plan_as_numbers(const int64_t* numbers, const int64_t* device, char* text, int size, bool clusters) {
-  ChainProblem problem;
-  problem.images = numbers[0];
-  const auto narrow = [](int64_t value) { return int(std::min<int64_t>(value, 1 << 30)); };  // refused either way
-  problem.height = narrow(numbers[1]), problem.width = narrow(numbers[2]);
-  problem.channels = narrow(numbers[3]), problem.steps = narrow(numbers[4]);
-  problem.stride = narrow(numbers[5]), problem.dilation = narrow(numbers[6]), problem.adds = numbers[7] != 0;
-  const bool passes = numbers[8] != 0;
-  problem.type = DataType(numbers[9]);
-  const DeviceLimits limits{int(device[0]), int(device[1]), int(device[2]), int(device[3]),
-                            int(device[4]), int(device[5]), int(device[6]), int(device[7]), int(device[8])};
-  std::string reason;
-  const LaunchPlan plan = plan_launch(problem, passes, limits, reason, clusters);
-  std::snprintf(text, size, "%s", reason.c_str());
+std::vector<int64_t> plan_as_numbers(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters) {
+  const LaunchPlan plan = plan_launch(problem, passes, device, reason, clusters);
   if (!reason.empty()) return {};
   const ChainTile& t = plan.tile;
+  // clang-format off
   return {plan.instance, t.rows, t.columns, t.images, t.whole, t.warps_m, t.warps_n, t.slices, t.stages,
           t.row_parts, t.channel_parts, t.warps_k, plan.ctas, plan.threads, plan.shared_bytes,
           plan.ctas_per_multiprocessor, plan.packed_columns, plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops,
-          int64_t(1000 * plan.microseconds), int64_t(1000 * predict_steps(problem, passes, limits)),
-          capability_of(limits.major, limits.minor), rates_of(limits.major, limits.minor).capability};
+          int64_t(1000 * plan.microseconds), int64_t(1000 * predict_steps(problem, passes, device)),
+          capability_of(device.major, device.minor), rates_of(device.major, device.minor).capability};
+  // clang-format on
 }
 
 }  // namespace res2net_fused::cuda

@@ -1,4 +1,4 @@
-// From a call and a device's limits to the launch of the chain kernel. Plain C++: runs where there is no GPU and no torch.
+// Chooses the launch of the chain kernel for a call and a device's limits. Plain C++: runs where there is no GPU and no torch.
 #pragma once
 #include <string>
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace res2net_fused::cuda {
 
-// As native.DeviceLimits in Python; sizes in bytes.
+// The same fields as DeviceLimits in res2net_fused/_native/library.py; sizes in bytes.
 struct DeviceLimits {
   int major, minor, multiprocessors, shared_per_block, shared_per_multiprocessor, registers_per_multiprocessor, l2_bytes;
   int wgmma;  // 1 where the device has wgmma and the library code for it
@@ -42,10 +42,10 @@ inline ChainGeometry geometry_of(const ChainProblem& problem, const ChainTile& t
   return make_cluster_geometry(problem, tile, row.columns, row.tiles, packed_columns_for(problem.channels, problem.type));
 }
 
-// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it is
-// empty otherwise.
-LaunchPlan plan_launch(const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason,
-                       bool clusters = true);
+// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it
+// is empty otherwise.
+LaunchPlan plan_launch(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true);
 
 // Puts the cluster kernel's best launch into `best` where it is predicted to be faster.
 void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, LaunchPlan& best);
@@ -53,14 +53,8 @@ void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits&
 // What the per-step Triton path is predicted to take.
 double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimits& device);
 
-// The same in numbers, for callers without these types.
-//   numbers: images, height, width, channels, steps, stride, dilation, adds, passes, type (enum DataType)
-//   device: in the order of DeviceLimits
-//   result: instance, rows, columns, images, whole, warps_m, warps_n, slices, stages, row parts, channel parts, warps_k,
-//     CTAs, threads, shared bytes, CTAs per multiprocessor, packed columns, DRAM bytes, loaded bytes, FLOPs, mma FLOPs,
-//     nanoseconds, nanoseconds of the per-step path, the
-//     device's capability, such as 90, and the capability whose rates these times are counted with; empty if there is no plan, and `text` says why
-std::vector<int64_t> plan_as_numbers(const int64_t* numbers, const int64_t* device, char* text, int size,
-                                     bool clusters = true);
+// plan_launch in numbers, in the order of `Plan` in res2net_fused/backends/cuda/plan.py; empty where there is no plan.
+std::vector<int64_t> plan_as_numbers(
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true);
 
 }  // namespace res2net_fused::cuda

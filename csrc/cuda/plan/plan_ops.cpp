@@ -1,46 +1,74 @@
-// torch.ops.res2net_fused_native.cuda_chain_plan and .cuda_chain_refusal: the plan of the CUDA chain kernel, in the CPU library,
-// so that it can be asked for where there is no GPU.
+// torch.ops.res2net_fused_native.cuda_chain_plan and .cuda_chain_refusal: the plan of the CUDA chain kernel, in the CPU
+// library, so that it can be asked for where there is no GPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "common/named_arguments.h"
 #include "cuda/plan/launch_plan.h"
 
 namespace {
 
-std::vector<int64_t> plan(const std::vector<int64_t>& problem, const std::vector<int64_t>& device, std::string& reason) {
-  STD_TORCH_CHECK(problem.size() == 10, "problem: expected 10 numbers, got ", problem.size());
-  STD_TORCH_CHECK(device.size() == 9, "device: expected 9 numbers, got ", device.size());
-  for (size_t i = 0; i < 7; i++)
-    STD_TORCH_CHECK(problem[i] >= 1 && problem[i] <= int64_t(1) << 40, "problem: number ", i, " is ", problem[i],
-                    "; expected 1 or more");
-  STD_TORCH_CHECK(problem[9] >= 0 && problem[9] < res2net_fused::cuda::DATA_TYPES, "problem: number 9 is ", problem[9],
-                  "; expected a type from 0 to ", res2net_fused::cuda::DATA_TYPES - 1);
-  char text[400];
-  std::vector<int64_t> found = res2net_fused::cuda::plan_as_numbers(problem.data(), device.data(), text, sizeof text);
-  reason = text;
-  return found;
+using namespace res2net_fused::cuda;
+
+// The fields of PlanRequest in res2net_fused/backends/cuda/plan.py, then those of DeviceLimits in
+// res2net_fused/_native/library.py.
+#define RES2NET_PLAN_ARGUMENTS(INT, BOOL)                                                                                \
+  INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes), \
+      INT(type), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin),        \
+      INT(shared_per_multiprocessor), INT(registers_per_multiprocessor), INT(l2_bytes), INT(wgmma), INT(code)
+
+std::vector<int64_t> plan(std::string& reason, RES2NET_PARAMETERS(RES2NET_PLAN_ARGUMENTS)) {
+  const auto checked = [](const char* name, int64_t value) {
+    STD_TORCH_CHECK(value >= 1 && value <= int64_t(1) << 40, name, ": ", value, "; expected 1 or more");
+    return value;
+  };
+  const auto narrow = [&](const char* name, int64_t value) {
+    return int(std::min<int64_t>(checked(name, value), 1 << 30));  // more is refused either way
+  };
+  STD_TORCH_CHECK(type >= 0 && type < DATA_TYPES, "type: ", type, "; expected 0 to ", DATA_TYPES - 1);
+  const ChainProblem problem{
+      .images = checked("images", images),
+      .height = narrow("height", height),
+      .width = narrow("width", width),
+      .channels = narrow("channels", channels),
+      .steps = narrow("steps", steps),
+      .stride = narrow("stride", stride),
+      .dilation = narrow("dilation", dilation),
+      .adds = adds,
+      .type = DataType(type)};
+  const DeviceLimits device{
+      .major = int(capability_major),
+      .minor = int(capability_minor),
+      .multiprocessors = int(multiprocessors),
+      .shared_per_block = int(shared_per_block_optin),
+      .shared_per_multiprocessor = int(shared_per_multiprocessor),
+      .registers_per_multiprocessor = int(registers_per_multiprocessor),
+      .l2_bytes = int(l2_bytes),
+      .wgmma = int(wgmma),
+      .code = int(code)};
+  return plan_as_numbers(problem, passes, device, reason);
 }
 
-std::vector<int64_t> cuda_chain_plan(std::vector<int64_t> problem, std::vector<int64_t> device) {
+std::vector<int64_t> cuda_chain_plan(RES2NET_PARAMETERS(RES2NET_PLAN_ARGUMENTS)) {
   std::string reason;
-  return plan(problem, device, reason);
+  return plan(reason, RES2NET_VALUES(RES2NET_PLAN_ARGUMENTS));
 }
 
-std::string cuda_chain_refusal(std::vector<int64_t> problem, std::vector<int64_t> device) {
+std::string cuda_chain_refusal(RES2NET_PARAMETERS(RES2NET_PLAN_ARGUMENTS)) {
   std::string reason;
-  plan(problem, device, reason);
+  plan(reason, RES2NET_VALUES(RES2NET_PLAN_ARGUMENTS));
   return reason;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
-  // The numbers are named in cuda/plan/launch_plan.h; empty where there is no plan.
-  m.def("cuda_chain_plan(int[] problem, int[] device) -> int[]");
-  m.def("cuda_chain_refusal(int[] problem, int[] device) -> str");
+  m.def("cuda_chain_plan(" RES2NET_SCHEMA(RES2NET_PLAN_ARGUMENTS) ") -> int[]");  // empty where there is no plan
+  m.def("cuda_chain_refusal(" RES2NET_SCHEMA(RES2NET_PLAN_ARGUMENTS) ") -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CompositeExplicitAutograd, m) {

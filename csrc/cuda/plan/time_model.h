@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/plan/launch_plan.h"
 #include "cuda/plan/device_rates.h"
+#include "cuda/plan/launch_plan.h"
 
 namespace res2net_fused::cuda {
 
@@ -13,18 +13,18 @@ constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 30;
 constexpr int64_t MAX_BATCH_BYTES = int64_t(1) << 44;  // keeps every count of the model below 2^63
 constexpr int64_t MAX_IMAGES = int64_t(1) << 30;
 constexpr int MAX_ROWS = 1 << 15, MAX_COLUMNS = 1 << 20;
-constexpr int MAX_POSITIONS = 1 << 15;                    // keeps FastDivisor exact
+constexpr int MAX_POSITIONS = 1 << 15;  // keeps FastDivisor exact
 
 // Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
-constexpr double COPY_INSTRUCTIONS = 26;     // one cp.async with its index arithmetic
-constexpr double FINISH_PER_ROW = 45;        // of an epilogue's half tile
-constexpr double FINISH_PER_COLUMN = 16;     // and of each pair of channels in it
-constexpr double BARRIER_CYCLES = 60;        // per chunk of weights
-constexpr double DRAIN_CYCLES = 250;         // of wgmma: the last products of a chunk end, and the first of the next begin
-constexpr double STEP_CYCLES = 900;          // filling and draining the pipelines around a convolution
-constexpr double START_CYCLES = 2600;        // first loads and their latency
+constexpr double COPY_INSTRUCTIONS = 26;  // one cp.async with its index arithmetic
+constexpr double FINISH_PER_ROW = 45;     // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 16;  // and of each pair of channels in it
+constexpr double BARRIER_CYCLES = 60;     // per chunk of weights
+constexpr double DRAIN_CYCLES = 250;      // of wgmma: the last products of a chunk end, and the first of the next begin
+constexpr double STEP_CYCLES = 900;       // filling and draining the pipelines around a convolution
+constexpr double START_CYCLES = 2600;     // first loads and their latency
 
-// Of the tensor cores' and shared memory's peak, what a main loop reaches with so many warps per scheduler to hide latencies.
+// The part of the tensor cores' and shared memory's peak that a main loop reaches with so many warps to hide latencies.
 inline double overlap(int warps_per_scheduler) {
   return warps_per_scheduler >= 3 ? 0.8 : warps_per_scheduler == 2 ? 0.7 : 0.55;
 }
@@ -49,13 +49,12 @@ inline int resident_ctas(const ChainGeometry& g, const Instance& instance, const
 }
 
 // Whether the tile is one that may be launched: small enough to count in, and not too many of them for a grid.
-inline bool counts_fit(const ChainGeometry& g) {
-  return int64_t(g.lines) * g.pitch <= MAX_POSITIONS && grid_fits(g);
-}
+inline bool counts_fit(const ChainGeometry& g) { return int64_t(g.lines) * g.pitch <= MAX_POSITIONS && grid_fits(g); }
 
 // All of a plan but the time.
-inline void set_launch(const ChainProblem& problem, bool passes, const ChainGeometry& g, int index, const ChainTile& tile,
-                       int resident, LaunchPlan& plan) {
+inline void set_launch(
+    const ChainProblem& problem, bool passes, const ChainGeometry& g, int index, const ChainTile& tile, int resident,
+    LaunchPlan& plan) {
   const Instance& instance = INSTANCE_TABLE[index];
   plan.instance = index;
   plan.tile = tile;

@@ -16,7 +16,7 @@ from ...chain.config import ACTIVATIONS, ChainConfig
 from ...chain.memory_format import memory_format
 from ...chain.problem import ChainProblem
 from .convolution import CONVOLVER, convolves_faster
-from .settings import instruction_set, operators, settings
+from .settings import chain_arguments, instruction_set, operators
 
 
 def runs_chain_backward(problem: ChainProblem, by_name: bool) -> bool:
@@ -44,8 +44,8 @@ def chain_backward(
     grad, x, out = (channels_last(t) for t in (grad, x, out))
     if convolves_faster(problem):
         found = operators.cpu_chain_backward.default(
-            grad, x, out, list(weights), settings(problem), needed[0], needed[1] or needed[2],
-            memory_format(weights[0]) == torch.channels_last, isa,
+            grad, x, out, list(weights), **chain_arguments(problem), need_x=needed[0], need_weights=needed[1] or needed[2],
+            channels_last_weights=memory_format(weights[0]) == torch.channels_last, instruction_set=isa,
         )  # fmt: skip
         if found:
             grad_x, *rest = found

@@ -81,7 +81,10 @@ def train_backward(
     needed: Sequence[bool],
     group: str = "",
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]] | None:
-    """As `chain.batch_norm.train_backward`, the gradient of x channels-last; None as for `train_forward`."""
+    """Return what `chain.batch_norm.train_backward` does, not flattened, or None where `train_forward` would.
+
+    The gradient of x is channels-last.
+    """
     if group or not covers(problem):
         return None
     isa = instruction_set()

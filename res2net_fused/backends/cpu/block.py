@@ -9,7 +9,7 @@ from ...chain.block_weights import BlockWeights
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from .chain import pack
-from .settings import arithmetic, instruction_set, operators, settings
+from .settings import arithmetic, chain_arguments, instruction_set, operators
 
 
 def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
@@ -30,8 +30,8 @@ def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, fol
     """Run `Backend.block_forward` image by image, each through the whole block in cache."""
     packed = folded.packed or pack_block(folded, problem.config)
     return operators.cpu_block_forward.default(
-        x, shortcut, packed, folded.conv3_weight.shape[0], folded.projection_stride, relu, settings(problem),
-        problem.channels_last, arithmetic(), instruction_set(),
+        x, shortcut, packed, folded.conv3_weight.shape[0], folded.projection_stride, relu, **chain_arguments(problem),
+        channels_last=problem.channels_last, arithmetic=arithmetic(), instruction_set=instruction_set(),
     )  # fmt: skip
 
 

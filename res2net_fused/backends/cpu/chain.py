@@ -12,7 +12,7 @@ from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from .batch_norm import covers
 from .convolution import chain_from_weights, convolves_faster, winograd_covers, winograd_pays
-from .settings import ARITHMETICS, arithmetic, instruction_set, operators, settings
+from .settings import ARITHMETICS, arithmetic, chain_arguments, instruction_set, operators
 
 
 def why_not_device(device: torch.device) -> str | None:
@@ -40,9 +40,11 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 
 
 def plan(problem: ChainProblem) -> str:
-    """Of a call with packed weights; one with plain weights and few pixels convolves directly."""
-    sizes = (problem.batch, problem.height, problem.width_pixels)
-    return operators.cpu_plan(*sizes, settings(problem), arithmetic(), instruction_set())
+    """Describe a call with packed weights; one with plain weights and few pixels convolves directly."""
+    return operators.cpu_plan(
+        problem.batch, problem.height, problem.width_pixels, **chain_arguments(problem),
+        arithmetic=arithmetic(), instruction_set=instruction_set(),
+    )  # fmt: skip
 
 
 def forward(
@@ -60,7 +62,10 @@ def forward(
                 return out
         packed = _pack(weights, biases, problem.config, False)
     winograd, direct, bias = packed
-    return operators.cpu_chain_forward.default(x, winograd, direct, bias, settings(problem), problem.channels_last, mode, isa)
+    return operators.cpu_chain_forward.default(
+        x, winograd, direct, bias, **chain_arguments(problem),
+        channels_last=problem.channels_last, arithmetic=mode, instruction_set=isa,
+    )  # fmt: skip
 
 
 def plan_training(problem: ChainProblem) -> str:

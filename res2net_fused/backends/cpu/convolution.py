@@ -11,7 +11,7 @@ from ...chain.config import ChainConfig
 from ...chain.convolver import Convolver
 from ...chain.problem import ChainProblem
 from .. import policy
-from .settings import ARITHMETICS, arithmetic, instruction_set, operators, settings
+from .settings import ARITHMETICS, arithmetic, chain_arguments, instruction_set, operators
 
 
 def chain_from_weights(
@@ -25,8 +25,9 @@ def chain_from_weights(
         return None
     with torch.no_grad():
         found = operators.cpu_chain_from_weights.default(
-            x, list(weights), list(biases or ()), turned, settings(problem), problem.channels_last, instruction_set()
-        )
+            x, list(weights), list(biases or ()), turned, **chain_arguments(problem),
+            channels_last=problem.channels_last, instruction_set=instruction_set(),
+        )  # fmt: skip
     return found[0] if found else None
 
 

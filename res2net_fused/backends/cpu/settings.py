@@ -36,22 +36,19 @@ def available_instruction_sets() -> list[str]:
     return [name for name, code in INSTRUCTION_SETS.items() if code >= 0 and operators.cpu_has_instruction_set(code)]
 
 
-def settings(problem: ChainProblem) -> list[int]:
-    """As `problem_of` in csrc/cpu/ops/op_arguments.h takes it: enumerations by their place in the tables of `chain`."""
-    return [problem.width, problem.steps, *_config_codes(problem.config)]
+def chain_arguments(problem: ChainProblem) -> dict[str, int]:
+    """Return what the operators are told of a chain without its images: `R2N_CHAIN` in csrc/cpu/ops/op_arguments.h."""
+    return {"channels": problem.width, "steps": problem.steps, **_config_arguments(problem.config)}
 
 
 @functools.lru_cache
-def _config_codes(config: ChainConfig) -> tuple[int, ...]:
-    return (
-        config.stride,
-        config.dilation,
-        config.groups,
-        int(config.hierarchical),
-        PASSTHROUGHS.index(config.passthrough),
-        POOLS.index(config.pool),
-        ACTIVATIONS.index(config.activation),
-    )
+def _config_arguments(config: ChainConfig) -> dict[str, int]:
+    codes = {
+        "passthrough": PASSTHROUGHS.index(config.passthrough),
+        "pool": POOLS.index(config.pool),
+        "activation": ACTIVATIONS.index(config.activation),
+    }
+    return {**config.as_kwargs(), **codes}  # type: ignore[dict-item]
 
 
 def arithmetic() -> int:

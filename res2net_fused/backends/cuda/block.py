@@ -47,21 +47,21 @@ def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, fol
     """Run `Backend.block_forward` in three launches."""
     conv1, conv1_bias, conv3, conv3_bias, *chain = folded.packed or pack_block(folded, problem.config)
     pitch = slot_pitch(problem.width, 1, x.dtype.itemsize)
-    lanes = problem.scale * pitch
+    channels = problem.scale * pitch
     x = x.contiguous(memory_format=torch.channels_last)
 
     def buffer(channels: int, height: int, columns: int) -> Tensor:
         shape = problem.batch, channels, height, columns
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    u = buffer(lanes, problem.height, problem.width_pixels)
-    y = buffer(lanes, problem.output_height, problem.output_width)
+    u = buffer(channels, problem.height, problem.width_pixels)
+    y = buffer(channels, problem.output_height, problem.output_width)
     out = buffer(conv3.shape[0], problem.output_height, problem.output_width)
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _pointwise(problem, x, conv1, conv1_bias, None, u, (pitch, problem.width), True)
-        source, target = Slots(u, lanes, pitch), Slots(y, lanes, pitch)
+        source, target = Slots(u, channels, pitch), Slots(y, channels, pitch)
         launch_chain(problem, source, target, chain, pitch)
         _pointwise(problem, y, conv3, conv3_bias, shortcut, out, (out.shape[1], out.shape[1]), relu)
     return out if problem.channels_last else out.contiguous()
@@ -81,11 +81,11 @@ def _pointwise(
     if triton_chain.why_not(problem) is None:
         from ..triton.kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
-        lanes, pixels = out.shape[1], x.numel() // x.shape[1]
+        channels, pixels = out.shape[1], x.numel() // x.shape[1]
         precision = precision_of(problem)
-        tile = pointwise_tile(pixels, lanes, x.shape[1], x.dtype.itemsize, precision, capability(x.device))
-        added = None if shortcut is None else Pixels(shortcut, lanes, lanes)
-        source, target = Pixels(x, x.shape[1], x.shape[1]), Pixels(out, lanes, lanes)
+        tile = pointwise_tile(pixels, channels, x.shape[1], x.dtype.itemsize, precision, capability(x.device))
+        added = None if shortcut is None else Pixels(shortcut, channels, channels)
+        source, target = Pixels(x, x.shape[1], x.shape[1]), Pixels(out, channels, channels)
         pointwise_call(source, weight, bias, added, target, pixels, slots, relu, precision, tile).run()
         return
     y = F.conv2d(x, weight[:, :, None, None], bias.to(x.dtype))

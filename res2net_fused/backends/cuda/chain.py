@@ -13,7 +13,7 @@ from ..._native import library
 from ...chain.problem import ChainProblem
 from ..triton.availability import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
 from .packing import pack
-from .plan import describe, device_limits, plan_chain, planned, problem_numbers, unsupported
+from .plan import describe, device_limits, plan_chain, plan_request, planned, unsupported
 
 # (lower, upper) bound of y
 CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
@@ -33,7 +33,7 @@ def why_not(problem: ChainProblem) -> str | None:
     if torch.version.hip is not None:
         return "x is on an AMD GPU; an NVIDIA GPU is needed"
     why = unsupported(problem) or precision_refusal(problem)
-    return why or planned(problem_numbers(problem), device_limits(device))[1] or None
+    return why or planned(plan_request(problem), device_limits(device))[1] or None
 
 
 def precision_refusal(problem: ChainProblem) -> str | None:
@@ -97,13 +97,14 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
     """
     c = problem.config
     passed = c.passed_group(problem.scale)
-    settings = [
-        problem.width, problem.steps, c.stride, c.dilation, int(c.hierarchical), c.first_convolved,
-        -1 if passed is None else passed, POOLS[c.pool], x.pixel, x.slot, out.pixel, out.slot, fill,
-        int(c.adds_passed),
-    ]  # fmt: skip
-    launch = plan_chain(problem, device_limits(x.data.device))
-    torch.ops.res2net_fused_native.cuda_chain(x.data, *packed, out.data, list(launch[:12]), settings, *CLAMPS[c.activation])
+    lower, upper = CLAMPS[c.activation]
+    torch.ops.res2net_fused_native.cuda_chain(
+        x.data, *packed, out.data, **plan_chain(problem, device_limits(x.data.device)).launch_arguments(),
+        channels=problem.width, steps=problem.steps, stride=c.stride, dilation=c.dilation, adds=c.hierarchical,
+        first_group=c.first_convolved, passed_group=-1 if passed is None else passed, pool=POOLS[c.pool],
+        x_pixel=x.pixel, x_slot=x.slot, out_pixel=out.pixel, out_slot=out.slot, fill_channels=fill,
+        add_passed=c.adds_passed, lower=lower, upper=upper,
+    )  # fmt: skip
 
 
 def pixel_pitch(x: Tensor) -> int | None:

@@ -31,8 +31,23 @@ LIMITS = {
 }
 
 
+class PlanRequest(NamedTuple):
+    """What a plan is made for, besides the device; fields are arguments of `cuda_chain_plan` in csrc/cuda/plan/plan_ops.cpp."""
+
+    images: int
+    height: int
+    width: int
+    channels: int  # of a group
+    steps: int
+    stride: int
+    dilation: int
+    adds: bool
+    passes: bool  # whether a group has no convolution
+    type: int  # of TYPES
+
+
 class Plan(NamedTuple):
-    """How one call is launched, in the order in which csrc/cuda/plan/launch_plan.h gives its numbers."""
+    """How one call is launched, in the order in which `plan_as_numbers` in csrc/cuda/plan/launch_plan.cpp gives it."""
 
     instance: int
     rows: int  # output pixels of a CTA
@@ -60,9 +75,13 @@ class Plan(NamedTuple):
     capability: int  # of the device, such as 90
     rates: int  # the capability whose rates the two times are counted with
 
+    def launch_arguments(self) -> dict[str, int]:
+        """Return those fields, by name, that the kernel's launch is told."""
+        return dict(zip(self._fields[: self._fields.index("ctas")], self, strict=False))
+
 
 def unsupported(problem: ChainProblem) -> str | None:
-    """What of this call no instance of the kernel does, on any device, or None."""
+    """Say what in this call no instance of the kernel does, on any device, or None."""
     config = problem.config
     if problem.dtype not in TYPES:
         return f"x is {problem.dtype}; this backend runs {', '.join(map(str, TYPES))}"
@@ -89,26 +108,25 @@ def plan_chain(problem: ChainProblem, limits: library.DeviceLimits) -> Plan:
     reason = unsupported(problem)
     found = None
     if reason is None:
-        found, reason = planned(problem_numbers(problem), limits)
+        found, reason = planned(plan_request(problem), limits)
     if found is None:
         raise ValueError(reason)
     return found
 
 
-def problem_numbers(problem: ChainProblem) -> tuple[int, ...]:
+def plan_request(problem: ChainProblem) -> PlanRequest:
     c = problem.config
-    return (
+    return PlanRequest(
         max(1, problem.batch), problem.height, problem.width_pixels, problem.width, problem.steps, c.stride, c.dilation,
-        int(c.hierarchical), int(c.passthrough != "none"),
-        TYPES[problem.dtype],
+        c.hierarchical, c.passthrough != "none", TYPES[problem.dtype],
     )  # fmt: skip
 
 
 @functools.lru_cache(4096)
-def planned(numbers: tuple[int, ...], limits: library.DeviceLimits) -> tuple[Plan | None, str]:
-    ops = torch.ops.res2net_fused_native
-    found = ops.cuda_chain_plan(list(numbers), list(limits))
-    return (Plan(*found), "") if found else (None, ops.cuda_chain_refusal(list(numbers), list(limits)))
+def planned(request: PlanRequest, limits: library.DeviceLimits) -> tuple[Plan | None, str]:
+    ops, arguments = torch.ops.res2net_fused_native, request._asdict() | limits._asdict()
+    found = ops.cuda_chain_plan(**arguments)
+    return (Plan(*found), "") if found else (None, ops.cuda_chain_refusal(**arguments))
 
 
 def describe(plan: Plan, dtype: torch.dtype) -> str:

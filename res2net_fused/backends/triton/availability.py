@@ -19,7 +19,7 @@ OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of a CUDA device; the oldest supported one stands for the interpreter on a CPU."""
+    """Compute capability of a CUDA device; the oldest supported one stands for the interpreter on a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else MINIMUM_CAPABILITY
 
 
@@ -44,7 +44,7 @@ def uses_tf32(problem: ChainProblem | Chain1dProblem) -> bool:
 
 
 def precision_of(problem: ChainProblem | Chain1dProblem) -> str:
-    """Of this call's products, as `tl.dot` names it."""
+    """Precision of this call's products, as `tl.dot` names it."""
     return dot_precision(problem.dtype, uses_tf32(problem))
 
 

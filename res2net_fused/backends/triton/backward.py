@@ -2,10 +2,10 @@
 
 A group's turn, where h is g, or dz once BatchNorm's own backward has been through it:
 
-    mask_gradient            g_i and its sums, unless gradient_step of group i+1 has left them
+    activation_bwd           g_i and its sums, unless conv3x3_dgrad of group i+1 has left them
     add_rows                 the sums of all tiles
-    norm_gradient            dz_i in place of g_i                              (batch statistics only)
-    gradient_step            du_i = dx_i;  g_{i-1} and its sums;  u_i
+    bn_bwd                   dz_i in place of g_i                              (batch statistics only)
+    conv3x3_dgrad            du_i = dx_i;  g_{i-1} and its sums;  u_i
     convolution_backward     the gradient of the weights, of u_i and dz_i; at a stride also du_i
 """
 
@@ -21,10 +21,10 @@ from torch import Tensor
 from ...chain.backward import pass_back
 from ...chain.problem import ChainProblem
 from ...chain.sync_batch_norm import combine_sums
-from .kernels.bn_bwd import norm_gradient_call
-from .kernels.common import Slots, pack_weights, turned
+from .kernels.bn_bwd import bn_bwd_call
+from .kernels.common import GroupView, pack_weights, turned
 from .kernels.conv3x3_bn_fwd import PASS_BLOCK_M
-from .kernels.conv3x3_dgrad import gradient_step_call, mask_gradient_call
+from .kernels.conv3x3_dgrad import activation_bwd_call, conv3x3_dgrad_call
 from .kernels.reductions import sum_calls
 from .launch import KernelCall
 from .step_plan import StepPlan
@@ -71,12 +71,12 @@ class ChainGradients:
         config, width, steps = problem.config, problem.width, problem.steps
         channels = width // config.groups
         # A strided convolution's gradients are ATen's, which takes dz as it is; else scratch is padded, for loads of 16 bytes.
-        self.lanes = channels if config.stride > 1 else plan.lanes
+        self.padded_channels = channels if config.stride > 1 else plan.padded_channels
         self.groups, self.outputs, self.grads = (t.split(width, 1) for t in (x, out, grad))
         self.x = torch.empty_like(x, memory_format=torch.channels_last) if self.need_x else None
         grad_x = out if self.x is None else self.x  # never written where it is not wanted
         tensors = {"grad_x": grad_x, "grad": grad, "out": out, "x": x}
-        self.slots = {name: Slots(tensor, width, width) for name, tensor in tensors.items()}
+        self.slots = {name: GroupView(tensor, width, width) for name, tensor in tensors.items()}
         self.weights: list[Tensor | None] = [None] * steps
         self.sums = torch.empty((steps, 1 + (norms is not None), width), dtype=torch.float32, device=x.device)
 
@@ -85,13 +85,13 @@ class ChainGradients:
         problem, config, norms = self.problem, self.problem.config, self.norms
         packed: Any = None
         if config.stride == 1:
-            packed = pack_weights(turned(self.kernels, config.groups), config.groups, self.plan.lanes)
+            packed = pack_weights(turned(self.kernels, config.groups), config.groups, self.plan.padded_channels)
             packed = for_precision(packed, self.plan.precision)
-        behind: dict[str, Tensor] | None = None  # what gradient_step of group i+1 has left of group i
+        behind: dict[str, Tensor] | None = None  # what conv3x3_dgrad of group i+1 has left of group i
         for k, i, added, feeds, _ in reversed(config.convolutions(problem.steps)):
             if behind is None:
                 behind = self._room(k, PASS_BLOCK_M)
-                yield mask_gradient_call(problem, self.plan, i, self.slots, behind, norms is not None, self.need_sums)
+                yield activation_bwd_call(problem, self.plan, i, self.slots, behind, norms is not None, self.need_sums)
             if self.need_sums:
                 yield from sum_calls(behind["tile_sums"], self.sums[k].view(-1))
             need_du = self.need_x or feeds
@@ -100,7 +100,7 @@ class ChainGradients:
                 sums = self.sums[k]
                 if norms.group:
                     sums = combine_sums(sums, len(dz), norms.group) * len(dz)  # the kernel divides by the pixels that it has
-                yield norm_gradient_call(
+                yield bn_bwd_call(
                     dz, behind["z"], norms.mean[k], norms.invstd[k], norms.gammas[k], sums, config.groups, self.plan.precision
                 )
             u, behind = behind.get("own_u"), None
@@ -110,7 +110,7 @@ class ChainGradients:
                 own = {}
                 if self.need_weights and added and u is None:
                     u = own["u"] = torch.empty_like(dz)
-                yield gradient_step_call(
+                yield conv3x3_dgrad_call(
                     problem, self.plan, i, dz, packed[k], self.slots, epilogue | own,
                     self.need_x, feeds, norms is not None, self.need_sums,
                 )  # fmt: skip
@@ -124,7 +124,8 @@ class ChainGradients:
         problem, norms = self.problem, self.norms
         pixels = problem.batch * problem.output_height * problem.output_width
         device = self.grads[0].device
-        room = {"target": torch.empty((pixels, problem.config.groups * self.lanes), dtype=problem.dtype, device=device)}
+        channels = problem.config.groups * self.padded_channels
+        room = {"target": torch.empty((pixels, channels), dtype=problem.dtype, device=device)}
         if self.need_sums:
             shape = -(-pixels // block_m), self.sums[k].numel()
             room["tile_sums"] = torch.empty(shape, dtype=torch.float32, device=device)
@@ -139,18 +140,18 @@ class ChainGradients:
         return room
 
     def _form_u(self, k: int) -> Tensor:
-        """u of convolution k in scratch's layout, (N*H*W, groups*lanes); nobody looks at what its padding leads to."""
+        """u of convolution k in scratch's layout, (N*H*W, groups*padded_channels); its padding is never looked at."""
         problem, groups = self.problem, self.problem.config.groups
         channels = problem.width // groups
         _, i, adds, *_ = problem.config.convolutions(problem.steps)[k]
         x = self.groups[i].permute(0, 2, 3, 1).unflatten(3, (groups, channels))  # (N, H, W, groups, w/groups)
-        u = x.new_empty((*x.shape[:4], self.lanes))
+        u = x.new_empty((*x.shape[:4], self.padded_channels))
         if adds:
             y = self.outputs[i - 1].permute(0, 2, 3, 1).unflatten(3, (groups, channels))
             torch.add(x, y, out=u[..., :channels])
         else:
             u[..., :channels] = x
-        return u.view(-1, groups * self.lanes)
+        return u.view(-1, groups * self.padded_channels)
 
     def _weight_gradient(self, i: int, k: int, dz: Tensor, u: Tensor) -> None:
         """The one place that chooses who computes the gradients of weights: cuDNN, by ATen. A Triton kernel for it, with a
@@ -162,8 +163,8 @@ class ChainGradients:
         strided = config.stride > 1
         dz = _image(dz, problem.batch, problem.output_height, problem.output_width)
         u = _image(u, problem.batch, problem.height, problem.width_pixels)
-        if weight.shape[1] != self.lanes:
-            weight = weight.new_empty((dz.shape[1], self.lanes, 3, 3))  # only its shape is looked at
+        if weight.shape[1] != self.padded_channels:
+            weight = weight.new_empty((dz.shape[1], self.padded_channels, 3, 3))  # only its shape is looked at
         du, gradient, _ = torch.ops.aten.convolution_backward(
             dz, u, weight, None, [config.stride] * 2, [config.dilation] * 2, [config.dilation] * 2, False, [0, 0],
             config.groups, [strided and self.need_x, self.need_weights, False],
@@ -172,7 +173,7 @@ class ChainGradients:
             self.x.split(problem.width, 1)[i].copy_(du)
         if self.need_weights:
             channels = problem.width // config.groups
-            grouped = gradient.unflatten(0, (config.groups, self.lanes))[:, :channels, :channels]
+            grouped = gradient.unflatten(0, (config.groups, self.padded_channels))[:, :channels, :channels]
             self.weights[k] = grouped.flatten(0, 1)
 
 
@@ -182,6 +183,6 @@ def _image(scratch: Tensor, batch: int, height: int, width: int) -> Tensor:
 
 
 def _real_channels(image: Tensor, groups: int, width: int) -> Tensor:
-    """Of (N, groups*lanes, H, W) without the padding: (N, w, H, W), channels-last."""
+    """Cut the padding off (N, groups*padded, H, W): (N, w, H, W), channels-last."""
     real = image.unflatten(1, (groups, -1))[:, :, : width // groups].flatten(1, 2)
     return real.contiguous(memory_format=torch.channels_last)

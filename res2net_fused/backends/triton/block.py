@@ -90,7 +90,7 @@ def block_calls(
     out: Tensor,  # (N, planes * 4, H', W')
 ) -> Iterator[KernelCall]:
     """Every launch of the block, in order."""
-    from .kernels.common import Slots
+    from .kernels.common import GroupView
     from .kernels.conv3x3_fwd import chain_calls
     from .kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
@@ -98,7 +98,7 @@ def block_calls(
     conv1, conv3 = (of_precision(weights, precision_of(problem)) for weights in (conv1, conv3))
     config, scale, width = problem.config, problem.scale, problem.width
     pitch, planes = slot_pitch(width, config.groups, x.dtype.itemsize), conv3.shape[0]
-    lanes = scale * pitch
+    channels = scale * pitch
     inner = problem.batch * problem.height * problem.width_pixels  # pixels before the stride
     outer = problem.batch * problem.output_height * problem.output_width
     shared = in_place(config, scale)
@@ -108,19 +108,19 @@ def block_calls(
         shape = problem.batch, slots * pitch, height, columns
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    def tile(pixels: int, out_lanes: int, in_lanes: int) -> Tile:
-        return pointwise_tile(pixels, out_lanes, in_lanes, x.dtype.itemsize, plan.precision, compute_capability)
+    def tile(pixels: int, out_channels: int, in_channels: int) -> Tile:
+        return pointwise_tile(pixels, out_channels, in_channels, x.dtype.itemsize, plan.precision, compute_capability)
 
     u = buffer(scale + shared, problem.height, problem.width_pixels)
     inplanes = x.shape[1]
     yield pointwise_call(
-        Pixels(x, inplanes, inplanes), conv1, conv1_bias, None, Pixels(u, lanes, u.shape[1], pitch * shared),
-        inner, (pitch, width), True, plan.precision, tile(inner, lanes, inplanes),
+        Pixels(x, inplanes, inplanes), conv1, conv1_bias, None, Pixels(u, channels, u.shape[1], pitch * shared),
+        inner, (pitch, width), True, plan.precision, tile(inner, channels, inplanes),
     )  # fmt: skip
     y = u if shared else buffer(scale, problem.output_height, problem.output_width)
-    x_slots = Slots(u, pitch, pitch, scale * shared)
-    yield from chain_calls(problem, plan, x_slots, Slots(y, pitch, pitch), chain, biases)
+    x_slots = GroupView(u, pitch, pitch, scale * shared)
+    yield from chain_calls(problem, plan, x_slots, GroupView(y, pitch, pitch), chain, biases)
     yield pointwise_call(
-        Pixels(y, lanes, y.shape[1]), conv3, conv3_bias, Pixels(shortcut, planes, planes) if shortcut is not None else None,
-        Pixels(out, planes, planes), outer, (planes, planes), relu, plan.precision, tile(outer, planes, lanes),
+        Pixels(y, channels, y.shape[1]), conv3, conv3_bias, Pixels(shortcut, planes, planes) if shortcut is not None else None,
+        Pixels(out, planes, planes), outer, (planes, planes), relu, plan.precision, tile(outer, planes, channels),
     )  # fmt: skip

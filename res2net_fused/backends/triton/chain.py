@@ -11,7 +11,7 @@ from torch import Tensor
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from .availability import capability, plan_for, why_not_device, why_not_installed
-from .step_plan import padded_lanes, why_not_size
+from .step_plan import padded_channels, why_not_size
 from .tf32 import for_every_precision
 from .training import describe, why_not_whole_batch
 
@@ -38,7 +38,7 @@ def pack(
     from .kernels.common import pack_weights
 
     width = weights[0].shape[0]
-    packed = pack_weights(list(weights), config.groups, padded_lanes(width // config.groups))
+    packed = pack_weights(list(weights), config.groups, padded_channels(width // config.groups))
     packed = for_every_precision(packed, only)
     if biases is None:
         return [packed, torch.zeros(len(weights), width, dtype=torch.float32, device=packed.device)]
@@ -61,7 +61,7 @@ def forward(
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=wanted)
     if problem.batch == 0:
         return out
-    from .kernels.common import Slots
+    from .kernels.common import GroupView
     from .kernels.conv3x3_fwd import chain_calls
 
     # The kernels read and write channels side by side; every other stride may be what it is.
@@ -69,8 +69,8 @@ def forward(
         x = x.contiguous(memory_format=torch.channels_last)
     direct = out if out.stride(1) == 1 or x.shape[1] == 1 else torch.empty_like(out, memory_format=torch.channels_last)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        x_slots = Slots(x, problem.width, problem.width)
-        out_slots = Slots(direct, problem.width, problem.width)
+        x_slots = GroupView(x, problem.width, problem.width)
+        out_slots = GroupView(direct, problem.width, problem.width)
         chain = plan_for(problem, capability(problem.device))
         packed_weights, bias = packed if packed else pack(weights, biases, problem.config, chain.precision)
         for call in chain_calls(problem, chain, x_slots, out_slots, packed_weights, bias):

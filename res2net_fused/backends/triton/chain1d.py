@@ -12,7 +12,7 @@ from ...chain.block_weights import Chain1dWeights
 from ...chain.problem import Chain1dProblem
 from ...chain.reference import pass_through
 from .availability import precision_of, why_not_device
-from .step_plan import padded_lanes
+from .step_plan import padded_channels
 from .tf32 import for_precision
 
 MAX_LENGTH = 2**30 - 2**10  # of a row and of its padding: positions are int32, mirrored ones twice as large on the way
@@ -27,7 +27,7 @@ def _why_not_size(problem: Chain1dProblem) -> str | None:
     if problem.length > MAX_LENGTH or problem.padding > MAX_LENGTH:
         found = f"{problem.length} values and {problem.padding} more at each end"
         return f"rows of x hold {found}; at most {MAX_LENGTH} are allowed"
-    weights = problem.kernel_size * problem.width * padded_lanes(problem.width)
+    weights = problem.kernel_size * problem.width * padded_channels(problem.width)
     if weights > MAX_WEIGHTS:
         return f"a convolution has {weights} weights, padded; at most {MAX_WEIGHTS} are allowed"
     return None

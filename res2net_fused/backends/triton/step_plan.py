@@ -20,7 +20,7 @@ MAX_CHANNELS = 15360  # of a convolution group: offsets within the weights of on
 CHUNK_BYTES = 32 * 2**20
 # From so many output pixels on, aligning a badly aligned first group once costs less than nine unaligned reads of it.
 ALIGN_FIRST_PIXELS = 50_000
-# Of the usual GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
+# The usual GPU of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 _MULTIPROCESSORS = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 
 
@@ -43,7 +43,7 @@ class Launch:
 class StepPlan:
     """tile: of every launch, from `tile_source`. images: per run through `launches`, so that a chunk of the batch stays in L2.
 
-    lanes: channels that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
+    padded_channels: that a convolution group takes up in scratch, a multiple of 8 so that loads are 16-byte ones.
     precision: of the products, as `tl.dot` names it; only float32 is affected. capability: of the GPU, known or not.
     """
 
@@ -51,7 +51,7 @@ class StepPlan:
     tile_source: str
     launches: tuple[Launch, ...]
     images: int
-    lanes: int
+    padded_channels: int
     precision: str
     capability: tuple[int, int]
 
@@ -93,11 +93,11 @@ def plan_steps(
     in_place: the group that passes through already lies where it belongs, so that nothing copies it.
     """
     precision = dot_precision(problem.dtype, tf32)
-    lanes = padded_lanes(problem.width // problem.config.groups)
+    padded = padded_channels(problem.width // problem.config.groups)
     pixels_per_image = problem.output_height * problem.output_width
     fitting = most_pixels(problem) // pixels_per_image
     if not _independent(problem):
-        traffic = 4 * pixels_per_image * problem.config.groups * lanes * problem.dtype.itemsize
+        traffic = 4 * pixels_per_image * problem.config.groups * padded * problem.dtype.itemsize
         fitting = min(fitting, CHUNK_BYTES // traffic)
     chunks = -(-problem.batch // max(1, fitting))
     images = -(-problem.batch // max(1, chunks))
@@ -105,7 +105,7 @@ def plan_steps(
     tile, tile_source = (default_tile(problem, capability, precision, images), "rule") if tuned is None else (tuned, "tuned")
     passes = problem.config.passthrough != "none" and not in_place
     launches = _launches(problem, pixels_per_image * images, (pitch or problem.width) * problem.dtype.itemsize, passes)
-    return StepPlan(tile, tile_source, launches, images, lanes, precision, capability)
+    return StepPlan(tile, tile_source, launches, images, padded, precision, capability)
 
 
 def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: bool = False) -> StepPlan:
@@ -121,7 +121,7 @@ def plan_training(problem: ChainProblem, capability: tuple[int, int], *, tf32: b
     return replace(plan, tile=tile)
 
 
-def padded_lanes(channels: int) -> int:
+def padded_channels(channels: int) -> int:
     """Channels of a convolution group once padded: 8, for 16-byte loads of half types, or a multiple of 16, K of one mma."""
     return -(-channels // 8) * 8 if channels <= 8 else -(-channels // 16) * 16
 
@@ -188,7 +188,7 @@ def default_tile(problem: ChainProblem, capability: tuple[int, int], precision: 
     enough = (shape for shape in shapes if steps * _tiles(problem, *shape, images) >= wanted)
     block_m, block_n = next(enough, shapes[-1])
     warps = next(warps for warps, area in ((8, 8192), (4, 1024), (2, 512), (1, 0)) if block_m * block_n >= area)
-    # With more stages in narrow scalar tiles, ptxas for Blackwell spills a register to fit one more warp.
+    # More stages in narrow scalar tiles make ptxas for Blackwell spill a register to fit one more warp.
     stages = 2 if scalar and block_n == 16 else 3 if block_k == 64 else 4
     return Tile(block_m, block_n, block_k, warps, stages)
 
@@ -199,7 +199,7 @@ def nearest_known(capability: tuple[int, int]) -> tuple[int, int]:
 
 
 def multiprocessors(capability: tuple[int, int]) -> int:
-    """Of the usual GPU of a compute capability; a plan wants at least as many programs."""
+    """Multiprocessors of the usual GPU of a compute capability; a plan wants at least as many programs."""
     return _MULTIPROCESSORS[nearest_known(capability)]
 
 

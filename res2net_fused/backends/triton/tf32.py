@@ -16,7 +16,7 @@ def round_to_tf32(values: Tensor) -> Tensor:
 
 
 def for_precision(weights: Tensor, precision: str) -> Tensor:
-    """What a kernel multiplies by, of `tl.dot`'s `precision`."""
+    """Return what a kernel multiplies by at `precision`, as `tl.dot` names it."""
     return round_to_tf32(weights) if precision == "tf32" else weights
 
 
@@ -28,5 +28,5 @@ def for_every_precision(weights: Tensor, only: str | None = None) -> Tensor:
 
 
 def of_precision(weights: Tensor, precision: str) -> Tensor:
-    """From what `for_every_precision` returned."""
+    """Return one precision's weights out of what `for_every_precision` returned."""
     return weights[-1 if precision == "tf32" else 0]

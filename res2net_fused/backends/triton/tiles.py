@@ -83,7 +83,7 @@ class Row:
 
 
 def dtype_class(itemsize: int, precision: str) -> str:
-    """Of a dtype's size in bytes and the precision of its products, as `tl.dot` names it."""
+    """Name what tiles depend on: "half" for two bytes, else the precision of the products, as `tl.dot` names it."""
     return "half" if itemsize == 2 else precision
 
 

@@ -13,7 +13,7 @@ from ...chain.convolver import Convolver
 from ...chain.problem import ChainProblem
 from ...chain.reference import pass_through
 from .availability import capability, plan_training_for
-from .step_plan import most_pixels, padded_lanes
+from .step_plan import most_pixels, padded_channels
 from .tf32 import for_precision
 
 
@@ -26,7 +26,7 @@ def why_not_whole_batch(problem: ChainProblem) -> str | None:
 
 
 def describe(problem: ChainProblem) -> str:
-    """For `explain`."""
+    """Say for `explain` who computes what."""
     theirs = "weights" if problem.config.stride == 1 else "weights and of the strided convolutions"
     return f"Triton forward and backward, gradients of {theirs} by ATen"
 
@@ -42,8 +42,8 @@ def train_forward(
     keep: bool,
     group: str = "",
 ) -> tuple[Tensor, Statistics, list[Tensor]]:
-    """As `chain.batch_norm.train_forward`, channels-last."""
-    from .kernels.common import Slots, pack_weights
+    """Return what `chain.batch_norm.train_forward` does, channels-last."""
+    from .kernels.common import GroupView, pack_weights
     from .kernels.conv3x3_bn_fwd import train_calls
 
     config, width = problem.config, problem.width
@@ -57,14 +57,14 @@ def train_forward(
     # Where none is kept one buffer serves all: z_k is read for the last time before z_{k+1} is written.
     z = [pixels_of(width) for _ in range(problem.steps)] if keep else [pixels_of(width)] * problem.steps
     statistics = torch.empty((4, problem.steps, width), dtype=torch.float32, device=x.device)
-    packed = pack_weights(weights, config.groups, padded_lanes(width // config.groups))
+    packed = pack_weights(weights, config.groups, padded_channels(width // config.groups))
     gammas, betas = (_single(tensors) for tensors in (gammas, betas))
     with _device_of(x):
         plan = plan_training_for(problem, capability(problem.device))
         packed = for_precision(packed, plan.precision)
         if plan.launches[0].steps > 0:
             pass_through(x.split(width, 1), out.split(width, 1), config)
-        slots = Slots(x, width, width), Slots(out, width, width)
+        slots = GroupView(x, width, width), GroupView(out, width, width)
         for call in train_calls(problem, plan, *slots, z, statistics, packed, gammas, betas, eps, group):
             call.run()
     return out, Statistics(*(statistics[i].clone() for i in range(3))), z if keep else []
@@ -84,7 +84,7 @@ def train_backward(
     needed: Sequence[bool],
     group: str = "",
 ) -> Gradients:
-    """As `chain.batch_norm.train_backward`, the gradient of x channels-last."""
+    """Return what `chain.batch_norm.train_backward` does, not flattened, the gradient of x channels-last."""
     from .backward import BatchNorms
 
     def convolve_again(k: int, u: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _run(problem, grad, x, out, weights, norms, needed):
 
 
 def _channels_together(t: Tensor) -> Tensor:
-    """With the channels of a pixel side by side; every other stride may be what it is."""
+    """Lay the channels of a pixel side by side; every other stride may be what it is."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous(memory_format=torch.channels_last)
 
 

@@ -61,11 +61,11 @@ def native(problem, grad, x, out, weights, need_x=True, need_weights=True):
         x,
         out,
         weights,
-        cpu_backend.settings.settings(problem),
-        need_x,
-        need_weights,
-        channels_last,
-        cpu_backend.settings.instruction_set(),
+        **cpu_backend.settings.chain_arguments(problem),
+        need_x=need_x,
+        need_weights=need_weights,
+        channels_last_weights=channels_last,
+        instruction_set=cpu_backend.settings.instruction_set(),
     )
 
 
@@ -157,11 +157,12 @@ def test_a_total_of_its_own_only_for_a_part_with_tiles_enough():
 
 def test_biases_that_do_not_fit_are_refused():
     x, weights = torch.zeros(1, 12, 9, 14), [torch.zeros(12, 12, 3, 3)]
-    settings = cpu_backend.settings.settings(ChainProblem.from_tensor(x, 12, 1, ChainConfig(passthrough="none")))
+    arguments = cpu_backend.settings.chain_arguments(ChainProblem.from_tensor(x, 12, 1, ChainConfig(passthrough="none")))
     with pytest.raises(RuntimeError, match="one bias for each of 1 convolutions"):
         torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
-            x, weights, [torch.zeros(12)] * 40, False, settings, False, cpu_backend.settings.instruction_set()
-        )
+            x, weights, [torch.zeros(12)] * 40, False, **arguments, channels_last=False,
+            instruction_set=cpu_backend.settings.instruction_set(),
+        )  # fmt: skip
 
 
 def test_operands_of_any_strides():
@@ -243,8 +244,9 @@ def test_plain_weights_of_either_memory_format(shape, memory_format, isa):
     weights = [w.contiguous(memory_format=memory_format) for w in weights]
     problem = ChainProblem.from_tensor(x, chain.width, chain.steps, chain.config)
     found = torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
-        x, weights, biases, False, cpu_backend.settings.settings(problem), False, cpu_backend.settings.instruction_set()
-    )
+        x, weights, biases, False, **cpu_backend.settings.chain_arguments(problem), channels_last=False,
+        instruction_set=cpu_backend.settings.instruction_set(),
+    )  # fmt: skip
     doubles = [[t.double() for t in tensors] for tensors in (weights, biases)]
     assert_close(found[0], hierarchical_conv2d(x.double(), *doubles, passthrough="first"))
 
@@ -264,8 +266,10 @@ def test_a_chain_that_is_not_finite_is_convolved_directly():
     chain = Chain(steps=2, width=16)
     x, weights, biases = chain.tensors((2, 9, 14), torch.float32)
     x[1, 3, 4, 4] = 3e37
-    settings = cpu_backend.settings.settings(ChainProblem.from_tensor(x, 16, 2, chain.config))
-    isa = cpu_backend.settings.instruction_set()
-    assert torch.ops.res2net_fused_native.cpu_chain_from_weights.default(x, weights, biases, False, settings, False, isa) == []
+    found = torch.ops.res2net_fused_native.cpu_chain_from_weights.default(
+        x, weights, biases, False, **cpu_backend.settings.chain_arguments(ChainProblem.from_tensor(x, 16, 2, chain.config)),
+        channels_last=False, instruction_set=cpu_backend.settings.instruction_set(),
+    )  # fmt: skip
+    assert found == []
     doubles = [[t.double() for t in tensors] for tensors in (weights, biases)]
     assert_close(hierarchical_conv2d(x, weights, biases, backend="cpu"), hierarchical_conv2d(x.double(), *doubles))

@@ -35,10 +35,10 @@ from triton_calls import (  # noqa: E402
     triton_key,
 )
 
-from res2net_fused.backends.triton.kernels.conv1d_fwd import conv1d_step  # noqa: E402
-from res2net_fused.backends.triton.kernels.conv3x3_bn_fwd import train_step  # noqa: E402
-from res2net_fused.backends.triton.kernels.conv3x3_dgrad import gradient_step  # noqa: E402
-from res2net_fused.backends.triton.kernels.conv3x3_fwd import conv3x3_step, interpreted  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv1d_fwd import conv1d_fwd  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_bn_fwd import conv3x3_bn_fwd  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_dgrad import conv3x3_dgrad  # noqa: E402
+from res2net_fused.backends.triton.kernels.conv3x3_fwd import conv3x3_fwd, interpreted  # noqa: E402
 from res2net_fused.backends.triton.launch import KernelCall  # noqa: E402
 from res2net_fused.backends.triton.step_plan import has_wide_products  # noqa: E402
 from res2net_fused.chain.config import (  # noqa: E402
@@ -70,7 +70,7 @@ def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) 
     assert bool(masks) == rounds(call), masks
     if "BLOCK_K" in call.arguments:
         check_tensor_cores(call, compiled.asm["ptx"], capability)
-    if call.kernel in (conv3x3_step, train_step, gradient_step):
+    if call.kernel in (conv3x3_fwd, conv3x3_bn_fwd, conv3x3_dgrad):
         check_wide_copies(call, compiled.asm["ptx"])
 
 
@@ -81,7 +81,7 @@ def rounds(call: KernelCall) -> bool:
         return False
     if "ROUNDS" in arguments:
         return arguments["ROUNDS"] or arguments.get("FORMS_NEXT", False)
-    if "NORM" in arguments:  # with batch statistics norm_gradient does it
+    if "NORM" in arguments:  # with batch statistics bn_bwd does it
         return arguments.get("FEEDS", True) and not arguments["NORM"]
     return arguments.get("FORMS_NEXT", True)
 
@@ -102,7 +102,7 @@ def check_wide_copies(call: KernelCall, ptx: str) -> None:
     """Scratch (or an aligned x) and the weights travel 16 bytes at a time, in every stage of the pipeline."""
     arguments = call.arguments
     bytes_per_element = arguments["weights"].element_size()
-    vec, group = ("DZ_VEC", "LANES") if call.kernel is gradient_step else ("SOURCE_VEC", "SOURCE_GROUP")
+    vec, group = ("DZ_VEC", "PADDED") if call.kernel is conv3x3_dgrad else ("SOURCE_VEC", "SOURCE_GROUP")
     if arguments[vec] * bytes_per_element < 16 or arguments[group] * bytes_per_element % 16:
         return
     threads = 32 * call.options["num_warps"]
@@ -135,10 +135,10 @@ BLOCKS = [shape for shape in SHAPES if shape.pitch is None]
 
 def check_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int], batch: int, folder: Path) -> None:
     compiled = calls_of_block(shape, dtype, capability, batch)
-    assert {call.kernel.__name__ for call in compiled} == {"pointwise", "conv3x3_step"}
+    assert {call.kernel.__name__ for call in compiled} == {"pointwise", "conv3x3_fwd"}
     for call in compiled:
         check_compiled(call, capability, folder)
-        if call.kernel is conv3x3_step:
+        if call.kernel is conv3x3_fwd:
             assert call.arguments["SOURCE_VEC"] * dtype.itemsize == 16 or shape.groups > 1, "the padded layout is aligned"
 
 
@@ -191,7 +191,7 @@ def test_all_rows(dtype, tf32, capability, tmp_path) -> None:
 def test_new_lengths_compile_nothing_in_rows() -> None:
     first, second = (calls_of_rows(64, torch.bfloat16, False, length=length) for length in (300, 301))
     assert [triton_key(call) for call in first] == [triton_key(call) for call in second]
-    integers = [p for p in conv1d_step.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
+    integers = [p for p in conv1d_fwd.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
     assert len(integers) == 10 and all(p.do_not_specialize for p in integers)
 
 
@@ -239,7 +239,7 @@ def test_new_sizes_compile_nothing() -> None:
     first = calls(Shape("26w4s", 26, 4, 56), torch.bfloat16, False, (9, 0), 16)
     second = calls(Shape("26w4s", 26, 4, 57), torch.bfloat16, False, (9, 0), 17)
     assert [triton_key(call) for call in first] == [triton_key(call) for call in second]
-    integers = [p for p in conv3x3_step.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
+    integers = [p for p in conv3x3_fwd.params if not p.is_constexpr and isinstance(first[-1].arguments[p.name], int)]
     assert len(integers) > 15 and all(p.do_not_specialize for p in integers)
 
 

@@ -224,7 +224,7 @@ def test_badly_aligned_first_group_is_aligned_once_where_that_pays() -> None:
 @pytest.mark.parametrize("batch", [1, 31, 32, 33, 256])
 def test_chunks_stay_in_the_cache_and_cover_the_batch(batch) -> None:
     plan = plan_steps(problem(batch=batch), SM90)
-    assert plan.images * 4 * 56 * 56 * plan.lanes * 2 <= CHUNK_BYTES
+    assert plan.images * 4 * 56 * 56 * plan.padded_channels * 2 <= CHUNK_BYTES
     chunks = -(-batch // plan.images)
     assert (chunks - 1) * plan.images < batch <= chunks * plan.images
     assert (f"{4 * chunks} launches" if batch > 1 else "3 launches") in plan.describe(problem(batch=batch))

@@ -99,7 +99,7 @@ def test_a_launch_goes_through_triton(poisoned_memory):
     weights = [torch.randn(26, 26, 3, 3, device="cuda", dtype=torch.bfloat16) / 15 for _ in range(3)]
     with LAUNCHES.recorded() as launches:
         out = hierarchical_conv2d(x, weights, backend="triton")
-    assert [launch.kernel for launch in launches] == ["conv3x3_step"] * 3
+    assert [launch.kernel for launch in launches] == ["conv3x3_fwd"] * 3
     assert all(launch.constants["CHANNELS"] == 26 and launch.grid[0] > 1 for launch in launches)
     assert_close(out.cpu(), hierarchical_conv2d(x.double().cpu(), [w.double().cpu() for w in weights], backend="reference"))
 

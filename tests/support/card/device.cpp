@@ -3,8 +3,8 @@
 //
 //   operator on cuda tensors -> `run_on_host` -> views of the same memory as cpu tensors -> the CPU kernel -> its results as cuda
 //
-// Streams and events exist and are counted, but work is done at once and in order. A capture keeps what it ran; a replay runs it
-// again into the same memory. What a device would refuse is refused: two cards in one operator, a host that waits in a capture.
+// Streams and events exist and are counted, but work is done at once and in order. A capture keeps what it ran; a replay runs
+// it again into the same memory. What a device would refuse is refused: two cards in one operator, a host that waits in one.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -129,9 +129,7 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::DeviceIndex current_device() const override { return current_card; }
   c10::DeviceIndex getCurrentDevice() const override { return current_card; }
   void setCurrentDevice(c10::DeviceIndex card) const override { current_card = card; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex card) const override {
-    return Guard().exchangeDevice({CUDA, card}).index();
-  }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex card) const override { return Guard().exchangeDevice({CUDA, card}).index(); }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex card) const override { return exchangeDevice(card); }
   void deviceSynchronize(c10::DeviceIndex) const override { host_waits("synchronize the device"); }
   // Of the CPU, whose kernels draw the numbers.
@@ -158,16 +156,18 @@ c10::DataPtr on_card(const c10::Storage& host, int card) {
   const int64_t now = allocated[card] += bytes;
   for (int64_t most = peak[card]; now > most && !peak[card].compare_exchange_weak(most, now);) {
   }
-  return {host.mutable_data(), new Holder{host, card, bytes}, free_holder, c10::Device(CUDA, static_cast<c10::DeviceIndex>(card))};
+  return {
+      host.mutable_data(), new Holder{host, card, bytes}, free_holder, c10::Device(CUDA, static_cast<c10::DeviceIndex>(card))};
 }
 void free_storage(void* pointer) { delete static_cast<c10::Storage*>(pointer); }
 
 // Sizes, strides and offset as those of `like`. base: the tensor of ours that this one is a view of.
-at::Tensor tensor_over(c10::Storage storage, const at::Tensor& like, const at::Tensor* base = nullptr,
-                       c10::DispatchKey key = c10::DispatchKey::CUDA) {
-  auto made = base == nullptr
-                  ? c10::make_intrusive<at::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype())
-                  : c10::make_intrusive<at::TensorImpl>(c10::TensorImpl::VIEW, std::move(storage), base->key_set(), like.dtype());
+at::Tensor tensor_over(
+    c10::Storage storage, const at::Tensor& like, const at::Tensor* base = nullptr,
+    c10::DispatchKey key = c10::DispatchKey::CUDA) {
+  auto made = base == nullptr ? c10::make_intrusive<at::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype())
+                              : c10::make_intrusive<at::TensorImpl>(
+                                    c10::TensorImpl::VIEW, std::move(storage), base->key_set(), like.dtype());
   made->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   at::Tensor tensor(std::move(made));
   if (like.is_conj()) tensor._set_conj(true);
@@ -180,10 +180,12 @@ bool is_ours(const at::Tensor& t) { return t.defined() && t.key_set().has(c10::D
 // One operator ----------------------------------------------------------------------------------------------------------
 
 // Operators whose result the host has to see, or that copy to where it may look at once.
-const std::unordered_set<std::string> WAITING{"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
-                                              "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"};
-const std::unordered_set<std::string> ACROSS{"aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::set_",
-                                             "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_", "aten::index"};
+const std::unordered_set<std::string> WAITING{
+    "aten::_local_scalar_dense", "aten::nonzero",           "aten::masked_select", "aten::equal", "aten::_unique2",
+    "aten::unique_dim",          "aten::unique_consecutive"};
+const std::unordered_set<std::string> ACROSS{
+    "aten::copy_",        "aten::_copy_from", "aten::_copy_from_and_resize", "aten::set_",
+    "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_",      "aten::index"};
 
 class Call {
  public:
@@ -238,8 +240,10 @@ class Call {
         return;
       }
       const int card = t.device().index();
-      TORCH_CHECK(card_ < 0 || card_ == card || ACROSS.count(name_), "Expected all tensors to be on the same device, but found at least two devices, cuda:",
-                  card_, " and cuda:", card, "! (when checking arguments of ", name_, ")");
+      TORCH_CHECK(
+          card_ < 0 || card_ == card || ACROSS.count(name_),
+          "Expected all tensors to be on the same device, but found at least two devices, cuda:", card_, " and cuda:", card,
+          "! (when checking arguments of ", name_, ")");
       if (card_ < 0) card_ = card;
     };
     for (const c10::IValue& value : arguments_) {
@@ -250,8 +254,10 @@ class Call {
         if (card_ < 0) card_ = named;
       }
     }
-    TORCH_CHECK(on_host == 0 || ACROSS.count(name_), "Expected all tensors to be on the same device, but found at least two devices, cuda:",
-                card_, " and cpu! (when checking arguments of ", name_, ")");
+    TORCH_CHECK(
+        on_host == 0 || ACROSS.count(name_),
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:", card_,
+        " and cpu! (when checking arguments of ", name_, ")");
     if (card_ < 0) card_ = current_card;
     counters[OPERATORS]++;
   }
@@ -346,7 +352,8 @@ class Call {
     for (const auto& [ours, twin] : hosts_)  // a view
       if (twin.storage().is_alias_of(t.storage())) return tensor_over(ours.storage(), t, &ours);
     if (stays_on_host(t)) return t;
-    c10::Storage storage(c10::Storage::use_byte_size_t(), t.storage().nbytes(), on_card(t.storage(), card_), c10::GetCPUAllocator(), true);
+    c10::Storage storage(
+        c10::Storage::use_byte_size_t(), t.storage().nbytes(), on_card(t.storage(), card_), c10::GetCPUAllocator(), true);
     at::Tensor made = tensor_over(std::move(storage), t);
     if (graph != nullptr) graph->made.push_back(made);
     return made;
@@ -386,7 +393,8 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Call(op, stack).run(stack);
 }
 void record_stream(at::Tensor&, at::Stream) { counters[TENSORS_RECORDED]++; }
-at::Tensor& set_(at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+at::Tensor& set_(
+    at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_storage_keep_dtype(std::move(source));
   impl->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), offset.expect_int());
@@ -439,7 +447,9 @@ int card_host_waits(int break_capture) {
 void* card_graph_new() { return new Graph; }
 void card_graph_free(void* graph) { delete static_cast<Graph*>(graph); }
 int64_t card_graph_size(void* graph) { return static_cast<int64_t>(static_cast<Graph*>(graph)->work.size()); }
-void card_capture_begin(void* graph) { capture = {static_cast<Graph*>(graph), current_streams[current_card], current_card, false}; }
+void card_capture_begin(void* graph) {
+  capture = {static_cast<Graph*>(graph), current_streams[current_card], current_card, false};
+}
 // 1 where something during the capture was not allowed.
 int card_capture_end() {
   Graph* graph = capture.graph;

@@ -29,7 +29,7 @@ CASES = {
     # 8 bytes a copy: the thread that adds is not the one that copied
     "added": Case(28, 4, 1, 9, 7, settings={"passthrough": "first_added"}, tile=_STRIP | {"rows": 4, "columns": 7}),
     "odd": Case(27, 3, 1, 5, 6, torch.float32),
-    # Of the wgmma kernel: weights that stream through two warpgroups, and weights that stay, for several images.
+    # The wgmma kernel: weights that stream through two warpgroups, and weights that stay, for several images.
     "wgmma": Case(52, 3, 1, 9, 13, wgmma=True, tile=_STRIP | {
         "instance": harness.INSTANCES.index("wgmma_c7t2"), "rows": 8, "columns": 13, "warps_m": 8, "warps_n": 1, "slices": 12,
         "stages": 2,
@@ -39,7 +39,7 @@ CASES = {
         "slices": 36,
     }),
     "w14": Case(14, 8, 1, 5, 17, tile=_STRIP | {"rows": 2, "columns": 9, "warps_m": 4, "slices": 3, "stages": 4}),
-    # Of the cluster kernel: rows and channels shared, and several passes of warps that share their sums; then weights that
+    # The cluster kernel: rows and channels shared, and several passes of warps that share their sums; then weights that
     # stream, and whole images whose channels are shared.
     "parts": Case(26, 4, 1, 9, 11, clusters=True, tile=_CLUSTER | {
         "whole": 0, "rows": 5, "columns": 11, "row_parts": 2, "channel_parts": 2, "warps_m": 1, "warps_k": 2,

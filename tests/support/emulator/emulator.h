@@ -1,5 +1,5 @@
-// The host build of csrc/cuda/chain/hardware.h: every thread of a CTA, or of all CTAs of a cluster, is a fiber, picked in a seeded
-// random order, and every access to shared or global memory, every barrier and every warp-wide instruction is checked.
+// The host build of csrc/cuda/chain/hardware.h: every thread of a CTA, or of all CTAs of a cluster, is a fiber, picked in a
+// seeded random order, and every access to shared or global memory, every barrier and every warp-wide instruction is checked.
 #pragma once
 #include <bit>
 #include <cstddef>
@@ -14,32 +14,39 @@ using Where = std::source_location;  // of the kernel's statement, for the repor
 
 // A byte of shared memory and the bounds of the region it belongs to.
 struct SharedPtr {
-    int offset, begin, end;
-    const char* region;
-    SharedPtr operator+(int bytes) const { return {offset + bytes, begin, end, region}; }
-    SharedPtr part(int from, int size, const char* name) const { return {offset + from, offset + from, offset + from + size, name}; }
+  int offset, begin, end;
+  const char* region;
+  SharedPtr operator+(int bytes) const { return {offset + bytes, begin, end, region}; }
+  SharedPtr part(int from, int size, const char* name) const {
+    return {offset + from, offset + from, offset + from + size, name};
+  }
 };
 
 namespace emulator {
 enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, PROXY, KINDS };
 inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",
-                                                   "in-flight",     "divergence", "lifetime",   "proxy"};
+                                                  "in-flight",     "divergence", "lifetime",      "proxy"};
 
-struct Buffer { const char* name; const void* begin; size_t bytes; bool writable; };
+struct Buffer {
+  const char* name;
+  const void* begin;
+  size_t bytes;
+  bool writable;
+};
 
 struct Launch {
-    int blocks, threads, shared_bytes;
-    uint64_t seed;
-    bool checks;  // false: only compute, for speed
-    std::vector<Buffer> buffers;
-    int cluster = 1;  // blocks that run together and reach each other's shared memory
+  int blocks, threads, shared_bytes;
+  uint64_t seed;
+  bool checks;  // false: only compute, for speed
+  std::vector<Buffer> buffers;
+  int cluster = 1;  // blocks that run together and reach each other's shared memory
 };
 
 struct Report {
-    int64_t count[KINDS] = {};
-    std::string first[KINDS];  // the first finding of each kind, in words
-    int bank_ways = 1;         // worst bank conflict of a matrix load; 1: none
-    int64_t multiplies = 0, switches = 0;
+  int64_t count[KINDS] = {};
+  std::string first[KINDS];  // the first finding of each kind, in words
+  int bank_ways = 1;         // worst bank conflict of a matrix load; 1: none
+  int64_t multiplies = 0, switches = 0;
 };
 
 Report run(const Launch& launch, const std::function<void()>& kernel);
@@ -61,8 +68,9 @@ void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
 void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where);
 void load_matrices(SharedPtr row, uint32_t* words, int matrices, const Where& where);
-void multiply(Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::cuda::DataType type,
-              const Where& where);
+void multiply(
+    Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::cuda::DataType type,
+    const Where& where);
 uint16_t round_to_bf16(float value);
 uint16_t round_to_fp16(float value);
 float widen_fp16(uint32_t bits);
@@ -79,65 +87,73 @@ inline void sync_warp(Where where = Where::current()) { emulator::sync_warp(wher
 inline void cluster_arrive(Where where = Where::current()) { emulator::cluster_arrive(where); }
 inline void cluster_wait(Where where = Where::current()) { emulator::cluster_wait(where); }
 inline void remote_store(SharedPtr to, int rank, Bytes16 value, Where where = Where::current()) {
-    emulator::remote_store(to, rank, value, where);
+  emulator::remote_store(to, rank, value, where);
 }
 
-template <class T> T shared_load(SharedPtr from, Where where = Where::current()) {
-    T value;
-    emulator::read_shared(from, &value, sizeof(T), where);
-    return value;
+template <class T>
+T shared_load(SharedPtr from, Where where = Where::current()) {
+  T value;
+  emulator::read_shared(from, &value, sizeof(T), where);
+  return value;
 }
-template <class T> void shared_store(SharedPtr to, T value, Where where = Where::current()) {
-    emulator::write_shared(to, &value, sizeof(T), where);
+template <class T>
+void shared_store(SharedPtr to, T value, Where where = Where::current()) {
+  emulator::write_shared(to, &value, sizeof(T), where);
 }
-template <class T> T global_load(const void* from, Where where = Where::current()) {
-    T value;
-    emulator::read_global(from, &value, sizeof(T), where);
-    return value;
+template <class T>
+T global_load(const void* from, Where where = Where::current()) {
+  T value;
+  emulator::read_global(from, &value, sizeof(T), where);
+  return value;
 }
-template <class T> void global_store(void* to, T value, Where where = Where::current()) {
-    emulator::write_global(to, &value, sizeof(T), where);
+template <class T>
+void global_store(void* to, T value, Where where = Where::current()) {
+  emulator::write_global(to, &value, sizeof(T), where);
 }
 
-template <int BYTES> void copy_async(SharedPtr to, const void* from, int valid = BYTES, Where where = Where::current()) {
-    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
-    emulator::start_copy(to, from, BYTES, valid, where);
+template <int BYTES>
+void copy_async(SharedPtr to, const void* from, int valid = BYTES, Where where = Where::current()) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  emulator::start_copy(to, from, BYTES, valid, where);
 }
 inline void copy_async_commit() { emulator::commit_copies(); }
 inline void copy_async_wait(int pending) { emulator::wait_copies(pending); }
 
 inline FragmentA load_matrix(SharedPtr row, Where where = Where::current()) {
-    FragmentA a;
-    emulator::load_matrices(row, a.word, 4, where);
-    return a;
+  FragmentA a;
+  emulator::load_matrices(row, a.word, 4, where);
+  return a;
 }
 inline FragmentB load_columns(SharedPtr column, Where where = Where::current()) {
-    FragmentB b;
-    emulator::load_matrices(column, b.word, 2, where);
-    return b;
+  FragmentB b;
+  emulator::load_matrices(column, b.word, 2, where);
+  return b;
 }
 template <class Element, int COLUMNS>
 void multiply(Accumulator (&c)[COLUMNS], const FragmentA& a, const FragmentB (&b)[COLUMNS], Where where = Where::current()) {
-    emulator::multiply(c, &a, b, COLUMNS, Element::TYPE, where);
+  emulator::multiply(c, &a, b, COLUMNS, Element::TYPE, where);
 }
 
 inline uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t round_to_tf32(uint32_t bits) {
-    const bool number = (bits & 0x7fffffff) <= 0x7f800000;
-    return number ? (bits + 0x1000) & 0xffffe000 : 0x7fffffff;
+  const bool number = (bits & 0x7fffffff) <= 0x7f800000;
+  return number ? (bits + 0x1000) & 0xffffe000 : 0x7fffffff;
 }
 
-template <class Element> uint32_t pack_pair(float low, float high) {
-    if constexpr (Element::IS_BF16) return emulator::round_to_bf16(low) | uint32_t(emulator::round_to_bf16(high)) << 16;
-    return emulator::round_to_fp16(low) | uint32_t(emulator::round_to_fp16(high)) << 16;
+template <class Element>
+uint32_t pack_pair(float low, float high) {
+  if constexpr (Element::IS_BF16) return emulator::round_to_bf16(low) | uint32_t(emulator::round_to_bf16(high)) << 16;
+  return emulator::round_to_fp16(low) | uint32_t(emulator::round_to_fp16(high)) << 16;
 }
-template <class Element> Float2 unpack_pair(uint32_t pair) {
-    if constexpr (Element::IS_BF16) return {emulator::widen_bf16(pair & 0xffff), emulator::widen_bf16(pair >> 16)};
-    return {emulator::widen_fp16(pair & 0xffff), emulator::widen_fp16(pair >> 16)};
+template <class Element>
+Float2 unpack_pair(uint32_t pair) {
+  if constexpr (Element::IS_BF16) return {emulator::widen_bf16(pair & 0xffff), emulator::widen_bf16(pair >> 16)};
+  return {emulator::widen_fp16(pair & 0xffff), emulator::widen_fp16(pair >> 16)};
 }
-template <class Element> uint32_t add_pair(uint32_t left, uint32_t right) {
-    const Float2 a = unpack_pair<Element>(left), b = unpack_pair<Element>(right);
-    return pack_pair<Element>(a.x + b.x, a.y + b.y);
+template <class Element>
+uint32_t add_pair(uint32_t left, uint32_t right) {
+  const Float2 a = unpack_pair<Element>(left), b = unpack_pair<Element>(right);
+  return pack_pair<Element>(a.x + b.x, a.y + b.y);
 }
 inline float clamp(float value, float lower, float upper) { return value < lower ? lower : value > upper ? upper : value; }

@@ -2,23 +2,24 @@
 #pragma once
 
 struct SharedMatrix {
-    uint64_t descriptor;
-    SharedPtr region;  // its bounds alone count: the place is in the descriptor
-    SharedMatrix(SharedPtr start, int leading, int stride)
-        : descriptor(matrix_descriptor(uint32_t(start.offset), leading, stride)), region(start) {}
-    SharedMatrix operator+(int bytes) const {
-        SharedMatrix moved = *this;
-        moved.descriptor += uint64_t(int64_t(bytes >> 4));
-        return moved;
-    }
+  uint64_t descriptor;
+  SharedPtr region;  // its bounds alone count: the place is in the descriptor
+  SharedMatrix(SharedPtr start, int leading, int stride)
+      : descriptor(matrix_descriptor(uint32_t(start.offset), leading, stride)), region(start) {}
+  SharedMatrix operator+(int bytes) const {
+    SharedMatrix moved = *this;
+    moved.descriptor += uint64_t(int64_t(bytes >> 4));
+    return moved;
+  }
 };
 
 namespace emulator {
 int uniform(int value, const Where& where);
 void proxy_fence();
 void begin_products(Accumulator* const* sums, int tiles, int columns);
-void multiply_async(Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::cuda::DataType type,
-                    const Where& where);
+void multiply_async(
+    Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::cuda::DataType type,
+    const Where& where);
 void commit_products(const Where& where);
 void wait_products(const Where& where);
 }  // namespace emulator
@@ -26,17 +27,19 @@ void wait_products(const Where& where);
 inline int uniform(int value, Where where = Where::current()) { return emulator::uniform(value, where); }
 inline void proxy_fence() { emulator::proxy_fence(); }
 
-template <int TILES, int COLUMNS> void products_begin(Accumulator (&sums)[TILES][COLUMNS]) {
-    Accumulator* tiles[TILES];
-    for (int tile = 0; tile < TILES; tile++) tiles[tile] = sums[tile];
-    emulator::begin_products(tiles, TILES, COLUMNS);
+template <int TILES, int COLUMNS>
+void products_begin(Accumulator (&sums)[TILES][COLUMNS]) {
+  Accumulator* tiles[TILES];
+  for (int tile = 0; tile < TILES; tile++) tiles[tile] = sums[tile];
+  emulator::begin_products(tiles, TILES, COLUMNS);
 }
 inline void products_commit(Where where = Where::current()) { emulator::commit_products(where); }
-template <int TILES, int COLUMNS> void products_wait(Accumulator (&)[TILES][COLUMNS], Where where = Where::current()) {
-    emulator::wait_products(where);
+template <int TILES, int COLUMNS>
+void products_wait(Accumulator (&)[TILES][COLUMNS], Where where = Where::current()) {
+  emulator::wait_products(where);
 }
 template <class Element, int COLUMNS>
 void multiply_async(Accumulator (&c)[COLUMNS], SharedMatrix a, SharedMatrix b, Where where = Where::current()) {
-    static_assert(Element::BYTES == 2);
-    emulator::multiply_async(c, a, b, COLUMNS, Element::TYPE, where);
+  static_assert(Element::BYTES == 2);
+  emulator::multiply_async(c, a, b, COLUMNS, Element::TYPE, where);
 }

@@ -172,12 +172,12 @@ def shared_bytes(case: Case, plan: launch_plan.Plan) -> int:
 
 
 def _problem_numbers(case: Case) -> ctypes.Array:
-    """As csrc/cuda/plan/launch_plan.h lists them."""
     c = case.config
-    return (ctypes.c_int64 * 10)(
+    request = launch_plan.PlanRequest(
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
         c.passthrough != "none", launch_plan.TYPES[case.dtype],
     )  # fmt: skip
+    return (ctypes.c_int64 * len(request))(*request)
 
 
 def make_tensors(case: Case, integers: bool, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -320,7 +320,7 @@ def assert_spreads_as_torch_does(case: Case, value: float) -> None:
     assert torch.equal(out.isinf(), expected.isinf())
 
 
-# Of three convolutions: fp32 sums that round to the neighbouring half, then spread by the chain.
+# Three convolutions: fp32 sums that round to the neighbouring half, then spread by the chain.
 TOLERANCES = {torch.bfloat16: 1.5e-3, torch.float16: 2e-4, torch.float32: 1e-4}
 
 

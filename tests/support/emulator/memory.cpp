@@ -9,235 +9,246 @@ std::vector<Writers> writers;
 uint64_t write_number;
 
 bool in_region(SharedPtr pointer, int bytes, const char* what, const Where& where) {
-    bool good = true;
-    if (pointer.offset < pointer.begin || pointer.offset + bytes > pointer.end || pointer.end > launch.shared_bytes) {
-        finding(OUT_OF_BOUNDS, where, "%s of %d bytes at byte %d of %s, which has %d", what, bytes, pointer.offset - pointer.begin,
-                pointer.region, pointer.end - pointer.begin);
-        good = false;
-    }
-    if (pointer.offset % bytes) {
-        finding(MISALIGNED, where, "%s of %d bytes at byte %d of shared memory", what, bytes, pointer.offset);
-        good = false;
-    }
-    return good;
+  bool good = true;
+  if (pointer.offset < pointer.begin || pointer.offset + bytes > pointer.end || pointer.end > launch.shared_bytes) {
+    finding(
+        OUT_OF_BOUNDS, where, "%s of %d bytes at byte %d of %s, which has %d", what, bytes, pointer.offset - pointer.begin,
+        pointer.region, pointer.end - pointer.begin);
+    good = false;
+  }
+  if (pointer.offset % bytes) {
+    finding(MISALIGNED, where, "%s of %d bytes at byte %d of shared memory", what, bytes, pointer.offset);
+    good = false;
+  }
+  return good;
 }
 
 namespace {
 // Whether a barrier lies between an access by thread `other` and the current thread.
 bool ordered(int other, uint32_t other_epoch, uint32_t other_warp_epoch, int other_phase) {
-    const Fiber& left = fibers[other];
-    if (left.number == current->number || other_phase < current->waits) return true;
-    if (left.rank == current->rank && other_epoch < ctas[left.rank].epoch) return true;
-    return left.warp == current->warp && other_warp_epoch < warp_epoch[left.warp];
+  const Fiber& left = fibers[other];
+  if (left.number == current->number || other_phase < current->waits) return true;
+  if (left.rank == current->rank && other_epoch < ctas[left.rank].epoch) return true;
+  return left.warp == current->warp && other_warp_epoch < warp_epoch[left.warp];
 }
 
 void record_write(Granule& granule) {
-    granule.write_epoch = ctas[current->rank].epoch;
-    granule.write_warp_epoch = warp_epoch[current->warp];
-    granule.write_phase = current->arrivals;
-    granule.writer = int16_t(current->number);
-    granule.write_number = ++write_number;
+  granule.write_epoch = ctas[current->rank].epoch;
+  granule.write_warp_epoch = warp_epoch[current->warp];
+  granule.write_phase = current->arrivals;
+  granule.writer = int16_t(current->number);
+  granule.write_number = ++write_number;
 }
 
 bool after_all_reads(const Granule& granule, const Cta& cta) {
-    if (granule.read_epoch < first_epoch || granule.read_phase < current->waits) return true;
-    if (&cta != &ctas[current->rank]) return false;
-    if (granule.read_epoch < cta.epoch) return true;
-    return !granule.several_warps && ordered(granule.reader, granule.read_epoch, granule.read_warp_epoch, granule.read_phase) &&
-           !(granule.several_lanes && granule.read_warp_epoch >= warp_epoch[current->warp]);
+  if (granule.read_epoch < first_epoch || granule.read_phase < current->waits) return true;
+  if (&cta != &ctas[current->rank]) return false;
+  if (granule.read_epoch < cta.epoch) return true;
+  return !granule.several_warps && ordered(granule.reader, granule.read_epoch, granule.read_warp_epoch, granule.read_phase) &&
+         !(granule.several_lanes && granule.read_warp_epoch >= warp_epoch[current->warp]);
 }
 
 void check_write(Cta& cta, SharedPtr to, int bytes, const Where& where) {
-    for (int at = to.offset; at < to.offset + bytes; at += GRANULE) {
-        Granule& granule = cta.granules[at / GRANULE];
-        const int place = at - to.begin;
-        if (granule.in_flight)
-            finding(IN_FLIGHT, where, "writes byte %d of %s before the copy of line %u was waited for", place, to.region,
-                    granule.write_line);
-        else if (granule.write_epoch >= first_epoch &&
-                 !ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
-            finding(RACE, where, "writes byte %d of %s of block %d, written by thread %d of block %d in line %u with no barrier between",
-                    place, to.region, cta.block, fibers[granule.writer].thread, ctas[fibers[granule.writer].rank].block,
-                    granule.write_line);
-        else if (!after_all_reads(granule, cta))
-            finding(RACE, where, "writes byte %d of %s of block %d, read by its thread %d in line %u with no barrier between", place,
-                    to.region, cta.block, fibers[granule.reader].thread, granule.read_line);
-        record_write(granule);
-        granule.write_line = where.line();
-    }
+  for (int at = to.offset; at < to.offset + bytes; at += GRANULE) {
+    Granule& granule = cta.granules[at / GRANULE];
+    const int place = at - to.begin;
+    if (granule.in_flight)
+      finding(
+          IN_FLIGHT, where, "writes byte %d of %s before the copy of line %u was waited for", place, to.region,
+          granule.write_line);
+    else if (
+        granule.write_epoch >= first_epoch &&
+        !ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
+      finding(
+          RACE, where, "writes byte %d of %s of block %d, written by thread %d of block %d in line %u with no barrier between",
+          place, to.region, cta.block, fibers[granule.writer].thread, ctas[fibers[granule.writer].rank].block,
+          granule.write_line);
+    else if (!after_all_reads(granule, cta))
+      finding(
+          RACE, where, "writes byte %d of %s of block %d, read by its thread %d in line %u with no barrier between", place,
+          to.region, cta.block, fibers[granule.reader].thread, granule.read_line);
+    record_write(granule);
+    granule.write_line = where.line();
+  }
 }
 
 // The index of the buffer that holds these bytes, or -1.
 int find_buffer(const void* address, int bytes, int alignment, const char* what, const Where& where) {
-    const auto place = reinterpret_cast<uintptr_t>(address);
-    if (place % alignment) {
-        finding(MISALIGNED, where, "%s of %d bytes of global memory", what, alignment);
-        return -1;
-    }
-    for (size_t i = 0; i < launch.buffers.size(); i++) {
-        const auto begin = reinterpret_cast<uintptr_t>(launch.buffers[i].begin);
-        if (place >= begin && place + bytes <= begin + launch.buffers[i].bytes) return int(i);
-    }
-    const Buffer* nearest = nullptr;
-    int64_t nearest_offset = 0;
-    for (const Buffer& buffer : launch.buffers) {
-        const int64_t offset = int64_t(place - reinterpret_cast<uintptr_t>(buffer.begin));
-        if (!nearest || std::llabs(offset) < std::llabs(nearest_offset)) nearest = &buffer, nearest_offset = offset;
-    }
-    finding(OUT_OF_BOUNDS, where, "%s of %d bytes outside every buffer, at byte %lld of %s", what, bytes, (long long)nearest_offset,
-            nearest ? nearest->name : "nothing");
+  const auto place = reinterpret_cast<uintptr_t>(address);
+  if (place % alignment) {
+    finding(MISALIGNED, where, "%s of %d bytes of global memory", what, alignment);
     return -1;
+  }
+  for (size_t i = 0; i < launch.buffers.size(); i++) {
+    const auto begin = reinterpret_cast<uintptr_t>(launch.buffers[i].begin);
+    if (place >= begin && place + bytes <= begin + launch.buffers[i].bytes) return int(i);
+  }
+  const Buffer* nearest = nullptr;
+  int64_t nearest_offset = 0;
+  for (const Buffer& buffer : launch.buffers) {
+    const int64_t offset = int64_t(place - reinterpret_cast<uintptr_t>(buffer.begin));
+    if (!nearest || std::llabs(offset) < std::llabs(nearest_offset)) nearest = &buffer, nearest_offset = offset;
+  }
+  finding(
+      OUT_OF_BOUNDS, where, "%s of %d bytes outside every buffer, at byte %lld of %s", what, bytes, (long long)nearest_offset,
+      nearest ? nearest->name : "nothing");
+  return -1;
 }
 
 void finish_copies(std::vector<Copy>& copies) {
-    Cta& cta = ctas[current->rank];
-    for (const Copy& copy : copies) {
-        std::memcpy(&cta.memory[copy.offset], copy.data, copy.bytes);
-        for (int at = copy.offset; launch.checks && at < copy.offset + copy.bytes; at += GRANULE) {
-            cta.granules[at / GRANULE].in_flight = false;
-            record_write(cta.granules[at / GRANULE]);
-        }
+  Cta& cta = ctas[current->rank];
+  for (const Copy& copy : copies) {
+    std::memcpy(&cta.memory[copy.offset], copy.data, copy.bytes);
+    for (int at = copy.offset; launch.checks && at < copy.offset + copy.bytes; at += GRANULE) {
+      cta.granules[at / GRANULE].in_flight = false;
+      record_write(cta.granules[at / GRANULE]);
     }
-    copies.clear();
+  }
+  copies.clear();
 }
 }  // namespace
 
 void check_read(SharedPtr from, int bytes, const Where& where) {
-    Cta& cta = ctas[current->rank];
-    for (int at = from.offset; at < from.offset + bytes; at += GRANULE) {
-        Granule& granule = cta.granules[at / GRANULE];
-        const int place = at - from.begin;
-        if (granule.in_flight)
-            finding(IN_FLIGHT, where, "reads byte %d of %s before the copy of line %u was waited for", place, from.region, granule.write_line);
-        else if (granule.write_epoch < first_epoch)
-            finding(UNINITIALISED, where, "reads byte %d of %s, which nobody wrote", place, from.region);
-        else if (!ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
-            finding(RACE, where, "reads byte %d of %s, written by thread %d of block %d in line %u with no barrier between", place,
-                    from.region, fibers[granule.writer].thread, ctas[fibers[granule.writer].rank].block, granule.write_line);
-        if (granule.read_epoch < first_epoch) granule.read_phase = 0;
-        if (granule.read_epoch != cta.epoch) {
-            granule.read_epoch = cta.epoch;
-            granule.several_lanes = granule.several_warps = false;
-        } else if (granule.reader != current->number) {
-            (fibers[granule.reader].warp == current->warp ? granule.several_lanes : granule.several_warps) = true;
-        }
-        granule.reader = int16_t(current->number);
-        granule.read_warp_epoch = warp_epoch[current->warp];
-        granule.read_phase = std::max(granule.read_phase, current->arrivals);
-        granule.read_line = where.line();
+  Cta& cta = ctas[current->rank];
+  for (int at = from.offset; at < from.offset + bytes; at += GRANULE) {
+    Granule& granule = cta.granules[at / GRANULE];
+    const int place = at - from.begin;
+    if (granule.in_flight)
+      finding(
+          IN_FLIGHT, where, "reads byte %d of %s before the copy of line %u was waited for", place, from.region,
+          granule.write_line);
+    else if (granule.write_epoch < first_epoch)
+      finding(UNINITIALISED, where, "reads byte %d of %s, which nobody wrote", place, from.region);
+    else if (!ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
+      finding(
+          RACE, where, "reads byte %d of %s, written by thread %d of block %d in line %u with no barrier between", place,
+          from.region, fibers[granule.writer].thread, ctas[fibers[granule.writer].rank].block, granule.write_line);
+    if (granule.read_epoch < first_epoch) granule.read_phase = 0;
+    if (granule.read_epoch != cta.epoch) {
+      granule.read_epoch = cta.epoch;
+      granule.several_lanes = granule.several_warps = false;
+    } else if (granule.reader != current->number) {
+      (fibers[granule.reader].warp == current->warp ? granule.several_lanes : granule.several_warps) = true;
     }
+    granule.reader = int16_t(current->number);
+    granule.read_warp_epoch = warp_epoch[current->warp];
+    granule.read_phase = std::max(granule.read_phase, current->arrivals);
+    granule.read_line = where.line();
+  }
 }
 
 // A CTA may end as soon as all its threads have waited for their last barrier of the cluster: what others stored there has to
 // come before it.
 void check_lifetimes() {
-    for (size_t rank = 0; rank < ctas.size() && ctas.size() > 1; rank++) {
-        int waits = 0;
-        for (const Fiber& fiber : fibers)
-            if (fiber.rank == int(rank)) waits = std::max(waits, fiber.waits);
-        for (const Granule& granule : ctas[rank].granules) {
-            if (granule.write_epoch < first_epoch || granule.write_phase < waits) continue;
-            if (fibers[granule.writer].rank == int(rank)) continue;
-            current = &fibers[granule.writer];
-            finding(LIFETIME, current->where, "stores in line %u to block %d, which may have ended", granule.write_line,
-                    ctas[rank].block);
-        }
+  for (size_t rank = 0; rank < ctas.size() && ctas.size() > 1; rank++) {
+    int waits = 0;
+    for (const Fiber& fiber : fibers)
+      if (fiber.rank == int(rank)) waits = std::max(waits, fiber.waits);
+    for (const Granule& granule : ctas[rank].granules) {
+      if (granule.write_epoch < first_epoch || granule.write_phase < waits) continue;
+      if (fibers[granule.writer].rank == int(rank)) continue;
+      current = &fibers[granule.writer];
+      finding(
+          LIFETIME, current->where, "stores in line %u to block %d, which may have ended", granule.write_line,
+          ctas[rank].block);
     }
+  }
 }
 
 void prepare_memory() {
-    ctas.resize(launch.cluster);
-    for (Cta& cta : ctas) {
-        cta.memory.assign(launch.shared_bytes, 0);
-        cta.granules.assign((launch.shared_bytes + GRANULE - 1) / GRANULE, {});
-    }
-    write_number = 0;
-    writers.assign(launch.buffers.size(), {});
+  ctas.resize(launch.cluster);
+  for (Cta& cta : ctas) {
+    cta.memory.assign(launch.shared_bytes, 0);
+    cta.granules.assign((launch.shared_bytes + GRANULE - 1) / GRANULE, {});
+  }
+  write_number = 0;
+  writers.assign(launch.buffers.size(), {});
 }
 
 void read_shared(SharedPtr from, void* to, int bytes, const Where& where) {
-    if (launch.checks) {
-        std::memset(to, 0xff, bytes);
-        if (!in_region(from, bytes, "load", where)) return;
-        check_read(from, bytes, where);
-    }
-    std::memcpy(to, &ctas[current->rank].memory[from.offset], bytes);
+  if (launch.checks) {
+    std::memset(to, 0xff, bytes);
+    if (!in_region(from, bytes, "load", where)) return;
+    check_read(from, bytes, where);
+  }
+  std::memcpy(to, &ctas[current->rank].memory[from.offset], bytes);
 }
 
 void write_shared(SharedPtr to, const void* from, int bytes, const Where& where) {
-    if (launch.checks) {
-        if (!in_region(to, bytes, "store", where)) return;
-        check_write(ctas[current->rank], to, bytes, where);
-    }
-    std::memcpy(&ctas[current->rank].memory[to.offset], from, bytes);
+  if (launch.checks) {
+    if (!in_region(to, bytes, "store", where)) return;
+    check_write(ctas[current->rank], to, bytes, where);
+  }
+  std::memcpy(&ctas[current->rank].memory[to.offset], from, bytes);
 }
 
 void read_global(const void* from, void* to, int bytes, const Where& where) {
-    std::memset(to, 0xff, bytes);
-    if (launch.checks && find_buffer(from, bytes, bytes, "load", where) < 0) return;
-    std::memcpy(to, from, bytes);
+  std::memset(to, 0xff, bytes);
+  if (launch.checks && find_buffer(from, bytes, bytes, "load", where) < 0) return;
+  std::memcpy(to, from, bytes);
 }
 
 void write_global(void* to, const void* from, int bytes, const Where& where) {
-    if (launch.checks) {
-        const int index = find_buffer(to, bytes, bytes, "store", where);
-        if (index < 0) return;
-        const Buffer& buffer = launch.buffers[index];
-        if (!buffer.writable) {
-            finding(OUT_OF_BOUNDS, where, "store to %s, which is read-only", buffer.name);
-            return;
-        }
-        const auto offset = static_cast<const char*>(to) - static_cast<const char*>(buffer.begin);
-        const int self = ctas[current->rank].block * launch.threads + current->thread;
-        for (int64_t at = offset / GRANULE; at < (offset + bytes) / GRANULE; at++) {
-            int& writer = writers[index].of(at);
-            if (writer >= 0 && writer != self)
-                finding(RACE, where, "stores byte %lld of %s, which thread %d of block %d stored too", (long long)(at * GRANULE),
-                        buffer.name, writer % launch.threads, writer / launch.threads);
-            writer = self;
-        }
+  if (launch.checks) {
+    const int index = find_buffer(to, bytes, bytes, "store", where);
+    if (index < 0) return;
+    const Buffer& buffer = launch.buffers[index];
+    if (!buffer.writable) {
+      finding(OUT_OF_BOUNDS, where, "store to %s, which is read-only", buffer.name);
+      return;
     }
-    std::memcpy(to, from, bytes);
+    const auto offset = static_cast<const char*>(to) - static_cast<const char*>(buffer.begin);
+    const int self = ctas[current->rank].block * launch.threads + current->thread;
+    for (int64_t at = offset / GRANULE; at < (offset + bytes) / GRANULE; at++) {
+      int& writer = writers[index].of(at);
+      if (writer >= 0 && writer != self)
+        finding(
+            RACE, where, "stores byte %lld of %s, which thread %d of block %d stored too", (long long)(at * GRANULE),
+            buffer.name, writer % launch.threads, writer / launch.threads);
+      writer = self;
+    }
+  }
+  std::memcpy(to, from, bytes);
 }
 
 void start_copy(SharedPtr to, const void* from, int bytes, int valid, const Where& where) {
-    Copy copy{to.offset, bytes, {}};
-    if (launch.checks) {
-        if (!in_region(to, bytes, "copy", where) || find_buffer(from, valid, bytes, "copy", where) < 0) return;
-        check_write(ctas[current->rank], to, bytes, where);
-        std::vector<Granule>& granules = ctas[current->rank].granules;
-        for (int at = to.offset; at < to.offset + bytes; at += GRANULE) granules[at / GRANULE].in_flight = true;
-    }
-    std::memcpy(copy.data, from, valid);  // zeros follow
-    std::memset(&ctas[current->rank].memory[to.offset], 0xff, bytes);  // the data arrives as late as it may
-    current->open_copies.push_back(copy);
+  Copy copy{to.offset, bytes, {}};
+  if (launch.checks) {
+    if (!in_region(to, bytes, "copy", where) || find_buffer(from, valid, bytes, "copy", where) < 0) return;
+    check_write(ctas[current->rank], to, bytes, where);
+    std::vector<Granule>& granules = ctas[current->rank].granules;
+    for (int at = to.offset; at < to.offset + bytes; at += GRANULE) granules[at / GRANULE].in_flight = true;
+  }
+  std::memcpy(copy.data, from, valid);                               // zeros follow
+  std::memset(&ctas[current->rank].memory[to.offset], 0xff, bytes);  // the data arrives as late as it may
+  current->open_copies.push_back(copy);
 }
 
 void commit_copies() {
-    current->copy_groups.emplace_back();
-    current->copy_groups.back().swap(current->open_copies);
+  current->copy_groups.emplace_back();
+  current->copy_groups.back().swap(current->open_copies);
 }
 
 void wait_copies(int pending) {
-    while (int(current->copy_groups.size()) > pending) {
-        finish_copies(current->copy_groups.front());
-        current->copy_groups.pop_front();
-    }
+  while (int(current->copy_groups.size()) > pending) {
+    finish_copies(current->copy_groups.front());
+    current->copy_groups.pop_front();
+  }
 }
 
 void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where) {
-    if (rank < 0 || rank >= launch.cluster) {
-        finding(OUT_OF_BOUNDS, where, "store to CTA %d of a cluster of %d", rank, launch.cluster);
-        return;
-    }
-    Cta& cta = ctas[rank];
-    if (launch.checks) {
-        if (!in_region(to, sizeof value, "remote store", where)) return;
-        if (rank != current->rank && current->waits == 0)
-            finding(LIFETIME, where, "stores to block %d before a barrier of the cluster shows that it runs", cta.block);
-        if (cta.done == launch.threads) finding(LIFETIME, where, "stores to block %d, which has ended", cta.block);
-        check_write(cta, to, sizeof value, where);
-    }
-    std::memcpy(&cta.memory[to.offset], &value, sizeof value);
+  if (rank < 0 || rank >= launch.cluster) {
+    finding(OUT_OF_BOUNDS, where, "store to CTA %d of a cluster of %d", rank, launch.cluster);
+    return;
+  }
+  Cta& cta = ctas[rank];
+  if (launch.checks) {
+    if (!in_region(to, sizeof value, "remote store", where)) return;
+    if (rank != current->rank && current->waits == 0)
+      finding(LIFETIME, where, "stores to block %d before a barrier of the cluster shows that it runs", cta.block);
+    if (cta.done == launch.threads) finding(LIFETIME, where, "stores to block %d, which has ended", cta.block);
+    check_write(cta, to, sizeof value, where);
+  }
+  std::memcpy(&cta.memory[to.offset], &value, sizeof value);
 }
 }  // namespace emulator

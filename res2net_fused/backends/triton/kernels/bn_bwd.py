@@ -18,12 +18,12 @@ from .conv3x3_bn_fwd import PASS_BLOCK_M, PASS_BLOCK_N, pass_programs
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def norm_gradient(
+def bn_bwd(
     g, z, mean, invstd, gamma, sums, pixels,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g: (pixels, GROUPS * LANES). z: (pixels, w). sums: (2, w) in fp32, of g and of g * (z - mean)."""
+    """g: (pixels, GROUPS * PADDED). z: (pixels, w). sums: (2, w) in fp32, of g and of g * (z - mean)."""
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     m_tiles = (pixels + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
@@ -39,15 +39,15 @@ def norm_gradient(
     count = pixels.to(tl.float32)
     shift = tl.load(sums + channel, mask=column_ok, other=0.0) / count
     slope = own_invstd * own_invstd * tl.load(sums + GROUPS * CHANNELS + channel, mask=column_ok, other=0.0) / count
-    place = g + (number * GROUPS + group)[:, None] * LANES + columns[None, :]
+    place = g + (number * GROUPS + group)[:, None] * PADDED + columns[None, :]
     value = tl.load(place, mask=ok, other=0.0).to(tl.float32)
     own = tl.load(z + number[:, None] * (GROUPS * CHANNELS) + channel[None, :], mask=ok, other=0.0).to(tl.float32)
     dz = scale[None, :] * ((value - shift[None, :]) - (own - own_mean[None, :]) * slope[None, :])
     tl.store(place, rounded_factor(dz.to(g.dtype.element_ty), PRECISION), mask=ok)
 
 
-def norm_gradient_call(
-    g: Tensor,  # (pixels, groups*lanes), overwritten
+def bn_bwd_call(
+    g: Tensor,  # (pixels, groups*padded), overwritten
     z: Tensor,  # (N, w, H, W), channels-last
     mean: Tensor,  # (w,) in fp32, as invstd and gamma
     invstd: Tensor,
@@ -59,7 +59,7 @@ def norm_gradient_call(
     pixels, channels = len(g), z.shape[1] // groups
     arguments = {
         "g": g, "z": z, "mean": mean, "invstd": invstd, "gamma": gamma, "sums": sums, "pixels": pixels, "GROUPS": groups,
-        "CHANNELS": channels, "LANES": g.shape[1] // groups, "PRECISION": precision,
+        "CHANNELS": channels, "PADDED": g.shape[1] // groups, "PRECISION": precision,
         "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
     }  # fmt: skip
-    return KernelCall(norm_gradient, pass_programs(pixels, channels, groups), arguments, {"num_warps": 4})
+    return KernelCall(bn_bwd, pass_programs(pixels, channels, groups), arguments, {"num_warps": 4})

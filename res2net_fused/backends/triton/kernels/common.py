@@ -66,7 +66,7 @@ def slot_pointers(
     data, image, row, column, image_stride, row_stride, pixel_stride, slot, group,
     CHANNELS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Where the channels of a convolution group begin, in a slot of `Slots`, for each pixel: (BLOCK_M,)."""
+    """Where the channels of a convolution group begin, in a slot of `GroupView`, for each pixel: (BLOCK_M,)."""
     pixels = image * image_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * pixel_stride
     return data + (pixels + slot) * VEC + group * CHANNELS
 
@@ -75,16 +75,16 @@ def slot_pointers(
 def multiply_taps(
     source_base, weight_base, exists, row, column, columns, source_row, source_pixel, height, width,
     CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    SOURCE_VEC: tl.constexpr, SOURCE_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr, ROUNDS: tl.constexpr,
+    SOURCE_VEC: tl.constexpr, SOURCE_PADDED: tl.constexpr, WEIGHT_PADDED: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The convolution at output pixels (row, column) of images, in fp32: (BLOCK_M, BLOCK_N).
 
-    source_base: (BLOCK_M,) pointers to the images' first pixels. weight_base: (9, CHANNELS, WEIGHT_LANES), as `pack_weights`
+    source_base: (BLOCK_M,) pointers to the images' first pixels. weight_base: (9, CHANNELS, WEIGHT_PADDED), as `pack_weights`
     lays them out. columns: output channels, of which those below CHANNELS exist. height, width: of the source.
     ROUNDS: whether the source is rounded here; weights, and what our kernels leave in scratch, are rounded already.
     """
-    k_blocks: tl.constexpr = (SOURCE_LANES + BLOCK_K - 1) // BLOCK_K
+    k_blocks: tl.constexpr = (SOURCE_PADDED + BLOCK_K - 1) // BLOCK_K
     first_row = row * STRIDE - DILATION
     first_column = column * STRIDE - DILATION
     first = first_row.to(tl.int64) * source_row + first_column.to(tl.int64) * source_pixel
@@ -94,18 +94,18 @@ def multiply_taps(
         tap = k // k_blocks
         down = tap // 3 * DILATION
         right = tap % 3 * DILATION
-        lanes = k % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        channels = k % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = exists & (first_row + down >= 0) & (first_row + down < height)
         inside = inside & (first_column + right >= 0) & (first_column + right < width)
         shift = (down.to(tl.int64) * source_row + right.to(tl.int64) * source_pixel) * SOURCE_VEC
         u = tl.load(
-            (source_base + shift)[:, None] + lanes[None, :],
-            mask=inside[:, None] & (lanes < SOURCE_LANES)[None, :],
+            (source_base + shift)[:, None] + channels[None, :],
+            mask=inside[:, None] & (channels < SOURCE_PADDED)[None, :],
             other=0.0,
         )  # (BLOCK_M, BLOCK_K)
         weight = tl.load(
-            weight_base + tap * (CHANNELS * WEIGHT_LANES) + columns[None, :] * WEIGHT_LANES + lanes[:, None],
-            mask=(columns < CHANNELS)[None, :] & (lanes < WEIGHT_LANES)[:, None],
+            weight_base + tap * (CHANNELS * WEIGHT_PADDED) + columns[None, :] * WEIGHT_PADDED + channels[:, None],
+            mask=(columns < CHANNELS)[None, :] & (channels < WEIGHT_PADDED)[:, None],
             other=0.0,
         )  # (BLOCK_K, BLOCK_N)
         if ROUNDS:
@@ -115,17 +115,17 @@ def multiply_taps(
 
 
 @dataclass(frozen=True)
-class Slots:
+class GroupView:
     """x or out as the kernels see it: s slots of channels, `pitch` apart.
 
-    data: (N, >= s*pitch, H, W), channel stride 1, any other strides. lanes: channels of a slot that are read or written:
-    w, or more where the padding up to there holds, or is to hold, exact zeros (one convolution group only).
+    data: (N, >= s*pitch, H, W), channel stride 1, any other strides. padded_channels: of a slot, that are read or
+    written: w, or more where the padding up to there holds, or is to hold, exact zeros (one convolution group only).
     first: the slot of group 0 where it is not slot 0; the other groups always lie in the slots of their numbers.
     """
 
     data: Tensor
     pitch: int
-    lanes: int
+    padded_channels: int
     first: int = 0
 
     @property
@@ -143,22 +143,22 @@ class Slots:
 
     @property
     def step(self) -> int:
-        """From one slot to the next."""
+        """Units of `vec` elements from one slot to the next."""
         return self.pitch // self.vec
 
     def offset(self, group: int) -> int:
         return (group or self.first) * self.step
 
-    def images(self, start: int, count: int) -> Slots:
+    def images(self, start: int, count: int) -> GroupView:
         return replace(self, data=self.data[start : start + count])
 
 
-def pack_weights(weights: Sequence[Tensor], groups: int, lanes: int) -> Tensor:
-    """(steps, groups, 9, w/groups, lanes): input channels innermost, padded with exact zeros. Not rounded yet: see `tf32`."""
+def pack_weights(weights: Sequence[Tensor], groups: int, padded: int) -> Tensor:
+    """(steps, groups, 9, w/groups, padded): input channels innermost, padded with exact zeros. Not rounded yet: see `tf32`."""
     stacked = torch.stack([weight.detach() for weight in weights])  # (steps, w, w/groups, 3, 3)
     steps, width, channels = stacked.shape[:3]
     taps = stacked.reshape(steps, groups, width // groups, channels, 9).permute(0, 1, 4, 2, 3)
-    return torch.nn.functional.pad(taps, (0, lanes - channels)).contiguous()
+    return torch.nn.functional.pad(taps, (0, padded - channels)).contiguous()
 
 
 def turned(weights: Sequence[Tensor], groups: int) -> list[Tensor]:
@@ -170,11 +170,13 @@ def turned(weights: Sequence[Tensor], groups: int) -> list[Tensor]:
     return turned
 
 
-def source_arguments(problem: ChainProblem, plan: StepPlan, x: Slots, scratch: Tensor | None, slot: int) -> dict[str, object]:
-    """What the convolution reads: scratch (N*H*W, groups*lanes), whose lanes beyond a group's channels are exact zeros, or
+def source_arguments(
+    problem: ChainProblem, plan: StepPlan, x: GroupView, scratch: Tensor | None, slot: int
+) -> dict[str, object]:
+    """What the convolution reads: scratch (N*H*W, groups*padded), whose padding is exact zeros, or
     x's slot.
     """
-    groups, lanes = problem.config.groups, plan.lanes
+    groups, padded = problem.config.groups, plan.padded_channels
     if scratch is None:
         return {
             "source": x.data,
@@ -182,12 +184,12 @@ def source_arguments(problem: ChainProblem, plan: StepPlan, x: Slots, scratch: T
             "source_slot": x.offset(slot),
             "source_slot_step": x.step,
             "SOURCE_VEC": x.vec,
-            "SOURCE_LANES": x.lanes if groups == 1 else problem.width // groups,
+            "SOURCE_PADDED": x.padded_channels if groups == 1 else problem.width // groups,
             "SOURCE_GROUP": problem.width // groups,
             "ROUNDS": plan.precision == "tf32",  # False in all others, so that they share kernels with those of scratch
         }
-    vec = 16 // scratch.element_size() if lanes % 8 == 0 else 1
-    pixel = groups * lanes // vec
+    vec = 16 // scratch.element_size() if padded % 8 == 0 else 1
+    pixel = groups * padded // vec
     return {
         "source": scratch,
         "source_image": problem.height * problem.width_pixels * pixel,
@@ -196,7 +198,7 @@ def source_arguments(problem: ChainProblem, plan: StepPlan, x: Slots, scratch: T
         "source_slot": 0,
         "source_slot_step": 0,
         "SOURCE_VEC": vec,
-        "SOURCE_LANES": lanes,
-        "SOURCE_GROUP": lanes,
+        "SOURCE_PADDED": padded,
+        "SOURCE_GROUP": padded,
         "ROUNDS": False,
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ....chain.problem import Chain1dProblem
 from ..launch import KernelCall
-from ..step_plan import padded_lanes
+from ..step_plan import padded_channels
 from .common import rounded_factor
 
 _INTEGERS = [
@@ -29,14 +29,14 @@ _INTEGERS = [
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def conv1d_step(
+def conv1d_fwd(
     source, x, out, scratch, rectified, weights, bias, scale, shift,
     length, source_image, source_channel, source_slot, x_image, x_channel, x_slot, out_image, out_channel, out_slot,
-    WIDTH: tl.constexpr, WEIGHT_LANES: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, REFLECTS: tl.constexpr,
+    WIDTH: tl.constexpr, WEIGHT_PADDED: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, REFLECTS: tl.constexpr,
     AFFINE: tl.constexpr, FORMS_NEXT: tl.constexpr, KEEPS: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """scratch and rectified: (N, w, L) without a gap; weights: (taps, w, lanes) of this convolution; bias, scale, shift: (w,)
+    """scratch and rectified: (N, w, L) without a gap; weights: (taps, w, padded) of this convolution; bias, scale, shift: (w,)
     in fp32; *_slot: where the group begins in its image, in elements. ROUNDS: as of `multiply_taps`.
     """
     k_blocks: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
@@ -53,7 +53,7 @@ def conv1d_step(
     total = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     for k in tl.range(0, TAPS * k_blocks):
         tap = k // k_blocks
-        lanes = k % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        channels = k % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         at = positions + (tap - TAPS // 2) * DILATION
         inside = exists
         if REFLECTS:
@@ -62,13 +62,13 @@ def conv1d_step(
         else:
             inside = exists & (at >= 0) & (at < length)
         u = tl.load(
-            source_base + lanes[:, None].to(tl.int64) * source_channel + at[None, :],
-            mask=(lanes < WIDTH)[:, None] & inside[None, :],
+            source_base + channels[:, None].to(tl.int64) * source_channel + at[None, :],
+            mask=(channels < WIDTH)[:, None] & inside[None, :],
             other=0.0,
         )  # (BLOCK_K, BLOCK_L)
         weight = tl.load(
-            weights + (tap * WIDTH + columns)[:, None] * WEIGHT_LANES + lanes[None, :],
-            mask=column_ok[:, None] & (lanes < WEIGHT_LANES)[None, :],
+            weights + (tap * WIDTH + columns)[:, None] * WEIGHT_PADDED + channels[None, :],
+            mask=column_ok[:, None] & (channels < WEIGHT_PADDED)[None, :],
             other=0.0,
         )  # (BLOCK_C, BLOCK_K)
         if ROUNDS:
@@ -96,18 +96,18 @@ def conv1d_step(
 
 
 def pack_weights_1d(weights: Sequence[Tensor]) -> Tensor:
-    """(steps, taps, w, lanes): input channels innermost, padded with exact zeros."""
+    """(steps, taps, w, padded): input channels innermost, padded with exact zeros."""
     stacked = torch.stack([weight.detach() for weight in weights]).permute(0, 3, 1, 2)  # (steps, k, w, w)
     width = stacked.shape[-1]
-    return torch.nn.functional.pad(stacked, (0, padded_lanes(width) - width)).contiguous()
+    return torch.nn.functional.pad(stacked, (0, padded_channels(width) - width)).contiguous()
 
 
 def tile_1d(problem: Chain1dProblem) -> dict[str, int]:
     """Small enough to leave no spill; none of it was timed on a GPU."""
-    lanes = max(16, triton.next_power_of_2(problem.width))
+    channels = max(16, triton.next_power_of_2(problem.width))
     if problem.dtype == torch.float32:
-        return {"BLOCK_C": min(32, lanes), "BLOCK_L": 32, "BLOCK_K": 16}
-    return {"BLOCK_C": min(64, lanes), "BLOCK_L": 64, "BLOCK_K": min(32, lanes)}
+        return {"BLOCK_C": min(32, channels), "BLOCK_L": 32, "BLOCK_K": 16}
+    return {"BLOCK_C": min(64, channels), "BLOCK_L": 64, "BLOCK_K": min(32, channels)}
 
 
 def chain_calls_1d(
@@ -144,9 +144,9 @@ def chain_calls_1d(
             "source_slot": group * width * x.stride(1) if source is None else 0,
             "x_image": x.stride(0), "x_channel": x.stride(1), "x_slot": (group + 1) * width * x.stride(1),
             "out_image": out.stride(0), "out_channel": out.stride(1), "out_slot": group * width * out.stride(1),
-            "WIDTH": width, "WEIGHT_LANES": weights.shape[-1], "TAPS": problem.kernel_size,
+            "WIDTH": width, "WEIGHT_PADDED": weights.shape[-1], "TAPS": problem.kernel_size,
             "DILATION": problem.config.dilation, "REFLECTS": problem.config.padding_mode == "reflect",
             "AFFINE": affine is not None, "FORMS_NEXT": forms_next, "KEEPS": bool(rectified),
             "ROUNDS": precision == "tf32" and (source is None or source is first), "PRECISION": precision, **tile,
         }  # fmt: skip
-        yield KernelCall(conv1d_step, programs, arguments, {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True})
+        yield KernelCall(conv1d_fwd, programs, arguments, {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True})

@@ -1,6 +1,6 @@
 """Triton kernels of the forward pass with BatchNorm in training mode: two large launches per convolution, and small ones.
 
-                 train_step                                             normalise_step
+                 conv3x3_bn_fwd                                         bn_apply
       u_k   --> +----------------+ --> z_k  ---------------------> +----------------------+ --> y_k, out's slot
                 | multiply_taps  |                                 | (z - mean) * scale   |
                 +----------------+ --> mean and squared            |  + beta, activation  |
@@ -26,7 +26,7 @@ from ....chain.problem import ChainProblem
 from ....chain.sync_batch_norm import combine_moments
 from ..launch import KernelCall
 from ..step_plan import StepPlan
-from .common import SIZES, Slots, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
+from .common import SIZES, GroupView, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
 from .conv3x3_fwd import step_call
 from .reductions import STATISTICS, statistics_calls
 
@@ -36,12 +36,12 @@ PASS_BLOCK_M, PASS_BLOCK_N = 64, 32  # of the kernels that multiply nothing
 
 
 @triton.jit(do_not_specialize=[*SIZES, *_SOURCE])
-def train_step(
+def conv3x3_bn_fwd(
     source, weights, z, tile_means, tile_squares,
     pixels, height, width,
     source_image, source_row, source_pixel, source_slot,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    SOURCE_VEC: tl.constexpr, SOURCE_LANES: tl.constexpr, SOURCE_GROUP: tl.constexpr, WEIGHT_LANES: tl.constexpr,
+    SOURCE_VEC: tl.constexpr, SOURCE_PADDED: tl.constexpr, SOURCE_GROUP: tl.constexpr, WEIGHT_PADDED: tl.constexpr,
     ROUNDS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One convolution and the moments of what it leaves.
@@ -56,10 +56,10 @@ def train_step(
     group = program // n_tiles // m_tiles
     number, exists, image, row, column = locate(tile, pixels, height, width, STRIDE, BLOCK_M)
     source_base = source + (image * source_image + source_slot) * SOURCE_VEC + group * SOURCE_GROUP
-    weight_base = weights + group.to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
+    weight_base = weights + group.to(tl.int64) * (9 * CHANNELS * WEIGHT_PADDED)
     total = multiply_taps(
         source_base, weight_base, exists, row, column, columns, source_row, source_pixel, height, width,
-        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_LANES, WEIGHT_LANES, ROUNDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_PADDED, WEIGHT_PADDED, ROUNDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     column_ok = columns < CHANNELS
@@ -76,15 +76,15 @@ def train_step(
 
 
 @triton.jit(do_not_specialize=[*SIZES, *_SLOTS])
-def normalise_step(
+def bn_apply(
     z, mean, scale, beta, x, out, scratch, pixels, height, width,
     x_image, x_row, x_pixel, x_slot, out_image, out_row, out_pixel, out_slot,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SCRATCH_LANES: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SCRATCH_PADDED: tl.constexpr,
     X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, ACTIVATION: tl.constexpr, FORMS_NEXT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out's slot = act((z - mean) * scale + beta), and with FORMS_NEXT scratch = x's slot + that; sizes are the output's."""
-    n_tiles: tl.constexpr = (SCRATCH_LANES + BLOCK_N - 1) // BLOCK_N
+    n_tiles: tl.constexpr = (SCRATCH_PADDED + BLOCK_N - 1) // BLOCK_N
     m_tiles = (pixels + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     columns = program % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,21 +105,21 @@ def normalise_step(
         x_base = slot_pointers(x, image, row, column, x_image, x_row, x_pixel, x_slot, group, CHANNELS, X_VEC)
         x_next = tl.load(x_base[:, None] + columns[None, :], mask=written, other=0.0)
         u = tl.where(written, y.to(tl.float32) + x_next.to(tl.float32), 0.0).to(scratch.dtype.element_ty)
-        scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_LANES
-        scratch_ok = exists[:, None] & (columns < SCRATCH_LANES)[None, :]
+        scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_PADDED
+        scratch_ok = exists[:, None] & (columns < SCRATCH_PADDED)[None, :]
         tl.store(scratch_base[:, None] + columns[None, :], rounded_factor(u, PRECISION), mask=scratch_ok)
 
 
-def pass_programs(pixels: int, lanes: int, groups: int) -> int:
+def pass_programs(pixels: int, channels: int, groups: int) -> int:
     """The grid of a kernel that multiplies nothing."""
-    return triton.cdiv(pixels, PASS_BLOCK_M) * triton.cdiv(lanes, PASS_BLOCK_N) * groups
+    return triton.cdiv(pixels, PASS_BLOCK_M) * triton.cdiv(channels, PASS_BLOCK_N) * groups
 
 
 def train_calls(
     problem: ChainProblem,
     plan: StepPlan,
-    x: Slots,
-    out: Slots,
+    x: GroupView,
+    out: GroupView,
     z: Sequence[Tensor],  # each (N, w, H', W'), channels-last
     statistics: Tensor,  # (4, steps, w) in fp32, written: see STATISTICS
     weights: Tensor,  # from `pack_weights`, rounded for the plan's precision
@@ -135,7 +135,7 @@ def train_calls(
     tiles = triton.cdiv(pixels, tile.block_m)
     moments = torch.empty((2, tiles, width), dtype=torch.float32, device=x.data.device)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    shape = problem.batch * problem.height * problem.width_pixels, config.groups * plan.lanes
+    shape = problem.batch * problem.height * problem.width_pixels, config.groups * plan.padded_channels
     # One buffer: convolution k has read u_k before the pass behind it writes u_{k+1}.
     scratch = torch.empty(shape, dtype=problem.dtype, device=x.data.device) if plan.scratch_buffers else None
     u = None
@@ -148,10 +148,10 @@ def train_calls(
         arguments = {
             **source, "weights": weights[k], "z": z[k], "tile_means": moments[0], "tile_squares": moments[1],
             "pixels": pixels, "height": problem.height, "width": problem.width_pixels, "GROUPS": config.groups,
-            "CHANNELS": channels, "STRIDE": config.stride, "DILATION": config.dilation, "WEIGHT_LANES": weights.shape[-1],
+            "CHANNELS": channels, "STRIDE": config.stride, "DILATION": config.dilation, "WEIGHT_PADDED": weights.shape[-1],
             "PRECISION": plan.precision, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         }  # fmt: skip
-        yield KernelCall(train_step, tiles * triton.cdiv(channels, tile.block_n) * config.groups, arguments, options)
+        yield KernelCall(conv3x3_bn_fwd, tiles * triton.cdiv(channels, tile.block_n) * config.groups, arguments, options)
         yield from statistics_calls(moments, gammas[k], statistics[:, k], pixels, tile.block_m, eps[k])
         if group:
             _synchronise(statistics[:, k], gammas[k], pixels, eps[k], group)
@@ -163,10 +163,10 @@ def train_calls(
             "pixels": pixels, "height": problem.output_height, "width": problem.output_width,
             **x.arguments("x"), "x_slot": x.offset(slot + 1) if forms_next else 0,
             **out.arguments("out"), "out_slot": out.offset(slot), "GROUPS": config.groups, "CHANNELS": channels,
-            "SCRATCH_LANES": plan.lanes, "X_VEC": x.vec, "OUT_VEC": out.vec, "ACTIVATION": config.activation,
+            "SCRATCH_PADDED": plan.padded_channels, "X_VEC": x.vec, "OUT_VEC": out.vec, "ACTIVATION": config.activation,
             "FORMS_NEXT": forms_next, "PRECISION": plan.precision, "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
         }  # fmt: skip
-        yield KernelCall(normalise_step, pass_programs(pixels, plan.lanes, config.groups), arguments, {"num_warps": 4})
+        yield KernelCall(bn_apply, pass_programs(pixels, plan.padded_channels, config.groups), arguments, {"num_warps": 4})
 
 
 def _synchronise(statistics: Tensor, gamma: Tensor, pixels: int, eps: float, group: str) -> None:

@@ -1,20 +1,20 @@
 """The Triton kernel of one backward step: du_i of a convolution, and in its epilogue all that the step before it needs.
 
-                   gradient_step
+                   conv3x3_dgrad
       dz_i   -->  +----------------------------------------+
       (scratch)   | multiply_taps with K_i turned = du_i   | --> grad_x's slot i
                   +----------------------------------------+
       dout_{i-1}, |  dy_{i-1} = dout_{i-1} + du_i          |
       y_{i-1}     |  g_{i-1} = dy_{i-1} * act'(y_{i-1})    | --> scratch
-      z_{i-1}     |  per channel, of this tile of pixels:  | --> tile_sums, which `tile_sums.add_rows` adds in a fixed order
+      z_{i-1}     |  per channel, of this tile of pixels:  | --> tile_sums, which `reductions.add_rows` adds in a fixed order
                   |    sum g, sum g * (z - mean z)         |
       x_i         |  u_i = x_i + y_{i-1}                   | --> scratch, for the gradient of the weights
                   +----------------------------------------+
 
-dz_{i-1} of BatchNorm with batch statistics needs these sums over the whole batch, so `norm_gradient` makes it of g_{i-1} in a
-pass of its own, in place; with a folded BatchNorm g_{i-1} is dz_{i-1} already. `mask_gradient` is the same epilogue where no
+dz_{i-1} of BatchNorm with batch statistics needs these sums over the whole batch, so `bn_bwd` makes it of g_{i-1} in a
+pass of its own, in place; with a folded BatchNorm g_{i-1} is dz_{i-1} already. `activation_bwd` is the same epilogue where no
 convolution reads y: for the last group, and for every group of a block that adds nothing.
-Scratch holds pixels of `LANES` channels a convolution group, aligned, and exact zeros behind the group's own channels.
+Scratch holds pixels of `PADDED` channels a convolution group, aligned, and exact zeros behind the group's own channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from ....chain.problem import ChainProblem
 from ..launch import KernelCall
 from ..step_plan import StepPlan
-from .common import SIZES, Slots, locate, multiply_taps, rounded_factor, slot_pointers
+from .common import SIZES, GroupView, locate, multiply_taps, rounded_factor, slot_pointers
 from .conv3x3_bn_fwd import PASS_BLOCK_M, PASS_BLOCK_N, pass_programs
 
 _AXES = ("image", "row", "pixel", "slot")
@@ -36,7 +36,7 @@ _INTEGERS = [*SIZES, *(f"{name}_{axis}" for name in ("grad_x", "grad", "out", "x
 @triton.jit
 def _leave_gradient(
     dy, y, z, mean, target, tile_sums, number, exists, tile, group, columns,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dy and y (BLOCK_M, BLOCK_N), dy in fp32, into g and, with SUMS, its sums; as torch, NaN in y lets dy pass."""
@@ -46,12 +46,12 @@ def _leave_gradient(
         dy = tl.where(y <= 0.0, 0.0, dy)
     if ACTIVATION == "hardtanh20":
         dy = tl.where(y >= 20.0, 0.0, dy)
-    # A padded lane is Inf * 0 = NaN where dz holds an Inf, so it is set rather than trusted to be zero.
+    # A padded channel is Inf * 0 = NaN where dz holds an Inf, so it is set rather than trusted to be zero.
     g = tl.where(ok, dy, 0.0).to(target.dtype.element_ty)
-    target_base = target + (number.to(tl.int64) * GROUPS + group) * LANES
+    target_base = target + (number.to(tl.int64) * GROUPS + group) * PADDED
     # Without NORM g is dz already, a factor of the next product; its sums are the gradient of the bias and lose no bits.
     kept = g if NORM else rounded_factor(g, PRECISION)
-    tl.store(target_base[:, None] + columns[None, :], kept, mask=exists[:, None] & (columns < LANES)[None, :])
+    tl.store(target_base[:, None] + columns[None, :], kept, mask=exists[:, None] & (columns < PADDED)[None, :])
     if SUMS:
         value = g.to(tl.float32)  # as it was rounded to its type
         channel = group * CHANNELS + columns
@@ -64,12 +64,12 @@ def _leave_gradient(
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def gradient_step(
+def conv3x3_dgrad(
     dz, weights, grad_x, grad, out, x, u, z, mean, target, tile_sums,
     pixels, height, width,
     grad_x_image, grad_x_row, grad_x_pixel, grad_x_slot, grad_image, grad_row, grad_pixel, grad_slot,
     out_image, out_row, out_pixel, out_slot, x_image, x_row, x_pixel, x_slot,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, DILATION: tl.constexpr, LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, DILATION: tl.constexpr, PADDED: tl.constexpr, WEIGHT_PADDED: tl.constexpr,
     DZ_VEC: tl.constexpr, GRAD_X_VEC: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_VEC: tl.constexpr, X_VEC: tl.constexpr,
     ACTIVATION: tl.constexpr, KEEPS: tl.constexpr, FEEDS: tl.constexpr, FORMS_U: tl.constexpr,
     NORM: tl.constexpr, SUMS: tl.constexpr,
@@ -77,7 +77,7 @@ def gradient_step(
 ):  # fmt: skip
     """KEEPS: du is written to grad_x. FEEDS: y_{i-1} is a convolution's. FORMS_U: u_i is written. NORM: of batch statistics.
 
-    dz, target, u: (pixels, GROUPS * LANES). The slot of grad and out is that of y_{i-1}, of x and grad_x that of x_i.
+    dz, target, u: (pixels, GROUPS * PADDED). The slot of grad and out is that of y_{i-1}, of x and grad_x that of x_i.
     """
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     m_tiles = (pixels + BLOCK_M - 1) // BLOCK_M
@@ -86,12 +86,12 @@ def gradient_step(
     tile = program // n_tiles % m_tiles
     group = program // n_tiles // m_tiles
     number, exists, image, row, column = locate(tile, pixels, height, width, 1, BLOCK_M)
-    dz_pixel: tl.constexpr = GROUPS * LANES // DZ_VEC
-    dz_base = dz + (image * height * width * dz_pixel) * DZ_VEC + group * LANES
-    weight_base = weights + group.to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
+    dz_pixel: tl.constexpr = GROUPS * PADDED // DZ_VEC
+    dz_base = dz + (image * height * width * dz_pixel) * DZ_VEC + group * PADDED
+    weight_base = weights + group.to(tl.int64) * (9 * CHANNELS * WEIGHT_PADDED)
     total = multiply_taps(
         dz_base, weight_base, exists, row, column, columns, width.to(tl.int64) * dz_pixel, dz_pixel, height, width,
-        CHANNELS, 1, DILATION, DZ_VEC, LANES, WEIGHT_LANES, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        CHANNELS, 1, DILATION, DZ_VEC, PADDED, WEIGHT_PADDED, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     ok = exists[:, None] & (columns < CHANNELS)[None, :]
@@ -107,7 +107,7 @@ def gradient_step(
         if FORMS_U:
             x_base = slot_pointers(x, image, row, column, x_image, x_row, x_pixel, x_slot, group, CHANNELS, X_VEC)
             own = tl.load(x_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
-            u_base = u + (number.to(tl.int64) * GROUPS + group) * LANES
+            u_base = u + (number.to(tl.int64) * GROUPS + group) * PADDED
             tl.store(u_base[:, None] + columns[None, :], (own + y).to(u.dtype.element_ty), mask=ok)
         if FEEDS:
             grad_base = slot_pointers(
@@ -116,20 +116,20 @@ def gradient_step(
             dout = tl.load(grad_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
             _leave_gradient(
                 dout + du.to(tl.float32), y, z, mean, target, tile_sums, number, exists, tile, group, columns,
-                GROUPS, CHANNELS, LANES, ACTIVATION, NORM, SUMS, PRECISION,
+                GROUPS, CHANNELS, PADDED, ACTIVATION, NORM, SUMS, PRECISION,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def mask_gradient(
+def activation_bwd(
     grad, out, z, mean, target, tile_sums, pixels, height, width,
     grad_image, grad_row, grad_pixel, grad_slot, out_image, out_row, out_pixel, out_slot,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g_i = dout_i * act'(y_i) into target, and its sums; height and width are the output's."""
-    n_tiles: tl.constexpr = (LANES + BLOCK_N - 1) // BLOCK_N
+    n_tiles: tl.constexpr = (PADDED + BLOCK_N - 1) // BLOCK_N
     m_tiles = (pixels + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     columns = program % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -143,17 +143,17 @@ def mask_gradient(
     dout = tl.load(grad_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
     _leave_gradient(
         dout, y, z, mean, target, tile_sums, number, exists, tile, group, columns,
-        GROUPS, CHANNELS, LANES, ACTIVATION, NORM, SUMS, PRECISION,
+        GROUPS, CHANNELS, PADDED, ACTIVATION, NORM, SUMS, PRECISION,
     )  # fmt: skip
 
 
-def gradient_step_call(
+def conv3x3_dgrad_call(
     problem: ChainProblem,
     plan: StepPlan,
     group: int,  # i
-    dz: Tensor,  # (N*H*W, groups*lanes), as target and u
+    dz: Tensor,  # (N*H*W, groups*padded), as target and u
     weight: Tensor,  # one step of `pack_weights`, of turned weights, rounded for the plan's precision
-    slots: dict[str, Slots],  # grad_x, grad, out, x
+    slots: dict[str, GroupView],  # grad_x, grad, out, x
     epilogue: dict[str, Tensor],  # z, mean, target, tile_sums, u: those that are used
     keeps: bool,
     feeds: bool,
@@ -164,45 +164,45 @@ def gradient_step_call(
     config, tile = problem.config, plan.tile
     channels, pixels = problem.width // config.groups, problem.batch * problem.height * problem.width_pixels
     aligned = 16 // dz.element_size()
-    lanes = dz.shape[1] // config.groups
+    padded = dz.shape[1] // config.groups
     pointers = {name: epilogue.get(name, dz) for name in ("u", "z", "mean", "target", "tile_sums")}  # dz: never followed
     arguments = {
         "dz": dz, "weights": weight, **pointers, "pixels": pixels, "height": problem.height, "width": problem.width_pixels,
         **_slot_arguments(slots, {"grad_x": group, "grad": group - 1, "out": group - 1, "x": group}),
-        "GROUPS": config.groups, "CHANNELS": channels, "DILATION": config.dilation, "LANES": lanes,
-        "WEIGHT_LANES": weight.shape[-1], "DZ_VEC": aligned if lanes % aligned == 0 else 1, "ACTIVATION": config.activation,
+        "GROUPS": config.groups, "CHANNELS": channels, "DILATION": config.dilation, "PADDED": padded,
+        "WEIGHT_PADDED": weight.shape[-1], "DZ_VEC": aligned if padded % aligned == 0 else 1, "ACTIVATION": config.activation,
         "KEEPS": keeps, "FEEDS": feeds, "FORMS_U": "u" in epilogue, "NORM": norm, "SUMS": sums, "PRECISION": plan.precision,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip
     programs = triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels, tile.block_n) * config.groups
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return KernelCall(gradient_step, programs, arguments, options)
+    return KernelCall(conv3x3_dgrad, programs, arguments, options)
 
 
-def mask_gradient_call(
+def activation_bwd_call(
     problem: ChainProblem,
     plan: StepPlan,
     group: int,
-    slots: dict[str, Slots],  # grad, out
+    slots: dict[str, GroupView],  # grad, out
     epilogue: dict[str, Tensor],  # z, mean, target, tile_sums: those that are used
     norm: bool,
     sums: bool,
 ) -> KernelCall:
     """The launch that begins at group i."""
     config, target = problem.config, epilogue["target"]
-    lanes, pixels = target.shape[1] // config.groups, len(target)
+    padded, pixels = target.shape[1] // config.groups, len(target)
     arguments = {
         **{name: epilogue.get(name, target) for name in ("z", "mean", "target", "tile_sums")},  # else never followed
         "pixels": pixels, "height": problem.output_height, "width": problem.output_width,
         **_slot_arguments({name: slots[name] for name in ("grad", "out")}, {"grad": group, "out": group}),
-        "GROUPS": config.groups, "CHANNELS": problem.width // config.groups, "LANES": lanes,
+        "GROUPS": config.groups, "CHANNELS": problem.width // config.groups, "PADDED": padded,
         "ACTIVATION": config.activation, "NORM": norm, "SUMS": sums, "PRECISION": plan.precision,
         "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
     }  # fmt: skip
-    return KernelCall(mask_gradient, pass_programs(pixels, lanes, config.groups), arguments, {"num_warps": 4})
+    return KernelCall(activation_bwd, pass_programs(pixels, padded, config.groups), arguments, {"num_warps": 4})
 
 
-def _slot_arguments(slots: dict[str, Slots], groups: dict[str, int]) -> dict[str, object]:
+def _slot_arguments(slots: dict[str, GroupView], groups: dict[str, int]) -> dict[str, object]:
     arguments: dict[str, object] = {}
     for name, own in slots.items():
         arguments |= {name: own.data, **own.arguments(name), f"{name}_slot": own.offset(max(0, groups[name]))}

@@ -33,7 +33,7 @@ from ....chain.problem import ChainProblem
 from ..launch import KernelCall
 from ..step_plan import Launch, StepPlan
 from ..tf32 import of_precision
-from .common import SIZES, Slots, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
+from .common import SIZES, GroupView, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
 
 _STRIDES = [f"{name}_{axis}" for name in ("source", "x", "out") for axis in ("image", "row", "pixel")]
 _SLOTS = ["source_slot", "source_slot_step", "x_slot", "out_slot", "out_slot_step", "pass_slot_x", "pass_slot_out"]
@@ -45,10 +45,10 @@ def _pass_through(
     COUT: tl.constexpr, STRIDE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """x of the group without a convolution, as it is or averaged over 3x3 pixels, in fp32: (BLOCK_M, BLOCK_N)."""
-    lane_ok = (columns < COUT)[None, :]
+    channel_ok = (columns < COUT)[None, :]
     if POOL == "none":
         pointers = x_base + row.to(tl.int64) * row_stride + column.to(tl.int64) * pixel_stride
-        value = tl.load(pointers[:, None] + columns[None, :], mask=exists[:, None] & lane_ok, other=0.0).to(tl.float32)
+        value = tl.load(pointers[:, None] + columns[None, :], mask=exists[:, None] & channel_ok, other=0.0).to(tl.float32)
     else:
         value = tl.zeros((row.shape[0], columns.shape[0]), tl.float32)
         count = tl.zeros((row.shape[0],), tl.float32)
@@ -57,7 +57,7 @@ def _pass_through(
             in_column = column * STRIDE + tap % 3 - 1
             inside = exists & (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
             pointers = x_base + in_row.to(tl.int64) * row_stride + in_column.to(tl.int64) * pixel_stride
-            pixel = tl.load(pointers[:, None] + columns[None, :], mask=inside[:, None] & lane_ok, other=0.0)
+            pixel = tl.load(pointers[:, None] + columns[None, :], mask=inside[:, None] & channel_ok, other=0.0)
             value += pixel.to(tl.float32)
             count += inside.to(tl.float32)
         if POOL == "avg3":
@@ -68,7 +68,7 @@ def _pass_through(
 
 
 @triton.jit(do_not_specialize=[*SIZES, *_STRIDES, *_SLOTS])
-def conv3x3_step(
+def conv3x3_fwd(
     source, x, out, scratch, weights, bias,
     pixels, height, width,
     source_image, source_row, source_pixel, source_slot, source_slot_step,
@@ -77,15 +77,15 @@ def conv3x3_step(
     pass_slot_x, pass_slot_out,
     STEPS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
     STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    SOURCE_VEC: tl.constexpr, SOURCE_LANES: tl.constexpr, SOURCE_GROUP: tl.constexpr,
-    X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_LANES: tl.constexpr,
-    SCRATCH_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
+    SOURCE_VEC: tl.constexpr, SOURCE_PADDED: tl.constexpr, SOURCE_GROUP: tl.constexpr,
+    X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_PADDED: tl.constexpr,
+    SCRATCH_PADDED: tl.constexpr, WEIGHT_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr, POOL: tl.constexpr, FORMS_NEXT: tl.constexpr, PASSES: tl.constexpr, ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`steps` convolutions (one, unless nothing is added) and, with PASSES, the group that passes through.
 
-    *_LANES: channels of a slot (scratch: of a convolution group) that are read or written; beyond CHANNELS they are exact
+    *_PADDED: channels of a slot (scratch: of a convolution group) that are read or written; beyond CHANNELS they are exact
     zeros. SOURCE_GROUP: channels from one convolution group to the next. pixels: of the output, in all images.
     """
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
@@ -97,7 +97,7 @@ def conv3x3_step(
     group = task % GROUPS
     step = task // GROUPS
     number, exists, image, row, column = locate(tile, pixels, height, width, STRIDE, BLOCK_M)
-    out_ok = exists[:, None] & (columns < OUT_LANES)[None, :]
+    out_ok = exists[:, None] & (columns < OUT_PADDED)[None, :]
 
     if PASSES:
         passing = step == STEPS
@@ -114,25 +114,25 @@ def conv3x3_step(
             return
 
     source_base = source + (image * source_image + source_slot + step * source_slot_step) * SOURCE_VEC + group * SOURCE_GROUP
-    weight_base = weights + (step * GROUPS + group).to(tl.int64) * (9 * CHANNELS * WEIGHT_LANES)
+    weight_base = weights + (step * GROUPS + group).to(tl.int64) * (9 * CHANNELS * WEIGHT_PADDED)
     total = multiply_taps(
         source_base, weight_base, exists, row, column, columns, source_row, source_pixel, height, width,
-        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_LANES, WEIGHT_LANES, ROUNDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        CHANNELS, STRIDE, DILATION, SOURCE_VEC, SOURCE_PADDED, WEIGHT_PADDED, ROUNDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
-    lane_ok = columns < CHANNELS
-    total += tl.load(bias + (step * GROUPS + group) * CHANNELS + columns, mask=lane_ok, other=0.0)[None, :]
-    # A padded lane is Inf * 0 = NaN where u holds an Inf, so it is set rather than trusted to be zero.
-    y = tl.where(lane_ok[None, :], activate(total, ACTIVATION), 0.0).to(out.dtype.element_ty)
+    channel_ok = columns < CHANNELS
+    total += tl.load(bias + (step * GROUPS + group) * CHANNELS + columns, mask=channel_ok, other=0.0)[None, :]
+    # A padded channel is Inf * 0 = NaN where u holds an Inf, so it is set rather than trusted to be zero.
+    y = tl.where(channel_ok[None, :], activate(total, ACTIVATION), 0.0).to(out.dtype.element_ty)
     slot = out_slot + step * out_slot_step
     out_base = slot_pointers(out, image, row, column, out_image, out_row, out_pixel, slot, group, CHANNELS, OUT_VEC)
     tl.store(out_base[:, None] + columns[None, :], y, mask=out_ok)
     if FORMS_NEXT:
         x_base = slot_pointers(x, image, row, column, x_image, x_row, x_pixel, x_slot, group, CHANNELS, X_VEC)
-        x_next = tl.load(x_base[:, None] + columns[None, :], mask=exists[:, None] & lane_ok[None, :], other=0.0)
+        x_next = tl.load(x_base[:, None] + columns[None, :], mask=exists[:, None] & channel_ok[None, :], other=0.0)
         u_next = (y.to(tl.float32) + x_next.to(tl.float32)).to(scratch.dtype.element_ty)
-        scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_LANES
-        scratch_ok = exists[:, None] & (columns < SCRATCH_LANES)[None, :]
+        scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_PADDED
+        scratch_ok = exists[:, None] & (columns < SCRATCH_PADDED)[None, :]
         tl.store(scratch_base[:, None] + columns[None, :], rounded_factor(u_next, PRECISION), mask=scratch_ok)
 
 
@@ -144,7 +144,7 @@ def prepare_first_u(
     out_image, out_row, out_pixel,
     pass_slot_x, pass_slot_out,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_LANES: tl.constexpr, SCRATCH_LANES: tl.constexpr,
+    X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_PADDED: tl.constexpr, SCRATCH_PADDED: tl.constexpr,
     POOL: tl.constexpr, PASSES: tl.constexpr, ADDS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -156,9 +156,9 @@ def prepare_first_u(
     tile = program // n_tiles % m_tiles
     group = program // n_tiles // m_tiles
     number, exists, image, row, column = locate(tile, pixels, height, width, 1, BLOCK_M)
-    lane_ok = columns < CHANNELS
+    channel_ok = columns < CHANNELS
     x_base = slot_pointers(x, image, row, column, x_image, x_row, x_pixel, x_slot, group, CHANNELS, X_VEC)
-    u = tl.load(x_base[:, None] + columns[None, :], mask=exists[:, None] & lane_ok[None, :], other=0.0)
+    u = tl.load(x_base[:, None] + columns[None, :], mask=exists[:, None] & channel_ok[None, :], other=0.0)
     if PASSES:
         pass_base = x + (image * x_image + pass_slot_x) * X_VEC + group * CHANNELS
         value = _pass_through(
@@ -169,27 +169,27 @@ def prepare_first_u(
         out_base = slot_pointers(
             out, image, row, column, out_image, out_row, out_pixel, pass_slot_out, group, CHANNELS, OUT_VEC
         )
-        tl.store(out_base[:, None] + columns[None, :], y, mask=exists[:, None] & (columns < OUT_LANES)[None, :])
+        tl.store(out_base[:, None] + columns[None, :], y, mask=exists[:, None] & (columns < OUT_PADDED)[None, :])
         if ADDS:
             u = (u.to(tl.float32) + y.to(tl.float32)).to(scratch.dtype.element_ty)
-    scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_LANES
-    scratch_ok = exists[:, None] & (columns < SCRATCH_LANES)[None, :]
+    scratch_base = scratch + (number.to(tl.int64) * GROUPS + group) * SCRATCH_PADDED
+    scratch_ok = exists[:, None] & (columns < SCRATCH_PADDED)[None, :]
     tl.store(scratch_base[:, None] + columns[None, :], rounded_factor(u, PRECISION), mask=scratch_ok)
 
 
 def interpreted() -> bool:
     """Whether the kernels were defined under Triton's interpreter."""
-    return not isinstance(conv3x3_step, triton.JITFunction)
+    return not isinstance(conv3x3_fwd, triton.JITFunction)
 
 
 def chain_calls(
-    problem: ChainProblem, plan: StepPlan, x: Slots, out: Slots, weights: Tensor, bias: Tensor
+    problem: ChainProblem, plan: StepPlan, x: GroupView, out: GroupView, weights: Tensor, bias: Tensor
 ) -> Iterator[KernelCall]:
     """Every launch of the chain, in order. weights: from `pack` of `backends/triton/chain.py`; bias (steps, w) in fp32."""
     weights = of_precision(weights, plan.precision)
     images = min(plan.images, problem.batch)
     pixels = images * problem.height * problem.width_pixels
-    shape = (pixels, problem.config.groups * plan.lanes)
+    shape = (pixels, problem.config.groups * plan.padded_channels)
     buffers = [torch.empty(shape, dtype=problem.dtype, device=x.data.device) for _ in range(plan.scratch_buffers)]
     for start in range(0, problem.batch, images):
         x_chunk, out_chunk = x.images(start, images), out.images(start, images)
@@ -205,14 +205,14 @@ def step_call(
     problem: ChainProblem,
     plan: StepPlan,
     launch: Launch,
-    x: Slots,
-    out: Slots,
+    x: GroupView,
+    out: GroupView,
     source: Tensor | None,
     target: Tensor | None,
     weights: Tensor | None,  # None where the launch only prepares u, as bias
     bias: Tensor | None,
 ) -> KernelCall:
-    """One launch; `source` and `target` are the scratch buffers that it reads and writes, each (N*H*W, groups*lanes)."""
+    """One launch; `source` and `target` are the scratch buffers that it reads and writes, each (N*H*W, groups*padded)."""
     config, tile = problem.config, plan.tile
     images = x.data.shape[0]
     passed = config.passed_group(problem.scale)
@@ -233,8 +233,8 @@ def step_call(
         "CHANNELS": problem.width // config.groups,
         "X_VEC": x.vec,
         "OUT_VEC": out.vec,
-        "OUT_LANES": out.lanes if config.groups == 1 else problem.width // config.groups,
-        "SCRATCH_LANES": plan.lanes,
+        "OUT_PADDED": out.padded_channels if config.groups == 1 else problem.width // config.groups,
+        "SCRATCH_PADDED": plan.padded_channels,
         "POOL": config.pool or "none",
         "PASSES": launch.passes,
         "PRECISION": plan.precision,
@@ -256,10 +256,10 @@ def step_call(
         "STEPS": launch.steps,
         "STRIDE": config.stride,
         "DILATION": config.dilation,
-        "WEIGHT_LANES": weights.shape[-1],
+        "WEIGHT_PADDED": weights.shape[-1],
         "ACTIVATION": config.activation,
         "FORMS_NEXT": launch.forms_next,
         "BLOCK_K": tile.block_k,
         **source_arguments(problem, plan, x, source, slot),
     }
-    return KernelCall(conv3x3_step, programs, arguments, options)
+    return KernelCall(conv3x3_fwd, programs, arguments, options)

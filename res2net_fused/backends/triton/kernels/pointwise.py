@@ -2,11 +2,11 @@
 
 A 1x1 convolution of a channels-last map is a matrix product over its pixels:
 
-        in_lanes                  out_lanes
-      +----------+            +---------------+                 +---------------+
-      | pixels   |   in_lanes | weight        |  + bias         | pixels        |
-      |          |     .      | (transposed)  |  + shortcut  -> |               |
-      +----------+            +---------------+  ReLU           +---------------+
+      in_channels                 out_channels
+      +----------+               +---------------+                 +---------------+
+      | pixels   |   in_channels | weight        |  + bias         | pixels        |
+      |          |      .        | (transposed)  |  + shortcut  -> |               |
+      +----------+               +---------------+  ReLU           +---------------+
 
 `block_m` pixels x `block_n` output channels a program. Programs that share pixels are neighbours in the grid, so that the
 pixels, which are the larger operand, are read from memory once and from L2 after that. Where the output is cut into padded
@@ -35,30 +35,30 @@ def pointwise(
     source, weight, bias, shortcut, out,
     pixels, in_pixel, out_pixel, shortcut_pixel,
     IN_VEC: tl.constexpr, OUT_VEC: tl.constexpr, SHORTCUT_VEC: tl.constexpr,
-    IN_LANES: tl.constexpr, OUT_LANES: tl.constexpr, OUT_PITCH: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    IN_CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, OUT_PITCH: tl.constexpr, OUT_WIDTH: tl.constexpr,
     ADDS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = relu(source @ weight^T + bias + shortcut); *_pixel: from one pixel to the next, in units of *_VEC elements."""
-    n_tiles: tl.constexpr = (OUT_LANES + BLOCK_N - 1) // BLOCK_N
+    n_tiles: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     columns = program % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = (program // n_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # a whole batch may have more than 2^31
     exists = rows < pixels
     source_rows = source + (rows * in_pixel)[:, None] * IN_VEC
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.range(0, (IN_LANES + BLOCK_K - 1) // BLOCK_K):
-        lanes = k * BLOCK_K + tl.arange(0, BLOCK_K)
-        lane_ok = lanes < IN_LANES
-        a = tl.load(source_rows + lanes[None, :], mask=exists[:, None] & lane_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+    for k in tl.range(0, (IN_CHANNELS + BLOCK_K - 1) // BLOCK_K):
+        channels = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        real = channels < IN_CHANNELS
+        a = tl.load(source_rows + channels[None, :], mask=exists[:, None] & real[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
         w = tl.load(
-            weight + columns[None, :] * IN_LANES + lanes[:, None],
-            mask=(columns < OUT_LANES)[None, :] & lane_ok[:, None],
+            weight + columns[None, :] * IN_CHANNELS + channels[:, None],
+            mask=(columns < OUT_CHANNELS)[None, :] & real[:, None],
             other=0.0,
         )  # (BLOCK_K, BLOCK_N)
         a = rounded_factor(a, PRECISION)
         total = tl.dot(a, w, total, input_precision=PRECISION)
-    column_ok = columns < OUT_LANES
+    column_ok = columns < OUT_CHANNELS
     total += tl.load(bias + columns, mask=column_ok, other=0.0)[None, :]
     ok = exists[:, None] & column_ok[None, :]
     if ADDS:
@@ -75,10 +75,10 @@ def pointwise(
 
 @dataclass(frozen=True)
 class Pixels:
-    """A matrix of pixels: `lanes` channels of each, beginning `offset` elements behind `data`, `pitch` elements apart."""
+    """A matrix of pixels: `channels` of each, beginning `offset` elements behind `data`, `pitch` elements apart."""
 
     data: Tensor
-    lanes: int
+    channels: int
     pitch: int
     offset: int = 0
 
@@ -97,17 +97,17 @@ class Pixels:
 
 
 def pointwise_tile(
-    pixels: int, out_lanes: int, in_lanes: int, itemsize: int, precision: str, capability: tuple[int, int]
+    pixels: int, out_channels: int, in_channels: int, itemsize: int, precision: str, capability: tuple[int, int]
 ) -> Tile:
-    """From the tuned table, else by the rule."""
+    """Return the tile of the tuned table, else that of the rule."""
     kind = dtype_class(itemsize, precision)
-    found = lookup(Shape("pointwise", capability, kind, out_lanes, in_lanes, max(1, pixels)))
-    return found or default_pointwise_tile(pixels, out_lanes, in_lanes, kind, capability)
+    found = lookup(Shape("pointwise", capability, kind, out_channels, in_channels, max(1, pixels)))
+    return found or default_pointwise_tile(pixels, out_channels, in_channels, kind, capability)
 
 
-def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str, capability: tuple[int, int]) -> Tile:
+def default_pointwise_tile(pixels: int, out_channels: int, in_channels: int, kind: str, capability: tuple[int, int]) -> Tile:
     """The rule: the largest tile of a list that still gives every multiprocessor a program."""
-    narrow = max(16, 1 << (min(out_lanes, 256) - 1).bit_length())
+    narrow = max(16, 1 << (min(out_channels, 256) - 1).bit_length())
     if kind == "ieee":  # no tensor cores: both operands live in registers
         shapes = [(64, 64), (32, 64), (32, 32), (16, 16)]
         block_k, stages = 16, 2
@@ -118,10 +118,10 @@ def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str
         shapes = [(128, 256), (128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16)]
         shapes = shapes if has_wide_products(capability) else shapes[1:]  # else 256 accumulators a thread spill
         block_k, stages = 64, 3
-    block_k = min(block_k, max(16, 1 << (in_lanes - 1).bit_length()))
+    block_k = min(block_k, max(16, 1 << (in_channels - 1).bit_length()))
     block_m, block_n = shapes[-1]
     for block_m, block_n in shapes:  # noqa: B007
-        if block_n <= narrow and -(-pixels // block_m) * -(-out_lanes // block_n) >= multiprocessors(capability):
+        if block_n <= narrow and -(-pixels // block_m) * -(-out_channels // block_n) >= multiprocessors(capability):
             break
     warps = 8 if block_m * block_n >= 128 * 128 else 4 if block_m * block_n >= 64 * 32 else 1
     return Tile(block_m, block_n, block_k, warps, stages)
@@ -129,8 +129,8 @@ def default_pointwise_tile(pixels: int, out_lanes: int, in_lanes: int, kind: str
 
 def pointwise_call(
     source: Pixels,
-    weight: Tensor,  # (out.lanes, source.lanes), rounded for this precision
-    bias: Tensor,  # (out.lanes,), fp32
+    weight: Tensor,  # (out.channels, source.channels), rounded for this precision
+    bias: Tensor,  # (out.channels,), fp32
     shortcut: Pixels | None,
     out: Pixels,
     pixels: int,
@@ -156,8 +156,8 @@ def pointwise_call(
         "IN_VEC": source.vec,
         "OUT_VEC": out.vec,
         "SHORTCUT_VEC": second.vec,
-        "IN_LANES": source.lanes,
-        "OUT_LANES": out.lanes,
+        "IN_CHANNELS": source.channels,
+        "OUT_CHANNELS": out.channels,
         "OUT_PITCH": slots[0],
         "OUT_WIDTH": slots[1],
         "ADDS": shortcut is not None,
@@ -168,5 +168,5 @@ def pointwise_call(
         "BLOCK_K": tile.block_k,
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    programs = -(-pixels // tile.block_m) * -(-out.lanes // tile.block_n)
+    programs = -(-pixels // tile.block_m) * -(-out.channels // tile.block_n)
     return KernelCall(pointwise, programs, arguments, options)

@@ -12,7 +12,7 @@ from res2net_fused import hierarchical_conv1d
 from res2net_fused.backends import triton as triton_backend
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.backends.triton import step_plan
-from res2net_fused.backends.triton.kernels.common import Slots
+from res2net_fused.backends.triton.kernels.common import GroupView
 from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls
 from res2net_fused.backends.triton.kernels.pointwise import Pixels, pointwise_call
 from res2net_fused.backends.triton.step_plan import plan_steps
@@ -53,7 +53,7 @@ def test_out(config, strides, monkeypatch) -> None:
     out = spread_out(torch.full_like(expected, torch.nan), strides)
     poison_new_memory(monkeypatch)
     packed = triton_backend.chain.pack(case.weights, case.biases, config)
-    for call in chain_calls(problem, plan_steps(problem, (9, 0)), Slots(case.x, 8, 8), Slots(out, 8, 8), *packed):
+    for call in chain_calls(problem, plan_steps(problem, (9, 0)), GroupView(case.x, 8, 8), GroupView(out, 8, 8), *packed):
         call.run()
     assert torch.equal(out, expected)
 

@@ -7,7 +7,7 @@ import torch
 from triton_cases import error, make_case, poison_new_memory
 
 from res2net_fused.backends import triton as triton_backend
-from res2net_fused.backends.triton.kernels.common import Slots
+from res2net_fused.backends.triton.kernels.common import GroupView
 from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls
 from res2net_fused.backends.triton.step_plan import plan_steps
 from res2net_fused.chain import reference
@@ -103,7 +103,7 @@ def test_padded_slots(monkeypatch, trusted, stage) -> None:
     plan = plan_steps(problem, (9, 0), pitch=8)
     weights, bias = triton_backend.chain.pack(case.weights, case.biases, config)
     poison_new_memory(monkeypatch)
-    for call in chain_calls(problem, plan, Slots(padded, 8, 8 if trusted else 5), Slots(out, 8, 8), weights, bias):
+    for call in chain_calls(problem, plan, GroupView(padded, 8, 8 if trusted else 5), GroupView(out, 8, 8), weights, bias):
         call.run()
     out, exact = out.unflatten(1, (3, 8)), case.reference().unflatten(1, (3, 5))
     assert out[:, :, 5:].count_nonzero() == 0

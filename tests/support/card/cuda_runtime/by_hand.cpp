@@ -5,8 +5,8 @@
 #include "cuda/chain/launchers.h"
 
 // grid: blocks, which the parts of a cluster divide. 0, a cudaError_t, or -1 where there is no such instance.
-extern "C" int stand_in_launch_by_hand(const char* name, int type, int grid, int warps, int shared_bytes, int parts,
-                                       void* stream) {
+extern "C" int stand_in_launch_by_hand(
+    const char* name, int type, int grid, int warps, int shared_bytes, int parts, void* stream) {
   res2net_fused::cuda::ChainArguments a{};
   a.geometry.row_blocks = grid / parts, a.geometry.column_blocks = a.geometry.image_blocks = 1;
   a.geometry.row_parts = 1, a.geometry.channel_parts = parts, a.geometry.sends = parts > 1;

@@ -161,13 +161,27 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (!exists(device)) return ended(cudaErrorInvalidDevice);
   const Card& card = cards[device];
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = card.major; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = card.minor; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = card.multiprocessors; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = card.shared_per_block; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = card.shared_per_multiprocessor; return cudaSuccess;
-    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = card.registers_per_multiprocessor; return cudaSuccess;
-    case cudaDevAttrL2CacheSize: *value = card.l2; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = card.major;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = card.minor;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = card.multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = card.shared_per_block;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = card.shared_per_multiprocessor;
+      return cudaSuccess;
+    case cudaDevAttrMaxRegistersPerMultiprocessor:
+      *value = card.registers_per_multiprocessor;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = card.l2;
+      return cudaSuccess;
   }
   return ended(cudaErrorInvalidValue);
 }
