@@ -6,12 +6,15 @@ users replace and hook them at any time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
+
+from .switches import may_read, named_switches, switches
 
 Path = tuple[str, ...]  # of attribute names; "*" stands for every module of a ModuleList
 
@@ -52,13 +55,18 @@ class BlockPaths:
         """Whether parts lie inside modules of the block that have a call of their own."""
         return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1
 
+    @functools.cached_property
+    def roots(self) -> frozenset[str]:
+        """The names of the block's own children that are parts or hold them."""
+        return frozenset(path[0] for path in (getattr(self, name) for name in _NAMES) if path)
+
 
 @dataclass(slots=True)
 class BlockParts:
     """A block's modules at this moment, under the published names; None where it has no such part.
 
     The types are those of recognised blocks; recognition itself looks before it believes them. A norm may also be a
-    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`).
+    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`), or an Identity, folded by somebody else.
     """
 
     module: nn.Module
@@ -79,6 +87,10 @@ class BlockParts:
     def norms(self) -> tuple[nn.BatchNorm2d, ...]:
         return self.bn1, *self.bns, self.bn3
 
+    def convolutions(self) -> list[tuple[str, nn.Conv2d]]:
+        """All convolutions by name."""
+        return [("conv1", self.conv1), *((f"convs[{i}]", conv) for i, conv in enumerate(self.convs)), ("conv3", self.conv3)]
+
 
 PUBLISHED = BlockPaths()
 _NAMES = tuple(field.name for field in fields(BlockPaths))
@@ -93,7 +105,8 @@ def find_layout(module: nn.Module) -> BlockPaths | None:
             return None
         found.update(zip(names, paths, strict=True))
     for name, alternatives in _OPTIONAL.items():
-        absent = () if name == "relu" else alternatives[:1]  # a shortcut may still be given later, under its usual name
+        # What a block lacks may still be given later, under its usual name, if its code would call it.
+        absent = alternatives[:1] if name != "relu" and may_read(type(module), alternatives[0]) else ()
         found[name] = next(((other,) for other in alternatives if _part(module, other) is not None), absent)
     return BlockPaths(**found)
 
@@ -135,7 +148,7 @@ def parts_of(module: nn.Module, layout: BlockPaths = PUBLISHED) -> BlockParts:
     for name in _NAMES:
         path = getattr(layout, name)
         if not path:
-            parts.append(_FUNCTIONAL_RELU)
+            parts.append(_FUNCTIONAL_RELU if name == "relu" else None)
         elif len(path) == 1:
             parts.append(_part(module, path[0]))
         elif name in ("convs", "bns"):
@@ -162,3 +175,36 @@ def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
             if path[end] != "*":
                 found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
     return list(found.values())
+
+
+def strangers(module: nn.Module, layout: BlockPaths) -> dict[str, nn.Module]:
+    """Modules of the block that are no parts and hold none: its own forward may call them, so they compute nothing yet."""
+    found = {name: module._modules[name] for name in module._modules.keys() - layout.roots}
+    if layout.wraps:
+        parts = parts_of(module, layout)
+        known = {id(part) for part in (*parts.norms, *(conv for _, conv in parts.convolutions()), parts.relu)}
+        around = wrappers(module, layout)
+        known.update(map(id, around))
+        found.update({f"{i}.{k}": m for i, w in enumerate(around) for k, m in w._modules.items() if id(m) not in known})
+    return {name: child for name, child in found.items() if child is not None}
+
+
+def surroundings(module: nn.Module, layout: BlockPaths) -> tuple[object, ...]:
+    """All that the block's own code may read besides its parts, comparable at every call."""
+    others = strangers(module, layout)
+    code = (switches(module), *map(switches, wrappers(module, layout))) if layout.wraps else (switches(module),)
+    return code if not others else (*code, *((name, _reading(others[name])) for name in sorted(others)))
+
+
+def _reading(stranger: nn.Module) -> tuple[object, ...]:
+    return tuple((type(m), m.extra_repr(), switches(m)) for m in stranger.modules())
+
+
+def changed_surroundings(module: nn.Module, layout: BlockPaths, then: tuple[object, ...]) -> str:
+    """The name of what is not as it was `then`."""
+    now = surroundings(module, layout)
+    if now[0] != then[0] and isinstance(then[0], tuple):
+        pairs = zip(named_switches(module).items(), then[0], strict=False)
+        return next((name for (name, value), old in pairs if value != old), "a setting")
+    names = {entry[0] for entry in set(now) ^ set(then) if isinstance(entry, tuple) and entry and isinstance(entry[0], str)}
+    return ", ".join(sorted(names)) or "a setting"

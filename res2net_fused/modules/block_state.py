@@ -48,6 +48,13 @@ class BlockState(FusedState):
     recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
     shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
     layout: BlockPaths = PUBLISHED  # where the block keeps its parts
+    surroundings: Any = None  # what its own code reads besides the parts, when it was recognised
+
+
+def _drop(module: nn.Module, frozen: bool = True) -> None:
+    state = module.__dict__.get(STATE)
+    if state is not None:
+        state.drop(frozen)
 
 
 # The mixins come before a class of modules; by themselves they are none.
@@ -67,7 +74,9 @@ class FusedModule(_Mixin):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        state: FusedState = getattr(self, STATE)
+        state: FusedState | None = self.__dict__.get(STATE)
+        if state is None:  # of a class derived from a fused one, or given back meanwhile
+            return super().forward(x, *args, **kwargs)
         notes = not torch.compiler.is_compiling()
         if notes:
             state.last_refusal = None
@@ -79,13 +88,13 @@ class FusedModule(_Mixin):
         return super().forward(x, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        getattr(self, STATE).drop(frozen=mode)
+        _drop(self, mode)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        getattr(self, STATE).drop()
+        _drop(self)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        getattr(self, STATE).drop()
+        _drop(self)
         return super()._load_from_state_dict(*args, **kwargs)

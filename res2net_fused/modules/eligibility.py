@@ -13,8 +13,9 @@ from ..backends import policy
 from ..backends.selection import is_auto
 from ..chain.problem import ChainProblem
 from ..ops.packed_weights import one_operator
-from .block_parts import BlockParts, wrappers
+from .block_parts import BlockParts, changed_surroundings, strangers, surroundings, wrappers
 from .block_state import BlockState
+from .confirmation import is_convolution
 from .folding import why_not_bypassed, why_not_folded
 from .training import uses_batch_statistics, why_not_trained
 
@@ -46,6 +47,7 @@ def why_not_fused(
 ) -> str | None:
     """None if this call may run fused, else the reason."""
     shortcut, reason = why_not_called(4, state.shortcut, x, args, kwargs)
+    reason = reason or why_not_read(block) or why_not_alike(block, state)
     if reason is not None:
         return reason
     if shortcut is not None and block.downsample is not None:
@@ -54,7 +56,7 @@ def why_not_fused(
     if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not torch.is_autocast_enabled(x.device.type)):
         return f"x is {x.dtype} but the weights are {weight_dtype}"
     training = any(map(uses_batch_statistics, block.bns))
-    if training and getattr(block.module, "with_cp", False):
+    if training and block.module.training and getattr(block.module, "with_cp", False):
         return "with_cp: in training its own forward checkpoints it"
     if training:
         reason = why_not_trained(block, chain_problem(block, x, state), state.backend, state.recompute)
@@ -64,15 +66,65 @@ def why_not_fused(
         return reason
     if fused_activation(block.relu) != state.config.activation:
         return f"activation {type(block.relu).__name__} is not fused"
-    if block_geometry(block) != state.geometry:
+    geometry = block_geometry(block)
+    if geometry != state.geometry and _without_types(geometry) != _without_types(state.geometry):
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
+    reason = why_not_convolutions(block)
+    if reason is not None:
+        return reason
     alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
     if alone and not policy.clamped_chain_pays(chain_problem(block, x, state)):
         return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
+    outer += tuple(m for child in strangers(block.module, state.layout).values() for m in child.modules())
     return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, block.pool))
+
+
+def why_not_read(block: BlockParts) -> str | None:
+    """None if the parts are of kinds whose attributes can be read, else the reason, which names the part that is not."""
+    if not block.convs or len(block.convs) != len(block.bns):
+        return f"{len(block.convs)} convolutions and {len(block.bns)} norms are found in convs and bns"
+    if not _are_plain(block):
+        for name, conv in block.convolutions():
+            if not isinstance(conv, nn.Conv2d):
+                return f"{name} is {_kind(conv)}, not a Conv2d"
+    parts: tuple[Any, ...] = (*block.norms, block.relu)
+    if all(isinstance(part, nn.Module) for part in parts) and isinstance(block.pool, nn.Module | None):
+        return None
+    names = ("bn1", *(f"bns[{i}]" for i in range(len(block.bns))), "bn3", "relu", "pool")
+    found = zip(names, (*parts, block.pool), strict=True)
+    return next(f"{name} is {_kind(part)}, not a module" for name, part in found if not isinstance(part, nn.Module))
+
+
+def _are_plain(block: BlockParts) -> bool:
+    return {type(block.conv1), type(block.conv3), *map(type, block.convs)} == {nn.Conv2d}
+
+
+def _kind(part: object) -> str:
+    return "missing" if part is None else f"a {type(part).__name__}"
+
+
+def why_not_alike(block: BlockParts, state: BlockState) -> str | None:
+    """None if what the block's own code reads besides the parts is as it was when it was recognised, else the reason."""
+    now = surroundings(block.module, state.layout)
+    if state.surroundings is None and not torch.compiler.is_compiling():
+        state.surroundings = now  # of a block that is saved by an older version, or made by its constructor
+    if state.surroundings is None or now == state.surroundings:
+        return None
+    name = changed_surroundings(block.module, state.layout, state.surroundings)
+    return f"{name} of the block was changed since it was recognised"
+
+
+def why_not_convolutions(block: BlockParts) -> str | None:
+    """None if convolutions of unknown classes compute what their weights say now, else the reason."""
+    for name, conv in () if _are_plain(block) else block.convolutions():
+        if "weight" not in conv._parameters and "weight" not in vars(conv):
+            return f"{name} was parametrized since it was recognised"
+        if not is_convolution(conv):
+            return f"{name} ({type(conv).__name__}) is not what its weights and norm compute"
+    return None
 
 
 def why_not_called(
@@ -121,7 +173,7 @@ def why_not_foldable(block: BlockParts) -> str | None:
 
 def fused_activation(module: nn.Module) -> str | None:
     """The chain's name for this activation, also under a derived class that only has settings of its own."""
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)
     if forward is nn.ReLU.forward:
         return "relu"
     if isinstance(module, nn.Hardtanh) and forward is nn.Hardtanh.forward and (module.min_val, module.max_val) == (0, 20):
@@ -141,3 +193,9 @@ def block_geometry(block: BlockParts) -> tuple[object, ...]:
          conv.groups, conv.padding_mode)
         for conv in (block.conv1, *block.convs, block.conv3)
     )  # fmt: skip
+
+
+def _without_types(geometry: tuple[Any, ...]) -> tuple[object, ...]:
+    """Of the convolutions, whose classes are looked at by themselves."""
+    pool, *convolutions = geometry
+    return pool, *(convolution[1:] for convolution in convolutions)

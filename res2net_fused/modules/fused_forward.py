@@ -24,6 +24,7 @@ from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
 from .block_parts import BlockParts, parts_of
 from .block_state import BlockState, FusedModule
+from .confirmation import eps_of
 from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
 from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
@@ -43,7 +44,7 @@ class FusedForward(FusedModule):
     ) -> Tensor | str:
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
-        if any(bn.training and not is_frozen(bn) for bn in parts.norms):
+        if any(getattr(bn, "training", False) and not is_frozen(bn) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if refusal is not None:
             return refusal
@@ -142,8 +143,8 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
         return fold_block(block, dtype)
     projection = projection_of(block)
     settings = (
-        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
-        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
+        dtype, requested(state.backend), tuple([eps_of(bn) for bn in block.norms]),
+        None if projection is None else (projection[1].stride, eps_of(projection[2])),
     )  # fmt: skip
     if keeps:
         return state.keep(tensors, settings, lambda: fold_and_pack(block, dtype, state))

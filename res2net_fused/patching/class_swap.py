@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import functools
+import inspect
 import threading
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import nn
+
+from ..modules.switches import FUSED
 
 # Generated classes ----------------------------------------------------------------------------------------------------
 
@@ -24,10 +29,61 @@ def fused_class(original: type, mixin: type) -> type:
 
 @functools.cache
 def _generate(original: Any, mixin: Any) -> Any:
-    body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
-    generated = type(f"Fused{original.__name__}", (mixin, original), body)
+    body = {
+        "__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce, FUSED: True,
+        "forward": _forward(original.forward, mixin.forward),
+    }  # fmt: skip
+    generated = _derive(_metaclass(cast(Any, type(original))), f"Fused{original.__name__}", (mixin, original), body)
     originals[generated] = original
     return generated
+
+
+def own_class(module: nn.Module) -> Any:
+    """The module's class without the generated one."""
+    return originals.get(type(module), type(module))
+
+
+def _forward(own: Any, fused: Callable[..., Any]) -> Callable[..., Any]:
+    """The fused forward with the signature of the class's own: x may come under the name that it has there."""
+    try:
+        x_name = list(inspect.signature(own).parameters)[1]
+    except (IndexError, TypeError, ValueError):  # not to be read
+        x_name = "x"
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return fused(self, *args, **kwargs)
+        if x_name not in kwargs:
+            return own(self, **kwargs)  # which says what is missing
+        x = kwargs.pop(x_name)
+        return fused(self, x, **kwargs)
+
+    return forward
+
+
+def _derive(metaclass: Any, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
+    """A class made without the code that users run for new subclasses, which has seen the class that stands behind it."""
+    new = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
+    made: Any = new(metaclass, name, (nn.Module,), body)
+    made.__bases__ = bases
+    return made
+
+
+@functools.cache
+def _metaclass(users: Any) -> Any:
+    """The metaclass of generated classes: calling one makes a plain block, which nobody has recognised yet."""
+
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        original = originals.get(cls)
+        return users.__call__(cls, *args, **kwargs) if original is None else original(*args, **kwargs)
+
+    def signature(cls: Any) -> inspect.Signature:
+        if cls not in originals:
+            raise AttributeError("__signature__")
+        return inspect.signature(originals[cls])
+
+    return type.__new__(type, f"Fused{users.__name__}", (users,), {"__call__": call, "__signature__": property(signature)})
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -53,7 +109,8 @@ def without(cls: Any, generated: Any) -> Any:
     bases = tuple(without(base, generated) if issubclass(base, generated) else base for base in cls.__bases__)
     cell = types.CellType()  # what zero-argument super() reads in the methods
     body = {k: _with_class_cell(v, cell) for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    cell.cell_contents = derived = type(cls)(cls.__name__, bases, body)
+    metaclass = type(originals[generated]) if type(cls) is type(generated) else type(cls)
+    cell.cell_contents = derived = _derive(metaclass, cls.__name__, bases, body)
     return derived
 
 

@@ -82,7 +82,10 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
-        if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
+        if isinstance(module, FusedModule)
+        or REFUSAL in vars(module)
+        or layout_1d_of(module) is not None
+        or layout_of(module) is not None
     )
 
 
@@ -92,7 +95,7 @@ def _with_status(report: BlockReport) -> BlockReport:
 
 
 def _report(name: str, module: nn.Module) -> BlockReport:
-    if not isinstance(module, FusedModule):
+    if not isinstance(module, FusedModule) or STATE not in vars(module):
         reason = module.__dict__.get(REFUSAL, "accelerate(model) has not been called since this block was added")
         return BlockReport(name, False, "", reason)
     state: FusedState = getattr(module, STATE)
@@ -105,7 +108,7 @@ def _report(name: str, module: nn.Module) -> BlockReport:
         if state.last_trained:
             choice = choose_for_training(problem, state.backend)
             assert isinstance(state, BlockState)
-            synchronised = synchronises(parts_of(module, state.layout).bns[0])
+            synchronised = any(map(synchronises, parts_of(module, state.layout).bns))
             how = describe_training(get_backend(choice.name), problem, state.recompute, synchronised)
         else:
             kept, frozen = state.kept, state.frozen  # read once: another thread may drop them

@@ -7,7 +7,6 @@ random parameters. That is done once for each configuration.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 
 from ..chain.config import ChainConfig
 from ..modules.block_parts import BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.block_state import STATE
+from ..modules.confirmation import agree, is_convolution, own_parts, seeded
 from ..modules.eligibility import fused_activation
-from ..modules.folding import fold, is_frozen
-from ..modules.reference_blocks import bottle2neck, normalized
+from ..modules.reference_blocks import bottle2neck
+from ..modules.switches import switches
+from .class_swap import own_class
 
-_AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
 _SEED = 20190402
 Layout = TypeVar("Layout")
 Found = TypeVar("Found")
@@ -77,10 +78,10 @@ DISAGREED = "no known recurrence agrees with its own forward"
 
 def _structure(block: BlockParts) -> str | None:
     convs = block.convs
-    for name, conv in (("conv1", block.conv1), *((f"convs[{i}]", c) for i, c in enumerate(convs)), ("conv3", block.conv3)):
+    for name, conv in block.convolutions():
         if not isinstance(conv, nn.Conv2d):
             return f"{name} is a {type(conv).__name__}, not a plain Conv2d"
-        if type(conv) is not nn.Conv2d and not set(conv._parameters) | set(conv._modules) <= _OF_A_CONVOLUTION:
+        if type(conv) is not nn.Conv2d and own_parts(conv):
             return f"{name} is a {type(conv).__name__}, a Conv2d with parts of its own"
     width = convs[0].in_channels
     first = convs[0]
@@ -103,20 +104,17 @@ def _structure(block: BlockParts) -> str | None:
     return None
 
 
-_OF_A_CONVOLUTION = {"weight", "bias", "norm", "activation"}  # what libraries' own Conv2d classes hold
-
-
 def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
     return conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def own_signature(block: nn.Module) -> tuple[object, ...]:
     """All that a block's forward may depend on, but for the values of its tensors."""
-    ignored = _MODULE_ATTRIBUTES | {"training"}
+    ignored = _MODULE_ATTRIBUTES | {"training", STATE}
     attributes = tuple(sorted((k, repr(v)) for k, v in vars(block).items() if k not in ignored))
     children = tuple((name, type(child), child.extra_repr()) for name, child in block.named_modules() if name)
     tensors = tuple(name for name, _ in itertools.chain(block.named_parameters(), block.named_buffers()))
-    return type(block), attributes, children, tensors
+    return own_class(block), attributes, children, tensors, tuple(map(switches, block.modules()))
 
 
 def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
@@ -142,7 +140,7 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
     refusal = _hidden_arithmetic(parts)
     if refusal is not None:
         return None, refusal
-    own = _own_results(type(block).forward, parts)
+    own = _own_results(own_class(block).forward, parts)
     plain_call, plain_results = own[0]
     for config in _candidates(parts):
         agreed = [call for call, results in own if _agrees(parts, config, call, results)]
@@ -151,14 +149,6 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
     if isinstance(plain_results, Exception):
         raise plain_results
     return None, DISAGREED + _unknown_parts(block, layout)
-
-
-@contextlib.contextmanager
-def seeded() -> Iterator[None]:
-    """Switches gradients and inference mode off and seeds random numbers; the caller's are given back."""
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-        torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
-        yield
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,22 +197,12 @@ def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tenso
 
 
 def _hidden_arithmetic(block: BlockParts) -> str | None:
-    """Why a convolution or norm of a library's own class computes something else than its weights say, or None."""
-    pairs = [("conv1", block.conv1, block.bn1), ("conv3", block.conv3, block.bn3)]
-    pairs += [(f"convs[{i}]", *pair) for i, pair in enumerate(zip(block.convs, block.bns, strict=True))]
-    for name, conv, bn in pairs:
-        if type(conv) is nn.Conv2d and not is_frozen(bn):
-            continue
-        geometry: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
+    """Why a convolution of a library's own class computes something else than its weights say, or None."""
+    for name, conv in block.convolutions():
         for training in (False, True):
             block.module.train(training)
-            u = torch.randn(2, conv.in_channels, 5, 6, dtype=torch.float64, device="cpu")
-            if is_frozen(bn):
-                plain = nn.functional.conv2d(u, *fold(conv, bn, torch.float64), *geometry)
-            else:
-                plain = bn(nn.functional.conv2d(u, conv.weight, conv.bias, *geometry))
-            if not agree(plain, normalized(conv, bn, u)):
-                return f"{name} ({type(conv).__name__}, {type(bn).__name__}) is not what its weights and norm compute"
+            if not is_convolution(conv):
+                return f"{name} ({type(conv).__name__}) is not what its weights and norm compute"
     return None
 
 
@@ -278,7 +258,3 @@ def _outputs(call: Callable[[], Tensor], twin: nn.Module, training: bool) -> Ten
     for name, buffer in twin.named_buffers():
         buffer.copy_(buffers[name])
     return out
-
-
-def agree(ours: Tensor, own: Tensor) -> bool:
-    return ours.shape == own.shape and bool((ours - own).norm() <= _AGREEMENT * own.norm())

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
+from ..modules.confirmation import agree
 from ..modules.fused_forward1d import ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
-from .recognition import AGREED, DISAGREED, agree, confirmed_once, random_twin
+from .class_swap import own_class
+from .recognition import AGREED, DISAGREED, confirmed_once, random_twin
 
 # Where the published code keeps the chain's convolutions and norms.
 _PATHS = (("convs.*", "bns.*"), ("blocks.*.conv.conv", "blocks.*.norm.norm"), ("blocks.*.conv", "blocks.*.norm"))
@@ -72,7 +74,7 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, 
     for given in (channels, len(convs) * width):  # with a group that passes, and without
         x = torch.randn(2, given, dilation * taps + 5, dtype=torch.float64, device="cpu")
         try:
-            own = type(block).forward(twin, x.clone())
+            own = own_class(block).forward(twin, x.clone())
         except Exception as error:
             errors.append(error)
             continue
