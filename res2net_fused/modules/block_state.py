@@ -48,6 +48,7 @@ class BlockState(FusedState):
     recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
     shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
     layout: BlockPaths = PUBLISHED  # where the block keeps its parts
+    frozen_norms: Any = field(default=None, init=False, repr=False)  # their classes when the block was frozen
     surroundings: Any = None  # what its own code reads besides the parts, when it was recognised
 
 

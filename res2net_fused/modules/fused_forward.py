@@ -130,7 +130,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
     asked now.
     """
     frozen = state.frozen
-    if frozen is not None:
+    if frozen is not None and state.frozen_norms == [type(bn) for bn in block.norms]:  # else they were replaced
         folded = frozen.weights(dtype, device)
         if folded.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
             folded = replace(folded, projection_weight=None, packed=None, layout="plain")
@@ -190,4 +190,5 @@ def freeze_block(block: BlockParts, state: BlockState) -> None:
         pack = functools.partial(pack_block, config=state.config, backend=state.backend)
         return Frozen(folded, weight.device, pack, compute_dtype(weight))
 
+    state.frozen_norms = [type(bn) for bn in block.norms]
     state.freeze(frozen)
