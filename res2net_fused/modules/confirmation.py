@@ -67,21 +67,26 @@ def is_convolution(conv: nn.Conv2d) -> bool:
     return bool(_once(conv, (geometry, inside), _convolves))
 
 
+_NOTE = "_res2net_fused_found"
 _found: dict[tuple[object, ...], Any] = {}
 
 
 def _once(part: nn.Module, settings: tuple[object, ...], trial: Callable[[Any], Tried]) -> Tried | None:
     """What the trial on a copy of the part finds, or None where the part's code fails; once for each class and settings."""
-    key = type(part), part.training, switches(part), tuple(_tensors(part)), settings
+    now = part.training, switches(part), settings
+    if torch.compiler.is_compiling():  # nothing is tried in a trace: the part carries what was found before
+        then, noted = vars(part).get(_NOTE, (None, None))
+        return noted if then == now else None
+    key = type(part), tuple(_tensors(part)), now
     if key not in _found:
         found = _try(part, trial)
         if isinstance(found, Exception) and "memory" in f"{type(found).__name__} {found}".lower():
             return None  # a failure of this moment
         _found[key] = None if isinstance(found, Exception) else found
+    vars(part)[_NOTE] = now, _found[key]
     return _found[key]
 
 
-@torch.compiler.disable
 def _try(part: nn.Module, trial: Callable[[Any], Tried]) -> Tried | Exception:
     """The trial's result, outside the caller's modes, or the exception that the part's own code raised."""
     try:

@@ -113,7 +113,8 @@ def why_not_alike(block: BlockParts, state: BlockState) -> str | None:
         state.surroundings = now  # of a block that is saved by an older version, or made by its constructor
     if state.surroundings is None or now == state.surroundings:
         return None
-    name = changed_surroundings(block.module, state.layout, state.surroundings)
+    compiling = torch.compiler.is_compiling()
+    name = "a setting" if compiling else changed_surroundings(block.module, state.layout, state.surroundings)
     return f"{name} of the block was changed since it was recognised"
 
 

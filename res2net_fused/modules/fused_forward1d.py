@@ -174,11 +174,11 @@ def why_not_fused_1d(
     if reason is not None:
         return reason
     modules = descendants(block)
-    if block.training or any(module.training for module in modules):
-        return "in training mode its BatchNorms, which come after ReLU, need the batch's statistics; that is not fused in 1-D"
     reason = why_not_alike_1d(block, state, modules)
     if reason is not None:
         return reason
+    if block.training or any(module.training for module in modules):
+        return "in training mode its BatchNorms, which come after ReLU, need the batch's statistics; that is not fused in 1-D"
     weight = chain.convs[0].weight
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype} but the weights are {weight.dtype}"

@@ -24,13 +24,20 @@ _PYTORCHS = frozenset(vars(nn.Module()))
 def switches(module: nn.Module) -> tuple[object, ...]:
     """The present settings that the module's class reads, of the module, its class and its globals; () for PyTorch's own."""
     cls: Any = type(module)
-    names, shared = _read_by(cls)
-    if not names and not shared:
+    if torch.compiler.is_compiling():
+        names, others = _constants_of(cls)
+    else:
+        names, shared = _read_by(cls)
+        others = _values_of(shared) if shared else ()
+    if not names and not others:
         return ()
     own = module.__dict__
     values = [own[name] if name in own else getattr(cls, name, _ABSENT) for name in names]
-    if not torch.compiler.is_compiling():  # a graph has guards of its own on what its trace has read
-        values += [namespace.get(name, _ABSENT) for namespace, name in shared]
+    return *[value if type(value) in _PLAIN else _described(value) for value in values], *others
+
+
+def _values_of(shared: tuple[tuple[dict[str, Any], str], ...]) -> tuple[object, ...]:
+    values = [namespace.get(name, _ABSENT) for namespace, name in shared]
     return tuple([value if type(value) in _PLAIN else _described(value) for value in values])
 
 
@@ -57,6 +64,13 @@ def _described(value: object) -> object:
     elif isinstance(value, (list, tuple)):
         inside = enumerate(value)
     return kind, *((str(key), v if type(v) in _PLAIN else type(v).__qualname__) for key, v in inside)
+
+
+@torch.compiler.assume_constant_result
+def _constants_of(cls: Any) -> tuple[tuple[str, ...], tuple[object, ...]]:
+    """Of a class, for a trace, which guards what it reads of the module itself."""
+    names, shared = _read_by(cls)
+    return names, _values_of(shared)
 
 
 @functools.cache

@@ -78,6 +78,8 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
         if recognised is not None:
             geometry = block_geometry(parts_of(module, layout))
             around = surroundings(module, layout)
+            parts = parts_of(module, layout)
+            why_not_convolutions(parts), why_not_foldable(parts)  # tried now, since a trace cannot
             state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout, around)
     elif type(module) is original:
         return

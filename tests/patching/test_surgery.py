@@ -233,7 +233,8 @@ def test_surgery_on_a_chain_along_rows(make, where, monkeypatch):
         m.set_submodule(where, Wrapped(m.get_submodule(where)))
     freeze(b)
     assert torch.equal(run(b, x), run(plain, x))
-    assert "replaced" in explain(b)[0].reason and "Wrapped" in explain(b)[0].reason or "missing" in explain(b)[0].reason
+    reason = explain(b)[0].reason
+    assert "replaced" in reason and ("Wrapped" in reason or "missing" in reason)
     accelerate(b)
     assert torch.equal(run(b, x), run(plain, x))
     assert explain(b)[0].fused is False
@@ -290,5 +291,5 @@ def test_forward_has_the_signature_of_the_class(call):
         out = call(b)
     assert explain(b)[0].fused
     assert torch.equal(out, run(b))
-    with pytest.raises(TypeError, match="hidden_states"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
         b(x=X)
