@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..backends import policy
 from ..backends.selection import is_auto
+from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
 from ..ops.packed_weights import one_operator
 from .block_parts import BlockParts, wrappers
@@ -24,6 +25,8 @@ def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProbl
     rows, columns = block.conv1.stride
     problem = ChainProblem.from_tensor(x, block.convs[0].in_channels, len(block.convs), state.config)
     dtype = compute_dtype(block.conv1.weight)
+    if not problem.channels_last and hands_on(block.conv1.weight):
+        problem = replace(problem, channels_last=True)
     if rows == columns == 1 and dtype == x.dtype:
         return problem
     height, width = (problem.height - 1) // rows + 1, (problem.width_pixels - 1) // columns + 1

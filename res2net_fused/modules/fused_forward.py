@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backends.selection import requested
 from ..chain.block_weights import BlockWeights
-from ..chain.memory_format import memory_format
+from ..chain.memory_format import handed_on, memory_format
 from ..chain.reference import activate
 from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
@@ -63,6 +63,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     """
     weight = block.conv1.weight
     dtype = compute_dtype(weight)
+    x = handed_on(weight, x)
     x_in = x.to(dtype)
     differentiable = torch.is_grad_enabled() and (
         any(t is not None and t.requires_grad for t in (x, given))

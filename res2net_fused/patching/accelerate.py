@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..backends.base import BACKENDS
@@ -23,25 +24,34 @@ from ..modules.weight_cache import capturing
 from .class_swap import _generating, fused_class, originals, without
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
+from .weight_format import FORMATS, convert_weights, restore_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 
 
-def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) -> Model:
+def accelerate(
+    model: Model, backend: str = "auto", *, recompute: bool = False, memory_format: torch.memory_format | None = None
+) -> Model:
     """Makes every recognised Res2Net block of `model`, 2-D or along rows, run fused, in place, and returns the model.
 
     model: any nn.Module; blocks keep class, parameters, state_dict keys and hooks.
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
     keep the convolutions' outputs: less memory for one more convolution a step.
+    memory_format: of the weights of the model's 2-D convolutions, given in place (same Parameters, values and keys); they hand
+    it on to what they compute. None gives the strides of channels-last, which the kernels read, to all whose memory is the same
+    in both formats (1x1 kernels), if the model has 2-D blocks that run fused and their device gains by it. torch.channels_last
+    and torch.contiguous_format convert all, torch.preserve_format none. Weights that are quantized, parametrized, sharded, or
+    under DistributedDataParallel stay as they are, as do those that share the memory that would be laid out anew.
     Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
     lists them with the reason. `restore(model)` takes it back. Other threads may call the model meanwhile.
-    Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
+    Raises TypeError for what is no nn.Module, ValueError for an unknown backend or memory format.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
     one_of("backend", backend, BACKENDS)
+    one_of("memory_format", memory_format, FORMATS)
     for module in model.modules():
         if isinstance(module, FusedModule):
             state = getattr(module, STATE)
@@ -51,6 +61,7 @@ def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) 
             state.drop()
         else:
             _take_over(module, backend, recompute)
+    convert_weights(model, memory_format)
     return model
 
 
@@ -80,7 +91,7 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
 
 
 def restore(model: Model) -> Model:
-    """Gives the accelerated blocks of `model` their original classes back, in place, and returns the model.
+    """Gives the accelerated blocks of `model` their original classes and strides back, in place, and returns the model.
 
     Classes that others put on top later stay on top. A `Bottle2neck` is fused by its own class and stays so.
     Not while another thread calls the model: a call that has begun needs what this takes away.
@@ -94,6 +105,7 @@ def restore(model: Model) -> Model:
         with _generating:
             module.__class__ = without(own, generated)
         del module.__dict__[STATE]
+    restore_weights(model)
     return model
 
 

@@ -116,7 +116,10 @@ def _report(name: str, module: nn.Module) -> BlockReport:
             how = plan(problem, choice.name)
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))
-    return BlockReport(name, True, choice.name, choice.reason, f"{problem}: {how}")
+    nchw = isinstance(problem, ChainProblem) and not problem.channels_last
+    pays = nchw and choice.name != "reference" and policy.channels_last_pays(problem.device, problem.dtype)
+    reason = f"{choice.reason}; {policy.NCHW}" if pays else choice.reason
+    return BlockReport(name, True, choice.name, reason, f"{problem}: {how}")
 
 
 def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:

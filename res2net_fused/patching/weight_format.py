@@ -1,0 +1,113 @@
+"""Convolution weights in the memory format that the kernels read, given to them in place and taken back.
+
+PyTorch's convolutions hand on the format of their weights: behind one whose weight is channels-last everything is, whatever
+the format of the images. By default only weights change whose memory is the same in both formats, those of 1x1 kernels or of
+one input channel: they get other strides and not a byte moves. So `view(-1)` of a weight (pruning, parameters_to_vector,
+LBFGS) and an optimizer that walks through memory beside an older state, as PyTorch's fused ones on CPUs, stay right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import policy
+from ..modules.block_state import STATE
+from ..modules.fused_forward import FusedForward
+
+_BEFORE = "_res2net_fused_weight_strides"  # on a convolution whose weight was converted: its strides before
+
+FORMATS = (None, torch.preserve_format, torch.contiguous_format, torch.channels_last)
+
+
+def convert_weights(model: nn.Module, wanted: torch.memory_format | None) -> None:
+    """Brings the convolutions' weights into a format, in place: Parameters, values, keys and their sharing stay.
+
+    wanted: of all 2-D convolutions; None for the strides of channels-last where no byte moves, if the model has 2-D blocks
+    whose kernels gain by it; preserve_format for no change.
+    """
+    if wanted is torch.preserve_format or (wanted is None and not _gains(model)):
+        return
+    shared = None if wanted is None else _memory_users(model)
+    for conv in _convolutions(model):
+        weight = conv.weight
+        strides = _strides(weight, wanted or torch.channels_last)
+        if strides == weight.stride() or not (_same_memory(weight) or (shared is not None and _alone(weight, shared))):
+            continue
+        conv.__dict__.setdefault(_BEFORE, weight.stride())
+        _restride(weight, strides)
+
+
+def restore_weights(model: nn.Module) -> None:
+    """Gives the converted weights the strides back that they had."""
+    for conv in _convolutions(model):
+        before = conv.__dict__.pop(_BEFORE, None)
+        if before is not None and len(before) == conv.weight.dim():
+            _restride(conv.weight, before)
+
+
+def _gains(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, FusedForward)
+        and getattr(module, STATE).backend != "reference"
+        and any(policy.channels_last_pays(p.device, p.dtype) for p in module.parameters())
+        for module in model.modules()
+    )
+
+
+def _strides(weight: Tensor, wanted: torch.memory_format) -> tuple[int, ...]:
+    outputs, inputs, rows, columns = weight.shape
+    last = wanted is torch.channels_last
+    image = inputs * rows * columns
+    return (image, 1, columns * inputs, inputs) if last else (image, rows * columns, columns, 1)
+
+
+def _same_memory(weight: Tensor) -> bool:
+    """Whether both formats lay the values out alike."""
+    return weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _restride(weight: Tensor, strides: tuple[int, ...]) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        data = weight.detach()
+        if _same_memory(weight):
+            weight.data = data.as_strided(data.shape, strides)
+        else:
+            weight.data = torch.empty_strided(data.shape, strides, dtype=data.dtype, device=data.device).copy_(data)
+
+
+def _convolutions(model: nn.Module) -> Iterator[nn.Conv2d]:
+    """The 2-D convolutions whose weights are plain Parameters, not quantized, parametrized, sharded or on the meta device.
+
+    None under DistributedDataParallel, which has laid out its buckets by the strides of before.
+    """
+    modules = list(model.modules())
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+        return
+    for module in modules:
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() == 4 and _is_plain(weight) and not weight.is_inference():
+                yield module  # type: ignore[misc]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    kinds = (nn.Parameter, Tensor, nn.Buffer)
+    return type(tensor) in kinds and tensor.device.type in ("cpu", "cuda") and tensor.layout is torch.strided
+
+
+def _memory_users(model: nn.Module) -> Counter[int]:
+    """How many tensors of the model lie in each storage, by its address."""
+    tensors = {id(t): t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    return Counter(t.untyped_storage().data_ptr() for t in tensors.values() if _is_plain(t))
+
+
+def _alone(weight: Tensor, users: Counter[int]) -> bool:
+    """Whether the weight has its memory for itself: what others share with it, here or in other processes, stays shared."""
+    storage = weight.untyped_storage()
+    if users[storage.data_ptr()] > 1 or storage.nbytes() != weight.numel() * weight.element_size():
+        return False
+    return weight.device.type != "cpu" or not weight.is_shared()
