@@ -133,7 +133,7 @@ def medians(calls: Calls, inputs: Mapping[str, Tensor], **turns: float) -> dict[
 def contenders(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], backward: bool
 ) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Tensor]]:
-    """By name: what is called, and what it is called with."""
+    """What is called, and what it is called with, by name."""
     config = ChainConfig()
     last = torch.channels_last
     last_weights = [weight.contiguous(memory_format=last) for weight in weights]
@@ -203,7 +203,7 @@ def run_chains(options: argparse.Namespace) -> int:
 
 
 def contenders_1d(x: Tensor, width: int, config: Chain1dConfig) -> tuple[Calls, Tensor]:
-    """By name: what is called; and the float64 result."""
+    """What is called, by name, and the float64 result."""
     steps = SCALE_1D - 1
     weights = [torch.randn(width, width, 3) * (2 / (3 * width)) ** 0.5 for _ in range(steps)]
     biases, gammas, betas, means = ([0.1 * torch.randn(width) for _ in range(steps)] for _ in range(4))

@@ -34,7 +34,7 @@ def milliseconds(
     dtype: torch.dtype = torch.float32,
     layers: tuple[int, ...] | None = None,
 ) -> dict[str, dict[int, float]]:
-    """By path and scale the median of one forward pass; layers: blocks in each stage instead of ResNet-50's."""
+    """The median of one forward pass by path and scale; layers: blocks in each stage instead of ResNet-50's."""
     try:
         from tqdm import tqdm
     except ImportError as error:

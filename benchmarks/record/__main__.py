@@ -173,7 +173,7 @@ def _left(cases: list[TimedCase], record: Record, options: argparse.Namespace) -
 
 
 def _measure(cases: list[TimedCase], record: Record, options: argparse.Namespace) -> int:
-    """In the child: times cases in order, as long as the time of the call allows."""
+    """Times cases in order, in the child, as long as the time of the call allows."""
     budget = Budget(options.minutes, options.child, clock=time.time)
     try:
         record.begin_run()

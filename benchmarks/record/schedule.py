@@ -75,7 +75,7 @@ def _networks(
 
 def _cuda_phases() -> Iterator[list[TimedCase]]:
     half, bf16 = "float16", "bfloat16"
-    # The figures that the record is made for.
+    # What the targets need.
     yield _stages("chain", TARGET_CONFIGS, 32, bf16)
     yield _stages("chain", [_W48], 32, bf16)
     yield _stages("block", TARGET_CONFIGS[:1], 32, bf16, variants=VARIANTS)
@@ -98,7 +98,7 @@ def _cuda_phases() -> Iterator[list[TimedCase]]:
         for workload in ("chain", "block"):
             yield _stages(workload, (*TARGET_CONFIGS, _W48, _W26S8, BASELINE), batch, half)
         yield _networks((*TARGET_CONFIGS, _W48, _W26S8), batch, half)
-    # Minutes each, for rows that no figure needs.
+    # Minutes each, for rows that no target needs.
     yield _networks(TARGET_CONFIGS, 32, bf16, _MAX_AUTOTUNE)
     for batch in (128, 256):
         yield _networks(TARGET_CONFIGS, batch, bf16, _TRAIN_CUDA, "train_step")

@@ -60,7 +60,7 @@ class _Times:
 
 
 def targets(rows: Iterable[dict[str, Any]]) -> list[Target]:
-    """From the rows of a record, bf16; both sides in CUDA graphs, but for training."""
+    """The targets by the rows of a record, bf16; both sides in CUDA graphs, but for training."""
     rows = list(rows)
     times = _Times(rows)
     found = []

@@ -24,7 +24,7 @@ PEER_OVER_OURS = 4.0
 
 
 class Miss(Wrong):
-    """Of a comparison with float64."""
+    """A result that differs too far from float64."""
 
     def __init__(self, row: ParityRow) -> None:
         super().__init__(
@@ -56,7 +56,7 @@ class Truth:
         self.bound = bound(self.eager_error)
 
     def check(self, name: str, contender: Contender, model: Model) -> ParityRow:
-        """Of a candidate as it will be timed, on these inputs; Miss if it misses."""
+        """Compares a candidate as it will be timed, on these inputs; Miss if it misses."""
         outputs = contender.outputs()
         errors = [self._error(out, i) for i, out in enumerate(outputs)]
         del outputs

@@ -29,7 +29,7 @@ from .work import least_work_of_network, rotation_count
 
 @dataclass(frozen=True)
 class TurnConditions(RunConditions):
-    """On a CPU: seconds for all contenders of a case together, and how many rounds at least and at most."""
+    """Conditions with turns of their own on a CPU: seconds for all contenders of a case, and the least and most rounds."""
 
     seconds: float = 1.5
     rounds: tuple[int, int] = (5, 200)

@@ -64,8 +64,8 @@ def spelt(name: str) -> str:
 
 
 def random_network(name: str, layers: Sequence[int] | None = None) -> Network:
-    """Of plain PyTorch, to be accelerated, with the same random weights at every call; small beside the shortcuts, as in
-    trained networks: else every block would amplify the rounding of the last."""
+    """A network of plain PyTorch, to be accelerated, with the same random weights at every call; small beside the shortcuts, as
+    in trained networks: else every block would amplify the rounding of the last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = create_model(name, layers=layers, fused=False)
@@ -105,7 +105,7 @@ def prepare_network(name: str, dtype: str, device: str, backend: str) -> Network
 
 @dataclass(frozen=True)
 class NetworkRatios:
-    """Of a Res2Net at one batch: our fastest time, and by what it is compared with the other's time and its provider.
+    """What a Res2Net took at one batch: our fastest time, and by what it is compared with the other's time and provider.
 
     others: "pytorch", the fastest mode of PyTorch on the same network; each runtime by its name; "resnet50", the fastest
     mode of PyTorch on ResNet-50. What was not timed is not there.
@@ -123,7 +123,7 @@ class NetworkRatios:
 
 
 def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
-    """From rows of one run; networks that ours was not timed on are left out, and so is ResNet-50 itself."""
+    """The ratios of one run's rows; networks that ours was not timed on are left out, and so is ResNet-50 itself."""
     by_case: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["workload"] == "network":

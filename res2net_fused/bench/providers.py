@@ -128,7 +128,7 @@ def candidates(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ...
 
 
 def unavailable(device: str, dtype: str = "float32") -> dict[str, str]:
-    """Of the providers of this device that cannot be timed here, the reason."""
+    """The providers of this device that cannot be timed here, each with the reason."""
     if torch.device(device).type == "cuda":
         reasons = {runtimes.TENSORRT: runtimes.why_not_tensorrt()}
     else:

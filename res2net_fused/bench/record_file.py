@@ -119,7 +119,7 @@ class Record:
         return name in self.failures or name in self.absent
 
     def missing(self, keys: list[tuple[object, ...]], case: object) -> list[tuple[object, ...]]:
-        """Of these keys those that have neither a row nor a recorded reason."""
+        """The keys among these that have neither a row nor a recorded reason."""
         return [key for key in keys if key not in self._rows and not self.settled(failure_name(case, key[-2], key[-1]))]
 
     def add(self, rows: Sequence[Row] = (), failures: Mapping[str, str] = {}, absent: Mapping[str, str] = {}) -> None:

@@ -358,7 +358,7 @@ def run_tune(
 
 
 def measure_tiles(blocks: Sequence[Case], device: str, table: Path, command: str, limit_s: float, end: float) -> bool:
-    """In the child: measures until time.time() is `end`. Returns whether a new process has to go on."""
+    """Measures in the child until time.time() is `end`. Returns whether a new process has to go on."""
     use_device(device)
     record = open_record(table, device, command)
     record.begin_run()
