@@ -34,7 +34,7 @@ check: $(INSTALLED)
 
 # On a GPU machine nothing is set up or installed: the Python that has its torch will do.
 record:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/record.py $(ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/record $(ARGS)
 
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/render_results.py $(ARGS)

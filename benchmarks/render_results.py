@@ -209,9 +209,9 @@ def _network_table(rows: Sequence[Row]) -> str:
         best = min((row for name, row in here.items() if name in OURS), key=lambda row: row["median_ms"], default={})
         beside = min((row["median_ms"] for row in peers if (row["batch"], row["dtype"]) == (batch, dtype)), default=None)
         resnet = best.get("yardstick_ms") or beside
-        yardstick = resnet / best["median_ms"] if best and resnet else None
+        baseline = resnet / best["median_ms"] if best and resnet else None
         times = [_text(here[name]["median_ms"] if name in here else None, ".3g") for name in providers]
-        lines.append([config, str(batch), dtype, *times, _text(ratio, ".2f"), _text(yardstick, ".2f")])
+        lines.append([config, str(batch), dtype, *times, _text(ratio, ".2f"), _text(baseline, ".2f")])
     head = ["network", "batch", "dtype", *(_label(name, rows) for name in providers), "speed-up", "over ResNet-50"]
     return markdown_table(head, lines)
 

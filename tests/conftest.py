@@ -77,7 +77,7 @@ def user_table(monkeypatch, tmp_path):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """What units of a record timed, by the names of the contestants; each runs once."""
+    """What cases of a record timed, by the names of the candidates; each runs once."""
     from res2net_fused.bench import timing, turns
 
     found = []

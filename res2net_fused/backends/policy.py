@@ -55,7 +55,7 @@ PAYING_REFLECTED_ROWS = 800
 def chain_pays_1d(problem: Chain1dProblem) -> bool:
     """Whether the operator is measured to be faster than PyTorch's own operators, in inference.
 
-    `benchmarks/cpu_chain1d.py` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
+    `benchmarks/cpu.py chains1d` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
     reflected rows 1.0 to 1.15; elsewhere 0.9 to 1.0. Nothing is measured on GPUs, nor against compilers.
     """
     if torch.compiler.is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32:

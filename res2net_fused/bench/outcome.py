@@ -95,7 +95,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def error_table(rows: Iterable[Row]) -> str:
-    """Of each workload, provider of ours, backend and dtype the row that is nearest to its bound."""
+    """The row nearest to its bound, for each workload, provider of ours, backend and dtype."""
     worst: dict[tuple[str, ...], Row] = {}
     for row in rows:
         if row["provider"] in OURS and "error" in row:

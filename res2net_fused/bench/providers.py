@@ -120,7 +120,7 @@ def select(device: str, workload: str, peers: str, quick: bool = False, dtype: s
     return [name for name in names if not PROVIDERS[name].slow_start or name in compiled]
 
 
-def contestants(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ...]:
+def candidates(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ...]:
     """Each with whether its calls are replayed from a CUDA graph, once for each of its forms."""
     if torch.device(device).type != "cuda":
         return tuple((name, False) for name in names)
@@ -128,7 +128,7 @@ def contestants(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ..
 
 
 def unavailable(device: str, dtype: str = "float32") -> dict[str, str]:
-    """Of the providers of this device that cannot be timed here, the reason."""
+    """The providers of this device that cannot be timed here, each with the reason."""
     if torch.device(device).type == "cuda":
         reasons = {runtimes.TENSORRT: runtimes.why_not_tensorrt()}
     else:

@@ -20,12 +20,12 @@ import compile_pool  # noqa: E402
 import emulated_cases  # noqa: E402
 import gpu_cases  # noqa: E402
 from emulator import harness  # noqa: E402
+from record import schedule  # noqa: E402
 
 from res2net_fused._native import library  # noqa: E402
 from res2net_fused._tables import format_table  # noqa: E402
 from res2net_fused.backends.cuda import plan as launch_plan  # noqa: E402
 from res2net_fused.backends.cuda.kernel_report import PUBLISHED, _problem, _published  # noqa: E402
-from res2net_fused.bench import schedule  # noqa: E402
 from res2net_fused.testing.cases import Case, Config, cases  # noqa: E402
 
 BATCHES = (1, 32, 256)  # of `info --kernels`
@@ -132,9 +132,9 @@ def published_cases():
         yield from cases(("chain",), configs, BATCHES[:2], dtype, "cuda")
         yield from cases(("train_chain",), configs, (32, 128) if dtype == "bfloat16" else (32,), dtype, "cuda")
     yield from cases(("chain", "block"), configs, BATCHES, "bfloat16", "cuda")
-    for unit in schedule.schedule("cuda"):
-        if unit.stage is not None and unit.config.scale > 1:
-            yield Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, "cuda", unit.variant)
+    for case in schedule.schedule("cuda"):
+        if case.stage is not None and case.config.scale > 1:
+            yield Case(case.workload, case.config, case.stage, case.batch, case.dtype, "cuda", case.variant)
 
 
 def tiles(todo, capability):

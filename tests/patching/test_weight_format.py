@@ -1,4 +1,4 @@
-"""`accelerate` hands channels-last to models whose images come in NCHW, and nobody who looks at their weights finds them broken."""
+"""`accelerate` hands channels-last to models whose images come in NCHW, and whoever looks at their weights finds them whole."""
 
 import copy
 import pickle
@@ -186,7 +186,8 @@ def test_copies_and_pickles_keep_the_format(model):
 
 def test_speaker_blocks_run_fused_behind_nchw():
     """Their clamped chains are measured to gain in channels-last only."""
-    model = randomize(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), BasicBlockRes2Net(16, 16), BasicBlockRes2Net(32, 16))).eval()
+    blocks = BasicBlockRes2Net(16, 16), BasicBlockRes2Net(32, 16)
+    model = randomize(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), *blocks)).eval()
     x = torch.randn(2, 1, 10, 14)
     expected = run(copy.deepcopy(model).double(), x.double())
     assert_close(run(accelerate(model), x), expected, 1e-5)

@@ -25,7 +25,7 @@ from res2net_fused.backends import triton as triton_backend
 from res2net_fused.backends.cuda import plan as launch_plan
 from res2net_fused.backends.triton import tiles as tile_table
 from res2net_fused.backends.triton.step_plan import plan_steps, plan_training
-from res2net_fused.bench import tune as tuning
+from res2net_fused.bench import tune
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.problem import ChainProblem
 
@@ -196,9 +196,9 @@ def test_a_broken_pybind_module_is_not_opened(monkeypatch, tmp_path, content):
 
 
 def test_tune_says_at_once_that_its_table_cannot_be_written(blocked, monkeypatch):
-    monkeypatch.setattr(tuning, "jobs", lambda settings: pytest.fail("it measures first"))
+    monkeypatch.setattr(tune, "jobs", lambda blocks: pytest.fail("it measures first"))
     with pytest.raises(RuntimeError, match="tiles.json cannot be written.*name another file by --out or RES2NET_FUSED_TILES"):
-        tuning.run_tune([], "cuda", blocked / "tiles.json", "tune", [], 1.0, False)
+        tune.run_tune([], "cuda", blocked / "tiles.json", "tune", [], 1.0, False)
 
 
 def test_bench_says_at_once_that_its_folder_cannot_be_written(blocked, capsys):
@@ -226,7 +226,7 @@ def test_tiles_without_a_home(monkeypatch, fresh_tables, caplog):
     assert plan_steps(problem(), (9, 0)).tile_source == "rule"
     assert "RES2NET_FUSED_TILES" in caplog.text
     with pytest.raises(RuntimeError, match="set RES2NET_FUSED_TILES to a file"):
-        tuning.run_tune([], "cuda", None, "tune", [], 1.0, False)
+        tune.run_tune([], "cuda", None, "tune", [], 1.0, False)
 
 
 @pytest.mark.parametrize("kind", ["folder", "below a file"])
