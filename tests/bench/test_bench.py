@@ -462,7 +462,7 @@ def opened_timer(folder):
     record.begin_run()
     conditions = network_runner.TurnConditions("cpu", "auto", True, None, 1, seconds=0, rounds=(2, 2))
     try:
-        yield run._Timer(conditions, record)
+        yield network_runner.NetworkRunner(conditions, record)
     finally:
         record.close()
 
