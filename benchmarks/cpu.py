@@ -300,8 +300,9 @@ def report(found: Sequence[NetworkRatios], environment: dict[str, object], bars:
     print(f"{environment['peers']}; ratios above 1: ours is faster")
     print(networks.ratio_table(found))
     below = 0
+    fastest = list({(one.model, one.batch): one for one in found}.values())  # which stands behind the plain form
     for name, bar in bars.items():
-        for one in found if bar is not None else ():
+        for one in fastest if bar is not None else ():
             for other in _JUDGED_BY[name]:
                 value = one.ratio(other)
                 if not (value is not None and value >= bar):

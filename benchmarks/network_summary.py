@@ -18,7 +18,8 @@ from res2net_fused.bench.networks import NetworkRatios
 
 README_MODEL = "res2net50_26w4s"
 FORMS = {
-    "ours": "`accelerate`",
+    "ours_plain": "`accelerate`, images and model in NCHW",
+    "ours": "`accelerate`, channels-last",
     "ours_compile": "`accelerate`, `freeze`, `torch.compile`",
     "ours_graph": "`accelerate`, `freeze`, CUDA graph",
 }

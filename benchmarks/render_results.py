@@ -27,7 +27,7 @@ from res2net_fused.bench.providers import PYTORCH  # noqa: E402
 from res2net_fused.testing.cases import STAGES, Config  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-OURS = ("ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")
+OURS = ("ours_plain", "ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")
 _TITLES = {
     "chain": "Chains, BatchNorms folded on all sides",
     "block": "Normal blocks",

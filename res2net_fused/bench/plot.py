@@ -25,6 +25,7 @@ _COLOURS = {  # in the order of the legend
     "openvino": "#17617a",
     "tensorrt": "#76b900",
     "jax": "#2f4b4f",
+    "ours_plain": "#8c3b3f",
     "ours": "#c44e52",
     "ours_compile": "#b5651d",
     "ours_graph": "#55a868",

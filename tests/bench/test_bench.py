@@ -145,7 +145,7 @@ def test_peers_on_a_gpu_are_captured_and_fold_as_ours_does(monkeypatch, installe
     assert providers.unavailable("cuda") == ({} if installed else {"tensorrt": "not installed"})
     assert {name for name, _ in found} >= {"compile_freezing", "ours_compile"}  # of networks, compiled on both sides
     quick = {name for name, _ in providers.candidates(providers.select("cuda", "network", "default", quick=True), "cuda")}
-    assert quick == {"eager", "eager_channels_last", "ours", "ours_graph"}
+    assert quick == {"eager", "eager_channels_last", "ours_plain", "ours", "ours_graph"}
     everybody = providers.select("cpu", "network", "all")
     assert providers.candidates(everybody, "cpu") == tuple((name, False) for name in everybody)
 

@@ -438,7 +438,7 @@ def test_the_script_times_and_writes(nothing_installed, monkeypatch, tmp_path, c
         (model, batch, name)
         for model in DEFAULT_MODELS
         for batch in (1, 2)
-        for name in ("eager", "eager_channels_last", "ours")
+        for name in ("eager", "eager_channels_last", "ours_plain", "ours")
     }
     assert set(data["environment"]["peers"]) == set(runtimes.RUNTIMES)
     out = capsys.readouterr().out

@@ -152,7 +152,7 @@ def test_whole_networks_are_read_from_both_kinds_of_file(checkout):
     assert render_results.main(["--root", str(checkout)]) == 0
     readme = (checkout / "README.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
-    assert ["Some Chip", "1", "`accelerate`", "44.0 ms", "1.50x", "0.75x", "1.25x"] in lines
+    assert ["Some Chip", "1", "`accelerate`, channels-last", "44.0 ms", "1.50x", "0.75x", "1.25x"] in lines
     assert ["Some Chip", "1", "`accelerate`, `freeze`, `torch.compile`", "34.9 ms", "1.53x", "0.90x", "1.20x"] in lines
     shown = (checkout / "docs" / "results.md").read_text()
     assert "res2net50_14w8s" in shown and "not timed" in shown and "14w8s" not in readme
