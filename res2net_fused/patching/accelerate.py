@@ -21,10 +21,10 @@ from ..modules.folding import is_frozen
 from ..modules.fused_forward import FusedForward, freeze_block
 from ..modules.fused_forward1d import BlockState1d, FusedForward1d, descendants, freeze_chain, geometry_1d, parts_1d
 from ..modules.weight_cache import capturing
+from . import channels_last
 from .class_swap import _generating, fused_class, originals, without
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
-from .weight_format import FORMATS, convert_weights, restore_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,9 +41,10 @@ def accelerate(
     keep the convolutions' outputs: less memory for one more convolution a step.
     memory_format: of the weights of the model's 2-D convolutions, given in place (same Parameters, values and keys); they hand
     it on to what they compute. None gives the strides of channels-last, which the kernels read, to all whose memory is the same
-    in both formats (1x1 kernels), if the model has 2-D blocks that run fused and their device gains by it. torch.channels_last
-    and torch.contiguous_format convert all, torch.preserve_format none. Weights that are quantized, parametrized, sharded, or
-    under DistributedDataParallel stay as they are, as do those that share the memory that would be laid out anew.
+    in both formats (1x1 kernels), and a hook to the convolutions in front of the first block, which converts their input, if
+    the model has 2-D blocks that run fused and their device gains by it. torch.channels_last and torch.contiguous_format
+    convert all weights, torch.preserve_format none. Weights that are quantized, parametrized, sharded, or under
+    DistributedDataParallel stay as they are, as do those that share the memory that would be laid out anew.
     Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
     lists them with the reason. `restore(model)` takes it back. Other threads may call the model meanwhile.
     Raises TypeError for what is no nn.Module, ValueError for an unknown backend or memory format.
@@ -51,7 +52,7 @@ def accelerate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
     one_of("backend", backend, BACKENDS)
-    one_of("memory_format", memory_format, FORMATS)
+    one_of("memory_format", memory_format, channels_last.FORMATS)
     for module in model.modules():
         if isinstance(module, FusedModule):
             state = getattr(module, STATE)
@@ -61,7 +62,7 @@ def accelerate(
             state.drop()
         else:
             _take_over(module, backend, recompute)
-    convert_weights(model, memory_format)
+    channels_last.convert(model, memory_format)
     return model
 
 
@@ -105,7 +106,7 @@ def restore(model: Model) -> Model:
         with _generating:
             module.__class__ = without(own, generated)
         del module.__dict__[STATE]
-    restore_weights(model)
+    channels_last.revert(model)
     return model
 
 

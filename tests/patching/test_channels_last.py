@@ -14,6 +14,7 @@ from torch.nn.utils import parameters_to_vector, prune
 
 from res2net_fused import accelerate, explain, restore
 from res2net_fused.backends import policy
+from res2net_fused.patching.channels_last import hand_on
 
 
 @pytest.fixture
@@ -43,6 +44,30 @@ def test_weights_keep_identity_values_memory_and_keys(model):
     assert list(after) == list(before) and in_channels_last(model) and not in_channels_last(model, pointwise=False)
     for key, (identity, pointer, values) in before.items():
         assert (id(after[key]), after[key].data_ptr()) == (identity, pointer) and torch.equal(after[key], values)
+
+
+def hooked(model):
+    return [name for name, module in model.named_modules() if hand_on in module._forward_pre_hooks.values()]
+
+
+def test_the_stem_converts_its_images(model):
+    accelerate(accelerate(model))
+    assert hooked(model) == ["conv1"] and len(model.conv1._forward_pre_hooks) == 1
+    assert not model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    out = run(model.conv1, IMAGES)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert run(model.conv1, IMAGES[0]).shape == out.shape[1:], "an image without a batch is left as it is"
+    own = model.conv1.register_forward_pre_hook(lambda module, args: None)
+    restore(model)
+    assert not hooked(model) and list(model.conv1._forward_pre_hooks) == [own.id]
+
+
+@pytest.mark.parametrize("record", [torch.jit.script, lambda m: torch.jit.trace(m, IMAGES), torch.fx.symbolic_trace])
+def test_recorders_take_the_stem(model, record):
+    stem = nn.Sequential(accelerate(model).conv1, nn.ReLU())
+    recorded = record(stem)
+    assert torch.equal(run(recorded, IMAGES), run(stem, IMAGES))
+    assert run(recorded, IMAGES).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_blocks_behind_nchw_images_meet_channels_last(model):
@@ -86,7 +111,7 @@ def test_restore_gives_the_strides_back(model):
 def test_a_format_can_be_named(model, wanted, one_by_one, others):
     values = copy.deepcopy(model.state_dict())
     accelerate(model, memory_format=wanted)
-    assert in_channels_last(model) is one_by_one and in_channels_last(model, pointwise=False) is others
+    assert in_channels_last(model) is one_by_one and in_channels_last(model, pointwise=False) is others and not hooked(model)
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
 
 
@@ -98,7 +123,7 @@ def test_an_unknown_format_is_refused(model):
 def test_what_runs_no_kernel_keeps_its_strides(model):
     for others, backend in ((nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3)), "auto"), (model, "reference")):
         before = strides(others)
-        assert strides(accelerate(others, backend=backend)) == before
+        assert strides(accelerate(others, backend=backend)) == before and not hooked(others)
     half = official().half()
     assert strides(accelerate(half)) == strides(official())
 
@@ -180,7 +205,7 @@ def test_pruning_vectors_and_lbfgs_take_the_weights_as_they_are(model):
 def test_copies_and_pickles_keep_the_format(model):
     accelerate(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
-        assert strides(other) == strides(model)
+        assert strides(other) == strides(model) and hooked(other) == ["conv1"]
         assert strides(restore(other)) == strides(official())
 
 

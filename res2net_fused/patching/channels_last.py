@@ -1,15 +1,18 @@
-"""Convolution weights in the memory format that the kernels read, given to them in place and taken back.
+"""A model brought into the memory format that the kernels read, in place, and back.
 
-PyTorch's convolutions hand on the format of their weights: behind one whose weight is channels-last everything is, whatever
-the format of the images. By default only weights change whose memory is the same in both formats, those of 1x1 kernels or of
-one input channel: they get other strides and not a byte moves. So `view(-1)` of a weight (pruning, parameters_to_vector,
-LBFGS) and an optimizer that walks through memory beside an older state, as PyTorch's fused ones on CPUs, stay right.
+PyTorch's convolutions hand on the format of their weights and inputs: behind one that has either in channels-last everything
+is. By default only weights change whose memory is the same in both formats, those of 1x1 kernels or of one input channel: they
+get other strides and not a byte moves. So `view(-1)` of a weight (pruning, parameters_to_vector, LBFGS) and an optimizer that
+walks through memory beside an older state, as PyTorch's fused ones on CPUs, stay right. The other convolutions in front of the
+first fused block, the stem, convert their images in a hook.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Tuple  # noqa: UP035  # TorchScript compiles the hook and knows this one only
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +26,18 @@ _BEFORE = "_res2net_fused_weight_strides"  # on a convolution whose weight was c
 FORMATS = (None, torch.preserve_format, torch.contiguous_format, torch.channels_last)
 
 
-def convert_weights(model: nn.Module, wanted: torch.memory_format | None) -> None:
-    """Brings the convolutions' weights into a format, in place: Parameters, values, keys and their sharing stay.
+def convert(model: nn.Module, wanted: torch.memory_format | None) -> None:
+    """Bring a model into a format, in place: its Parameters, their values, keys and sharing stay.
 
-    wanted: of all 2-D convolutions; None for the strides of channels-last where no byte moves, if the model has 2-D blocks
-    whose kernels gain by it; preserve_format for no change.
+    wanted: of the weights of all 2-D convolutions; None for channels-last where no byte moves, and in the stem by a hook, if
+    the model has 2-D blocks whose kernels gain by it; preserve_format for no change.
     """
     if wanted is torch.preserve_format or (wanted is None and not _gains(model)):
         return
+    _unhook(model)
+    if wanted is None:
+        for conv in _stem(model):
+            conv.register_forward_pre_hook(hand_on)
     shared = None if wanted is None else _memory_users(model)
     for conv in _convolutions(model):
         weight = conv.weight
@@ -41,12 +48,35 @@ def convert_weights(model: nn.Module, wanted: torch.memory_format | None) -> Non
         _restride(weight, strides)
 
 
-def restore_weights(model: nn.Module) -> None:
-    """Gives the converted weights the strides back that they had."""
+def revert(model: nn.Module) -> None:
+    """Give the converted weights the strides back that they had, and take the hooks away."""
+    _unhook(model)
     for conv in _convolutions(model):
         before = conv.__dict__.pop(_BEFORE, None)
         if before is not None and len(before) == conv.weight.dim():
             _restride(conv.weight, before)
+
+
+def hand_on(self: nn.Module, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:  # noqa: UP006
+    """Give a convolution its images in channels-last; annotated and written as TorchScript compiles it."""
+    x = input[0]
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return (x,)
+
+
+def _unhook(model: nn.Module) -> None:
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is hand_on]:
+            del module._forward_pre_hooks[key]
+
+
+def _stem(model: nn.Module) -> Iterator[nn.Conv2d]:
+    """The convolutions in front of the first fused block, by their order in the model, whose weights keep their strides."""
+    front = itertools.takewhile(lambda module: not isinstance(module, FusedForward), model.modules())
+    plain = [module for module in front if type(module) is nn.Conv2d]
+    fitting = {id(conv) for conv in _convolutions(model)}
+    return (conv for conv in plain if id(conv) in fitting and not _same_memory(conv.weight))
 
 
 def _gains(model: nn.Module) -> bool:
