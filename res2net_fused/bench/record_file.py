@@ -92,7 +92,7 @@ class Record:
         return len(self._runs)
 
     def begin_run(self) -> None:
-        """To be called by a process that measures, before its first row."""
+        """Note a new run; called by a process that measures, before its first row."""
         self._runs.append({"command": self.environment["command"]})
 
     def describe_run(self, **facts: object) -> None:

@@ -175,7 +175,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def channels_last(module: Model) -> Model:
-    """In place."""
+    """Convert a module to channels-last in place, and return it."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which torch's types lack
 
 
