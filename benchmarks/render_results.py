@@ -24,7 +24,7 @@ import network_summary  # noqa: E402
 
 from res2net_fused.bench import results  # noqa: E402
 from res2net_fused.bench.providers import PYTORCH  # noqa: E402
-from res2net_fused.testing.cases import STAGES, Config  # noqa: E402
+from res2net_fused.testing.cases import STAGES, WidthScale  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 OURS = ("ours_plain", "ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")
@@ -146,7 +146,8 @@ def preferred(rows: Sequence[Row]) -> list[Row]:
 def plotted_rows(rows: Sequence[Row]) -> list[Row]:
     """Chains and blocks at equal FLOPs, of the batch and dtype that most of them have."""
     rows = [row for row in preferred(rows) if row["stage"] is not None]
-    rows = [row for row in rows if Config.of_scale(Config.parse(row["config"]).scale) == Config.parse(row["config"])]
+    configs = {row["config"]: WidthScale.parse(row["config"]) for row in rows}
+    rows = [row for row in rows if WidthScale.from_scale(configs[row["config"]].scale) == configs[row["config"]]]
     if not rows:
         return []
     (batch, dtype), _ = Counter((row["batch"], row["dtype"]) for row in rows).most_common(1)[0]

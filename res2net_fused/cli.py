@@ -16,7 +16,7 @@ from . import __version__
 from ._native import library, machine
 from ._tables import format_table
 from .backends.base import BACKENDS
-from .testing.cases import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, Config, cases
+from .testing.cases import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, WidthScale, cases
 
 _DTYPES = tuple(name for name in TORCH_DTYPES if name != "float64")
 _DEFAULT_BATCH = {"cpu": 8, "cuda": 32}
@@ -187,9 +187,9 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
 
 
-def _configs(text: str) -> tuple[Config, ...]:
+def _configs(text: str) -> tuple[WidthScale, ...]:
     try:
-        return tuple(Config.parse(part) for part in text.split(","))
+        return tuple(WidthScale.parse(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -205,14 +205,14 @@ def _models(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{error}, all") from None
 
 
-def _scales(text: str) -> tuple[Config, ...]:
+def _scales(text: str) -> tuple[WidthScale, ...]:
     scales: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         scales += range(_positive(first), _positive(last or first) + 1)
     if not scales:
         raise argparse.ArgumentTypeError(f"{text!r} holds no scale; such as 1-8 or 2,4 is needed")
-    return tuple(Config.of_scale(scale) for scale in scales)
+    return tuple(WidthScale.from_scale(scale) for scale in scales)
 
 
 def _dtypes(text: str) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ def _resolve(options: argparse.Namespace) -> None:
     if options.command == "info":
         return
     options.kind = torch.device(options.device).type
-    quick = (Config.of_scale(4), Config.of_scale(8))
+    quick = (WidthScale.from_scale(4), WidthScale.from_scale(8))
     options.configs = options.configs or options.scales or (quick if _is_quick(options) else DEFAULT_CONFIGS)
     options.batches = options.batch or ((_SMALL_BATCH,) if _is_quick(options) else (_DEFAULT_BATCH[options.kind],))
 

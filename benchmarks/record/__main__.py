@@ -43,7 +43,7 @@ from res2net_fused.bench.timed_case import BASELINE, TimedCase, network_name  # 
 from res2net_fused.bench.timing import use_device  # noqa: E402
 from res2net_fused.bench.turns import Absent, ContextLost, Outcome  # noqa: E402
 from res2net_fused.bench.work import l2_bytes  # noqa: E402
-from res2net_fused.testing.cases import Config  # noqa: E402
+from res2net_fused.testing.cases import WidthScale  # noqa: E402
 
 GRACE = 40  # seconds beyond --minutes, after which the case that runs is given up
 RATES = "the rates of the roofline"  # as a failure is named
@@ -122,7 +122,7 @@ def _wanted(options: argparse.Namespace) -> list[TimedCase]:
     for name, read in (("configs", lambda c: str(c.config)), ("batch", lambda c: str(c.batch)), ("dtype", lambda c: c.dtype)):
         text = getattr(options, name)
         if text:
-            chosen = [str(Config.parse(t)) if name == "configs" else t.strip() for t in text.split(",")]
+            chosen = [str(WidthScale.parse(t)) if name == "configs" else t.strip() for t in text.split(",")]
             cases = [case for case in cases if read(case) in chosen]
     return cases
 

@@ -21,7 +21,7 @@ from res2net_fused.bench.turns import Outcome
 from res2net_fused.bench.work import Work, least_work_of_network, rotation_count
 from res2net_fused.models.network import Network
 from res2net_fused.patching.accelerate import accelerate, freeze
-from res2net_fused.testing.cases import TORCH_DTYPES, Config, channels_last
+from res2net_fused.testing.cases import TORCH_DTYPES, WidthScale, channels_last
 from res2net_fused.testing.tolerances import network_bound
 
 from .roofline import Rates, floor_ms
@@ -121,7 +121,7 @@ def image_size(conditions: RunConditions) -> int:
     return QUICK_IMAGE_SIZE if conditions.quick else IMAGE_SIZE
 
 
-def build_network(config: Config, dtype: str, conditions: RunConditions) -> Network:
+def build_network(config: WidthScale, dtype: str, conditions: RunConditions) -> Network:
     """Res2Net-50 or, of config 64w1s, ResNet-50, with random weights and fitting statistics; one block a stage if quick."""
     layers = (1, 1, 1, 1) if conditions.quick else None
     network = random_network(network_name(config), layers).to(conditions.device)

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from res2net_fused.bench.timed_case import BASELINE, TARGET_CONFIGS, Candidate, TimedCase
-from res2net_fused.testing.cases import STAGES, TRAINED, VARIANTS, Config
+from res2net_fused.testing.cases import STAGES, TRAINED, VARIANTS, WidthScale
 
 PARTS = ("chain", "block", "network", "train_step")
-_W48, _W26S8 = Config(48, 2), Config(26, 8)
+_W48, _W26S8 = WidthScale(48, 2), WidthScale(26, 8)
 
 _GRAPHED: tuple[Candidate, ...] = (
     ("ours_graph", True),
@@ -50,7 +50,7 @@ def schedule(kind: str, parts: Sequence[str] = PARTS, quick: bool = False) -> li
 
 def _stages(
     workload: str,
-    configs: Iterable[Config],
+    configs: Iterable[WidthScale],
     batch: int,
     dtype: str,
     candidates: tuple[Candidate, ...] | None = None,
@@ -68,8 +68,9 @@ def _stages(
 
 
 def _networks(
-    configs: Iterable[Config], batch: int, dtype: str, candidates: tuple[Candidate, ...] = _NETWORK, workload: str = "network"
-) -> list[TimedCase]:
+    configs: Iterable[WidthScale], batch: int, dtype: str,
+    candidates: tuple[Candidate, ...] = _NETWORK, workload: str = "network",
+) -> list[TimedCase]:  # fmt: skip
     return [TimedCase(workload, config, None, "normal", batch, dtype, candidates) for config in configs]
 
 

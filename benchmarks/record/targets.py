@@ -10,13 +10,13 @@ from typing import Any
 from res2net_fused._tables import format_table
 from res2net_fused.bench.timed_case import TARGET_CONFIGS, network_name
 from res2net_fused.models.res2net import LAYERS_50
-from res2net_fused.testing.cases import STAGES, Config
+from res2net_fused.testing.cases import STAGES, WidthScale
 
 DTYPE = "bfloat16"
 COMPILED = ("compile", "compile_freezing", "compile_max_autotune")
 OURS = "ours_graph"
 TRAINERS = ("ours", "triton")
-_NO_SLOWER = Config(48, 2)
+_NO_SLOWER = WidthScale(48, 2)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Times:
     def batches(self, workload: str) -> list[int]:
         return sorted({key[4] for key in self._rows if key[0] == workload})
 
-    def network(self, config: Config, batch: int) -> dict[str, Any] | None:
+    def network(self, config: WidthScale, batch: int) -> dict[str, Any] | None:
         return self._rows.get(("network", network_name(config), None, "normal", batch, OURS))
 
 

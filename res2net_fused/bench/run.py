@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .._native import library as native
-from ..testing.cases import TRAINED, Case, Config, cases
+from ..testing.cases import TRAINED, Case, WidthScale, cases
 from ..testing.parity import why_not
 from . import results, runtimes
 from .network_runner import NetworkRunner, TurnConditions, timed_network
@@ -43,7 +43,7 @@ _TRAINERS = ("ours", "eager", "eager_channels_last")
 class BenchOptions:
     """What to time: see `res2net-fused bench --help`."""
 
-    configs: tuple[Config, ...]
+    configs: tuple[WidthScale, ...]
     batches: tuple[int, ...]
     dtype: str
     device: str

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..testing.cases import TRAINED, Config
+from ..testing.cases import TRAINED, WidthScale
 
-BASELINE = Config(64, 1)  # the ResNet-50 of the same FLOPs
-TARGET_CONFIGS = (Config(26, 4), Config(14, 8))  # that a record's targets are about
+BASELINE = WidthScale(64, 1)  # the ResNet-50 of the same FLOPs
+TARGET_CONFIGS = (WidthScale(26, 4), WidthScale(14, 8))  # that a record's targets are about
 
 Candidate = tuple[str, bool]  # a provider, and whether its calls are replayed from a CUDA graph
 
@@ -20,7 +20,7 @@ class TimedCase:
     """
 
     workload: str
-    config: Config
+    config: WidthScale
     stage: int | None
     variant: str
     batch: int
@@ -46,5 +46,5 @@ class TimedCase:
         return f"{self.workload} {self.config_name}{where} batch {self.batch} {self.dtype}"
 
 
-def network_name(config: Config) -> str:
+def network_name(config: WidthScale) -> str:
     return "resnet50" if config == BASELINE else f"res2net50_{config}"

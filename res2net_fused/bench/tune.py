@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends.triton.tiles import ENVIRONMENT_VARIABLE, Row, Shape, Tile, dtype_class, merge, read, user_path, write
-from ..testing.cases import TORCH_DTYPES, Case, Config, cases
+from ..testing.cases import TORCH_DTYPES, Case, WidthScale, cases
 from ..testing.parity import check_case, convolution_precision, poisoned_allocations
 from ..testing.tolerances import FORWARD
 from . import results
@@ -305,7 +305,7 @@ def arithmetic(todo: Sequence[Job], limit: int | None, processors: int) -> str:
     )
 
 
-def tuned_blocks(configs: Iterable[Config], batches: Iterable[int], dtypes: Iterable[str], device: str) -> list[Case]:
+def tuned_blocks(configs: Iterable[WidthScale], batches: Iterable[int], dtypes: Iterable[str], device: str) -> list[Case]:
     """The blocks whose launches are tuned."""
     variants = ("normal", "stage")
     return [case for dtype in dtypes for case in cases(("block",), tuple(configs), tuple(batches), dtype, device, variants)]

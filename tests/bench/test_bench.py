@@ -28,13 +28,13 @@ from res2net_fused.models.registry import list_models
 from res2net_fused.models.res2net import Res2Net
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 from res2net_fused.testing import cases
-from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, Config
+from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, WidthScale
 from res2net_fused.testing.parity import relative_error
 
 # Workloads ------------------------------------------------------------------------------------------------------------
 
 
-def multiply_adds(config: Config) -> int:
+def multiply_adds(config: WidthScale) -> int:
     """Of a normal block of stage 1 at one pixel."""
     w, s = config.width, config.scale
     return 256 * w * s + 9 * w * w * max(1, s - 1) + w * s * 256
@@ -42,26 +42,26 @@ def multiply_adds(config: Config) -> int:
 
 @pytest.mark.parametrize("scale", range(1, 9))
 def test_scales_have_equal_flops(scale):
-    target = multiply_adds(Config(64, 1))
-    assert multiply_adds(Config.of_scale(scale)) == pytest.approx(target, rel=0.03)
+    target = multiply_adds(WidthScale(64, 1))
+    assert multiply_adds(WidthScale.from_scale(scale)) == pytest.approx(target, rel=0.03)
 
 
 def test_published_configs():
     assert [str(config) for config in cases.DEFAULT_CONFIGS] == ["64w1s", "48w2s", "26w4s", "14w8s"]
-    assert Config.parse("26w_4s") == Config.parse("26w4s") == Config(26, 4)
+    assert WidthScale.parse("26w_4s") == WidthScale.parse("26w4s") == WidthScale(26, 4)
 
 
 @pytest.mark.parametrize("text", ["", "26", "w4s", "26w0s", "0w4s", "26w4s,14w8s", "-26w4s"])
 def test_bad_config(text):
     with pytest.raises(ValueError, match="26w4s"):
-        Config.parse(text)
+        WidthScale.parse(text)
 
 
 @pytest.mark.parametrize("workload", ["chain", "block"])
 @pytest.mark.parametrize("variant", cases.VARIANTS)
 @pytest.mark.parametrize("stage", cases.STAGES)
 def test_every_case_runs_at_its_stage(workload, variant, stage):
-    case = Case(workload, Config(14, 4), stage, 1, "float32", "cpu", variant)
+    case = Case(workload, WidthScale(14, 4), stage, 1, "float32", "cpu", variant)
     module, inputs = case.module(), case.inputs(2)
     out = module(inputs[0])
     size = (56, 28, 14, 7)[stage - 1]
@@ -110,7 +110,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("provider, graph", [("ours", False), ("ours_graph", True), ("eager_channels_last", True)])
 def test_graphs_replay_the_same_results(provider, graph):
-    case = Case("block", Config(14, 8), 4, 2, "float16", "cuda")
+    case = Case("block", WidthScale(14, 8), 4, 2, "float16", "cuda")
     module, inputs = case.module(), case.inputs(3)
     contender = providers.contender(provider, module, inputs, graph=graph)
     found = timing.measure({provider: contender}, "cuda", seconds=0)[provider]
@@ -153,7 +153,7 @@ def test_peers_on_a_gpu_are_captured_and_fold_as_ours_does(monkeypatch, installe
 @pytest.mark.parametrize("workload", ["chain", "block"])
 @pytest.mark.parametrize("name", ["eager", "eager_channels_last", "ours"])
 def test_providers_compute_the_same_and_change_nothing(workload, name):
-    case = Case(workload, Config(14, 8), 4, 2, "float32", "cpu")
+    case = Case(workload, WidthScale(14, 8), 4, 2, "float32", "cpu")
     module, (x,) = case.module(), case.inputs()
     before = copy.deepcopy(module.state_dict())
     expected = module(x)
@@ -171,7 +171,7 @@ def test_providers_compute_the_same_and_change_nothing(workload, name):
 @pytest.mark.parametrize("workload", ["chain", "block"])
 @pytest.mark.parametrize("name", ["compile", "compile_freezing"])
 def test_compiled_providers(workload, name):
-    case = Case(workload, Config(14, 4), 4, 2, "float32", "cpu")
+    case = Case(workload, WidthScale(14, 4), 4, 2, "float32", "cpu")
     module, (x,) = case.module(), case.inputs()
     providers.forget_compiled()
     out = providers.contender(name, module, [x]).run()
@@ -183,7 +183,7 @@ def test_freezing_freezes():
     """Frozen convolutions are oneDNN's, on weights packed beforehand."""
     from torch._inductor.utils import run_and_get_code
 
-    case = Case("block", Config(14, 4), 4, 2, "float32", "cpu")
+    case = Case("block", WidthScale(14, 4), 4, 2, "float32", "cpu")
     for name, frozen in (("compile", False), ("compile_freezing", True)):
         providers.forget_compiled()
         contender = providers.contender(name, case.module(), case.inputs())
@@ -469,7 +469,7 @@ def opened_timer(folder):
 
 @pytest.mark.parametrize("workload", ["train_chain", "train_block"])
 def test_training_is_timed_in_turn(workload, tmp_path):
-    (case,) = options(quick=True).timed_cases([Case(workload, Config(26, 4), 4, 1, "float32", "cpu")])
+    (case,) = options(quick=True).timed_cases([Case(workload, WidthScale(26, 4), 4, 1, "float32", "cpu")])
     with opened_timer(tmp_path) as timer:
         rows = timer.time(case).rows
     results.validate({"environment": dict.fromkeys(results.ENVIRONMENT_FIELDS), "rows": rows})
@@ -479,7 +479,7 @@ def test_training_is_timed_in_turn(workload, tmp_path):
 
 def test_everybody_trains_the_same_chain():
     """From one seed: output, gradients, and the running statistics that a step leaves."""
-    case = Case("train_chain", Config(26, 4), 4, 1, "float32", "cpu")
+    case = Case("train_chain", WidthScale(26, 4), 4, 1, "float32", "cpu")
     (x,) = training.plain(case).inputs()
     found = []
     for name in ("eager", "eager_channels_last", "ours", "reference"):

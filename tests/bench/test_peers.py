@@ -21,10 +21,10 @@ from res2net_fused.bench.record_file import Record
 from res2net_fused.bench.timed_case import TimedCase
 from res2net_fused.models.registry import list_models, model_name
 from res2net_fused.testing import parity
-from res2net_fused.testing.cases import Case, Config
+from res2net_fused.testing.cases import Case, WidthScale
 from res2net_fused.testing.parity import ParityReport
 
-CASE = Case("block", Config(14, 4), 4, 2, "float32", "cpu")
+CASE = Case("block", WidthScale(14, 4), 4, 2, "float32", "cpu")
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_real_runtimes(name, workload, variant):
     reason = runtimes.why_not(name, "float32")
     if reason is not None:
         pytest.skip(reason)
-    case = Case(workload, Config(14, 4), 4, 2, "float32", "cpu", variant)
+    case = Case(workload, WidthScale(14, 4), 4, 2, "float32", "cpu", variant)
     module, inputs = case.module(), case.inputs(2)
     contender = providers.contender(name, module, inputs)
     outputs = [contender.run() for _ in range(2)]
@@ -380,7 +380,7 @@ def test_the_record_of_a_cpu_has_the_peers():
 
 def test_a_record_says_which_peers_are_not_installed(nothing_installed, tmp_path):
     candidates = (("ours", False), ("openvino", False))
-    case = TimedCase("chain", Config(26, 4), 4, "normal", 1, "float32", candidates)
+    case = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", candidates)
     record = Record(tmp_path / "record.json", results.environment("cpu", "record"))
     outcome = runner.Runner(conditions(), record).time(case)
     assert [row["provider"] for row in outcome.rows] == ["ours"] and not outcome.failures

@@ -14,16 +14,16 @@ from res2net_fused.backends.triton.launch import KernelCall
 from res2net_fused.backends.triton.tiles import DTYPE_CLASSES, Row, Shape, Tile, read, write
 from res2net_fused.bench import tune, turns
 from res2net_fused.bench.timing import Contender, Timing
-from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, Config, cases
+from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, WidthScale, cases
 from res2net_fused.testing.parity import ParityReport, ParityRow
 
 pytestmark = pytest.mark.usefixtures("user_table")
 
-CASE = Case("block", Config(26, 4), 4, 1, "float16", "cpu")
+CASE = Case("block", WidthScale(26, 4), 4, 1, "float16", "cpu")
 
 
 def jobs():
-    return list(tune.jobs(cases(("block",), [Config(26, 4)], [1], "float16", "cpu")))
+    return list(tune.jobs(cases(("block",), [WidthScale(26, 4)], [1], "float16", "cpu")))
 
 
 def test_jobs_are_the_distinct_launches_of_the_blocks():

@@ -14,7 +14,7 @@ from record_cases import ROOT, conditions, environment, load_setup, quick_case, 
 
 from res2net_fused.bench import candidates, record_file, results
 from res2net_fused.bench.timed_case import TimedCase
-from res2net_fused.testing.cases import TRAINED, Config
+from res2net_fused.testing.cases import TRAINED, WidthScale
 
 # The file -------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ def test_without_rates_there_is_no_floor(timed, record):
 
 def test_what_cannot_run_here_is_no_failure(timed, record):
     candidates = (("ours", False), ("cuda", False), ("tensorrt", True))
-    case = TimedCase("chain", Config(26, 4), 4, "normal", 1, "float32", candidates)
+    case = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", candidates)
     outcome = record_runner(record).time(case)
     assert [r["provider"] for r in outcome.rows] == ["ours"]
     assert not outcome.failures and [name.split(", ")[1][:8] for name in outcome.absent] == ["cuda", "tensorrt"]
@@ -214,7 +214,7 @@ def test_record_from_a_plain_checkout(tmp_path):
 )
 def test_jax_computes_the_same(workload, stage, variant):
     pytest.importorskip("jax")
-    case = TimedCase(workload, Config(26, 4), stage, variant, 1, "float32", (("jax", False),))
+    case = TimedCase(workload, WidthScale(26, 4), stage, variant, 1, "float32", (("jax", False),))
     found = jax_case.time_case(case, record_runner(None), 300)  # raises where its error is beyond the bound
     results.validate({"environment": environment(), "rows": [found]})
 
@@ -223,7 +223,7 @@ def test_jax_that_fails_is_told(monkeypatch, tmp_path):
     broken = tmp_path / "jax_peer.py"
     broken.write_text("raise SystemExit('no such device')")
     monkeypatch.setattr(jax_case, "PEER", broken)
-    case = TimedCase("chain", Config(26, 4), 4, "normal", 1, "float32", (("jax", False),))
+    case = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", (("jax", False),))
     with pytest.raises(RuntimeError, match="no such device"):
         jax_case.time_case(case, record_runner(None), 60)
     broken.write_text("import time; time.sleep(60)")

@@ -14,7 +14,7 @@ from record_cases import ROOT, conditions, quick_case, record_runner, run_child
 
 from res2net_fused.bench import candidates, results, runner, supervise, timing, training, turns
 from res2net_fused.bench.timed_case import TimedCase
-from res2net_fused.testing.cases import Config
+from res2net_fused.testing.cases import WidthScale
 from res2net_fused.testing.cuda_errors import poisons_context
 
 # What is wrong is not timed -------------------------------------------------------------------------------------------
@@ -31,7 +31,8 @@ def wrong(monkeypatch, backend, factor=1.001):
     monkeypatch.setattr(candidates, "fused", planted)
 
 
-BACKENDS = TimedCase("chain", Config(26, 4), 4, "normal", 1, "float32", tuple((n, False) for n in ("ours", "reference", "cpu")))
+CANDIDATES = tuple((name, False) for name in ("ours", "reference", "cpu"))
+BACKENDS = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", CANDIDATES)
 
 
 def test_a_miss_bars_its_backend_alone(timed, record, monkeypatch):

@@ -8,7 +8,7 @@ from record_cases import conditions
 
 from res2net_fused.bench import results
 from res2net_fused.bench.work import Work, least_work, least_work_of_network, rotation_count
-from res2net_fused.testing.cases import STAGES, Case, Config
+from res2net_fused.testing.cases import STAGES, Case, WidthScale
 
 # Order and time -------------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ FLOORS = [("26w4s", 1, 9.7), ("26w4s", 2, 4.9), ("14w8s", 1, 10.5), ("48w2s", 1,
 
 @pytest.mark.parametrize("config, stage, microseconds", FLOORS)
 def test_floor_of_a_chain(config, stage, microseconds):
-    case = Case("chain", Config.parse(config), stage, 32, "bfloat16", "cpu")
+    case = Case("chain", WidthScale.parse(config), stage, 32, "bfloat16", "cpu")
     module = case.module()
     shape = (32, case.channels, case.input_size, case.input_size)
     work = least_work(module, shape, "bfloat16")
@@ -90,7 +90,7 @@ def test_floor_of_a_chain(config, stage, microseconds):
 
 
 def test_floor_of_a_strided_block_counts_its_shortcut():
-    case = Case("block", Config(26, 4), 2, 3, "float32", "cpu", "stage")
+    case = Case("block", WidthScale(26, 4), 2, 3, "float32", "cpu", "stage")
     work = least_work(case.module(), (3, 256, 56, 56), "float32")
     assert work.activations == 4 * 3 * (256 * 56**2 + 512 * 28**2)
     products = 256 * 208 * 56**2 + (9 * 3 * 52**2 + 208 * 512 + 256 * 512) * 28**2
@@ -104,7 +104,7 @@ def test_floor_is_the_larger_of_moving_and_multiplying():
 
 
 def test_network_is_stem_blocks_and_head():
-    network = runner.build_network(Config(26, 4), "float32", conditions())
+    network = runner.build_network(WidthScale(26, 4), "float32", conditions())
     parts = least_work_of_network(network, (2, 3, 64, 64), "float32")
     assert len(parts) == 1 + 4 + 1
     whole = least_work(network, (2, 3, 64, 64), "float32")

@@ -13,7 +13,7 @@ from res2net_fused.bench.timed_case import TimedCase
 from res2net_fused.bench.work import rotation_count
 from res2net_fused.models.registry import create_model  # noqa: F401  # registers the networks
 from res2net_fused.testing import parity
-from res2net_fused.testing.cases import Case, Config
+from res2net_fused.testing.cases import Case, WidthScale
 
 SECOND = torch.device("cuda", 1)
 BOTH = ("eager_channels_last", False), ("eager_channels_last", True), ("ours", False), ("ours_graph", True)
@@ -103,7 +103,7 @@ def test_a_replay_that_writes_nothing_is_a_failure(timer, monkeypatch, unit):
     if unit == "network":
         found = timer.time_networks([small_network()], 2, BOTH)
     else:
-        found = timer.time(TimedCase("chain", Config(26, 4), 4, "normal", 2, "bfloat16", BOTH))
+        found = timer.time(TimedCase("chain", WidthScale(26, 4), 4, "normal", 2, "bfloat16", BOTH))
     assert cells(found.rows) == {one for one in BOTH if not one[1]}
     assert len(found.failures) == 2 and all("CUDA graph" in name for name in found.failures)
     assert all("relative error is nan" in reason for reason in found.failures.values())
@@ -131,7 +131,7 @@ def test_everybody_is_timed_with_the_fastest_of_cudnn_and_past_the_l2(timer, mon
 
     monkeypatch.setitem(providers.PROVIDERS, "eager_channels_last", replace(own, build=build))
     monkeypatch.setattr("res2net_fused.bench.turns.measure", note)
-    case = Case("chain", Config(26, 4), 4, 8, "bfloat16", "cuda:1")
+    case = Case("chain", WidthScale(26, 4), 4, 8, "bfloat16", "cuda:1")
     moved = 2 * case.inputs()[0].nbytes
     timer.conditions = replace(timer.conditions, l2=5 * moved)
     before = torch.backends.cudnn.benchmark
@@ -156,7 +156,7 @@ def test_backends_are_chosen_under_the_precision_that_is_checked(monkeypatch):
     monkeypatch.setattr(selection.get_backend("reference"), "why_not", why_not)
     for dtype, word in (("float32", "ieee"), ("tf32", "tf32")):
         seen.clear()
-        report = parity.check_case(Case("chain", Config(26, 4), 4, 1, dtype, "cuda"))
+        report = parity.check_case(Case("chain", WidthScale(26, 4), 4, 1, dtype, "cuda"))
         assert report.ok and set(seen) == {word}
 
 
