@@ -29,6 +29,7 @@ cached_config = functools.lru_cache(ChainConfig)
 def register_backward(
     name: str,
     kernel: Callable[..., Sequence[Any]],
+    differentiable: Callable[..., Sequence[Any]],
     like: Sequence[int],
     kept: Callable[[Sequence[Any], Any], tuple[Sequence[Tensor | Sequence[Tensor] | None], Sequence[object]]],
 ) -> None:
@@ -36,17 +37,23 @@ def register_backward(
 
     They come from `<name>_backward(grad, *tensors, *settings, needed)`, of which only the schema is defined elsewhere.
     kernel: what that computes, a gradient of x and a list for each list, in any format; of those not `needed` anything.
+    differentiable: the same by PyTorch's operators, for second derivatives and batched gradients; it may raise
+        NotImplementedError.
     like: the places, among its arguments, of the tensors that have the shapes and dtypes of these gradients.
     kept: (inputs, output) of `name` -> the tensors and the settings of the backward operator.
     """
 
+    def flat(found: Sequence[Any], arguments: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, values in _wanted(arguments, like):
+            for gradient, value in zip([found[i]] if i == 0 else found[i], values, strict=True):
+                yield gradient.to(value.dtype), value
+
     def run(*arguments: Any) -> list[Tensor]:
-        found = kernel(*arguments)
-        return [
-            in_format_of(gradient.to(value.dtype), value)
-            for i, values in _wanted(arguments, like)
-            for gradient, value in zip([found[i]] if i == 0 else found[i], values, strict=True)
-        ]
+        return [in_format_of(*pair) for pair in flat(kernel(*arguments), arguments)]
+
+    def run_differentiable(*arguments: Any) -> list[Tensor]:
+        with torch._C._DisableAutocast():  # the tensors have been cast
+            return [gradient for gradient, _ in flat(differentiable(*arguments), arguments)]
 
     def fake(*arguments: Any) -> list[Tensor]:
         return [
@@ -74,7 +81,8 @@ def register_backward(
             ]
             needed = [needs if isinstance(needs, bool) else any(needs) for needs in ctx.needs_input_grad[: len(like)]]
             needed[1:] = [needs and length is not None for needs, length in zip(needed[1:], ctx.lengths, strict=True)]
-            run_backward = getattr(torch.ops.res2net_fused, f"{name}_backward").default
+            again = torch.is_grad_enabled()  # create_graph=True: what is computed now is differentiated again
+            run_backward = run_differentiable if again else getattr(torch.ops.res2net_fused, f"{name}_backward").default
             found = iter(run_backward(grad, *tensors, *ctx.settings, needed))
             results[0] = next(found) if needed[0] else None
             for i, length in enumerate(ctx.lengths, start=1):
@@ -83,9 +91,10 @@ def register_backward(
         return *results, *[None] * (ctx.arguments - len(results))
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"{name} has no second derivative; compute it with res2net_fused.chain.reference.{name}")
+        raise no_derivative(name, "second derivative")
 
     library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
+    library.impl(f"{name}_backward", run_differentiable, _TRANSFORMS)
     torch.library.register_fake(f"res2net_fused::{name}_backward", fake, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}", backward, setup_context=save, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}_backward", refuse, lib=library)
@@ -96,6 +105,56 @@ def _wanted(arguments: Sequence[Any], like: Sequence[int]) -> Iterator[tuple[int
     for i, (needs, place) in enumerate(zip(arguments[-1], like, strict=True)):
         if needs and arguments[place] is not None:
             yield i, [arguments[place]] if i == 0 else arguments[place]
+
+
+# torch.func and forward mode --------------------------------------------------------------------------------------------
+
+_TRANSFORMS: Any = "FuncTorchDynamicLayerFrontMode"  # the key of every call under a transform of torch.func, and of no other
+
+
+def register_transforms(name: str, differentiable: Callable[..., Any], folds: bool) -> None:
+    """Makes `name` run, under the transforms of torch.func, as `differentiable`, the same by PyTorch's operators.
+
+    folds: whether the images of a batch are computed each for itself. Then vmap over x alone makes them one larger batch, on
+    which the operator runs.
+    """
+    operator = getattr(torch.ops.res2net_fused, name).default
+    by_rule = torch.library.get_kernel(operator, _TRANSFORMS)  # PyTorch's own, which asks for the rule of the transform
+
+    def transformed(keyset: Any, *arguments: Any) -> Any:
+        return by_rule.call_boxed(keyset, *arguments) if folds and _only_vmapped() else differentiable(*arguments)
+
+    def vmapped(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Any, Any]:
+        if any(dim is not None for dims in in_dims[1:] for dim in (dims if isinstance(dims, list) else [dims])):
+            return torch.vmap(differentiable, in_dims, randomness=info.randomness)(x, *rest), 0
+        batched = x.movedim(in_dims[0], 0)
+        found = operator(batched.flatten(0, 1), *rest)
+        outputs = [out.unflatten(0, batched.shape[:2]) for out in ([found] if isinstance(found, Tensor) else found)]
+        return (outputs[0], 0) if isinstance(found, Tensor) else (outputs, [0] * len(outputs))
+
+    library.impl(name, transformed, _TRANSFORMS, with_keyset=True)
+    if folds:
+        torch.library.register_vmap(operator, vmapped, lib=library)
+
+
+def _only_vmapped() -> bool:
+    vmap = torch._C._functorch.TransformType.Vmap
+    return not forward_mode() and all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def forward_mode() -> bool:
+    """Whether tensors may have tangents, which torch.library has no rules for and would lose in silence."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def config_for(x: Tensor, chain: Sequence[Any]) -> ChainConfig:
+    """The chain's settings for x (N, C, H, W), of which nothing is asked that it does not know inside vmap."""
+    config, size = cached_config(*chain), x.shape[2:]
+    return config.clamped_to(max(size)) if all(type(n) is int for n in size) else config
+
+
+def no_derivative(name: str, kind: str) -> NotImplementedError:
+    return NotImplementedError(f"{name} has no {kind}; compute it with res2net_fused.chain.reference.{name}")
 
 
 # Autocast and FLOPs -----------------------------------------------------------------------------------------------------
@@ -155,19 +214,6 @@ def convolution_flops(weight_shapes: Sequence[Sequence[int]], out_shape: Sequenc
 
 
 # Checks -----------------------------------------------------------------------------------------------------------------
-
-
-def check_call(name: str, backend: str, tensors: Sequence[Tensor]) -> None:
-    """Raises ValueError for an unknown backend, NotImplementedError, naming the operator, where a tensor has a tangent.
-
-    torch.library has no forward-mode rules and would lose it in silence.
-    """
-    one_of("backend", backend, BACKENDS)
-    if torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        remedy = f"compute it with res2net_fused.chain.reference.{name}"
-        raise NotImplementedError(f"{name} has no forward-mode derivative; {remedy}")
 
 
 def check_devices(x: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None:
