@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends.base import BACKENDS
@@ -94,7 +95,8 @@ def register_backward(
         raise no_derivative(name, "second derivative")
 
     library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
-    library.impl(f"{name}_backward", run_differentiable, _TRANSFORMS)
+    for key in (_TRANSFORMS, _BATCHED_GRADIENTS):
+        library.impl(f"{name}_backward", run_differentiable, key)
     torch.library.register_fake(f"res2net_fused::{name}_backward", fake, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}", backward, setup_context=save, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}_backward", refuse, lib=library)
@@ -110,6 +112,7 @@ def _wanted(arguments: Sequence[Any], like: Sequence[int]) -> Iterator[tuple[int
 # torch.func and forward mode --------------------------------------------------------------------------------------------
 
 _TRANSFORMS: Any = "FuncTorchDynamicLayerFrontMode"  # the key of every call under a transform of torch.func, and of no other
+_BATCHED_GRADIENTS: Any = "Batched"  # the key of is_grads_batched=True inside the autograd engine
 
 
 def register_transforms(name: str, differentiable: Callable[..., Any], folds: bool) -> None:
@@ -122,11 +125,10 @@ def register_transforms(name: str, differentiable: Callable[..., Any], folds: bo
     by_rule = torch.library.get_kernel(operator, _TRANSFORMS)  # PyTorch's own, which asks for the rule of the transform
 
     def transformed(keyset: Any, *arguments: Any) -> Any:
-        return by_rule.call_boxed(keyset, *arguments) if folds and _only_vmapped() else differentiable(*arguments)
+        alone = folds and _vmaps_x_alone(arguments[1:])
+        return by_rule.call_boxed(keyset, *arguments) if alone else differentiable(*arguments)
 
     def vmapped(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Any, Any]:
-        if any(dim is not None for dims in in_dims[1:] for dim in (dims if isinstance(dims, list) else [dims])):
-            return torch.vmap(differentiable, in_dims, randomness=info.randomness)(x, *rest), 0
         batched = x.movedim(in_dims[0], 0)
         found = operator(batched.flatten(0, 1), *rest)
         outputs = [out.unflatten(0, batched.shape[:2]) for out in ([found] if isinstance(found, Tensor) else found)]
@@ -137,9 +139,11 @@ def register_transforms(name: str, differentiable: Callable[..., Any], folds: bo
         torch.library.register_vmap(operator, vmapped, lib=library)
 
 
-def _only_vmapped() -> bool:
-    vmap = torch._C._functorch.TransformType.Vmap
-    return not forward_mode() and all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack() or ())
+def _vmaps_x_alone(others: Sequence[Any]) -> bool:
+    functorch = torch._C._functorch
+    if forward_mode() or any(level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()):
+        return False
+    return not any(isinstance(t, Tensor) and functorch.is_batchedtensor(t) for t in tree_leaves(others))
 
 
 def forward_mode() -> bool:
