@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backends.base import BACKENDS
-from ..chain.config import ChainConfig, one_of
+from ..chain.config import ChainConfig
 from ..chain.memory_format import in_format_of, memory_format
 
 SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
@@ -151,6 +150,13 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def refuse_tangents(name: str, *arguments: Any) -> None:
+    """Raises NotImplementedError, naming the operator, where a tensor that reached its kernel has a tangent."""
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if forward_mode() and any(isinstance(t, Tensor) and unpack(t).tangent is not None for t in tree_leaves(arguments)):
+        raise no_derivative(name, "forward-mode derivative")
+
+
 def config_for(x: Tensor, chain: Sequence[Any]) -> ChainConfig:
     """The chain's settings for x (N, C, H, W), of which nothing is asked that it does not know inside vmap."""
     config, size = cached_config(*chain), x.shape[2:]
@@ -158,7 +164,7 @@ def config_for(x: Tensor, chain: Sequence[Any]) -> ChainConfig:
 
 
 def no_derivative(name: str, kind: str) -> NotImplementedError:
-    return NotImplementedError(f"{name} has no {kind}; compute it with res2net_fused.chain.reference.{name}")
+    return NotImplementedError(f"{name} has no {kind}; res2net_fused.chain.reference, or rf.restore(model), computes it")
 
 
 # Autocast and FLOPs -----------------------------------------------------------------------------------------------------

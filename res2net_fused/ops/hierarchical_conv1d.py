@@ -22,6 +22,7 @@ from ._library import (
     check_devices,
     forward_mode,
     library,
+    refuse_tangents,
     register_autocast,
     register_backward,
     register_flops,
@@ -105,6 +106,7 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
 
 @functools.partial(library.impl, "hierarchical_conv1d", dispatch_key="CompositeExplicitAutograd")
 def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
+    refuse_tangents("hierarchical_conv1d", x, weights, biases, affine_scale, affine_shift)
     *chain, keep, backend = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
     if packed:

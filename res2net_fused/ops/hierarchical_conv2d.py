@@ -31,6 +31,7 @@ from ._library import (
     config_for,
     forward_mode,
     library,
+    refuse_tangents,
     register_autocast,
     register_backward,
     register_flops,
@@ -120,6 +121,7 @@ def _forward(
     layout: str,
     *settings: Any,
 ) -> Tensor:
+    refuse_tangents("hierarchical_conv2d", x, weights, biases)
     *chain, backend = settings
     problem = check_arguments(x, weights, biases, cached_config(*chain))
     if packed:

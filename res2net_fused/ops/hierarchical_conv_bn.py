@@ -33,6 +33,7 @@ from ._library import (
     forward_mode,
     library,
     no_derivative,
+    refuse_tangents,
     register_autocast,
     register_backward,
     register_flops,
@@ -120,6 +121,7 @@ def _problem(x, weights, chain) -> ChainProblem:
 
 @functools.partial(library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
 def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    refuse_tangents("hierarchical_conv_bn", x, weights, gammas, betas)
     *chain, recompute, backend, group = settings
     _check(x, weights, gammas, betas, eps, chain, group)
     problem = _problem(x, weights, chain)
