@@ -94,7 +94,10 @@ def check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
 
 
 def check_chain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> None:
-    """Raises what `check_arguments` does; asks nothing that a tensor does not know inside vmap, such as its memory format."""
+    """Raises ValueError or TypeError as `check_arguments` does for the same x, weights, biases and config.
+
+    It asks nothing that a tensor does not know inside vmap, such as its memory format.
+    """
     width = check_weights(weights, biases, config)
     if x.dim() != 4:
         raise ValueError(f"x is {describe(x)}; four dimensions (N, s*w, H, W) are needed")

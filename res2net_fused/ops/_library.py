@@ -29,7 +29,7 @@ cached_config = functools.lru_cache(ChainConfig)
 def register_backward(
     name: str,
     kernel: Callable[..., Sequence[Any]],
-    differentiable: Callable[..., Sequence[Any]],
+    differentiable: Callable[..., Sequence[Any] | None],
     like: Sequence[int],
     kept: Callable[[Sequence[Any], Any], tuple[Sequence[Tensor | Sequence[Tensor] | None], Sequence[object]]],
 ) -> None:
@@ -37,8 +37,7 @@ def register_backward(
 
     They come from `<name>_backward(grad, *tensors, *settings, needed)`, of which only the schema is defined elsewhere.
     kernel: what that computes, a gradient of x and a list for each list, in any format; of those not `needed` anything.
-    differentiable: the same by PyTorch's operators, for second derivatives and batched gradients; it may raise
-        NotImplementedError.
+    differentiable: the same by PyTorch's operators, for second derivatives and batched gradients, or None where it has none.
     like: the places, among its arguments, of the tensors that have the shapes and dtypes of these gradients.
     kept: (inputs, output) of `name` -> the tensors and the settings of the backward operator.
     """
@@ -51,9 +50,16 @@ def register_backward(
     def run(*arguments: Any) -> list[Tensor]:
         return [in_format_of(*pair) for pair in flat(kernel(*arguments), arguments)]
 
-    def run_differentiable(*arguments: Any) -> list[Tensor]:
+    def run_differentiable(*arguments: Any) -> list[Tensor] | None:
         with torch._C._DisableAutocast():  # the tensors have been cast
-            return [gradient for gradient, _ in flat(differentiable(*arguments), arguments)]
+            found = differentiable(*arguments)
+            return None if found is None else [gradient for gradient, _ in flat(found, arguments)]
+
+    def run_transformed(*arguments: Any) -> list[Tensor]:
+        found = run_differentiable(*arguments)
+        if found is None:
+            raise no_derivative(name, SEVERAL_PROCESSES)
+        return found
 
     def fake(*arguments: Any) -> list[Tensor]:
         return [
@@ -81,9 +87,12 @@ def register_backward(
             ]
             needed = [needs if isinstance(needs, bool) else any(needs) for needs in ctx.needs_input_grad[: len(like)]]
             needed[1:] = [needs and length is not None for needs, length in zip(needed[1:], ctx.lengths, strict=True)]
+            arguments = (grad, *tensors, *ctx.settings, needed)
             again = torch.is_grad_enabled()  # create_graph=True: what is computed now is differentiated again
-            run_backward = run_differentiable if again else getattr(torch.ops.res2net_fused, f"{name}_backward").default
-            found = iter(run_backward(grad, *tensors, *ctx.settings, needed))
+            gradients = run_differentiable(*arguments) if again else None
+            if gradients is None:
+                gradients = getattr(torch.ops.res2net_fused, f"{name}_backward").default(*arguments)
+            found = iter(gradients)
             results[0] = next(found) if needed[0] else None
             for i, length in enumerate(ctx.lengths, start=1):
                 if needed[i]:
@@ -91,11 +100,11 @@ def register_backward(
         return *results, *[None] * (ctx.arguments - len(results))
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise no_derivative(name, "second derivative")
+        raise no_derivative(name, "has no second derivative")
 
     library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
     for key in (_TRANSFORMS, _BATCHED_GRADIENTS):
-        library.impl(f"{name}_backward", run_differentiable, key)
+        library.impl(f"{name}_backward", run_transformed, key)
     torch.library.register_fake(f"res2net_fused::{name}_backward", fake, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}", backward, setup_context=save, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}_backward", refuse, lib=library)
@@ -110,12 +119,14 @@ def _wanted(arguments: Sequence[Any], like: Sequence[int]) -> Iterator[tuple[int
 
 # torch.func and forward mode --------------------------------------------------------------------------------------------
 
+SEVERAL_PROCESSES = "has no rule for torch.func, forward mode and batched gradients over several processes"
+
 _TRANSFORMS: Any = "FuncTorchDynamicLayerFrontMode"  # the key of every call under a transform of torch.func, and of no other
 _BATCHED_GRADIENTS: Any = "Batched"  # the key of is_grads_batched=True inside the autograd engine
 
 
 def register_transforms(name: str, differentiable: Callable[..., Any], folds: bool) -> None:
-    """Makes `name` run, under the transforms of torch.func, as `differentiable`, the same by PyTorch's operators.
+    """Makes `name` run, under the transforms of torch.func, as `differentiable`: the same by PyTorch's operators.
 
     folds: whether the images of a batch are computed each for itself. Then vmap over x alone makes them one larger batch, on
     which the operator runs.
@@ -154,7 +165,7 @@ def refuse_tangents(name: str, *arguments: Any) -> None:
     """Raises NotImplementedError, naming the operator, where a tensor that reached its kernel has a tangent."""
     unpack = torch.autograd.forward_ad.unpack_dual
     if forward_mode() and any(isinstance(t, Tensor) and unpack(t).tangent is not None for t in tree_leaves(arguments)):
-        raise no_derivative(name, "forward-mode derivative")
+        raise no_derivative(name, "has no forward-mode derivative")
 
 
 def config_for(x: Tensor, chain: Sequence[Any]) -> ChainConfig:
@@ -163,8 +174,8 @@ def config_for(x: Tensor, chain: Sequence[Any]) -> ChainConfig:
     return config.clamped_to(max(size)) if all(type(n) is int for n in size) else config
 
 
-def no_derivative(name: str, kind: str) -> NotImplementedError:
-    return NotImplementedError(f"{name} has no {kind}; res2net_fused.chain.reference, or rf.restore(model), computes it")
+def no_derivative(name: str, lack: str) -> NotImplementedError:
+    return NotImplementedError(f"{name} {lack}; res2net_fused.chain.reference, or rf.restore(model), computes it")
 
 
 # Autocast and FLOPs -----------------------------------------------------------------------------------------------------

@@ -142,10 +142,12 @@ def _differentiable(x, weights, biases, affine_scale, affine_shift, packed, *set
     return [reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, problem.config)]
 
 
-def _differentiable_gradients(grad, x, out, *tensors_and_settings, in_place=False) -> Sequence[Any]:
-    *tensors, dilation, passthrough, padding_mode, needed = tensors_and_settings
-    config = _cached_config(dilation, passthrough, padding_mode).clamped_to(x.shape[2])
-    return chain_backward_1d(grad, x, out, *tensors, config, needed, in_place)
+def _differentiable_gradients(
+    grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings, in_place=False
+) -> Sequence[Any]:
+    *chain, needed = settings
+    config = _cached_config(*chain).clamped_to(x.shape[2])
+    return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed, in_place)
 
 
 def _kept(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[object]]:

@@ -101,8 +101,8 @@ def hierarchical_conv2d(
         one_of("backend", backend, BACKENDS)
         ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
         if forward_mode():
-            settings = stride, dilation, groups, hierarchical, passthrough, pool, activation
-            return _differentiable(x, weights, biases, None, "plain", *settings, backend)
+            chain = stride, dilation, groups, hierarchical, passthrough, pool, activation
+            return _differentiable(x, weights, biases, None, "plain", *chain, backend)
     return torch.ops.res2net_fused.hierarchical_conv2d.default(
         x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
     )

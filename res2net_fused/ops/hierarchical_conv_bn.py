@@ -27,6 +27,7 @@ from ..chain.memory_format import memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
+    SEVERAL_PROCESSES,
     TAGS,
     cached_config,
     config_for,
@@ -162,16 +163,16 @@ def _gradients(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -
 def _differentiable(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     *chain, _, _, group = settings
     if group:
-        raise no_derivative("hierarchical_conv_bn over several processes", "rule for torch.func and forward mode")
+        raise no_derivative("hierarchical_conv_bn", SEVERAL_PROCESSES)
     _check(x, weights, gammas, betas, eps, chain, group)
     out, statistics = train_differentiable(x, weights, gammas, betas, eps, config_for(x, chain))
     return [out, statistics.mean, statistics.invstd, statistics.variance]
 
 
-def _differentiable_gradients(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> Sequence[Any]:
+def _differentiable_gradients(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> Sequence[Any] | None:
     *chain, _, group, needed = settings
     if group:
-        raise no_derivative("hierarchical_conv_bn over several processes", "second derivative and no batched gradient")
+        return None
     return train_backward_by_aten(None, config_for(x, chain), grad, x, out, [], mean, invstd, weights, gammas, eps, needed)
 
 
