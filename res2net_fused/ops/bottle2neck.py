@@ -6,17 +6,29 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends.base import run_block
 from ..backends.selection import choose, get_backend
+from ..chain import reference
 from ..chain.block_weights import BlockWeights
 from ..chain.checks import check_weights, describe
 from ..chain.config import ChainConfig
 from ..chain.memory_format import memory_format
 from ..chain.problem import ChainProblem
-from ._library import SETTINGS, TAGS, cached_config, check_devices, convolution_flops, library
+from ._library import (
+    SETTINGS,
+    TAGS,
+    cached_config,
+    check_devices,
+    config_for,
+    convolution_flops,
+    library,
+    refuse_tangents,
+    register_transforms,
+)
 
 library.define(
     "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
@@ -66,6 +78,7 @@ def _problem(
 
 @functools.partial(library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
 def _forward(x, shortcut, *rest):
+    refuse_tangents("bottle2neck", x, shortcut, rest)
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
     folded = BlockWeights(*tensors)
@@ -84,6 +97,24 @@ def _fake(x, shortcut, *rest):
     problem = _problem(x, shortcut, folded, packed, cached_config(*chain))
     shape = problem.batch, folded.conv3_weight.shape[0], problem.output_height, problem.output_width
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _differentiable(x, shortcut, *rest):
+    *tensors, _, _, relu = rest[:12]
+    *chain, _ = rest[12:]
+    folded = BlockWeights(*tensors)
+    u = F.conv2d(x, folded.conv1_weight, folded.conv1_bias.to(x.dtype)).relu()
+    u = reference.hierarchical_conv2d(u, folded.weights, folded.biases, config_for(x, chain))
+    out = F.conv2d(u, folded.conv3_weight, folded.conv3_bias.to(x.dtype))
+    if shortcut is not None and folded.projection_weight is not None:
+        bias = folded.projection_bias.to(x.dtype)
+        shortcut = F.conv2d(shortcut, folded.projection_weight, bias, folded.projection_stride)
+    if shortcut is not None:
+        out = out + shortcut
+    return out.relu() if relu else out
+
+
+register_transforms("bottle2neck", _differentiable, folds=False)
 
 
 def _no_backward(ctx, *grads):
