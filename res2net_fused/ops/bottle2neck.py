@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends.base import run_block
 from ..backends.selection import choose, get_backend
+from ..chain import reference
 from ..chain.block_weights import BlockWeights
 from ..chain.checks import check_weights, describe
 from ..chain.config import ChainConfig
-from ..chain.memory_format import memory_format
+from ..chain.memory_format import in_format_of, memory_format
 from ..chain.problem import ChainProblem
-from ._library import SETTINGS, TAGS, cached_config, check_devices, convolution_flops, library
+from ._library import (
+    SETTINGS,
+    TAGS,
+    cached_config,
+    check_devices,
+    convolution_flops,
+    kernel_of,
+    library,
+    register_decomposition,
+)
 
 library.define(
     "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
@@ -64,7 +74,7 @@ def _problem(
     return ChainProblem.from_tensor(x, width, len(weights), config)
 
 
-@functools.partial(library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("bottle2neck")
 def _forward(x, shortcut, *rest):
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
@@ -101,3 +111,20 @@ def _flops(
     outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
     pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
     return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
+
+
+def _decomposed(x, shortcut, *rest):
+    *tensors, _, _, relu = rest[:12]
+    *chain, _ = rest[12:]
+    f = BlockWeights(*tensors)
+    u = F.conv2d(x, f.conv1_weight, f.conv1_bias.to(x.dtype)).relu()
+    u = reference.hierarchical_conv2d(u, f.weights, f.biases, cached_config(*chain))
+    out = F.conv2d(u, f.conv3_weight, f.conv3_bias.to(x.dtype))
+    if shortcut is not None and f.projection_weight is not None:
+        shortcut = F.conv2d(shortcut, f.projection_weight, f.projection_bias.to(shortcut.dtype), f.projection_stride)
+    if shortcut is not None:
+        out = (out + shortcut).to(out.dtype)
+    return in_format_of(out.relu() if relu else out, x)
+
+
+register_decomposition("bottle2neck", _decomposed, _fake)

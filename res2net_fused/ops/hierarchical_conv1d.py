@@ -20,11 +20,14 @@ from ._library import (
     cast_convolution,
     check_call,
     check_devices,
+    kernel_of,
     library,
     register_autocast,
     register_backward,
+    register_decomposition,
     register_flops,
 )
+from .recording import why_written
 
 _SETTINGS = "int dilation, str passthrough, str padding_mode"
 # -> [out, *rectified]; what is rectified is left out unless `keep`.
@@ -85,7 +88,7 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
     chain: the tensors. config: the settings. backend: as for `hierarchical_conv1d`, which says what is raised.
     """
     lists = chain.weights, chain.biases, chain.scale, chain.shift
-    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+    if why_written() is not None:
         return reference.hierarchical_conv1d(x, *lists, config)
     tensors = (x, *(tensor for values in lists for tensor in values or ()))
     if not torch.compiler.is_compiling():
@@ -99,7 +102,7 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(library.impl, "hierarchical_conv1d", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv1d")
 def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
     *chain, keep, backend = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
@@ -144,3 +147,13 @@ def _cast(dtype: torch.dtype, x, weights, biases, affine_scale, affine_shift, pa
 register_backward("hierarchical_conv1d", _gradients, like=(1, 4, 5, 6, 7), kept=_kept)
 register_autocast("hierarchical_conv1d", _cast)
 register_flops("hierarchical_conv1d", weights=4)
+
+
+def _decomposed(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
+    *chain, keep, _ = settings
+    kept: list[Tensor] = []
+    out = reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain), kept)
+    return [out.contiguous(), *(kept if keep else ())]
+
+
+register_decomposition("hierarchical_conv1d", _decomposed, _fake)

@@ -6,7 +6,6 @@ checks the arguments and asks `backends.selection` for a backend; nothing of tha
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..chain.backward import chain_backward
 from ..chain.checks import check_arguments, check_types
 from ..chain.config import ChainConfig
 from ..chain.convolver import ATEN, Convolver
-from ..chain.memory_format import memory_format, with_format
+from ..chain.memory_format import in_format_of, memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
@@ -28,12 +27,15 @@ from ._library import (
     cast_convolution,
     check_call,
     check_devices,
+    kernel_of,
     library,
     register_autocast,
     register_backward,
+    register_decomposition,
     register_flops,
 )
 from .packed_weights import PackedWeights
+from .recording import why_written
 
 library.define(
     "hierarchical_conv2d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? packed, str layout, "
@@ -90,7 +92,7 @@ def hierarchical_conv2d(
         weights = weights.weights
     else:
         check_types(x, weights, biases)
-    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+    if why_written() is not None:
         config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
         return reference.hierarchical_conv2d(x, weights, biases, config)
     if not torch.compiler.is_compiling():
@@ -105,7 +107,7 @@ def _output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
     return problem.batch, problem.scale * problem.width, problem.output_height, problem.output_width
 
 
-@functools.partial(library.impl, "hierarchical_conv2d", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv2d")
 def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -162,3 +164,11 @@ def _cast(dtype: torch.dtype, x, weights, biases, packed, layout, *settings) -> 
 register_backward("hierarchical_conv2d", _gradients, like=(1, 3, 4), kept=_kept)
 register_autocast("hierarchical_conv2d", _cast)
 register_flops("hierarchical_conv2d", weights=3)
+
+
+def _decomposed(x, weights, biases, packed, layout, *settings) -> Tensor:
+    *chain, _ = settings
+    return in_format_of(reference.hierarchical_conv2d(x, weights, biases, cached_config(*chain)), x)
+
+
+register_decomposition("hierarchical_conv2d", _decomposed, _fake)

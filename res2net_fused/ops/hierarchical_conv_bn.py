@@ -5,7 +5,6 @@ It mutates nothing: batch statistics are outputs, from which the caller updates 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,22 @@ import torch
 from torch import Tensor
 
 from ..backends.selection import choose_for_training, get_backend
+from ..chain import reference
 from ..chain.batch_norm import Statistics, train_backward, train_forward, wide_dtype
 from ..chain.checks import check_arguments, check_vectors
-from ..chain.memory_format import memory_format, with_format
+from ..chain.memory_format import in_format_of, memory_format, with_format
 from ..chain.problem import ChainProblem
-from ._library import SETTINGS, TAGS, cached_config, library, register_autocast, register_backward, register_flops
+from ._library import (
+    SETTINGS,
+    TAGS,
+    cached_config,
+    kernel_of,
+    library,
+    register_autocast,
+    register_backward,
+    register_decomposition,
+    register_flops,
+)
 
 # -> [out, mean, invstd, variance, *z]; z is left out where `recompute` says so.
 library.define(
@@ -93,7 +103,7 @@ def _check(x, weights, gammas, betas, eps, chain, group) -> ChainProblem:
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv_bn")
 def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     *chain, recompute, backend, group = settings
     problem = _check(x, weights, gammas, betas, eps, chain, group)
@@ -140,3 +150,17 @@ def _kept(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any
 register_backward("hierarchical_conv_bn", _gradients, like=(1, 6, 7, 7), kept=_kept)
 register_autocast("hierarchical_conv_bn")
 register_flops("hierarchical_conv_bn", weights=6, kept=3)
+
+
+def _decomposed(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    *chain, recompute, _, _ = settings  # no graph has a group: see `_why_not_synchronised`
+    z: list[Tensor] = []
+    out = reference.hierarchical_conv_bn(x, weights, gammas, betas, eps, cached_config(*chain), z)
+    moments = [torch.var_mean(t.to(wide_dtype(x.dtype)), (0, 2, 3)) for t in z]
+    variance, mean = (torch.stack(values) for values in zip(*moments, strict=True))  # (steps, w)
+    count = z[0].numel() // z[0].shape[1]
+    invstd = torch.stack([(v * ((count - 1) / count) + e).rsqrt() for v, e in zip(variance, eps, strict=True)])
+    return [in_format_of(out, x), mean, invstd, variance, *([] if recompute else (in_format_of(t, x) for t in z))]
+
+
+register_decomposition("hierarchical_conv_bn", _decomposed, _fake)
