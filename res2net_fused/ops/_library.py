@@ -173,8 +173,8 @@ _decompositions: dict[Any, Callable[..., Any]] = {}
 def register_decomposition(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Makes `kernel`, by PyTorch's operators, what `name` decomposes into for who asks; the ONNX exporter does.
 
-    It writes nothing in place, which decomposed graphs may not. With an entry among the meta functions, fake tensors of symbolic
-    sizes go on to take `fake`.
+    It writes nothing in place, which decomposed graphs may not. With an entry among the meta functions, fake tensors of
+    symbolic sizes go on to take `fake`.
     """
     operator = getattr(torch.ops.res2net_fused, name).default
     torch._decomp.register_decomposition(operator)(kernel)

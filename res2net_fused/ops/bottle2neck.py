@@ -15,7 +15,7 @@ from ..chain import reference
 from ..chain.block_weights import BlockWeights
 from ..chain.checks import check_weights, describe
 from ..chain.config import ChainConfig
-from ..chain.memory_format import in_format_of, memory_format
+from ..chain.memory_format import as_suggested, memory_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
@@ -124,7 +124,7 @@ def _decomposed(x, shortcut, *rest):
         shortcut = F.conv2d(shortcut, f.projection_weight, f.projection_bias.to(shortcut.dtype), f.projection_stride)
     if shortcut is not None:
         out = (out + shortcut).to(out.dtype)
-    return in_format_of(out.relu() if relu else out, x)
+    return as_suggested(out.relu() if relu else out, x)
 
 
 register_decomposition("bottle2neck", _decomposed, _fake)

@@ -18,7 +18,7 @@ from ..chain.backward import chain_backward
 from ..chain.checks import check_arguments, check_types
 from ..chain.config import ChainConfig
 from ..chain.convolver import ATEN, Convolver
-from ..chain.memory_format import in_format_of, memory_format, with_format
+from ..chain.memory_format import as_suggested, memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
@@ -168,7 +168,7 @@ register_flops("hierarchical_conv2d", weights=3)
 
 def _decomposed(x, weights, biases, packed, layout, *settings) -> Tensor:
     *chain, _ = settings
-    return in_format_of(reference.hierarchical_conv2d(x, weights, biases, cached_config(*chain)), x)
+    return as_suggested(reference.hierarchical_conv2d(x, weights, biases, cached_config(*chain)), x)
 
 
 register_decomposition("hierarchical_conv2d", _decomposed, _fake)

@@ -16,7 +16,7 @@ from ..backends.selection import choose_for_training, get_backend
 from ..chain import reference
 from ..chain.batch_norm import Statistics, train_backward, train_forward, wide_dtype
 from ..chain.checks import check_arguments, check_vectors
-from ..chain.memory_format import in_format_of, memory_format, with_format
+from ..chain.memory_format import as_suggested, memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
@@ -160,7 +160,7 @@ def _decomposed(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     variance, mean = (torch.stack(values) for values in zip(*moments, strict=True))  # (steps, w)
     count = z[0].numel() // z[0].shape[1]
     invstd = torch.stack([(v * ((count - 1) / count) + e).rsqrt() for v, e in zip(variance, eps, strict=True)])
-    return [in_format_of(out, x), mean, invstd, variance, *([] if recompute else (in_format_of(t, x) for t in z))]
+    return [as_suggested(out, x), mean, invstd, variance, *([] if recompute else (as_suggested(t, x) for t in z))]
 
 
 register_decomposition("hierarchical_conv_bn", _decomposed, _fake)
