@@ -44,3 +44,8 @@ def in_format_of(gradient: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() != 4:
         return gradient.contiguous()
     return with_format(gradient, memory_format(weight) == torch.channels_last)
+
+
+def as_suggested(out: Tensor, x: Tensor) -> Tensor:
+    """`out` (N, C, H, W) in the memory format of x, whatever its sizes: for graphs, where a question for them fixes them."""
+    return out.contiguous(memory_format=memory_format(x))

@@ -14,6 +14,7 @@ from ..backends.selection import is_auto
 from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
 from ..ops.packed_weights import one_operator
+from ..ops.recording import why_recorded
 from .block_parts import BlockParts, wrappers
 from .block_state import BlockState
 from .folding import why_not_bypassed, why_not_folded
@@ -35,10 +36,17 @@ def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProbl
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which the convolutions of such weights run: autocast's where it is on, else their own."""
-    kind = weight.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if weight.dtype != torch.float64 and under_autocast(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
+
+
+def under_autocast(device_type: str) -> bool:
+    """Whether autocast is on for tensors of that type of device; some types, such as meta, know none."""
+    try:
+        return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    except RuntimeError:  # unknown device type for autocast
+        return False
 
 
 # Eligibility: cheap, at every call, since users hook, replace and parametrize submodules at any time ------------------
@@ -54,7 +62,7 @@ def why_not_fused(
     if shortcut is not None and block.downsample is not None:
         return "called with a shortcut, beside a downsample of its own"
     weight_dtype = block.conv1.weight.dtype
-    if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not torch.is_autocast_enabled(x.device.type)):
+    if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not under_autocast(x.device.type)):
         return f"x is {x.dtype} but the weights are {weight_dtype}"
     training = any(map(uses_batch_statistics, block.bns))
     if training and getattr(block.module, "with_cp", False):
@@ -82,8 +90,9 @@ def why_not_called(
     dimensions: int, shortcut: str | None, x: object, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Tensor | None, str | None]:
     """What a caller passes as `shortcut`, or None; and why a call with these arguments cannot run fused anywhere, or None."""
-    if torch.onnx.is_in_onnx_export():
-        return None, "exported to ONNX, which knows PyTorch's own operators only"
+    recorded = why_recorded()
+    if recorded is not None:
+        return None, recorded
     given, reason = given_shortcut(shortcut, args, kwargs)
     if reason is not None:
         return None, reason

@@ -27,6 +27,7 @@ from .block_state import BlockState, FusedModule
 from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
 from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
+from .tracing import leaf_call
 from .training import run_trained, uses_batch_statistics
 from .weight_cache import Frozen, cacheable, capturing
 
@@ -41,6 +42,9 @@ class FusedForward(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
+        leaf = leaf_call(self, x, args, kwargs)
+        if leaf is not None:
+            return leaf
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
         if any(bn.training and not is_frozen(bn) for bn in parts.norms):

@@ -23,8 +23,9 @@ from ..chain.problem import Chain1dProblem
 from ..ops.hierarchical_conv1d import call_1d
 from .block_parts import Path, resolve
 from .block_state import FusedModule, FusedState
-from .eligibility import compute_dtype, why_not_called, why_not_left_out
+from .eligibility import compute_dtype, under_autocast, why_not_called, why_not_left_out
 from .folding import affine_of
+from .tracing import leaf_call
 from .weight_cache import Frozen, cacheable
 
 
@@ -72,6 +73,9 @@ class FusedForward1d(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState1d, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
+        leaf = leaf_call(self, x, args, kwargs)
+        if leaf is not None:
+            return leaf
         chain = parts_1d(self, state.layout)
         refusal = why_not_fused_1d(self, state, chain, x, args, kwargs)
         if refusal is not None:
@@ -177,7 +181,7 @@ def why_not_fused_1d(
     if geometry_1d(modules) != state.geometry:
         return "a module was replaced, parametrized or given another geometry since it was recognised"
     weight = chain.convs[0].weight
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not under_autocast(x.device.type):
         return f"x is {x.dtype} but the weights are {weight.dtype}"
     if any(bn.running_mean is None or bn.running_var is None for bn in chain.bns):
         return "BatchNorm has no running statistics"

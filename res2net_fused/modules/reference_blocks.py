@@ -28,7 +28,9 @@ def bottle2neck(block: Parts, x: Tensor, config: ChainConfig, shortcut: Tensor |
         return block.relu(normalized(block.convs[k], block.bns[k], u))
 
     out = block.relu(normalized(block.conv1, block.bn1, x))  # (N, s*w, H, W)
-    out = torch.cat(hierarchical_chain(out.split(block.convs[0].in_channels, 1), convolution, config), 1)
+    split = out.split(block.convs[0].in_channels, 1)
+    groups = [split[i] for i in range(config.scale(len(block.convs)))]  # FX cannot tell how many there are
+    out = torch.cat(hierarchical_chain(groups, convolution, config), 1)
     out = apply_optional(block, "drop_block", out)
     return finish_bottle2neck(block, normalized(block.conv3, block.bn3, out), x, shortcut)
 

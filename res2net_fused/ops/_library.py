@@ -23,6 +23,17 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library = torch.library.Library("res2net_fused", "DEF")  # of all operators
 cached_config = functools.lru_cache(ChainConfig)
 
+
+def kernel_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that makes a function the kernel of the operator `name` on every device."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        return kernel
+
+    return register
+
+
 # Gradients --------------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +243,33 @@ def convolution_flops(weight_shapes: Sequence[Sequence[int]], out_shape: Sequenc
     """Multiplications and additions of convolutions by weight_shapes, all (w, w/groups, *kernel), to (N, C, *size)."""
     batch, _, *size = out_shape
     return 2 * batch * math.prod(size) * len(weight_shapes) * math.prod(weight_shapes[0])
+
+
+# Decompositions ---------------------------------------------------------------------------------------------------------
+
+_decompositions: dict[Any, Callable[..., Any]] = {}
+
+
+def register_decomposition(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Makes `kernel`, by PyTorch's operators, what `name` decomposes into for who asks; the ONNX exporter does.
+
+    It writes nothing in place, which decomposed graphs may not. With an entry among the meta functions, fake tensors of
+    symbolic sizes go on to take `fake`.
+    """
+    operator = getattr(torch.ops.res2net_fused, name).default
+    torch._decomp.register_decomposition(operator)(kernel)
+    torch._decomp.register_decomposition(operator, type="meta")(fake)
+    _decompositions[operator] = kernel
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What the fused operators are in PyTorch's own, for `exported_program.run_decompositions`.
+
+    A program of torch.export keeps the fused operators. `program.run_decompositions(decompositions())` gives one without them,
+    for runtimes where this package is not installed. To decompose PyTorch's operators as well, update
+    `torch.export.default_decompositions()` by what this returns.
+    """
+    return dict(_decompositions)
 
 
 # Checks -----------------------------------------------------------------------------------------------------------------

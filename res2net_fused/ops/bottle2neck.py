@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from ..chain import reference
 from ..chain.block_weights import BlockWeights
 from ..chain.checks import check_weights, describe
 from ..chain.config import ChainConfig
-from ..chain.memory_format import memory_format
+from ..chain.memory_format import as_suggested, memory_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
@@ -25,8 +24,10 @@ from ._library import (
     check_devices,
     config_for,
     convolution_flops,
+    kernel_of,
     library,
     refuse_tangents,
+    register_decomposition,
     register_transforms,
 )
 
@@ -76,7 +77,7 @@ def _problem(
     return ChainProblem.from_tensor(x, width, len(weights), config)
 
 
-@functools.partial(library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("bottle2neck")
 def _forward(x, shortcut, *rest):
     refuse_tangents("bottle2neck", x, shortcut, rest)
     *tensors, packed, layout, relu = rest[:12]
@@ -132,3 +133,20 @@ def _flops(
     outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
     pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
     return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
+
+
+def _decomposed(x, shortcut, *rest):
+    *tensors, _, _, relu = rest[:12]
+    *chain, _ = rest[12:]
+    f = BlockWeights(*tensors)
+    u = F.conv2d(x, f.conv1_weight, f.conv1_bias.to(x.dtype)).relu()
+    u = reference.hierarchical_conv2d(u, f.weights, f.biases, cached_config(*chain))
+    out = F.conv2d(u, f.conv3_weight, f.conv3_bias.to(x.dtype))
+    if shortcut is not None and f.projection_weight is not None:
+        shortcut = F.conv2d(shortcut, f.projection_weight, f.projection_bias.to(shortcut.dtype), f.projection_stride)
+    if shortcut is not None:
+        out = (out + shortcut).to(out.dtype)
+    return as_suggested(out.relu() if relu else out, x)
+
+
+register_decomposition("bottle2neck", _decomposed, _fake)

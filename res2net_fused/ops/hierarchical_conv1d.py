@@ -21,13 +21,16 @@ from ._library import (
     cast_convolution,
     check_devices,
     forward_mode,
+    kernel_of,
     library,
     refuse_tangents,
     register_autocast,
     register_backward,
+    register_decomposition,
     register_flops,
     register_transforms,
 )
+from .recording import why_written
 
 _SETTINGS = "int dilation, str passthrough, str padding_mode"
 # -> [out, *rectified]; what is rectified is left out unless `keep`.
@@ -88,7 +91,7 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
     chain: the tensors. config: the settings. backend: as for `hierarchical_conv1d`, which says what is raised.
     """
     lists = chain.weights, chain.biases, chain.scale, chain.shift
-    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+    if why_written() is not None:
         return reference.hierarchical_conv1d(x, *lists, config)
     tensors = (x, *(tensor for values in lists for tensor in values or ()))
     if not torch.compiler.is_compiling():
@@ -104,7 +107,7 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(library.impl, "hierarchical_conv1d", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv1d")
 def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
     refuse_tangents("hierarchical_conv1d", x, weights, biases, affine_scale, affine_shift)
     *chain, keep, backend = settings
@@ -165,3 +168,13 @@ register_backward("hierarchical_conv1d", _gradients, _differentiable_gradients, 
 register_transforms("hierarchical_conv1d", _differentiable, folds=True)
 register_autocast("hierarchical_conv1d", _cast)
 register_flops("hierarchical_conv1d", weights=4)
+
+
+def _decomposed(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
+    *chain, keep, _ = settings
+    kept: list[Tensor] = []
+    out = reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain), kept)
+    return [out.contiguous(), *(kept if keep else ())]
+
+
+register_decomposition("hierarchical_conv1d", _decomposed, _fake)

@@ -6,7 +6,6 @@ checks the arguments and asks `backends.selection` for a backend; nothing of tha
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..chain.backward import chain_backward
 from ..chain.checks import check_arguments, check_chain, check_types
 from ..chain.config import ChainConfig, one_of
 from ..chain.convolver import ATEN, Convolver
-from ..chain.memory_format import memory_format, with_format
+from ..chain.memory_format import as_suggested, memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
@@ -30,14 +29,17 @@ from ._library import (
     check_devices,
     config_for,
     forward_mode,
+    kernel_of,
     library,
     refuse_tangents,
     register_autocast,
     register_backward,
+    register_decomposition,
     register_flops,
     register_transforms,
 )
 from .packed_weights import PackedWeights
+from .recording import why_written
 
 library.define(
     "hierarchical_conv2d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? packed, str layout, "
@@ -94,7 +96,7 @@ def hierarchical_conv2d(
         weights = weights.weights
     else:
         check_types(x, weights, biases)
-    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+    if why_written() is not None:
         config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
         return reference.hierarchical_conv2d(x, weights, biases, config)
     if not torch.compiler.is_compiling():
@@ -112,7 +114,7 @@ def _output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
     return problem.batch, problem.scale * problem.width, problem.output_height, problem.output_width
 
 
-@functools.partial(library.impl, "hierarchical_conv2d", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv2d")
 def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -182,3 +184,11 @@ register_backward("hierarchical_conv2d", _gradients, _differentiable_gradients, 
 register_transforms("hierarchical_conv2d", _differentiable, folds=True)
 register_autocast("hierarchical_conv2d", _cast)
 register_flops("hierarchical_conv2d", weights=3)
+
+
+def _decomposed(x, weights, biases, packed, layout, *settings) -> Tensor:
+    *chain, _ = settings
+    return as_suggested(reference.hierarchical_conv2d(x, weights, biases, cached_config(*chain)), x)
+
+
+register_decomposition("hierarchical_conv2d", _decomposed, _fake)

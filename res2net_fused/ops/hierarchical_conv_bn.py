@@ -5,7 +5,6 @@ It mutates nothing: batch statistics are outputs, from which the caller updates 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.selection import choose_for_training, get_backend
+from ..chain import reference
 from ..chain.batch_norm import (
     Statistics,
     train_backward,
@@ -23,7 +23,7 @@ from ..chain.batch_norm import (
     wide_dtype,
 )
 from ..chain.checks import check_chain, check_vectors
-from ..chain.memory_format import memory_format, with_format
+from ..chain.memory_format import as_suggested, memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
@@ -32,11 +32,13 @@ from ._library import (
     cached_config,
     config_for,
     forward_mode,
+    kernel_of,
     library,
     no_derivative,
     refuse_tangents,
     register_autocast,
     register_backward,
+    register_decomposition,
     register_flops,
     register_transforms,
 )
@@ -120,7 +122,7 @@ def _problem(x, weights, chain) -> ChainProblem:
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv_bn")
 def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     refuse_tangents("hierarchical_conv_bn", x, weights, gammas, betas)
     *chain, recompute, backend, group = settings
@@ -187,3 +189,17 @@ register_backward("hierarchical_conv_bn", _gradients, _differentiable_gradients,
 register_transforms("hierarchical_conv_bn", _differentiable, folds=False)
 register_autocast("hierarchical_conv_bn")
 register_flops("hierarchical_conv_bn", weights=6, kept=3)
+
+
+def _decomposed(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    *chain, recompute, _, _ = settings  # no graph has a group: see `_why_not_synchronised`
+    z: list[Tensor] = []
+    out = reference.hierarchical_conv_bn(x, weights, gammas, betas, eps, cached_config(*chain), z)
+    moments = [torch.var_mean(t.to(wide_dtype(x.dtype)), (0, 2, 3)) for t in z]
+    variance, mean = (torch.stack(values) for values in zip(*moments, strict=True))  # (steps, w)
+    count = z[0].numel() // z[0].shape[1]
+    invstd = torch.stack([(v * ((count - 1) / count) + e).rsqrt() for v, e in zip(variance, eps, strict=True)])
+    return [as_suggested(out, x), mean, invstd, variance, *([] if recompute else (as_suggested(t, x) for t in z))]
+
+
+register_decomposition("hierarchical_conv_bn", _decomposed, _fake)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..chain.config import ChainConfig
 from ..modules.block_parts import BlockParts, BlockPaths, find_layout, parts_of, wrappers
@@ -56,17 +58,22 @@ def confirmed_once(
     refusal: str | None,
     confirm: Callable[[nn.Module, Layout], tuple[Found | None, str]],
 ) -> tuple[Found | None, str]:
-    """What `confirm(block, layout)` finds, tried once for each configuration, or None and the reason, such as `refusal`."""
+    """What `confirm(block, layout)` finds, or None and the reason, such as `refusal`.
+
+    Tried once for each configuration, outside the modes of the caller; what failed, or was tried in a trace, is tried again.
+    """
     if refusal is not None:
         return None, refusal
     signature = own_signature(block), layout
     if signature not in _confirmed:
         try:
-            with seeded():
-                _confirmed[signature] = confirm(block, layout)
+            with seeded(), _disable_current_modes():
+                found = confirm(block, layout)
         except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
-            reason = f"its own forward could not be tried: {type(error).__name__}: {error}"
-            _confirmed[signature] = None, reason
+            return None, f"its own forward could not be tried: {type(error).__name__}: {error}"  # now; so it is not kept
+        if torch._C._get_tracing_state() is not None:
+            return found
+        _confirmed[signature] = found
     return _confirmed[signature]
 
 
@@ -193,7 +200,14 @@ def _tried(call: Callable[[], Tensor], parts: BlockParts) -> list[Tensor] | Exce
     try:
         return [_outputs(call, parts.module, mode) for mode in (False, True)]
     except Exception as error:
+        raise_if_of_memory(error)
         return error
+
+
+def raise_if_of_memory(error: Exception) -> None:
+    """Raises an error that says nothing of the block."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        raise error
 
 
 def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tensor] | Exception) -> bool:
@@ -247,10 +261,12 @@ def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
 def random_twin(block: nn.Module) -> nn.Module:
     """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
     groups = [module.process_group for module in block.modules() if isinstance(module, nn.SyncBatchNorm)]
-    twin = copy.deepcopy(block, {id(group): group for group in groups})  # a process group cannot be copied
-    if any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers())):
-        twin = twin.to_empty(device="cpu")
-    twin = twin.to(device="cpu", dtype=torch.float64)
+    memo: dict[int, object] = {id(group): group for group in groups}  # a process group cannot be copied
+    for tensor in itertools.chain(block.parameters(), block.buffers()):
+        if tensor.is_meta or isinstance(tensor, FakeTensor):  # without values
+            zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+            memo[id(tensor)] = nn.Parameter(zeros) if isinstance(tensor, nn.Parameter) else zeros
+    twin = copy.deepcopy(block, memo).to(device="cpu", dtype=torch.float64)
     for module in twin.modules():
         if type(module) is nn.SyncBatchNorm:
             module.__class__ = _OneProcessNorm

@@ -13,7 +13,7 @@ from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
 from ..modules.fused_forward1d import ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
-from .recognition import AGREED, DISAGREED, agree, confirmed_once, random_twin
+from .recognition import AGREED, DISAGREED, agree, confirmed_once, raise_if_of_memory, random_twin
 
 # Where the published code keeps the chain's convolutions and norms.
 _PATHS = (("convs.*", "bns.*"), ("blocks.*.conv.conv", "blocks.*.norm.norm"), ("blocks.*.conv", "blocks.*.norm"))
@@ -74,6 +74,7 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, 
         try:
             own = type(block).forward(twin, x.clone())
         except Exception as error:
+            raise_if_of_memory(error)
             errors.append(error)
             continue
         for config in _candidates(dilation):
