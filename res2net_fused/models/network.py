@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..modules.block_state import take_turns
+
 
 class Network(nn.Module):
     """A backbone in stages; (N, in_chans, H, W) -> logits (N, num_classes), or with `features_only` what `stages` returns.
@@ -35,6 +37,7 @@ class Network(nn.Module):
 
     def initialise(self) -> None:
         """Random convolutions, normal by fan-out (arXiv:1502.01852), in place; BatchNorms as PyTorch makes them."""
+        take_turns(self)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

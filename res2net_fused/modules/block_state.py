@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..chain.config import ChainConfig
 from .block_parts import PUBLISHED, BlockPaths
 from .weight_cache import CacheKey, Frozen, KeepsWeights
+from .weight_samples import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,6 +33,7 @@ class FusedState(KeepsWeights):
     last_problem: Any = field(default=None, init=False)  # of the last fused call
     last_trained: bool = field(default=False, init=False)  # whether that call had batch statistics
     last_refusal: str | None = field(default=None, init=False)  # why the last call ran the class's own forward
+    turns: Turns = field(default_factory=Turns, kw_only=True, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -89,3 +91,12 @@ class FusedModule(_Mixin):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         getattr(self, STATE).drop()
         return super()._load_from_state_dict(*args, **kwargs)
+
+
+def take_turns(model: nn.Module) -> None:
+    """Makes the fused blocks of `model` share the looks at their weights: one in each of its calls."""
+    turns = Turns()
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            state: FusedState = getattr(module, STATE)
+            state.turns, state.turn, state.calls = turns, None, 0

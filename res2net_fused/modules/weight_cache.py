@@ -9,6 +9,7 @@ moment at which the result is freed.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .weight_samples import WRITTEN_UNSEEN, CpuSamples, CudaSamples, Turns, sample
 
 _MANY_STREAMS = 256  # PyTorch's own are 32 of each priority a device; foreign ones may be made for ever
 
@@ -40,7 +43,7 @@ class MadeOn:
         stream = torch.cuda.current_stream(device)
         self.device = device
         self.event = stream.record_event()
-        self.tensors = [leaf for leaf in _pytree.tree_leaves(vars(value)) if isinstance(leaf, Tensor)]
+        self.tensors = _tensors_of(value)
         self.readers = {stream.stream_id}
 
     def wait(self) -> None:
@@ -122,26 +125,26 @@ def capturing() -> bool:
 
 
 class CacheKey:
-    """Tells whether a block's tensors are the ones that were folded, unchanged as far as PyTorch can tell."""
+    """Tells whether a block's tensors are the ones that were folded, unchanged as far as PyTorch or samples can tell."""
 
     def __init__(self, tensors: list[Tensor], settings: tuple[object, ...]) -> None:
         _watch_optimizers()
         self.settings = settings
         self.epoch = _epoch
         self.references = [weakref.ref(tensor) for tensor in tensors]
-        self.fingerprints = [_fingerprint(tensor) for tensor in tensors]
+        self.fingerprints = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+        self.samples = sample(tensors)
 
     def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
         if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.references):
             return False
-        for tensor, reference, fingerprint in zip(tensors, self.references, self.fingerprints, strict=True):
-            if reference() is not tensor or _fingerprint(tensor) != fingerprint:
+        known = zip(tensors, self.references, self.fingerprints, strict=True)
+        for tensor, reference, (address, version, dtype, device) in known:
+            if reference() is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 return False
-        return True
-
-
-def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version
+            if tensor.dtype is not dtype or tensor.device != device:
+                return False
+        return not isinstance(self.samples, CpuSamples) or not self.samples.differ(tensors)
 
 
 class KeepsWeights:
@@ -153,6 +156,9 @@ class KeepsWeights:
 
     kept: tuple[CacheKey, Any] | None
     frozen: Frozen[Any] | None
+    turns: Turns
+    turn: int | None = None  # which of them is this block's
+    calls: int = 0
     generation: object = None
 
     def drop(self, frozen: bool = True) -> None:
@@ -165,16 +171,34 @@ class KeepsWeights:
     def keep(self, tensors: list[Tensor], settings: tuple[object, ...], make: Callable[[], Any]) -> Any:
         """What is kept if nothing changed, else what `make` returns, which is kept from now on."""
         settings = (self.generation, *settings)
+        if self.turns.noticed():
+            warnings.warn(WRITTEN_UNSEEN, stacklevel=2)
+            _advance_epoch()  # whoever wrote these weights has written others
         kept = self.kept
         if kept is None or not kept[0].matches(tensors, settings):
             key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
             self.kept = kept = key, mark_made(make(), tensors[0].device)
+        elif isinstance(kept[0].samples, CudaSamples):
+            self._take_turn(kept[0].samples, tensors)
         return lend_to_current_stream(kept[1])
+
+    def _take_turn(self, samples: CudaSamples, tensors: list[Tensor]) -> None:
+        if self.turn is None:
+            self.turn = self.turns.members
+            self.turns.members += 1
+        if self.calls % self.turns.members == self.turn:
+            self.turns.look(samples, tensors)
+        self.calls += 1
 
     def unchanged(self, tensors: list[Tensor], settings: tuple[object, ...]) -> Any | None:
         """What is kept if nothing changed, to be asked but not read, else None."""
         kept = self.kept
         return kept[1] if kept is not None and kept[0].matches(tensors, (self.generation, *settings)) else None
+
+    def outdated(self, tensors: list[Tensor], settings: tuple[object, ...], make: Callable[[], Any]) -> bool:
+        """Whether a call now would read what is kept although `make` returns something else: compares every element."""
+        kept = self.unchanged(tensors, settings)
+        return kept is not None and not all(map(_same, _tensors_of(kept), _tensors_of(make())))
 
     def freeze(self, make: Callable[[], Frozen[Any]]) -> None:
         """Keeps what `make` returns until it is dropped."""
@@ -182,6 +206,14 @@ class KeepsWeights:
         self.frozen = make()
         if self.generation is not generation:
             self.frozen = None  # dropped meanwhile
+
+
+def _tensors_of(value: object) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(vars(value)) if isinstance(leaf, Tensor)]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 class Freezable(Made, Protocol):

@@ -14,7 +14,7 @@ from torch import nn
 from ..backends.base import BACKENDS
 from ..chain.config import one_of
 from ..modules.block_parts import parts_of
-from ..modules.block_state import STATE, BlockState, FusedModule
+from ..modules.block_state import STATE, BlockState, FusedModule, take_turns
 from ..modules.eligibility import block_geometry, why_not_foldable
 from ..modules.folding import is_frozen
 from ..modules.fused_forward import FusedForward, freeze_block
@@ -51,6 +51,7 @@ def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) 
             state.drop()
         else:
             _take_over(module, backend, recompute)
+    take_turns(model)
     return model
 
 
@@ -139,7 +140,8 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
 def refresh(model: Model) -> Model:
     """Drops all weights that the fused blocks of `model` keep, and returns the model.
 
-    Needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+    Needed to undo `freeze`, and after writes that PyTorch cannot see (`.data`, NumPy), of which not all are noticed
+    (docs/troubleshooting.md).
     Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
     """
     for _, block in fused_blocks(model):

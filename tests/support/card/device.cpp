@@ -116,6 +116,27 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
 // What ATen asks of a build with CUDA. There is no cuDNN: convolutions are the CPU's.
+// Memory of the host that copies do not wait for, told by its addresses.
+struct PinnedAllocator final : c10::Allocator {
+  static inline std::mutex lock;
+  static inline std::unordered_set<const void*> addresses;
+
+  static void release(void* address) {
+    const std::lock_guard<std::mutex> guard(lock);
+    addresses.erase(address);
+    c10::GetCPUAllocator()->raw_deallocate(address);
+  }
+  c10::DataPtr allocate(size_t bytes) override {
+    void* address = c10::GetCPUAllocator()->raw_allocate(bytes);
+    const std::lock_guard<std::mutex> guard(lock);
+    if (address != nullptr) addresses.insert(address);
+    return {address, address, &release, c10::DeviceType::CPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+PinnedAllocator pinned_memory;
+
 struct Hooks final : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
   void init() const override {}
@@ -135,7 +156,11 @@ struct Hooks final : at::CUDAHooksInterface {
   // Of the CPU, whose kernels draw the numbers.
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
-  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  bool isPinnedPtr(const void* address) const override {
+    const std::lock_guard<std::mutex> guard(pinned_memory.lock);
+    return pinned_memory.addresses.count(address) > 0;
+  }
   c10::Allocator* getCUDADeviceAllocator() const override { return c10::GetCPUAllocator(); }
 };
 
