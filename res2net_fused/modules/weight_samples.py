@@ -66,9 +66,10 @@ def _diagonal(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
 def sample(tensors: list[Tensor]) -> CpuSamples | CudaSamples | None:
     """Elements of a block's tensors by which writes to them are noticed, or None where nothing reads them."""
     kinds = {tensor.device.type for tensor in tensors}
-    if kinds == {"cuda"}:
-        return CudaSamples(tensors)
-    return CpuSamples(tensors) if "cpu" in kinds and library.cpu_library().loaded else None
+    with torch.inference_mode(False):
+        if kinds == {"cuda"}:
+            return CudaSamples(tensors)
+        return CpuSamples(tensors) if "cpu" in kinds and library.cpu_library().loaded else None
 
 
 class Turns:
