@@ -101,3 +101,19 @@ def record(tmp_path):
     record.begin_run()
     yield record
     record.close()
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """Counts how often a block is folded: `len(folds)`."""
+    from res2net_fused.modules import fused_forward
+
+    calls = []
+    fold_block = fused_forward.fold_block
+
+    def counted(*args, **kwargs):
+        calls.append(args[0])
+        return fold_block(*args, **kwargs)
+
+    monkeypatch.setattr(fused_forward, "fold_block", counted)
+    return calls

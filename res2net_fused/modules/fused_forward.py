@@ -145,14 +145,25 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
     keeps = cacheable(tensors)
     if not keeps and not capturing():
         return fold_block(block, dtype)
-    projection = projection_of(block)
-    settings = (
-        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
-        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
-    )  # fmt: skip
+    settings = _settings(block, dtype, state)
     if keeps:
         return state.keep(tensors, settings, lambda: fold_and_pack(block, dtype, state))
     return _folded_in_a_graph(block, dtype, state, state.unchanged(tensors, settings))
+
+
+def _settings(block: BlockParts, dtype: torch.dtype, state: BlockState) -> tuple[object, ...]:
+    """What folded weights depend on beside the block's tensors."""
+    projection = projection_of(block)
+    return (
+        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
+        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
+    )  # fmt: skip
+
+
+def reads_old_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> bool:
+    """Whether a call in `dtype` would read kept weights that are no longer the parameters': folds them anew to tell."""
+    fold = functools.partial(fold_and_pack, block, dtype, state)
+    return state.frozen is None and state.outdated(block_tensors(block), _settings(block, dtype, state), fold)
 
 
 def _folded_in_a_graph(

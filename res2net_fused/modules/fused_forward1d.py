@@ -7,6 +7,7 @@ those norms need the statistics of the batch, the class's own forward runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -126,12 +127,23 @@ def chain_weights(chain: ChainParts, x: Tensor, state: BlockState1d) -> Chain1dW
     tensors = chain.tensors()
     if not cacheable(tensors):
         return resolve_weights(chain)
+    return state.keep(tensors, _settings(chain, dtype, state), lambda: _resolve_and_pack(chain, dtype, device))
 
-    def resolve_and_pack() -> Chain1dWeights:
-        with torch.inference_mode(False), torch.no_grad():  # ordinary tensors outside autograd
-            return _pack(resolve_weights(chain).detached().to(dtype, device))
 
-    return state.keep(tensors, (dtype, requested(state.backend), tuple(bn.eps for bn in chain.bns)), resolve_and_pack)
+def _settings(chain: ChainParts, dtype: torch.dtype, state: BlockState1d) -> tuple[object, ...]:
+    """What kept weights depend on beside the chain's tensors."""
+    return dtype, requested(state.backend), tuple(bn.eps for bn in chain.bns)
+
+
+def _resolve_and_pack(chain: ChainParts, dtype: torch.dtype, device: torch.device) -> Chain1dWeights:
+    with torch.inference_mode(False), torch.no_grad():  # ordinary tensors outside autograd
+        return _pack(resolve_weights(chain).detached().to(dtype, device))
+
+
+def reads_old_weights_1d(chain: ChainParts, dtype: torch.dtype, state: BlockState1d) -> bool:
+    """Whether a call in `dtype` would read kept weights that are no longer the parameters': makes them anew to tell."""
+    make = functools.partial(_resolve_and_pack, chain, dtype, chain.convs[0].weight.device)
+    return state.frozen is None and state.outdated(chain.tensors(), _settings(chain, dtype, state), make)
 
 
 def resolve_weights(chain: ChainParts) -> Chain1dWeights:

@@ -152,7 +152,8 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
 def refresh(model: Model) -> Model:
     """Drops all weights that the fused blocks of `model` keep, and returns the model.
 
-    Needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+    Needed to undo `freeze`, and after writes that PyTorch cannot see (`.data`, NumPy), of which not all are noticed
+    (docs/troubleshooting.md).
     Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
     """
     for _, block in fused_blocks(model):

@@ -60,6 +60,9 @@ def revert(model: nn.Module) -> None:
 def hand_on(self: nn.Module, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:  # noqa: UP006
     """Give a convolution its images in channels-last; annotated and written as TorchScript compiles it."""
     x = input[0]
+    if not torch.jit.is_scripting():
+        if not isinstance(x, torch.Tensor):
+            return input  # FX traces what is inside a convolution
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return (x,)
