@@ -19,7 +19,7 @@ from ..modules.block_state import STATE, BlockState, FusedModule, FusedState
 from ..modules.training import synchronises
 from .accelerate import REFUSAL
 from .recognition import layout_of
-from .recognition1d import layout_1d_of
+from .recognition1d import looks_like_1d
 
 
 def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
-        if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
+        if isinstance(module, FusedModule) or looks_like_1d(module) or layout_of(module) is not None
     )
 
 
