@@ -1,7 +1,7 @@
 """Where a module keeps the parts of a Res2Net bottleneck, proposed by their structure where the names are nobody's.
 
-Looked for is a pair of 1x1 convolutions with s*w channels between them and, in the same module, s or s - 1 equal convolutions of
-w channels. What the module computes is for `patching/recognition.py` to confirm.
+Looked for is a pair of 1x1 convolutions with s*w channels between them and, in the same module, s or s - 1 equal convolutions
+of w channels. What the module computes is for `patching/recognition.py` to confirm.
 """
 
 from __future__ import annotations
@@ -198,6 +198,7 @@ def norms_of(chain: list[Unit]) -> tuple[Path, ...]:
 def _roles(s: Structure) -> dict[str, Any]:
     """What the modules beside the chain may be: the shortcut, the pool, and what stands between conv3 and the addition."""
     roles: dict[str, Path] = {}
+    outside = s.first.conv.in_channels, s.last.conv.out_channels
     for path, module in s.others.items():
         named = next((role for role, names in OPTIONAL.items() if path[0] in names), None)
         ends = [conv for conv in _inside(module) if _is_pointwise(conv)]
@@ -205,7 +206,7 @@ def _roles(s: Structure) -> dict[str, Any]:
             role = "pool"
         elif named is not None:
             role = named
-        elif len(ends) == 1 and (ends[0].in_channels, ends[0].out_channels) == (s.first.conv.in_channels, s.last.conv.out_channels):
+        elif len(ends) == 1 and (ends[0].in_channels, ends[0].out_channels) == outside:
             role = "downsample"
         else:
             role = "drop_path" if "se" in roles else "se"

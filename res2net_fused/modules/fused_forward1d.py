@@ -27,7 +27,6 @@ from .eligibility import compute_dtype, why_not_called, why_not_left_out
 from .folding import affine_of, is_identity
 from .weight_cache import Frozen, cacheable
 
-
 ADDITION: Path = ("+",)  # the step at which the shortcut is added
 
 
@@ -150,7 +149,8 @@ def chain_weights(chain: ChainParts, x: Tensor, state: BlockState1d) -> Chain1dW
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors outside autograd
             return _pack(resolve_weights(chain).detached().to(dtype, device))
 
-    return state.keep(tensors, (dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in chain.bns)), resolve_and_pack)
+    eps = tuple(getattr(bn, "eps", 0.0) for bn in chain.bns)
+    return state.keep(tensors, (dtype, requested(state.backend), eps), resolve_and_pack)
 
 
 def resolve_weights(chain: ChainParts) -> Chain1dWeights:

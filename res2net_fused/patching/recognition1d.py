@@ -46,7 +46,9 @@ def layout_1d_of(module: nn.Module) -> Layout1d | None:
 def looks_like_1d(module: nn.Module) -> bool:
     """Whether `explain` lists the module: equal convolutions alone do not make a stack of them a Res2Net chain."""
     layout = layout_1d_of(module)
-    return layout is not None and (layout.outer or "*" in layout.convs or recognise_1d(module, layout)[1] in (AGREED, DISAGREED))
+    if layout is None or layout.outer or "*" in layout.convs:
+        return layout is not None
+    return recognise_1d(module, layout)[1] in (AGREED, DISAGREED)
 
 
 def recognise_1d(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, Layout1d] | None, str]:

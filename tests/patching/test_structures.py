@@ -177,7 +177,7 @@ def ordinary(library, name):
 
 TIMM = ("resnext50_32x4d", "cs3darknet_s", "cspresnet50", "dm_nfnet_f0", "starnet_s1", "dla46_c", "vovnet39a", "hgnetv2_b0",
         "mobilenetv4_conv_small", "inception_v4")  # fmt: skip
-TORCHVISION = ("resnet18", "densenet121", "googlenet", "shufflenet_v2_x0_5", "mobilenet_v3_small", "squeezenet1_0", "regnet_y_400mf")
+TORCHVISION = ("resnet18", "densenet121", "googlenet", "shufflenet_v2_x0_5", "mobilenet_v3_small", "regnet_y_400mf")
 
 
 @pytest.mark.parametrize(

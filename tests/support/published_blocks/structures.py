@@ -214,7 +214,7 @@ class Scaling(nn.Module):
 
 
 class RawNetBlock(nn.Module):
-    """A bottleneck of raw waveforms: ReLU before each norm, a residual convolution, and after the addition a pool and a scaling."""
+    """A bottleneck of raw waveforms: ReLU before each norm, a residual convolution, a pool and a scaling after the addition."""
 
     def __init__(self, inplanes=24, planes=32, kernel_size=3, dilation=2, scale=4, pool=3):
         super().__init__()
