@@ -99,7 +99,7 @@ _NAMES = tuple(field.name for field in fields(BlockPaths) if field.name not in (
 
 def find_layout(module: nn.Module) -> BlockPaths | None:
     """The layout of a module that has the parts of a Res2Net bottleneck, whatever it computes."""
-    found: dict[str, Path] = {}
+    found: dict[str, Any] = {}
     for names, pairs in ((("conv1", "bn1"), _FIRST), (("convs", "bns"), _MIDDLE), (("conv3", "bn3"), _LAST)):
         paths = next(filter(None, (_present(module, pair) for pair in pairs)), None)
         if paths is None:
@@ -130,8 +130,8 @@ def _present(module: nn.Module, pair: tuple[str, str]) -> tuple[Path, ...] | Non
     return tuple(paths) if modules[1] else None
 
 
-def resolve(module: nn.Module | None, path: Paths) -> Iterator[nn.Module | None]:
-    """What is at the path: one module, or all of a ModuleList; nothing where an ordinary module stands for a list."""
+def resolve(module: nn.Module | None, path: tuple[Any, ...]) -> Iterator[nn.Module | None]:
+    """What is at the path, one or `Paths`: one module, or all of a list; nothing where an ordinary module stands for one."""
     for i, name in enumerate(path):
         if isinstance(name, tuple):
             yield from resolve(module, name)
@@ -160,9 +160,8 @@ def parts_of(module: nn.Module, layout: BlockPaths = PUBLISHED) -> BlockParts:
             parts.append(_part(module, path[0]))
         else:
             parts.append(next(resolve(module, path)))
-    if layout.acts:
-        parts.append(list(resolve(module, layout.acts)))
-    return BlockParts(module, *parts, ending=layout.ending)
+    parts += list(resolve(module, layout.acts)) if layout.acts else (), layout.ending
+    return BlockParts(module, *parts)
 
 
 def _without(name: str, parts: list[Any]) -> Any:

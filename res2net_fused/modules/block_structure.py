@@ -74,11 +74,11 @@ def _is_pointwise(conv: Any) -> bool:
     return all(size == 1 for size in conv.kernel_size)
 
 
-def _inside(module: nn.Module) -> list[nn.Module]:
+def _inside(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, _CONVOLUTIONS)]
 
 
-def _convolutions_of(module: nn.Module) -> list[nn.Module]:
+def _convolutions_of(module: nn.Module) -> list[Any]:
     return _inside(module) if module._modules and type(module) not in _CONTAINERS else []
 
 
@@ -94,7 +94,7 @@ def _walk(module: nn.Module, prefix: Path, found: _Found, kind: type[nn.Module])
             _walk(child, path, found, kind)
         elif convs:
             found.others[path] = child
-        elif isinstance(child, _NORMS) or (type(child) in _CONTAINERS[:2] and len(child)):
+        elif isinstance(child, _NORMS) or (type(child) in _CONTAINERS[:2] and child._modules):
             norms = {path: child} if isinstance(child, _NORMS) else {(*path, n): m for n, m in child._modules.items()}
             if all(isinstance(norm, _NORMS) for norm in norms.values()):
                 found.norms.update(norms)  # type: ignore[arg-type]
@@ -243,7 +243,9 @@ def ends_of(s: Structure) -> Iterator[Ends]:
     for shortcut, added in (*((path, True) for path in shortcuts), ((), True), ((), False)):
         tail = [path for path in rest if path != shortcut][:3]
         orders = [order for count in range(len(tail), -1, -1) for order in itertools.permutations(tail, count)]
-        for before, after, order in itertools.product(_called(s.first, relu), _called(s.last, relu), orders):
+        both = _called(s.first, relu), _called(s.last, relu)
+        alike = list(zip(*both, strict=True)) if len(both[0]) == len(both[1]) else itertools.product(*both)
+        for (before, after), order in itertools.product(alike, orders):
             for place in range(len(order) + 1) if added else (0,):
                 addition = (("+",),) if added else ()
                 steps = (*after, *order[:place], *addition, *order[place:])

@@ -64,8 +64,8 @@ def why_not_fused(
         return reason
     if fused_activation(block.relu) != state.config.activation:
         return f"activation {type(block.relu).__name__} is not fused"
-    other = next((act for act in block.acts if fused_activation(act) != state.config.activation), None)
-    if other is not None:
+    other = next((a for a in block.acts if a is None or fused_activation(a) != state.config.activation), block)
+    if other is not block:
         return f"activation {type(other).__name__} is not fused beside {type(block.relu).__name__}"
     if block_geometry(block) != state.geometry:
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"

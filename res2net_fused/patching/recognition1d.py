@@ -19,7 +19,7 @@ from ..modules.fused_forward1d import ChainParts, Layout1d, enter_block_1d, fini
 from .recognition import AGREED, DISAGREED, agree, confirmed_once, random_twin
 
 # Where the published code keeps the chain's convolutions and norms.
-_ENDS = 2000  # ways in which a bottleneck may call what it has, that are tried
+_ENDS = 600  # ways in which a bottleneck may call what it has, that are tried
 _PATHS = (("convs.*", "bns.*"), ("blocks.*.conv.conv", "blocks.*.norm.norm"), ("blocks.*.conv", "blocks.*.norm"))
 
 
@@ -95,10 +95,12 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, L
         except Exception as error:
             errors.append(error)
             continue
-        layouts = [layout] if structure is None else [layout, *_with_ends(layout, structure)]
-        for candidate in layouts:
-            for config in _candidates(dilation):
-                if _computes(twin, candidate, x, config, own):
+        inside: dict[object, list[tuple[Chain1dConfig, Tensor]]] = {}  # what the chain gives, by what comes before it
+        for candidate in itertools.chain([layout], _with_ends(layout, structure)):
+            if candidate.before not in inside:
+                inside[candidate.before] = list(_chains(twin, candidate, x, dilation))
+            for config, out in inside[candidate.before]:
+                if _ends_as(twin, candidate, out, x, own):
                     return (config, candidate), AGREED
     if not layout.outer and "*" not in layout.convs and _takes(forward, twin, width, dilation * taps + 5):
         return None, ORDINARY
@@ -107,8 +109,8 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, L
     return None, DISAGREED
 
 
-def _with_ends(layout: Layout1d, structure: Structure) -> Iterator[Layout1d]:
-    for before, after, shortcut in itertools.islice(ends_of(structure), _ENDS):
+def _with_ends(layout: Layout1d, structure: Structure | None) -> Iterator[Layout1d]:
+    for before, after, shortcut in itertools.islice(() if structure is None else ends_of(structure), _ENDS):
         yield replace(layout, before=before, after=after, shortcut=shortcut)
 
 
@@ -121,15 +123,22 @@ def _takes(forward: Callable[..., object], twin: nn.Module, channels: int, lengt
     return True
 
 
-def _computes(block: nn.Module, layout: Layout1d, x: Tensor, config: Chain1dConfig, own: Tensor) -> bool:
-    """Whether the module computes `own` of x, in eval mode, with these settings and this layout."""
+def _chains(block: nn.Module, layout: Layout1d, x: Tensor, dilation: int) -> Iterator[tuple[Chain1dConfig, Tensor]]:
+    """What the module's chain would give, in eval mode, with each of the settings that fit; nothing where none does."""
     chain = parts_1d(block, layout)
     try:
         inner = enter_block_1d(block, x, layout) if layout.outer else x
-        if inner.shape[1] != config.chain.scale(len(chain.convs)) * chain.convs[0].in_channels:
-            return False
-        w = resolve_weights(chain)
-        out = hierarchical_conv1d(inner, w.weights, w.biases, w.scale, w.shift, config)
-        return agree(finish_block_1d(block, out, x, layout) if layout.outer else out, own)
     except (RuntimeError, ValueError, TypeError):  # an order of calls that does not fit
+        return
+    w = resolve_weights(chain)
+    for config in _candidates(dilation):
+        if inner.shape[1] == config.chain.scale(len(chain.convs)) * chain.convs[0].in_channels:
+            yield config, hierarchical_conv1d(inner, w.weights, w.biases, w.scale, w.shift, config)
+
+
+def _ends_as(block: nn.Module, layout: Layout1d, out: Tensor, x: Tensor, own: Tensor) -> bool:
+    """Whether the module computes `own` of x where its chain gives `out`."""
+    try:
+        return agree(finish_block_1d(block, out, x, layout) if layout.outer else out, own)
+    except (RuntimeError, ValueError, TypeError):  # as above
         return False
