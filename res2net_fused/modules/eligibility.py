@@ -75,6 +75,9 @@ def why_not_fused(
         return reason
     if fused_activation(block.relu) != state.config.activation:
         return f"activation {type(block.relu).__name__} is not fused"
+    other = next((a for a in block.acts if a is None or fused_activation(a) != state.config.activation), block)
+    if other is not block:
+        return f"activation {type(other).__name__} is not fused beside {type(block.relu).__name__}"
     if block_geometry(block) != state.geometry:
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
     alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
@@ -83,7 +86,7 @@ def why_not_fused(
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
-    return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, block.pool))
+    return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
 
 
 def why_not_called(

@@ -47,7 +47,7 @@ class FusedForward(FusedModule):
             return leaf
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
-        if any(bn.training and not is_frozen(bn) for bn in parts.norms):
+        if any(bn.training and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if refusal is not None:
             return refusal

@@ -44,11 +44,17 @@ def normalized(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
 def finish_bottle2neck(block: Parts, out: Tensor, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """What follows bn3: attention, stochastic depth, the shortcut (from x, unless given), and the last activation."""
     out = apply_optional(block, "drop_path", apply_optional(block, "se", out))
-    if shortcut is None:
-        downsample = getattr(block, "downsample", None)
-        shortcut = x if downsample is None else downsample(x)
-    out += shortcut  # in place: under autocast the result keeps out's dtype
-    return block.relu(out)
+    ending = block.ending if isinstance(block, BlockParts) else "add_act"
+    if ending == "act_add":
+        out = block.relu(out)
+    if "add" in ending:
+        if shortcut is None:
+            downsample = getattr(block, "downsample", None)
+            shortcut = x if downsample is None else downsample(x)
+        if ending == "act_add":
+            return out + shortcut  # ReLU's backward needs what it returned
+        out += shortcut  # in place: under autocast the result keeps out's dtype
+    return block.relu(out) if ending in ("add_act", "act") else out
 
 
 def apply_optional(block: Parts, name: str, out: Tensor) -> Tensor:

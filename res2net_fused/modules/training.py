@@ -24,7 +24,7 @@ from .reference_blocks import Parts, apply_optional, finish_bottle2neck, normali
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether this norm layer normalises by its input, as in training; one without running statistics always does."""
-    if is_frozen(bn):
+    if type(bn) is nn.Identity or is_frozen(bn):
         return False
     return bn.training or getattr(bn, "running_mean", None) is None and getattr(bn, "running_var", None) is None
 

@@ -17,7 +17,7 @@ from ..chain.config import one_of
 from ..modules.block_parts import parts_of
 from ..modules.block_state import STATE, BlockState, FusedModule
 from ..modules.eligibility import block_geometry, why_not_foldable
-from ..modules.folding import is_frozen
+from ..modules.folding import is_frozen, is_identity
 from ..modules.fused_forward import FusedForward, freeze_block
 from ..modules.fused_forward1d import BlockState1d, FusedForward1d, descendants, freeze_chain, geometry_1d, parts_1d
 from ..modules.weight_cache import capturing
@@ -72,14 +72,14 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
     state: BlockState | BlockState1d | None = None
     if (layout_1d := layout_1d_of(module)) is not None:
         mixin = FusedForward1d
-        config, reason = recognise_1d(module, layout_1d)
-        if config is not None:
-            state = BlockState1d(config, backend, geometry_1d(descendants(module)), layout_1d)
+        found, reason = recognise_1d(module, layout_1d)
+        if found is not None:
+            state = BlockState1d(found[0], backend, geometry_1d(descendants(module)), found[1])
     elif (layout := layout_of(module)) is not None:
         recognised, reason = recognise(module, layout)
         if recognised is not None:
-            geometry = block_geometry(parts_of(module, layout))
-            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout)
+            geometry = block_geometry(parts_of(module, recognised.layout))
+            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, recognised.layout)
     else:
         return
     module.__dict__.pop(REFUSAL, None)
@@ -130,7 +130,7 @@ def freeze(model: Model) -> Model:
     if capturing():
         raise RuntimeError("freeze waits for the weights that it makes, but a CUDA graph is being captured; freeze before")
     for name, block in fused_blocks(model):
-        if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
+        if any(bn.training and not (is_frozen(bn) or is_identity(bn)) for bn in _norms(block)):
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)

@@ -21,7 +21,7 @@ from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_
 from ..modules.training import synchronises
 from .accelerate import REFUSAL
 from .recognition import layout_of
-from .recognition1d import layout_1d_of
+from .recognition1d import looks_like_1d
 
 OUTDATED = "its kept weights are not its parameters' any more: call refresh(model) after writes that PyTorch does not see"
 
@@ -86,7 +86,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
-        if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
+        if isinstance(module, FusedModule) or looks_like_1d(module) or layout_of(module) is not None
     )
 
 

@@ -22,13 +22,15 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..chain.config import ChainConfig
-from ..modules.block_parts import BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.block_parts import ENDINGS, BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.block_structure import equal_settings, find_by_structure
 from ..modules.eligibility import fused_activation
 from ..modules.folding import fold, is_frozen
 from ..modules.reference_blocks import bottle2neck, normalized
 
 _AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
 _SEED = 20190402
+_PROPOSALS = 6  # of a module's structure, that are tried
 Layout = TypeVar("Layout")
 Found = TypeVar("Found")
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -36,20 +38,32 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 def layout_of(module: nn.Module) -> BlockPaths | None:
     """The paths at which a module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
-    return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    return find_layout(module) or next(find_by_structure(module), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
-    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None."""
+    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None.
+
+    layout: the paths by which it does, with its ending.
+    """
 
     config: ChainConfig
     shortcut: str | None
+    layout: BlockPaths
 
 
 def recognise(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, str]:
     """The confirmed settings of a block with that layout, or None and the reason."""
-    return confirmed_once(block, layout, _structure(parts_of(block, layout)), _confirm)
+    found, reason = confirmed_once(block, layout, _structure(parts_of(block, layout)), _confirm)
+    for other in itertools.islice(find_by_structure(block), _PROPOSALS):
+        if found is not None:
+            break
+        if other != layout and _structure(parts_of(block, other)) is None:
+            found, _ = confirmed_once(block, other, None, _confirm)
+    return found, reason if found is None else AGREED
 
 
 def confirmed_once(
@@ -94,7 +108,7 @@ def _structure(block: BlockParts) -> str | None:
     if first.kernel_size != (3, 3) or first.stride[0] != first.stride[1] or first.dilation[0] != first.dilation[1]:
         return "convs are not square 3x3 convolutions"
     for conv in convs:
-        if conv.in_channels != conv.out_channels or conv_settings(conv) != conv_settings(first):
+        if conv.in_channels != conv.out_channels or equal_settings(conv) != equal_settings(first):
             return "convs differ among themselves"
         if conv.padding != conv.dilation or conv.padding_mode != "zeros":
             return f"convs are padded by {conv.padding} ({conv.padding_mode}); zeros by the dilation {conv.dilation} is fused"
@@ -111,10 +125,6 @@ def _structure(block: BlockParts) -> str | None:
 
 
 _OF_A_CONVOLUTION = {"weight", "bias", "norm", "activation"}  # what libraries' own Conv2d classes hold
-
-
-def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
-    return conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def own_signature(block: nn.Module) -> tuple[object, ...]:
@@ -151,10 +161,11 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
         return None, refusal
     own = _own_results(type(block).forward, parts)
     plain_call, plain_results = own[0]
-    for config in _candidates(parts):
+    for config, ending in itertools.product(_candidates(parts), ENDINGS):
+        parts.ending = ending
         agreed = [call for call, results in own if _agrees(parts, config, call, results)]
         if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
-            return Recognised(config, agreed[-1].name), AGREED
+            return Recognised(config, agreed[-1].name, dataclasses.replace(layout, ending=ending)), AGREED
     if isinstance(plain_results, Exception):
         raise plain_results
     return None, DISAGREED + _unknown_parts(block, layout)
@@ -243,6 +254,9 @@ def _hidden_arithmetic(block: BlockParts) -> str | None:
 def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
     """The modules that no published Res2Net block has, for the reason: attention fusion, gates, plugins."""
     known = {id(m) for m in _part_modules(parts_of(block, layout))} | {id(m) for m in wrappers(block, layout)}
+    pool = parts_of(block, layout).pool
+    if isinstance(pool, nn.MaxPool2d):
+        return ", which has a MaxPool2d: only its absence or an AvgPool2d(3, padding=1) on the passed group is fused"
     unknown = []
     for name, child in block.named_children():
         members = list(child) if isinstance(child, nn.ModuleList) else [child]
