@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..backends import policy
 from ..modules.block_state import STATE
 from ..modules.fused_forward import FusedForward
+from ..modules.weight_cache import cacheable
 
 _BEFORE = "_res2net_fused_weight_strides"  # on a convolution whose weight was converted: its strides before
 
@@ -32,6 +33,8 @@ def convert(model: nn.Module, wanted: torch.memory_format | None) -> None:
     wanted: of the weights of all 2-D convolutions; None for channels-last where no byte moves, and in the stem by a hook, if
     the model has 2-D blocks whose kernels gain by it; preserve_format for no change.
     """
+    if not cacheable(()):
+        return  # something traces or watches: that is no time to change tensors
     if wanted is torch.preserve_format or (wanted is None and not _gains(model)):
         return
     _unhook(model)
