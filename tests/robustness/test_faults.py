@@ -122,15 +122,27 @@ def test_a_library_without_an_operator_is_left_alone(stale):
     assert cpu_backend.settings.available_instruction_sets() == []
 
 
+def named_arguments(sources):
+    """The lists of csrc/common/named_arguments.h's kind, by macro, as RES2NET_SCHEMA writes them."""
+    found = {}
+    for path in sorted(sources.rglob("*.h")) + sorted(sources.rglob("*.cpp")):
+        for name, body in re.findall(r"#define (\w+)\(INT, BOOL\)((?:.*\\\n)*.*)", path.read_text()):
+            body = re.sub(r"(\w+)\(INT, BOOL\)", lambda match: found[match[1]], body)
+            body = body.replace("\\\n", "")
+            found[name] = re.sub(r"(INT|BOOL)\((\w+)\)", lambda match: f"{match[1].lower()} {match[2]}", body)
+    return found
+
+
 def test_the_operators_that_are_asked_for_are_those_of_the_sources():
     sources = PACKAGE.parent / "csrc"
     if not sources.is_dir():
         pytest.skip("the sources are not beside the installed package")
-    defined = {}
+    defined, named = {}, named_arguments(sources)
     files = {"cpu": ("cpu/ops/*.cpp", "cuda/plan/*_ops.cpp"), "cuda": ("cuda/*_ops.cpp", "cuda/chain/*_ops.cpp")}
     for name, patterns in files.items():
         texts = [path.read_text() for pattern in patterns for path in sorted(sources.glob(pattern))]
-        schemas = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', "\n".join(texts))
+        text = re.sub(r"RES2NET_SCHEMA\((\w+)\)", lambda match: f'"{named[match[1]]}"', re.sub("//.*", "", "\n".join(texts)))
+        schemas = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', text)
         parsed = [torch._C.parse_schema("".join(re.findall(r'"([^"]*)"', schema))) for schema in schemas]
         defined[name] = {schema.name: len(schema.arguments) for schema in parsed}
     assert library._OPERATORS == defined, "csrc/ defines other operators than library._OPERATORS names: change the latter"
