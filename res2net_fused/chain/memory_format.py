@@ -21,10 +21,15 @@ def with_format(out: Tensor, channels_last: bool) -> Tensor:
     out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     _, channels, height, width = out.shape
     if channels == 1 or height == width == 1:
-        image = channels * height * width
-        strides = (image, 1, width * channels, channels) if channels_last else (image, height * width, width, 1)
-        out = out.as_strided(out.shape, strides)
+        out = out.as_strided(out.shape, strides_of(out, channels_last))
     return out
+
+
+def strides_of(x: Tensor, channels_last: bool) -> tuple[int, int, int, int]:
+    """The strides that a dense tensor of x's shape (N, C, H, W) has in channels_last or contiguous, unambiguous at any size."""
+    _, channels, height, width = x.shape
+    image = channels * height * width
+    return (image, 1, width * channels, channels) if channels_last else (image, height * width, width, 1)
 
 
 def hands_on(weight: Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import policy
+from ..chain.memory_format import strides_of
 from ..modules.block_state import STATE
 from ..modules.fused_forward import FusedForward
 from ..modules.weight_cache import cacheable
@@ -44,7 +45,7 @@ def convert(model: nn.Module, wanted: torch.memory_format | None) -> None:
     shared = None if wanted is None else _memory_users(model)
     for conv in _convolutions(model):
         weight = conv.weight
-        strides = _strides(weight, wanted or torch.channels_last)
+        strides = strides_of(weight, wanted is not torch.contiguous_format)
         if strides == weight.stride() or not (_same_memory(weight) or (shared is not None and _alone(weight, shared))):
             continue
         conv.__dict__.setdefault(_BEFORE, weight.stride())
@@ -92,13 +93,6 @@ def _gains(model: nn.Module) -> bool:
         and any(policy.channels_last_pays(p.device, p.dtype) for p in module.parameters())
         for module in model.modules()
     )
-
-
-def _strides(weight: Tensor, wanted: torch.memory_format) -> tuple[int, ...]:
-    outputs, inputs, rows, columns = weight.shape
-    last = wanted is torch.channels_last
-    image = inputs * rows * columns
-    return (image, 1, columns * inputs, inputs) if last else (image, rows * columns, columns, 1)
 
 
 def _same_memory(weight: Tensor) -> bool:
