@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from .switches import may_read, named_switches, switches
 
 Path = tuple[str, ...]  # of attribute names; "*" stands for every module of a ModuleList
+Paths = Path | tuple[Path, ...]  # of several parts: with a "*", or each by itself
 
 # Pairs of a convolution and the norm behind it, the likeliest first. A norm inside its convolution is applied by that one.
 _FIRST = (("conv1", "bn1"), ("conv1", "{norm1_name}"), ("conv1", "conv1.norm"), ("branch2a.conv", "branch2a.norm"))
 _MIDDLE = (("convs.*", "bns.*"), ("conv2.*", "bn2.*"), ("branch2b.*.conv", "branch2b.*.norm"))
 _LAST = (("conv3", "bn3"), ("conv3", "{norm3_name}"), ("conv3", "conv3.norm"), ("branch2c.conv", "branch2c.norm"))
-_OPTIONAL = {
+OPTIONAL = {
     "relu": ("relu", "act", "activation", "nonlinearity"),
     "downsample": ("downsample", "shortcut", "short"),
     "pool": ("pool",),
@@ -31,16 +32,24 @@ _OPTIONAL = {
     "drop_path": ("drop_path",),
 }
 _FUNCTIONAL_RELU = nn.ReLU(inplace=True)  # of blocks that call a function where others have a module
+NO_NORM = nn.Identity().eval()  # of blocks whose convolutions have no norm
+
+# What follows bn3: whether the shortcut is added, and whether the activation comes after that, before it, or not at all.
+ENDINGS = ("add_act", "act_add", "act", "add", "none")
 
 
 @dataclass(frozen=True)
 class BlockPaths:
-    """Paths of a block's parts, by default as the published code names them; relu may be (), a function."""
+    """Paths of a block's parts, by default as the published code names them.
+
+    Of relu () stands for a function, of norms for none, of others for no such part. acts: the activations beside relu, in
+    blocks with one for each convolution. ending: one of ENDINGS.
+    """
 
     conv1: Path = ("conv1",)
     bn1: Path = ("bn1",)
-    convs: Path = ("convs", "*")
-    bns: Path = ("bns", "*")
+    convs: Paths = ("convs", "*")
+    bns: Paths = ("bns", "*")
     conv3: Path = ("conv3",)
     bn3: Path = ("bn3",)
     relu: Path = ("relu",)
@@ -49,16 +58,18 @@ class BlockPaths:
     se: Path = ("se",)
     drop_block: Path = ("drop_block",)
     drop_path: Path = ("drop_path",)
+    acts: tuple[Path, ...] = ()
+    ending: str = "add_act"
 
     @property
     def wraps(self) -> bool:
         """Whether parts lie inside modules of the block that have a call of their own."""
-        return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1
+        return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1 or isinstance(self.convs[0], tuple)
 
     @functools.cached_property
     def roots(self) -> frozenset[str]:
         """The names of the block's own children that are parts or hold them."""
-        return frozenset(path[0] for path in (getattr(self, name) for name in _NAMES) if path)
+        return frozenset(path[0] for name in (*_NAMES, "acts") for path in _each(getattr(self, name)) if path)
 
 
 @dataclass(slots=True)
@@ -82,6 +93,8 @@ class BlockParts:
     se: nn.Module | None = None
     drop_block: nn.Module | None = None
     drop_path: nn.Module | None = None
+    acts: Sequence[nn.Module | None] = ()
+    ending: str = "add_act"
 
     @property
     def norms(self) -> tuple[nn.BatchNorm2d, ...]:
@@ -91,20 +104,31 @@ class BlockParts:
         """All convolutions by name."""
         return [("conv1", self.conv1), *((f"convs[{i}]", conv) for i, conv in enumerate(self.convs)), ("conv3", self.conv3)]
 
+    def modules(self) -> Iterator[Any]:
+        """All parts, and None for each that the block has not."""
+        for field in fields(self)[1:-1]:
+            part = getattr(self, field.name)
+            yield from part if isinstance(part, (list, tuple)) else (part,)
+
+
+def _each(given: Paths) -> tuple[Path, ...]:
+    """One path, or several, as several."""
+    return given if given and isinstance(given[0], tuple) else (given,)  # type: ignore[return-value]
+
 
 PUBLISHED = BlockPaths()
-_NAMES = tuple(field.name for field in fields(BlockPaths))
+_NAMES = tuple(field.name for field in fields(BlockPaths) if field.name not in ("acts", "ending"))
 
 
 def find_layout(module: nn.Module) -> BlockPaths | None:
     """The layout of a module that has the parts of a Res2Net bottleneck, whatever it computes."""
-    found: dict[str, Path] = {}
+    found: dict[str, Any] = {}
     for names, pairs in ((("conv1", "bn1"), _FIRST), (("convs", "bns"), _MIDDLE), (("conv3", "bn3"), _LAST)):
         paths = next(filter(None, (_present(module, pair) for pair in pairs)), None)
         if paths is None:
             return None
         found.update(zip(names, paths, strict=True))
-    for name, alternatives in _OPTIONAL.items():
+    for name, alternatives in OPTIONAL.items():
         # What a block lacks may still be given later, under its usual name, if its code would call it.
         absent = alternatives[:1] if name != "relu" and may_read(type(module), alternatives[0]) else ()
         found[name] = next(((other,) for other in alternatives if _part(module, other) is not None), absent)
@@ -130,9 +154,14 @@ def _present(module: nn.Module, pair: tuple[str, str]) -> tuple[Path, ...] | Non
     return tuple(paths) if modules[1] else None
 
 
-def resolve(module: nn.Module | None, path: Path) -> Iterator[nn.Module | None]:
-    """What is at the path: one module, or all of a ModuleList; nothing where an ordinary module stands for a list."""
+def resolve(module: nn.Module | None, path: tuple[Any, ...]) -> Iterator[nn.Module | None]:
+    """What is at the path, one or `Paths`: one module, or all of a list; nothing where an ordinary module stands for one."""
     for i, name in enumerate(path):
+        if isinstance(name, tuple):
+            yield from resolve(module, name)
+            if i + 1 == len(path):
+                return
+            continue
         if name == "*":
             if isinstance(module, nn.ModuleList):
                 for child in module._modules.values():
@@ -148,14 +177,22 @@ def parts_of(module: nn.Module, layout: BlockPaths = PUBLISHED) -> BlockParts:
     for name in _NAMES:
         path = getattr(layout, name)
         if not path:
-            parts.append(_FUNCTIONAL_RELU if name == "relu" else None)
-        elif len(path) == 1:
-            parts.append(_part(module, path[0]))
+            parts.append(_without(name, parts))
         elif name in ("convs", "bns"):
             parts.append(list(resolve(module, path)))
+        elif len(path) == 1:
+            parts.append(_part(module, path[0]))
         else:
             parts.append(next(resolve(module, path)))
+    parts += list(resolve(module, layout.acts)) if layout.acts else (), layout.ending
     return BlockParts(module, *parts)
+
+
+def _without(name: str, parts: list[Any]) -> Any:
+    """What stands for a part that the block has not. parts: those before it."""
+    if name == "bns":
+        return [NO_NORM] * len(parts[-1])
+    return _FUNCTIONAL_RELU if name == "relu" else NO_NORM if name in ("bn1", "bn3") else None
 
 
 def _part(module: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
@@ -170,10 +207,10 @@ def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
     """The modules on the way to the parts, whose own calls a fused block leaves out too."""
     found: dict[int, nn.Module] = {}
     for name in _NAMES:
-        path = getattr(layout, name)
-        for end in range(1, len(path)):
-            if path[end] != "*":
-                found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
+        for path in _each(getattr(layout, name)):
+            for end in range(1, len(path)):
+                if path[end] != "*":
+                    found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
     return list(found.values())
 
 
@@ -182,9 +219,8 @@ def strangers(module: nn.Module, layout: BlockPaths) -> dict[str, nn.Module]:
     found = {name: module._modules[name] for name in module._modules.keys() - layout.roots}
     if layout.wraps:
         parts = parts_of(module, layout)
-        known = {id(part) for part in (*parts.norms, *(conv for _, conv in parts.convolutions()), parts.relu)}
         around = wrappers(module, layout)
-        known.update(map(id, around))
+        known = {id(part) for part in itertools.chain(parts.modules(), around)}
         found.update({f"{i}.{k}": m for i, w in enumerate(around) for k, m in w._modules.items() if id(m) not in known})
     return {name: child for name, child in found.items() if child is not None}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +61,25 @@ def _drop(module: nn.Module, frozen: bool = True) -> None:
         state.drop(frozen)
 
 
+def forward_like(fused: Any, own: Any) -> Any:
+    """`fused` with the signature, source and globals of `own`: what torch.jit.script compiles and FX makes its inputs of."""
+    try:
+        x_name = list(inspect.signature(own).parameters)[1]
+    except (IndexError, TypeError, ValueError):  # not to be read
+        x_name = "x"
+
+    def forward(self, *args, **kwargs):
+        if args:
+            return fused(self, *args, **kwargs)
+        if x_name not in kwargs:
+            return own(self, **kwargs)  # which says what is missing
+        return fused(self, kwargs.pop(x_name), **kwargs)
+
+    if isinstance(own, FunctionType):
+        forward = FunctionType(forward.__code__, own.__globals__, closure=forward.__closure__)
+    return functools.update_wrapper(forward, own)
+
+
 # The mixins come before a class of modules; by themselves they are none.
 if TYPE_CHECKING:
     _Mixin = nn.Module
@@ -74,7 +96,7 @@ class FusedModule(_Mixin):
         """Return the output, or the reason why the class's own forward has to run."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor, /, *args: object, **kwargs: object) -> Tensor:
         state: FusedState | None = self.__dict__.get(STATE)
         if state is None:  # of a class derived from a fused one, or given back meanwhile
             return super().forward(x, *args, **kwargs)

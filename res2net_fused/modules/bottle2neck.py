@@ -9,7 +9,7 @@ from torch import nn
 from ..backends.base import BACKENDS
 from ..chain.config import one_of
 from .block_parts import parts_of
-from .block_state import STATE, BlockState
+from .block_state import STATE, BlockState, forward_like
 from .eligibility import block_geometry
 from .fused_forward import FusedForward
 from .reference_blocks import ReferenceBottle2neck, ReferenceDlaBottle2neck
@@ -64,6 +64,8 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
         )  # fmt: skip
         setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(parts_of(self))))
 
+    forward = forward_like(FusedForward.forward, ReferenceBottle2neck.forward)
+
 
 class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
     """The Res2Net bottleneck of DLA, running fused in eval and in training mode; also where timm's DLA takes a `block`.
@@ -78,6 +80,8 @@ class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
         _refuse_others("DlaBottle2neck", others)
         super().__init__(*arguments, **keywords)
         setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(parts_of(self)), shortcut="shortcut"))
+
+    forward = forward_like(FusedForward.forward, ReferenceDlaBottle2neck.forward)
 
 
 def _refuse_others(block: str, keywords: dict[str, object]) -> None:

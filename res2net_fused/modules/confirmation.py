@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .switches import switches
@@ -20,7 +21,7 @@ from .switches import switches
 Tried = TypeVar("Tried")
 
 _AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
-_SEED = 20190402
+SEED = 20190402
 PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.BatchNorm1d)
 _OF_A_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _OF_A_CONVOLUTION = {"weight", "bias", "norm", "activation"}  # what libraries' own Conv2d classes hold
@@ -34,7 +35,7 @@ def agree(ours: Tensor, own: Tensor) -> bool:
 def seeded() -> Iterator[None]:
     """Switches gradients and inference mode off and seeds random numbers; the caller's are given back."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-        torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
+        torch.default_generator.manual_seed(SEED)  # of the CPU alone: GPUs' generators are the caller's
         yield
 
 
@@ -67,7 +68,7 @@ def is_convolution(conv: nn.Conv2d) -> bool:
     return bool(_once(conv, (geometry, inside), _convolves))
 
 
-_NOTE = "_res2net_fused_found"
+NOTE = "_res2net_fused_found"  # on a part: what was found, for traces
 _found: dict[tuple[object, ...], Any] = {}
 
 
@@ -75,25 +76,27 @@ def _once(part: nn.Module, settings: tuple[object, ...], trial: Callable[[Any], 
     """What the trial on a copy of the part finds, or None where the part's code fails; once for each class and settings."""
     now = part.training, switches(part), settings
     if torch.compiler.is_compiling():  # nothing is tried in a trace: the part carries what was found before
-        then, noted = vars(part).get(_NOTE, (None, None))
+        then, noted = vars(part).get(NOTE, (None, None))
         return noted if then == now else None
     key = type(part), tuple(_tensors(part)), now
     if key not in _found:
-        found = _try(part, trial)
-        if isinstance(found, Exception) and "memory" in f"{type(found).__name__} {found}".lower():
-            return None  # a failure of this moment
-        _found[key] = None if isinstance(found, Exception) else found
-    vars(part)[_NOTE] = now, _found[key]
+        try:
+            with _disable_current_modes(), seeded(), torch.autocast("cpu", enabled=False):
+                found = trial(random_twin(part, least=1e-4))
+        except Exception as error:  # somebody else's code may fail in any way; the block then runs its own forward
+            if of_memory(error):
+                return None
+            found = None
+        if torch._C._get_tracing_state() is not None:
+            return found
+        _found[key] = found
+    vars(part)[NOTE] = now, _found[key]
     return _found[key]
 
 
-def _try(part: nn.Module, trial: Callable[[Any], Tried]) -> Tried | Exception:
-    """The trial's result, outside the caller's modes, or the exception that the part's own code raised."""
-    try:
-        with _disable_current_modes(), seeded(), torch.autocast("cpu", enabled=False):
-            return trial(_random_copy(part))
-    except Exception as error:  # somebody else's code may fail in any way; the block then runs its own forward
-        return error
+def of_memory(error: Exception) -> bool:
+    """Whether an error says nothing of the code that raised it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -102,26 +105,39 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in own if isinstance(value, Tensor)}
 
 
-def _random_copy(part: nn.Module) -> nn.Module:
-    """A float64 copy on the CPU, without hooks, of which no tensor is the part's: that may be large, on a GPU, meta or fake."""
+def random_twin(part: nn.Module, least: float = 0.5) -> nn.Module:
+    """A float64 copy on the CPU, without hooks, of which no tensor is the part's: that may be large, on a GPU, meta or fake.
+
+    Its parameters are random, since zeros would hide a difference. least: the smallest variance.
+    """
     fresh: dict[int, Any] = {}
     for module in part.modules():
         for name, tensor in _tensors(module).items():
-            if not tensor.is_floating_point():
-                continue
-            value = torch.randn(tuple(tensor.shape), dtype=torch.float64, device="cpu")
-            if name == "running_var":  # small ones too, which show the eps
-                value = 10 ** (4 * torch.rand(tuple(tensor.shape), dtype=torch.float64, device="cpu") - 4)
+            shape = tuple(tensor.shape)
+            value = torch.zeros(shape, dtype=tensor.dtype, device="cpu")
+            if tensor.is_floating_point():
+                value = torch.randn(shape, dtype=torch.float64, device="cpu")
+                value *= 1 / max(1, value[0].numel()) ** 0.5 if value.dim() > 1 else 1
+                if name == "running_var":
+                    value = 2 * least ** torch.rand_like(value)
+            elif not (tensor.is_meta or isinstance(tensor, FakeTensor)):
+                value = tensor.detach().cpu().clone()
             fresh[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
         if isinstance(module, nn.SyncBatchNorm):
             fresh[id(module.process_group)] = module.process_group  # cannot be copied
     twin = copy.deepcopy(part, fresh)
     for module in twin.modules():
         if type(module) is nn.SyncBatchNorm:
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]  # its own forward would wait for the other processes
+            module.__class__ = _OneProcessNorm
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
             hooks.clear()
     return twin
+
+
+class _OneProcessNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm as it is in one process: its own forward would wait for the others, and refuses tensors on the CPU."""
+
+    forward = nn.BatchNorm2d.forward
 
 
 def _measured_eps(norm: Any) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,6 +17,7 @@ from ..backends.base import BACKENDS
 from ..chain.config import one_of
 from ..modules.block_parts import parts_of, surroundings
 from ..modules.block_state import STATE, BlockState, FusedModule
+from ..modules.confirmation import NOTE
 from ..modules.eligibility import block_geometry, why_not_convolutions, why_not_foldable, why_not_read
 from ..modules.fused_forward import FusedForward, freeze_block
 from ..modules.fused_forward1d import (
@@ -29,6 +31,7 @@ from ..modules.fused_forward1d import (
     why_not_alike_1d,
 )
 from ..modules.weight_cache import capturing
+from . import channels_last
 from .class_swap import _generating, fused_class, originals, own_class, without
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
@@ -38,19 +41,28 @@ Model = TypeVar("Model", bound=nn.Module)
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 
 
-def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) -> Model:
+def accelerate(
+    model: Model, backend: str = "auto", *, recompute: bool = False, memory_format: torch.memory_format | None = None
+) -> Model:
     """Makes every recognised Res2Net block of `model`, 2-D or along rows, run fused, in place, and returns the model.
 
     model: any nn.Module; blocks keep class, parameters, state_dict keys and hooks.
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
     keep the convolutions' outputs: less memory for one more convolution a step.
+    memory_format: of the weights of the model's 2-D convolutions, given in place (same Parameters, values and keys); they hand
+    it on to what they compute. None gives the strides of channels-last, which the kernels read, to all whose memory is the same
+    in both formats (1x1 kernels), and a hook to the convolutions in front of the first block, which converts their input, if
+    the model has 2-D blocks that run fused and their device gains by it. torch.channels_last and torch.contiguous_format
+    convert all weights, torch.preserve_format none. Weights that are quantized, parametrized, sharded, or under
+    DistributedDataParallel stay as they are, as do those that share the memory that would be laid out anew.
     Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
     lists them with the reason. `restore(model)` takes it back. Other threads may call the model meanwhile.
-    Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
+    Raises TypeError for what is no nn.Module, ValueError for an unknown backend or memory format.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
     one_of("backend", backend, BACKENDS)
+    one_of("memory_format", memory_format, channels_last.FORMATS)
     for module in model.modules():
         if type(module) in originals or not isinstance(module, FusedModule):
             _take_over(module, backend, recompute)  # one that runs fused is looked at anew: it may have other parts by now
@@ -59,6 +71,7 @@ def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) 
             if isinstance(state, BlockState):
                 state.recompute = recompute
             state.drop()
+    channels_last.convert(model, memory_format)
     return model
 
 
@@ -69,18 +82,20 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
     original = own_class(module)
     if (layout_1d := layout_1d_of(module)) is not None:
         mixin = FusedForward1d
-        config, reason = recognise_1d(module, layout_1d)
-        if config is not None:
+        found, reason = recognise_1d(module, layout_1d)
+        if found is not None:
             modules = descendants(module)
-            state = BlockState1d(config, backend, geometry_1d(modules), layout_1d, switches_1d(module, modules))
+            state = BlockState1d(found[0], backend, geometry_1d(modules), found[1], switches_1d(module, modules))
     elif (layout := layout_of(module)) is not None:
         recognised, reason = recognise(module, layout)
         if recognised is not None:
-            geometry = block_geometry(parts_of(module, layout))
-            around = surroundings(module, layout)
+            layout = recognised.layout
             parts = parts_of(module, layout)
             why_not_convolutions(parts), why_not_foldable(parts)  # tried now, since a trace cannot
-            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout, around)
+            state = BlockState(
+                recognised.config, backend, block_geometry(parts), recompute, recognised.shortcut, layout,
+                surroundings(module, layout),
+            )  # fmt: skip
     elif type(module) is original:
         return
     else:
@@ -97,13 +112,14 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
 
 
 def restore(model: Model) -> Model:
-    """Gives the accelerated blocks of `model` their original classes back, in place, and returns the model.
+    """Gives the accelerated blocks of `model` their original classes and strides back, in place, and returns the model.
 
     Classes that others put on top later stay on top. A `Bottle2neck` is fused by its own class and stays so.
     Not while another thread calls the model: a call that has begun needs what this takes away.
     """
     for module in model.modules():
-        module.__dict__.pop(REFUSAL, None)
+        for name in (REFUSAL, NOTE):
+            module.__dict__.pop(name, None)
         generated = next((c for c in type(module).__mro__ if c in originals), None)
         if generated is None:
             continue  # never accelerated; a Bottle2neck is fused by its own class
@@ -111,6 +127,7 @@ def restore(model: Model) -> Model:
         with _generating:
             module.__class__ = without(own, generated)
         module.__dict__.pop(STATE, None)
+    channels_last.revert(model)
     return model
 
 
@@ -156,7 +173,8 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
 def refresh(model: Model) -> Model:
     """Drops all weights that the fused blocks of `model` keep, and returns the model.
 
-    Needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+    Needed to undo `freeze`, and after writes that PyTorch cannot see (`.data`, NumPy), of which not all are noticed
+    (docs/troubleshooting.md).
     Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
     """
     for _, block in fused_blocks(model):

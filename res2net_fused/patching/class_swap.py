@@ -7,11 +7,11 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable
 from typing import Any, cast
 
 from torch import nn
 
+from ..modules.block_state import forward_like
 from ..modules.switches import FUSED
 
 # Generated classes ----------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def fused_class(original: type, mixin: type) -> type:
 def _generate(original: Any, mixin: Any) -> Any:
     body = {
         "__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce, FUSED: True,
-        "forward": _forward(original.forward, mixin.forward),
+        "forward": forward_like(mixin.forward, original.forward),
     }  # fmt: skip
     generated = _derive(_metaclass(cast(Any, type(original))), f"Fused{original.__name__}", (mixin, original), body)
     originals[generated] = original
@@ -41,25 +41,6 @@ def _generate(original: Any, mixin: Any) -> Any:
 def own_class(module: nn.Module) -> Any:
     """The module's class without the generated one."""
     return originals.get(type(module), type(module))
-
-
-def _forward(own: Any, fused: Callable[..., Any]) -> Callable[..., Any]:
-    """The fused forward with the signature of the class's own: x may come under the name that it has there."""
-    try:
-        x_name = list(inspect.signature(own).parameters)[1]
-    except (IndexError, TypeError, ValueError):  # not to be read
-        x_name = "x"
-
-    @functools.wraps(own)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            return fused(self, *args, **kwargs)
-        if x_name not in kwargs:
-            return own(self, **kwargs)  # which says what is missing
-        x = kwargs.pop(x_name)
-        return fused(self, x, **kwargs)
-
-    return forward
 
 
 def _derive(metaclass: Any, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:

@@ -7,7 +7,6 @@ random parameters. That is done once for each configuration.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -17,17 +16,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..chain.config import ChainConfig
-from ..modules.block_parts import BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.block_parts import ENDINGS, BlockParts, BlockPaths, find_layout, parts_of, wrappers
 from ..modules.block_state import STATE
-from ..modules.confirmation import agree, is_convolution, own_parts, seeded
+from ..modules.block_structure import equal_settings, find_by_structure
+from ..modules.confirmation import SEED, agree, is_convolution, of_memory, own_parts, random_twin, seeded
 from ..modules.eligibility import fused_activation
 from ..modules.reference_blocks import bottle2neck
 from ..modules.switches import switches
 from .class_swap import own_class
 
-_SEED = 20190402
+_PROPOSALS = 6  # of a module's structure, that are tried
 Layout = TypeVar("Layout")
 Found = TypeVar("Found")
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -35,20 +36,32 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 def layout_of(module: nn.Module) -> BlockPaths | None:
     """The paths at which a module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
-    return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    return find_layout(module) or next(find_by_structure(module), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
-    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None."""
+    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None.
+
+    layout: the paths by which it does, with its ending.
+    """
 
     config: ChainConfig
     shortcut: str | None
+    layout: BlockPaths
 
 
 def recognise(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, str]:
     """The confirmed settings of a block with that layout, or None and the reason."""
-    return confirmed_once(block, layout, _structure(parts_of(block, layout)), _confirm)
+    found, reason = confirmed_once(block, layout, _structure(parts_of(block, layout)), _confirm)
+    for other in itertools.islice(find_by_structure(block), _PROPOSALS):
+        if found is not None:
+            break
+        if other != layout and _structure(parts_of(block, other)) is None:
+            found, _ = confirmed_once(block, other, None, _confirm)
+    return found, reason if found is None else AGREED
 
 
 def confirmed_once(
@@ -57,17 +70,22 @@ def confirmed_once(
     refusal: str | None,
     confirm: Callable[[nn.Module, Layout], tuple[Found | None, str]],
 ) -> tuple[Found | None, str]:
-    """What `confirm(block, layout)` finds, tried once for each configuration, or None and the reason, such as `refusal`."""
+    """What `confirm(block, layout)` finds, or None and the reason, such as `refusal`.
+
+    Tried once for each configuration, outside the modes of the caller; what failed, or was tried in a trace, is tried again.
+    """
     if refusal is not None:
         return None, refusal
     signature = own_signature(block), layout
     if signature not in _confirmed:
         try:
-            with seeded():
-                _confirmed[signature] = confirm(block, layout)
+            with seeded(), _disable_current_modes():
+                found = confirm(block, layout)
         except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
-            reason = f"its own forward could not be tried: {type(error).__name__}: {error}"
-            _confirmed[signature] = None, reason
+            return None, f"its own forward could not be tried: {type(error).__name__}: {error}"  # now; so it is not kept
+        if torch._C._get_tracing_state() is not None:
+            return found
+        _confirmed[signature] = found
     return _confirmed[signature]
 
 
@@ -88,7 +106,7 @@ def _structure(block: BlockParts) -> str | None:
     if first.kernel_size != (3, 3) or first.stride[0] != first.stride[1] or first.dilation[0] != first.dilation[1]:
         return "convs are not square 3x3 convolutions"
     for conv in convs:
-        if conv.in_channels != conv.out_channels or conv_settings(conv) != conv_settings(first):
+        if conv.in_channels != conv.out_channels or equal_settings(conv) != equal_settings(first):
             return "convs differ among themselves"
         if conv.padding != conv.dilation or conv.padding_mode != "zeros":
             return f"convs are padded by {conv.padding} ({conv.padding_mode}); zeros by the dilation {conv.dilation} is fused"
@@ -102,10 +120,6 @@ def _structure(block: BlockParts) -> str | None:
     if len(block.bns) != len(convs):
         return "convs and bns differ in number"
     return None
-
-
-def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
-    return conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def own_signature(block: nn.Module) -> tuple[object, ...]:
@@ -142,10 +156,11 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
         return None, refusal
     own = _own_results(own_class(block).forward, parts)
     plain_call, plain_results = own[0]
-    for config in _candidates(parts):
+    for config, ending in itertools.product(_candidates(parts), ENDINGS):
+        parts.ending = ending
         agreed = [call for call, results in own if _agrees(parts, config, call, results)]
         if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
-            return Recognised(config, agreed[-1].name), AGREED
+            return Recognised(config, agreed[-1].name, dataclasses.replace(layout, ending=ending)), AGREED
     if isinstance(plain_results, Exception):
         raise plain_results
     return None, DISAGREED + _unknown_parts(block, layout)
@@ -183,6 +198,8 @@ def _tried(call: Callable[[], Tensor], parts: BlockParts) -> list[Tensor] | Exce
     try:
         return [_outputs(call, parts.module, mode) for mode in (False, True)]
     except Exception as error:
+        if of_memory(error):
+            raise
         return error
 
 
@@ -208,7 +225,10 @@ def _hidden_arithmetic(block: BlockParts) -> str | None:
 
 def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
     """The modules that no published Res2Net block has, for the reason: attention fusion, gates, plugins."""
-    known = {id(m) for m in _part_modules(parts_of(block, layout))} | {id(m) for m in wrappers(block, layout)}
+    known = {id(m) for m in parts_of(block, layout).modules()} | {id(m) for m in wrappers(block, layout)}
+    pool = parts_of(block, layout).pool
+    if isinstance(pool, nn.MaxPool2d):
+        return ", which has a MaxPool2d: only its absence or an AvgPool2d(3, padding=1) on the passed group is fused"
     unknown = []
     for name, child in block.named_children():
         members = list(child) if isinstance(child, nn.ModuleList) else [child]
@@ -218,42 +238,10 @@ def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
     return f", which has {', '.join(unknown)} besides" if unknown else ""
 
 
-def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
-    for field in dataclasses.fields(block)[1:]:
-        part = getattr(block, field.name)
-        yield from part if isinstance(part, list) else (part,)
-
-
-def random_twin(block: nn.Module) -> nn.Module:
-    """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
-    groups = [module.process_group for module in block.modules() if isinstance(module, nn.SyncBatchNorm)]
-    twin = copy.deepcopy(block, {id(group): group for group in groups})  # a process group cannot be copied
-    if any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers())):
-        twin = twin.to_empty(device="cpu")
-    twin = twin.to(device="cpu", dtype=torch.float64)
-    for module in twin.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = _OneProcessNorm
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-            hooks.clear()
-    for name, tensor in itertools.chain(twin.named_parameters(), twin.named_buffers()):
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-        elif tensor.is_floating_point():
-            tensor.normal_().mul_(1 / max(1, tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 1)
-    return twin
-
-
-class _OneProcessNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm as it is in one process: its own forward would wait for the others, and refuses tensors on the CPU."""
-
-    forward = nn.BatchNorm2d.forward
-
-
 def _outputs(call: Callable[[], Tensor], twin: nn.Module, training: bool) -> Tensor:
     buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     twin.train(training)
-    torch.default_generator.manual_seed(_SEED)  # dropout and stochastic depth draw alike
+    torch.default_generator.manual_seed(SEED)  # dropout and stochastic depth draw alike
     out = call()
     for name, buffer in twin.named_buffers():
         buffer.copy_(buffers[name])

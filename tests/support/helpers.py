@@ -258,7 +258,8 @@ def import_timm():
     except OSError:
         for name in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                      "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
-            torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
+            if not hasattr(torch.ops.torchvision, name.split("(")[0]):
+                torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
     import timm
 
     return timm
