@@ -49,12 +49,12 @@ def eps_of(norm: nn.Module) -> float | None:
     names = set(_tensors(norm))
     if not {"running_mean", "running_var"} <= names <= _OF_A_NORM:
         return None
-    return _once(norm, (), _measured_eps)
+    return _once(norm, (getattr(norm, "eps", None), getattr(norm, "track_running_stats", None)), _measured_eps)
 
 
 def own_parts(conv: nn.Conv2d) -> bool:
     """Whether a convolution has parts that none of the known classes has."""
-    return not set(conv._parameters) | set(conv._modules) | set(conv._buffers) <= _OF_A_CONVOLUTION
+    return not set(conv._modules) | set(_tensors(conv)) <= _OF_A_CONVOLUTION
 
 
 def is_convolution(conv: nn.Conv2d) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,91 +18,158 @@ from torch import Tensor, nn
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
 _ABSENT = "<absent>"  # picklable, as all that `switches` returns
-_NOT_CALLED = frozenset({"__init__", "__new__", "__repr__", "extra_repr", "reset_parameters"})
-FUSED = "_res2net_fused_class"  # in the body of a generated class
+_UNWATCHED = "<not watched by a compiled graph>"  # equal to no setting: the block then runs its own forward
+_ENTRIES = ("forward", "__call__", "__getattr__", "_conv_forward", "_check_input_dim")  # what a call of a module begins with
+FUSED = "_res2net_fused_class"  # in the body of a generated class: the class that it stands in front of
 _PYTORCHS = frozenset(vars(nn.Module()))
+_DEPTH = 3  # of objects in objects, such as a configuration in sections
+_OURS = frozenset({"torch", "res2net_fused"})
+# Of packages whose code has no settings of a model; their caches would look like some.
+_LIBRARIES = _OURS | {"torchvision", "numpy"} | sys.stdlib_module_names
+_HOLDERS = frozenset({"builtins", "types", "argparse", "collections", "enum"})  # standard, with values of their users
+
+Shared = tuple[tuple[Any, str], ...]  # (namespace or cell, name) of settings outside of instances
 
 
 def switches(module: nn.Module) -> tuple[object, ...]:
-    """The present settings that the module's class reads, of the module, its class and its globals; () for PyTorch's own."""
+    """The present settings that the module's class reads, of the module, its class and what is global to it; () for PyTorch's."""
     cls: Any = type(module)
-    if torch.compiler.is_compiling():
-        names, others = _constants_of(cls)
-    else:
-        names, shared = _read_by(cls)
-        others = _values_of(shared) if shared else ()
-    if not names and not others:
+    compiling = torch.compiler.is_compiling()
+    names, shared = _constants_of(cls) if compiling else _read_by(cls)
+    if names is None:
         return ()
     own = module.__dict__
     values = [own[name] if name in own else getattr(cls, name, _ABSENT) for name in names]
-    return *[value if type(value) in _PLAIN else _described(value) for value in values], *others
-
-
-def _values_of(shared: tuple[tuple[dict[str, Any], str], ...]) -> tuple[object, ...]:
-    values = [namespace.get(name, _ABSENT) for namespace, name in shared]
-    return tuple([value if type(value) in _PLAIN else _described(value) for value in values])
+    if compiling:
+        plain = [value if type(value) in _PLAIN else _in_a_trace(value) for value in values]
+        return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls))
+    values += [_read(*place) for place in shared]
+    return *[value if type(value) in _PLAIN else _described(value) for value in values], _code(cls)
 
 
 def named_switches(module: nn.Module) -> dict[str, object]:
     """The same by name, for messages."""
-    cls: Any = type(module)
-    names, shared = _read_by(cls)
-    return dict(zip((*names, *(name for _, name in shared)), switches(module), strict=False))
+    names, shared = _read_by(type(module))
+    return dict(zip((*(names or ()), *(name for _, name in shared), "forward"), switches(module), strict=False))
 
 
 def may_read(cls: Any, name: str) -> bool:
     """Whether the code of a class reads an attribute of that name."""
-    return all(map(_known, cls.__mro__)) or name in _read_by(cls)[0]
+    names = _read_by(cls)[0]
+    return names is None or name in names
 
 
-def _described(value: object) -> object:
+def _read(place: Any, name: str) -> object:
+    if not isinstance(place, types.CellType):
+        return place.get(name, _ABSENT)
+    try:
+        return place.cell_contents
+    except ValueError:  # empty
+        return _ABSENT
+
+
+def _code(cls: Any) -> object:
+    """What tells the forward of a class from one that is put in its place."""
+    code = getattr(getattr(getattr(cls, FUSED, cls), "forward", None), "__code__", None)
+    return None if code is None else (code.co_name, code.co_names)
+
+
+def _described(value: Any, depth: int = _DEPTH) -> object:
     """The plain values inside a container or an object, else a name: comparable and picklable."""
     kind = type(value).__qualname__
-    if isinstance(value, (Tensor, nn.Module, type, types.ModuleType)) or callable(value):
-        return getattr(value, "__qualname__", kind)
-    inside: Iterable[tuple[object, object]] = getattr(value, "__dict__", {}).items()
-    if isinstance(value, dict):
-        inside = value.items()
+    if isinstance(value, Tensor):
+        flag = value.numel() == 1 and value.device.type == "cpu" and not value.is_floating_point()
+        return (kind, value.item()) if flag else kind
+    if isinstance(value, type):
+        inside: Iterable[tuple[object, object]] = [(k, v) for k, v in vars(value).items() if type(v) in _PLAIN]
+    elif isinstance(value, dict):
+        inside = list(value.items())
     elif isinstance(value, (list, tuple)):
         inside = enumerate(value)
-    return kind, *((str(key), v if type(v) in _PLAIN else type(v).__qualname__) for key, v in inside)
+    elif isinstance(value, (nn.Module, types.ModuleType)) or callable(value):
+        return getattr(value, "__qualname__", kind)
+    elif hasattr(value, "__dict__"):
+        inside = list(vars(value).items())
+    else:
+        text = repr(value)  # of numbers, sets
+        return kind if " at 0x" in text else (kind, text)
+    deeper = depth > 0
+    return kind, *((str(k), v if type(v) in _PLAIN else _described(v, depth - 1) if deeper else "") for k, v in inside)
+
+
+def _in_a_trace(value: object) -> object:
+    """As `_described`, for what cannot change in place; a graph does not watch the rest."""
+    if isinstance(value, (nn.Module, Tensor)) or callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return _UNWATCHED
 
 
 @torch.compiler.assume_constant_result
-def _constants_of(cls: Any) -> tuple[tuple[str, ...], tuple[object, ...]]:
-    """Of a class, for a trace, which guards what it reads of the module itself."""
+def _constants_of(cls: Any) -> tuple[tuple[str, ...] | None, bool]:
+    """Of a class, for a trace: the names, which it guards as it reads them, and whether there are settings that it cannot."""
     names, shared = _read_by(cls)
-    return names, _values_of(shared)
+    return names, bool(shared)
+
+
+@torch.compiler.assume_constant_result
+def _code_in_a_trace(cls: Any) -> object:
+    return _code(cls)
 
 
 @functools.cache
-def _read_by(cls: Any) -> tuple[tuple[str, ...], tuple[tuple[dict[str, Any], str], ...]]:
-    """Attributes that the code of a class reads, and (globals, name) of the settings among its globals.
+def _read_by(cls: Any) -> tuple[tuple[str, ...] | None, Shared]:
+    """Attributes that the code of a class reads, and its settings among globals, closures and modules; None of known classes.
 
     Nothing of PyTorch's classes and of this package's: what changes their results is compared elsewhere.
     """
+    if all(map(_known, cls.__mro__)):
+        return None, ()
     names: set[str] = set()
-    shared: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
-    pending = [value for c in cls.__mro__ if not _known(c) for name, value in vars(c).items() if name not in _NOT_CALLED]
+    shared: dict[tuple[int, str], tuple[Any, str]] = {}
+    bodies = [vars(c) for c in cls.__mro__ if not _known(c)]
+    pending = [body[name] for body in bodies for name in _ENTRIES if name in body]
     seen: set[int] = set()
     while pending:
         function = pending.pop()
         function = getattr(function, "fget", None) or getattr(function, "__func__", function)
-        if not isinstance(function, types.FunctionType) or id(function) in seen:
+        if not isinstance(function, types.FunctionType) or id(function) in seen or _of_library(function.__module__):
             continue
         seen.add(id(function))
-        names |= set(_reads(function.__code__, "attribute"))
-        for name in _reads(function.__code__, "global"):
-            value = function.__globals__.get(name, _ABSENT)
-            if isinstance(value, types.FunctionType) and not _is_known(value.__module__):
+        attributes = set(_reads(function.__code__, "attribute"))
+        names |= attributes
+        pending += [body[name] for body in bodies for name in attributes & body.keys()]
+        for place, name in _outside(function, attributes):
+            value = _read(place, name)
+            if isinstance(value, types.FunctionType):
                 pending.append(value)
-            elif type(value) in _PLAIN or isinstance(value, (dict, list, types.SimpleNamespace)):
-                shared[id(function.__globals__), name] = function.__globals__, name
+            elif _may_hold_settings(value):
+                shared[id(place), name] = place, name
     forward = getattr(getattr(cls, "forward", None), "__code__", None)
     if forward is not None:  # what it writes itself is no setting: counters, the last shape
         names -= set(_reads(forward, "written"))
-    methods = {name for name in names if callable(getattr(cls, name, None))}
-    return tuple(sorted(names - methods - _PYTORCHS)), tuple(shared.values())
+    inherited = {name for name in names if callable(getattr(nn.Module, name, None))}
+    return tuple(sorted(names - inherited - _PYTORCHS)), tuple(shared.values())
+
+
+def _outside(function: types.FunctionType, attributes: set[str]) -> Iterator[tuple[Any, str]]:
+    """Places outside of instances that a function reads: its globals, its closure, and what it reads of modules."""
+    cells = zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
+    read = [(function.__globals__, name) for name in _reads(function.__code__, "global") if name in function.__globals__]
+    for place, name in itertools.chain(cells, read):
+        value = _read(place, name)
+        if not isinstance(value, types.ModuleType):
+            yield place, name
+        elif not _of_library(value.__name__):
+            yield from ((vars(value), attribute) for attribute in attributes & vars(value).keys())
+
+
+def _may_hold_settings(value: object) -> bool:
+    if type(value) in _PLAIN or isinstance(value, Tensor):
+        return True
+    holder = value if isinstance(value, type) else type(value)
+    if isinstance(value, nn.Module) or issubclass(holder, nn.Module) or (callable(value) and holder is not value):
+        return False
+    return holder.__module__ in _HOLDERS - ({"builtins"} if holder is value else set()) or not _of_library(holder.__module__)
 
 
 def _reads(code: types.CodeType, what: str) -> Iterator[str]:
@@ -118,8 +187,12 @@ def _reads(code: types.CodeType, what: str) -> Iterator[str]:
 
 
 def _known(cls: type) -> bool:
-    return cls is object or "_res2net_fused_forward" in vars(cls) or FUSED in vars(cls) or _is_known(cls.__module__)
+    return cls is object or "_res2net_fused_forward" in vars(cls) or FUSED in vars(cls) or _top(cls.__module__) in _OURS
 
 
-def _is_known(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in ("torch", "res2net_fused")
+def _of_library(module: str | None) -> bool:
+    return _top(module) in _LIBRARIES
+
+
+def _top(module: str | None) -> str:
+    return (module or "").partition(".")[0]

@@ -30,7 +30,7 @@ def fused_class(original: type, mixin: type) -> type:
 @functools.cache
 def _generate(original: Any, mixin: Any) -> Any:
     body = {
-        "__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce, FUSED: True,
+        "__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce, FUSED: original,
         "forward": forward_like(mixin.forward, original.forward),
     }  # fmt: skip
     generated = _derive(_metaclass(cast(Any, type(original))), f"Fused{original.__name__}", (mixin, original), body)
