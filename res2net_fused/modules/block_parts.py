@@ -206,7 +206,7 @@ def _part(module: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
 def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
     """The modules on the way to the parts, whose own calls a fused block leaves out too."""
     found: dict[int, nn.Module] = {}
-    for name in _NAMES:
+    for name in _NAMES if layout.wraps else ():
         for path in _each(getattr(layout, name)):
             for end in range(1, len(path)):
                 if path[end] != "*":
@@ -214,21 +214,20 @@ def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
     return list(found.values())
 
 
-def strangers(module: nn.Module, layout: BlockPaths) -> dict[str, nn.Module]:
+def strangers(block: BlockParts, layout: BlockPaths, around: list[nn.Module]) -> dict[str, nn.Module]:
     """Modules of the block that are no parts and hold none: its own forward may call them, so they compute nothing yet."""
-    found = {name: module._modules[name] for name in module._modules.keys() - layout.roots}
-    if layout.wraps:
-        parts = parts_of(module, layout)
-        around = wrappers(module, layout)
-        known = {id(part) for part in itertools.chain(parts.modules(), around)}
-        found.update({f"{i}.{k}": m for i, w in enumerate(around) for k, m in w._modules.items() if id(m) not in known})
-    return {name: child for name, child in found.items() if child is not None}
+    children = block.module._modules
+    found = {name: children[name] for name in children.keys() - layout.roots if children[name] is not None}
+    if around:
+        known = {id(part) for part in itertools.chain(block.modules(), around)}
+        inside = {f"{i}.{k}": m for i, w in enumerate(around) for k, m in w._modules.items() if m is not None}
+        found.update({name: m for name, m in inside.items() if id(m) not in known})
+    return found  # type: ignore[return-value]
 
 
-def surroundings(module: nn.Module, layout: BlockPaths) -> tuple[object, ...]:
-    """All that the block's own code may read besides its parts, comparable at every call."""
-    others = strangers(module, layout)
-    code = (switches(module), *map(switches, wrappers(module, layout))) if layout.wraps else (switches(module),)
+def surroundings(block: BlockParts, around: list[nn.Module], others: dict[str, nn.Module]) -> tuple[object, ...]:
+    """All that the block's own code may read besides its parts, comparable at every call. others: its `strangers`."""
+    code = (switches(block.module), *[switches(module) for module in around])
     return code if not others else (*code, *((name, _reading(others[name])) for name in sorted(others)))
 
 
@@ -236,9 +235,8 @@ def _reading(stranger: nn.Module) -> tuple[object, ...]:
     return tuple((type(m), m.extra_repr(), switches(m)) for m in stranger.modules())
 
 
-def changed_surroundings(module: nn.Module, layout: BlockPaths, then: tuple[object, ...]) -> str:
+def changed_surroundings(module: nn.Module, now: tuple[object, ...], then: tuple[object, ...]) -> str:
     """The name of what is not as it was `then`."""
-    now = surroundings(module, layout)
     if now[0] != then[0] and isinstance(then[0], tuple):
         pairs = zip(named_switches(module).items(), then[0], strict=False)
         return next((name for (name, value), old in pairs if value != old), "a setting")

@@ -64,9 +64,10 @@ def _drop(module: nn.Module, frozen: bool = True) -> None:
 def forward_like(fused: Any, own: Any) -> Any:
     """`fused` with the signature, source and globals of `own`: what torch.jit.script compiles and FX makes its inputs of."""
     try:
-        x_name = list(inspect.signature(own).parameters)[1]
+        first = list(inspect.signature(own).parameters.values())[1]
+        x_name = first.name if first.kind is first.POSITIONAL_OR_KEYWORD else None
     except (IndexError, TypeError, ValueError):  # not to be read
-        x_name = "x"
+        x_name = None
 
     def forward(self, *args, **kwargs):
         if args:

@@ -19,6 +19,7 @@ from .block_parts import BlockParts, changed_surroundings, strangers, surroundin
 from .block_state import BlockState
 from .confirmation import is_convolution
 from .folding import why_not_bypassed, why_not_folded
+from .switches import switches
 from .training import uses_batch_statistics, why_not_trained
 
 
@@ -58,7 +59,9 @@ def why_not_fused(
 ) -> str | None:
     """None if this call may run fused, else the reason."""
     shortcut, reason = why_not_called(4, state.shortcut, x, args, kwargs)
-    reason = reason or why_not_read(block) or why_not_alike(block, state)
+    around = wrappers(block.module, state.layout)
+    others = strangers(block, state.layout, around)
+    reason = reason or why_not_read(block) or why_not_alike(block, state, surroundings(block, around, others))
     if reason is not None:
         return reason
     if shortcut is not None and block.downsample is not None:
@@ -91,9 +94,8 @@ def why_not_fused(
         return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
-    outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
-    outer += tuple(m for child in strangers(block.module, state.layout).values() for m in child.modules())
-    return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
+    outer += tuple(m for child in others.values() for m in child.modules()) if others else ()
+    return why_not_left_out((*outer, *around, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
 
 
 def why_not_read(block: BlockParts) -> str | None:
@@ -104,11 +106,13 @@ def why_not_read(block: BlockParts) -> str | None:
         for name, conv in block.convolutions():
             if not isinstance(conv, nn.Conv2d):
                 return f"{name} is {_kind(conv)}, not a Conv2d"
-    parts: tuple[Any, ...] = (*block.norms, block.relu)
-    if all(isinstance(part, nn.Module) for part in parts) and isinstance(block.pool, nn.Module | None):
+    parts: list[Any] = [*block.norms, block.relu]
+    if block.pool is not None:
+        parts.append(block.pool)
+    if all([isinstance(part, nn.Module) for part in parts]):
         return None
     names = ("bn1", *(f"bns[{i}]" for i in range(len(block.bns))), "bn3", "relu", "pool")
-    found = zip(names, (*parts, block.pool), strict=True)
+    found = zip(names, parts, strict=False)
     return next(f"{name} is {_kind(part)}, not a module" for name, part in found if not isinstance(part, nn.Module))
 
 
@@ -120,15 +124,14 @@ def _kind(part: object) -> str:
     return "missing" if part is None else f"a {type(part).__name__}"
 
 
-def why_not_alike(block: BlockParts, state: BlockState) -> str | None:
-    """None if what the block's own code reads besides the parts is as it was when it was recognised, else the reason."""
-    now = surroundings(block.module, state.layout)
+def why_not_alike(block: BlockParts, state: BlockState, now: tuple[object, ...]) -> str | None:
+    """None if the `surroundings` of a block are as they were when it was recognised, else the reason."""
     if state.surroundings is None and not torch.compiler.is_compiling():
         state.surroundings = now  # of a block that is saved by an older version, or made by its constructor
     if state.surroundings is None or now == state.surroundings:
         return None
     compiling = torch.compiler.is_compiling()
-    name = "a setting" if compiling else changed_surroundings(block.module, state.layout, state.surroundings)
+    name = "a setting" if compiling else changed_surroundings(block.module, now, state.surroundings)
     return f"{name} of the block was changed since it was recognised"
 
 
@@ -203,7 +206,8 @@ _POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_includ
 def block_geometry(block: BlockParts) -> tuple[object, ...]:
     """All of the block's convolutions and pool that changes the result beyond their tensors, comparable at every call."""
     pool = block.pool
-    pool_settings = None if pool is None else (type(pool), *(getattr(pool, name, None) for name in _POOL_SETTINGS))
+    settings = () if pool is None else (*[getattr(pool, name, None) for name in _POOL_SETTINGS], *switches(pool))
+    pool_settings = None if pool is None else (type(pool), *settings)
     return pool_settings, *(
         (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
          conv.groups, conv.padding_mode)

@@ -32,7 +32,7 @@ Shared = tuple[tuple[Any, str], ...]  # (namespace or cell, name) of settings ou
 
 
 def switches(module: nn.Module) -> tuple[object, ...]:
-    """The present settings that the module's class reads, of the module, its class and what is global to it; () for PyTorch's."""
+    """The present settings that the module's class reads: of the module, its class and outside; () for PyTorch's own."""
     cls: Any = type(module)
     compiling = torch.compiler.is_compiling()
     names, shared = _constants_of(cls) if compiling else _read_by(cls)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends.base import BACKENDS
 from ..chain.config import one_of
-from ..modules.block_parts import parts_of, surroundings
+from ..modules.block_parts import parts_of, strangers, surroundings, wrappers
 from ..modules.block_state import STATE, BlockState, FusedModule
 from ..modules.confirmation import NOTE
 from ..modules.eligibility import block_geometry, why_not_convolutions, why_not_foldable, why_not_read
@@ -92,10 +92,10 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
             layout = recognised.layout
             parts = parts_of(module, layout)
             why_not_convolutions(parts), why_not_foldable(parts)  # tried now, since a trace cannot
-            state = BlockState(
-                recognised.config, backend, block_geometry(parts), recompute, recognised.shortcut, layout,
-                surroundings(module, layout),
-            )  # fmt: skip
+            around = wrappers(module, layout)
+            read = surroundings(parts, around, strangers(parts, layout, around))
+            geometry = block_geometry(parts)
+            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout, read)
     elif type(module) is original:
         return
     else:

@@ -16,8 +16,9 @@ from ..chain.block_weights import BlockWeights
 from ..chain.problem import ChainProblem
 from ..modules.block_parts import parts_of
 from ..modules.block_state import STATE, BlockState, FusedModule, FusedState
+from ..modules.eligibility import why_not_read
 from ..modules.fused_forward import reads_old_weights
-from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_1d
+from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_1d, why_not_alike_1d
 from ..modules.training import synchronises
 from .accelerate import REFUSAL
 from .recognition import layout_of
@@ -132,9 +133,10 @@ def _report(name: str, module: nn.Module) -> BlockReport:
 def _reads_old_weights(block: nn.Module, state: FusedState) -> bool:
     dtype = state.last_problem.dtype
     if isinstance(state, BlockState1d):
-        return reads_old_weights_1d(parts_1d(block, state.layout), dtype, state)
+        return why_not_alike_1d(block, state) is None and reads_old_weights_1d(parts_1d(block, state.layout), dtype, state)
     assert isinstance(state, BlockState)
-    return reads_old_weights(parts_of(block, state.layout), dtype, state)
+    parts = parts_of(block, state.layout)
+    return why_not_read(parts) is None and reads_old_weights(parts, dtype, state)
 
 
 def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:
