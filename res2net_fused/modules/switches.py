@@ -29,34 +29,36 @@ _LIBRARIES = _OURS | {"torchvision", "numpy"} | sys.stdlib_module_names
 _HOLDERS = frozenset({"builtins", "types", "argparse", "collections", "enum"})  # standard, with values of their users
 
 Shared = tuple[tuple[Any, str], ...]  # (namespace or cell, name) of settings outside of instances
+Names = tuple[str, ...]
 
 
 def switches(module: nn.Module) -> tuple[object, ...]:
     """The present settings that the module's class reads: of the module, its class and outside; () for PyTorch's own."""
     cls: Any = type(module)
     compiling = torch.compiler.is_compiling()
-    names, shared = _constants_of(cls) if compiling else _read_by(cls)
+    names, methods, shared = _constants_of(cls) if compiling else _read_by(cls)
     if names is None:
         return ()
     own = module.__dict__
-    values = [own[name] if name in own else getattr(cls, name, _ABSENT) for name in names]
+    replaced = [name for name in methods if name in own]
+    values: list[Any] = [own[name] if name in own else getattr(cls, name, _ABSENT) for name in names]
     if compiling:
         plain = [value if type(value) in _PLAIN else _in_a_trace(value) for value in values]
-        return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls))
+        return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls), *replaced)
     values += [_read(*place) for place in shared]
-    return *[value if type(value) in _PLAIN else _described(value) for value in values], _code(cls)
+    return *[value if type(value) in _PLAIN else _described(value) for value in values], _code(cls, methods), *replaced
 
 
 def named_switches(module: nn.Module) -> dict[str, object]:
     """The same by name, for messages."""
-    names, shared = _read_by(type(module))
+    names, _, shared = _read_by(type(module))
     return dict(zip((*(names or ()), *(name for _, name in shared), "forward"), switches(module), strict=False))
 
 
 def may_read(cls: Any, name: str) -> bool:
     """Whether the code of a class reads an attribute of that name."""
-    names = _read_by(cls)[0]
-    return names is None or name in names
+    names, methods, _ = _read_by(cls)
+    return names is None or name in names or name in methods
 
 
 def _read(place: Any, name: str) -> object:
@@ -68,10 +70,11 @@ def _read(place: Any, name: str) -> object:
         return _ABSENT
 
 
-def _code(cls: Any) -> object:
-    """What tells the forward of a class from one that is put in its place."""
-    code = getattr(getattr(getattr(cls, FUSED, cls), "forward", None), "__code__", None)
-    return None if code is None else (code.co_name, code.co_names)
+def _code(cls: Any, methods: Names) -> str:
+    """What tells the forward of a class, and the methods that it calls, from others that are put in their places."""
+    own = getattr(cls, FUSED, cls)
+    codes = [getattr(getattr(own, name, None), "__code__", None) for name in ("forward", *methods)]
+    return " ".join([name for code in codes if code is not None for name in (code.co_name, *code.co_names)])
 
 
 def _described(value: Any, depth: int = _DEPTH) -> object:
@@ -105,25 +108,25 @@ def _in_a_trace(value: object) -> object:
 
 
 @torch.compiler.assume_constant_result
-def _constants_of(cls: Any) -> tuple[tuple[str, ...] | None, bool]:
+def _constants_of(cls: Any) -> tuple[Names | None, Names, bool]:
     """Of a class, for a trace: the names, which it guards as it reads them, and whether there are settings that it cannot."""
-    names, shared = _read_by(cls)
-    return names, bool(shared)
+    names, methods, shared = _read_by(cls)
+    return names, methods, bool(shared)
 
 
 @torch.compiler.assume_constant_result
 def _code_in_a_trace(cls: Any) -> object:
-    return _code(cls)
+    return _code(cls, _read_by(cls)[1])
 
 
 @functools.cache
-def _read_by(cls: Any) -> tuple[tuple[str, ...] | None, Shared]:
-    """Attributes that the code of a class reads, and its settings among globals, closures and modules; None of known classes.
+def _read_by(cls: Any) -> tuple[Names | None, Names, Shared]:
+    """Attributes that a call of a class reads, its methods, and settings among globals, closures and modules; None if known.
 
     Nothing of PyTorch's classes and of this package's: what changes their results is compared elsewhere.
     """
     if all(map(_known, cls.__mro__)):
-        return None, ()
+        return None, (), ()
     names: set[str] = set()
     shared: dict[tuple[int, str], tuple[Any, str]] = {}
     bodies = [vars(c) for c in cls.__mro__ if not _known(c)]
@@ -147,8 +150,9 @@ def _read_by(cls: Any) -> tuple[tuple[str, ...] | None, Shared]:
     forward = getattr(getattr(cls, "forward", None), "__code__", None)
     if forward is not None:  # what it writes itself is no setting: counters, the last shape
         names -= set(_reads(forward, "written"))
-    inherited = {name for name in names if callable(getattr(nn.Module, name, None))}
-    return tuple(sorted(names - inherited - _PYTORCHS)), tuple(shared.values())
+    called = {name for name in names if callable(getattr(cls, name, None))}
+    methods = sorted(name for name in called if any(name in body for body in bodies))
+    return tuple(sorted(names - called - _PYTORCHS)), tuple(methods), tuple(shared.values())
 
 
 def _outside(function: types.FunctionType, attributes: set[str]) -> Iterator[tuple[Any, str]]:
