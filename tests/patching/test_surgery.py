@@ -293,3 +293,111 @@ def test_forward_has_the_signature_of_the_class(call):
     assert torch.equal(out, run(b))
     with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
         b(x=X)
+
+
+class Flags:
+    on = False
+
+
+def in_a_closure():
+    state = {"quant": {"on": False}}
+
+    class Closed(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight * 2 if state["quant"]["on"] else self.weight, self.bias)
+
+    return Closed, lambda: state["quant"].update(on=True)
+
+
+def in_another_class():
+    class Flagged(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight * 2 if Flags.on else self.weight, self.bias)
+
+    return Flagged, lambda: setattr(Flags, "on", True)
+
+
+def in_a_method():
+    class Helped(nn.Conv2d):
+        def scaled(self):
+            return self.weight
+
+        def forward(self, x):
+            return self._conv_forward(x, self.scaled(), self.bias)
+
+    return Helped, lambda: setattr(Helped, "scaled", lambda self: self.weight * 2)
+
+
+def in_its_forward():
+    class Patched(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight, self.bias)
+
+    return Patched, lambda: setattr(Patched, "forward", lambda self, x: 2 * self._conv_forward(x, self.weight, self.bias))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("where", [in_a_closure, in_another_class, in_a_method, in_its_forward])
+def test_a_switch_outside_of_the_convolution_is_noticed(where, compiled, monkeypatch):
+    monkeypatch.setattr(Flags, "on", False)
+    kind, turn_on = where()
+    b = block()
+    for i, conv in enumerate(b.convs):
+        b.convs[i] = kind(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False)
+    plain = copy.deepcopy(b)
+    accelerate(b)
+    assert_close(run(b), run(plain), 5e-6)
+    assert explain(b)[0].fused
+    torch._dynamo.reset()
+    call = torch.compile(b, backend="eager") if compiled else b
+    if compiled and where in (in_a_method, in_its_forward):
+        turn_on()  # Dynamo takes the methods of a class for constants, of plain PyTorch too
+    assert_close(run(call), run(plain), 5e-6)
+    if not compiled or where not in (in_a_method, in_its_forward):
+        turn_on()
+    assert_close(run(call), run(plain), 5e-6)
+
+
+@pytest.mark.parametrize("how", ["instance", "tiling"])
+def test_a_method_of_one_convolution_is_noticed(how):
+    b = block()
+    plain = copy.deepcopy(b)
+    run(accelerate(b))
+    for m in (b, plain):
+        name, conv = {"instance": ("forward", m.convs[0]), "tiling": ("_conv_forward", m.convs[1])}[how]
+        own = getattr(conv, name)
+        setattr(conv, name, lambda *args, own=own: own(*args) * 2)
+    assert torch.equal(run(b), run(plain))
+    assert "has a forward of its own" in explain(b)[0].reason
+
+
+def test_other_norms_of_pytorch_count_by_what_they_compute():
+    for eps in (1e-5, 1e-2):
+        b = block()
+        plain = copy.deepcopy(b)
+        run(accelerate(b))
+        for m in (b, plain):
+            norm = nn.InstanceNorm2d(m.bn1.num_features, eps=eps, affine=True, track_running_stats=True).eval()
+            norm.load_state_dict(m.bn1.state_dict())
+            norm.running_var.fill_(1e-3)
+            m.bn1 = norm
+        assert_close(run(b), run(plain), 5e-6)
+        assert explain(b)[0].fused
+
+
+def test_restore_leaves_nothing_behind():
+    b = block()
+    norms(Fixed)(b)
+    switched(b)
+    before = [set(vars(m)) for m in b.modules()]
+    run(accelerate(b))
+    assert [set(vars(m)) for m in restore(b).modules()] == before
+
+
+def test_explain_after_surgery_without_a_call():
+    for change in SURGERY.values():
+        b = block()
+        run(accelerate(b))
+        change(b)
+        b.bn3 = None
+        assert len(explain(b)) == 1
