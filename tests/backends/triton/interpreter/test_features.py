@@ -76,7 +76,7 @@ def test_dilation(dilation) -> None:
     make_case(stage, size=(5, 6), dtype=torch.float16).check()
 
 
-@pytest.mark.parametrize("width, groups", [(6, 2), (8, 2), (8, 8), (20, 2), (36, 2)])
+@pytest.mark.parametrize("width, groups", [(6, 2), (8, 2), pytest.param(8, 8, marks=pytest.mark.slow), (20, 2), (36, 2)])
 def test_groups(width, groups) -> None:
     make_case(ChainConfig(groups=groups), width=width, size=(3, 4), batch=1).check()
     stage = ChainConfig(groups=groups, stride=2, pool="avg3", hierarchical=False)
@@ -85,8 +85,7 @@ def test_groups(width, groups) -> None:
     make_case(added, width=width, size=(2, 2), batch=1).check()
 
 
-@pytest.mark.parametrize("width", [16, 33, 40])
-@pytest.mark.parametrize("hierarchical", [True, False])
+@pytest.mark.parametrize("width, hierarchical", [(16, True), (16, False), (33, True), (40, False)])
 def test_many_tiles(monkeypatch, width, hierarchical) -> None:
     small_tiles(monkeypatch)
     make_case(ChainConfig(hierarchical=hierarchical, pool="avg3"), width=width, batch=3, size=(3, 4)).check()
