@@ -6,12 +6,15 @@ users replace and hook them at any time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
+
+from .switches import may_read, named_switches, switches
 
 Path = tuple[str, ...]  # of attribute names; "*" stands for every module of a ModuleList
 Paths = Path | tuple[Path, ...]  # of several parts: with a "*", or each by itself
@@ -63,13 +66,18 @@ class BlockPaths:
         """Whether parts lie inside modules of the block that have a call of their own."""
         return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1 or isinstance(self.convs[0], tuple)
 
+    @functools.cached_property
+    def roots(self) -> frozenset[str]:
+        """The names of the block's own children that are parts or hold them."""
+        return frozenset(path[0] for name in (*_NAMES, "acts") for path in _each(getattr(self, name)) if path)
+
 
 @dataclass(slots=True)
 class BlockParts:
     """A block's modules at this moment, under the published names; None where it has no such part.
 
     The types are those of recognised blocks; recognition itself looks before it believes them. A norm may also be a
-    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`), or an Identity.
+    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`), or an Identity, folded by somebody else.
     """
 
     module: nn.Module
@@ -92,6 +100,21 @@ class BlockParts:
     def norms(self) -> tuple[nn.BatchNorm2d, ...]:
         return self.bn1, *self.bns, self.bn3
 
+    def convolutions(self) -> list[tuple[str, nn.Conv2d]]:
+        """All convolutions by name."""
+        return [("conv1", self.conv1), *((f"convs[{i}]", conv) for i, conv in enumerate(self.convs)), ("conv3", self.conv3)]
+
+    def modules(self) -> Iterator[Any]:
+        """All parts, and None for each that the block has not."""
+        for field in fields(self)[1:-1]:
+            part = getattr(self, field.name)
+            yield from part if isinstance(part, (list, tuple)) else (part,)
+
+
+def _each(given: Paths) -> tuple[Path, ...]:
+    """One path, or several, as several."""
+    return given if given and isinstance(given[0], tuple) else (given,)  # type: ignore[return-value]
+
 
 PUBLISHED = BlockPaths()
 _NAMES = tuple(field.name for field in fields(BlockPaths) if field.name not in ("acts", "ending"))
@@ -106,7 +129,8 @@ def find_layout(module: nn.Module) -> BlockPaths | None:
             return None
         found.update(zip(names, paths, strict=True))
     for name, alternatives in OPTIONAL.items():
-        absent = () if name == "relu" else alternatives[:1]  # a shortcut may still be given later, under its usual name
+        # What a block lacks may still be given later, under its usual name, if its code would call it.
+        absent = alternatives[:1] if name != "relu" and may_read(type(module), alternatives[0]) else ()
         found[name] = next(((other,) for other in alternatives if _part(module, other) is not None), absent)
     return BlockPaths(**found)
 
@@ -182,10 +206,39 @@ def _part(module: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
 def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
     """The modules on the way to the parts, whose own calls a fused block leaves out too."""
     found: dict[int, nn.Module] = {}
-    for name in _NAMES:
-        given = getattr(layout, name)
-        for path in given if given and isinstance(given[0], tuple) else (given,):
+    for name in _NAMES if layout.wraps else ():
+        for path in _each(getattr(layout, name)):
             for end in range(1, len(path)):
                 if path[end] != "*":
                     found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
     return list(found.values())
+
+
+def strangers(block: BlockParts, layout: BlockPaths, around: list[nn.Module]) -> dict[str, nn.Module]:
+    """Modules of the block that are no parts and hold none: its own forward may call them, so they compute nothing yet."""
+    children = block.module._modules
+    found = {name: children[name] for name in children.keys() - layout.roots if children[name] is not None}
+    if around:
+        known = {id(part) for part in itertools.chain(block.modules(), around)}
+        inside = {f"{i}.{k}": m for i, w in enumerate(around) for k, m in w._modules.items() if m is not None}
+        found.update({name: m for name, m in inside.items() if id(m) not in known})
+    return found  # type: ignore[return-value]
+
+
+def surroundings(block: BlockParts, around: list[nn.Module], others: dict[str, nn.Module]) -> tuple[object, ...]:
+    """All that the block's own code may read besides its parts, comparable at every call. others: its `strangers`."""
+    code = (switches(block.module), *[switches(module) for module in around])
+    return code if not others else (*code, *((name, _reading(others[name])) for name in sorted(others)))
+
+
+def _reading(stranger: nn.Module) -> tuple[object, ...]:
+    return tuple((type(m), m.extra_repr(), switches(m)) for m in stranger.modules())
+
+
+def changed_surroundings(module: nn.Module, now: tuple[object, ...], then: tuple[object, ...]) -> str:
+    """The name of what is not as it was `then`."""
+    if now[0] != then[0] and isinstance(then[0], tuple):
+        pairs = zip(named_switches(module).items(), then[0], strict=False)
+        return next((name for (name, value), old in pairs if value != old), "a setting")
+    names = {entry[0] for entry in set(now) ^ set(then) if isinstance(entry, tuple) and entry and isinstance(entry[0], str)}
+    return ", ".join(sorted(names)) or "a setting"

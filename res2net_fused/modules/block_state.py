@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import FunctionType
@@ -50,13 +51,30 @@ class BlockState(FusedState):
     recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
     shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
     layout: BlockPaths = PUBLISHED  # where the block keeps its parts
+    frozen_norms: Any = field(default=None, init=False, repr=False)  # their classes when the block was frozen
+    surroundings: Any = None  # what its own code reads besides the parts, when it was recognised
+
+
+def _drop(module: nn.Module, frozen: bool = True) -> None:
+    state = module.__dict__.get(STATE)
+    if state is not None:
+        state.drop(frozen)
 
 
 def forward_like(fused: Any, own: Any) -> Any:
     """`fused` with the signature, source and globals of `own`: what torch.jit.script compiles and FX makes its inputs of."""
+    try:
+        first = list(inspect.signature(own).parameters.values())[1]
+        x_name = first.name if first.kind is first.POSITIONAL_OR_KEYWORD else None
+    except (IndexError, TypeError, ValueError):  # not to be read
+        x_name = None
 
     def forward(self, *args, **kwargs):
-        return fused(self, *args, **kwargs)
+        if args:
+            return fused(self, *args, **kwargs)
+        if x_name not in kwargs:
+            return own(self, **kwargs)  # which says what is missing
+        return fused(self, kwargs.pop(x_name), **kwargs)
 
     if isinstance(own, FunctionType):
         forward = FunctionType(forward.__code__, own.__globals__, closure=forward.__closure__)
@@ -79,8 +97,10 @@ class FusedModule(_Mixin):
         """Return the output, or the reason why the class's own forward has to run."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        state: FusedState = getattr(self, STATE)
+    def forward(self, x: Tensor, /, *args: object, **kwargs: object) -> Tensor:
+        state: FusedState | None = self.__dict__.get(STATE)
+        if state is None:  # of a class derived from a fused one, or given back meanwhile
+            return super().forward(x, *args, **kwargs)
         notes = not torch.compiler.is_compiling()
         if notes:
             state.last_refusal = None
@@ -92,13 +112,13 @@ class FusedModule(_Mixin):
         return super().forward(x, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        getattr(self, STATE).drop(frozen=mode)
+        _drop(self, mode)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        getattr(self, STATE).drop()
+        _drop(self)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        getattr(self, STATE).drop()
+        _drop(self)
         return super()._load_from_state_dict(*args, **kwargs)

@@ -15,9 +15,11 @@ from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
 from ..ops.packed_weights import one_operator
 from ..ops.recording import why_recorded
-from .block_parts import BlockParts, wrappers
+from .block_parts import BlockParts, changed_surroundings, strangers, surroundings, wrappers
 from .block_state import BlockState
+from .confirmation import is_convolution
 from .folding import why_not_bypassed, why_not_folded
+from .switches import switches
 from .training import uses_batch_statistics, why_not_trained
 
 
@@ -57,6 +59,9 @@ def why_not_fused(
 ) -> str | None:
     """None if this call may run fused, else the reason."""
     shortcut, reason = why_not_called(4, state.shortcut, x, args, kwargs)
+    around = wrappers(block.module, state.layout)
+    others = strangers(block, state.layout, around)
+    reason = reason or why_not_read(block) or why_not_alike(block, state, surroundings(block, around, others))
     if reason is not None:
         return reason
     if shortcut is not None and block.downsample is not None:
@@ -65,7 +70,7 @@ def why_not_fused(
     if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not under_autocast(x.device.type)):
         return f"x is {x.dtype} but the weights are {weight_dtype}"
     training = any(map(uses_batch_statistics, block.bns))
-    if training and getattr(block.module, "with_cp", False):
+    if training and block.module.training and getattr(block.module, "with_cp", False):
         return "with_cp: in training its own forward checkpoints it"
     if training:
         reason = why_not_trained(block, chain_problem(block, x, state), state.backend, state.recompute)
@@ -78,15 +83,66 @@ def why_not_fused(
     other = next((a for a in block.acts if a is None or fused_activation(a) != state.config.activation), block)
     if other is not block:
         return f"activation {type(other).__name__} is not fused beside {type(block.relu).__name__}"
-    if block_geometry(block) != state.geometry:
+    geometry = block_geometry(block)
+    if geometry != state.geometry and _without_types(geometry) != _without_types(state.geometry):
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
+    reason = why_not_convolutions(block)
+    if reason is not None:
+        return reason
     alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
     if alone and not policy.clamped_chain_pays(chain_problem(block, x, state)):
         return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
-    outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
-    return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
+    outer += tuple(m for child in others.values() for m in child.modules()) if others else ()
+    return why_not_left_out((*outer, *around, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
+
+
+def why_not_read(block: BlockParts) -> str | None:
+    """None if the parts are of kinds whose attributes can be read, else the reason, which names the part that is not."""
+    if not block.convs or len(block.convs) != len(block.bns):
+        return f"{len(block.convs)} convolutions and {len(block.bns)} norms are found in convs and bns"
+    if not _are_plain(block):
+        for name, conv in block.convolutions():
+            if not isinstance(conv, nn.Conv2d):
+                return f"{name} is {_kind(conv)}, not a Conv2d"
+    parts: list[Any] = [*block.norms, block.relu]
+    if block.pool is not None:
+        parts.append(block.pool)
+    if all([isinstance(part, nn.Module) for part in parts]):
+        return None
+    names = ("bn1", *(f"bns[{i}]" for i in range(len(block.bns))), "bn3", "relu", "pool")
+    found = zip(names, parts, strict=False)
+    return next(f"{name} is {_kind(part)}, not a module" for name, part in found if not isinstance(part, nn.Module))
+
+
+def _are_plain(block: BlockParts) -> bool:
+    return {type(block.conv1), type(block.conv3), *map(type, block.convs)} == {nn.Conv2d}
+
+
+def _kind(part: object) -> str:
+    return "missing" if part is None else f"a {type(part).__name__}"
+
+
+def why_not_alike(block: BlockParts, state: BlockState, now: tuple[object, ...]) -> str | None:
+    """None if the `surroundings` of a block are as they were when it was recognised, else the reason."""
+    if state.surroundings is None and not torch.compiler.is_compiling():
+        state.surroundings = now  # of a block that is saved by an older version, or made by its constructor
+    if state.surroundings is None or now == state.surroundings:
+        return None
+    compiling = torch.compiler.is_compiling()
+    name = "a setting" if compiling else changed_surroundings(block.module, now, state.surroundings)
+    return f"{name} of the block was changed since it was recognised"
+
+
+def why_not_convolutions(block: BlockParts) -> str | None:
+    """None if convolutions of unknown classes compute what their weights say now, else the reason."""
+    for name, conv in () if _are_plain(block) else block.convolutions():
+        if "weight" not in conv._parameters and "weight" not in vars(conv):
+            return f"{name} was parametrized since it was recognised"
+        if not is_convolution(conv):
+            return f"{name} ({type(conv).__name__}) is not what its weights and norm compute"
+    return None
 
 
 def why_not_called(
@@ -136,7 +192,7 @@ def why_not_foldable(block: BlockParts) -> str | None:
 
 def fused_activation(module: nn.Module) -> str | None:
     """The chain's name for this activation, also under a derived class that only has settings of its own."""
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)
     if forward is nn.ReLU.forward:
         return "relu"
     if isinstance(module, nn.Hardtanh) and forward is nn.Hardtanh.forward and (module.min_val, module.max_val) == (0, 20):
@@ -150,9 +206,16 @@ _POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_includ
 def block_geometry(block: BlockParts) -> tuple[object, ...]:
     """All of the block's convolutions and pool that changes the result beyond their tensors, comparable at every call."""
     pool = block.pool
-    pool_settings = None if pool is None else (type(pool), *(getattr(pool, name, None) for name in _POOL_SETTINGS))
+    settings = () if pool is None else (*[getattr(pool, name, None) for name in _POOL_SETTINGS], *switches(pool))
+    pool_settings = None if pool is None else (type(pool), *settings)
     return pool_settings, *(
         (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
          conv.groups, conv.padding_mode)
         for conv in (block.conv1, *block.convs, block.conv3)
     )  # fmt: skip
+
+
+def _without_types(geometry: tuple[Any, ...]) -> tuple[object, ...]:
+    """Of the convolutions, whose classes are looked at by themselves."""
+    pool, *convolutions = geometry
+    return pool, *(convolution[1:] for convolution in convolutions)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..chain.block_weights import BlockWeights
 from .block_parts import BlockParts
+from .confirmation import eps_of
 
 
-def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fold(conv: nn.Conv2d, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """conv' in `dtype` and b' in fp32 (fp64 for an fp64 block); differentiable. Half-precision factors multiply in fp32."""
     if is_identity(bn):
-        wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+        wide = _wide(conv.weight.dtype)
         bias = conv.weight.new_zeros(conv.out_channels, dtype=wide) if conv.bias is None else conv.bias.to(wide)
         return conv.weight.to(dtype), bias
     scale, shift = affine_of(bn, conv.weight.dtype)
@@ -31,13 +32,18 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tenso
 
 def affine_of(bn: nn.BatchNorm1d | nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """BatchNorm in eval mode as bn(z) = scale * z + shift, both (C,), in fp32 (fp64 for `dtype` fp64); differentiable."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert bn.running_mean is not None and bn.running_var is not None  # `why_not_folded` has looked
-    scale = torch.rsqrt(bn.running_var.to(wide) + getattr(bn, "eps", 0.0))  # some frozen norms have no eps
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(wide)
+    wide, eps = _wide(dtype), eps_of(bn)
+    assert bn.running_mean is not None and bn.running_var is not None and eps is not None  # `why_not_folded` has looked
+    scale = torch.rsqrt(bn.running_var.to(wide) + eps)
+    weight, bias = getattr(bn, "weight", None), getattr(bn, "bias", None)  # frozen norms may have none
+    if weight is not None:
+        scale = scale * weight.to(wide)
     shift = -bn.running_mean.to(wide) * scale
-    return scale, shift if bn.bias is None else shift + bn.bias.to(wide)
+    return scale, shift if bias is None else shift + bias.to(wide)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def fold_block(block: BlockParts, dtype: torch.dtype) -> BlockWeights:
@@ -79,30 +85,29 @@ def is_identity(module: nn.Module | None) -> bool:
 
 
 def is_frozen(bn: nn.Module) -> bool:
-    """Whether this is a FrozenBatchNorm2d as the detection libraries have it: BatchNorm of which nothing is learned."""
-    if isinstance(bn, nn.modules.batchnorm._NormBase) or bn._parameters:
+    """Whether this may be a FrozenBatchNorm2d as the detection libraries have it; `why_not_folded` says what it computes."""
+    if isinstance(bn, nn.modules.batchnorm._NormBase):
         return False
-    return all(name in bn._buffers for name in ("weight", "bias", "running_mean", "running_var"))
+    return {"running_mean", "running_var"} <= bn._buffers.keys() | bn._parameters.keys()
 
 
 def why_not_folded(bn: nn.Module) -> str | None:
     """None if this norm layer can be folded now, else the reason."""
-    if is_identity(bn) or is_frozen(bn):
+    if is_identity(bn):
         return None
-    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        return f"norm layer {type(bn).__name__} cannot be folded"
-    if bn.training:
-        return "BatchNorm is in training mode: batch statistics cannot be folded"
-    if bn.running_mean is None or bn.running_var is None:
-        return "BatchNorm has no running statistics to fold"
-    return None
+    if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        if bn.training:
+            return "BatchNorm is in training mode: batch statistics cannot be folded"
+        if bn.running_mean is None or bn.running_var is None:
+            return "BatchNorm has no running statistics to fold"
+    return f"norm layer {type(bn).__name__} cannot be folded" if eps_of(bn) is None else None
 
 
 def why_not_bypassed(module: nn.Module) -> str | None:
     """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on a {type(module).__name__} inside the block must see its call"
-    if "forward" in vars(module):
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:  # as tiling puts it into convolutions
         return f"a {type(module).__name__} inside the block has a forward of its own"
     return None
 

@@ -24,6 +24,7 @@ from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
 from .block_parts import BlockParts, parts_of
 from .block_state import BlockState, FusedModule
+from .confirmation import eps_of
 from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
 from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
@@ -47,7 +48,7 @@ class FusedForward(FusedModule):
             return leaf
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
-        if any(bn.training and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
+        if any(getattr(bn, "training", False) and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if refusal is not None:
             return refusal
@@ -134,7 +135,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
     asked now.
     """
     frozen = state.frozen
-    if frozen is not None:
+    if frozen is not None and state.frozen_norms == [type(bn) for bn in block.norms]:  # else they were replaced
         folded = frozen.weights(dtype, device)
         if folded.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
             folded = replace(folded, projection_weight=None, packed=None, layout="plain")
@@ -155,8 +156,8 @@ def _settings(block: BlockParts, dtype: torch.dtype, state: BlockState) -> tuple
     """What folded weights depend on beside the block's tensors."""
     projection = projection_of(block)
     return (
-        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
-        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
+        dtype, requested(state.backend), tuple([eps_of(bn) for bn in block.norms]),
+        None if projection is None else (projection[1].stride, eps_of(projection[2])),
     )  # fmt: skip
 
 
@@ -205,4 +206,5 @@ def freeze_block(block: BlockParts, state: BlockState) -> None:
         pack = functools.partial(pack_block, config=state.config, backend=state.backend)
         return Frozen(folded, weight.device, pack, compute_dtype(weight))
 
+    state.frozen_norms = [type(bn) for bn in block.norms]
     state.freeze(frozen)

@@ -26,6 +26,7 @@ from .block_parts import NO_NORM, Path, Paths, resolve
 from .block_state import FusedModule, FusedState
 from .eligibility import compute_dtype, under_autocast, why_not_called, why_not_left_out
 from .folding import affine_of, is_identity
+from .switches import switches
 from .tracing import leaf_call
 from .weight_cache import Frozen, cacheable
 
@@ -75,6 +76,7 @@ class BlockState1d(FusedState):
     config: Chain1dConfig
     geometry: list[object]  # of all its modules: `geometry_1d`
     layout: Layout1d
+    switches: Any = None  # of the block and all its modules, when it was recognised
 
 
 class FusedForward1d(FusedModule):
@@ -212,12 +214,13 @@ def why_not_fused_1d(
     if reason is not None:
         return reason
     modules = descendants(block)
+    reason = why_not_alike_1d(block, state, modules)
+    if reason is not None:
+        return reason
     if block.training or any(module.training for module in modules):
         if all(map(is_identity, chain.bns)):
             return "in training mode a block along rows runs its own forward"
         return "in training mode its BatchNorms, which come after ReLU, need the batch's statistics; that is not fused in 1-D"
-    if geometry_1d(modules) != state.geometry:
-        return "a module was replaced, parametrized or given another geometry since it was recognised"
     weight = chain.convs[0].weight
     if x.dtype != weight.dtype and not under_autocast(x.device.type):
         return f"x is {x.dtype} but the weights are {weight.dtype}"
@@ -227,6 +230,41 @@ def why_not_fused_1d(
     if reason is None and is_auto(state.backend) and not _pays(chain, x, state):
         return "its own forward is not measured to be slower here; backend= asks for the operator"
     return reason
+
+
+def why_not_alike_1d(block: nn.Module, state: BlockState1d, modules: Sequence[nn.Module] | None = None) -> str | None:
+    """None if the block has the modules and settings that it was recognised with, else the reason. modules: `descendants`."""
+    modules = descendants(block) if modules is None else modules
+    geometry = geometry_1d(modules)
+    if geometry != state.geometry:
+        name = _changed_1d(block, geometry, state)
+        return f"{name} was replaced, parametrized or given another geometry since it was recognised"
+    now = switches_1d(block, modules)
+    if state.switches is None and not torch.compiler.is_compiling():
+        state.switches = now  # of a block that an older version has saved
+    if state.switches is None or now == state.switches:
+        return None
+    return "a setting of the block or of a module inside was changed since it was recognised"
+
+
+def _changed_1d(block: nn.Module, geometry: list[object], state: BlockState1d) -> str:
+    """The name of a module that is not as it was, as far as it can be told."""
+    parts = {
+        "convs": (nn.Conv1d, list(resolve(block, state.layout.convs))),
+        "bns": (nn.BatchNorm1d, list(resolve(block, state.layout.bns))),
+    }
+    for name, (kind, found) in parts.items():
+        for i, part in enumerate(found):
+            if type(part) is not kind:
+                return f"{name}[{i}] (now {'missing' if part is None else type(part).__name__})"
+    names = {id(module): name for name, module in block.named_modules()}
+    pairs = zip(descendants(block), geometry, state.geometry, strict=False)
+    return next((f"{names[id(m)]} ({type(m).__name__})" for m, now, then in pairs if now != then), "a module")
+
+
+def switches_1d(block: nn.Module, modules: Sequence[nn.Module]) -> tuple[object, ...]:
+    """The settings that the code of the block and of the modules inside reads."""
+    return tuple(map(switches, (block, *modules)))
 
 
 def _pays(chain: ChainParts, x: Tensor, state: BlockState1d) -> bool:

@@ -18,15 +18,14 @@ from ..chain.config import ChainConfig
 from ..chain.problem import ChainProblem
 from ..ops.hierarchical_conv_bn import hierarchical_conv_bn
 from .block_parts import BlockParts
-from .folding import is_frozen
 from .reference_blocks import Parts, apply_optional, finish_bottle2neck, normalized
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether this norm layer normalises by its input, as in training; one without running statistics always does."""
-    if type(bn) is nn.Identity or is_frozen(bn):
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
         return False
-    return bn.training or getattr(bn, "running_mean", None) is None and getattr(bn, "running_var", None) is None
+    return bn.training or bn.running_mean is None and bn.running_var is None
 
 
 def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, recompute: bool) -> str | None:

@@ -11,18 +11,28 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends.base import BACKENDS
 from ..chain.config import one_of
-from ..modules.block_parts import parts_of
+from ..modules.block_parts import parts_of, strangers, surroundings, wrappers
 from ..modules.block_state import STATE, BlockState, FusedModule
-from ..modules.eligibility import block_geometry, why_not_foldable
-from ..modules.folding import is_frozen, is_identity
+from ..modules.confirmation import NOTE
+from ..modules.eligibility import block_geometry, why_not_convolutions, why_not_foldable, why_not_read
 from ..modules.fused_forward import FusedForward, freeze_block
-from ..modules.fused_forward1d import BlockState1d, FusedForward1d, descendants, freeze_chain, geometry_1d, parts_1d
+from ..modules.fused_forward1d import (
+    BlockState1d,
+    FusedForward1d,
+    descendants,
+    freeze_chain,
+    geometry_1d,
+    parts_1d,
+    switches_1d,
+    why_not_alike_1d,
+)
 from ..modules.weight_cache import capturing
 from . import channels_last
-from .class_swap import _generating, fused_class, originals, without
+from .class_swap import _generating, fused_class, originals, own_class, without
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
 
@@ -54,14 +64,13 @@ def accelerate(
     one_of("backend", backend, BACKENDS)
     one_of("memory_format", memory_format, channels_last.FORMATS)
     for module in model.modules():
-        if isinstance(module, FusedModule):
-            state = getattr(module, STATE)
+        if type(module) in originals or not isinstance(module, FusedModule):
+            _take_over(module, backend, recompute)  # one that runs fused is looked at anew: it may have other parts by now
+        elif (state := module.__dict__.get(STATE)) is not None:  # fused by its own class, or under a class of others
             state.backend = backend
             if isinstance(state, BlockState):
                 state.recompute = recompute
             state.drop()
-        else:
-            _take_over(module, backend, recompute)
     channels_last.convert(model, memory_format)
     return model
 
@@ -70,24 +79,35 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
     """Makes the module run fused if it is a Res2Net block, and notes the reason if it only looks like one."""
     mixin: Any = FusedForward
     state: BlockState | BlockState1d | None = None
+    original = own_class(module)
     if (layout_1d := layout_1d_of(module)) is not None:
         mixin = FusedForward1d
         found, reason = recognise_1d(module, layout_1d)
         if found is not None:
-            state = BlockState1d(found[0], backend, geometry_1d(descendants(module)), found[1])
+            modules = descendants(module)
+            state = BlockState1d(found[0], backend, geometry_1d(modules), found[1], switches_1d(module, modules))
     elif (layout := layout_of(module)) is not None:
         recognised, reason = recognise(module, layout)
         if recognised is not None:
-            geometry = block_geometry(parts_of(module, recognised.layout))
-            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, recognised.layout)
-    else:
+            layout = recognised.layout
+            parts = parts_of(module, layout)
+            why_not_convolutions(parts), why_not_foldable(parts)  # tried now, since a trace cannot
+            around = wrappers(module, layout)
+            read = surroundings(parts, around, strangers(parts, layout, around))
+            geometry = block_geometry(parts)
+            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout, read)
+    elif type(module) is original:
         return
+    else:
+        reason = "it no longer has the parts of a Res2Net block"
     module.__dict__.pop(REFUSAL, None)
     if state is None:
         module.__dict__[REFUSAL] = reason
+        if type(module) is not original:
+            module.__class__ = original
+            del module.__dict__[STATE]
         return
     module.__dict__[STATE] = state
-    original: Any = type(module)
     module.__class__ = fused_class(original, mixin)
 
 
@@ -98,14 +118,15 @@ def restore(model: Model) -> Model:
     Not while another thread calls the model: a call that has begun needs what this takes away.
     """
     for module in model.modules():
-        module.__dict__.pop(REFUSAL, None)
+        for name in (REFUSAL, NOTE):
+            module.__dict__.pop(name, None)
         generated = next((c for c in type(module).__mro__ if c in originals), None)
         if generated is None:
             continue  # never accelerated; a Bottle2neck is fused by its own class
         own: Any = type(module)
         with _generating:
             module.__class__ = without(own, generated)
-        del module.__dict__[STATE]
+        module.__dict__.pop(STATE, None)
     channels_last.revert(model)
     return model
 
@@ -130,17 +151,17 @@ def freeze(model: Model) -> Model:
     if capturing():
         raise RuntimeError("freeze waits for the weights that it makes, but a CUDA graph is being captured; freeze before")
     for name, block in fused_blocks(model):
-        if any(bn.training and not (is_frozen(bn) or is_identity(bn)) for bn in _norms(block)):
+        if any(isinstance(bn, _BatchNorm) and bn.training for bn in _norms(block)):
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
         if isinstance(state, BlockState1d):
-            freeze_chain(parts_1d(block, state.layout), state)
+            if why_not_alike_1d(block, state) is None:
+                freeze_chain(parts_1d(block, state.layout), state)
             continue
         parts = parts_of(block, state.layout)
-        if why_not_foldable(parts) is not None:
-            continue  # it runs its class's own forward; `explain` tells
-        freeze_block(parts, state)
+        if why_not_read(parts) is None and why_not_convolutions(parts) is None and why_not_foldable(parts) is None:
+            freeze_block(parts, state)  # any other runs its class's own forward; `explain` tells
     return model
 
 
@@ -164,5 +185,5 @@ def refresh(model: Model) -> Model:
 def fused_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every block of the model that has the fused forward, with its name."""
     for name, module in model.named_modules():
-        if isinstance(module, FusedModule):
+        if isinstance(module, FusedModule) and STATE in module.__dict__:
             yield name, module

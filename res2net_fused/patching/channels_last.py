@@ -89,7 +89,8 @@ def _stem(model: nn.Module) -> Iterator[nn.Conv2d]:
 def _gains(model: nn.Module) -> bool:
     return any(
         isinstance(module, FusedForward)
-        and getattr(module, STATE).backend != "reference"
+        and (state := vars(module).get(STATE)) is not None
+        and state.backend != "reference"
         and any(policy.channels_last_pays(p.device, p.dtype) for p in module.parameters())
         for module in model.modules()
     )

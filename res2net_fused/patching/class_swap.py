@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import functools
+import inspect
 import threading
 import types
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from ..modules.block_state import forward_like
+from ..modules.switches import FUSED
 
 # Generated classes ----------------------------------------------------------------------------------------------------
 
@@ -26,11 +29,42 @@ def fused_class(original: type, mixin: type) -> type:
 
 @functools.cache
 def _generate(original: Any, mixin: Any) -> Any:
-    body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
-    body["forward"] = forward_like(mixin.forward, original.forward)
-    generated = type(f"Fused{original.__name__}", (mixin, original), body)
+    body = {
+        "__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce, FUSED: original,
+        "forward": forward_like(mixin.forward, original.forward),
+    }  # fmt: skip
+    generated = _derive(_metaclass(cast(Any, type(original))), f"Fused{original.__name__}", (mixin, original), body)
     originals[generated] = original
     return generated
+
+
+def own_class(module: nn.Module) -> Any:
+    """The module's class without the generated one."""
+    return originals.get(type(module), type(module))
+
+
+def _derive(metaclass: Any, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
+    """A class made without the code that users run for new subclasses, which has seen the class that stands behind it."""
+    new = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
+    made: Any = new(metaclass, name, (nn.Module,), body)
+    made.__bases__ = bases
+    return made
+
+
+@functools.cache
+def _metaclass(users: Any) -> Any:
+    """The metaclass of generated classes: calling one makes a plain block, which nobody has recognised yet."""
+
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        original = originals.get(cls)
+        return users.__call__(cls, *args, **kwargs) if original is None else original(*args, **kwargs)
+
+    def signature(cls: Any) -> inspect.Signature:
+        if cls not in originals:
+            raise AttributeError("__signature__")
+        return inspect.signature(originals[cls])
+
+    return type.__new__(type, f"Fused{users.__name__}", (users,), {"__call__": call, "__signature__": property(signature)})
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -56,7 +90,8 @@ def without(cls: Any, generated: Any) -> Any:
     bases = tuple(without(base, generated) if issubclass(base, generated) else base for base in cls.__bases__)
     cell = types.CellType()  # what zero-argument super() reads in the methods
     body = {k: _with_class_cell(v, cell) for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    cell.cell_contents = derived = type(cls)(cls.__name__, bases, body)
+    metaclass = type(originals[generated]) if type(cls) is type(generated) else type(cls)
+    cell.cell_contents = derived = _derive(metaclass, cls.__name__, bases, body)
     return derived
 
 

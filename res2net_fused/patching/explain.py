@@ -16,8 +16,9 @@ from ..chain.block_weights import BlockWeights
 from ..chain.problem import ChainProblem
 from ..modules.block_parts import parts_of
 from ..modules.block_state import STATE, BlockState, FusedModule, FusedState
+from ..modules.eligibility import why_not_read
 from ..modules.fused_forward import reads_old_weights
-from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_1d
+from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_1d, why_not_alike_1d
 from ..modules.training import synchronises
 from .accelerate import REFUSAL
 from .recognition import layout_of
@@ -86,7 +87,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
-        if isinstance(module, FusedModule) or looks_like_1d(module) or layout_of(module) is not None
+        if isinstance(module, FusedModule) or REFUSAL in vars(module) or looks_like_1d(module) or layout_of(module) is not None
     )
 
 
@@ -96,7 +97,7 @@ def _with_status(report: BlockReport) -> BlockReport:
 
 
 def _report(name: str, module: nn.Module) -> BlockReport:
-    if not isinstance(module, FusedModule):
+    if not isinstance(module, FusedModule) or STATE not in vars(module):
         reason = module.__dict__.get(REFUSAL, "accelerate(model) has not been called since this block was added")
         return BlockReport(name, False, "", reason)
     state: FusedState = getattr(module, STATE)
@@ -109,7 +110,7 @@ def _report(name: str, module: nn.Module) -> BlockReport:
         if state.last_trained:
             choice = choose_for_training(problem, state.backend)
             assert isinstance(state, BlockState)
-            synchronised = synchronises(parts_of(module, state.layout).bns[0])
+            synchronised = any(map(synchronises, parts_of(module, state.layout).bns))
             how = describe_training(get_backend(choice.name), problem, state.recompute, synchronised)
         else:
             kept, frozen = state.kept, state.frozen  # read once: another thread may drop them
@@ -132,9 +133,10 @@ def _report(name: str, module: nn.Module) -> BlockReport:
 def _reads_old_weights(block: nn.Module, state: FusedState) -> bool:
     dtype = state.last_problem.dtype
     if isinstance(state, BlockState1d):
-        return reads_old_weights_1d(parts_1d(block, state.layout), dtype, state)
+        return why_not_alike_1d(block, state) is None and reads_old_weights_1d(parts_1d(block, state.layout), dtype, state)
     assert isinstance(state, BlockState)
-    return reads_old_weights(parts_of(block, state.layout), dtype, state)
+    parts = parts_of(block, state.layout)
+    return why_not_read(parts) is None and reads_old_weights(parts, dtype, state)
 
 
 def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:

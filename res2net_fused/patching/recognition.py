@@ -7,8 +7,6 @@ random parameters. That is done once for each configuration.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
@@ -18,18 +16,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..chain.config import ChainConfig
 from ..modules.block_parts import ENDINGS, BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.block_state import STATE
 from ..modules.block_structure import equal_settings, find_by_structure
+from ..modules.confirmation import SEED, agree, is_convolution, of_memory, own_parts, random_twin, seeded
 from ..modules.eligibility import fused_activation
-from ..modules.folding import fold, is_frozen
-from ..modules.reference_blocks import bottle2neck, normalized
+from ..modules.reference_blocks import bottle2neck
+from ..modules.switches import switches
+from .class_swap import own_class
 
-_AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
-_SEED = 20190402
 _PROPOSALS = 6  # of a module's structure, that are tried
 Layout = TypeVar("Layout")
 Found = TypeVar("Found")
@@ -98,10 +96,10 @@ DISAGREED = "no known recurrence agrees with its own forward"
 
 def _structure(block: BlockParts) -> str | None:
     convs = block.convs
-    for name, conv in (("conv1", block.conv1), *((f"convs[{i}]", c) for i, c in enumerate(convs)), ("conv3", block.conv3)):
+    for name, conv in block.convolutions():
         if not isinstance(conv, nn.Conv2d):
             return f"{name} is a {type(conv).__name__}, not a plain Conv2d"
-        if type(conv) is not nn.Conv2d and not set(conv._parameters) | set(conv._modules) <= _OF_A_CONVOLUTION:
+        if type(conv) is not nn.Conv2d and own_parts(conv):
             return f"{name} is a {type(conv).__name__}, a Conv2d with parts of its own"
     width = convs[0].in_channels
     first = convs[0]
@@ -124,16 +122,13 @@ def _structure(block: BlockParts) -> str | None:
     return None
 
 
-_OF_A_CONVOLUTION = {"weight", "bias", "norm", "activation"}  # what libraries' own Conv2d classes hold
-
-
 def own_signature(block: nn.Module) -> tuple[object, ...]:
     """All that a block's forward may depend on, but for the values of its tensors."""
-    ignored = _MODULE_ATTRIBUTES | {"training"}
+    ignored = _MODULE_ATTRIBUTES | {"training", STATE}
     attributes = tuple(sorted((k, repr(v)) for k, v in vars(block).items() if k not in ignored))
     children = tuple((name, type(child), child.extra_repr()) for name, child in block.named_modules() if name)
     tensors = tuple(name for name, _ in itertools.chain(block.named_parameters(), block.named_buffers()))
-    return type(block), attributes, children, tensors
+    return own_class(block), attributes, children, tensors, tuple(map(switches, block.modules()))
 
 
 def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
@@ -159,7 +154,7 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
     refusal = _hidden_arithmetic(parts)
     if refusal is not None:
         return None, refusal
-    own = _own_results(type(block).forward, parts)
+    own = _own_results(own_class(block).forward, parts)
     plain_call, plain_results = own[0]
     for config, ending in itertools.product(_candidates(parts), ENDINGS):
         parts.ending = ending
@@ -169,14 +164,6 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
     if isinstance(plain_results, Exception):
         raise plain_results
     return None, DISAGREED + _unknown_parts(block, layout)
-
-
-@contextlib.contextmanager
-def seeded() -> Iterator[None]:
-    """Switches gradients and inference mode off and seeds random numbers; the caller's are given back."""
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
-        torch.default_generator.manual_seed(_SEED)  # of the CPU alone: GPUs' generators are the caller's
-        yield
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -211,14 +198,9 @@ def _tried(call: Callable[[], Tensor], parts: BlockParts) -> list[Tensor] | Exce
     try:
         return [_outputs(call, parts.module, mode) for mode in (False, True)]
     except Exception as error:
-        raise_if_of_memory(error)
+        if of_memory(error):
+            raise
         return error
-
-
-def raise_if_of_memory(error: Exception) -> None:
-    """Raises an error that says nothing of the block."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-        raise error
 
 
 def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tensor] | Exception) -> bool:
@@ -232,28 +214,18 @@ def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tenso
 
 
 def _hidden_arithmetic(block: BlockParts) -> str | None:
-    """Why a convolution or norm of a library's own class computes something else than its weights say, or None."""
-    pairs = [("conv1", block.conv1, block.bn1), ("conv3", block.conv3, block.bn3)]
-    pairs += [(f"convs[{i}]", *pair) for i, pair in enumerate(zip(block.convs, block.bns, strict=True))]
-    for name, conv, bn in pairs:
-        if type(conv) is nn.Conv2d and not is_frozen(bn):
-            continue
-        geometry: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
+    """Why a convolution of a library's own class computes something else than its weights say, or None."""
+    for name, conv in block.convolutions():
         for training in (False, True):
             block.module.train(training)
-            u = torch.randn(2, conv.in_channels, 5, 6, dtype=torch.float64, device="cpu")
-            if is_frozen(bn):
-                plain = nn.functional.conv2d(u, *fold(conv, bn, torch.float64), *geometry)
-            else:
-                plain = bn(nn.functional.conv2d(u, conv.weight, conv.bias, *geometry))
-            if not agree(plain, normalized(conv, bn, u)):
-                return f"{name} ({type(conv).__name__}, {type(bn).__name__}) is not what its weights and norm compute"
+            if not is_convolution(conv):
+                return f"{name} ({type(conv).__name__}) is not what its weights and norm compute"
     return None
 
 
 def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
     """The modules that no published Res2Net block has, for the reason: attention fusion, gates, plugins."""
-    known = {id(m) for m in _part_modules(parts_of(block, layout))} | {id(m) for m in wrappers(block, layout)}
+    known = {id(m) for m in parts_of(block, layout).modules()} | {id(m) for m in wrappers(block, layout)}
     pool = parts_of(block, layout).pool
     if isinstance(pool, nn.MaxPool2d):
         return ", which has a MaxPool2d: only its absence or an AvgPool2d(3, padding=1) on the passed group is fused"
@@ -266,49 +238,11 @@ def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
     return f", which has {', '.join(unknown)} besides" if unknown else ""
 
 
-def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
-    for field in dataclasses.fields(block)[1:]:
-        part = getattr(block, field.name)
-        yield from part if isinstance(part, list) else (part,)
-
-
-def random_twin(block: nn.Module) -> nn.Module:
-    """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
-    groups = [module.process_group for module in block.modules() if isinstance(module, nn.SyncBatchNorm)]
-    memo: dict[int, object] = {id(group): group for group in groups}  # a process group cannot be copied
-    for tensor in itertools.chain(block.parameters(), block.buffers()):
-        if tensor.is_meta or isinstance(tensor, FakeTensor):  # without values
-            zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-            memo[id(tensor)] = nn.Parameter(zeros) if isinstance(tensor, nn.Parameter) else zeros
-    twin = copy.deepcopy(block, memo).to(device="cpu", dtype=torch.float64)
-    for module in twin.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = _OneProcessNorm
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-            hooks.clear()
-    for name, tensor in itertools.chain(twin.named_parameters(), twin.named_buffers()):
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-        elif tensor.is_floating_point():
-            tensor.normal_().mul_(1 / max(1, tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 1)
-    return twin
-
-
-class _OneProcessNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm as it is in one process: its own forward would wait for the others, and refuses tensors on the CPU."""
-
-    forward = nn.BatchNorm2d.forward
-
-
 def _outputs(call: Callable[[], Tensor], twin: nn.Module, training: bool) -> Tensor:
     buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     twin.train(training)
-    torch.default_generator.manual_seed(_SEED)  # dropout and stochastic depth draw alike
+    torch.default_generator.manual_seed(SEED)  # dropout and stochastic depth draw alike
     out = call()
     for name, buffer in twin.named_buffers():
         buffer.copy_(buffers[name])
     return out
-
-
-def agree(ours: Tensor, own: Tensor) -> bool:
-    return ours.shape == own.shape and bool((ours - own).norm() <= _AGREEMENT * own.norm())

@@ -14,9 +14,11 @@ from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
 from ..modules.block_structure import Structure, ends_of, find_rows, norms_of
+from ..modules.confirmation import agree, of_memory, random_twin
 from ..modules.folding import is_identity
 from ..modules.fused_forward1d import ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
-from .recognition import AGREED, DISAGREED, agree, confirmed_once, raise_if_of_memory, random_twin
+from .class_swap import own_class
+from .recognition import AGREED, DISAGREED, confirmed_once
 
 # Where the published code keeps the chain's convolutions and norms.
 _ENDS = 600  # ways in which a bottleneck may call what it has, that are tried
@@ -86,14 +88,15 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, L
     structure = find_rows(twin)[1] if layout.outer else None
     entry: Any = twin._modules.get("conv1") if structure is None else structure.first.conv
     channels = entry.in_channels if layout.outer else (len(convs) + 1) * width
-    forward = type(block).forward
+    forward = own_class(block).forward
     errors = []
     for given in (channels, len(convs) * width):  # with a group that passes, and without
         x = torch.randn(2, given, dilation * taps + 5, dtype=torch.float64, device="cpu")
         try:
             own = forward(twin, x.clone())
         except Exception as error:
-            raise_if_of_memory(error)
+            if of_memory(error):
+                raise
             errors.append(error)
             continue
         inside: dict[object, list[tuple[Chain1dConfig, Tensor]]] = {}  # what the chain gives, by what comes before it

@@ -101,6 +101,7 @@ CHANGES = {
     "spectral_norm": (lambda b: parametrizations.spectral_norm(b.conv1), "parametrized"),
     "pruning": (lambda b: prune.l1_unstructured(b.convs[1], "weight", 0.5), "hook"),
     "group_norm": (lambda b: setattr(b, "bn1", nn.GroupNorm(1, b.bn1.num_features)), "GroupNorm"),
+    "no_norm": (lambda b: b.bns.__setitem__(0, nn.InstanceNorm2d(b.bns[0].num_features)), "InstanceNorm2d cannot be folded"),
     "one_norm_in_training": (lambda b: b.bns[1].train(), "training"),
     "dropped_statistics": (lambda b: setattr(b.bn3, "running_mean", None) or setattr(b.bn3, "running_var", None), "statistics"),
     "dilation": (lambda b: [setattr(c, "dilation", (2, 2)) or setattr(c, "padding", (2, 2)) for c in b.convs], "geometry"),

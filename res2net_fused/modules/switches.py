@@ -1,0 +1,202 @@
+"""What the code of a class reads besides modules and tensors: flags and settings with which its result may change.
+
+A class with a forward of its own is tried once; that holds for the settings that it had then, so they are read at every call.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
+_ABSENT = "<absent>"  # picklable, as all that `switches` returns
+_UNWATCHED = "<not watched by a compiled graph>"  # equal to no setting: the block then runs its own forward
+_ENTRIES = ("forward", "__call__", "__getattr__", "_conv_forward", "_check_input_dim")  # what a call of a module begins with
+FUSED = "_res2net_fused_class"  # in the body of a generated class: the class that it stands in front of
+_PYTORCHS = frozenset(vars(nn.Module()))
+_DEPTH = 3  # of objects in objects, such as a configuration in sections
+_OURS = frozenset({"torch", "res2net_fused"})
+# Of packages whose code has no settings of a model; their caches would look like some.
+_LIBRARIES = _OURS | {"torchvision", "numpy"} | sys.stdlib_module_names
+_HOLDERS = frozenset({"builtins", "types", "argparse", "collections", "enum"})  # standard, with values of their users
+
+Shared = tuple[tuple[Any, str], ...]  # (namespace or cell, name) of settings outside of instances
+Names = tuple[str, ...]
+
+
+def switches(module: nn.Module) -> tuple[object, ...]:
+    """The present settings that the module's class reads: of the module, its class and outside; () for PyTorch's own."""
+    cls: Any = type(module)
+    compiling = torch.compiler.is_compiling()
+    names, methods, shared = _constants_of(cls) if compiling else _read_by(cls)
+    if names is None:
+        return ()
+    own = module.__dict__
+    replaced = [name for name in methods if name in own]
+    values: list[Any] = [own[name] if name in own else getattr(cls, name, _ABSENT) for name in names]
+    if compiling:
+        plain = [value if type(value) in _PLAIN else _in_a_trace(value) for value in values]
+        return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls), *replaced)
+    values += [_read(*place) for place in shared]
+    return *[value if type(value) in _PLAIN else _described(value) for value in values], _code(cls, methods), *replaced
+
+
+def named_switches(module: nn.Module) -> dict[str, object]:
+    """The same by name, for messages."""
+    names, _, shared = _read_by(type(module))
+    return dict(zip((*(names or ()), *(name for _, name in shared), "forward"), switches(module), strict=False))
+
+
+def may_read(cls: Any, name: str) -> bool:
+    """Whether the code of a class reads an attribute of that name."""
+    names, methods, _ = _read_by(cls)
+    return names is None or name in names or name in methods
+
+
+def _read(place: Any, name: str) -> object:
+    if not isinstance(place, types.CellType):
+        return place.get(name, _ABSENT)
+    try:
+        return place.cell_contents
+    except ValueError:  # empty
+        return _ABSENT
+
+
+def _code(cls: Any, methods: Names) -> str:
+    """What tells the forward of a class, and the methods that it calls, from others that are put in their places."""
+    own = getattr(cls, FUSED, cls)
+    codes = [getattr(getattr(own, name, None), "__code__", None) for name in ("forward", *methods)]
+    return " ".join([name for code in codes if code is not None for name in (code.co_name, *code.co_names)])
+
+
+def _described(value: Any, depth: int = _DEPTH) -> object:
+    """The plain values inside a container or an object, else a name: comparable and picklable."""
+    kind = type(value).__qualname__
+    if isinstance(value, Tensor):
+        flag = value.numel() == 1 and value.device.type == "cpu" and not value.is_floating_point()
+        return (kind, value.item()) if flag else kind
+    if isinstance(value, type):
+        inside: Iterable[tuple[object, object]] = [(k, v) for k, v in vars(value).items() if type(v) in _PLAIN]
+    elif isinstance(value, dict):
+        inside = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        inside = enumerate(value)
+    elif isinstance(value, (nn.Module, types.ModuleType)) or callable(value):
+        return getattr(value, "__qualname__", kind)
+    elif hasattr(value, "__dict__"):
+        inside = list(vars(value).items())
+    else:
+        text = repr(value)  # of numbers, sets
+        return kind if " at 0x" in text else (kind, text)
+    deeper = depth > 0
+    return kind, *((str(k), v if type(v) in _PLAIN else _described(v, depth - 1) if deeper else "") for k, v in inside)
+
+
+def _in_a_trace(value: object) -> object:
+    """As `_described`, for what cannot change in place; a graph does not watch the rest."""
+    if isinstance(value, (nn.Module, Tensor)) or callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return _UNWATCHED
+
+
+@torch.compiler.assume_constant_result
+def _constants_of(cls: Any) -> tuple[Names | None, Names, bool]:
+    """Of a class, for a trace: the names, which it guards as it reads them, and whether there are settings that it cannot."""
+    names, methods, shared = _read_by(cls)
+    return names, methods, bool(shared)
+
+
+@torch.compiler.assume_constant_result
+def _code_in_a_trace(cls: Any) -> object:
+    return _code(cls, _read_by(cls)[1])
+
+
+@functools.cache
+def _read_by(cls: Any) -> tuple[Names | None, Names, Shared]:
+    """Attributes that a call of a class reads, its methods, and settings among globals, closures and modules; None if known.
+
+    Nothing of PyTorch's classes and of this package's: what changes their results is compared elsewhere.
+    """
+    if all(map(_known, cls.__mro__)):
+        return None, (), ()
+    names: set[str] = set()
+    shared: dict[tuple[int, str], tuple[Any, str]] = {}
+    bodies = [vars(c) for c in cls.__mro__ if not _known(c)]
+    pending = [body[name] for body in bodies for name in _ENTRIES if name in body]
+    seen: set[int] = set()
+    while pending:
+        function = pending.pop()
+        function = getattr(function, "fget", None) or getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType) or id(function) in seen or _of_library(function.__module__):
+            continue
+        seen.add(id(function))
+        attributes = set(_reads(function.__code__, "attribute"))
+        names |= attributes
+        pending += [body[name] for body in bodies for name in attributes & body.keys()]
+        for place, name in _outside(function, attributes):
+            value = _read(place, name)
+            if isinstance(value, types.FunctionType):
+                pending.append(value)
+            elif _may_hold_settings(value):
+                shared[id(place), name] = place, name
+    forward = getattr(getattr(cls, "forward", None), "__code__", None)
+    if forward is not None:  # what it writes itself is no setting: counters, the last shape
+        names -= set(_reads(forward, "written"))
+    called = {name for name in names if callable(getattr(cls, name, None))}
+    methods = sorted(name for name in called if any(name in body for body in bodies))
+    return tuple(sorted(names - called - _PYTORCHS)), tuple(methods), tuple(shared.values())
+
+
+def _outside(function: types.FunctionType, attributes: set[str]) -> Iterator[tuple[Any, str]]:
+    """Places outside of instances that a function reads: its globals, its closure, and what it reads of modules."""
+    cells = zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
+    read = [(function.__globals__, name) for name in _reads(function.__code__, "global") if name in function.__globals__]
+    for place, name in itertools.chain(cells, read):
+        value = _read(place, name)
+        if not isinstance(value, types.ModuleType):
+            yield place, name
+        elif not _of_library(value.__name__):
+            yield from ((vars(value), attribute) for attribute in attributes & vars(value).keys())
+
+
+def _may_hold_settings(value: object) -> bool:
+    if type(value) in _PLAIN or isinstance(value, Tensor):
+        return True
+    holder = value if isinstance(value, type) else type(value)
+    if isinstance(value, nn.Module) or issubclass(holder, nn.Module) or (callable(value) and holder is not value):
+        return False
+    return holder.__module__ in _HOLDERS - ({"builtins"} if holder is value else set()) or not _of_library(holder.__module__)
+
+
+def _reads(code: types.CodeType, what: str) -> Iterator[str]:
+    """The names that the code and its inner functions read as attributes, by `getattr` too, or as globals."""
+    for step in dis.get_instructions(code):
+        if isinstance(step.argval, types.CodeType):
+            yield from _reads(step.argval, what)
+        elif what == "global" and step.opname == "LOAD_GLOBAL":
+            yield step.argval
+        elif what == "written" and step.opname == "STORE_ATTR":
+            yield step.argval
+        elif what == "attribute" and (step.opname in ("LOAD_ATTR", "LOAD_METHOD") or step.opname == "LOAD_CONST"):
+            if isinstance(step.argval, str) and step.argval.isidentifier():
+                yield step.argval
+
+
+def _known(cls: type) -> bool:
+    return cls is object or "_res2net_fused_forward" in vars(cls) or FUSED in vars(cls) or _top(cls.__module__) in _OURS
+
+
+def _of_library(module: str | None) -> bool:
+    return _top(module) in _LIBRARIES
+
+
+def _top(module: str | None) -> str:
+    return (module or "").partition(".")[0]
