@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backward import activation_backward, convolution_backward, walk_back
+from .activations import activate, activation_backward
+from .backward import convolution_backward, walk_back
 from .config import ChainConfig
 from .convolver import Convolver
 from .memory_format import memory_format
 from .problem import ChainProblem
-from .reference import activate, pass_through
+from .reference import pass_through
 from .sync_batch_norm import combine_moments, combine_sums
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.selection import choose_for_training, get_backend
+from ..chain.activations import CLAMPS, shows_slope
 from ..chain.batch_norm import Statistics, train_backward, train_forward, wide_dtype
 from ..chain.checks import check_arguments, check_vectors
 from ..chain.memory_format import memory_format, with_format
@@ -80,6 +81,11 @@ def hierarchical_conv_bn(
 
 def _check(x, weights, gammas, betas, eps, chain, group) -> ChainProblem:
     problem = check_arguments(x, weights, None, cached_config(*chain))
+    if not shows_slope(problem.config.activation):
+        raise ValueError(
+            f"activation is {problem.config.activation!r}; with batch statistics allowed are those whose output shows the "
+            f"derivative: {', '.join(map(repr, CLAMPS))} and 'leaky_relu' with a slope of 0 or more"
+        )
     for name, values in (("gammas", gammas), ("betas", betas)):
         check_vectors(name, values, problem.steps, problem.width, x)
     if len(eps) != problem.steps:

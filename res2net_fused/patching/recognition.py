@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..chain.activations import activate
 from ..chain.config import ChainConfig
 from ..modules.block_parts import BlockParts, BlockPaths, find_layout, parts_of, wrappers
 from ..modules.eligibility import fused_activation
@@ -207,7 +208,10 @@ def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tenso
 
 
 def _hidden_arithmetic(block: BlockParts) -> str | None:
-    """Why a convolution or norm of a library's own class computes something else than its weights say, or None."""
+    """Why a convolution, norm or activation of a library's own class computes something else than its weights say, or None."""
+    name, u = fused_activation(block.relu), torch.linspace(-30, 30, 601, dtype=torch.float64, device="cpu")
+    if name is not None and not agree(activate(u, name), block.relu(u.clone())):
+        return f"relu ({type(block.relu).__name__}) is not the activation {name}"
     pairs = [("conv1", block.conv1, block.bn1), ("conv3", block.conv3, block.bn3)]
     pairs += [(f"convs[{i}]", *pair) for i, pair in enumerate(zip(block.convs, block.bns, strict=True))]
     for name, conv, bn in pairs:

@@ -44,7 +44,8 @@ void norm_forward(const NormForward& n, int64_t first, int64_t last) {
       const Full z = load_some<Part, Full>(n.z + p * w + c, lanes);
       const Full scale = load_some<Part, Full>(n.scale + c, lanes), shift = load_some<Part, Full>(n.shift + c, lanes);
       const Full centred = z - load_some<Part, Full>(n.mean + c, lanes);
-      const Full y = activate(multiply_add(centred, scale, shift));
+      const Full v = multiply_add(centred, scale, shift);
+      const Full y = n.activation.clamps() ? activate(v) : leaky(v, n.activation.slope);
       store_some<Part>(n.out + p * n.out_pitch + c, y, lanes);
       if (n.next == nullptr) return;
       store_some<Part>(n.next + p * w + c, y + load_some<Part, Full>(n.addend + p * n.addend_pitch + c, lanes), lanes);

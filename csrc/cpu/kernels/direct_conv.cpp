@@ -55,7 +55,12 @@ __attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
 
 }  // namespace
 
-void direct_run(const PixelRun& run, PanelPass pass) {
+void direct_run(const PixelRun& asked, PanelPass pass) {
+  PixelRun run = asked;
+  if (!asked.activation.clamps()) {
+    run.activation = {Activation::none};
+    run.addend = nullptr;
+  }
   with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() {
     constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
     const Passes passes = Passes::of(run.count, kMost);
@@ -64,6 +69,19 @@ void direct_run(const PixelRun& run, PanelPass pass) {
       first += passes.rows(i);
     }
   });
+  if (!asked.activation.clamps()) activate_run(asked, asked.out, asked.out_pixel);
+}
+
+void activate_run(const PixelRun& run, const float* z, int64_t z_pixel) {
+  for (int64_t p = 0; p < run.count; p++) {
+    for_channels(run.channels, [&]<bool Part>(int64_t c, int64_t lanes) R2N_LAMBDA_INLINE {
+      const Full y = activated(load_some<Part, Full>(z + p * z_pixel + c, lanes), run.activation);
+      store_some<Part>(run.out + p * run.out_pixel + c, y, lanes);
+      if (run.addend == nullptr) return;
+      const Full u = y + load_some<Part, Full>(run.addend + p * run.addend_pixel + c, lanes);
+      store_some<Part>(run.next + p * run.next_pixel + c, u, lanes);
+    });
+  }
 }
 
 void direct_rows(const Step& step, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {

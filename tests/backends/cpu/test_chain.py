@@ -13,6 +13,7 @@ from res2net_fused._native import library
 from res2net_fused.backends import cpu as cpu_backend
 from res2net_fused.backends.selection import choose
 from res2net_fused.chain import reference
+from res2net_fused.chain.activations import ACTIVATIONS
 from res2net_fused.chain.problem import ChainProblem
 
 STATUS = library.cpu_library()
@@ -184,7 +185,7 @@ def test_not_finite_inputs_stay_where_a_convolution_takes_them(value, width, siz
             same_kind(call(chain, x, weights, biases), expected)
 
 
-@pytest.mark.parametrize("activation", ["relu", "none", "hardtanh20"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_keep_nan(activation):
     chain = Chain({"activation": activation}, steps=2, width=17)
     x, weights, biases = chain.tensors((1, 8, 8), torch.float32)
