@@ -73,9 +73,11 @@ def test_gradients_of_every_backend(dtype, layout, activation):
         x, *rest = tensors
         expected = masked_gradients(chain, x, rest[:3], rest[3:], out, grad)
         eager = torch.autograd.grad(exact(chain, tensors), tensors, grad)
-        for a, b, own in zip(got, expected, eager, strict=True):
-            kinked = dtype in HALVES and (activation == "hardswish" or "-" in activation)  # z lies beyond a kink or not
-            assert_close(a, b, max(BOUNDS[dtype], 2 * relative_error(own, b)) if kinked else None)
+        # In half types z may round to either side of a kink, in which of the gradients that shows is chance.
+        kinked = dtype in HALVES and (activation == "hardswish" or "-" in activation)
+        worst = max(relative_error(own, b) for own, b in zip(eager, expected, strict=True)) if kinked else 0.0
+        for a, b in zip(got, expected, strict=True):
+            assert_close(a, b, max(BOUNDS[dtype], 2 * worst))
 
 
 @every
