@@ -1,5 +1,5 @@
-# make bench | check | record | results | docs | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | lint
-#    | types | clean
+# make bench | check | record | results | docs | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | peers
+#    | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1". TORCH and TRITON say what pip installs, such as make bench TORCH=torch==2.11.0;
 # PIP_INDEX_URL and pip's other variables say from where.
@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 NATIVE := $(shell find csrc -type f) res2net_fused/_native/build_flags.py res2net_fused/_native/cuda_toolkit.py
 
-.PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel versions lint types clean setup FORCE
+.PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel versions peers lint types clean setup FORCE
 
 setup: $(INSTALLED)
 
@@ -34,7 +34,7 @@ check: $(INSTALLED)
 
 # On a GPU machine nothing is set up or installed: the Python that has its torch will do.
 record:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/record.py $(ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/record $(ARGS)
 
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/render_results.py $(ARGS)
@@ -79,6 +79,10 @@ wheel: $(INSTALLED)
 versions: $(DEPENDENCIES)
 	$(MAKE) wheel ARGS=
 	$(BIN)/python tests/integration/versions/run.py $(ARGS)
+
+# timm's own tests of its Res2Net models, plain and accelerated; from timm's sdist, and not in CI.
+peers: $(INSTALLED)
+	$(BIN)/python tests/integration/timm_suite/run.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

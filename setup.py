@@ -5,6 +5,7 @@ nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for
 compilers (else they are looked for: res2net_fused/_native/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
 """
 
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -18,9 +19,14 @@ import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+try:
+    from setuptools import Extension, setup
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_ext import build_ext
+except ImportError:
+    if __name__ == "__main__":
+        raise
+    bdist_wheel = build_ext = object  # who imports this file for `build_in_place` may have none
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "res2net_fused"
@@ -93,16 +99,14 @@ def find_nvcc(torch_folder):
 
 
 def find_ninja():
+    """Its path, or None."""
     try:
         import ninja
 
         path = shutil.which("ninja", path=ninja.BIN_DIR)
     except ImportError:
         path = None
-    path = path or shutil.which("ninja")
-    if path is None:
-        raise Missing(f"ninja not found: `pip install ninja`, then run `{REBUILD}`")
-    return path
+    return path or shutil.which("ninja")
 
 
 def output_of(*command):
@@ -131,10 +135,9 @@ def locked(folder):
         yield
 
 
-def write_ninja(target, folder, cxx, nvcc):
+def write_ninja(target, folder, command):
     """Writes folder/build.ninja for one target of build_flags."""
-    words = nvcc.command(cxx[-1]) if target.compiler == "nvcc" else cxx
-    compiler = shlex.join(words).replace("$", "$$")
+    compiler = shlex.join(command).replace("$", "$$")
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
@@ -158,7 +161,6 @@ def write_ninja(target, folder, cxx, nvcc):
     objects = " ".join(path(unit.object) for unit in target.units)
     output = path(Path(target.output).name)
     lines += [f"build {output}: link {objects}", f"  flags = {variable(target.link_flags)}", f"default {output}", ""]
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
 
 
@@ -180,27 +182,69 @@ def run_ninja(target, folder, ninja):
     return folder / Path(target.output).name
 
 
-class NativeBuild(build_ext):
-    """Builds each part that the machine has the tools for and records what was built, or why not."""
+def compile_target(target, compiler, folder, ninja=None):
+    """Compiles what has changed since the last time in `folder`, by ninja where there is one, and links; returns the output.
 
-    def run(self):
-        self.in_place = self.inplace or getattr(self, "editable_mode", False)
-        self.package_dir = ROOT / PACKAGE if self.in_place else Path(self.build_lib).resolve() / PACKAGE
-        self.mode = build_mode()
+    compiler: its command, as a list of words. Raises Missing with what the compiler said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if ninja is not None:
+        write_ninja(target, folder, compiler)
+        return run_ninja(target, folder, ninja)
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "").strip() or os.cpu_count() or 1)) as pool:
+        print(f"res2net-fused: building the {target.name} part, {len(target.units)} files", flush=True)
+        try:
+            list(pool.map(lambda unit: compile_unit(unit, compiler, folder), target.units))
+            output = folder / Path(target.output).name
+            run_compiler([*compiler, *(unit.object for unit in target.units), *target.link_flags, "-o", output.name], folder)
+        except subprocess.CalledProcessError as error:
+            said = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:300])
+            raise Missing(f"compiling the {target.name} part failed: {said}") from None
+    return output
+
+
+def run_compiler(command, folder):
+    subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+
+
+def compile_unit(unit, compiler, folder):
+    """Compiles one file as ninja would: unless its output is newer than all that it was made from, by this very command."""
+    made = folder / unit.object
+    note, dependencies = (made.with_name(made.name + suffix) for suffix in (".command", ".d"))
+    command = [*compiler, *unit.flags, "-MD", "-MF", f"{unit.object}.d", "-c", str(unit.source), "-o", unit.object]
+    try:
+        sources = dependencies.read_text().split(":", 1)[1].replace("\\\n", " ").split()
+        if note.read_text() == "\0".join(command) and all(
+            os.stat(source).st_mtime <= made.stat().st_mtime for source in sources
+        ):
+            return
+    except (OSError, IndexError):
+        pass  # never made, or not to the end
+    made.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)  # a compiler that is ended halfway leaves half an object
+    run_compiler(command, folder)
+    note.write_text("\0".join(command))
+
+
+class NativeParts:
+    """Builds each part that the machine has the tools for into a package, and records what was built, or why not."""
+
+    def __init__(self, package_dir, mode, architectures, in_place, needs_ninja=True, commit=None):
+        """architectures: those of CUDA, as RES2NET_FUSED_CUDA_ARCHS has them, or None."""
+        self.package_dir, self.mode, self.in_place, self.needs_ninja = package_dir, mode, in_place, needs_ninja
+        self.architectures, self.commit = architectures, commit or source_commit()
         self.parts = {}
-        facts = {
-            "commit": source_commit(),
-            "instruction_sets": flags.kernel_instruction_sets(ROOT, platform.machine()),
-        }
+
+    def build(self):
+        """Returns by part whether it was built, as which file, and why not."""
+        facts = {"commit": self.commit, "instruction_sets": flags.kernel_instruction_sets(ROOT, platform.machine())}
         # CUDA first: the other two report which CUDA version was built.
         facts |= self.build_part("cuda", flags.CUDA_LIBRARY, self.plan_cuda, facts) or {}
         self.build_part("cpu", flags.CPU_LIBRARY, self.plan_cpu, facts)
         module = flags.PYTHON_MODULE + sysconfig.get_config_var("EXT_SUFFIX")
         self.build_part("python", module, self.plan_python, facts)
         self.write_record(facts)
-        for name, part in self.parts.items():
-            outcome = f"built {part['file']}" if part["built"] else f"NOT BUILT: {part['reason']}"
-            print(f"res2net-fused, native extension, {name}: {outcome}", file=sys.stderr)
+        return self.parts
 
     def build_part(self, name, output, plan, facts):
         """Builds one part and puts it into the package; returns the facts it adds, or None where it is left out."""
@@ -211,10 +255,12 @@ class NativeBuild(build_ext):
             if platform.system() != "Linux":
                 raise Missing(f"the native extension is built on Linux only, not on {platform.system()}")
             target, added, nvcc = plan(facts)
+            cxx, ninja = find_compiler(), find_ninja()
+            if ninja is None and self.needs_ninja:
+                raise Missing(f"ninja not found: `pip install ninja`, then run `{REBUILD}`")
             folder = ROOT / "build" / "native" / name
             with locked(folder):
-                write_ninja(target, folder, find_compiler(), nvcc)
-                built = run_ninja(target, folder, find_ninja())
+                built = compile_target(target, nvcc.command(cxx[-1]) if nvcc else cxx, folder, ninja)
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 fresh = destination.with_name(destination.name + ".new")
                 shutil.copy2(built, fresh)
@@ -229,7 +275,7 @@ class NativeBuild(build_ext):
         return added
 
     def plan_cuda(self, facts):
-        requested = os.environ.get("RES2NET_FUSED_CUDA_ARCHS")
+        requested = self.architectures
         if requested and requested.strip().lower() == "none":
             raise NotWanted("RES2NET_FUSED_CUDA_ARCHS=none asked for no CUDA library")
         torch_folder = find_torch()
@@ -277,6 +323,37 @@ class NativeBuild(build_ext):
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"info": info, "parts": self.parts}, indent=2) + "\n")
 
+
+def architecture(capability):
+    """What nvcc calls a GPU of this compute capability; Hopper's own instructions exist in 90a only."""
+    return "90a" if capability == (9, 0) else "{}{}".format(*capability)
+
+
+def build_in_place(capability, commit=None):
+    """Builds into the checkout, for a GPU of this compute capability or, where it is None, for the CPU alone.
+
+    Needs neither setuptools nor ninja. Returns what was not built, one line for each part.
+    """
+    chosen = "none" if capability is None else architecture(capability)
+    try:
+        parts = NativeParts(ROOT / PACKAGE, "auto", chosen, in_place=True, needs_ninja=False, commit=commit).build()
+    except SystemExit as error:  # an architecture that this nvcc does not know
+        return [str(error)]
+    return [f"{name}: NOT BUILT: {part['reason']}" for name, part in parts.items() if not part["built"]]
+
+
+class NativeBuild(build_ext):
+    """What pip and `setup.py build_ext` run."""
+
+    def run(self):
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        package_dir = ROOT / PACKAGE if in_place else Path(self.build_lib).resolve() / PACKAGE
+        architectures = os.environ.get("RES2NET_FUSED_CUDA_ARCHS")
+        self.parts = NativeParts(package_dir, build_mode(), architectures, in_place).build()
+        for name, part in self.parts.items():
+            outcome = f"built {part['file']}" if part["built"] else f"NOT BUILT: {part['reason']}"
+            print(f"res2net-fused, native extension, {name}: {outcome}", file=sys.stderr)
+
     # setuptools asks these of every build_ext; the files of an editable install lie in the source tree already.
     def get_source_files(self):
         return []
@@ -304,7 +381,8 @@ class AnyPythonWheel(bdist_wheel):
 
 
 # The extension without sources tells setuptools that the wheel is not pure Python; NativeBuild names the real ones.
-setup(
-    ext_modules=[Extension(f"{PACKAGE}.{flags.PYTHON_MODULE}", sources=[])],
-    cmdclass={"build_ext": NativeBuild, "bdist_wheel": AnyPythonWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(f"{PACKAGE}.{flags.PYTHON_MODULE}", sources=[])],
+        cmdclass={"build_ext": NativeBuild, "bdist_wheel": AnyPythonWheel},
+    )

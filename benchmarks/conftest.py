@@ -24,7 +24,7 @@ def time_module(benchmark):
             pytest.skip(f"{name}: {reason}")
         providers.forget_compiled()
         with parity.convolution_precision(DTYPE, DEVICE):
-            _, graph = providers.contestants([name], DEVICE)[-1]
+            _, graph = providers.candidates([name], DEVICE)[-1]
             contender = providers.contender(name, module, inputs, BACKEND, graph)
 
             def once():

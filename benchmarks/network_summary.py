@@ -1,7 +1,7 @@
 """Whole networks from the committed files: the README's table, the full one of docs/results.md, and the picture of both.
 
 Two kinds of run are committed. A record (`*.json`) times `accelerate` alone beside PyTorch eager and, where they are installed,
-the runtimes. `networks.txt`, the output of cpu_network.py, times every form of ours beside every mode of PyTorch. A ratio is
+the runtimes. `networks.txt`, the output of `cpu.py networks`, times every form of ours beside every mode of PyTorch. A ratio is
 always taken within one run.
 """
 
@@ -18,7 +18,8 @@ from res2net_fused.bench.networks import NetworkRatios
 
 README_MODEL = "res2net50_26w4s"
 FORMS = {
-    "ours": "`accelerate`",
+    "ours_plain": "`accelerate`, images and model in NCHW",
+    "ours": "`accelerate`, channels-last",
     "ours_compile": "`accelerate`, `freeze`, `torch.compile`",
     "ours_graph": "`accelerate`, `freeze`, CUDA graph",
 }
@@ -45,12 +46,12 @@ def from_record(path: Path, data: dict[str, Any]) -> NetworkRun:
 
 
 def from_text(path: Path) -> NetworkRun:
-    """The output of cpu_network.py. Raises ValueError naming the file where a line is not as that program prints it."""
+    """The output of `cpu.py networks`. Raises ValueError naming the file where a line is not as that program prints it."""
     text = path.read_text()
     machine = re.search(r"^(.+), (\d+) threads?, torch ", text, re.M)
     head = re.search(r"^network +batch +ours +ms .*$", text, re.M)
     if not machine or not head:
-        raise ValueError(f"{path} is no output of cpu_network.py: it needs the lines of the machine and of the table's head")
+        raise ValueError(f"{path} is no output of `cpu.py networks`: it needs the lines of the machine and of the table's head")
     columns = re.split(r"  +", head[0].strip())[4:]
     ratios = []
     for line in text[head.end() :].splitlines():
@@ -156,7 +157,7 @@ Groups = list[tuple[tuple[int, str], dict[str, float]]]
 def bars(runs: Sequence[NetworkRun]) -> list[tuple[str, float, Groups]]:
     """What `draw` shows: title, ResNet-50's time, then ((scale, config), time by contender) for each network, by scale.
 
-    Only outputs of cpu_network.py that time `ours_compile` and ResNet-50; ValueError where there is none.
+    Only outputs of `cpu.py networks` that time `ours_compile` and ResNet-50; ValueError where there is none.
     """
     panels = []
     for run in (run for run in runs if run.path.suffix == ".txt"):

@@ -24,10 +24,10 @@ import network_summary  # noqa: E402
 
 from res2net_fused.bench import results  # noqa: E402
 from res2net_fused.bench.providers import PYTORCH  # noqa: E402
-from res2net_fused.testing.cases import STAGES, Config  # noqa: E402
+from res2net_fused.testing.cases import STAGES, WidthScale  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-OURS = ("ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")
+OURS = ("ours_plain", "ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu")
 _TITLES = {
     "chain": "Chains, BatchNorms folded on all sides",
     "block": "Normal blocks",
@@ -146,7 +146,8 @@ def preferred(rows: Sequence[Row]) -> list[Row]:
 def plotted_rows(rows: Sequence[Row]) -> list[Row]:
     """Chains and blocks at equal FLOPs, of the batch and dtype that most of them have."""
     rows = [row for row in preferred(rows) if row["stage"] is not None]
-    rows = [row for row in rows if Config.of_scale(Config.parse(row["config"]).scale) == Config.parse(row["config"])]
+    configs = {row["config"]: WidthScale.parse(row["config"]) for row in rows}
+    rows = [row for row in rows if WidthScale.from_scale(configs[row["config"]].scale) == configs[row["config"]]]
     if not rows:
         return []
     (batch, dtype), _ = Counter((row["batch"], row["dtype"]) for row in rows).most_common(1)[0]
@@ -209,9 +210,9 @@ def _network_table(rows: Sequence[Row]) -> str:
         best = min((row for name, row in here.items() if name in OURS), key=lambda row: row["median_ms"], default={})
         beside = min((row["median_ms"] for row in peers if (row["batch"], row["dtype"]) == (batch, dtype)), default=None)
         resnet = best.get("yardstick_ms") or beside
-        yardstick = resnet / best["median_ms"] if best and resnet else None
+        baseline = resnet / best["median_ms"] if best and resnet else None
         times = [_text(here[name]["median_ms"] if name in here else None, ".3g") for name in providers]
-        lines.append([config, str(batch), dtype, *times, _text(ratio, ".2f"), _text(yardstick, ".2f")])
+        lines.append([config, str(batch), dtype, *times, _text(ratio, ".2f"), _text(baseline, ".2f")])
     head = ["network", "batch", "dtype", *(_label(name, rows) for name in providers), "speed-up", "over ResNet-50"]
     return markdown_table(head, lines)
 

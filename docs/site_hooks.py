@@ -28,7 +28,7 @@ _OBJECT = re.compile(r"^::: ([\w.]+)$", re.M)
 
 
 def on_config(config: Any) -> Any:
-    """Without the page that is not written yet."""
+    """Leave out the page that is not written yet."""
     if not (ROOT / "docs" / OPTIONAL).is_file():
         for section in config.nav:
             for entries in section.values():

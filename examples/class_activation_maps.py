@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from res2net_fused import Bottle2neck
-from res2net_fused.bench.sample_images import photographs
+from res2net_fused.bench.sample_images import sample_images
 from res2net_fused.models.checkpoint import load_checkpoint
 from res2net_fused.models.registry import create_model
 
@@ -86,7 +86,7 @@ def draw(lines: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: str) -> None
 
 def photographs_by(networks: dict[str, nn.Module]) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """Lines for `draw`: the two photographs by every network, from its last stage."""
-    images = photographs()
+    images = sample_images()
     return [(name, images, *grad_cam(network.eval(), network.layer4, images)) for name, network in networks.items()]
 
 

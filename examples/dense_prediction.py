@@ -204,7 +204,7 @@ class Detector(nn.Module):
         return total / len(scores)
 
     def found(self, images: Tensor, threshold: float = 0.3) -> list[tuple[Tensor, Tensor]]:
-        """For each image boxes (K, 4) and classes (K,), of which none overlaps a better one by more than half."""
+        """Boxes (K, 4) and classes (K,) of each image; none overlaps a better one by more than half."""
         results = []
         scores, offsets, anchors = self(images)
         for score, offset in zip(scores, offsets, strict=True):
@@ -249,7 +249,7 @@ TASKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 def frozen(backbone: Network, images: Tensor) -> Network:
-    """With statistics of these images, which pretrained weights would bring along, and BatchNorms that do not learn."""
+    """The backbone with statistics of these images, as pretrained weights would have, and BatchNorms that do not learn."""
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0  # the running statistics become those of one pass

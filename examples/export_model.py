@@ -31,7 +31,7 @@ def write_package(model: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
-    """For any batch: the fused blocks give PyTorch's own operators to the exporter."""
+    """Writes it for any batch: the fused blocks give PyTorch's own operators to the exporter."""
     with torch.no_grad():
         batch = torch.export.Dim("batch", min=1)
         torch.onnx.export(model, (images,), str(path), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)

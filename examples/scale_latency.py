@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from res2net_fused import accelerate
+from res2net_fused.bench.timing import Contender, measure
 from res2net_fused.models.registry import create_model
 
 EXAMPLES = """examples:
@@ -35,7 +34,7 @@ def milliseconds(
     dtype: torch.dtype = torch.float32,
     layers: tuple[int, ...] | None = None,
 ) -> dict[str, dict[int, float]]:
-    """By path and scale the median of one forward pass; layers: blocks in each stage instead of ResNet-50's."""
+    """The median of one forward pass by path and scale; layers: blocks in each stage instead of ResNet-50's."""
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -47,18 +46,10 @@ def milliseconds(
         plain = create_model(name, fused=False, layers=layers).eval().to(device, dtype, memory_format=torch.channels_last)
         models["PyTorch", scale] = plain
         models["fused", scale] = accelerate(copy.deepcopy(plain))
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in models}
-    with torch.inference_mode(), tqdm(total=len(models) * (repeats + 2), unit="pass") as bar:
-        for repeat in range(repeats + 2):  # the first two warm up
-            for key, model in models.items():
-                start = time.perf_counter()
-                model(images)
-                if images.is_cuda:
-                    torch.cuda.synchronize()
-                if repeat >= 2:
-                    seconds[key].append(time.perf_counter() - start)
-                bar.update()
-    return {path: {scale: 1e3 * statistics.median(seconds[path, scale]) for scale in NETWORKS} for path in PATHS}
+    contenders = {key: Contender(model, [images]) for key, model in models.items()}
+    with tqdm(total=repeats, unit="round") as bar:
+        timings = measure(contenders, device, seconds=0, min_repeats=repeats, max_repeats=repeats, advance=bar.update)
+    return {path: {scale: timings[path, scale].median_ms for scale in NETWORKS} for path in PATHS}
 
 
 def plot(medians: dict[str, dict[int, float]], title: str, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from . import _moved
 from .modules.bottle2neck import Bottle2neck
+from .ops._library import decompositions
 from .ops.hierarchical_conv1d import hierarchical_conv1d
 from .ops.hierarchical_conv2d import hierarchical_conv2d
 from .ops.packed_weights import PackedWeights, pack_weights
@@ -14,6 +15,7 @@ __all__ = [
     "Bottle2neck",
     "PackedWeights",
     "accelerate",
+    "decompositions",
     "explain",
     "freeze",
     "hierarchical_conv1d",

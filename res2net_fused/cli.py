@@ -16,7 +16,7 @@ from . import __version__
 from ._native import library, machine
 from ._tables import format_table
 from .backends.base import BACKENDS
-from .testing.cases import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, Config, cases
+from .testing.cases import DEFAULT_CONFIGS, TORCH_DTYPES, VARIANTS, WidthScale, cases
 
 _DTYPES = tuple(name for name in TORCH_DTYPES if name != "float64")
 _DEFAULT_BATCH = {"cpu": 8, "cuda": 32}
@@ -187,9 +187,9 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
 
 
-def _configs(text: str) -> tuple[Config, ...]:
+def _configs(text: str) -> tuple[WidthScale, ...]:
     try:
-        return tuple(Config.parse(part) for part in text.split(","))
+        return tuple(WidthScale.parse(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -205,14 +205,14 @@ def _models(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{error}, all") from None
 
 
-def _scales(text: str) -> tuple[Config, ...]:
+def _scales(text: str) -> tuple[WidthScale, ...]:
     scales: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         scales += range(_positive(first), _positive(last or first) + 1)
     if not scales:
         raise argparse.ArgumentTypeError(f"{text!r} holds no scale; such as 1-8 or 2,4 is needed")
-    return tuple(Config.of_scale(scale) for scale in scales)
+    return tuple(WidthScale.from_scale(scale) for scale in scales)
 
 
 def _dtypes(text: str) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ def _resolve(options: argparse.Namespace) -> None:
     if options.command == "info":
         return
     options.kind = torch.device(options.device).type
-    quick = (Config.of_scale(4), Config.of_scale(8))
+    quick = (WidthScale.from_scale(4), WidthScale.from_scale(8))
     options.configs = options.configs or options.scales or (quick if _is_quick(options) else DEFAULT_CONFIGS)
     options.batches = options.batch or ((_SMALL_BATCH,) if _is_quick(options) else (_DEFAULT_BATCH[options.kind],))
 
@@ -298,7 +298,7 @@ def _section(title: str, facts: dict[str, object]) -> None:
 def _check(options: argparse.Namespace) -> int:
     from .bench.networks import DEFAULT_MODELS, prepare_network
     from .bench.progress import progress
-    from .bench.sample_images import photographs
+    from .bench.sample_images import sample_images
     from .bench.timing import use_device
     from .testing.parity import check_cases, unavailable_backends, why_not
 
@@ -317,7 +317,7 @@ def _check(options: argparse.Namespace) -> int:
     no_photographs = ""
     if not options.no_network:
         try:
-            photographs()
+            sample_images()
         except ImportError as error:  # the rest of the check needs nothing but what the package depends on
             no_photographs = str(error)
     with progress("parity against float64", len(todo)) as bar:
@@ -359,7 +359,7 @@ def _need_bench_extra(networks: bool) -> None:
 
 def _bench(options: argparse.Namespace) -> int:
     from .bench.networks import DEFAULT_MODELS
-    from .bench.run import Settings, command_line, measure, run_sweep
+    from .bench.run import BenchOptions, command_line, measure, run_bench
     from .bench.supervise import AGAIN
 
     _need_bench_extra(networks=not options.no_network)
@@ -371,7 +371,7 @@ def _bench(options: argparse.Namespace) -> int:
     except OSError as error:  # said before the measurements rather than after them
         raise RuntimeError(f"--out {options.out} cannot be written ({error}): name another folder") from None
     models = options.model or DEFAULT_MODELS[: 1 if options.quick else None]
-    settings = Settings(
+    chosen = BenchOptions(
         configs=options.configs,
         batches=options.batches,
         dtype=options.dtype or ("bfloat16" if options.kind == "cuda" else "float32"),
@@ -386,8 +386,8 @@ def _bench(options: argparse.Namespace) -> int:
     if not options.child:
         child = [sys.executable, "-m", "res2net_fused", *options.arguments, "--child"]
         command = command_line(options.arguments)
-        return run_sweep(settings, options.out, command, again=options.again, limit_s=options.limit, child=child)
-    status = measure(settings, options.out, command_line(options.arguments[:-1]), options.limit)
+        return run_bench(chosen, options.out, command, again=options.again, limit_s=options.limit, child=child)
+    status = measure(chosen, options.out, command_line(options.arguments[:-1]), options.limit)
     if status == AGAIN:
         sys.stdout.flush()
         os._exit(status)  # what unloads a lost CUDA context may hang
@@ -397,16 +397,16 @@ def _bench(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from .bench.run import command_line
     from .bench.supervise import AGAIN
-    from .bench.tune import measure_tiles, run_tune, settings_of
+    from .bench.tune import measure_tiles, run_tune, tuned_blocks
 
     _resolve(options)
-    settings = settings_of(options.configs, options.batches, options.dtype, options.device)
+    blocks = tuned_blocks(options.configs, options.batches, options.dtype, options.device)
     if options.child is None:
         child = [sys.executable, "-m", "res2net_fused", *options.arguments]
         command = command_line(options.arguments)
-        return run_tune(settings, options.device, options.out, command, child, options.minutes, options.again)
+        return run_tune(blocks, options.device, options.out, command, child, options.minutes, options.again)
     command = command_line(options.arguments[:-4])  # without what `run_tune` adds for a child
-    if measure_tiles(settings, options.device, options.out, command, options.limit, options.child):
+    if measure_tiles(blocks, options.device, options.out, command, options.limit, options.child):
         sys.stdout.flush()
         os._exit(AGAIN)  # what unloads a lost CUDA context may hang
     return 0

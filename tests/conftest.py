@@ -77,7 +77,7 @@ def user_table(monkeypatch, tmp_path):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """What units of a record timed, by the names of the contestants; each runs once."""
+    """What cases of a record timed, by the names of the candidates; each runs once."""
     from res2net_fused.bench import timing, turns
 
     found = []
@@ -101,3 +101,19 @@ def record(tmp_path):
     record.begin_run()
     yield record
     record.close()
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """Counts how often a block is folded: `len(folds)`."""
+    from res2net_fused.modules import fused_forward
+
+    calls = []
+    fold_block = fused_forward.fold_block
+
+    def counted(*args, **kwargs):
+        calls.append(args[0])
+        return fold_block(*args, **kwargs)
+
+    monkeypatch.setattr(fused_forward, "fold_block", counted)
+    return calls

@@ -96,7 +96,7 @@ def choose_device(asked: str | None, command: str) -> str:
 
 
 def _is_nvidia_gpu(device: Path) -> bool:
-    """Of vendor 10de and a class of displays (03....); its sound and bridge functions are others."""
+    """Whether it is of vendor 10de and a class of displays (03....); its sound and bridge functions are others."""
     try:
         texts = [(device / name).read_text().strip() for name in ("vendor", "class")]
     except OSError:
@@ -105,7 +105,7 @@ def _is_nvidia_gpu(device: Path) -> bool:
 
 
 def _driver_version(environ: Mapping[str, str], root: Path) -> str | None:
-    """Of the loaded kernel module, else what nvidia-smi says, the only one to ask under WSL; None where there is neither."""
+    """The loaded kernel module's, else what nvidia-smi says, the only one to ask under WSL; None where there is neither."""
     for file, pattern in (
         ("proc/driver/nvidia/version", r"Kernel Module(?: for \S+)?\s+(\d+[\d.]*)"),
         ("sys/module/nvidia/version", r"(\d+[\d.]*)"),

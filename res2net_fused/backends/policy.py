@@ -17,6 +17,18 @@ def clamped_chain_pays(problem: ChainProblem) -> bool:
     return problem.channels_last or problem.device.type != "cpu"
 
 
+def channels_last_pays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels for such weights read channels-last, so that NCHW is converted at every call."""
+    return device.type == "cuda" or (device.type == "cpu" and dtype == torch.float32)
+
+
+# What `explain` says of a block that meets NCHW; the factor is that of whole networks on two AVX-512 cores.
+NCHW = (
+    "x is NCHW and converted at every call, which makes a network 1.6 to 1.8 times as slow: "
+    "model.to(memory_format=torch.channels_last) avoids it"
+)
+
+
 def training_pays(problem: ChainProblem) -> bool:
     """Whether a training step is measured to be faster by the operator than by the class's own forward.
 
@@ -44,7 +56,7 @@ PAYING_REFLECTED_ROWS = 800
 def chain_pays_1d(problem: Chain1dProblem) -> bool:
     """Whether the operator is measured to be faster than PyTorch's own operators, in inference.
 
-    `benchmarks/cpu_chain1d.py` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
+    `benchmarks/cpu.py chains1d` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
     reflected rows 1.0 to 1.15; elsewhere 0.9 to 1.0. Nothing is measured on GPUs, nor against compilers.
     """
     if torch.compiler.is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32:

@@ -12,7 +12,7 @@ from ..patching.explain import explain
 from ..testing.parity import ParityRow, poisoned_allocations, relative_error
 from . import runtimes
 from .candidates import Model, is_ours
-from .schedule import Unit
+from .timed_case import TimedCase
 from .timing import Contender
 from .training import worst
 from .turns import Wrong
@@ -24,7 +24,7 @@ PEER_OVER_OURS = 4.0
 
 
 class Miss(Wrong):
-    """Of a comparison with float64."""
+    """A result that differs too far from float64."""
 
     def __init__(self, row: ParityRow) -> None:
         super().__init__(
@@ -39,13 +39,13 @@ def allowed(bound: float, name: str) -> float:
 
 
 class Truth:
-    """What a unit's module, in eval mode, computes in float64 for each of the inputs that will be timed."""
+    """What a case's module, in eval mode, computes in float64 for each of the inputs that will be timed."""
 
     def __init__(
-        self, unit: Unit, module: nn.Module, inputs: Sequence[Tensor], images: int, bound: Callable[[float], float]
+        self, case: TimedCase, module: nn.Module, inputs: Sequence[Tensor], images: int, bound: Callable[[float], float]
     ) -> None:
         """images: how many of each input are compared. bound: of ours, from eager's error."""
-        self.unit, self.inputs = unit, inputs
+        self.case, self.inputs = case, inputs
         batch = len(inputs[0])
         self._some = sorted({round(i * (batch - 1) / max(1, images - 1)) for i in range(images)})
         exact = copy.deepcopy(module).double()
@@ -56,7 +56,7 @@ class Truth:
         self.bound = bound(self.eager_error)
 
     def check(self, name: str, contender: Contender, model: Model) -> ParityRow:
-        """Of a contestant as it will be timed, on these inputs; Miss if it misses."""
+        """Compares a candidate as it will be timed, on these inputs; Miss if it misses."""
         outputs = contender.outputs()
         errors = [self._error(out, i) for i, out in enumerate(outputs)]
         del outputs
@@ -68,10 +68,10 @@ class Truth:
             for block in explain(model.plain) if isinstance(model.plain, nn.Module) else ():
                 if not block.fused:
                     raise RuntimeError(f"block {block.name or 'itself'} did not run fused: {block.reason}")
-        unit = self.unit
-        stage = "logits" if unit.stage is None else f"{unit.stage} {unit.variant}"
+        case = self.case
+        stage = "logits" if case.stage is None else f"{case.stage} {case.variant}"
         row = ParityRow(
-            unit.workload, unit.config_name, stage, unit.batch, name, unit.dtype, worst(errors), self.eager_error,
+            case.workload, case.config_name, stage, case.batch, name, case.dtype, worst(errors), self.eager_error,
             allowed(self.bound, name),
         )  # fmt: skip
         if not row.ok:

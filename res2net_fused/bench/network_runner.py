@@ -16,22 +16,20 @@ from ..backends.selection import FIRST_CHOICE
 from ..models.network import Network
 from ..testing.parity import convolution_precision
 from ..testing.tolerances import network_bound
-from .candidates import Builder, Built, Conditions, Model, is_ours, training_builders
+from .candidates import Builder, Built, Model, RunConditions, is_ours
 from .exact import CHECKED_IMAGES_OF_NETWORKS, Miss, Truth
 from .networks import NetworkCase, compare
 from .providers import PROVIDERS, forget_compiled
 from .record_file import failure_name
-from .roofline import least_work_of_network, rotation_count
-from .runner import Contests, fastest_cudnn, judged
-from .schedule import YARDSTICK, Contestant, Unit
-from .timing import Contender
-from .training import SgdStep, SgdTruth
+from .runner import Runner, fastest_cudnn
+from .timed_case import BASELINE, Candidate, TimedCase
 from .turns import Outcome
+from .work import least_work_of_network, rotation_count
 
 
 @dataclass(frozen=True)
-class TurnConditions(Conditions):
-    """On a CPU: seconds for all contenders of a unit together, and how many rounds at least and at most."""
+class TurnConditions(RunConditions):
+    """Conditions with turns of their own on a CPU: seconds for all contenders of a case, and the least and most rounds."""
 
     seconds: float = 1.5
     rounds: tuple[int, int] = (5, 200)
@@ -44,7 +42,7 @@ class TurnConditions(Conditions):
 
 
 @dataclass(frozen=True)
-class NetworkUnit(Unit):
+class TimedNetwork(TimedCase):
     """A network by its name, which need not be a Res2Net-50; `config` says nothing."""
 
     model: str = ""
@@ -54,61 +52,52 @@ class NetworkUnit(Unit):
         return self.model
 
 
-def network_unit(model: str, batch: int, dtype: str, contestants: tuple[Contestant, ...], workload: str = "network"):
-    return NetworkUnit(workload, YARDSTICK, None, "normal", batch, dtype, contestants, model=model)
+def timed_network(model: str, batch: int, dtype: str, candidates: tuple[Candidate, ...], workload: str = "network"):
+    return TimedNetwork(workload, BASELINE, None, "normal", batch, dtype, candidates, model=model)
 
 
-class NetworkContests(Contests):
-    """As `Contests`, and networks by their names."""
+class NetworkRunner(Runner):
+    """A runner that also times networks, by their names."""
 
-    def time_networks(self, cases: Sequence[NetworkCase], batch: int, contestants: tuple[Contestant, ...]) -> Outcome:
-        """Every contestant on every network in turn. Of one that was not compared on the photographs yet, ours is not timed
-        where it misses there."""
+    def time_networks(self, networks: Sequence[NetworkCase], batch: int, candidates: tuple[Candidate, ...]) -> Outcome:
+        """Times every candidate on every network in turn; not ours on a network where it misses on the photographs."""
         outcome = Outcome()
-        built: dict[tuple[Unit, Contestant], Built] = {}
+        built: dict[tuple[TimedCase, Candidate], Built] = {}
         forget_compiled()
-        with self._networks(cases[0].dtype):
-            for case in cases:
-                unit = network_unit(case.name, batch, case.dtype, contestants)
-                ours = [failure_name(unit, *one) for one in contestants if is_ours(one[0])]
+        with self._networks(networks[0].dtype):
+            for network in networks:
+                case = timed_network(network.name, batch, network.dtype, candidates)
+                ours = [failure_name(case, *one) for one in candidates if is_ours(one[0])]
                 with self.noted([name for name in ours if not self.record.settled(name)], outcome):
-                    _gate(case, self.conditions.backend)
-                with self.noted([failure_name(unit, *one) for one in self.left(unit, outcome)], outcome):
-                    built |= {(unit, who): one for who, one in self._built(unit, case, outcome).items()}
-            for (unit, contestant), timing in self.take_turns(built, outcome).items():
-                outcome.rows.append(self.row(unit, contestant, timing, built[unit, contestant], None))
+                    _gate(network, self.conditions.backend)
+                with self.noted([failure_name(case, *one) for one in self.left(case, outcome)], outcome):
+                    built |= {(case, who): one for who, one in self._built(case, network, outcome).items()}
+            for (case, candidate), timing in self.take_turns(built, outcome).items():
+                outcome.rows.append(self.row(case, candidate, timing, built[case, candidate]))
         self.record.unmark()
         return outcome
 
-    def left(self, unit: Unit, outcome: Outcome) -> list[Contestant]:
-        """Of a unit's contestants those of whom it is not known why they have no row."""
-        names = {one: failure_name(unit, *one) for one in unit.contestants}
+    def left(self, case: TimedCase, outcome: Outcome) -> list[Candidate]:
+        """Those of a case's candidates of whom it is not known why they have no row."""
+        names = {one: failure_name(case, *one) for one in case.candidates}
         return [one for one, name in names.items() if not (self.record.settled(name) or outcome.explains(name))]
 
-    def _built(self, unit: Unit, case: NetworkCase, outcome: Outcome) -> dict[Contestant, Built]:
+    def _built(self, case: TimedCase, network: NetworkCase, outcome: Outcome) -> dict[Candidate, Built]:
         l2, count = self.conditions.l2, 1
         if l2 is not None:
-            work = least_work_of_network(case.network, (unit.batch, *case.images.shape[1:]), unit.dtype)
+            work = least_work_of_network(network.network, (case.batch, *network.images.shape[1:]), case.dtype)
             count = rotation_count(sum(part.activations + part.parameters for part in work), l2)
         # Rolled, so that no replay may take another one's output.
-        images = [case.batch(unit.batch).roll(i, -1) for i in range(count)]
-        truth = Truth(unit, case.network, images, CHECKED_IMAGES_OF_NETWORKS, network_bound)
-        return self.build(unit, _builders(case, self.conditions.backend), images, 2, truth.check, outcome)
+        images = [network.batch(case.batch).roll(i, -1) for i in range(count)]
+        truth = Truth(case, network.network, images, CHECKED_IMAGES_OF_NETWORKS, network_bound)
+        return self.build(case, _builders(network, self.conditions.backend), images, 2, truth.check, outcome)
 
-    def time_training(self, network: Network, unit: NetworkUnit, images: Tensor) -> Outcome:
-        """A step of SGD. images: (N, 3, H, W)."""
+    def time_training(self, network: Network, case: TimedNetwork, images: Tensor) -> Outcome:
+        """Times a step of SGD. images: (N, 3, H, W)."""
         outcome = Outcome()
         forget_compiled()
-        with self._networks(unit.dtype), self.noted([failure_name(unit, *one) for one in self.left(unit, outcome)], outcome):
-            truth = SgdTruth(unit, network, images)
-
-            def check(name: str, contender: Contender, model: Model):
-                assert isinstance(contender.model, SgdStep)
-                return judged(truth.check(contender.model, name), name)
-
-            built = self.build(unit, training_builders(network, unit, self.conditions), [images], 1, check, outcome)
-            for (_, who), timing in self.take_turns({(unit, who): one for who, one in built.items()}, outcome).items():
-                outcome.rows.append(self.row(unit, who, timing, built[who], None))
+        with self._networks(case.dtype), self.noted([failure_name(case, *one) for one in self.left(case, outcome)], outcome):
+            self._measure(case, self.build_steps(case, network, [images], outcome), outcome)
         self.record.unmark()
         return outcome
 

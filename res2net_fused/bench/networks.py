@@ -23,11 +23,11 @@ from ..patching.explain import explain
 from ..testing.cases import TORCH_DTYPES, channels_last
 from ..testing.parity import ParityReport, check_network, convolution_precision
 from . import runtimes
-from .providers import OURS, PYTORCH, label
-from .sample_images import calibrate, photographs
-from .schedule import FIGURE_CONFIGS, YARDSTICK, network_name
+from .providers import OURS, PLAIN, PYTORCH, label
+from .sample_images import calibrate, sample_images
+from .timed_case import BASELINE, TARGET_CONFIGS, network_name
 
-DEFAULT_MODELS = tuple(network_name(config) for config in (*FIGURE_CONFIGS, YARDSTICK))
+DEFAULT_MODELS = tuple(network_name(config) for config in (*TARGET_CONFIGS, BASELINE))
 RUNTIMES = (*runtimes.RUNTIMES, runtimes.TENSORRT)  # that are no mode of PyTorch
 Row = dict[str, Any]
 
@@ -64,8 +64,8 @@ def spelt(name: str) -> str:
 
 
 def random_network(name: str, layers: Sequence[int] | None = None) -> Network:
-    """Of plain PyTorch, to be accelerated, with the same random weights at every call; small beside the shortcuts, as in
-    trained networks: else every block would amplify the rounding of the last."""
+    """A network of plain PyTorch, to be accelerated, with the same random weights at every call; small beside the shortcuts, as
+    in trained networks: else every block would amplify the rounding of the last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = create_model(name, layers=layers, fused=False)
@@ -77,7 +77,7 @@ def random_network(name: str, layers: Sequence[int] | None = None) -> Network:
 
 def plain_network(name: str, dtype: str, device: str) -> NetworkCase:
     """A network with the statistics of the photographs, not compared yet."""
-    images = photographs(CONFIGURATIONS[model_name(name)].image_size)
+    images = sample_images(CONFIGURATIONS[model_name(name)].image_size)
     network = calibrate(random_network(name), images).requires_grad_(False).to(device, TORCH_DTYPES[dtype])
     return NetworkCase(spelt(name), dtype, network, images.to(device, TORCH_DTYPES[dtype]))
 
@@ -105,7 +105,7 @@ def prepare_network(name: str, dtype: str, device: str, backend: str) -> Network
 
 @dataclass(frozen=True)
 class NetworkRatios:
-    """Of a Res2Net at one batch: our fastest time, and by what it is compared with the other's time and its provider.
+    """What a Res2Net took at one batch by one form of ours, and by what it is compared with the other's time and provider.
 
     others: "pytorch", the fastest mode of PyTorch on the same network; each runtime by its name; "resnet50", the fastest
     mode of PyTorch on ResNet-50. What was not timed is not there.
@@ -123,20 +123,24 @@ class NetworkRatios:
 
 
 def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
-    """From rows of one run; networks that ours was not timed on are left out, and so is ResNet-50 itself."""
+    """The ratios of one run's rows, by network: of the plain call, where it was timed, and of the fastest form of ours.
+
+    Networks that ours was not timed on are left out, and so is ResNet-50 itself.
+    """
     by_case: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["workload"] == "network":
             by_case.setdefault((row["config"], row["batch"]), []).append(row)
     found = []
     for (model, batch), of_case in by_case.items():
-        ours = _fastest(of_case, OURS)
-        if ours is None or model == network_name(YARDSTICK):
+        forms = [form for form in (_fastest(of_case, [PLAIN]), _fastest(of_case, OURS)) if form is not None]
+        if not forms or model == network_name(BASELINE):
             continue
         others = {"pytorch": _fastest(of_case, PYTORCH)}
         others |= {name: _fastest(of_case, [name]) for name in RUNTIMES}
-        others["resnet50"] = _fastest(by_case.get((network_name(YARDSTICK), batch), []), PYTORCH)
-        found.append(NetworkRatios(model, batch, ours[1], ours[0], {k: v for k, v in others.items() if v is not None}))
+        others["resnet50"] = _fastest(by_case.get((network_name(BASELINE), batch), []), PYTORCH)
+        timed = {k: v for k, v in others.items() if v is not None}
+        found += [NetworkRatios(model, batch, name, ms, timed) for ms, name in dict.fromkeys(forms)]
     return found
 
 

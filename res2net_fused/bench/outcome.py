@@ -32,7 +32,7 @@ def print_outcome(data: Mapping[str, Any], unavailable: Mapping[str, str]) -> No
         print(error_table(rows))
     ratios = network_ratios(rows)
     if ratios:
-        print("\nNetworks, times of the others over our fastest (above 1x, ours is faster):")
+        print("\nNetworks, times of the others over the plain call and our fastest form (above 1x, ours is faster):")
         print(ratio_table(ratios))
     tables: dict[str, Sequence[Sequence[str]]] = {}
     for run in environment.get("runs", []):
@@ -95,7 +95,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def error_table(rows: Iterable[Row]) -> str:
-    """Of each workload, provider of ours, backend and dtype the row that is nearest to its bound."""
+    """The row nearest to its bound, for each workload, provider of ours, backend and dtype."""
     worst: dict[tuple[str, ...], Row] = {}
     for row in rows:
         if row["provider"] in OURS and "error" in row:

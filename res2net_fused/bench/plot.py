@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from ..testing.cases import SIZES, Config
+from ..testing.cases import SIZES, WidthScale
 from . import results
 from .providers import label
 
@@ -25,6 +25,7 @@ _COLOURS = {  # in the order of the legend
     "openvino": "#17617a",
     "tensorrt": "#76b900",
     "jax": "#2f4b4f",
+    "ours_plain": "#8c3b3f",
     "ours": "#c44e52",
     "ours_compile": "#b5651d",
     "ours_graph": "#55a868",
@@ -55,7 +56,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     stages = sorted({row["stage"] for row in rows})
     order = list(_COLOURS)
     lines = sorted({_line(row) for row in rows}, key=lambda line: (order.index(line[0]), line[1]))
-    scales = sorted({Config.parse(row["config"]).scale for row in rows})
+    scales = sorted({WidthScale.parse(row["config"]).scale for row in rows})
     width = max(2, len(stages)) * _PANEL[0]
     columns = min(len(lines), int(width / _LEGEND_ENTRY[0]))
     legend_height = 0.25 + _LEGEND_ENTRY[1] * math.ceil(len(lines) / columns)
@@ -75,7 +76,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
             if not here:
                 continue
             of_lines = [of_line for line in lines if (of_line := [row for row in here if _line(row) == line])]
-            here_scales = sorted({Config.parse(row["config"]).scale for row in here})
+            here_scales = sorted({WidthScale.parse(row["config"]).scale for row in here})
             if len(here_scales) == 1:
                 _draw_bars(axis, [of_line[0] for of_line in of_lines])
                 axis.set_xticks([(len(of_lines) - 1) / 2], [str(here_scales[0])])
@@ -113,8 +114,8 @@ def _line(row: dict[str, Any]) -> tuple[str, bool]:
 
 def _draw_line(axis: Any, rows: list[dict[str, Any]]) -> None:
     """One line of medians with a band from the 20th to the 80th percentile."""
-    rows = sorted(rows, key=lambda row: Config.parse(row["config"]).scale)
-    scales = [Config.parse(row["config"]).scale for row in rows]
+    rows = sorted(rows, key=lambda row: WidthScale.parse(row["config"]).scale)
+    scales = [WidthScale.parse(row["config"]).scale for row in rows]
     colour, text = _COLOURS[rows[0]["provider"]], label(rows[0]).replace("_", " ")
     style = "--" if rows[0].get("graph") else "-"
     axis.plot(

@@ -83,6 +83,10 @@ PROVIDERS = {
     ),
     runtimes.TENSORRT: Provider(lambda module, _: runtimes.tensorrt(module), channels_last=False, devices=("cuda",)),
     **{name: _runtime(name) for name in runtimes.RUNTIMES},
+    # The README's lines as they stand: `accelerate` and nothing else, on images as everybody has them.
+    "ours_plain": Provider(
+        lambda module, backend: fused(module, backend), channels_last=False, forms=(False,), networks_only=True
+    ),
     "ours": Provider(lambda module, backend: fused(channels_last(module), backend), forms=(False,)),
     # What lies around the blocks compiled as a peer's is.
     "ours_compile": Provider(
@@ -96,7 +100,8 @@ PROVIDERS = {
         lambda module, backend: _frozen(fused(channels_last(module), backend)), devices=("cuda",), forms=(True,)
     ),
 }
-OURS = ("ours", "ours_compile", "ours_graph")
+PLAIN = "ours_plain"
+OURS = (PLAIN, "ours", "ours_compile", "ours_graph")
 PYTORCH = tuple(name for name in PROVIDERS if name not in (*OURS, *runtimes.RUNTIMES, runtimes.TENSORRT))
 
 
@@ -120,7 +125,7 @@ def select(device: str, workload: str, peers: str, quick: bool = False, dtype: s
     return [name for name in names if not PROVIDERS[name].slow_start or name in compiled]
 
 
-def contestants(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ...]:
+def candidates(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ...]:
     """Each with whether its calls are replayed from a CUDA graph, once for each of its forms."""
     if torch.device(device).type != "cuda":
         return tuple((name, False) for name in names)
@@ -128,7 +133,7 @@ def contestants(names: Sequence[str], device: str) -> tuple[tuple[str, bool], ..
 
 
 def unavailable(device: str, dtype: str = "float32") -> dict[str, str]:
-    """Of the providers of this device that cannot be timed here, the reason."""
+    """The providers of this device that cannot be timed here, each with the reason."""
     if torch.device(device).type == "cuda":
         reasons = {runtimes.TENSORRT: runtimes.why_not_tensorrt()}
     else:

@@ -1,9 +1,8 @@
-"""A record that grows over several calls: rows merged by key, failures, who runs; written whole after every unit."""
+"""A record that grows over several calls: rows merged by key, failures, who runs; written whole after every case."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,6 @@ def different_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The fields, with both values, that forbid rows of both environments in one record."""
     fields = [*_SAME, *([] if old.get("cuda") else ["threads"])]
     return [f"{f} is {old.get(f)!r} there and {new.get(f)!r} here" for f in fields if old.get(f) != new.get(f)]
-
-
-def folder_name(device_name: str) -> str:
-    """Of a device under benchmarks/results: "NVIDIA H200" -> "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
 class Record:
@@ -98,7 +92,7 @@ class Record:
         return len(self._runs)
 
     def begin_run(self) -> None:
-        """To be called by a process that measures, before its first row."""
+        """Note a new run; called by a process that measures, before its first row."""
         self._runs.append({"command": self.environment["command"]})
 
     def describe_run(self, **facts: object) -> None:
@@ -124,9 +118,9 @@ class Record:
         """Whether it is known why there is no row."""
         return name in self.failures or name in self.absent
 
-    def missing(self, keys: list[tuple[object, ...]], unit: object) -> list[tuple[object, ...]]:
-        """Of these keys those that have neither a row nor a recorded reason."""
-        return [key for key in keys if key not in self._rows and not self.settled(failure_name(unit, key[-2], key[-1]))]
+    def missing(self, keys: list[tuple[object, ...]], case: object) -> list[tuple[object, ...]]:
+        """The keys among these that have neither a row nor a recorded reason."""
+        return [key for key in keys if key not in self._rows and not self.settled(failure_name(case, key[-2], key[-1]))]
 
     def add(self, rows: Sequence[Row] = (), failures: Mapping[str, str] = {}, absent: Mapping[str, str] = {}) -> None:
         """Merges and writes, so that whatever happens next loses nothing."""
@@ -153,5 +147,5 @@ class Record:
         self._mark.close()
 
 
-def failure_name(unit: object, provider: object, graph: object) -> str:
-    return f"{unit}, {provider}{' in a CUDA graph' if graph else ''}"
+def failure_name(case: object, provider: object, graph: object) -> str:
+    return f"{case}, {provider}{' in a CUDA graph' if graph else ''}"

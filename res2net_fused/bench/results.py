@@ -18,7 +18,7 @@ WORKLOADS = ("chain", "block", "network", "train_chain", "train_block", "train_s
 PROVIDERS = (
     "eager", "eager_channels_last", "compile", "compile_freezing", "compile_max_autotune",
     "tensorrt", "onnxruntime", "openvino", "jax",
-    "ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu",  # the last three: ours on that backend
+    "ours_plain", "ours", "ours_compile", "ours_graph", "triton", "cuda", "cpu",  # the last three: ours on that backend
 )  # fmt: skip
 ENVIRONMENT_FIELDS = ("device", "torch", "triton", "cuda", "commit", "command")
 _NUMBER = (int, float)

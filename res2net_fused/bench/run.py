@@ -17,20 +17,21 @@ from typing import Any
 import torch
 
 from .._native import library as native
-from ..testing.cases import TRAINED, Case, Config, cases
+from ..testing.cases import TRAINED, Case, WidthScale, cases
 from ..testing.parity import why_not
-from . import results, roofline, runtimes
-from .network_runner import NetworkContests, TurnConditions, network_unit
+from . import results, runtimes
+from .network_runner import NetworkRunner, TurnConditions, timed_network
 from .networks import NetworkCase, plain_network, random_network
 from .outcome import print_outcome
 from .progress import progress
-from .providers import contestants, select, unavailable
+from .providers import candidates, select, unavailable
 from .record_file import Record, different_fields
-from .sample_images import photographs
-from .schedule import FIGURE_CONFIGS, YARDSTICK, Unit, network_name
+from .sample_images import sample_images
 from .supervise import AGAIN, supervise
+from .timed_case import BASELINE, TARGET_CONFIGS, TimedCase, network_name
 from .timing import use_device
 from .turns import ContextLost, Outcome
+from .work import l2_bytes
 
 WORKLOADS = ("chain", "block")
 TRAIN = ("default", "all", "none")
@@ -39,10 +40,10 @@ _TRAINERS = ("ours", "eager", "eager_channels_last")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to sweep: see `res2net-fused bench --help`."""
+class BenchOptions:
+    """What to time: see `res2net-fused bench --help`."""
 
-    configs: tuple[Config, ...]
+    configs: tuple[WidthScale, ...]
     batches: tuple[int, ...]
     dtype: str
     device: str
@@ -59,112 +60,112 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Of the files."""
+        """The stem of the files' names."""
         return f"bench-{torch.device(self.device).type}"
 
     def cases(self) -> list[Case]:
         return cases(WORKLOADS, self.configs, self.batches, self.dtype, self.device)
 
     def trained_cases(self) -> list[Case]:
-        """Chains and blocks whose forward and backward are timed; by default those of the figures."""
+        """Chains and blocks whose forward and backward are timed; by default those of the targets."""
         if self.train == "none":
             return []
-        some = tuple(config for config in FIGURE_CONFIGS if config in self.configs)
+        some = tuple(config for config in TARGET_CONFIGS if config in self.configs)
         if self.train == "all":
             return cases(TRAINED, self.configs, self.batches, self.dtype, self.device)
         chains = cases(["train_chain"], some, self.batches[:1], self.dtype, self.device)
         return chains + cases(["train_block"], some[:1], self.batches[:1], self.dtype, self.device)
 
     def trained_networks(self) -> tuple[str, ...]:
-        return tuple(name for name in self.models if name != network_name(YARDSTICK)) if self.train == "all" else ()
+        return tuple(name for name in self.models if name != network_name(BASELINE)) if self.train == "all" else ()
 
     def training_providers(self) -> list[str]:
         return [*_TRAINERS, *(["compile"] if self.peers == "all" else [])]
 
-    def contestants(self, workload: str) -> tuple[tuple[str, bool], ...]:
+    def candidates(self, workload: str) -> tuple[tuple[str, bool], ...]:
         """Training is launched from Python by everybody, as a training run is."""
         if workload in TRAINED or workload == "train_step":
             return tuple((name, False) for name in self.training_providers())
-        return contestants(select(self.device, workload, self.peers, self.quick, self.dtype), self.device)
+        return candidates(select(self.device, workload, self.peers, self.quick, self.dtype), self.device)
 
-    def units(self, some: Sequence[Case]) -> list[Unit]:
+    def timed_cases(self, some: Sequence[Case]) -> list[TimedCase]:
         return [
-            Unit(case.workload, case.config, case.stage, case.variant, case.batch, case.dtype, self.contestants(case.workload))
-            for case in some
+            TimedCase(one.workload, one.config, one.stage, one.variant, one.batch, one.dtype, self.candidates(one.workload))
+            for one in some
         ]
 
-    def network_units(self) -> list[Unit]:
+    def timed_networks(self) -> list[TimedCase]:
         steps = [
-            network_unit(name, batch, self.dtype, self.contestants("train_step"), "train_step")
+            timed_network(name, batch, self.dtype, self.candidates("train_step"), "train_step")
             for name in self.trained_networks()
             for batch in self.model_batches
         ]
         return steps + [
-            network_unit(name, batch, self.dtype, self.contestants("network"))
+            timed_network(name, batch, self.dtype, self.candidates("network"))
             for batch in self.model_batches
             for name in self.models
         ]
 
 
-def run_sweep(
-    settings: Settings, out: Path, command: str, *, again: bool = False, limit_s: float = 420.0, child: Sequence[str] = ()
+def run_bench(
+    options: BenchOptions, out: Path, command: str, *, again: bool = False, limit_s: float = 420.0, child: Sequence[str] = ()
 ) -> int:
     """Measures, prints, and writes `out`/bench-<device>.json and .png; returns the exit status: 1 where something failed.
 
-    What an earlier call with the same settings began, and did not finish or could not, is gone on with; `again` does not.
+    What an earlier call with the same options began, and did not finish or could not, is gone on with; `again` does not.
     limit_s: for building and checking one contender on a GPU. child: the command that calls `measure` there.
     Raises RuntimeError for a backend that can run none of it, ImportError where there are no photographs for the networks.
     """
-    use_device(settings.device)
-    none_can = None if settings.backend == "auto" else why_not(settings.cases(), settings.backend)
+    use_device(options.device)
+    none_can = None if options.backend == "auto" else why_not(options.cases(), options.backend)
     if none_can is not None:
         raise RuntimeError(none_can)
-    if settings.models:
-        photographs()
-    path, environment = out / f"{settings.name}.json", _environment(settings, command)
-    record = _open(path, environment, settings, again)
+    if options.models:
+        sample_images()
+    path, environment = out / f"{options.name}.json", _environment(options, command)
+    record = _open(path, environment, options, again)
     status = 0
     try:
-        if not _left(settings, record):
+        if not _left(options, record):
             print(f"Nothing is left to measure of what {path} was begun for: --again measures anew.")
-        elif settings.cuda:
+        elif options.cuda:
             record.save()
             record.close()
             status = supervise(child, path)
             record = Record(path, environment)
         else:
-            status = _measure(settings, record, limit_s)
+            status = _measure(options, record, limit_s)
         record.save()
     finally:
         record.close()
     data = results.read(path)
-    print_outcome(data, unavailable(settings.device, settings.dtype))
+    print_outcome(data, unavailable(options.device, options.dtype))
     _draw(data, path.with_suffix(".png"))
     print(f"Written: {path}")
     return status or int(bool(record.failures))
 
 
-def measure(settings: Settings, out: Path, command: str, limit_s: float) -> int:
-    """The child process of `run_sweep`; returns its exit status for `supervise`."""
-    use_device(settings.device)
-    record = Record(out / f"{settings.name}.json", _environment(settings, command))
+def measure(options: BenchOptions, out: Path, command: str, limit_s: float) -> int:
+    """The child process of `run_bench`; returns its exit status for `supervise`."""
+    use_device(options.device)
+    record = Record(out / f"{options.name}.json", _environment(options, command))
     try:
-        return _measure(settings, record, limit_s)
+        return _measure(options, record, limit_s)
     finally:
         record.close()
 
 
-def _environment(settings: Settings, command: str) -> dict[str, Any]:
-    libraries = [native.cpu_library(), *([native.cuda_library()] if settings.cuda else [])]
-    return results.environment(settings.device, command) | {
-        "peers": runtimes.versions(settings.device),
+def _environment(options: BenchOptions, command: str) -> dict[str, Any]:
+    libraries = [native.cpu_library(), *([native.cuda_library()] if options.cuda else [])]
+    return results.environment(options.device, command) | {
+        "peers": runtimes.versions(options.device),
         "native": {library.name: library.loaded for library in libraries},
-        "quick": settings.quick,
-        "settings": json.loads(json.dumps(asdict(settings) | {"configs": [str(config) for config in settings.configs]})),
+        "quick": options.quick,
+        "settings": json.loads(json.dumps(asdict(options) | {"configs": [str(config) for config in options.configs]})),
     }
 
 
-def _open(path: Path, environment: dict[str, Any], settings: Settings, again: bool) -> Record:
+def _open(path: Path, environment: dict[str, Any], options: BenchOptions, again: bool) -> Record:
     """Goes on with the file of an earlier call of the same that left something unmeasured or failed; else begins anew."""
     try:
         old = results.read(path)["environment"]
@@ -172,21 +173,21 @@ def _open(path: Path, environment: dict[str, Any], settings: Settings, again: bo
     except (OSError, ValueError):
         same = False
     record = Record(path, environment, again or not same)
-    if record.failures or _left(settings, record):
+    if record.failures or _left(options, record):
         return record
     record.close()
     return Record(path, environment, again=True)
 
 
-def _left(settings: Settings, record: Record) -> list[Unit]:
-    units = settings.units([*settings.cases(), *settings.trained_cases()]) + settings.network_units()
-    return [unit for unit in units if record.missing(unit.keys(settings.device), unit)]
+def _left(options: BenchOptions, record: Record) -> list[TimedCase]:
+    cases = options.timed_cases([*options.cases(), *options.trained_cases()]) + options.timed_networks()
+    return [case for case in cases if record.missing(case.keys(options.device), case)]
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-class _Timer(NetworkContests):
+class _BarRunner(NetworkRunner):
     """Tells a progress bar who is being prepared or timed."""
 
     bar: Any = None
@@ -199,28 +200,28 @@ class _Timer(NetworkContests):
             yield
 
 
-def _measure(settings: Settings, record: Record, limit_s: float) -> int:
-    quick, l2 = settings.quick, roofline.l2_bytes(settings.device)
+def _measure(options: BenchOptions, record: Record, limit_s: float) -> int:
+    quick, l2 = options.quick, l2_bytes(options.device)
     if quick and l2 is not None:
         l2 = 0  # one input, and no minute to make the others
     record.begin_run()
-    conditions = TurnConditions(settings.device, settings.backend, quick, None, l2, record.run, limit_s)
-    timer = _Timer(conditions, record)
-    left = _left(settings, record)
+    conditions = TurnConditions(options.device, options.backend, quick, l2, record.run, limit_s)
+    runner = _BarRunner(conditions, record)
+    left = _left(options, record)
 
     def begin(seconds: float, rounds: tuple[int, int]) -> None:
-        timer.conditions = replace(conditions, seconds=0.2 if quick else seconds, rounds=rounds)
+        runner.conditions = replace(conditions, seconds=0.2 if quick else seconds, rounds=rounds)
 
     try:
         begin(1.5, (5, 200))
-        _each(timer, "chains and blocks", [unit for unit in left if unit.workload in WORKLOADS], timer.time)
+        _each(runner, "chains and blocks", [case for case in left if case.workload in WORKLOADS], runner.time)
         begin(1.0, (3, 200))
-        _each(timer, "forward and backward", [unit for unit in left if unit.workload in TRAINED], timer.time)
+        _each(runner, "forward and backward", [case for case in left if case.workload in TRAINED], runner.time)
         begin(1.5, (3, 200))
-        steps = [unit for unit in left if unit.workload == "train_step"]
-        _each(timer, "steps of SGD", steps, lambda unit: _time_steps(timer, unit))
-        timer.conditions = replace(conditions, seconds=0, rounds=(3, 3) if quick else (10, 10))
-        _time_networks(timer, settings, {(unit.config_name, unit.batch) for unit in left if unit.workload == "network"})
+        steps = [case for case in left if case.workload == "train_step"]
+        _each(runner, "steps of SGD", steps, lambda case: _time_steps(runner, case))
+        runner.conditions = replace(conditions, seconds=0, rounds=(3, 3) if quick else (10, 10))
+        _time_networks(runner, options, {(case.config_name, case.batch) for case in left if case.workload == "network"})
     except ContextLost as error:
         print(f"the CUDA context is lost: {error}", flush=True)
         return AGAIN
@@ -229,58 +230,58 @@ def _measure(settings: Settings, record: Record, limit_s: float) -> int:
     return 0
 
 
-def _each(timer: _Timer, what: str, units: Sequence[Unit], time: Callable[[Any], Outcome]) -> None:
-    with _bar(timer, what, len(units), "cases") as bar:
-        for unit in units:
-            _note(timer, time(unit))
+def _each(runner: _BarRunner, what: str, cases: Sequence[TimedCase], time: Callable[[Any], Outcome]) -> None:
+    with _bar(runner, what, len(cases), "cases") as bar:
+        for case in cases:
+            _note(runner, time(case))
             bar.update()
 
 
 @contextmanager
-def _bar(timer: _Timer, what: str, total: int, of: str) -> Iterator[Any]:
+def _bar(runner: _BarRunner, what: str, total: int, of: str) -> Iterator[Any]:
     """Nothing is said of what there is nothing of."""
     if not total:
         yield None
         return
     with progress(f"checking and timing {what}", total, of) as bar:
-        timer.bar = bar
+        runner.bar = bar
         try:
             yield bar
         finally:
-            timer.bar = None
+            runner.bar = None
 
 
-def _note(timer: _Timer, outcome: Outcome) -> None:
-    timer.record.add(outcome.rows, outcome.failures, outcome.absent)
+def _note(runner: _BarRunner, outcome: Outcome) -> None:
+    runner.record.add(outcome.rows, outcome.failures, outcome.absent)
     for name, reason in outcome.failures.items():
         print(f"failed, {name}: {reason}", flush=True)
 
 
-def _time_steps(timer: _Timer, unit: Any) -> Outcome:
-    network = random_network(unit.model).to(timer.conditions.device)
-    images = photographs().to(timer.conditions.device)
-    return timer.time_training(network, unit, images.repeat(-(-unit.batch // len(images)), 1, 1, 1)[: unit.batch])
+def _time_steps(runner: _BarRunner, case: Any) -> Outcome:
+    network = random_network(case.model).to(runner.conditions.device)
+    images = sample_images().to(runner.conditions.device)
+    return runner.time_training(network, case, images.repeat(-(-case.batch // len(images)), 1, 1, 1)[: case.batch])
 
 
-def _time_networks(timer: _Timer, settings: Settings, left: set[tuple[str, int]]) -> None:
+def _time_networks(runner: _BarRunner, options: BenchOptions, left: set[tuple[str, int]]) -> None:
     """Networks of one group are timed together, also those that have been: their times are compared."""
     made: dict[str, NetworkCase] = {}
     groups = [
-        (batch, settings.models[i : i + _TOGETHER])
-        for batch in settings.model_batches
-        for i in range(0, len(settings.models), _TOGETHER)
+        (batch, options.models[i : i + _TOGETHER])
+        for batch in options.model_batches
+        for i in range(0, len(options.models), _TOGETHER)
     ]
     groups = [(batch, names) for batch, names in groups if any((name, batch) in left for name in names)]
-    with _bar(timer, f"networks {', '.join(settings.models)}", len(groups), "groups") as bar:
+    with _bar(runner, f"networks {', '.join(options.models)}", len(groups), "groups") as bar:
         for batch, names in groups:
             for name in names:
                 if name not in made:
-                    made[name] = plain_network(name, settings.dtype, settings.device)
+                    made[name] = plain_network(name, options.dtype, options.device)
             together = [made[name] for name in names]
-            _note(timer, timer.time_networks(together, batch, settings.contestants("network")))
+            _note(runner, runner.time_networks(together, batch, options.candidates("network")))
             tables = {name: case.table() for name, case in made.items() if case.parity}
-            timer.record.describe_run(networks=tables)
-            timer.record.save()
+            runner.record.describe_run(networks=tables)
+            runner.record.save()
             bar.update()
 
 

@@ -137,7 +137,7 @@ def why_not(name: str, dtype: str) -> str | None:
 
 @functools.cache  # importing it takes seconds, also where it fails
 def why_not_tensorrt() -> str | None:
-    """As `why_not`."""
+    """Why TensorRT cannot be timed here, or None."""
     if importlib.util.find_spec("torch_tensorrt") is None:
         return "not installed (torch_tensorrt): pip install torch-tensorrt, of the release that fits this PyTorch"
     try:
@@ -162,7 +162,7 @@ def tensorrt(module: nn.Module) -> Call:
 
 
 def versions(device: str = "cpu") -> dict[str, str]:
-    """Of each runtime for this device, or "not installed"."""
+    """The version of each runtime for this device, or "not installed"."""
     found = {}
     for name in RUNTIMES if torch.device(device).type == "cpu" else ("torch_tensorrt",):
         try:

@@ -11,7 +11,7 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, 
 _NAMES = ("china.jpg", "flower.jpg")
 
 
-def photographs(size: int = 224) -> Tensor:
+def sample_images(size: int = 224) -> Tensor:
     """scikit-learn's two sample photographs, resized and cropped to the middle, normalised: (2, 3, size, size), fp32.
 
     Raises ImportError where scikit-learn or pillow is missing.

@@ -39,13 +39,21 @@ def _on(device: str | torch.device) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one contender: milliseconds per call, how many runs they come from, and MB that one call allocates at its peak."""
+    """What one contender took: milliseconds per call, from how many runs, and MB that one call allocates at its peak."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     repeats: int
     peak_mb: float
+
+    @classmethod
+    def of_samples(cls, samples: list[float], peak: float) -> Timing:
+        """samples: milliseconds per call of each run."""
+        low, high = min(samples), max(samples)
+        if len(samples) > 1:
+            low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), low, high, len(samples), peak)
 
     def row(self, **case: object) -> dict[str, Any]:
         """The row of a result file: what was timed, and these figures."""
@@ -147,14 +155,7 @@ def measure(
             for name in names[first:] + names[:first]:
                 samples[name].append(once(contenders[name]))
             advance()
-    return {name: _timing(values, peaks[name]) for name, values in samples.items()}
-
-
-def _timing(samples: list[float], peak: float) -> Timing:
-    if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0], 1, peak)
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples), peak)
+    return {name: Timing.of_samples(values, peaks[name]) for name, values in samples.items()}
 
 
 def _wall_ms(contender: Contender) -> float:
@@ -164,7 +165,7 @@ def _wall_ms(contender: Contender) -> float:
 
 
 def _settled_ms(contender: Contender) -> float:
-    """As `_wall_ms`, but out of the way of other contenders' threads, which spin for milliseconds before they sleep.
+    """Wall time out of the way of other contenders' threads, which spin for milliseconds before they sleep.
 
     The contender's own threads sleep by then, too: a short run is timed after one that wakes them.
     """

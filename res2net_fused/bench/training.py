@@ -23,7 +23,7 @@ from ..testing.cases import TORCH_DTYPES, TRAINED, Case, channels_last
 from ..testing.parity import ParityReport, ParityRow, relative_error
 from ..testing.tolerances import FORWARD, network_bound
 from .providers import OURS
-from .schedule import Unit
+from .timed_case import TimedCase
 
 LEARNING_RATE = 1e-3
 _DIFFERENT_IMAGES = 4  # at most, of those that are checked: float64 takes its time and its memory
@@ -63,9 +63,9 @@ def plain(case: Case) -> Case:
 
 
 def training_module(case: Case, provider: str, backend: str) -> nn.Module:
-    """In training mode, of random parameters in fp32, channels-last but for "eager"; case.workload is a key of TRAINED.
+    """A module in training mode, with random parameters in fp32, channels-last but for "eager".
 
-    provider: a peer, one of OURS (with `backend`), or the name of a backend of ours.
+    case.workload: a key of TRAINED. provider: a peer, one of OURS (with `backend`), or the name of a backend of ours.
     """
     block = replace(plain(case), workload="block").module().train().requires_grad_(True)
     named = backend if provider in OURS else provider if provider in BACKENDS else None
@@ -208,7 +208,7 @@ class TrainingTruth:
         self.eager_gradient_error = worst(relative_error(a, b) for a, b in zip(gradients, expected, strict=True))
 
     def check(self, step: TrainingStep, name: str) -> ParityReport:
-        """Of a step as it is timed: at the case's batch."""
+        """Compares a step as it is timed, at the case's batch."""
         copies, case = self._copies, self.case
         out, of_x, *of_parameters = step.gradients(copies.spread(copies.few), copies.spread(self._grad))
         expected_x, *expected = self._gradients(copies.first(out))
@@ -227,7 +227,7 @@ class TrainingTruth:
         )
 
     def _gradients(self, masks: Tensor) -> tuple[Tensor, ...]:
-        """In float64, of x and of every parameter, for the few images."""
+        """The gradients of x and of every parameter in float64, for the few images."""
         x = self._copies.few.double().requires_grad_()
         exact = copy.deepcopy(self._exact)
         out = exact(x, masks) if isinstance(exact, ChainWithBatchNorm) else exact(x)
@@ -237,32 +237,32 @@ class TrainingTruth:
 class SgdTruth:
     """The loss of a network and the gradients of a step of SGD in float64, for a batch of copies."""
 
-    def __init__(self, unit: Unit, network: nn.Module, images: Tensor) -> None:
+    def __init__(self, case: TimedCase, network: nn.Module, images: Tensor) -> None:
         """network: with the parameters that every step begins with. images: (N, 3, H, W)."""
-        self.unit, self._network, self._copies = unit, network, Copies(images, len(images))
+        self.case, self._network, self._copies = case, network, Copies(images, len(images))
         exact = copy.deepcopy(network).train().requires_grad_(True).double()
         logits = exact(self._copies.few.double())[self._copies.index]
         self._loss = F.cross_entropy(logits, labels_of(logits))
         self._loss.backward()
         self._gradients = _joined(p.grad for p in exact.parameters())
         self._loss = self._loss.detach()
-        eager = SgdStep(training_network(network, "eager_channels_last", ""), unit.dtype)
+        eager = SgdStep(training_network(network, "eager_channels_last", ""), case.dtype)
         self.eager_errors = self._errors(eager)
 
     def check(self, step: SgdStep, name: str) -> ParityReport:
-        """Of a step as it is timed, from the network's parameters on; it moves them."""
-        unit, limit = self.unit, FORWARD[self.unit.dtype].limit
+        """Compares a step as it is timed, from the network's parameters on; it moves them."""
+        case, limit = self.case, FORWARD[self.case.dtype].limit
         loss, gradients = self.eager_errors
         bounds = max(limit, network_bound(loss)), gradient_bound(limit, gradients)
         return ParityReport(
-            ParityRow(unit.workload, unit.config_name, place, unit.batch, name, unit.dtype, error, eager, bound)
+            ParityRow(case.workload, case.config_name, place, case.batch, name, case.dtype, error, eager, bound)
             for place, error, eager, bound in zip(
                 ("loss", "gradients"), self._errors(step), self.eager_errors, bounds, strict=True
             )
         )
 
     def _errors(self, step: SgdStep) -> tuple[float, float]:
-        """Of the loss and of all gradients as one vector, which are the momentum after a first step."""
+        """The errors of the loss and of all gradients as one vector, which are the momentum after a first step."""
         with torch.no_grad():
             for own, first in zip(step.network.state_dict().values(), self._network.state_dict().values(), strict=True):
                 own.copy_(first)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends.triton.tiles import ENVIRONMENT_VARIABLE, Row, Shape, Tile, dtype_class, merge, read, user_path, write
-from ..testing.cases import TORCH_DTYPES, Case, Config, cases
+from ..testing.cases import TORCH_DTYPES, Case, WidthScale, cases
 from ..testing.parity import check_case, convolution_precision, poisoned_allocations
 from ..testing.tolerances import FORWARD
 from . import results
@@ -107,10 +107,10 @@ def sensible_tiles(shape: Shape) -> Iterator[Tile]:
                 yield Tile(block_m, block_n, block_k, warps, stages)
 
 
-def jobs(settings: Iterable[Case]) -> Iterator[Job]:
+def jobs(blocks: Iterable[Case]) -> Iterator[Job]:
     """Every distinct shape in the blocks of these cases: conv1, the chain's launches, conv3; on tensors without memory."""
     seen = set()
-    for case in settings:
+    for case in blocks:
         for job in block_jobs(case, "meta"):
             if isinstance(job, Job) and job.shape not in seen:
                 seen.add(job.shape)
@@ -305,14 +305,14 @@ def arithmetic(todo: Sequence[Job], limit: int | None, processors: int) -> str:
     )
 
 
-def settings_of(configs: Iterable[Config], batches: Iterable[int], dtypes: Iterable[str], device: str) -> list[Case]:
+def tuned_blocks(configs: Iterable[WidthScale], batches: Iterable[int], dtypes: Iterable[str], device: str) -> list[Case]:
     """The blocks whose launches are tuned."""
     variants = ("normal", "stage")
     return [case for dtype in dtypes for case in cases(("block",), tuple(configs), tuple(batches), dtype, device, variants)]
 
 
 def run_tune(
-    settings: Sequence[Case], device: str, out: Path | None, command: str, child: Sequence[str], minutes: float, again: bool
+    blocks: Sequence[Case], device: str, out: Path | None, command: str, child: Sequence[str], minutes: float, again: bool
 ) -> int:
     """Measures all shapes of these blocks that the table lacks; returns the exit status: 1 where something failed.
 
@@ -331,7 +331,7 @@ def run_tune(
         remedy = f"name another file by --out or {ENVIRONMENT_VARIABLE}"
         raise RuntimeError(f"{table} cannot be written ({error}): {remedy}") from None
     use_device(device)
-    planned = list(jobs(settings))
+    planned = list(jobs(blocks))
     if again:
         shapes = {job.shape for job in planned}
         write(table, [row for row in known if row.shape not in shapes])
@@ -357,14 +357,14 @@ def run_tune(
     return status or int(bool(record.failures))
 
 
-def measure_tiles(settings: Sequence[Case], device: str, table: Path, command: str, limit_s: float, end: float) -> bool:
-    """In the child: measures until time.time() is `end`. Returns whether a new process has to go on."""
+def measure_tiles(blocks: Sequence[Case], device: str, table: Path, command: str, limit_s: float, end: float) -> bool:
+    """Measures in the child until time.time() is `end`. Returns whether a new process has to go on."""
     use_device(device)
     record = open_record(table, device, command)
     record.begin_run()
     tuner = Tuner(table, record, device, limit_s)
     try:
-        for case in settings:
+        for case in blocks:
             if time.time() < end and tuner.left(case):
                 tuner.tune(case)
     except ContextLost as error:

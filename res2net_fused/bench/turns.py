@@ -15,11 +15,11 @@ from .timing import Contender, Name, Timing, measure
 
 
 class Absent(Exception):
-    """A contestant that cannot run here, with the reason: no fault of anybody."""
+    """A candidate that cannot run here, with the reason: no fault of anybody."""
 
 
 class Wrong(Exception):
-    """A result missed its bound: its contestant may not be timed."""
+    """A result missed its bound: its candidate may not be timed."""
 
 
 class ContextLost(Exception):
@@ -89,15 +89,15 @@ def take_turns(
     outcome: Outcome,
     device: str,
     limit_s: float,
-    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> dict[Name, Timing]:
-    """Times all of them together; who fails is left out, and the others begin anew. settings: of `measure`."""
+    """Times all of them together; who fails is left out, and the others begin anew. options: of `measure`."""
     left = dict(contenders)
     while left:
         marking = Marking(left, names, record, limit_s)
         error: Exception
         try:
-            return measure(marking, device, **settings)
+            return measure(marking, device, **options)
         except Exception as caught:
             error = caught
         with noted(record, [names[marking.current]], outcome, limit_s):

@@ -6,7 +6,9 @@ With u_i = x_i + y_{i-1} and y_i = act(K_i u_i + b_i), from the last group to th
 
 u_i is formed again from x and out, and act' is read off y_i, so nothing else has to be saved; of activations whose output does
 not show it, z_i = K_i u_i + b_i is convolved again. The operators are PyTorch's own;
-K_i^T dz_i, itself a 3x3 convolution, and dK_i are the convolver's that is handed in, where it has them.
+K_i^T dz_i, itself a 3x3 convolution, and dK_i are the convolver's that is handed in, where it has them. Where that is None,
+all of it is PyTorch's and nothing is written in place, so that autograd differentiates these gradients again, through x, out,
+the weights, the biases and the incoming gradient, and vmap follows them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import activation_backward, activation_backward_from_input, shows_slope
@@ -32,13 +35,13 @@ def chain_backward(
     weights: Sequence[Tensor],
     config: ChainConfig,
     needed: Sequence[bool],
-    convolver: Convolver = ATEN,
+    convolver: Convolver | None = ATEN,
     biases: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Gradients of (x, weights, biases), of these only what `needed` names.
 
-    grad, out: (N, s*w, H/stride, W/stride), any strides; x: (N, s*w, H, W). convolver: who computes gradients of convolutions.
-    biases: looked at only where z_i is convolved again.
+    grad, out: (N, s*w, H/stride, W/stride), any strides; x: (N, s*w, H, W). convolver: who computes gradients of convolutions;
+    None where these gradients are differentiated again, or vmapped. biases: looked at only where z_i is convolved again.
     """
 
     def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
@@ -48,10 +51,10 @@ def chain_backward(
             padding = config.dilation
             z = torch.conv2d(u, weights[k], bias_of(biases, k, u), config.stride, padding, config.dilation, config.groups)
             dz = activation_backward_from_input(dy, z, config.activation)
-        return dz.contiguous(memory_format=memory_format(out))
+        return dz if convolver is None else dz.contiguous(memory_format=memory_format(out))
 
     by_convolver = functools.partial(convolution_backward, convolver, config=config)
-    return walk_back(grad, x, out, weights, config, output_backward, by_convolver, needed)
+    return walk_back(grad, x, out, weights, config, output_backward, by_convolver, needed, convolver is not None)
 
 
 def chain_backward_1d(
@@ -65,6 +68,7 @@ def chain_backward_1d(
     affine_shift: Sequence[Tensor] | None,
     config: Chain1dConfig,
     needed: Sequence[bool],
+    in_place: bool = True,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of (x, weights, biases, affine_scale, affine_shift), of these only what `needed` names.
 
@@ -72,7 +76,8 @@ def chain_backward_1d(
 
         da_i = sum dy_i r_i,   dc_i = sum dy_i,   dz_i = dy_i a_i [r_i > 0]
 
-    grad, out, x: (N, s*w, L), any strides; rectified: each r_i (N, w, L).
+    grad, out, x: (N, s*w, L), any strides; rectified: each r_i (N, w, L). in_place: False where these gradients are
+    differentiated again, or vmapped; r_i is then convolved again, under the mask of what is kept.
     """
     need_x, need_weights, need_biases, need_scale, need_shift = needed
     grad_scale, grad_shift = ([grad] * len(weights) for _ in range(2))
@@ -80,7 +85,8 @@ def chain_backward_1d(
     def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
         if affine_scale is not None and affine_shift is not None:
             if need_scale:
-                grad_scale[k] = (dy.to(affine_scale[k].dtype) * rectified[k]).sum((0, 2))
+                r = rectified[k] if in_place else rectified_1d(u, rectified[k], weights[k], bias_of(biases, k, u), config)
+                grad_scale[k] = (dy.to(affine_scale[k].dtype) * r).sum((0, 2))
             if need_shift:
                 grad_shift[k] = dy.sum((0, 2), dtype=affine_shift[k].dtype)
             dy = (dy * affine_scale[k][:, None]).to(dy.dtype)
@@ -88,7 +94,14 @@ def chain_backward_1d(
 
     by_aten = functools.partial(convolution_backward_1d, config=config)
     needed = need_x, need_weights, need_biases and biases is not None
-    return *walk_back(grad, x, out, weights, config.chain, output_backward, by_aten, needed), grad_scale, grad_shift
+    found = walk_back(grad, x, out, weights, config.chain, output_backward, by_aten, needed, in_place)
+    return *found, grad_scale, grad_shift
+
+
+def rectified_1d(u: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, config: Chain1dConfig) -> Tensor:
+    """relu(K u + b), (N, w, L), as a function of u, weight and bias; it is zero where `kept`, the same without them, is."""
+    z = F.conv1d(padded_1d(u, weight, config), weight, bias, dilation=config.dilation)
+    return torch.ops.aten.threshold_backward(z, kept, 0)
 
 
 def walk_back(
@@ -100,17 +113,22 @@ def walk_back(
     output_backward: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     convolution_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     needed: Sequence[bool],
+    in_place: bool = True,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """The walk from the last convolution to the first: gradients of (x, weights, biases), of these only what `needed` names.
 
     output_backward: (k, dy_k, y_k, u_k) -> dz_k, the backward of all that follows convolution k.
     convolution_backward: (dz_k, u_k, weight, needed=...) -> gradients of (u_k, weight, bias), in 1-D or 2-D.
+    in_place: whether the gradient of x is written into one tensor, group by group.
     """
     need_x, need_weights, need_biases = needed
     width, steps = weights[0].shape[0], len(weights)
     groups, outputs, grads = (t.split(width, 1) for t in (x, out, grad))
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)) if need_x else None
-    slots = () if grad_x is None else grad_x.split(width, 1)
+    grad_x: Tensor | None = None
+    slots = list(groups)  # of the gradient of x
+    if need_x and in_place:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        slots = list(grad_x.split(width, 1))
     grad_weights: list[Tensor] = [grad] * steps
     grad_biases: list[Tensor] = [grad] * steps
     into_previous: Tensor | None = None  # du_{i+1}, where group i+1 added y_i
@@ -125,12 +143,19 @@ def walk_back(
         du, grad_weights[k], grad_biases[k] = convolution_backward(
             dz, u, weights[k], needed=(need_u, need_weights, need_biases)
         )
-        if need_x:
+        if grad_x is not None:
             slots[i].copy_(du)
+        else:
+            slots[i] = du
         if chained:
             into_previous = du
-    if need_x:
+    if grad_x is not None:
         pass_back(config, slots, grads, groups)
+    elif need_x:
+        passed = config.passed_group(len(groups))
+        if passed is not None:
+            slots[passed] = passed_gradient(config, passed, slots, grads, groups)
+        grad_x = torch.cat(slots, 1)
     return grad_x, grad_weights, grad_biases
 
 
@@ -138,12 +163,18 @@ def pass_back(config: ChainConfig, slots: Sequence[Tensor], grads: Sequence[Tens
     """Writes the gradient of the passed group, if there is one, into its slot; those of the other groups are in theirs."""
     passed = config.passed_group(len(grads))
     if passed is not None:
-        dy = grads[passed] + slots[passed + 1] if config.adds_passed else grads[passed]
-        slots[passed].copy_(pool_backward(dy, groups[passed], config))
+        slots[passed].copy_(passed_gradient(config, passed, slots, grads, groups))
+
+
+def passed_gradient(
+    config: ChainConfig, passed: int, slots: Sequence[Tensor], grads: Sequence[Tensor], groups: Sequence[Tensor]
+) -> Tensor:
+    dy = grads[passed] + slots[passed + 1] if config.adds_passed else grads[passed]
+    return pool_backward(dy, groups[passed], config)
 
 
 def convolution_backward(
-    convolver: Convolver,
+    convolver: Convolver | None,
     dz: Tensor,
     u: Tensor,
     weight: Tensor,
@@ -155,9 +186,11 @@ def convolution_backward(
     A backend's own gradient of the weight has the weight's memory format; ATen's has whichever it likes.
     """
     need_u, need_weight, need_bias = needed
-    problem = ChainProblem.for_convolution(dz, weight, config)
-    du = convolver.input_gradient(problem, dz, weight) if need_u else None
-    dweight, dbias = convolver.weight_gradient(problem, dz, u, memory_format(weight)) if need_weight else (None, None)
+    du = dweight = dbias = None
+    if convolver is not None:
+        problem = ChainProblem.for_convolution(dz, weight, config)
+        du = convolver.input_gradient(problem, dz, weight) if need_u else None
+        dweight, dbias = convolver.weight_gradient(problem, dz, u, memory_format(weight)) if need_weight else (None, None)
     need_weight, need_bias = need_weight and dweight is None, need_bias and dbias is None
     if (du is not None or not need_u) and not need_weight and not need_bias:
         return dz if du is None else du, dz if dweight is None else dweight, dz if dbias is None else dbias

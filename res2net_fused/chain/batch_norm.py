@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import activate, activation_backward
@@ -27,7 +28,7 @@ from .config import ChainConfig
 from .convolver import Convolver
 from .memory_format import memory_format
 from .problem import ChainProblem
-from .reference import pass_through
+from .reference import hierarchical_chain, pass_through
 from .sync_batch_norm import combine_moments, combine_sums
 
 
@@ -125,6 +126,28 @@ def train_forward(
     return out, Statistics(mean, torch.stack(invstds).to(wide), variance), kept
 
 
+def train_differentiable(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    config: ChainConfig,
+) -> tuple[Tensor, Statistics]:
+    """`train_forward` by PyTorch's operators with nothing written in place, for autograd, forward mode and vmap to follow."""
+    found: list[tuple[Tensor, ...]] = []
+
+    def convolution(k: int, u: Tensor) -> Tensor:
+        z = convolve(None, u, weights[k], config)
+        wide, count = z.detach().to(wide_dtype(z.dtype)), z.numel() // z.shape[1]
+        biased, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        found.append((mean, (biased + eps[k]).rsqrt(), biased * (count / (count - 1))))
+        return activate(F.batch_norm(z, None, None, gammas[k], betas[k], training=True, eps=eps[k]), config.activation)
+
+    out = torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
+    return out, Statistics(*(torch.stack(values) for values in zip(*found, strict=True)))
+
+
 def synchronised_statistics(z: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns mean, invstd, unbiased and biased variance (w,) of z (N, w, H, W) of all processes."""
     count = z.numel() // z.shape[1]
@@ -156,9 +179,9 @@ def activate_into(y: Tensor, activation: str, slot: Tensor) -> None:
         slot.copy_(activate(y, activation))
 
 
-def convolve(convolver: Convolver, u: Tensor, weight: Tensor, config: ChainConfig) -> Tensor:
+def convolve(convolver: Convolver | None, u: Tensor, weight: Tensor, config: ChainConfig) -> Tensor:
     """z of one 3x3 convolution, (N, w, H, W) -> (N, w, H', W'): the convolver's, or ATen's."""
-    z = convolver.convolution(ChainProblem.for_convolution(u, weight, config), u, weight)
+    z = None if convolver is None else convolver.convolution(ChainProblem.for_convolution(u, weight, config), u, weight)
     if z is None:
         z = torch.conv2d(u, weight, None, config.stride, config.dilation, config.dilation, config.groups)
     return z
@@ -183,12 +206,37 @@ def train_backward(
     gradients = backend.train_backward(problem, grad, x, out, z, mean, invstd, weights, gammas, needed, group)
     if gradients is not None:
         return gradients
+    return train_backward_by_aten(backend, problem.config, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
+
+
+def train_backward_by_aten(
+    convolver: Convolver | None,
+    config: ChainConfig,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    z: Sequence[Tensor],
+    mean: Tensor,
+    invstd: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    eps: Sequence[float],
+    needed: Sequence[bool],
+    group: str = "",
+) -> Gradients:
+    """The same by PyTorch's operators and a convolver, or None where these gradients are differentiated again, or vmapped.
+
+    Then z is empty, so that it is convolved again from u and the weights; mean and invstd may be constants, since the second
+    derivative of PyTorch's BatchNorm knows that they are z's.
+    """
     need_x, need_weights, need_gammas, need_betas = needed
-    grad_gammas, grad_betas = ([grad] * problem.steps for _ in range(2))
+    grad_gammas, grad_betas = ([grad] * len(weights) for _ in range(2))
 
     def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        zk = z[k] if z else convolve(backend, u, weights[k], problem.config)
-        masked = activation_backward(dy, y, problem.config.activation).contiguous(memory_format=memory_format(zk))
+        zk = z[k] if z else convolve(convolver, u, weights[k], config)
+        masked = activation_backward(dy, y, config.activation)
+        if convolver is not None:
+            masked = masked.contiguous(memory_format=memory_format(zk))
         gamma, affine = gammas[k].to(mean.dtype), need_gammas or need_betas
         if group:
             gradients = _synchronised_norm_backward(masked, zk, gamma, mean[k], invstd[k], group)
@@ -199,8 +247,8 @@ def train_backward(
         dz, grad_gammas[k], grad_betas[k] = gradients
         return dz
 
-    by_convolver = functools.partial(convolution_backward, backend, config=problem.config)
+    by_convolver = functools.partial(convolution_backward, convolver, config=config)
     grad_x, grad_weights, _ = walk_back(
-        grad, x, out, weights, problem.config, output_backward, by_convolver, (need_x, need_weights, False)
+        grad, x, out, weights, config, output_backward, by_convolver, (need_x, need_weights, False), convolver is not None
     )
     return grad_x, grad_weights, grad_gammas, grad_betas

@@ -89,6 +89,15 @@ def check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
 
     Raises ValueError or TypeError naming the argument, what came and what is allowed.
     """
+    check_chain(x, weights, biases, config)
+    return ChainProblem.from_tensor(x, weights[0].shape[0], len(weights), config)
+
+
+def check_chain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> None:
+    """Raises ValueError or TypeError as `check_arguments` does for the same x, weights, biases and config.
+
+    It asks nothing that a tensor does not know inside vmap, such as its memory format.
+    """
     width = check_weights(weights, biases, config)
     if x.dim() != 4:
         raise ValueError(f"x is {describe(x)}; four dimensions (N, s*w, H, W) are needed")
@@ -107,7 +116,6 @@ def check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
             f"stride is {config.stride} with hierarchical=True: y_(i-1) is smaller than x_i and cannot be added to it; "
             "use hierarchical=False"
         )
-    return ChainProblem.from_tensor(x, width, steps, config)
 
 
 def _check_channels(x: Tensor, steps: int, width: int, config: ChainConfig) -> None:

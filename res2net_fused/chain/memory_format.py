@@ -21,10 +21,27 @@ def with_format(out: Tensor, channels_last: bool) -> Tensor:
     out = out.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     _, channels, height, width = out.shape
     if channels == 1 or height == width == 1:
-        image = channels * height * width
-        strides = (image, 1, width * channels, channels) if channels_last else (image, height * width, width, 1)
-        out = out.as_strided(out.shape, strides)
+        out = out.as_strided(out.shape, strides_of(out, channels_last))
     return out
+
+
+def strides_of(x: Tensor, channels_last: bool) -> tuple[int, int, int, int]:
+    """The strides that a dense tensor of x's shape (N, C, H, W) has in channels_last or contiguous, unambiguous at any size."""
+    _, channels, height, width = x.shape
+    image = channels * height * width
+    return (image, 1, width * channels, channels) if channels_last else (image, height * width, width, 1)
+
+
+def hands_on(weight: Tensor) -> bool:
+    """Whether a convolution with this weight gives channels-last whatever it is given, as PyTorch's do."""
+    return memory_format(weight) == torch.channels_last
+
+
+def handed_on(weight: Tensor, x: Tensor) -> Tensor:
+    """Return x (N, C, H, W) in the memory format that a convolution with this weight computes in."""
+    if x.is_contiguous(memory_format=torch.channels_last) or not hands_on(weight):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def in_format_of(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -32,3 +49,8 @@ def in_format_of(gradient: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() != 4:
         return gradient.contiguous()
     return with_format(gradient, memory_format(weight) == torch.channels_last)
+
+
+def as_suggested(out: Tensor, x: Tensor) -> Tensor:
+    """`out` (N, C, H, W) in the memory format of x, whatever its sizes: for graphs, where a question for them fixes them."""
+    return out.contiguous(memory_format=memory_format(x))

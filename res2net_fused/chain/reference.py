@@ -67,11 +67,17 @@ def hierarchical_conv_bn(
     betas: Sequence[Tensor],
     eps: Sequence[float],
     config: ChainConfig,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """The chain with BatchNorm in training mode behind every convolution; gammas, betas (w,), x (N, s*w, H, W)."""
+    """The chain with BatchNorm in training mode behind every convolution; gammas, betas (w,), x (N, s*w, H, W).
+
+    kept: where each convolution's output (N, w, H', W') is appended, or None.
+    """
 
     def convolution(k: int, u: Tensor) -> Tensor:
         z = F.conv2d(u, weights[k], None, config.stride, config.dilation, config.dilation, config.groups)
+        if kept is not None:
+            kept.append(z)
         return activate(F.batch_norm(z, None, None, gammas[k], betas[k], training=True, eps=eps[k]), config.activation)
 
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config), 1)
@@ -84,15 +90,19 @@ def hierarchical_conv1d(
     affine_scale: Sequence[Tensor] | None,
     affine_shift: Sequence[Tensor] | None,
     config: Chain1dConfig,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     """The chain along rows, y_i = scale_i * relu(K_i * u_i + b_i) + shift_i: BatchNorm's affine map comes after ReLU.
 
     weights: (w, w, k); biases, affine_scale, affine_shift: (w,), or None; x: (N, s*w, L).
+    kept: where each relu(K_i * u_i + b_i), (N, w, L), is appended, or None.
     """
 
     def convolution(k: int, u: Tensor) -> Tensor:
-        z = F.conv1d(padded_1d(u, weights[k], config), weights[k], bias_of(biases, k, u), dilation=config.dilation)
-        return affine_1d(z.relu(), affine_scale, affine_shift, k)
+        z = F.conv1d(padded_1d(u, weights[k], config), weights[k], bias_of(biases, k, u), dilation=config.dilation).relu()
+        if kept is not None:
+            kept.append(z)
+        return affine_1d(z, affine_scale, affine_shift, k)
 
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config.chain), 1)
 

@@ -7,19 +7,20 @@ users replace and hook them at any time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
 
 Path = tuple[str, ...]  # of attribute names; "*" stands for every module of a ModuleList
+Paths = Path | tuple[Path, ...]  # of several parts: with a "*", or each by itself
 
 # Pairs of a convolution and the norm behind it, the likeliest first. A norm inside its convolution is applied by that one.
 _FIRST = (("conv1", "bn1"), ("conv1", "{norm1_name}"), ("conv1", "conv1.norm"), ("branch2a.conv", "branch2a.norm"))
 _MIDDLE = (("convs.*", "bns.*"), ("conv2.*", "bn2.*"), ("branch2b.*.conv", "branch2b.*.norm"))
 _LAST = (("conv3", "bn3"), ("conv3", "{norm3_name}"), ("conv3", "conv3.norm"), ("branch2c.conv", "branch2c.norm"))
-_OPTIONAL = {
+OPTIONAL = {
     "relu": ("relu", "act", "activation", "nonlinearity"),
     "downsample": ("downsample", "shortcut", "short"),
     "pool": ("pool",),
@@ -28,16 +29,24 @@ _OPTIONAL = {
     "drop_path": ("drop_path",),
 }
 _FUNCTIONAL_RELU = nn.ReLU(inplace=True)  # of blocks that call a function where others have a module
+NO_NORM = nn.Identity().eval()  # of blocks whose convolutions have no norm
+
+# What follows bn3: whether the shortcut is added, and whether the activation comes after that, before it, or not at all.
+ENDINGS = ("add_act", "act_add", "act", "add", "none")
 
 
 @dataclass(frozen=True)
 class BlockPaths:
-    """Paths of a block's parts, by default as the published code names them; relu may be (), a function."""
+    """Paths of a block's parts, by default as the published code names them.
+
+    Of relu () stands for a function, of norms for none, of others for no such part. acts: the activations beside relu, in
+    blocks with one for each convolution. ending: one of ENDINGS.
+    """
 
     conv1: Path = ("conv1",)
     bn1: Path = ("bn1",)
-    convs: Path = ("convs", "*")
-    bns: Path = ("bns", "*")
+    convs: Paths = ("convs", "*")
+    bns: Paths = ("bns", "*")
     conv3: Path = ("conv3",)
     bn3: Path = ("bn3",)
     relu: Path = ("relu",)
@@ -46,11 +55,13 @@ class BlockPaths:
     se: Path = ("se",)
     drop_block: Path = ("drop_block",)
     drop_path: Path = ("drop_path",)
+    acts: tuple[Path, ...] = ()
+    ending: str = "add_act"
 
     @property
     def wraps(self) -> bool:
         """Whether parts lie inside modules of the block that have a call of their own."""
-        return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1
+        return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1 or isinstance(self.convs[0], tuple)
 
 
 @dataclass(slots=True)
@@ -58,7 +69,7 @@ class BlockParts:
     """A block's modules at this moment, under the published names; None where it has no such part.
 
     The types are those of recognised blocks; recognition itself looks before it believes them. A norm may also be a
-    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`).
+    FrozenBatchNorm2d, which has BatchNorm2d's tensors (`folding.is_frozen`), or an Identity.
     """
 
     module: nn.Module
@@ -74,6 +85,8 @@ class BlockParts:
     se: nn.Module | None = None
     drop_block: nn.Module | None = None
     drop_path: nn.Module | None = None
+    acts: Sequence[nn.Module | None] = ()
+    ending: str = "add_act"
 
     @property
     def norms(self) -> tuple[nn.BatchNorm2d, ...]:
@@ -81,18 +94,18 @@ class BlockParts:
 
 
 PUBLISHED = BlockPaths()
-_NAMES = tuple(field.name for field in fields(BlockPaths))
+_NAMES = tuple(field.name for field in fields(BlockPaths) if field.name not in ("acts", "ending"))
 
 
 def find_layout(module: nn.Module) -> BlockPaths | None:
     """The layout of a module that has the parts of a Res2Net bottleneck, whatever it computes."""
-    found: dict[str, Path] = {}
+    found: dict[str, Any] = {}
     for names, pairs in ((("conv1", "bn1"), _FIRST), (("convs", "bns"), _MIDDLE), (("conv3", "bn3"), _LAST)):
         paths = next(filter(None, (_present(module, pair) for pair in pairs)), None)
         if paths is None:
             return None
         found.update(zip(names, paths, strict=True))
-    for name, alternatives in _OPTIONAL.items():
+    for name, alternatives in OPTIONAL.items():
         absent = () if name == "relu" else alternatives[:1]  # a shortcut may still be given later, under its usual name
         found[name] = next(((other,) for other in alternatives if _part(module, other) is not None), absent)
     return BlockPaths(**found)
@@ -117,9 +130,14 @@ def _present(module: nn.Module, pair: tuple[str, str]) -> tuple[Path, ...] | Non
     return tuple(paths) if modules[1] else None
 
 
-def resolve(module: nn.Module | None, path: Path) -> Iterator[nn.Module | None]:
-    """What is at the path: one module, or all of a ModuleList; nothing where an ordinary module stands for a list."""
+def resolve(module: nn.Module | None, path: tuple[Any, ...]) -> Iterator[nn.Module | None]:
+    """What is at the path, one or `Paths`: one module, or all of a list; nothing where an ordinary module stands for one."""
     for i, name in enumerate(path):
+        if isinstance(name, tuple):
+            yield from resolve(module, name)
+            if i + 1 == len(path):
+                return
+            continue
         if name == "*":
             if isinstance(module, nn.ModuleList):
                 for child in module._modules.values():
@@ -135,14 +153,22 @@ def parts_of(module: nn.Module, layout: BlockPaths = PUBLISHED) -> BlockParts:
     for name in _NAMES:
         path = getattr(layout, name)
         if not path:
-            parts.append(_FUNCTIONAL_RELU)
-        elif len(path) == 1:
-            parts.append(_part(module, path[0]))
+            parts.append(_without(name, parts))
         elif name in ("convs", "bns"):
             parts.append(list(resolve(module, path)))
+        elif len(path) == 1:
+            parts.append(_part(module, path[0]))
         else:
             parts.append(next(resolve(module, path)))
+    parts += list(resolve(module, layout.acts)) if layout.acts else (), layout.ending
     return BlockParts(module, *parts)
+
+
+def _without(name: str, parts: list[Any]) -> Any:
+    """What stands for a part that the block has not. parts: those before it."""
+    if name == "bns":
+        return [NO_NORM] * len(parts[-1])
+    return _FUNCTIONAL_RELU if name == "relu" else NO_NORM if name in ("bn1", "bn3") else None
 
 
 def _part(module: nn.Module, name: str) -> Callable[[Tensor], Tensor] | None:
@@ -157,8 +183,9 @@ def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
     """The modules on the way to the parts, whose own calls a fused block leaves out too."""
     found: dict[int, nn.Module] = {}
     for name in _NAMES:
-        path = getattr(layout, name)
-        for end in range(1, len(path)):
-            if path[end] != "*":
-                found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
+        given = getattr(layout, name)
+        for path in given if given and isinstance(given[0], tuple) else (given,):
+            for end in range(1, len(path)):
+                if path[end] != "*":
+                    found.update((id(m), m) for m in resolve(module, path[:end]) if m is not None)
     return list(found.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +50,17 @@ class BlockState(FusedState):
     recompute: bool = False  # in training: whether backward convolves again rather than keep the convolutions' outputs
     shortcut: str | None = None  # forward's second parameter, if what is given for it is known to be added in x's place
     layout: BlockPaths = PUBLISHED  # where the block keeps its parts
+
+
+def forward_like(fused: Any, own: Any) -> Any:
+    """`fused` with the signature, source and globals of `own`: what torch.jit.script compiles and FX makes its inputs of."""
+
+    def forward(self, *args, **kwargs):
+        return fused(self, *args, **kwargs)
+
+    if isinstance(own, FunctionType):
+        forward = FunctionType(forward.__code__, own.__globals__, closure=forward.__closure__)
+    return functools.update_wrapper(forward, own)
 
 
 # The mixins come before a class of modules; by themselves they are none.

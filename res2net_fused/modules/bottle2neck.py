@@ -10,7 +10,7 @@ from torch import nn
 from ..backends.base import BACKENDS
 from ..chain.config import one_of
 from .block_parts import parts_of
-from .block_state import STATE, BlockState
+from .block_state import STATE, BlockState, forward_like
 from .eligibility import block_geometry, fused_activation
 from .fused_forward import FusedForward
 from .reference_blocks import ReferenceBottle2neck, ReferenceDlaBottle2neck
@@ -65,6 +65,8 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
         )  # fmt: skip
         setattr(self, STATE, _state(self, backend))
 
+    forward = forward_like(FusedForward.forward, ReferenceBottle2neck.forward)
+
 
 class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
     """The Res2Net bottleneck of DLA, running fused in eval and in training mode; also where timm's DLA takes a `block`.
@@ -79,6 +81,8 @@ class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
         _refuse_others("DlaBottle2neck", others)
         super().__init__(*arguments, **keywords)
         setattr(self, STATE, _state(self, backend, shortcut="shortcut"))
+
+    forward = forward_like(FusedForward.forward, ReferenceDlaBottle2neck.forward)
 
 
 def _state(block: ReferenceBottle2neck, backend: str, shortcut: str | None = None) -> BlockState:

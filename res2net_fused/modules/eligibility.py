@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..backends import policy
 from ..backends.selection import is_auto
 from ..chain.activations import CLAMPS, leaky_relu
+from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
 from ..ops.packed_weights import one_operator
+from ..ops.recording import why_recorded
 from .block_parts import BlockParts, wrappers
 from .block_state import BlockState
 from .folding import why_not_bypassed, why_not_folded
@@ -26,6 +28,8 @@ def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProbl
     rows, columns = block.conv1.stride
     problem = ChainProblem.from_tensor(x, block.convs[0].in_channels, len(block.convs), state.config)
     dtype = compute_dtype(block.conv1.weight)
+    if not problem.channels_last and hands_on(block.conv1.weight):
+        problem = replace(problem, channels_last=True)
     if rows == columns == 1 and dtype == x.dtype:
         return problem
     height, width = (problem.height - 1) // rows + 1, (problem.width_pixels - 1) // columns + 1
@@ -34,10 +38,17 @@ def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProbl
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which the convolutions of such weights run: autocast's where it is on, else their own."""
-    kind = weight.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if weight.dtype != torch.float64 and under_autocast(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
+
+
+def under_autocast(device_type: str) -> bool:
+    """Whether autocast is on for tensors of that type of device; some types, such as meta, know none."""
+    try:
+        return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    except RuntimeError:  # unknown device type for autocast
+        return False
 
 
 # Eligibility: cheap, at every call, since users hook, replace and parametrize submodules at any time ------------------
@@ -53,7 +64,7 @@ def why_not_fused(
     if shortcut is not None and block.downsample is not None:
         return "called with a shortcut, beside a downsample of its own"
     weight_dtype = block.conv1.weight.dtype
-    if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not torch.is_autocast_enabled(x.device.type)):
+    if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not under_autocast(x.device.type)):
         return f"x is {x.dtype} but the weights are {weight_dtype}"
     training = any(map(uses_batch_statistics, block.bns))
     if training and getattr(block.module, "with_cp", False):
@@ -66,6 +77,9 @@ def why_not_fused(
         return reason
     if fused_activation(block.relu) != state.config.activation:
         return f"activation {type(block.relu).__name__} is not fused"
+    other = next((a for a in block.acts if a is None or fused_activation(a) != state.config.activation), block)
+    if other is not block:
+        return f"activation {type(other).__name__} is not fused beside {type(block.relu).__name__}"
     if block_geometry(block) != state.geometry:
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
     alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
@@ -74,15 +88,16 @@ def why_not_fused(
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(wrappers(block.module, state.layout)) if state.layout.wraps else ()
-    return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, block.pool))
+    return why_not_left_out((*outer, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
 
 
 def why_not_called(
     dimensions: int, shortcut: str | None, x: object, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Tensor | None, str | None]:
     """What a caller passes as `shortcut`, or None; and why a call with these arguments cannot run fused anywhere, or None."""
-    if torch.onnx.is_in_onnx_export():
-        return None, "exported to ONNX, which knows PyTorch's own operators only"
+    recorded = why_recorded()
+    if recorded is not None:
+        return None, recorded
     given, reason = given_shortcut(shortcut, args, kwargs)
     if reason is not None:
         return None, reason

@@ -19,6 +19,10 @@ from .block_parts import BlockParts
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """conv' in `dtype` and b' in fp32 (fp64 for an fp64 block); differentiable. Half-precision factors multiply in fp32."""
+    if is_identity(bn):
+        wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+        bias = conv.weight.new_zeros(conv.out_channels, dtype=wide) if conv.bias is None else conv.bias.to(wide)
+        return conv.weight.to(dtype), bias
     scale, shift = affine_of(bn, conv.weight.dtype)
     bias = shift if conv.bias is None else conv.bias.to(scale.dtype) * scale + shift
     weight = conv.weight.to(scale.dtype) * scale.reshape(-1, 1, 1, 1)
@@ -66,8 +70,8 @@ def projection_of(block: BlockParts) -> tuple[nn.Module | None, nn.Conv2d, nn.Ba
 
 
 def adds_at_once(block: BlockParts) -> bool:
-    """Whether nothing comes between conv3 and the addition of the shortcut."""
-    return is_identity(block.se) and is_identity(block.drop_path)
+    """Whether nothing comes between conv3 and the addition of the shortcut, and the activation behind that."""
+    return is_identity(block.se) and is_identity(block.drop_path) and block.ending == "add_act"
 
 
 def is_identity(module: nn.Module | None) -> bool:
@@ -83,7 +87,7 @@ def is_frozen(bn: nn.Module) -> bool:
 
 def why_not_folded(bn: nn.Module) -> str | None:
     """None if this norm layer can be folded now, else the reason."""
-    if is_frozen(bn):
+    if is_identity(bn) or is_frozen(bn):
         return None
     if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return f"norm layer {type(bn).__name__} cannot be folded"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends.selection import requested
 from ..chain.activations import activate
 from ..chain.block_weights import BlockWeights
-from ..chain.memory_format import memory_format
+from ..chain.memory_format import handed_on, memory_format
 from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
@@ -27,6 +27,7 @@ from .block_state import BlockState, FusedModule
 from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
 from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
+from .tracing import leaf_call
 from .training import run_trained, uses_batch_statistics
 from .weight_cache import Frozen, cacheable, capturing
 
@@ -41,9 +42,12 @@ class FusedForward(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
+        leaf = leaf_call(self, x, args, kwargs)
+        if leaf is not None:
+            return leaf
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
-        if any(bn.training and not is_frozen(bn) for bn in parts.norms):
+        if any(bn.training and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if refusal is not None:
             return refusal
@@ -63,6 +67,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     """
     weight = block.conv1.weight
     dtype = compute_dtype(weight)
+    x = handed_on(weight, x)
     x_in = x.to(dtype)
     differentiable = torch.is_grad_enabled() and (
         any(t is not None and t.requires_grad for t in (x, given))
@@ -140,14 +145,25 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
     keeps = cacheable(tensors)
     if not keeps and not capturing():
         return fold_block(block, dtype)
-    projection = projection_of(block)
-    settings = (
-        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
-        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
-    )  # fmt: skip
+    settings = _settings(block, dtype, state)
     if keeps:
         return state.keep(tensors, settings, lambda: fold_and_pack(block, dtype, state))
     return _folded_in_a_graph(block, dtype, state, state.unchanged(tensors, settings))
+
+
+def _settings(block: BlockParts, dtype: torch.dtype, state: BlockState) -> tuple[object, ...]:
+    """What folded weights depend on beside the block's tensors."""
+    projection = projection_of(block)
+    return (
+        dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in block.norms),
+        None if projection is None else (projection[1].stride, getattr(projection[2], "eps", 0.0)),
+    )  # fmt: skip
+
+
+def reads_old_weights(block: BlockParts, dtype: torch.dtype, state: BlockState) -> bool:
+    """Whether a call in `dtype` would read kept weights that are no longer the parameters': folds them anew to tell."""
+    fold = functools.partial(fold_and_pack, block, dtype, state)
+    return state.frozen is None and state.outdated(block_tensors(block), _settings(block, dtype, state), fold)
 
 
 def _folded_in_a_graph(

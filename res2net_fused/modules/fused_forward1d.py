@@ -7,6 +7,7 @@ those norms need the statistics of the batch, the class's own forward runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -21,20 +22,30 @@ from ..chain.block_weights import Chain1dWeights
 from ..chain.config import Chain1dConfig
 from ..chain.problem import Chain1dProblem
 from ..ops.hierarchical_conv1d import call_1d
-from .block_parts import Path, resolve
+from .block_parts import NO_NORM, Path, Paths, resolve
 from .block_state import FusedModule, FusedState
-from .eligibility import compute_dtype, why_not_called, why_not_left_out
-from .folding import affine_of
+from .eligibility import compute_dtype, under_autocast, why_not_called, why_not_left_out
+from .folding import affine_of, is_identity
+from .tracing import leaf_call
 from .weight_cache import Frozen, cacheable
+
+ADDITION: Path = ("+",)  # the step at which the shortcut is added
 
 
 @dataclass(frozen=True)
 class Layout1d:
-    """Paths of the chain's convolutions and norms. outer: whether conv1, bn1, conv3 and bn3 stand around the chain."""
+    """Paths of the chain's convolutions and norms, () for none. outer: whether the module is a whole bottleneck.
 
-    convs: Path
-    bns: Path
+    before, after: the modules called on either side of its chain, by default as ESPnet's blocks have them; () is a function for
+    ReLU, and what the block has not is left out. shortcut: the module of the shortcut, () for x itself.
+    """
+
+    convs: Paths
+    bns: Paths
     outer: bool
+    before: tuple[Path, ...] = (("conv1",), ("relu",), ("bn1",))
+    after: tuple[Path, ...] = (("conv3",), ("relu",), ("bn3",), ("se",), ADDITION)
+    shortcut: Path = ()
 
 
 class ChainParts(NamedTuple):
@@ -72,32 +83,48 @@ class FusedForward1d(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState1d, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
+        leaf = leaf_call(self, x, args, kwargs)
+        if leaf is not None:
+            return leaf
         chain = parts_1d(self, state.layout)
         refusal = why_not_fused_1d(self, state, chain, x, args, kwargs)
         if refusal is not None:
             return refusal
         if not state.layout.outer:
             return run_chain_1d(chain, x, state)
-        inner = enter_block_1d(self, x)  # (N, s*w, L)
-        return finish_block_1d(self, run_chain_1d(chain, inner, state), x)
+        inner = enter_block_1d(self, x, state.layout)  # (N, s*w, L)
+        return finish_block_1d(self, run_chain_1d(chain, inner, state), x, state.layout)
 
 
 def parts_1d(block: nn.Module, layout: Layout1d) -> ChainParts:
     """The chain's convolutions and norms now."""
-    convs, bns = list(resolve(block, layout.convs)), list(resolve(block, layout.bns))
+    convs = list(resolve(block, layout.convs))
+    bns = list(resolve(block, layout.bns)) if layout.bns else [NO_NORM] * len(convs)
     return ChainParts(cast(list[nn.Conv1d], convs), cast(list[nn.BatchNorm1d], bns))
 
 
-def enter_block_1d(block: Any, x: Tensor) -> Tensor:
-    """What a whole bottleneck has before the chain. block: a module with conv1, bn1 and relu."""
-    return block.bn1(block.relu(block.conv1(x)))
+def enter_block_1d(block: nn.Module, x: Tensor, layout: Layout1d) -> Tensor:
+    """What a whole bottleneck has before the chain."""
+    for path in layout.before:
+        x = _called(block, path, x)
+    return x
 
 
-def finish_block_1d(block: Any, out: Tensor, x: Tensor) -> Tensor:
-    """What follows the chain of a whole bottleneck: conv3, attention, and the addition of x."""
-    out = block.bn3(block.relu(block.conv3(out)))
-    attention = block._modules.get("se")
-    return (out if attention is None else attention(out)) + x
+def finish_block_1d(block: nn.Module, out: Tensor, x: Tensor, layout: Layout1d) -> Tensor:
+    """What follows the chain of a whole bottleneck."""
+    for path in layout.after:
+        if path == ADDITION:
+            out = out + (_called(block, layout.shortcut, x) if layout.shortcut else x)
+        else:
+            out = _called(block, path, out)
+    return out
+
+
+def _called(block: nn.Module, path: Path, x: Tensor) -> Tensor:
+    if not path:
+        return x.relu()
+    module = next(resolve(block, path), None)
+    return x if module is None else module(x)
 
 
 def run_chain_1d(chain: ChainParts, x: Tensor, state: BlockState1d) -> Tensor:
@@ -122,12 +149,23 @@ def chain_weights(chain: ChainParts, x: Tensor, state: BlockState1d) -> Chain1dW
     tensors = chain.tensors()
     if not cacheable(tensors):
         return resolve_weights(chain)
+    return state.keep(tensors, _settings(chain, dtype, state), lambda: _resolve_and_pack(chain, dtype, device))
 
-    def resolve_and_pack() -> Chain1dWeights:
-        with torch.inference_mode(False), torch.no_grad():  # ordinary tensors outside autograd
-            return _pack(resolve_weights(chain).detached().to(dtype, device))
 
-    return state.keep(tensors, (dtype, requested(state.backend), tuple(bn.eps for bn in chain.bns)), resolve_and_pack)
+def _settings(chain: ChainParts, dtype: torch.dtype, state: BlockState1d) -> tuple[object, ...]:
+    """What kept weights depend on beside the chain's tensors."""
+    return dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in chain.bns)
+
+
+def _resolve_and_pack(chain: ChainParts, dtype: torch.dtype, device: torch.device) -> Chain1dWeights:
+    with torch.inference_mode(False), torch.no_grad():  # ordinary tensors outside autograd
+        return _pack(resolve_weights(chain).detached().to(dtype, device))
+
+
+def reads_old_weights_1d(chain: ChainParts, dtype: torch.dtype, state: BlockState1d) -> bool:
+    """Whether a call in `dtype` would read kept weights that are no longer the parameters': makes them anew to tell."""
+    make = functools.partial(_resolve_and_pack, chain, dtype, chain.convs[0].weight.device)
+    return state.frozen is None and state.outdated(chain.tensors(), _settings(chain, dtype, state), make)
 
 
 def resolve_weights(chain: ChainParts) -> Chain1dWeights:
@@ -135,6 +173,8 @@ def resolve_weights(chain: ChainParts) -> Chain1dWeights:
     found = [conv.bias for conv in chain.convs if conv.bias is not None]
     biases = found if len(found) == len(chain.convs) else None
     weights = [conv.weight for conv in chain.convs]
+    if all(map(is_identity, chain.bns)):
+        return Chain1dWeights(weights, biases)
     affine = [affine_of(bn, weight.dtype) for bn, weight in zip(chain.bns, weights, strict=True)]
     return Chain1dWeights(weights, biases, [scale for scale, _ in affine], [shift for _, shift in affine])
 
@@ -173,13 +213,15 @@ def why_not_fused_1d(
         return reason
     modules = descendants(block)
     if block.training or any(module.training for module in modules):
+        if all(map(is_identity, chain.bns)):
+            return "in training mode a block along rows runs its own forward"
         return "in training mode its BatchNorms, which come after ReLU, need the batch's statistics; that is not fused in 1-D"
     if geometry_1d(modules) != state.geometry:
         return "a module was replaced, parametrized or given another geometry since it was recognised"
     weight = chain.convs[0].weight
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not under_autocast(x.device.type):
         return f"x is {x.dtype} but the weights are {weight.dtype}"
-    if any(bn.running_mean is None or bn.running_var is None for bn in chain.bns):
+    if any(not is_identity(bn) and (bn.running_mean is None or bn.running_var is None) for bn in chain.bns):
         return "BatchNorm has no running statistics"
     reason = why_not_left_out(modules)
     if reason is None and is_auto(state.backend) and not _pays(chain, x, state):

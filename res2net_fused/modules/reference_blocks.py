@@ -28,7 +28,9 @@ def bottle2neck(block: Parts, x: Tensor, config: ChainConfig, shortcut: Tensor |
         return block.relu(normalized(block.convs[k], block.bns[k], u))
 
     out = block.relu(normalized(block.conv1, block.bn1, x))  # (N, s*w, H, W)
-    out = torch.cat(hierarchical_chain(out.split(block.convs[0].in_channels, 1), convolution, config), 1)
+    split = out.split(block.convs[0].in_channels, 1)
+    groups = [split[i] for i in range(config.scale(len(block.convs)))]  # FX cannot tell how many there are
+    out = torch.cat(hierarchical_chain(groups, convolution, config), 1)
     out = apply_optional(block, "drop_block", out)
     return finish_bottle2neck(block, normalized(block.conv3, block.bn3, out), x, shortcut)
 
@@ -42,11 +44,17 @@ def normalized(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
 def finish_bottle2neck(block: Parts, out: Tensor, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """What follows bn3: attention, stochastic depth, the shortcut (from x, unless given), and the last activation."""
     out = apply_optional(block, "drop_path", apply_optional(block, "se", out))
-    if shortcut is None:
-        downsample = getattr(block, "downsample", None)
-        shortcut = x if downsample is None else downsample(x)
-    out += shortcut  # in place: under autocast the result keeps out's dtype
-    return block.relu(out)
+    ending = block.ending if isinstance(block, BlockParts) else "add_act"
+    if ending == "act_add":
+        out = block.relu(out)
+    if "add" in ending:
+        if shortcut is None:
+            downsample = getattr(block, "downsample", None)
+            shortcut = x if downsample is None else downsample(x)
+        if ending == "act_add":
+            return out + shortcut  # ReLU's backward needs what it returned
+        out += shortcut  # in place: under autocast the result keeps out's dtype
+    return block.relu(out) if ending in ("add_act", "act") else out
 
 
 def apply_optional(block: Parts, name: str, out: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .reference_blocks import Parts, apply_optional, finish_bottle2neck, normali
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether this norm layer normalises by its input, as in training; one without running statistics always does."""
-    if is_frozen(bn):
+    if type(bn) is nn.Identity or is_frozen(bn):
         return False
     return bn.training or getattr(bn, "running_mean", None) is None and getattr(bn, "running_var", None) is None
 
@@ -126,17 +126,19 @@ def _affine(bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update_running_statistics(bns: Sequence[nn.BatchNorm2d], statistics: Statistics) -> None:
-    """Updates them in place as nn.BatchNorm2d.forward does: momentum None averages over all batches."""
-    with torch.no_grad():
-        for bn, mean, variance in zip(bns, statistics.mean, statistics.variance, strict=True):
-            if not bn.training or not bn.track_running_stats:
-                continue
-            factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.add_(1)
-                if bn.momentum is None:
-                    factor = bn.num_batches_tracked.double().reciprocal()  # a Python float would end a graph
-            if bn.running_mean is None or bn.running_var is None:
-                continue
-            for running, current in ((bn.running_mean, mean), (bn.running_var, variance)):
-                running.copy_(running.to(current.dtype) * (1 - factor) + current * factor)
+    """Updates them in place as nn.BatchNorm2d.forward does: momentum None averages over all batches.
+
+    Statistics are outside autograd as they come. torch.no_grad would be a region of an exported program, which does not load.
+    """
+    for bn, mean, variance in zip(bns, statistics.mean, statistics.variance, strict=True):
+        if not bn.training or not bn.track_running_stats:
+            continue
+        factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            if bn.momentum is None:
+                factor = bn.num_batches_tracked.double().reciprocal()  # a Python float would end a graph
+        if bn.running_mean is None or bn.running_var is None:
+            continue
+        for running, current in ((bn.running_mean, mean), (bn.running_var, variance)):
+            running.copy_(running.to(current.dtype) * (1 - factor) + current * factor)

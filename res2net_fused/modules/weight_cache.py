@@ -19,6 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .weight_samples import WeightSamples, sample
+
 _MANY_STREAMS = 256  # PyTorch's own are 32 of each priority a device; foreign ones may be made for ever
 
 
@@ -40,7 +42,7 @@ class MadeOn:
         stream = torch.cuda.current_stream(device)
         self.device = device
         self.event = stream.record_event()
-        self.tensors = [leaf for leaf in _pytree.tree_leaves(vars(value)) if isinstance(leaf, Tensor)]
+        self.tensors = _tensors_of(value)
         self.readers = {stream.stream_id}
 
     def wait(self) -> None:
@@ -122,26 +124,26 @@ def capturing() -> bool:
 
 
 class CacheKey:
-    """Tells whether a block's tensors are the ones that were folded, unchanged as far as PyTorch can tell."""
+    """Tells whether a block's tensors are the ones that were folded, unchanged as far as PyTorch or samples can tell."""
 
     def __init__(self, tensors: list[Tensor], settings: tuple[object, ...]) -> None:
         _watch_optimizers()
         self.settings = settings
         self.epoch = _epoch
         self.references = [weakref.ref(tensor) for tensor in tensors]
-        self.fingerprints = [_fingerprint(tensor) for tensor in tensors]
+        self.fingerprints = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+        self.samples: WeightSamples | None = sample(tensors)
 
     def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
         if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.references):
             return False
-        for tensor, reference, fingerprint in zip(tensors, self.references, self.fingerprints, strict=True):
-            if reference() is not tensor or _fingerprint(tensor) != fingerprint:
+        known = zip(tensors, self.references, self.fingerprints, strict=True)
+        for tensor, reference, (address, version, dtype, device) in known:
+            if reference() is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 return False
-        return True
-
-
-def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version
+            if tensor.dtype is not dtype or tensor.device != device:
+                return False
+        return self.samples is None or not self.samples.differ(tensors)
 
 
 class KeepsWeights:
@@ -176,12 +178,25 @@ class KeepsWeights:
         kept = self.kept
         return kept[1] if kept is not None and kept[0].matches(tensors, (self.generation, *settings)) else None
 
+    def outdated(self, tensors: list[Tensor], settings: tuple[object, ...], make: Callable[[], Any]) -> bool:
+        """Whether a call now would read what is kept although `make` returns something else: compares every element."""
+        kept = self.unchanged(tensors, settings)
+        return kept is not None and not all(map(_same, _tensors_of(kept), _tensors_of(make())))
+
     def freeze(self, make: Callable[[], Frozen[Any]]) -> None:
         """Keeps what `make` returns until it is dropped."""
         generation = self.generation
         self.frozen = make()
         if self.generation is not generation:
             self.frozen = None  # dropped meanwhile
+
+
+def _tensors_of(value: object) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(vars(value)) if isinstance(leaf, Tensor)]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.is_meta or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 class Freezable(Made, Protocol):

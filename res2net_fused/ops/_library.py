@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backends.base import BACKENDS
-from ..chain.config import ChainConfig, one_of
+from ..chain.config import ChainConfig
 from ..chain.memory_format import in_format_of, memory_format
 
 SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthrough, str? pool, str activation"
@@ -23,12 +23,24 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library = torch.library.Library("res2net_fused", "DEF")  # of all operators
 cached_config = functools.lru_cache(ChainConfig)
 
+
+def kernel_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that makes a function the kernel of the operator `name` on every device."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        return kernel
+
+    return register
+
+
 # Gradients --------------------------------------------------------------------------------------------------------------
 
 
 def register_backward(
     name: str,
     kernel: Callable[..., Sequence[Any]],
+    differentiable: Callable[..., Sequence[Any] | None],
     like: Sequence[int],
     kept: Callable[[Sequence[Any], Any], tuple[Sequence[Tensor | Sequence[Tensor] | None], Sequence[object]]],
 ) -> None:
@@ -36,17 +48,29 @@ def register_backward(
 
     They come from `<name>_backward(grad, *tensors, *settings, needed)`, of which only the schema is defined elsewhere.
     kernel: what that computes, a gradient of x and a list for each list, in any format; of those not `needed` anything.
+    differentiable: the same by PyTorch's operators, for second derivatives and batched gradients, or None where it has none.
     like: the places, among its arguments, of the tensors that have the shapes and dtypes of these gradients.
     kept: (inputs, output) of `name` -> the tensors and the settings of the backward operator.
     """
 
+    def flat(found: Sequence[Any], arguments: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, values in _wanted(arguments, like):
+            for gradient, value in zip([found[i]] if i == 0 else found[i], values, strict=True):
+                yield gradient.to(value.dtype), value
+
     def run(*arguments: Any) -> list[Tensor]:
-        found = kernel(*arguments)
-        return [
-            in_format_of(gradient.to(value.dtype), value)
-            for i, values in _wanted(arguments, like)
-            for gradient, value in zip([found[i]] if i == 0 else found[i], values, strict=True)
-        ]
+        return [in_format_of(*pair) for pair in flat(kernel(*arguments), arguments)]
+
+    def run_differentiable(*arguments: Any) -> list[Tensor] | None:
+        with torch._C._DisableAutocast():  # the tensors have been cast
+            found = differentiable(*arguments)
+            return None if found is None else [gradient for gradient, _ in flat(found, arguments)]
+
+    def run_transformed(*arguments: Any) -> list[Tensor]:
+        found = run_differentiable(*arguments)
+        if found is None:
+            raise no_derivative(name, SEVERAL_PROCESSES)
+        return found
 
     def fake(*arguments: Any) -> list[Tensor]:
         return [
@@ -74,8 +98,12 @@ def register_backward(
             ]
             needed = [needs if isinstance(needs, bool) else any(needs) for needs in ctx.needs_input_grad[: len(like)]]
             needed[1:] = [needs and length is not None for needs, length in zip(needed[1:], ctx.lengths, strict=True)]
-            run_backward = getattr(torch.ops.res2net_fused, f"{name}_backward").default
-            found = iter(run_backward(grad, *tensors, *ctx.settings, needed))
+            arguments = (grad, *tensors, *ctx.settings, needed)
+            again = torch.is_grad_enabled()  # create_graph=True: what is computed now is differentiated again
+            gradients = run_differentiable(*arguments) if again else None
+            if gradients is None:
+                gradients = getattr(torch.ops.res2net_fused, f"{name}_backward").default(*arguments)
+            found = iter(gradients)
             results[0] = next(found) if needed[0] else None
             for i, length in enumerate(ctx.lengths, start=1):
                 if needed[i]:
@@ -83,9 +111,11 @@ def register_backward(
         return *results, *[None] * (ctx.arguments - len(results))
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"{name} has no second derivative; compute it with res2net_fused.chain.reference.{name}")
+        raise no_derivative(name, "has no second derivative")
 
     library.impl(f"{name}_backward", run, "CompositeExplicitAutograd")
+    for key in (_TRANSFORMS, _BATCHED_GRADIENTS):
+        library.impl(f"{name}_backward", run_transformed, key)
     torch.library.register_fake(f"res2net_fused::{name}_backward", fake, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}", backward, setup_context=save, lib=library)
     torch.library.register_autograd(f"res2net_fused::{name}_backward", refuse, lib=library)
@@ -96,6 +126,67 @@ def _wanted(arguments: Sequence[Any], like: Sequence[int]) -> Iterator[tuple[int
     for i, (needs, place) in enumerate(zip(arguments[-1], like, strict=True)):
         if needs and arguments[place] is not None:
             yield i, [arguments[place]] if i == 0 else arguments[place]
+
+
+# torch.func and forward mode --------------------------------------------------------------------------------------------
+
+SEVERAL_PROCESSES = "has no rule for torch.func, forward mode and batched gradients over several processes"
+
+_TRANSFORMS: Any = "FuncTorchDynamicLayerFrontMode"  # the key of every call under a transform of torch.func, and of no other
+_BATCHED_GRADIENTS: Any = "Batched"  # the key of is_grads_batched=True inside the autograd engine
+
+
+def register_transforms(name: str, differentiable: Callable[..., Any], folds: bool) -> None:
+    """Makes `name` run, under the transforms of torch.func, as `differentiable`: the same by PyTorch's operators.
+
+    folds: whether the images of a batch are computed each for itself. Then vmap over x alone makes them one larger batch, on
+    which the operator runs.
+    """
+    operator = getattr(torch.ops.res2net_fused, name).default
+    by_rule = torch.library.get_kernel(operator, _TRANSFORMS)  # PyTorch's own, which asks for the rule of the transform
+
+    def transformed(keyset: Any, *arguments: Any) -> Any:
+        alone = folds and _vmaps_x_alone(arguments[1:])
+        return by_rule.call_boxed(keyset, *arguments) if alone else differentiable(*arguments)
+
+    def vmapped(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Any, Any]:
+        batched = x.movedim(in_dims[0], 0)
+        found = operator(batched.flatten(0, 1), *rest)
+        outputs = [out.unflatten(0, batched.shape[:2]) for out in ([found] if isinstance(found, Tensor) else found)]
+        return (outputs[0], 0) if isinstance(found, Tensor) else (outputs, [0] * len(outputs))
+
+    library.impl(name, transformed, _TRANSFORMS, with_keyset=True)
+    if folds:
+        torch.library.register_vmap(operator, vmapped, lib=library)
+
+
+def _vmaps_x_alone(others: Sequence[Any]) -> bool:
+    functorch = torch._C._functorch
+    if forward_mode() or any(level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()):
+        return False
+    return not any(isinstance(t, Tensor) and functorch.is_batchedtensor(t) for t in tree_leaves(others))
+
+
+def forward_mode() -> bool:
+    """Whether tensors may have tangents, which torch.library has no rules for and would lose in silence."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def refuse_tangents(name: str, *arguments: Any) -> None:
+    """Raises NotImplementedError, naming the operator, where a tensor that reached its kernel has a tangent."""
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if forward_mode() and any(isinstance(t, Tensor) and unpack(t).tangent is not None for t in tree_leaves(arguments)):
+        raise no_derivative(name, "has no forward-mode derivative")
+
+
+def config_for(x: Tensor, chain: Sequence[Any]) -> ChainConfig:
+    """The chain's settings for x (N, C, H, W), of which nothing is asked that it does not know inside vmap."""
+    config, size = cached_config(*chain), x.shape[2:]
+    return config.clamped_to(max(size)) if all(type(n) is int for n in size) else config
+
+
+def no_derivative(name: str, lack: str) -> NotImplementedError:
+    return NotImplementedError(f"{name} {lack}; res2net_fused.chain.reference, or rf.restore(model), computes it")
 
 
 # Autocast and FLOPs -----------------------------------------------------------------------------------------------------
@@ -154,20 +245,34 @@ def convolution_flops(weight_shapes: Sequence[Sequence[int]], out_shape: Sequenc
     return 2 * batch * math.prod(size) * len(weight_shapes) * math.prod(weight_shapes[0])
 
 
-# Checks -----------------------------------------------------------------------------------------------------------------
+# Decompositions ---------------------------------------------------------------------------------------------------------
+
+_decompositions: dict[Any, Callable[..., Any]] = {}
 
 
-def check_call(name: str, backend: str, tensors: Sequence[Tensor]) -> None:
-    """Raises ValueError for an unknown backend, NotImplementedError, naming the operator, where a tensor has a tangent.
+def register_decomposition(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Makes `kernel`, by PyTorch's operators, what `name` decomposes into for who asks; the ONNX exporter does.
 
-    torch.library has no forward-mode rules and would lose it in silence.
+    It writes nothing in place, which decomposed graphs may not. With an entry among the meta functions, fake tensors of
+    symbolic sizes go on to take `fake`.
     """
-    one_of("backend", backend, BACKENDS)
-    if torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        remedy = f"compute it with res2net_fused.chain.reference.{name}"
-        raise NotImplementedError(f"{name} has no forward-mode derivative; {remedy}")
+    operator = getattr(torch.ops.res2net_fused, name).default
+    torch._decomp.register_decomposition(operator)(kernel)
+    torch._decomp.register_decomposition(operator, type="meta")(fake)
+    _decompositions[operator] = kernel
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What the fused operators are in PyTorch's own, for `exported_program.run_decompositions`.
+
+    A program of torch.export keeps the fused operators. `program.run_decompositions(decompositions())` gives one without them,
+    for runtimes where this package is not installed. To decompose PyTorch's operators as well, update
+    `torch.export.default_decompositions()` by what this returns.
+    """
+    return dict(_decompositions)
+
+
+# Checks -----------------------------------------------------------------------------------------------------------------
 
 
 def check_devices(x: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends.base import run_block
 from ..backends.selection import choose, get_backend
+from ..chain import reference
 from ..chain.block_weights import BlockWeights
 from ..chain.checks import check_weights, describe
 from ..chain.config import ChainConfig
-from ..chain.memory_format import memory_format
+from ..chain.memory_format import as_suggested, memory_format
 from ..chain.problem import ChainProblem
-from ._library import SETTINGS, TAGS, cached_config, check_devices, convolution_flops, library
+from ._library import (
+    SETTINGS,
+    TAGS,
+    cached_config,
+    check_devices,
+    config_for,
+    convolution_flops,
+    kernel_of,
+    library,
+    refuse_tangents,
+    register_decomposition,
+    register_transforms,
+)
 
 library.define(
     "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
@@ -64,8 +77,9 @@ def _problem(
     return ChainProblem.from_tensor(x, width, len(weights), config)
 
 
-@functools.partial(library.impl, "bottle2neck", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("bottle2neck")
 def _forward(x, shortcut, *rest):
+    refuse_tangents("bottle2neck", x, shortcut, rest)
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
     folded = BlockWeights(*tensors)
@@ -86,6 +100,24 @@ def _fake(x, shortcut, *rest):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def _differentiable(x, shortcut, *rest):
+    *tensors, _, _, relu = rest[:12]
+    *chain, _ = rest[12:]
+    folded = BlockWeights(*tensors)
+    u = F.conv2d(x, folded.conv1_weight, folded.conv1_bias.to(x.dtype)).relu()
+    u = reference.hierarchical_conv2d(u, folded.weights, folded.biases, config_for(x, chain))
+    out = F.conv2d(u, folded.conv3_weight, folded.conv3_bias.to(x.dtype))
+    if shortcut is not None and folded.projection_weight is not None:
+        bias = folded.projection_bias.to(x.dtype)
+        shortcut = F.conv2d(shortcut, folded.projection_weight, bias, folded.projection_stride)
+    if shortcut is not None:
+        out = out + shortcut
+    return out.relu() if relu else out
+
+
+register_transforms("bottle2neck", _differentiable, folds=False)
+
+
 def _no_backward(ctx, *grads):
     raise NotImplementedError("res2net_fused::bottle2neck is for inference; with gradients on, the block runs its parts")
 
@@ -101,3 +133,20 @@ def _flops(
     outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
     pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
     return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
+
+
+def _decomposed(x, shortcut, *rest):
+    *tensors, _, _, relu = rest[:12]
+    *chain, _ = rest[12:]
+    f = BlockWeights(*tensors)
+    u = F.conv2d(x, f.conv1_weight, f.conv1_bias.to(x.dtype)).relu()
+    u = reference.hierarchical_conv2d(u, f.weights, f.biases, cached_config(*chain))
+    out = F.conv2d(u, f.conv3_weight, f.conv3_bias.to(x.dtype))
+    if shortcut is not None and f.projection_weight is not None:
+        shortcut = F.conv2d(shortcut, f.projection_weight, f.projection_bias.to(shortcut.dtype), f.projection_stride)
+    if shortcut is not None:
+        out = (out + shortcut).to(out.dtype)
+    return as_suggested(out.relu() if relu else out, x)
+
+
+register_decomposition("bottle2neck", _decomposed, _fake)

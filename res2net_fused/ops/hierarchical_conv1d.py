@@ -9,22 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.base import BACKENDS
 from ..backends.selection import choose, get_backend
 from ..chain import reference
 from ..chain.backward import chain_backward_1d
 from ..chain.block_weights import Chain1dWeights
 from ..chain.checks import check_arguments_1d, check_dense, sequence_types
-from ..chain.config import Chain1dConfig
+from ..chain.config import Chain1dConfig, one_of
 from ._library import (
     TAGS,
     cast_convolution,
-    check_call,
     check_devices,
+    forward_mode,
+    kernel_of,
     library,
+    refuse_tangents,
     register_autocast,
     register_backward,
+    register_decomposition,
     register_flops,
+    register_transforms,
 )
+from .recording import why_written
 
 _SETTINGS = "int dilation, str passthrough, str padding_mode"
 # -> [out, *rectified]; what is rectified is left out unless `keep`.
@@ -85,11 +91,13 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
     chain: the tensors. config: the settings. backend: as for `hierarchical_conv1d`, which says what is raised.
     """
     lists = chain.weights, chain.biases, chain.scale, chain.shift
-    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+    if why_written() is not None:
         return reference.hierarchical_conv1d(x, *lists, config)
     tensors = (x, *(tensor for values in lists for tensor in values or ()))
     if not torch.compiler.is_compiling():
-        check_call("hierarchical_conv1d", backend, tensors)
+        one_of("backend", backend, BACKENDS)
+        if forward_mode():
+            return _differentiable(x, *lists, None, *config.as_kwargs().values(), False, backend)[0]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return torch.ops.res2net_fused.hierarchical_conv1d.default(
         x, *lists, chain.packed, *config.as_kwargs().values(), keep, backend
@@ -99,8 +107,9 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(library.impl, "hierarchical_conv1d", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv1d")
 def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
+    refuse_tangents("hierarchical_conv1d", x, weights, biases, affine_scale, affine_shift)
     *chain, keep, backend = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
     if packed:
@@ -123,11 +132,25 @@ def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> 
 
 
 def _gradients(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings) -> Sequence[Any]:
-    *chain, needed = settings
     devices = dict(rectified=rectified, weights=weights, biases=biases, affine_scale=affine_scale, affine_shift=affine_shift)
     check_devices(x, grad=grad, out=out, **devices)
+    return _differentiable_gradients(
+        grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings, in_place=True
+    )
+
+
+def _differentiable(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
+    *chain, _, _ = settings
+    problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
+    return [reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, problem.config)]
+
+
+def _differentiable_gradients(
+    grad, x, out, rectified, weights, biases, affine_scale, affine_shift, *settings, in_place=False
+) -> Sequence[Any]:
+    *chain, needed = settings
     config = _cached_config(*chain).clamped_to(x.shape[2])
-    return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed)
+    return chain_backward_1d(grad, x, out, rectified, weights, biases, affine_scale, affine_shift, config, needed, in_place)
 
 
 def _kept(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[object]]:
@@ -141,6 +164,17 @@ def _cast(dtype: torch.dtype, x, weights, biases, affine_scale, affine_shift, pa
     return cast_convolution(dtype, x, weights, biases, affine_scale, affine_shift, packed, *settings)
 
 
-register_backward("hierarchical_conv1d", _gradients, like=(1, 4, 5, 6, 7), kept=_kept)
+register_backward("hierarchical_conv1d", _gradients, _differentiable_gradients, like=(1, 4, 5, 6, 7), kept=_kept)
+register_transforms("hierarchical_conv1d", _differentiable, folds=True)
 register_autocast("hierarchical_conv1d", _cast)
 register_flops("hierarchical_conv1d", weights=4)
+
+
+def _decomposed(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
+    *chain, keep, _ = settings
+    kept: list[Tensor] = []
+    out = reference.hierarchical_conv1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain), kept)
+    return [out.contiguous(), *(kept if keep else ())]
+
+
+register_decomposition("hierarchical_conv1d", _decomposed, _fake)

@@ -6,34 +6,40 @@ checks the arguments and asks `backends.selection` for a backend; nothing of tha
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends.base import BACKENDS
 from ..backends.selection import backend_of_gradients, choose, get_backend
 from ..chain import reference
 from ..chain.backward import chain_backward
-from ..chain.checks import check_arguments, check_types
-from ..chain.config import ChainConfig
+from ..chain.checks import check_arguments, check_chain, check_types
+from ..chain.config import ChainConfig, one_of
 from ..chain.convolver import ATEN, Convolver
-from ..chain.memory_format import memory_format, with_format
+from ..chain.memory_format import as_suggested, memory_format, with_format
 from ..chain.problem import ChainProblem
 from ._library import (
     SETTINGS,
     TAGS,
     cached_config,
     cast_convolution,
-    check_call,
     check_devices,
+    config_for,
+    forward_mode,
+    kernel_of,
     library,
+    refuse_tangents,
     register_autocast,
     register_backward,
+    register_decomposition,
     register_flops,
+    register_transforms,
 )
 from .packed_weights import PackedWeights
+from .recording import why_written
 
 library.define(
     "hierarchical_conv2d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? packed, str layout, "
@@ -91,12 +97,15 @@ def hierarchical_conv2d(
         weights = weights.weights
     else:
         check_types(x, weights, biases)
-    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's own operators only
+    if why_written() is not None:
         config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
         return reference.hierarchical_conv2d(x, weights, biases, config)
     if not torch.compiler.is_compiling():
-        check_call("hierarchical_conv2d", backend, (x, *weights, *(biases or ())))
+        one_of("backend", backend, BACKENDS)
         ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
+        if forward_mode():
+            chain = stride, dilation, groups, hierarchical, passthrough, pool, activation
+            return _differentiable(x, weights, biases, None, "plain", *chain, backend)
     return torch.ops.res2net_fused.hierarchical_conv2d.default(
         x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
     )
@@ -106,7 +115,7 @@ def _output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
     return problem.batch, problem.scale * problem.width, problem.output_height, problem.output_width
 
 
-@functools.partial(library.impl, "hierarchical_conv2d", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv2d")
 def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -115,6 +124,7 @@ def _forward(
     layout: str,
     *settings: Any,
 ) -> Tensor:
+    refuse_tangents("hierarchical_conv2d", x, weights, biases)
     *chain, backend = settings
     problem = check_arguments(x, weights, biases, cached_config(*chain))
     if packed:
@@ -149,6 +159,17 @@ def _gradients(grad, x, out, weights, biases, *settings) -> Sequence[Any]:
     return chain_backward(grad, x, out, weights, problem.config, needed, convolver, biases)
 
 
+def _differentiable(x, weights, biases, packed, layout, *settings) -> Tensor:
+    *chain, _ = settings
+    check_chain(x, weights, biases, cached_config(*chain))
+    return reference.hierarchical_conv2d(x, weights, biases, config_for(x, chain))
+
+
+def _differentiable_gradients(grad, x, out, weights, biases, *settings) -> Sequence[Any]:
+    *chain, _, needed = settings
+    return chain_backward(grad, x, out, weights, config_for(x, chain), needed, None, biases)
+
+
 def _kept(inputs: Sequence[Any], out: Tensor) -> tuple[Sequence[Any], Sequence[object]]:
     x, weights, biases, _, _, *settings = inputs
     return (x, out, weights, biases), settings
@@ -160,6 +181,15 @@ def _cast(dtype: torch.dtype, x, weights, biases, packed, layout, *settings) -> 
     return cast_convolution(dtype, x, weights, biases, packed, layout, *settings)
 
 
-register_backward("hierarchical_conv2d", _gradients, like=(1, 3, 4), kept=_kept)
+register_backward("hierarchical_conv2d", _gradients, _differentiable_gradients, like=(1, 3, 4), kept=_kept)
+register_transforms("hierarchical_conv2d", _differentiable, folds=True)
 register_autocast("hierarchical_conv2d", _cast)
 register_flops("hierarchical_conv2d", weights=3)
+
+
+def _decomposed(x, weights, biases, packed, layout, *settings) -> Tensor:
+    *chain, _ = settings
+    return as_suggested(reference.hierarchical_conv2d(x, weights, biases, cached_config(*chain)), x)
+
+
+register_decomposition("hierarchical_conv2d", _decomposed, _fake)

@@ -5,7 +5,6 @@ It mutates nothing: batch statistics are outputs, from which the caller updates 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,36 @@ import torch
 from torch import Tensor
 
 from ..backends.selection import choose_for_training, get_backend
+from ..chain import reference
 from ..chain.activations import CLAMPS, shows_slope
-from ..chain.batch_norm import Statistics, train_backward, train_forward, wide_dtype
-from ..chain.checks import check_arguments, check_vectors
-from ..chain.memory_format import memory_format, with_format
+from ..chain.batch_norm import (
+    Statistics,
+    train_backward,
+    train_backward_by_aten,
+    train_differentiable,
+    train_forward,
+    wide_dtype,
+)
+from ..chain.checks import check_chain, check_vectors
+from ..chain.memory_format import as_suggested, memory_format, with_format
 from ..chain.problem import ChainProblem
-from ._library import SETTINGS, TAGS, cached_config, library, register_autocast, register_backward, register_flops
+from ._library import (
+    SETTINGS,
+    SEVERAL_PROCESSES,
+    TAGS,
+    cached_config,
+    config_for,
+    forward_mode,
+    kernel_of,
+    library,
+    no_derivative,
+    refuse_tangents,
+    register_autocast,
+    register_backward,
+    register_decomposition,
+    register_flops,
+    register_transforms,
+)
 
 # -> [out, mean, invstd, variance, *z]; z is left out where `recompute` says so.
 library.define(
@@ -73,36 +96,44 @@ def hierarchical_conv_bn(
     """
     keep = not recompute and torch.is_grad_enabled()
     settings = (stride, dilation, groups, hierarchical, passthrough, pool, activation)
-    out, mean, invstd, variance, *_ = torch.ops.res2net_fused.hierarchical_conv_bn.default(
-        x, weights, gammas, betas, eps, *settings, not keep, backend, group
-    )
+    arguments = x, weights, gammas, betas, eps, *settings, not keep, backend, group
+    differentiable = not torch.compiler.is_compiling() and forward_mode()
+    operator = _differentiable if differentiable else torch.ops.res2net_fused.hierarchical_conv_bn.default
+    out, mean, invstd, variance, *_ = operator(*arguments)
     return ConvBnOutput(out, Statistics(mean, invstd, variance))
 
 
-def _check(x, weights, gammas, betas, eps, chain, group) -> ChainProblem:
-    problem = check_arguments(x, weights, None, cached_config(*chain))
-    if not shows_slope(problem.config.activation):
+def _check(x, weights, gammas, betas, eps, chain, group) -> None:
+    config = cached_config(*chain)
+    check_chain(x, weights, None, config)
+    if not shows_slope(config.activation):
         raise ValueError(
-            f"activation is {problem.config.activation!r}; with batch statistics allowed are those whose output shows the "
+            f"activation is {config.activation!r}; with batch statistics allowed are those whose output shows the "
             f"derivative: {', '.join(map(repr, CLAMPS))} and 'leaky_relu' with a slope of 0 or more"
         )
+    steps, width, pixels = len(weights), weights[0].shape[0], tuple(map(config.output_size, x.shape[2:]))
     for name, values in (("gammas", gammas), ("betas", betas)):
-        check_vectors(name, values, problem.steps, problem.width, x)
-    if len(eps) != problem.steps:
-        raise ValueError(f"eps holds {len(eps)} values; weights holds {problem.steps}, and both must match")
-    if not group and problem.batch * problem.output_height * problem.output_width <= 1:
-        size = problem.batch, problem.width, problem.output_height, problem.output_width
+        check_vectors(name, values, steps, width, x)
+    if len(eps) != steps:
+        raise ValueError(f"eps holds {len(eps)} values; weights holds {steps}, and both must match")
+    if not group and x.shape[0] * pixels[0] * pixels[1] <= 1:
+        size = x.shape[0], width, *pixels
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")  # as F.batch_norm
-    return problem
+
+
+def _problem(x, weights, chain) -> ChainProblem:
+    return ChainProblem.from_tensor(x, weights[0].shape[0], len(weights), cached_config(*chain))
 
 
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(library.impl, "hierarchical_conv_bn", dispatch_key="CompositeExplicitAutograd")
+@kernel_of("hierarchical_conv_bn")
 def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    refuse_tangents("hierarchical_conv_bn", x, weights, gammas, betas)
     *chain, recompute, backend, group = settings
-    problem = _check(x, weights, gammas, betas, eps, chain, group)
+    _check(x, weights, gammas, betas, eps, chain, group)
+    problem = _problem(x, weights, chain)
     chosen = get_backend(choose_for_training(problem, backend).name)
     out, statistics, z = train_forward(chosen, problem, x, weights, gammas, betas, eps, not recompute, group)
     out, *z = (with_format(t, problem.channels_last) for t in (out, *z))
@@ -112,7 +143,8 @@ def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
 @torch.library.register_fake("res2net_fused::hierarchical_conv_bn", lib=library)
 def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     *chain, recompute, _, group = settings
-    problem = _check(x, weights, gammas, betas, eps, chain, group)
+    _check(x, weights, gammas, betas, eps, chain, group)
+    problem = _problem(x, weights, chain)
     pixels = problem.output_height, problem.output_width
 
     def like_x(channels: int) -> Tensor:
@@ -131,9 +163,25 @@ def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
 
 def _gradients(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> Sequence[Any]:
     *chain, backend, group, needed = settings
-    problem = ChainProblem.from_tensor(x, weights[0].shape[0], len(weights), cached_config(*chain))
+    problem = _problem(x, weights, chain)
     chosen = get_backend(choose_for_training(problem, backend).name)
     return train_backward(chosen, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
+
+
+def _differentiable(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    *chain, _, _, group = settings
+    if group:
+        raise no_derivative("hierarchical_conv_bn", SEVERAL_PROCESSES)
+    _check(x, weights, gammas, betas, eps, chain, group)
+    out, statistics = train_differentiable(x, weights, gammas, betas, eps, config_for(x, chain))
+    return [out, statistics.mean, statistics.invstd, statistics.variance]
+
+
+def _differentiable_gradients(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> Sequence[Any] | None:
+    *chain, _, group, needed = settings
+    if group:
+        return None
+    return train_backward_by_aten(None, config_for(x, chain), grad, x, out, [], mean, invstd, weights, gammas, eps, needed)
 
 
 def _kept(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[object]]:
@@ -143,6 +191,21 @@ def _kept(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any
     return (x, out, z, mean, invstd, weights, gammas), (eps, *chain, backend, group)
 
 
-register_backward("hierarchical_conv_bn", _gradients, like=(1, 6, 7, 7), kept=_kept)
+register_backward("hierarchical_conv_bn", _gradients, _differentiable_gradients, like=(1, 6, 7, 7), kept=_kept)
+register_transforms("hierarchical_conv_bn", _differentiable, folds=False)
 register_autocast("hierarchical_conv_bn")
 register_flops("hierarchical_conv_bn", weights=6, kept=3)
+
+
+def _decomposed(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
+    *chain, recompute, _, _ = settings  # no graph has a group: see `_why_not_synchronised`
+    z: list[Tensor] = []
+    out = reference.hierarchical_conv_bn(x, weights, gammas, betas, eps, cached_config(*chain), z)
+    moments = [torch.var_mean(t.to(wide_dtype(x.dtype)), (0, 2, 3)) for t in z]
+    variance, mean = (torch.stack(values) for values in zip(*moments, strict=True))  # (steps, w)
+    count = z[0].numel() // z[0].shape[1]
+    invstd = torch.stack([(v * ((count - 1) / count) + e).rsqrt() for v, e in zip(variance, eps, strict=True)])
+    return [as_suggested(out, x), mean, invstd, variance, *([] if recompute else (as_suggested(t, x) for t in z))]
+
+
+register_decomposition("hierarchical_conv_bn", _decomposed, _fake)

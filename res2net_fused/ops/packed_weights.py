@@ -106,7 +106,9 @@ def one_operator(config: ChainConfig) -> bool:
 
 
 def pack_block(folded: BlockWeights, config: ChainConfig, backend: str) -> BlockWeights:
-    """The folded block with its weights also in the layout of the backend that will run it."""
+    """The folded block with its weights also in the layout of the backend that will run it; on the meta device nothing does."""
+    if folded.conv1_weight.is_meta:
+        return folded
     layout = choose(_nominal_problem(folded.weights, folded.weights[0].shape[0], config, backend), backend).name
     chosen = get_backend(layout)
     if one_operator(config):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..backends.base import BACKENDS
@@ -16,10 +17,11 @@ from ..chain.config import one_of
 from ..modules.block_parts import parts_of
 from ..modules.block_state import STATE, BlockState, FusedModule
 from ..modules.eligibility import block_geometry, why_not_foldable
-from ..modules.folding import is_frozen
+from ..modules.folding import is_frozen, is_identity
 from ..modules.fused_forward import FusedForward, freeze_block
 from ..modules.fused_forward1d import BlockState1d, FusedForward1d, descendants, freeze_chain, geometry_1d, parts_1d
 from ..modules.weight_cache import capturing
+from . import channels_last
 from .class_swap import _generating, fused_class, originals, without
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
@@ -29,19 +31,28 @@ Model = TypeVar("Model", bound=nn.Module)
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 
 
-def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) -> Model:
+def accelerate(
+    model: Model, backend: str = "auto", *, recompute: bool = False, memory_format: torch.memory_format | None = None
+) -> Model:
     """Makes every recognised Res2Net block of `model`, 2-D or along rows, run fused, in place, and returns the model.
 
     model: any nn.Module; blocks keep class, parameters, state_dict keys and hooks.
     backend: of `hierarchical_conv2d`, for all blocks. recompute: whether backward in training mode convolves again rather than
     keep the convolutions' outputs: less memory for one more convolution a step.
+    memory_format: of the weights of the model's 2-D convolutions, given in place (same Parameters, values and keys); they hand
+    it on to what they compute. None gives the strides of channels-last, which the kernels read, to all whose memory is the same
+    in both formats (1x1 kernels), and a hook to the convolutions in front of the first block, which converts their input, if
+    the model has 2-D blocks that run fused and their device gains by it. torch.channels_last and torch.contiguous_format
+    convert all weights, torch.preserve_format none. Weights that are quantized, parametrized, sharded, or under
+    DistributedDataParallel stay as they are, as do those that share the memory that would be laid out anew.
     Blocks that are no Res2Net blocks, or compute something else than their class promises, are left alone; `explain(model)`
     lists them with the reason. `restore(model)` takes it back. Other threads may call the model meanwhile.
-    Raises TypeError for what is no nn.Module, ValueError for an unknown backend.
+    Raises TypeError for what is no nn.Module, ValueError for an unknown backend or memory format.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
     one_of("backend", backend, BACKENDS)
+    one_of("memory_format", memory_format, channels_last.FORMATS)
     for module in model.modules():
         if isinstance(module, FusedModule):
             state = getattr(module, STATE)
@@ -51,6 +62,7 @@ def accelerate(model: Model, backend: str = "auto", *, recompute: bool = False) 
             state.drop()
         else:
             _take_over(module, backend, recompute)
+    channels_last.convert(model, memory_format)
     return model
 
 
@@ -60,14 +72,14 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
     state: BlockState | BlockState1d | None = None
     if (layout_1d := layout_1d_of(module)) is not None:
         mixin = FusedForward1d
-        config, reason = recognise_1d(module, layout_1d)
-        if config is not None:
-            state = BlockState1d(config, backend, geometry_1d(descendants(module)), layout_1d)
+        found, reason = recognise_1d(module, layout_1d)
+        if found is not None:
+            state = BlockState1d(found[0], backend, geometry_1d(descendants(module)), found[1])
     elif (layout := layout_of(module)) is not None:
         recognised, reason = recognise(module, layout)
         if recognised is not None:
-            geometry = block_geometry(parts_of(module, layout))
-            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout)
+            geometry = block_geometry(parts_of(module, recognised.layout))
+            state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, recognised.layout)
     else:
         return
     module.__dict__.pop(REFUSAL, None)
@@ -80,7 +92,7 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
 
 
 def restore(model: Model) -> Model:
-    """Gives the accelerated blocks of `model` their original classes back, in place, and returns the model.
+    """Gives the accelerated blocks of `model` their original classes and strides back, in place, and returns the model.
 
     Classes that others put on top later stay on top. A `Bottle2neck` is fused by its own class and stays so.
     Not while another thread calls the model: a call that has begun needs what this takes away.
@@ -94,6 +106,7 @@ def restore(model: Model) -> Model:
         with _generating:
             module.__class__ = without(own, generated)
         del module.__dict__[STATE]
+    channels_last.revert(model)
     return model
 
 
@@ -117,7 +130,7 @@ def freeze(model: Model) -> Model:
     if capturing():
         raise RuntimeError("freeze waits for the weights that it makes, but a CUDA graph is being captured; freeze before")
     for name, block in fused_blocks(model):
-        if any(bn.training and not is_frozen(bn) for bn in _norms(block)):
+        if any(bn.training and not (is_frozen(bn) or is_identity(bn)) for bn in _norms(block)):
             raise RuntimeError(f"block {name!r} has a BatchNorm in training mode; call model.eval() before freeze")
     for _, block in fused_blocks(model):
         state = getattr(block, STATE)
@@ -139,7 +152,8 @@ def _norms(block: nn.Module) -> Iterable[nn.Module]:
 def refresh(model: Model) -> Model:
     """Drops all weights that the fused blocks of `model` keep, and returns the model.
 
-    Needed after writes that PyTorch cannot see (`.data`, NumPy), and to undo `freeze`.
+    Needed to undo `freeze`, and after writes that PyTorch cannot see (`.data`, NumPy), of which not all are noticed
+    (docs/troubleshooting.md).
     Other threads may call the model meanwhile: calls that begin after it has returned see what was written before it.
     """
     for _, block in fused_blocks(model):

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..modules.block_state import forward_like
+
 # Generated classes ----------------------------------------------------------------------------------------------------
 
 originals: dict[type, type] = {}  # generated class -> the class it stands in front of
@@ -25,6 +27,7 @@ def fused_class(original: type, mixin: type) -> type:
 @functools.cache
 def _generate(original: Any, mixin: Any) -> Any:
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "__reduce_ex__": _reduce}
+    body["forward"] = forward_like(mixin.forward, original.forward)
     generated = type(f"Fused{original.__name__}", (mixin, original), body)
     originals[generated] = original
     return generated

@@ -16,10 +16,14 @@ from ..chain.block_weights import BlockWeights
 from ..chain.problem import ChainProblem
 from ..modules.block_parts import parts_of
 from ..modules.block_state import STATE, BlockState, FusedModule, FusedState
+from ..modules.fused_forward import reads_old_weights
+from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_1d
 from ..modules.training import synchronises
 from .accelerate import REFUSAL
 from .recognition import layout_of
-from .recognition1d import layout_1d_of
+from .recognition1d import looks_like_1d
+
+OUTDATED = "its kept weights are not its parameters' any more: call refresh(model) after writes that PyTorch does not see"
 
 
 def saved_bytes(problem: ChainProblem, recompute: bool) -> tuple[int, int]:
@@ -82,7 +86,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
-        if isinstance(module, FusedModule) or layout_1d_of(module) is not None or layout_of(module) is not None
+        if isinstance(module, FusedModule) or looks_like_1d(module) or layout_of(module) is not None
     )
 
 
@@ -116,7 +120,21 @@ def _report(name: str, module: nn.Module) -> BlockReport:
             how = plan(problem, choice.name)
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))
-    return BlockReport(name, True, choice.name, choice.reason, f"{problem}: {how}")
+    notes = [choice.reason]
+    nchw = isinstance(problem, ChainProblem) and not problem.channels_last
+    if nchw and choice.name != "reference" and policy.channels_last_pays(problem.device, problem.dtype):
+        notes.append(policy.NCHW)
+    if not state.last_trained and _reads_old_weights(module, state):
+        notes.append(OUTDATED)
+    return BlockReport(name, True, choice.name, "; ".join(notes), f"{problem}: {how}")
+
+
+def _reads_old_weights(block: nn.Module, state: FusedState) -> bool:
+    dtype = state.last_problem.dtype
+    if isinstance(state, BlockState1d):
+        return reads_old_weights_1d(parts_1d(block, state.layout), dtype, state)
+    assert isinstance(state, BlockState)
+    return reads_old_weights(parts_of(block, state.layout), dtype, state)
 
 
 def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:

@@ -18,16 +18,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..chain.activations import activate
 from ..chain.config import ChainConfig
-from ..modules.block_parts import BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.block_parts import ENDINGS, BlockParts, BlockPaths, find_layout, parts_of, wrappers
+from ..modules.block_structure import equal_settings, find_by_structure
 from ..modules.eligibility import fused_activation
 from ..modules.folding import fold, is_frozen
 from ..modules.reference_blocks import bottle2neck, normalized
 
 _AGREEMENT = 1e-9  # relative, in float64: rounding stays below 1e-13, another recurrence differs in the first digit
 _SEED = 20190402
+_PROPOSALS = 6  # of a module's structure, that are tried
 Layout = TypeVar("Layout")
 Found = TypeVar("Found")
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -35,20 +39,32 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 def layout_of(module: nn.Module) -> BlockPaths | None:
     """The paths at which a module keeps the parts of a 2-D bottleneck, or None where it has no such parts."""
-    return None if isinstance(module, torch.jit.ScriptModule) else find_layout(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    return find_layout(module) or next(find_by_structure(module), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
-    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None."""
+    """What a block is confirmed to compute. shortcut: forward's parameter for what is added in x's place, or None.
+
+    layout: the paths by which it does, with its ending.
+    """
 
     config: ChainConfig
     shortcut: str | None
+    layout: BlockPaths
 
 
 def recognise(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, str]:
     """The confirmed settings of a block with that layout, or None and the reason."""
-    return confirmed_once(block, layout, _structure(parts_of(block, layout)), _confirm)
+    found, reason = confirmed_once(block, layout, _structure(parts_of(block, layout)), _confirm)
+    for other in itertools.islice(find_by_structure(block), _PROPOSALS):
+        if found is not None:
+            break
+        if other != layout and _structure(parts_of(block, other)) is None:
+            found, _ = confirmed_once(block, other, None, _confirm)
+    return found, reason if found is None else AGREED
 
 
 def confirmed_once(
@@ -57,17 +73,22 @@ def confirmed_once(
     refusal: str | None,
     confirm: Callable[[nn.Module, Layout], tuple[Found | None, str]],
 ) -> tuple[Found | None, str]:
-    """What `confirm(block, layout)` finds, tried once for each configuration, or None and the reason, such as `refusal`."""
+    """What `confirm(block, layout)` finds, or None and the reason, such as `refusal`.
+
+    Tried once for each configuration, outside the modes of the caller; what failed, or was tried in a trace, is tried again.
+    """
     if refusal is not None:
         return None, refusal
     signature = own_signature(block), layout
     if signature not in _confirmed:
         try:
-            with seeded():
-                _confirmed[signature] = confirm(block, layout)
+            with seeded(), _disable_current_modes():
+                found = confirm(block, layout)
         except Exception as error:  # the block's own code may fail in any way; it is then left alone, and explain says why
-            reason = f"its own forward could not be tried: {type(error).__name__}: {error}"
-            _confirmed[signature] = None, reason
+            return None, f"its own forward could not be tried: {type(error).__name__}: {error}"  # now; so it is not kept
+        if torch._C._get_tracing_state() is not None:
+            return found
+        _confirmed[signature] = found
     return _confirmed[signature]
 
 
@@ -88,7 +109,7 @@ def _structure(block: BlockParts) -> str | None:
     if first.kernel_size != (3, 3) or first.stride[0] != first.stride[1] or first.dilation[0] != first.dilation[1]:
         return "convs are not square 3x3 convolutions"
     for conv in convs:
-        if conv.in_channels != conv.out_channels or conv_settings(conv) != conv_settings(first):
+        if conv.in_channels != conv.out_channels or equal_settings(conv) != equal_settings(first):
             return "convs differ among themselves"
         if conv.padding != conv.dilation or conv.padding_mode != "zeros":
             return f"convs are padded by {conv.padding} ({conv.padding_mode}); zeros by the dilation {conv.dilation} is fused"
@@ -105,10 +126,6 @@ def _structure(block: BlockParts) -> str | None:
 
 
 _OF_A_CONVOLUTION = {"weight", "bias", "norm", "activation"}  # what libraries' own Conv2d classes hold
-
-
-def conv_settings(conv: nn.Conv2d) -> tuple[object, ...]:
-    return conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def own_signature(block: nn.Module) -> tuple[object, ...]:
@@ -145,10 +162,11 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
         return None, refusal
     own = _own_results(type(block).forward, parts)
     plain_call, plain_results = own[0]
-    for config in _candidates(parts):
+    for config, ending in itertools.product(_candidates(parts), ENDINGS):
+        parts.ending = ending
         agreed = [call for call, results in own if _agrees(parts, config, call, results)]
         if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
-            return Recognised(config, agreed[-1].name), AGREED
+            return Recognised(config, agreed[-1].name, dataclasses.replace(layout, ending=ending)), AGREED
     if isinstance(plain_results, Exception):
         raise plain_results
     return None, DISAGREED + _unknown_parts(block, layout)
@@ -194,7 +212,14 @@ def _tried(call: Callable[[], Tensor], parts: BlockParts) -> list[Tensor] | Exce
     try:
         return [_outputs(call, parts.module, mode) for mode in (False, True)]
     except Exception as error:
+        raise_if_of_memory(error)
         return error
+
+
+def raise_if_of_memory(error: Exception) -> None:
+    """Raises an error that says nothing of the block."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        raise error
 
 
 def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tensor] | Exception) -> bool:
@@ -233,6 +258,9 @@ def _hidden_arithmetic(block: BlockParts) -> str | None:
 def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
     """The modules that no published Res2Net block has, for the reason: attention fusion, gates, plugins."""
     known = {id(m) for m in _part_modules(parts_of(block, layout))} | {id(m) for m in wrappers(block, layout)}
+    pool = parts_of(block, layout).pool
+    if isinstance(pool, nn.MaxPool2d):
+        return ", which has a MaxPool2d: only its absence or an AvgPool2d(3, padding=1) on the passed group is fused"
     unknown = []
     for name, child in block.named_children():
         members = list(child) if isinstance(child, nn.ModuleList) else [child]
@@ -251,10 +279,12 @@ def _part_modules(block: BlockParts) -> Iterator[nn.Module]:
 def random_twin(block: nn.Module) -> nn.Module:
     """A float64 copy on the CPU, without hooks, with random parameters and statistics: zeros would hide a difference."""
     groups = [module.process_group for module in block.modules() if isinstance(module, nn.SyncBatchNorm)]
-    twin = copy.deepcopy(block, {id(group): group for group in groups})  # a process group cannot be copied
-    if any(tensor.is_meta for tensor in itertools.chain(twin.parameters(), twin.buffers())):
-        twin = twin.to_empty(device="cpu")
-    twin = twin.to(device="cpu", dtype=torch.float64)
+    memo: dict[int, object] = {id(group): group for group in groups}  # a process group cannot be copied
+    for tensor in itertools.chain(block.parameters(), block.buffers()):
+        if tensor.is_meta or isinstance(tensor, FakeTensor):  # without values
+            zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+            memo[id(tensor)] = nn.Parameter(zeros) if isinstance(tensor, nn.Parameter) else zeros
+    twin = copy.deepcopy(block, memo).to(device="cpu", dtype=torch.float64)
     for module in twin.modules():
         if type(module) is nn.SyncBatchNorm:
             module.__class__ = _OneProcessNorm

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
+from ..modules.block_structure import Structure, ends_of, find_rows, norms_of
+from ..modules.folding import is_identity
 from ..modules.fused_forward1d import ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
-from .recognition import AGREED, DISAGREED, agree, confirmed_once, random_twin
+from .recognition import AGREED, DISAGREED, agree, confirmed_once, raise_if_of_memory, random_twin
 
 # Where the published code keeps the chain's convolutions and norms.
+_ENDS = 600  # ways in which a bottleneck may call what it has, that are tried
 _PATHS = (("convs.*", "bns.*"), ("blocks.*.conv.conv", "blocks.*.norm.norm"), ("blocks.*.conv", "blocks.*.norm"))
 
 
@@ -35,19 +39,32 @@ def layout_1d_of(module: nn.Module) -> Layout1d | None:
             continue
         around = all(isinstance(module._modules.get(name), nn.Module) for name in ("conv1", "bn1", "conv3", "bn3", "relu"))
         return Layout1d(convs_path, bns_path, around)
-    return None
+    chain, around_chain = find_rows(module)
+    return Layout1d(tuple(unit.path for unit in chain), norms_of(chain), around_chain is not None) if chain else None
 
 
-def recognise_1d(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, str]:
-    """The confirmed settings of a module with that layout, or None and the reason."""
+def looks_like_1d(module: nn.Module) -> bool:
+    """Whether `explain` lists the module: equal convolutions alone do not make a stack of them a Res2Net chain."""
+    layout = layout_1d_of(module)
+    if layout is None or layout.outer or "*" in layout.convs:
+        return layout is not None
+    return recognise_1d(module, layout)[1] in (AGREED, DISAGREED)
+
+
+def recognise_1d(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, Layout1d] | None, str]:
+    """The confirmed settings and layout of a module that seems to have this layout, or None and the reason."""
     return confirmed_once(block, layout, _structure(parts_1d(block, layout)), _confirm)
 
 
+ORDINARY = "a stack of equal convolutions, not over groups of channels"
+
+
 def _structure(chain: ChainParts) -> str | None:
+    without = all(map(is_identity, chain.bns))
     for i, (conv, bn) in enumerate(zip(chain.convs, chain.bns, strict=True)):
         if type(conv) is not nn.Conv1d:
             return f"the chain's convolution {i} is a {type(conv).__name__}, not a plain Conv1d"
-        if type(bn) is not nn.BatchNorm1d:
+        if type(bn) is not nn.BatchNorm1d and not without:
             return f"the chain's norm {i} is a {type(bn).__name__}, not a BatchNorm1d"
         if conv.stride != (1,) or conv.groups != 1 or conv.kernel_size[0] % 2 == 0:
             return f"the chain's convolution {i} has a stride, groups or an even kernel"
@@ -62,35 +79,67 @@ def _candidates(dilation: int) -> Iterator[Chain1dConfig]:
         yield Chain1dConfig(dilation, passthrough, padding_mode)
 
 
-def _confirm(block: nn.Module, layout: Layout1d) -> tuple[Chain1dConfig | None, str]:
+def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, Layout1d] | None, str]:
     twin = random_twin(block).eval()  # in training mode the class's own forward runs
     convs = parts_1d(twin, layout).convs
     width, (dilation,), (taps,) = convs[0].in_channels, convs[0].dilation, convs[0].kernel_size
-    entry: Any = twin._modules.get("conv1")  # a convolution where there is an outer part
+    structure = find_rows(twin)[1] if layout.outer else None
+    entry: Any = twin._modules.get("conv1") if structure is None else structure.first.conv
     channels = entry.in_channels if layout.outer else (len(convs) + 1) * width
+    forward = type(block).forward
     errors = []
     for given in (channels, len(convs) * width):  # with a group that passes, and without
         x = torch.randn(2, given, dilation * taps + 5, dtype=torch.float64, device="cpu")
         try:
-            own = type(block).forward(twin, x.clone())
+            own = forward(twin, x.clone())
         except Exception as error:
+            raise_if_of_memory(error)
             errors.append(error)
             continue
-        for config in _candidates(dilation):
-            ours = _reference(twin, layout, x, config)
-            if ours is not None and agree(ours, own):
-                return config, AGREED
+        inside: dict[object, list[tuple[Chain1dConfig, Tensor]]] = {}  # what the chain gives, by what comes before it
+        for candidate in itertools.chain([layout], _with_ends(layout, structure)):
+            if candidate.before not in inside:
+                inside[candidate.before] = list(_chains(twin, candidate, x, dilation))
+            for config, out in inside[candidate.before]:
+                if _ends_as(twin, candidate, out, x, own):
+                    return (config, candidate), AGREED
+    if not layout.outer and "*" not in layout.convs and _takes(forward, twin, width, dilation * taps + 5):
+        return None, ORDINARY
     if len(errors) == 2:
         raise errors[0]
     return None, DISAGREED
 
 
-def _reference(block: nn.Module, layout: Layout1d, x: Tensor, config: Chain1dConfig) -> Tensor | None:
-    """What the module would compute with these settings, in eval mode; None where the channels do not fit them."""
+def _with_ends(layout: Layout1d, structure: Structure | None) -> Iterator[Layout1d]:
+    for before, after, shortcut in itertools.islice(() if structure is None else ends_of(structure), _ENDS):
+        yield replace(layout, before=before, after=after, shortcut=shortcut)
+
+
+def _takes(forward: Callable[..., object], twin: nn.Module, channels: int, length: int) -> bool:
+    """Whether the module runs on so many channels."""
+    try:
+        forward(twin, torch.randn(2, channels, length, dtype=torch.float64, device="cpu"))
+    except Exception:
+        return False
+    return True
+
+
+def _chains(block: nn.Module, layout: Layout1d, x: Tensor, dilation: int) -> Iterator[tuple[Chain1dConfig, Tensor]]:
+    """What the module's chain would give, in eval mode, with each of the settings that fit; nothing where none does."""
     chain = parts_1d(block, layout)
-    inner = enter_block_1d(block, x) if layout.outer else x
-    if inner.shape[1] != config.chain.scale(len(chain.convs)) * chain.convs[0].in_channels:
-        return None
+    try:
+        inner = enter_block_1d(block, x, layout) if layout.outer else x
+    except (RuntimeError, ValueError, TypeError):  # an order of calls that does not fit
+        return
     w = resolve_weights(chain)
-    out = hierarchical_conv1d(inner, w.weights, w.biases, w.scale, w.shift, config)
-    return finish_block_1d(block, out, x) if layout.outer else out
+    for config in _candidates(dilation):
+        if inner.shape[1] == config.chain.scale(len(chain.convs)) * chain.convs[0].in_channels:
+            yield config, hierarchical_conv1d(inner, w.weights, w.biases, w.scale, w.shift, config)
+
+
+def _ends_as(block: nn.Module, layout: Layout1d, out: Tensor, x: Tensor, own: Tensor) -> bool:
+    """Whether the module computes `own` of x where its chain gives `out`."""
+    try:
+        return agree(finish_block_1d(block, out, x, layout) if layout.outer else out, own)
+    except (RuntimeError, ValueError, TypeError):  # as above
+        return False

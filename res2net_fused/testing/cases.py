@@ -41,7 +41,7 @@ def _macs_per_pixel(width: int, scale: int) -> int:
 
 
 @dataclass(frozen=True)
-class Config:
+class WidthScale:
     """w of the first stage and s; prints as the paper writes it, such as 26w4s."""
 
     width: int
@@ -51,14 +51,14 @@ class Config:
         return f"{self.width}w{self.scale}s"
 
     @classmethod
-    def parse(cls, text: str) -> Config:
+    def parse(cls, text: str) -> WidthScale:
         match = re.fullmatch(r"(\d+)w_?(\d+)s", text.strip())
         if match is None or int(match[1]) < 1 or int(match[2]) < 1:
             raise ValueError(f"config is {text!r}; a width and a scale such as '26w4s' are needed")
         return cls(int(match[1]), int(match[2]))
 
     @classmethod
-    def of_scale(cls, scale: int) -> Config:
+    def from_scale(cls, scale: int) -> WidthScale:
         """The published config of that scale, else the width whose block has the FLOPs nearest to ResNet-50's."""
         if scale < 1:
             raise ValueError(f"scale is {scale}; it must be at least 1")
@@ -67,7 +67,7 @@ class Config:
         return cls(_PUBLISHED_WIDTHS.get(scale, nearest), scale)
 
 
-DEFAULT_CONFIGS = tuple(Config.of_scale(scale) for scale in (1, 2, 4, 8))
+DEFAULT_CONFIGS = tuple(WidthScale.from_scale(scale) for scale in (1, 2, 4, 8))
 
 
 class ReferenceChain(nn.Module):
@@ -90,7 +90,7 @@ class Case:
     """
 
     workload: str
-    config: Config
+    config: WidthScale
     stage: int
     batch: int
     dtype: str
@@ -175,13 +175,13 @@ def randomise(module: nn.Module) -> None:
 
 
 def channels_last(module: Model) -> Model:
-    """In place."""
+    """Convert a module to channels-last in place, and return it."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which torch's types lack
 
 
 def cases(
     workloads: Iterable[str],
-    configs: Iterable[Config],
+    configs: Iterable[WidthScale],
     batches: Iterable[int],
     dtype: str,
     device: str,

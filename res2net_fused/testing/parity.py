@@ -83,7 +83,7 @@ class ParityReport(list[ParityRow]):
         return ParityReport(row for row in self if not row.ok)
 
     def worst(self) -> ParityReport:
-        """Of each workload, backend and dtype the row that is nearest to its bound, or furthest beyond it."""
+        """Return the row nearest to its bound, or furthest beyond it, of each workload, backend and dtype."""
         worst: dict[tuple[str, str, str], ParityRow] = {}
         for row in self:
             key = (row.workload, row.backend, row.dtype)
@@ -133,7 +133,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 @contextmanager
 def convolution_precision(dtype: str, device: str | torch.device) -> Iterator[None]:
-    """For "tf32" CUDA's fp32 convolutions and products may round to TF32, for "float32" they may not.
+    """Set what fp32 means: for "tf32" CUDA's convolutions and products may round to TF32, for "float32" they may not.
 
     Half types and other devices leave the settings alone. What the older names (`allow_tf32`) say agrees with what is set:
     where it does not, whoever reads them raises, as Dynamo and torch.export do.
@@ -177,7 +177,7 @@ class CannotRun(RuntimeError):
 
 
 def unavailable_backends(device: str) -> dict[str, str]:
-    """Of the backends that cannot run a plain fp32 chain on this device, the reason."""
+    """Return why backends cannot run a plain fp32 chain on this device, by name."""
     problem = ChainProblem(ChainConfig(), torch.device(device), torch.float32, 1, 14, 14, 26, 3, True)
     return {name: why for name in NAMED_BACKENDS if (why := get_backend(name).why_not(problem)) is not None}
 

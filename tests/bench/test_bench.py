@@ -20,21 +20,21 @@ from res2net_fused.bench import (
     runner,
     runtimes,
     sample_images,
+    timing,
     training,
 )
-from res2net_fused.bench import timing as measure
 from res2net_fused.bench.record_file import Record
 from res2net_fused.models.registry import list_models
 from res2net_fused.models.res2net import Res2Net
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
-from res2net_fused.testing import cases as workloads
-from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, Config
+from res2net_fused.testing import cases
+from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, WidthScale
 from res2net_fused.testing.parity import relative_error
 
 # Workloads ------------------------------------------------------------------------------------------------------------
 
 
-def multiply_adds(config: Config) -> int:
+def multiply_adds(config: WidthScale) -> int:
     """Of a normal block of stage 1 at one pixel."""
     w, s = config.width, config.scale
     return 256 * w * s + 9 * w * w * max(1, s - 1) + w * s * 256
@@ -42,26 +42,26 @@ def multiply_adds(config: Config) -> int:
 
 @pytest.mark.parametrize("scale", range(1, 9))
 def test_scales_have_equal_flops(scale):
-    target = multiply_adds(Config(64, 1))
-    assert multiply_adds(Config.of_scale(scale)) == pytest.approx(target, rel=0.03)
+    target = multiply_adds(WidthScale(64, 1))
+    assert multiply_adds(WidthScale.from_scale(scale)) == pytest.approx(target, rel=0.03)
 
 
 def test_published_configs():
-    assert [str(config) for config in workloads.DEFAULT_CONFIGS] == ["64w1s", "48w2s", "26w4s", "14w8s"]
-    assert Config.parse("26w_4s") == Config.parse("26w4s") == Config(26, 4)
+    assert [str(config) for config in cases.DEFAULT_CONFIGS] == ["64w1s", "48w2s", "26w4s", "14w8s"]
+    assert WidthScale.parse("26w_4s") == WidthScale.parse("26w4s") == WidthScale(26, 4)
 
 
 @pytest.mark.parametrize("text", ["", "26", "w4s", "26w0s", "0w4s", "26w4s,14w8s", "-26w4s"])
 def test_bad_config(text):
     with pytest.raises(ValueError, match="26w4s"):
-        Config.parse(text)
+        WidthScale.parse(text)
 
 
 @pytest.mark.parametrize("workload", ["chain", "block"])
-@pytest.mark.parametrize("variant", workloads.VARIANTS)
-@pytest.mark.parametrize("stage", workloads.STAGES)
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+@pytest.mark.parametrize("stage", cases.STAGES)
 def test_every_case_runs_at_its_stage(workload, variant, stage):
-    case = Case(workload, Config(14, 4), stage, 1, "float32", "cpu", variant)
+    case = Case(workload, WidthScale(14, 4), stage, 1, "float32", "cpu", variant)
     module, inputs = case.module(), case.inputs(2)
     out = module(inputs[0])
     size = (56, 28, 14, 7)[stage - 1]
@@ -69,7 +69,7 @@ def test_every_case_runs_at_its_stage(workload, variant, stage):
     assert tuple(out.shape) == (1, 4 * (14 * planes // 64) if workload == "chain" else 4 * planes, size, size)
     assert not torch.equal(*inputs)
     assert torch.equal(case.module()(inputs[0]), out)  # the same parameters at every call
-    ours = workloads.fused(module, "reference")(inputs[0])
+    ours = cases.fused(module, "reference")(inputs[0])
     assert (ours - out).norm() <= 1e-5 * out.norm()
     assert case.problem(module).width == 14 * planes // 64
 
@@ -80,8 +80,8 @@ def test_every_case_runs_at_its_stage(workload, variant, stage):
 def test_contenders_take_turns():
     calls = []
     inputs = [torch.full((1,), float(i)) for i in range(3)]
-    contenders = {name: measure.Contender(lambda x, name=name: calls.append((name, x.item())), inputs) for name in ("a", "b")}
-    timings = measure.measure(contenders, "cpu", seconds=0, min_repeats=6, warm_up=0)
+    contenders = {name: timing.Contender(lambda x, name=name: calls.append((name, x.item())), inputs) for name in ("a", "b")}
+    timings = timing.measure(contenders, "cpu", seconds=0, min_repeats=6, warm_up=0)
     assert all(timing.repeats == 6 for timing in timings.values())
     rounds = calls[-12:]
     assert [name for name, _ in rounds] == ["a", "b", "b", "a"] * 3
@@ -89,10 +89,10 @@ def test_contenders_take_turns():
 
 
 def test_runs_are_bounded():
-    contenders = {"a": measure.Contender(lambda x: x, [torch.ones(1)])}
-    timing = measure.measure(contenders, "cpu", seconds=1e9, max_repeats=7)["a"]
-    assert timing.repeats == 7
-    assert 0 <= timing.p20_ms <= timing.median_ms <= timing.p80_ms
+    contenders = {"a": timing.Contender(lambda x: x, [torch.ones(1)])}
+    found = timing.measure(contenders, "cpu", seconds=1e9, max_repeats=7)["a"]
+    assert found.repeats == 7
+    assert 0 <= found.p20_ms <= found.median_ms <= found.p80_ms
 
 
 def test_peak_memory_counts_what_is_alive_at_once():
@@ -103,18 +103,18 @@ def test_peak_memory_counts_what_is_alive_at_once():
         a, b = torch.empty(10_000), torch.empty(10_000)
         return a + b
 
-    contender = measure.Contender(model, [torch.ones(1_000_000)])
-    assert measure.peak_mb(contender, "cpu") == pytest.approx(3 * 40_000 / 1e6, rel=0.01)
+    contender = timing.Contender(model, [torch.ones(1_000_000)])
+    assert timing.peak_mb(contender, "cpu") == pytest.approx(3 * 40_000 / 1e6, rel=0.01)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("provider, graph", [("ours", False), ("ours_graph", True), ("eager_channels_last", True)])
 def test_graphs_replay_the_same_results(provider, graph):
-    case = Case("block", Config(14, 8), 4, 2, "float16", "cuda")
+    case = Case("block", WidthScale(14, 8), 4, 2, "float16", "cuda")
     module, inputs = case.module(), case.inputs(3)
     contender = providers.contender(provider, module, inputs, graph=graph)
-    timing = measure.measure({provider: contender}, "cuda", seconds=0)[provider]
-    assert timing.peak_mb > 0
+    found = timing.measure({provider: contender}, "cuda", seconds=0)[provider]
+    assert found.peak_mb > 0
     for out, x in zip(contender.outputs(), inputs, strict=True):
         assert relative_error(out, module.double()(x.double())) < 1e-2
 
@@ -136,7 +136,7 @@ def test_selection_of_peers(monkeypatch):
 def test_peers_on_a_gpu_are_captured_and_fold_as_ours_does(monkeypatch, installed):
     monkeypatch.setattr(runtimes, "why_not_tensorrt", lambda: None if installed else "not installed")
     for workload in ("chain", "block", "network"):
-        found = providers.contestants(providers.select("cuda", workload, "default"), "cuda")
+        found = providers.candidates(providers.select("cuda", workload, "default"), "cuda")
         captured = {name for name, graph in found if graph}
         assert {"eager_channels_last", "ours_graph"} <= captured and ("ours", False) in found
         assert ("compile_freezing" in captured) == (workload != "chain")  # chains are folded for everybody
@@ -144,16 +144,16 @@ def test_peers_on_a_gpu_are_captured_and_fold_as_ours_does(monkeypatch, installe
         assert ("tensorrt" in captured) == installed
     assert providers.unavailable("cuda") == ({} if installed else {"tensorrt": "not installed"})
     assert {name for name, _ in found} >= {"compile_freezing", "ours_compile"}  # of networks, compiled on both sides
-    quick = {name for name, _ in providers.contestants(providers.select("cuda", "network", "default", quick=True), "cuda")}
-    assert quick == {"eager", "eager_channels_last", "ours", "ours_graph"}
+    quick = {name for name, _ in providers.candidates(providers.select("cuda", "network", "default", quick=True), "cuda")}
+    assert quick == {"eager", "eager_channels_last", "ours_plain", "ours", "ours_graph"}
     everybody = providers.select("cpu", "network", "all")
-    assert providers.contestants(everybody, "cpu") == tuple((name, False) for name in everybody)
+    assert providers.candidates(everybody, "cpu") == tuple((name, False) for name in everybody)
 
 
 @pytest.mark.parametrize("workload", ["chain", "block"])
 @pytest.mark.parametrize("name", ["eager", "eager_channels_last", "ours"])
 def test_providers_compute_the_same_and_change_nothing(workload, name):
-    case = Case(workload, Config(14, 8), 4, 2, "float32", "cpu")
+    case = Case(workload, WidthScale(14, 8), 4, 2, "float32", "cpu")
     module, (x,) = case.module(), case.inputs()
     before = copy.deepcopy(module.state_dict())
     expected = module(x)
@@ -162,7 +162,7 @@ def test_providers_compute_the_same_and_change_nothing(workload, name):
     channels_last = contender.inputs[0].is_contiguous(memory_format=torch.channels_last)
     assert channels_last == (name != "eager")
     assert x.is_contiguous()
-    assert type(module) in (ReferenceBottle2neck, workloads.ReferenceChain)
+    assert type(module) in (ReferenceBottle2neck, cases.ReferenceChain)
     after = module.state_dict()
     assert all(torch.equal(before[key], after[key]) and before[key].stride() == after[key].stride() for key in before)
 
@@ -171,7 +171,7 @@ def test_providers_compute_the_same_and_change_nothing(workload, name):
 @pytest.mark.parametrize("workload", ["chain", "block"])
 @pytest.mark.parametrize("name", ["compile", "compile_freezing"])
 def test_compiled_providers(workload, name):
-    case = Case(workload, Config(14, 4), 4, 2, "float32", "cpu")
+    case = Case(workload, WidthScale(14, 4), 4, 2, "float32", "cpu")
     module, (x,) = case.module(), case.inputs()
     providers.forget_compiled()
     out = providers.contender(name, module, [x]).run()
@@ -183,7 +183,7 @@ def test_freezing_freezes():
     """Frozen convolutions are oneDNN's, on weights packed beforehand."""
     from torch._inductor.utils import run_and_get_code
 
-    case = Case("block", Config(14, 4), 4, 2, "float32", "cpu")
+    case = Case("block", WidthScale(14, 4), 4, 2, "float32", "cpu")
     for name, frozen in (("compile", False), ("compile_freezing", True)):
         providers.forget_compiled()
         contender = providers.contender(name, case.module(), case.inputs())
@@ -376,7 +376,7 @@ def test_table_tells_forms_apart_and_names_the_backend():
 
 
 def test_photographs():
-    images = sample_images.photographs()
+    images = sample_images.sample_images()
     assert tuple(images.shape) == (2, 3, 224, 224)
     assert images.dtype == torch.float32
     assert images.min() >= -2.2 and images.max() <= 2.7  # of (0 ... 1 - mean) / deviation
@@ -412,14 +412,14 @@ def test_many_networks_take_turns_in_groups(monkeypatch, tmp_path):
     """Every one is timed at every batch, and never are the copies of more in memory than fit."""
     calls = []
 
-    def time_networks(timer, cases, batch, contestants):
+    def time_networks(timer, cases, batch, candidates):
         calls.append((batch, [case.name for case in cases]))
         return runner.Outcome()
 
-    monkeypatch.setattr(network_runner.NetworkContests, "time_networks", time_networks)
+    monkeypatch.setattr(network_runner.NetworkRunner, "time_networks", time_networks)
     monkeypatch.setattr(run, "plain_network", lambda name, *_: networks.NetworkCase(name, "float32", None, None))
     names = tuple(map(networks.spelt, list_models()))
-    some = settings(models=names, model_batches=(1, 8))
+    some = options(models=names, model_batches=(1, 8))
     with opened_timer(tmp_path) as timer:
         everything = {(name, batch) for name in names for batch in (1, 8)}
         run._time_networks(timer, some, everything)
@@ -437,41 +437,41 @@ def test_many_networks_take_turns_in_groups(monkeypatch, tmp_path):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def settings(**changes):
+def options(**changes):
     models = ("res2net50_26w4s",)
     values = {"configs": DEFAULT_CONFIGS, "batches": (8, 1), "dtype": "float32", "device": "cpu", "models": models}
-    return run.Settings(**values | changes)
+    return run.BenchOptions(**values | changes)
 
 
 def test_what_is_trained():
     """By default what the figures are about, at one batch; a network's steps only when all is asked for."""
-    some = settings(train="default")
+    some = options(train="default")
     seen = {(case.workload, str(case.config), case.batch) for case in some.trained_cases()}
     assert seen == {("train_chain", "26w4s", 8), ("train_chain", "14w8s", 8), ("train_block", "26w4s", 8)}
     assert len(some.trained_cases()) == 12 and not some.trained_networks()
-    everything = settings(train="all", peers="all")
+    everything = options(train="all", peers="all")
     assert len(everything.trained_cases()) == 2 * 2 * 4 * 4 and everything.trained_networks() == ("res2net50_26w4s",)
     assert "compile" in everything.training_providers() and "compile" not in some.training_providers()
-    assert settings().trained_cases() == []
+    assert options().trained_cases() == []
 
 
 @contextmanager
 def opened_timer(folder):
-    """What times units into a record of `folder`."""
+    """What times cases into a record of `folder`."""
     record = Record(folder / "bench-cpu.json", results.environment("cpu", "x"))
     record.begin_run()
-    conditions = network_runner.TurnConditions("cpu", "auto", True, None, None, 1, seconds=0, rounds=(2, 2))
+    conditions = network_runner.TurnConditions("cpu", "auto", True, None, 1, seconds=0, rounds=(2, 2))
     try:
-        yield run._Timer(conditions, record)
+        yield network_runner.NetworkRunner(conditions, record)
     finally:
         record.close()
 
 
 @pytest.mark.parametrize("workload", ["train_chain", "train_block"])
 def test_training_is_timed_in_turn(workload, tmp_path):
-    (unit,) = settings(quick=True).units([Case(workload, Config(26, 4), 4, 1, "float32", "cpu")])
+    (case,) = options(quick=True).timed_cases([Case(workload, WidthScale(26, 4), 4, 1, "float32", "cpu")])
     with opened_timer(tmp_path) as timer:
-        rows = timer.time(unit).rows
+        rows = timer.time(case).rows
     results.validate({"environment": dict.fromkeys(results.ENVIRONMENT_FIELDS), "rows": rows})
     assert [row["provider"] for row in rows] == ["ours", "eager", "eager_channels_last"]
     assert all(row["repeats"] == 2 and row["error"] <= row["allowed_error"] for row in rows)
@@ -479,7 +479,7 @@ def test_training_is_timed_in_turn(workload, tmp_path):
 
 def test_everybody_trains_the_same_chain():
     """From one seed: output, gradients, and the running statistics that a step leaves."""
-    case = Case("train_chain", Config(26, 4), 4, 1, "float32", "cpu")
+    case = Case("train_chain", WidthScale(26, 4), 4, 1, "float32", "cpu")
     (x,) = training.plain(case).inputs()
     found = []
     for name in ("eager", "eager_channels_last", "ours", "reference"):

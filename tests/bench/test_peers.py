@@ -1,38 +1,30 @@
 """ONNX Runtime and OpenVINO as peers, whole networks in one run, and their ratios; fakes stand for runtimes that are absent."""
 
-import importlib
 import importlib.util
 import sys
 import time
 import types
 from dataclasses import replace
 
+import cpu
 import pytest
 import torch
 from helpers import relative_error
+from record import schedule
 from record_cases import conditions
-from tree import ROOT
 
 from res2net_fused import cli
-from res2net_fused.bench import network_runner, networks, outcome, plot, providers, results, runner, runtimes, schedule, timing
-from res2net_fused.bench import run as sweep
-from res2net_fused.bench.network_runner import NetworkContests, TurnConditions
+from res2net_fused.bench import network_runner, networks, outcome, plot, providers, results, run, runner, runtimes, timing
+from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase
 from res2net_fused.bench.record_file import Record
+from res2net_fused.bench.timed_case import TimedCase
 from res2net_fused.models.registry import list_models, model_name
 from res2net_fused.testing import parity
-from res2net_fused.testing.cases import Case, Config
+from res2net_fused.testing.cases import Case, WidthScale
 from res2net_fused.testing.parity import ParityReport
 
-BENCHMARKS = ROOT / "benchmarks"
-CASE = Case("block", Config(14, 4), 4, 2, "float32", "cpu")
-
-
-@pytest.fixture
-def cpu_network():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("cpu_network")
-    sys.path.remove(str(BENCHMARKS))
+CASE = Case("block", WidthScale(14, 4), 4, 2, "float32", "cpu")
 
 
 @pytest.fixture
@@ -199,7 +191,7 @@ def test_real_runtimes(name, workload, variant):
     reason = runtimes.why_not(name, "float32")
     if reason is not None:
         pytest.skip(reason)
-    case = Case(workload, Config(14, 4), 4, 2, "float32", "cpu", variant)
+    case = Case(workload, WidthScale(14, 4), 4, 2, "float32", "cpu", variant)
     module, inputs = case.module(), case.inputs(2)
     contender = providers.contender(name, module, inputs)
     outputs = [contender.run() for _ in range(2)]
@@ -268,8 +260,8 @@ def time_networks(tmp_path, one_thread):
     def run(cases, batch, names, repeats):
         record = Record(tmp_path / "record.json", results.environment("cpu", "x"))
         record.begin_run()
-        conditions = TurnConditions("cpu", "auto", False, None, None, 1, seconds=0, rounds=(repeats, repeats))
-        found = NetworkContests(conditions, record).time_networks(cases, batch, providers.contestants(names, "cpu"))
+        conditions = TurnConditions("cpu", "auto", False, None, 1, seconds=0, rounds=(repeats, repeats))
+        found = NetworkRunner(conditions, record).time_networks(cases, batch, providers.candidates(names, "cpu"))
         assert not record.running
         record.close()
         return found, record
@@ -356,7 +348,7 @@ def test_ratios_are_taken_within_a_batch():
 
 def test_options_of_networks(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr(sweep, "run_sweep", lambda settings, out, command, **_: seen.append(settings) or 0)
+    monkeypatch.setattr(run, "run_bench", lambda options, out, command, **_: seen.append(options) or 0)
     for arguments, models, batches in (
         ([], DEFAULT_MODELS, (1, 8)),
         (["--model", "dla60_res2net,res2net50_14w_8s,res2net50_14w8s"], ("dla60_res2net", "res2net50_14w8s"), (1, 8)),
@@ -376,21 +368,21 @@ def test_options_of_networks(monkeypatch, capsys, tmp_path):
 
 
 def test_the_record_of_a_cpu_has_the_peers():
-    units = schedule.schedule("cpu")
+    cases = schedule.schedule("cpu")
     for workload in ("chain", "block", "network"):
         for batch in (1, 8):
-            found = [unit for unit in units if (unit.workload, unit.batch) == (workload, batch)]
+            found = [case for case in cases if (case.workload, case.batch) == (workload, batch)]
             assert found
-            for unit in found:
-                assert {"compile_freezing", "onnxruntime", "openvino", "ours"} <= {name for name, _ in unit.contestants}
-    assert not {"onnxruntime", "openvino"} & {name for unit in schedule.schedule("cuda") for name, _ in unit.contestants}
+            for case in found:
+                assert {"compile_freezing", "onnxruntime", "openvino", "ours"} <= {name for name, _ in case.candidates}
+    assert not {"onnxruntime", "openvino"} & {name for case in schedule.schedule("cuda") for name, _ in case.candidates}
 
 
 def test_a_record_says_which_peers_are_not_installed(nothing_installed, tmp_path):
-    contestants = (("ours", False), ("openvino", False))
-    unit = schedule.Unit("chain", Config(26, 4), 4, "normal", 1, "float32", contestants)
+    candidates = (("ours", False), ("openvino", False))
+    case = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", candidates)
     record = Record(tmp_path / "record.json", results.environment("cpu", "record"))
-    outcome = runner.Contests(conditions(), record).time(unit)
+    outcome = runner.Runner(conditions(), record).time(case)
     assert [row["provider"] for row in outcome.rows] == ["ours"] and not outcome.failures
     ((name, reason),) = outcome.absent.items()
     assert name.endswith(", openvino") and reason.startswith("not installed (openvino")
@@ -411,28 +403,28 @@ ENVIRONMENT = {"device": "x", "threads": 2, "torch": "2", "peers": {"openvino": 
         ({"bar_pytorch": None, "bar_peer": None, "bar_resnet": None}, 0, 0),
     ],
 )
-def test_bars_hold_for_every_network_and_batch(cpu_network, capsys, bars, status, below):
+def test_bars_hold_for_every_network_and_batch(capsys, bars, status, below):
     found = networks.network_ratios(network_rows(1) + network_rows(8))
-    assert cpu_network.report(found, ENVIRONMENT, bars) == status
+    assert cpu.report(found, ENVIRONMENT, bars) == status
     assert capsys.readouterr().out.count("below its bar") == below
 
 
-def test_a_peer_that_was_not_timed_is_below_its_bar(cpu_network, capsys):
+def test_a_peer_that_was_not_timed_is_below_its_bar(capsys):
     rows = [row for row in network_rows() if row["provider"] != "openvino"]
     bars = {"bar_pytorch": None, "bar_peer": 0.1, "bar_resnet": None}
-    assert cpu_network.report(networks.network_ratios(rows), ENVIRONMENT, bars) == 1
+    assert cpu.report(networks.network_ratios(rows), ENVIRONMENT, bars) == 1
     assert "over openvino: not timed" in capsys.readouterr().out
 
 
-def test_the_script_needs_its_peers_for_a_bar(cpu_network, nothing_installed, capsys):
-    assert cpu_network.main(["--bar-peer", "1"]) == 2
+def test_the_script_needs_its_peers_for_a_bar(nothing_installed, capsys):
+    assert cpu.main(["networks", "--bar-peer", "1"]) == 2
     printed = capsys.readouterr()
     assert "not timed, openvino: not installed" in printed.out
     assert "--bar-peer needs onnxruntime and openvino" in printed.err
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_script_times_and_writes(cpu_network, nothing_installed, monkeypatch, tmp_path, capsys):
+def test_the_script_times_and_writes(nothing_installed, monkeypatch, tmp_path, capsys):
     passed = ParityReport([])
     monkeypatch.setattr(ParityReport, "ok", property(lambda self: self is passed))
     cases = {name: small_case(name) for name in DEFAULT_MODELS}
@@ -440,24 +432,24 @@ def test_the_script_times_and_writes(cpu_network, nothing_installed, monkeypatch
         case.parity = passed
     monkeypatch.setattr(networks, "prepare_network", lambda name, *_: cases[name])
     path = tmp_path / "network.json"
-    assert cpu_network.main(["--batch", "1", "2", "--repeats", "1", "--no-compile", "--out", str(path)]) == 0
+    assert cpu.main(["networks", "--batch", "1", "2", "--repeats", "1", "--no-compile", "--out", str(path)]) == 0
     data = results.read(path)
     assert {(row["config"], row["batch"], row["provider"]) for row in data["rows"]} == {
         (model, batch, name)
         for model in DEFAULT_MODELS
         for batch in (1, 2)
-        for name in ("eager", "eager_channels_last", "ours")
+        for name in ("eager", "eager_channels_last", "ours_plain", "ours")
     }
     assert set(data["environment"]["peers"]) == set(runtimes.RUNTIMES)
     out = capsys.readouterr().out
     assert out.count("not timed, ") == 2 and "res2net50_14w8s" in out
     passed = None  # from here on every gate is red
-    assert cpu_network.main(["--batch", "1"]) == 1
+    assert cpu.main(["networks", "--batch", "1"]) == 1
     assert "parity gate is red" in capsys.readouterr().out
 
 
-def test_help_has_examples(cpu_network, capsys):
+def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
-        cpu_network.main(["--help"])
+        cpu.main(["--help"])
     assert stopped.value.code == 0
-    assert "python benchmarks/cpu_network.py --bar-pytorch" in capsys.readouterr().out
+    assert "python benchmarks/cpu.py networks --bar-pytorch" in capsys.readouterr().out

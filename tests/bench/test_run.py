@@ -10,8 +10,7 @@ from torch import nn
 
 from res2net_fused import cli
 from res2net_fused.backends.reference import BACKEND as reference_backend
-from res2net_fused.bench import candidates, providers, results, runner, supervise
-from res2net_fused.bench import run as sweep
+from res2net_fused.bench import candidates, providers, results, run, runner, supervise
 from res2net_fused.bench.supervise import AGAIN
 from res2net_fused.testing import cases
 
@@ -23,28 +22,28 @@ FILE = "bench-cpu.json"
 def bench(monkeypatch, tmp_path, capsys):
     """Runs bench on the chain and the block of 14w8s at stage 4; exit status, what it printed, and the file."""
     monkeypatch.setattr(cases, "STAGES", (4,))
-    monkeypatch.setattr(sweep, "_draw", lambda data, path: None)
+    monkeypatch.setattr(run, "_draw", lambda data, path: None)
     before = torch.get_num_threads()
 
-    def run(*arguments):
+    def bench(*arguments):
         common = ["bench", "--quick", "--batch", "1", "--device", "cpu", "--no-network", "--threads", "1"]
         status = cli.main([*common, "--configs", "14w8s", "--out", str(tmp_path), *arguments])
         return status, capsys.readouterr().out, results.read(tmp_path / FILE)
 
-    yield run
+    yield bench
     torch.set_num_threads(before)
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    """The units that were timed."""
-    seen, time = [], runner.Contests.time
+    """The cases that were timed."""
+    seen, time = [], runner.Runner.time
 
-    def noted(self, unit):
-        seen.append(str(unit))
-        return time(self, unit)
+    def noted(self, case):
+        seen.append(str(case))
+        return time(self, case)
 
-    monkeypatch.setattr(runner.Contests, "time", noted)
+    monkeypatch.setattr(runner.Runner, "time", noted)
     return seen
 
 
@@ -149,15 +148,15 @@ def test_a_backend_that_can_run_nothing_is_refused_before(bench, timed, tmp_path
 
 def test_the_file_grows_case_by_case(bench, monkeypatch, tmp_path):
     """The call that is interrupted in its second case leaves the first one's rows, and the next call adds the others."""
-    time, calls = runner.Contests.time, []
+    time, calls = runner.Runner.time, []
 
-    def interrupted(self, unit):
-        calls.append(str(unit))
+    def interrupted(self, case):
+        calls.append(str(case))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return time(self, unit)
+        return time(self, case)
 
-    monkeypatch.setattr(runner.Contests, "time", interrupted)
+    monkeypatch.setattr(runner.Runner, "time", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench()
     first = results.read(tmp_path / FILE)
@@ -209,15 +208,15 @@ def supervised(monkeypatch):
     """As on a GPU: whoever is supervised runs in this process, as often as it asks for; gives the commands."""
     commands = []
 
-    def run(command, path, **_):
+    def supervised(command, path, **_):
         commands.append(command)
         while (status := cli.main(command[3:])) == AGAIN:
             pass
         return status
 
-    monkeypatch.setattr(sweep.Settings, "cuda", property(lambda self: True))
-    monkeypatch.setattr(sweep, "supervise", run)
-    monkeypatch.setattr(sweep.native, "cuda_library", sweep.native.cpu_library)
+    monkeypatch.setattr(run.BenchOptions, "cuda", property(lambda self: True))
+    monkeypatch.setattr(run, "supervise", supervised)
+    monkeypatch.setattr(run.native, "cuda_library", run.native.cpu_library)
     monkeypatch.setattr(cli.os, "_exit", lambda status: None)
     return commands
 
@@ -241,6 +240,6 @@ def test_a_lost_context_ends_its_process_alone(bench, monkeypatch, supervised, t
 
 
 def test_what_a_child_refuses_is_the_exit_status(bench, monkeypatch, supervised):
-    monkeypatch.setattr(sweep, "supervise", lambda command, path, **_: supervise.REFUSED)
+    monkeypatch.setattr(run, "supervise", lambda command, path, **_: supervise.REFUSED)
     status, printed, data = bench()
     assert status == 2 and not data["rows"] and "Nothing was timed" in printed

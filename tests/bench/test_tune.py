@@ -12,19 +12,18 @@ from triton.runtime.errors import OutOfResources
 from res2net_fused import cli
 from res2net_fused.backends.triton.launch import KernelCall
 from res2net_fused.backends.triton.tiles import DTYPE_CLASSES, Row, Shape, Tile, read, write
-from res2net_fused.bench import tune as tuning
-from res2net_fused.bench import turns
+from res2net_fused.bench import tune, turns
 from res2net_fused.bench.timing import Contender, Timing
-from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, Config, cases
+from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, WidthScale, cases
 from res2net_fused.testing.parity import ParityReport, ParityRow
 
 pytestmark = pytest.mark.usefixtures("user_table")
 
-CASE = Case("block", Config(26, 4), 4, 1, "float16", "cpu")
+CASE = Case("block", WidthScale(26, 4), 4, 1, "float16", "cpu")
 
 
 def jobs():
-    return list(tuning.jobs(cases(("block",), [Config(26, 4)], [1], "float16", "cpu")))
+    return list(tune.jobs(cases(("block",), [WidthScale(26, 4)], [1], "float16", "cpu")))
 
 
 def test_jobs_are_the_distinct_launches_of_the_blocks():
@@ -46,22 +45,22 @@ def test_another_tile_covers_the_same_work():
 @pytest.mark.parametrize("kind", DTYPE_CLASSES)
 @pytest.mark.parametrize("width", [4, 26, 208, 2048])
 def test_sensible_tiles_are_many_and_valid(kind, width):
-    found = list(tuning.sensible_tiles(Shape("pointwise", (9, 0), kind, width, width, 1000)))
+    found = list(tune.sensible_tiles(Shape("pointwise", (9, 0), kind, width, width, 1000)))
     assert len(found) == len(set(found)) > 5 and all(tile.block_n <= max(16, 2 * width) for tile in found)
 
 
 def test_candidates_are_near_and_fit():
     for job in jobs():
-        near, fitting = tuning.candidates(job), tuning.candidates(job, 30_000)
+        near, fitting = tune.candidates(job), tune.candidates(job, 30_000)
         assert near[0] == fitting[0] == job.tile and len(near) == len(set(near)) > 5
-        assert set(fitting[1:]) < set(near) <= {job.tile, *tuning.sensible_tiles(job.shape)}
+        assert set(fitting[1:]) < set(near) <= {job.tile, *tune.sensible_tiles(job.shape)}
         tile = Tile(64, 64, 64, 4, 4)
         assert tile not in fitting[1:]  # 48 KB for three of its stages
 
 
 def test_the_default_takes_minutes():
-    found = list(tuning.jobs(cases(("block",), DEFAULT_CONFIGS, [32], "bfloat16", "cpu", ("normal", "stage"))))
-    text = tuning.arithmetic(found, 227 * 1024, 16)
+    found = list(tune.jobs(cases(("block",), DEFAULT_CONFIGS, [32], "bfloat16", "cpu", ("normal", "stage"))))
+    text = tune.arithmetic(found, 227 * 1024, 16)
     assert text.startswith("67 shapes; of 28,782 sensible tiles 1,899 fit") and text.endswith("about 6 minutes"), text
 
 
@@ -108,7 +107,7 @@ class World:
 
     def tune(self, case=CASE):
         """Whether a new process has to go on, and what the record says then."""
-        again = tuning.measure_tiles([case], "cpu", self.table, "tune", 60, float("inf"))
+        again = tune.measure_tiles([case], "cpu", self.table, "tune", 60, float("inf"))
         return again, json.loads(self.table.with_name("tiles.tuning.json").read_text())["environment"]["failures"]
 
 
@@ -117,26 +116,26 @@ def world(monkeypatch, user_table):
     world = World(user_table)
     write(user_table, [])
     monkeypatch.setattr(KernelCall, "launch", lambda call: world.launch(call))
-    monkeypatch.setattr(tuning, "GraphedContender", lambda model, inputs, _: Contender(model, inputs))
-    monkeypatch.setattr(tuning.Tuner, "_compile_one", lambda _, call: world.compile(call))
-    monkeypatch.setattr(tuning, "shared_memory", lambda _: None)
-    monkeypatch.setattr(tuning, "check_case", lambda *_: ParityReport())
+    monkeypatch.setattr(tune, "GraphedContender", lambda model, inputs, _: Contender(model, inputs))
+    monkeypatch.setattr(tune.Tuner, "_compile_one", lambda _, call: world.compile(call))
+    monkeypatch.setattr(tune, "shared_memory", lambda _: None)
+    monkeypatch.setattr(tune, "check_case", lambda *_: ParityReport())
     monkeypatch.setattr(turns, "measure", world.measure)
     return world
 
 
 def block():
-    return [job for job in tuning.block_jobs(CASE) if isinstance(job, tuning.Job)]
+    return [job for job in tune.block_jobs(CASE) if isinstance(job, tune.Job)]
 
 
 def quickest(job, but=()):
-    tiles = [tile for tile in tuning.candidates(job) if tile not in but]
+    tiles = [tile for tile in tune.candidates(job) if tile not in but]
     return min(tiles, key=lambda t: t.block_m * t.block_n + t.block_k + t.warps + t.stages)
 
 
 def test_the_fastest_tile_of_each_shape_is_kept_at_once(world, monkeypatch):
     lengths = []
-    monkeypatch.setattr(tuning, "write", lambda table, rows: lengths.append(len(rows)) or write(table, rows))
+    monkeypatch.setattr(tune, "write", lambda table, rows: lengths.append(len(rows)) or write(table, rows))
     expected = {job.shape: quickest(job) for job in block()}
     assert world.tune() == (False, {})
     assert {row.shape: row.tile for row in read(world.table)} == expected
@@ -159,7 +158,7 @@ def test_a_wrong_tile_is_never_chosen(world, value):
     world.faults[key_of(job.with_tile(quickest(job)))] = value
     again, failures = world.tune()
     assert not again and all("something else than the present tile" in reason for reason in failures.values())
-    assert list(failures) == [tuning._name(job.shape, quickest(job))]
+    assert list(failures) == [tune._name(job.shape, quickest(job))]
     assert Row(job.shape, quickest(job, but=[quickest(job)])) in read(world.table)
     assert quickest(job) not in world.timed[0]
 
@@ -173,7 +172,7 @@ def test_a_tile_that_fails_fails_alone(world, where, error):
     job = block()[0]
     getattr(world, where)[key_of(job.with_tile(quickest(job)))] = error
     again, failures = world.tune()
-    assert not again and str(error) in failures[tuning._name(job.shape, quickest(job))]
+    assert not again and str(error) in failures[tune._name(job.shape, quickest(job))]
     assert Row(job.shape, quickest(job, but=[quickest(job)])) in read(world.table) and len(read(world.table)) == 3
 
 
@@ -187,7 +186,7 @@ def test_a_lost_context_asks_for_a_process_that_goes_on(world):
     job = block()[1]
     error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     world.faults[key_of(job.with_tile(quickest(job)))] = error
-    name, next_best = tuning._name(job.shape, quickest(job)), quickest(job, but=[quickest(job)])
+    name, next_best = tune._name(job.shape, quickest(job)), quickest(job, but=[quickest(job)])
     again, failures = world.tune()
     assert again and list(failures) == [name] and len(read(world.table)) == 1
     again, failures = world.tune()
@@ -195,9 +194,9 @@ def test_a_lost_context_asks_for_a_process_that_goes_on(world):
     assert Row(job.shape, next_best) in read(world.table) and len(read(world.table)) == 3
 
 
-def test_present_tiles_that_are_wrong_are_no_yardstick(world, monkeypatch):
+def test_present_tiles_that_are_wrong_are_no_baseline(world, monkeypatch):
     miss = ParityRow("block", "26w4s", "4 normal", 1, "triton", "float16", 0.5, 1e-4, 2e-3)
-    monkeypatch.setattr(tuning, "check_case", lambda *_: ParityReport([miss]))
+    monkeypatch.setattr(tune, "check_case", lambda *_: ParityReport([miss]))
     again, failures = world.tune()
     assert not again and len(failures) == 3 and "the present tiles are wrong" in next(iter(failures.values()))
     assert read(world.table) == [] and world.timed == []
@@ -205,25 +204,25 @@ def test_present_tiles_that_are_wrong_are_no_yardstick(world, monkeypatch):
 
 def test_a_compiler_that_ended_the_process_is_called_tile_by_tile(world, monkeypatch):
     """Which of the tiles it was is not known where all compile at once."""
-    record = tuning.open_record(world.table, "cpu", "tune")
+    record = tune.open_record(world.table, "cpu", "tune")
     record.mark(f"compiling all tiles for {CASE}", limit_s=1)
     record.close()
     running = []
     compile_one = lambda tuner, call: running.append((tuner.record.running, tile_of(call)))  # noqa: E731
-    monkeypatch.setattr(tuning.Tuner, "_compile_one", compile_one)
+    monkeypatch.setattr(tune.Tuner, "_compile_one", compile_one)
     again, failures = world.tune()
     assert not again and len(failures) == 1 and len(read(world.table)) == 3
-    assert all(len(names) == 1 and names[0].endswith(tuning.tile_name(tile)) for names, tile in running)
+    assert all(len(names) == 1 and names[0].endswith(tune.tile_name(tile)) for names, tile in running)
 
 
 def test_a_table_of_another_version_is_kept(world, capsys):
     world.table.write_text('{"version": 9}')
-    assert tuning._known(world.table) == []
+    assert tune._known(world.table) == []
     kept = world.table.with_name("tiles.json.before")
     assert kept.read_text() == '{"version": 9}' and not world.table.exists()
     assert str(kept) in capsys.readouterr().err
     world.table.write_text("[]")
-    tuning._known(world.table)
+    tune._known(world.table)
     assert kept.read_text() == '{"version": 9}' and world.table.with_name("tiles.json.before1").read_text() == "[]"
 
 

@@ -5,12 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import record.__main__ as recorder
 import torch
-from record_cases import ROOT, conditions, environment, quick_unit, row, run_child, script
+from record import jax_case
+from record.runner import build_network
+from record.schedule import schedule
+from record_cases import ROOT, conditions, environment, load_setup, quick_case, record_runner, row, run_child
 
-from res2net_fused.bench import candidates, jax_case, record_file, results, runner, schedule
-from res2net_fused.bench.schedule import Unit
-from res2net_fused.testing.cases import TRAINED, Config
+from res2net_fused.bench import candidates, record_file, results
+from res2net_fused.bench.timed_case import TimedCase
+from res2net_fused.testing.cases import TRAINED, WidthScale
 
 # The file -------------------------------------------------------------------------------------------------------------
 
@@ -49,48 +53,29 @@ def test_other_environments_are_refused(tmp_path, change):
 
 
 def test_what_is_missing(tmp_path):
-    unit = schedule.schedule("cuda")[0]
+    case = schedule("cuda")[0]
     record = record_file.Record(tmp_path / "record.json", environment())
-    keys = unit.keys("cuda")
-    assert record.missing(keys, unit) == keys
+    keys = case.keys("cuda")
+    assert record.missing(keys, case) == keys
     record._rows = {key: {} for key in keys[1:]}
-    assert record.missing(keys, unit) == keys[:1]
+    assert record.missing(keys, case) == keys[:1]
     for reasons in (record.failures, record.absent):
-        reasons[record_file.failure_name(unit, *unit.contestants[0])] = "why"
-        assert record.missing(keys, unit) == []
+        reasons[record_file.failure_name(case, *case.candidates[0])] = "why"
+        assert record.missing(keys, case) == []
         record.retry()
-        assert record.missing(keys, unit) == keys[:1]
+        assert record.missing(keys, case) == keys[:1]
 
 
 def test_folder_names():
-    assert record_file.folder_name("NVIDIA H200") == "nvidia-h200"
-    assert record_file.folder_name("AMD EPYC (AVX512)") == "amd-epyc-avx512"
+    assert recorder.folder_name("NVIDIA H200") == "nvidia-h200"
+    assert recorder.folder_name("AMD EPYC (AVX512)") == "amd-epyc-avx512"
 
 
 # Building -------------------------------------------------------------------------------------------------------------
 
 
 def test_architectures():
-    build = script("native_build")
-    assert [build.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["80", "89", "90a", "100"]
-
-
-def test_direct_compiling(tmp_path):
-    build, flags = script("native_build"), pytest.importorskip("res2net_fused._native.build_flags")
-    compiler = next((c for c in ("c++", "g++", "clang++") if build.shutil.which(c)), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    source = tmp_path / "a.cpp"
-    unit = flags.Unit(source, "obj/a.o", ("-fPIC",))
-    target = flags.Target("a", "liba.so", "cxx", (unit,), ("-shared",))
-    source.write_text('extern "C" int seven() { return 7; }')
-    assert build.compile_target(target, [compiler], tmp_path / "build", tmp_path / "out" / "liba.so") == ""
-    import ctypes
-
-    assert ctypes.CDLL(str(tmp_path / "out" / "liba.so")).seven() == 7
-    source.write_text("int seven( { return 7; }")
-    assert "error" in build.compile_target(target, [compiler], tmp_path / "build", tmp_path / "out" / "liba.so")
-    assert not (tmp_path / "out" / "liba.so").exists()
+    assert [load_setup().architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["80", "89", "90a", "100"]
 
 
 # Checking and timing on the CPU ---------------------------------------------------------------------------------------
@@ -117,22 +102,22 @@ def test_chains_and_blocks_on_the_cpu(tmp_path, capsys, timed):
 
 @pytest.mark.parametrize("workload", ["network", pytest.param("train_step", marks=pytest.mark.slow)])
 def test_networks_on_the_cpu(timed, record, workload):
-    outcome = runner.Contests(conditions(), record).time(quick_unit(workload))
+    outcome = record_runner(record).time(quick_case(workload))
     assert not outcome.failures
     found = {(r["config"], r["provider"]): r for r in outcome.rows}
     assert set(found) == {
         ("res2net50_26w4s", "ours"), ("res2net50_26w4s", "eager_channels_last"), ("resnet50", "eager_channels_last"),
     }  # fmt: skip
-    yardstick = found["resnet50", "eager_channels_last"]["median_ms"]
+    baseline = found["resnet50", "eager_channels_last"]["median_ms"]
     ours = found["res2net50_26w4s", "ours"]
-    assert ours["yardstick_ms"] == yardstick
+    assert ours["yardstick_ms"] == baseline
     assert ("floor_ms" in ours) == ("frozen" in ours) == (workload == "network")
 
 
 def test_training_steps_train():
-    unit = quick_unit("train_step")
-    network = candidates.build_network(unit.config, "float32", conditions())
-    step = candidates.training_builders(network, unit, conditions())("ours", False).call
+    case = quick_case("train_step")
+    network = build_network(case.config, "float32", conditions())
+    step = candidates.training_builders(network, case, conditions())("ours", False).call
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         losses = [float(step(x)) for _ in range(4)]
@@ -141,20 +126,20 @@ def test_training_steps_train():
 
 @pytest.mark.parametrize("workload", TRAINED)
 def test_chains_and_blocks_in_training(timed, record, workload):
-    outcome = runner.Contests(conditions(), record).time(quick_unit(workload))
+    outcome = record_runner(record).time(quick_case(workload))
     assert not outcome.failures
     assert [r["provider"] for r in outcome.rows] == ["ours", "eager_channels_last"]
 
 
 def test_without_rates_there_is_no_floor(timed, record):
-    outcome = runner.Contests(conditions(rates=None), record).time(quick_unit("chain"))
+    outcome = record_runner(record, rates=None).time(quick_case("chain"))
     assert len(outcome.rows) == 2 and not any("floor_ms" in r for r in outcome.rows)
 
 
 def test_what_cannot_run_here_is_no_failure(timed, record):
     candidates = (("ours", False), ("cuda", False), ("tensorrt", True))
-    unit = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", candidates)
-    outcome = runner.Contests(conditions(), record).time(unit)
+    case = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", candidates)
+    outcome = record_runner(record).time(case)
     assert [r["provider"] for r in outcome.rows] == ["ours"]
     assert not outcome.failures and [name.split(", ")[1][:8] for name in outcome.absent] == ["cuda", "tensorrt"]
 
@@ -165,18 +150,17 @@ def test_what_cannot_run_here_is_no_failure(timed, record):
 def test_time_that_is_up_starts_nothing(tmp_path, capsys):
     path = tmp_path / "record.json"
     arguments = ["--device", "cpu", "--quick", "--no-build", "--out", str(path), "--part", "chain", "--minutes", "0"]
-    assert script("record").main(arguments) == 0
-    assert "Not measured yet (2 units)" in capsys.readouterr().out
+    assert recorder.main(arguments) == 0
+    assert "Not measured yet (2 cases)" in capsys.readouterr().out
     assert results.read(path)["rows"] == []
 
 
 def test_a_record_needs_a_commit(tmp_path, monkeypatch, capsys):
-    record = script("record")
-    monkeypatch.setattr(record.results, "source_commit", lambda: "unknown")
+    monkeypatch.setattr(recorder.results, "source_commit", lambda: "unknown")
     arguments = ["--device", "cpu", "--no-build", "--out", str(tmp_path / "r.json"), "--minutes", "0"]
-    assert record.main(arguments) == 2
+    assert recorder.main(arguments) == 2
     assert "--commit" in capsys.readouterr().err
-    assert record.main([*arguments, "--commit", "abc"]) == 0
+    assert recorder.main([*arguments, "--commit", "abc"]) == 0
     assert results.read(tmp_path / "r.json")["environment"]["commit"] == "abc"
 
 
@@ -185,27 +169,27 @@ def test_a_record_of_another_version_is_kept(tmp_path, capsys, text):
     path = tmp_path / "record.json"
     path.write_text(text)
     arguments = ["--device", "cpu", "--quick", "--no-build", "--out", str(path), "--minutes", "0"]
-    assert script("record").main(arguments) == 2
+    assert recorder.main(arguments) == 2
     assert str(path) in capsys.readouterr().err and path.read_text() == text
-    assert script("record").main([*arguments, "--again"]) == 0
+    assert recorder.main([*arguments, "--again"]) == 0
     assert path.with_name("record.json.before").read_text() == text
 
 
 def test_the_named_device_is_the_current_one(monkeypatch, tmp_path, capsys):
-    record, chosen = script("record"), []
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(record, "_environment", lambda *_: environment())
+    monkeypatch.setattr(recorder, "_environment", lambda *_: environment())
     arguments = ["--no-build", "--out", str(tmp_path / "r.json"), "--minutes", "0", "--part", "chain"]
-    monkeypatch.setattr(record, "supervise", lambda *_, **__: 0)
-    assert record.main(["--device", "cuda:1", *arguments]) == 0 and chosen == [torch.device("cuda", 1)]
-    assert record.main(["--device", "cuda:2", *arguments]) == 2 and len(chosen) == 1
+    monkeypatch.setattr(recorder, "supervise", lambda *_, **__: 0)
+    assert recorder.main(["--device", "cuda:1", *arguments]) == 0 and chosen == [torch.device("cuda", 1)]
+    assert recorder.main(["--device", "cuda:2", *arguments]) == 2 and len(chosen) == 1
     assert "sees 2 CUDA devices" in capsys.readouterr().err
 
 
 def test_the_plan_can_be_listed_without_a_gpu(capsys):
-    assert script("record").main(["--device", "cuda", "--list", "--configs", "26w4s", "--batch", "32", "--part", "chain"]) == 0
+    assert recorder.main(["--device", "cuda", "--list", "--configs", "26w4s", "--batch", "32", "--part", "chain"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12 and lines[0].endswith("chain 26w4s stage 1 batch 32 bfloat16")
 
@@ -214,7 +198,7 @@ def test_the_plan_can_be_listed_without_a_gpu(capsys):
 def test_record_from_a_plain_checkout(tmp_path):
     """Isolated from the installed package and from tqdm and matplotlib."""
     path = tmp_path / "record.json"
-    script = str(ROOT / "benchmarks" / "record.py")
+    script = str(ROOT / "benchmarks" / "record")
     command = [sys.executable, script, "--device", "cpu", "--quick", "--no-build", "--out", str(path)]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -230,8 +214,8 @@ def test_record_from_a_plain_checkout(tmp_path):
 )
 def test_jax_computes_the_same(workload, stage, variant):
     pytest.importorskip("jax")
-    unit = Unit(workload, Config(26, 4), stage, variant, 1, "float32", (("jax", False),))
-    found = jax_case.time_unit(unit, conditions(), 300)  # raises where its error is beyond the bound
+    case = TimedCase(workload, WidthScale(26, 4), stage, variant, 1, "float32", (("jax", False),))
+    found = jax_case.time_case(case, record_runner(None), 300)  # raises where its error is beyond the bound
     results.validate({"environment": environment(), "rows": [found]})
 
 
@@ -239,12 +223,12 @@ def test_jax_that_fails_is_told(monkeypatch, tmp_path):
     broken = tmp_path / "jax_peer.py"
     broken.write_text("raise SystemExit('no such device')")
     monkeypatch.setattr(jax_case, "PEER", broken)
-    unit = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", (("jax", False),))
+    case = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", (("jax", False),))
     with pytest.raises(RuntimeError, match="no such device"):
-        jax_case.time_unit(unit, conditions(), 60)
+        jax_case.time_case(case, record_runner(None), 60)
     broken.write_text("import time; time.sleep(60)")
     with pytest.raises(RuntimeError, match="longer than"):
-        jax_case.time_unit(unit, conditions(), 0.2)
+        jax_case.time_case(case, record_runner(None), 0.2)
     broken.write_text("import json; print(json.dumps({'error': 0.5}))")
     with pytest.raises(RuntimeError, match="relative error is 0.5"):
-        jax_case.time_unit(unit, conditions(), 60)
+        jax_case.time_case(case, record_runner(None), 60)

@@ -1,4 +1,4 @@
-"""What a record does with contestants that are wrong, raise, hang or end their process: planted on the CPU."""
+"""What a record does with candidates that are wrong, raise, hang or end their process: planted on the CPU."""
 
 import os
 import subprocess
@@ -6,12 +6,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+import record.__main__ as recorder
 import torch
-from record_cases import ROOT, conditions, quick_unit, run_child, script
+from record import roofline
+from record import runner as record_networks
+from record_cases import ROOT, conditions, quick_case, record_runner, run_child
 
 from res2net_fused.bench import candidates, results, runner, supervise, timing, training, turns
-from res2net_fused.bench.schedule import Unit
-from res2net_fused.testing.cases import Config
+from res2net_fused.bench.timed_case import TimedCase
+from res2net_fused.testing.cases import WidthScale
 from res2net_fused.testing.cuda_errors import poisons_context
 
 # What is wrong is not timed -------------------------------------------------------------------------------------------
@@ -28,12 +31,13 @@ def wrong(monkeypatch, backend, factor=1.001):
     monkeypatch.setattr(candidates, "fused", planted)
 
 
-BACKENDS = Unit("chain", Config(26, 4), 4, "normal", 1, "float32", tuple((n, False) for n in ("ours", "reference", "cpu")))
+CANDIDATES = tuple((name, False) for name in ("ours", "reference", "cpu"))
+BACKENDS = TimedCase("chain", WidthScale(26, 4), 4, "normal", 1, "float32", CANDIDATES)
 
 
 def test_a_miss_bars_its_backend_alone(timed, record, monkeypatch):
     wrong(monkeypatch, "cpu")
-    outcome = runner.Contests(conditions(), record).time(BACKENDS)
+    outcome = record_runner(record).time(BACKENDS)
     assert timed == [{"reference"}]  # auto takes cpu
     assert set(outcome.failures) == {f"{BACKENDS}, ours", f"{BACKENDS}, cpu"} == set(record.failures)
     assert "relative error is 0.001; at most 5e-06" in outcome.failures[f"{BACKENDS}, cpu"]
@@ -41,7 +45,7 @@ def test_a_miss_bars_its_backend_alone(timed, record, monkeypatch):
 
 def test_a_backend_by_name_leaves_the_others_checked(timed, record, monkeypatch):
     wrong(monkeypatch, "cpu")
-    outcome = runner.Contests(conditions(backend="reference"), record).time(BACKENDS)
+    outcome = record_runner(record, backend="reference").time(BACKENDS)
     assert timed == [{"ours", "reference"}] and set(outcome.failures) == {f"{BACKENDS}, cpu"}
 
 
@@ -49,7 +53,7 @@ def test_a_peer_has_to_compute_the_same(timed, record, monkeypatch):
     provider = runner.PROVIDERS["eager_channels_last"]
     planted = replace(provider, build=lambda module, _: lambda x: module(x) * 1.001)
     monkeypatch.setitem(runner.PROVIDERS, "eager_channels_last", planted)
-    outcome = runner.Contests(conditions(), record).time(quick_unit("chain"))
+    outcome = record_runner(record).time(quick_case("chain"))
     assert timed == [{"ours"}] and len(outcome.failures) == 1
 
 
@@ -73,10 +77,10 @@ class Replay(timing.Contender):
 def test_an_empty_graph_is_no_result(timed, record, monkeypatch, outputs_of):
     monkeypatch.setattr(Replay, "outputs_of", outputs_of, raising=False)
     monkeypatch.setattr(runner, "GraphedContender", Replay)
-    unit = replace(quick_unit("chain"), contestants=(("ours", True), ("ours", False)))
-    outcome = runner.Contests(conditions(), record).time(unit)
+    case = replace(quick_case("chain"), candidates=(("ours", True), ("ours", False)))
+    outcome = record_runner(record).time(case)
     assert [r["graph"] for r in outcome.rows] == [False]
-    assert "wrong 3 normal" in outcome.failures[f"{unit}, ours in a CUDA graph"]
+    assert "wrong 3 normal" in outcome.failures[f"{case}, ours in a CUDA graph"]
 
 
 @pytest.mark.parametrize("image", [0, 21, 39])
@@ -97,23 +101,23 @@ def test_all_images_of_a_batch_are_looked_at(timed, record, monkeypatch, image):
         return call
 
     monkeypatch.setattr(candidates, "fused", planted)
-    outcome = runner.Contests(conditions(), record).time(replace(quick_unit("chain"), stage=4, batch=40))
+    outcome = record_runner(record).time(replace(quick_case("chain"), stage=4, batch=40))
     assert timed == [{"eager_channels_last"}] and "wrong" in next(iter(outcome.failures.values()))
 
 
 def test_a_wrong_compiled_network_is_noticed(timed, record, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **_: lambda x: network(x) * 1.001)
-    timer = runner.Contests(conditions(), record)
-    monkeypatch.setattr(timer, "_compiles", lambda unit: True)
-    outcome = timer.time(quick_unit("network"))
+    timer = record_runner(record)
+    monkeypatch.setattr(timer, "_compiles", lambda case: True)
+    outcome = timer.time(quick_case("network"))
     assert compiled is not torch.compile and timed == [{"eager_channels_last"}]
-    assert "wrong logits" in outcome.failures[f"{quick_unit('network')}, ours"]
+    assert "wrong logits" in outcome.failures[f"{quick_case('network')}, ours"]
 
 
 def test_a_network_whose_blocks_are_not_fused_is_not_timed(timed, record, monkeypatch):
-    monkeypatch.setattr(candidates, "accelerate", lambda network, _: network)
-    outcome = runner.Contests(conditions(), record).time(quick_unit("network"))
+    monkeypatch.setattr(record_networks, "accelerate", lambda network, _: network)
+    outcome = record_runner(record).time(quick_case("network"))
     assert timed == [{"eager_channels_last"}] and "fused" in next(iter(outcome.failures.values()))
 
 
@@ -129,15 +133,15 @@ def test_training_is_checked_at_its_own_batch(timed, record, monkeypatch):
         return out, *gradients
 
     monkeypatch.setattr(training.TrainingStep, "gradients", planted)
-    unit = replace(quick_unit("train_chain"), batch=6)
-    outcome = runner.Contests(conditions(), record).time(unit)
-    assert timed == [{"eager_channels_last"}] and "wrong 4 normal, gradients" in outcome.failures[f"{unit}, ours"]
+    case = replace(quick_case("train_chain"), batch=6)
+    outcome = record_runner(record).time(case)
+    assert timed == [{"eager_channels_last"}] and "wrong 4 normal, gradients" in outcome.failures[f"{case}, ours"]
     assert seen == {3, 6}  # float64 and eager's error are taken of the different ones
 
 
 def test_copies_of_images_train_as_a_whole_batch():
     """What the checks rest on: float64 of the few images is float64 of the batch."""
-    case = replace(candidates.case_of(quick_unit("train_chain"), conditions()), batch=8)
+    case = replace(candidates.module_case(quick_case("train_chain"), conditions()), batch=8)
     (x,) = training.plain(case).inputs()
     copies = training.Copies(x, 8)
     assert copies.count == 2 and not torch.equal(copies.index, torch.arange(8) % 4)
@@ -163,10 +167,10 @@ def test_a_wrong_training_step_is_not_timed_under_its_own_name(timed, record, mo
         return model
 
     monkeypatch.setattr(candidates, "training_network", planted)
-    unit = replace(quick_unit("train_step"), contestants=(("ours", False), ("cpu", False)))
-    outcome = runner.Contests(conditions(), record).time(unit)
+    case = replace(quick_case("train_step"), candidates=(("ours", False), ("cpu", False)))
+    outcome = record_runner(record).time(case)
     assert [r["provider"] for r in outcome.rows if r["config"] != "resnet50"] == ["ours"]
-    assert "wrong gradients" in outcome.failures[f"{unit}, cpu"]
+    assert "wrong gradients" in outcome.failures[f"{case}, cpu"]
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ FAULTS = {
 
 
 def plant(monkeypatch, error, after):
-    """Ours of the first unit raises at this call."""
+    """Ours of the first case raises at this call."""
     right = candidates.fused
 
     def planted(module, name):
@@ -212,7 +216,7 @@ def test_a_fault_is_a_recorded_failure(tmp_path, timed, monkeypatch, fault, afte
         (3, "eager_channels_last"), (4, "ours"), (4, "eager_channels_last"),
     ]  # fmt: skip
     ((name, reason),) = data["environment"]["failures"].items()
-    assert name == f"{quick_unit('chain')}, ours" and str(error) in reason
+    assert name == f"{quick_case('chain')}, ours" and str(error) in reason
 
 
 def test_what_all_contestants_share_fails_for_all(tmp_path, timed, monkeypatch):
@@ -229,11 +233,10 @@ def test_what_all_contestants_share_fails_for_all(tmp_path, timed, monkeypatch):
 
 
 def test_rates_that_cannot_be_measured_stop_nothing(tmp_path, timed, monkeypatch):
-    record = script("record")
-    monkeypatch.setattr(record.roofline, "measure_rates", lambda *_: 1 / 0)
+    monkeypatch.setattr(roofline, "measure_rates", lambda *_: 1 / 0)
     assert run_child(tmp_path / "record.json", "--part", "chain") == 0
     data = results.read(tmp_path / "record.json")
-    assert len(data["rows"]) == 4 and record.RATES in data["environment"]["failures"]
+    assert len(data["rows"]) == 4 and recorder.RATES in data["environment"]["failures"]
 
 
 PLANTED = """
@@ -266,10 +269,10 @@ if "--child" in sys.orig_argv:
 
 
 def test_a_call_goes_on_behind_whatever_ends_its_processes(tmp_path):
-    """SIGKILL, a hang, a lost context and a wrong result, each in its unit; then a second call."""
+    """SIGKILL, a hang, a lost context and a wrong result, each in its case; then a second call."""
     (tmp_path / "sitecustomize.py").write_text(PLANTED)
     path = tmp_path / "record.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "record.py"), "--device", "cpu", "--quick", "--no-build"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "record"), "--device", "cpu", "--quick", "--no-build"]
     command += ["--part", "chain", "--part", "block", "--limit", "12", "--out", str(path)]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -280,7 +283,7 @@ def test_a_call_goes_on_behind_whatever_ends_its_processes(tmp_path):
     for reason, words in zip(reasons, ("SIGKILL", "hung for 12 s", "unspecified launch failure", "wrong 4 stage"), strict=True):
         assert words in reason
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert again.returncode == 1 and "0 units to go" in again.stdout and "SIGKILL" in again.stdout
+    assert again.returncode == 1 and "0 cases to go" in again.stdout and "SIGKILL" in again.stdout
     assert results.read(path)["rows"] == data["rows"]
     assert [p.name for p in tmp_path.glob("record*")] == ["record.json"]
 
@@ -294,7 +297,7 @@ def test_whoever_is_timed_is_marked(record):
             seen.append((self.model(None), record.running))
 
     contenders = {name: Contender(lambda _, name=name: name, [torch.zeros(1)]) for name in ("a", "b")}
-    names = {name: f"unit, {name}" for name in contenders}
+    names = {name: f"case, {name}" for name in contenders}
     settings = {"seconds": 0, "min_repeats": 2, "max_repeats": 2, "warm_up": 1}
     with turns.noted(record, [], turns.Outcome(), 10):
         turns.take_turns(contenders, names, record, turns.Outcome(), "cpu", 10, settings)

@@ -2,25 +2,27 @@
 
 import pytest
 import torch
+from record import roofline, runner, schedule
+from record.schedule import Budget
 from record_cases import conditions
 
-from res2net_fused.bench import candidates, results, roofline, schedule
-from res2net_fused.bench.schedule import Budget
-from res2net_fused.testing.cases import STAGES, Case, Config
+from res2net_fused.bench import results
+from res2net_fused.bench.work import Work, least_work, least_work_of_network, rotation_count
+from res2net_fused.testing.cases import STAGES, Case, WidthScale
 
 # Order and time -------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_figures_need_comes_first_and_jax_last():
-    units = schedule.schedule("cuda")
-    assert [(u.workload, str(u.config), u.stage) for u in units[:8]] == [
+def test_what_the_targets_need_comes_first_and_jax_last():
+    cases = schedule.schedule("cuda")
+    assert [(u.workload, str(u.config), u.stage) for u in cases[:8]] == [
         ("chain", config, stage) for config in ("26w4s", "14w8s") for stage in STAGES
     ]
     # (of bf16, batch 32) before the other batches; those and networks before fp16; training next to last
     where = {}
-    for i, unit in enumerate(units):
-        kind = "jax" if unit.contestants[0][0] == "jax" else unit.workload
-        where.setdefault((kind, unit.batch, unit.dtype), []).append(i)
+    for i, case in enumerate(cases):
+        kind = "jax" if case.candidates[0][0] == "jax" else case.workload
+        where.setdefault((kind, case.batch, case.dtype), []).append(i)
     half_from = min(i for (_, _, dtype), found in where.items() if dtype == "float16" for i in found)
     first_jax = min(where["jax", 32, "bfloat16"])
     assert max(where["chain", 256, "bfloat16"]) < half_from < min(where["train_step", 128, "bfloat16"]) < first_jax
@@ -29,19 +31,19 @@ def test_what_the_figures_need_comes_first_and_jax_last():
 
 
 def test_the_record_is_complete():
-    units = schedule.schedule("cuda")
-    keys = [key for unit in units for key in unit.keys("cuda")]
+    cases = schedule.schedule("cuda")
+    keys = [key for case in cases for key in case.keys("cuda")]
     assert len(set(keys)) == len(keys)
-    assert {name for unit in units for name, _ in unit.contestants} <= set(results.PROVIDERS)
-    cases = {(u.workload, u.config_name, u.stage, u.batch, u.dtype) for u in units}
+    assert {name for case in cases for name, _ in case.candidates} <= set(results.PROVIDERS)
+    timed = {(u.workload, u.config_name, u.stage, u.batch, u.dtype) for u in cases}
     for batch in (1, 32, 256):
         for dtype in ("bfloat16", "float16"):
             for config in ("26w4s", "14w8s", "48w2s", "26w8s", "64w1s"):
-                assert {(w, config, stage, batch, dtype) for w in ("chain", "block") for stage in STAGES} <= cases
+                assert {(w, config, stage, batch, dtype) for w in ("chain", "block") for stage in STAGES} <= timed
                 if config != "64w1s":  # which is timed beside each of them
-                    assert ("network", f"res2net50_{config}", None, batch, dtype) in cases
-    assert [u for u in units if u.variant == "stage" and u.batch in (32, 256) and str(u.config) == "26w4s"]
-    first = units[0].contestants
+                    assert ("network", f"res2net50_{config}", None, batch, dtype) in timed
+    assert [u for u in cases if u.variant == "stage" and u.batch in (32, 256) and str(u.config) == "26w4s"]
+    first = cases[0].candidates
     for graphed in ("ours_graph", "compile_max_autotune", "eager_channels_last", "compile", "triton", "cuda"):
         assert (graphed, True) in first
     assert {("ours", False), ("eager", False)} <= set(first)
@@ -49,8 +51,8 @@ def test_the_record_is_complete():
 
 def test_parts_are_taken_out_of_the_whole():
     chains = schedule.schedule("cuda", ["chain"])
-    assert {unit.workload for unit in chains} == {"chain"}
-    assert chains == [unit for unit in schedule.schedule("cuda") if unit.workload == "chain"]
+    assert {case.workload for case in chains} == {"chain"}
+    assert chains == [case for case in schedule.schedule("cuda") if case.workload == "chain"]
 
 
 def test_time_is_judged_by_what_came_before():
@@ -77,10 +79,10 @@ FLOORS = [("26w4s", 1, 9.7), ("26w4s", 2, 4.9), ("14w8s", 1, 10.5), ("48w2s", 1,
 
 @pytest.mark.parametrize("config, stage, microseconds", FLOORS)
 def test_floor_of_a_chain(config, stage, microseconds):
-    case = Case("chain", Config.parse(config), stage, 32, "bfloat16", "cpu")
+    case = Case("chain", WidthScale.parse(config), stage, 32, "bfloat16", "cpu")
     module = case.module()
     shape = (32, case.channels, case.input_size, case.input_size)
-    work = roofline.least_work(module, shape, "bfloat16")
+    work = least_work(module, shape, "bfloat16")
     assert work.flops == case.problem(module).flops
     assert work.activations == 2 * 2 * torch.Size(shape).numel()
     assert work.parameters >= 2 * sum(w.numel() for w in module.weights)
@@ -88,8 +90,8 @@ def test_floor_of_a_chain(config, stage, microseconds):
 
 
 def test_floor_of_a_strided_block_counts_its_shortcut():
-    case = Case("block", Config(26, 4), 2, 3, "float32", "cpu", "stage")
-    work = roofline.least_work(case.module(), (3, 256, 56, 56), "float32")
+    case = Case("block", WidthScale(26, 4), 2, 3, "float32", "cpu", "stage")
+    work = least_work(case.module(), (3, 256, 56, 56), "float32")
     assert work.activations == 4 * 3 * (256 * 56**2 + 512 * 28**2)
     products = 256 * 208 * 56**2 + (9 * 3 * 52**2 + 208 * 512 + 256 * 512) * 28**2
     assert work.flops == 2 * 3 * products
@@ -97,25 +99,25 @@ def test_floor_of_a_strided_block_counts_its_shortcut():
 
 def test_floor_is_the_larger_of_moving_and_multiplying():
     rates = roofline.Rates(100, {"float32": 10})
-    assert roofline.Work(10**9, 0, 0).floor_ms(rates, "float32") == pytest.approx(10)
-    assert roofline.Work(6 * 10**8, 4 * 10**8, 10**12).floor_ms(rates, "float32") == pytest.approx(100)
+    assert roofline.floor_ms([Work(10**9, 0, 0)], rates, "float32") == pytest.approx(10)
+    assert roofline.floor_ms([Work(6 * 10**8, 4 * 10**8, 10**12)], rates, "float32") == pytest.approx(100)
 
 
 def test_network_is_stem_blocks_and_head():
-    network = candidates.build_network(Config(26, 4), "float32", conditions())
-    parts = roofline.least_work_of_network(network, (2, 3, 64, 64), "float32")
+    network = runner.build_network(WidthScale(26, 4), "float32", conditions())
+    parts = least_work_of_network(network, (2, 3, 64, 64), "float32")
     assert len(parts) == 1 + 4 + 1
-    whole = roofline.least_work(network, (2, 3, 64, 64), "float32")
+    whole = least_work(network, (2, 3, 64, 64), "float32")
     assert sum(part.flops for part in parts) == whole.flops
     assert sum(part.parameters for part in parts) == whole.parameters
 
 
 def test_inputs_rotate_past_the_cache():
     l2 = 50 * 2**20
-    assert roofline.rotation_count(2 * l2, l2) == 1
-    assert roofline.rotation_count(2 * l2 - 1, l2) == 2
-    assert roofline.rotation_count(160_000, l2) * 160_000 >= 2 * l2
-    assert roofline.rotation_count(1, None) == 4
+    assert rotation_count(2 * l2, l2) == 1
+    assert rotation_count(2 * l2 - 1, l2) == 2
+    assert rotation_count(160_000, l2) * 160_000 >= 2 * l2
+    assert rotation_count(1, None) == 4
 
 
 def test_rates_are_measured():

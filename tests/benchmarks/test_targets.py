@@ -1,21 +1,24 @@
-"""The figures of a record, and the results that the pages show."""
+"""The targets of a record, and the results that the pages show."""
 
 import json
 
+import network_summary
 import pytest
-from record_cases import environment, row, script
+import render_results
+from record import targets
+from record_cases import environment, row
 
-from res2net_fused.bench import results, targets
+from res2net_fused.bench import results
 from res2net_fused.testing.cases import STAGES
 
-# Figures --------------------------------------------------------------------------------------------------------------
+# Targets --------------------------------------------------------------------------------------------------------------
 
 
 def by_name(rows):
-    return {figure.name: figure for figure in targets.figures(rows)}
+    return {target.name: target for target in targets.targets(rows)}
 
 
-def test_chain_figures():
+def test_chain_targets():
     rows = [row(), row(provider="eager_channels_last", median_ms=5.5), row(provider="compile_max_autotune", median_ms=1.9)]
     found = by_name(rows)
     eager = found["chain 26w4s stage 1, batch 32, over eager_channels_last"]
@@ -56,15 +59,15 @@ def test_the_worst_of_48w2s_counts():
     assert (found.value, found.outcome, found.note) == (0.9, "FAIL", "worst of 3: stage 4, batch 256")
 
 
-def test_networks_are_compared_with_the_yardstick():
+def test_networks_are_compared_with_the_baseline():
     case = {"workload": "network", "config": "res2net50_14w8s", "stage": None, "batch": 256}
     rows = [row(**case, median_ms=4.0, yardstick_ms=5.0)]
     assert by_name(rows)["res2net50_14w8s, batch 256, over compiled ResNet-50"].value == 1.25
-    assert "1.25x" in targets.figure_table(targets.figures(rows))
+    assert "1.25x" in targets.target_table(targets.targets(rows))
     assert by_name([])["res2net50_26w4s, batch 32, over compiled ResNet-50"].outcome == "unmeasured"
 
 
-def test_training_figures():
+def test_training_targets():
     case = {"workload": "train_step", "config": "res2net50_26w4s", "stage": None, "batch": 128, "graph": False}
     rows = [row(**case, provider="ours", median_ms=10.0, peak_mb=100.0),
             row(**case, provider="triton", median_ms=5.0, peak_mb=70.0),
@@ -90,16 +93,15 @@ res2net50_26w4s      1  ours_compile  34.91  1.53x (53.49 ms compile)  0.90x (31
 
 
 def test_the_pages_show_the_committed_files():
-    assert script("render_results").main(["--check"]) == 0
+    assert render_results.main(["--check"]) == 0
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A root with the two pages, and a record of a GPU."""
-    pages = script("render_results")
     (tmp_path / "docs").mkdir()
     for page in ("README.md", "docs/results.md"):
-        (tmp_path / page).write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
+        (tmp_path / page).write_text(f"before\n{render_results.BEGIN}\nold\n{render_results.END}\nafter\n")
     rows = [
         row(stage=stage, provider=provider, graph=graph, median_ms=ms, roofline_share=0.5, workload=workload)
         for workload in ("chain", "block")
@@ -115,10 +117,9 @@ def checkout(tmp_path):
 
 
 def test_pages_are_written_and_checked(checkout, capsys):
-    pages = script("render_results")
     arguments = ["--root", str(checkout)]
-    assert pages.main([*arguments, "--check"]) == 1
-    assert pages.main(arguments) == 0
+    assert render_results.main([*arguments, "--check"]) == 1
+    assert render_results.main(arguments) == 0
     text = (checkout / "docs" / "results.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert "### Some GPU" in text and "CUDA 13.0" in text and "`make record`" in text
@@ -129,9 +130,9 @@ def test_pages_are_written_and_checked(checkout, capsys):
     assert "0.75" in next(line for line in text.split("## By record")[1].splitlines() if line.startswith("| res2net50_26w4s"))
     assert "(../benchmarks/results/some-gpu/record.png)" in text
     assert "\nold\n" not in (checkout / "README.md").read_text()
-    assert pages.main([*arguments, "--check"]) == 0
+    assert render_results.main([*arguments, "--check"]) == 0
     (checkout / "benchmarks" / "results" / "some-gpu" / "record.png").unlink()
-    assert pages.main([*arguments, "--check"]) == 1
+    assert render_results.main([*arguments, "--check"]) == 1
     assert "no plot" in capsys.readouterr().out
 
 
@@ -148,29 +149,28 @@ def test_whole_networks_are_read_from_both_kinds_of_file(checkout):
     ]  # fmt: skip
     results.write(folder / "bench.json", environment(device="Some(R) Chip(R) Processor (AVX512)"), rows)
     (folder / "networks.txt").write_text(CPU_NETWORK)
-    assert script("render_results").main(["--root", str(checkout)]) == 0
+    assert render_results.main(["--root", str(checkout)]) == 0
     readme = (checkout / "README.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
-    assert ["Some Chip", "1", "`accelerate`", "44.0 ms", "1.50x", "0.75x", "1.25x"] in lines
+    assert ["Some Chip", "1", "`accelerate`, channels-last", "44.0 ms", "1.50x", "0.75x", "1.25x"] in lines
     assert ["Some Chip", "1", "`accelerate`, `freeze`, `torch.compile`", "34.9 ms", "1.53x", "0.90x", "1.20x"] in lines
     shown = (checkout / "docs" / "results.md").read_text()
     assert "res2net50_14w8s" in shown and "not timed" in shown and "14w8s" not in readme
     picture = checkout / "benchmarks" / "results" / "networks.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-    assert script("render_results").main(["--root", str(checkout), "--check"]) == 0
+    assert render_results.main(["--root", str(checkout), "--check"]) == 0
     picture.unlink()
-    assert script("render_results").main(["--root", str(checkout), "--check"]) == 1
+    assert render_results.main(["--root", str(checkout), "--check"]) == 1
 
 
 def test_the_picture_shows_each_contender_of_one_run(tmp_path):
-    summary = script("network_summary")
     (tmp_path / "networks.txt").write_text(CPU_NETWORK)
-    run = summary.from_text(tmp_path / "networks.txt")
+    run = network_summary.from_text(tmp_path / "networks.txt")
     groups = [
         ((4, "26w4s"), {"pytorch": 53.49, "openvino": 31.51, "ours": 34.91}),
         ((8, "14w8s"), {"pytorch": 70.0, "ours": 35.0}),
     ]
-    assert summary.bars([run]) == [("Some Chip, 2 cores, batch 1", 42.0, groups)]
+    assert network_summary.bars([run]) == [("Some Chip, 2 cores, batch 1", 42.0, groups)]
 
 
 @pytest.mark.parametrize("change", [("1.53x", "fast"), (", 2 threads", ""), ("network  ", "model  "), ("PyTorch", "Caffe")])
@@ -178,22 +178,21 @@ def test_a_text_of_another_form_is_named(checkout, capsys, change):
     path = checkout / "benchmarks" / "results" / "chip" / "networks.txt"
     path.parent.mkdir()
     path.write_text(CPU_NETWORK.replace(*change))
-    assert script("render_results").main(["--root", str(checkout)]) == 2
+    assert render_results.main(["--root", str(checkout)]) == 2
     assert "networks.txt" in capsys.readouterr().err
 
 
 def test_bad_records_and_pages_are_named(checkout, capsys):
-    pages = script("render_results")
     (checkout / "docs" / "results.md").write_text("no markers")
-    assert pages.main(["--root", str(checkout)]) == 2
+    assert render_results.main(["--root", str(checkout)]) == 2
     path = checkout / "benchmarks" / "results" / "x" / "bad.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps([]))
-    assert pages.main(["--root", str(checkout)]) == 2
+    assert render_results.main(["--root", str(checkout)]) == 2
     err = capsys.readouterr().err
     assert "results.md needs the lines" in err and "bad.json" in err
 
 
 def test_markdown_columns_are_aligned():
-    table = script("render_results").markdown_table(["a", "long head"], [["first", "1"]])
+    table = render_results.markdown_table(["a", "long head"], [["first", "1"]])
     assert table == "| a     | long head |\n| :---- | --------: |\n| first |         1 |"

@@ -9,7 +9,7 @@ from helpers import relative_error
 
 from res2net_fused import accelerate, explain
 from res2net_fused.bench.networks import random_network
-from res2net_fused.bench.sample_images import calibrate, photographs
+from res2net_fused.bench.sample_images import calibrate, sample_images
 from res2net_fused.testing.cases import TORCH_DTYPES
 from res2net_fused.testing.tolerances import network_bound
 
@@ -22,7 +22,7 @@ def launches(parameters, capability):
 
 @pytest.fixture(scope="module")
 def network():
-    images = photographs()
+    images = sample_images()
     return calibrate(random_network("res2net50_26w4s"), images).requires_grad_(False).cuda(), images.cuda()
 
 

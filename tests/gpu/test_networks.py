@@ -11,7 +11,7 @@ from networks import FAMILIES, images_for, pair, quick
 
 from res2net_fused import accelerate, explain, freeze
 from res2net_fused.bench.networks import random_network
-from res2net_fused.bench.sample_images import calibrate, photographs
+from res2net_fused.bench.sample_images import calibrate, sample_images
 from res2net_fused.bench.timing import GraphedContender
 from res2net_fused.testing.tolerances import network_bound
 
@@ -85,7 +85,7 @@ def test_torch_compile_makes_a_graph(name):
 
 def test_a_graph_of_res2net50_at_batch_32():
     """26w4s at 224x224, every launch that the record's first network makes, from memory that holds NaN."""
-    network = calibrate(random_network("res2net50_26w4s"), photographs()).requires_grad_(False).cuda().bfloat16()
+    network = calibrate(random_network("res2net50_26w4s"), sample_images()).requires_grad_(False).cuda().bfloat16()
     model = freeze(accelerate(copy.deepcopy(network)).to(memory_format=torch.channels_last))
     images = torch.randn(BATCH, 3, 224, 224, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     contender = GraphedContender(model, [images])

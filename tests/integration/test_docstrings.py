@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,14 @@ def test_formulas_have_a_source():
     reference = importlib.import_module("res2net_fused.chain.reference")
     for value in (res2net_fused.hierarchical_conv2d, reference, MODULES[0].ChainConfig):
         assert "arXiv:1904.01169" in value.__doc__
+
+
+FILES = sorted(Path(res2net_fused.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FILES[0].parent)))
+def test_no_docstring_begins_with_a_preposition(path):
+    """The first word is a verb or what is described, so that a reader of the first line knows what it is about."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    for text in filter(None, map(ast.get_docstring, nodes)):
+        assert text.split()[0] not in ("Of", "As", "For", "With", "Without", "To", "In", "By", "From"), text

@@ -118,7 +118,7 @@ def check_python(words: list[str], folders: list[Path]) -> None:
         assert found, f"there is no module {words[1]}"
         accept(words[2:], sys.executable, "-m", words[1])
     else:
-        assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
+        assert any((ROOT / words[0] / end).is_file() for end in ("", "__main__.py")), f"there is no {words[0]}"
         accept(words[1:], sys.executable, words[0])
 
 

@@ -20,13 +20,13 @@ import compile_pool  # noqa: E402
 import emulated_cases  # noqa: E402
 import gpu_cases  # noqa: E402
 from emulator import harness  # noqa: E402
+from record import schedule  # noqa: E402
 
 from res2net_fused._native import library  # noqa: E402
 from res2net_fused._tables import format_table  # noqa: E402
 from res2net_fused.backends.cuda import plan as launch_plan  # noqa: E402
 from res2net_fused.backends.cuda.kernel_report import PUBLISHED, _problem, _published  # noqa: E402
-from res2net_fused.bench import schedule  # noqa: E402
-from res2net_fused.testing.cases import Case, Config, cases  # noqa: E402
+from res2net_fused.testing.cases import Case, WidthScale, cases  # noqa: E402
 
 BATCHES = (1, 32, 256)  # of `info --kernels`
 # Why a card cannot.
@@ -127,14 +127,14 @@ EAGER = [case for dtype, batch in gpu_cases.EAGER for case in gpu_cases.network_
 
 def published_cases():
     """The published networks' chains and blocks, and their training, in what has tiles of its own: halves, float32, TF32."""
-    configs = [Config(*config) for config in PUBLISHED]
+    configs = [WidthScale(*config) for config in PUBLISHED]
     for dtype in ("bfloat16", "float32", "tf32"):
         yield from cases(("chain",), configs, BATCHES[:2], dtype, "cuda")
         yield from cases(("train_chain",), configs, (32, 128) if dtype == "bfloat16" else (32,), dtype, "cuda")
     yield from cases(("chain", "block"), configs, BATCHES, "bfloat16", "cuda")
-    for unit in schedule.schedule("cuda"):
-        if unit.stage is not None and unit.config.scale > 1:
-            yield Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, "cuda", unit.variant)
+    for case in schedule.schedule("cuda"):
+        if case.stage is not None and case.config.scale > 1:
+            yield Case(case.workload, case.config, case.stage, case.batch, case.dtype, "cuda", case.variant)
 
 
 def tiles(todo, capability):
@@ -177,8 +177,8 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
     code = (
         "import sys; sys.path[:0] = ['tests/support']\n"
         "import torch, pathlib, compile_pool, gpu_cases\n"
-        "from res2net_fused.testing.cases import Config, cases, fused\n"
-        "case = cases(['block'], [Config(26, 4)], [1], 'bfloat16', 'cuda')[3]\n"
+        "from res2net_fused.testing.cases import WidthScale, cases, fused\n"
+        "case = cases(['block'], [WidthScale(26, 4)], [1], 'bfloat16', 'cuda')[3]\n"
         "folder, capability = pathlib.Path(sys.argv[1]), torch.cuda.get_device_capability()\n"
         "calls = gpu_cases.distinct(gpu_cases.kernel_calls([case], capability))\n"
         "assert not compile_pool.compile_all(calls, capability, 2)\n"

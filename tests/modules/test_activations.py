@@ -56,11 +56,21 @@ def test_accelerated_blocks(name, backend):
         with torch.no_grad():
             assert_close(block(x), expected)
             assert_close(block(x), expected)
-        (report,) = explain(block)
-        fused = backend != "auto" or layout == torch.channels_last
-        assert report.fused is fused and (fused or "in channels-last only" in report.reason)
+        assert explain(block)[0].fused
     with torch.no_grad():
         assert_close(freeze(block)(X), expected)
+
+
+@every
+def test_what_stays_in_nchw_is_left_alone(name):
+    block = published(name)
+    expected = exact(block)
+    accelerate(block, memory_format=torch.preserve_format)
+    for x, fused in ((X.contiguous(), False), (X, True)):
+        with torch.no_grad():
+            assert_close(block(x), expected)
+        (report,) = explain(block)
+        assert report.fused is fused and (fused or "in channels-last only" in report.reason)
 
 
 @every

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, randomize
 from official_models import IMAGES, blocks_of, official, run
+from published_blocks.speakers1d import ESPnetBlock
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 from res2net_fused import accelerate, explain, freeze
@@ -99,7 +101,6 @@ CHANGES = {
     "spectral_norm": (lambda b: parametrizations.spectral_norm(b.conv1), "parametrized"),
     "pruning": (lambda b: prune.l1_unstructured(b.convs[1], "weight", 0.5), "hook"),
     "group_norm": (lambda b: setattr(b, "bn1", nn.GroupNorm(1, b.bn1.num_features)), "GroupNorm"),
-    "identity_norm": (lambda b: b.bns.__setitem__(0, nn.Identity()), "Identity"),
     "one_norm_in_training": (lambda b: b.bns[1].train(), "training"),
     "dropped_statistics": (lambda b: setattr(b.bn3, "running_mean", None) or setattr(b.bn3, "running_var", None), "statistics"),
     "dilation": (lambda b: [setattr(c, "dilation", (2, 2)) or setattr(c, "padding", (2, 2)) for c in b.convs], "geometry"),
@@ -145,3 +146,66 @@ def test_becoming_eligible_again():
     handle.remove()
     run(model, IMAGES)
     assert explain(model)[0].fused
+
+
+# Devices ----------------------------------------------------------------------------------------------------------------
+
+
+def on_meta(kind):
+    model, x = official().to("meta"), IMAGES.to("meta")
+    if kind == "half":
+        return model.half(), x.half()
+    return (model.train(), x) if kind == "training" else (model, x)
+
+
+@pytest.mark.parametrize("how", ["", "cpu", "frozen", "accelerated there"])
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("kind", ["eval", "training", "half"])
+def test_on_the_meta_device(kind, grad, how):
+    model, x = on_meta(kind)
+    with torch.set_grad_enabled(grad):
+        expected = model(x)
+        if how != "accelerated there":
+            model = model.to_empty(device="cpu")
+        model = accelerate(model, backend="cpu" if how == "cpu" else "auto").to("meta")
+        if how == "frozen" and kind != "training":
+            freeze(model)
+        out = model(x)
+    assert (out.shape, out.dtype, out.device, out.requires_grad) == (
+        expected.shape, expected.dtype, expected.device, expected.requires_grad,
+    )  # fmt: skip
+    str(explain(model))
+
+
+@pytest.mark.parametrize("of_x", [torch.float16, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["2d", "1d"])
+def test_other_dtypes_on_the_meta_device_do_as_the_plain_block_does(kind, of_x):
+    block = official().layer1[1] if kind == "2d" else randomize(ESPnetBlock()).eval()
+    x = torch.randn((2, block.conv1.in_channels, 7, 9)[: 4 if kind == "2d" else 3], dtype=of_x, device="meta")
+
+    def outcome():
+        try:
+            out = block.to("meta")(x)
+            return out.shape, out.dtype
+        except RuntimeError as error:
+            return str(error)
+
+    expected = outcome()
+    accelerate(block)
+    assert outcome() == expected and "autocast" not in str(expected)
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps", "cuda", "vulkan", "cpu"])
+@pytest.mark.parametrize("of_x", [torch.float32, torch.float16], ids=str)
+def test_fake_tensors_of_any_device(device, of_x):
+    block = accelerate(official()).layer1[1]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for module in block.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                        tensors[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+        x = torch.empty(2, block.conv1.in_channels, 7, 9, dtype=of_x, device=device)
+        out = block(x)
+    assert out.shape == (2, block.conv3.out_channels, 7, 9) and out.device.type == device

@@ -1,12 +1,10 @@
 """A GPU that PyTorch does not see: why, in one sentence with the remedy, before the CPU is measured in its place."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tree import ROOT
 
 from res2net_fused import cli
 from res2net_fused._native import machine
@@ -175,7 +173,7 @@ def test_commands_say_it_before_they_start(command, unseen, capsys, monkeypatch,
     def stop(*arguments, **keywords):
         raise Stopped
 
-    for module, name in ((parity, "check_cases"), (parity, "unavailable_backends"), (run, "run_sweep")):
+    for module, name in ((parity, "check_cases"), (parity, "unavailable_backends"), (run, "run_bench")):
         monkeypatch.setattr(module, name, stop)
     out = ["--out", str(tmp_path)] if command == "bench" else []
     with pytest.raises(Stopped):
@@ -201,17 +199,15 @@ def test_info_names_what_keeps_a_gpu_from_its_kernels(capsys, monkeypatch):
 
 
 def test_the_record_says_it_too(unseen, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "record", raising=False)
-    import record
+    import record.__main__ as recorder
 
     def stop(*arguments):
         raise Stopped
 
-    monkeypatch.setattr(record, "_environment", stop)
+    monkeypatch.setattr(recorder, "_environment", stop)
     with pytest.raises(Stopped):
-        record.main([])
+        recorder.main([])
     assert f"record: on the CPU, for PyTorch sees no GPU: {WHY}" in capsys.readouterr().err
-    assert record.main(["--device", "cuda"]) == 2
+    assert recorder.main(["--device", "cuda"]) == 2
     assert f"record: device is 'cuda', but this PyTorch sees no GPU: {WHY}" in capsys.readouterr().err
-    assert record.main(["--device", "cuda", "--list"]) == 0  # what a GPU would be asked, on any machine
+    assert recorder.main(["--device", "cuda", "--list"]) == 0  # what a GPU would be asked, on any machine

@@ -1,41 +1,56 @@
-"""benchmarks/native_build.py: the build where nothing may be installed, without setuptools and ninja."""
+"""setup.py where nothing may be installed: `build_in_place` without setuptools and ninja."""
 
-import importlib
+import ctypes
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from record_cases import load_setup
 from tree import ROOT
 
-from res2net_fused._native import build_flags, cuda_toolkit, library
+from res2net_fused._native import build_flags, library
 
 
 @pytest.fixture
-def native_build(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("native_build")
+def setup():
+    return load_setup()
 
 
-def test_direct_compiling_of_what_changed(native_build, tmp_path, monkeypatch, capsys):
-    compiler = next((c for c in ("c++", "g++", "clang++") if native_build.shutil.which(c)), None)
-    if compiler is None:
+@pytest.fixture
+def compiler(setup):
+    try:
+        return setup.find_compiler()
+    except setup.Missing:
         pytest.skip("no C++ compiler")
+
+
+def target(folder, names, *extra):
+    units = tuple(build_flags.Unit(folder / f"{name}.cpp", f"obj/{name}.o", ("-fPIC", *extra)) for name in names)
+    return build_flags.Target("a", "lib/liba.so", "cxx", units, ("-shared",))
+
+
+def test_direct_compiling(setup, compiler, tmp_path):
+    source = tmp_path / "a.cpp"
+    source.write_text('extern "C" int seven() { return 7; }')
+    built = setup.compile_target(target(tmp_path, "a"), compiler, tmp_path / "build")
+    assert ctypes.CDLL(str(built)).seven() == 7
+    source.write_text("int seven( { return 7; }")
+    with pytest.raises(setup.Missing, match="compiling the a part failed: .*error"):
+        setup.compile_target(target(tmp_path, "a"), compiler, tmp_path / "build")
+
+
+def test_direct_compiling_of_what_changed(setup, compiler, tmp_path, monkeypatch, capsys):
     for name, text in (("a.h", "int f();"), ("a.cpp", '#include "a.h"'), ("b.cpp", "int b;")):
         (tmp_path / name).write_text(text)
-    real, commands = native_build.subprocess.run, []
-
-    def run(command, **keywords):
-        commands.append(command)
-        return real(command, **keywords)
-
-    monkeypatch.setattr(native_build.subprocess, "run", run)
+    real, commands = setup.run_compiler, []
+    monkeypatch.setattr(setup, "run_compiler", lambda command, folder: (commands.append(command), real(command, folder)))
 
     def compiled(*extra):
-        units = tuple(build_flags.Unit(tmp_path / f"{name}.cpp", f"obj/{name}.o", ("-fPIC", *extra)) for name in "ab")
-        target = build_flags.Target("a", "liba.so", "cxx", units, ("-shared",))
         commands.clear()
-        assert native_build.compile_target(target, [compiler], tmp_path / "build", tmp_path / "liba.so") == ""
+        assert setup.compile_target(target(tmp_path, "ab", *extra), compiler, tmp_path / "build").is_file()
         assert "building the a part, 2 files" in capsys.readouterr().out
         return sorted(Path(command[command.index("-c") + 1]).stem for command in commands if "-c" in command)
 
@@ -48,15 +63,32 @@ def test_direct_compiling_of_what_changed(native_build, tmp_path, monkeypatch, c
     assert compiled("-O1") == ["b"]
 
 
-def test_direct_building_without_an_nvcc_that_fits(native_build, tmp_path, monkeypatch):
-    def refuse(torch_cuda):
-        raise cuda_toolkit.NoNvcc("nvcc is of CUDA 12.4.131, and torch of CUDA 13.0")
+def test_direct_building_without_an_nvcc_that_fits(setup, compiler, tmp_path, monkeypatch):
+    """What can be built is built, by ninja only where there is one."""
+    asked = []
 
-    monkeypatch.setattr(cuda_toolkit, "find_nvcc", refuse)
-    monkeypatch.setattr(native_build, "PACKAGE", tmp_path)
-    monkeypatch.setattr(native_build, "compile_target", lambda *arguments: "it was not tried")
-    monkeypatch.setenv("CXX", "c++")
-    (tmp_path / "lib").mkdir()
-    problems = native_build._build_directly("90a", "c0ffee")
-    assert problems[0] == "the CUDA library was not built: nvcc is of CUDA 12.4.131, and torch of CUDA 13.0"
+    def refuse(torch_cuda):
+        raise setup.toolkit.NoNvcc("nvcc is of CUDA 12.4.131, and torch of CUDA 13.0")
+
+    def compile_target(target, command, folder, ninja):
+        asked.append((target.name, ninja))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "made.so").write_text("made")
+        return folder / "made.so"
+
+    monkeypatch.setattr(setup.toolkit, "find_nvcc", refuse)
+    monkeypatch.setattr(setup, "find_ninja", lambda: None)
+    monkeypatch.setattr(setup, "compile_target", compile_target)
+    monkeypatch.setattr(setup, "PACKAGE", tmp_path)
+    monkeypatch.setattr(setup, "locked", lambda folder: tmp_path.joinpath("lock").open("w"))
+    problems = setup.build_in_place((9, 0), "c0ffee")
+    assert problems[0].startswith("cuda: NOT BUILT: nvcc is of CUDA 12.4.131, and torch of CUDA 13.0")
+    assert asked[0] == ("cpu", None) and (tmp_path / build_flags.CPU_LIBRARY).read_text() == "made"
     assert "12.4.131" in library.NativeLibraries(tmp_path).status("cuda").reason
+
+
+def test_setup_is_read_without_setuptools(tmp_path):
+    (tmp_path / "setuptools.py").write_text("raise ImportError('hidden')")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import setup; print(setup.build_in_place.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "build_in_place", done.stderr

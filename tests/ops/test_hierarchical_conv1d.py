@@ -179,18 +179,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, flat)
 
 
-def test_no_second_derivative_and_no_forward_mode():
-    settings, tensors = arguments("espnet")
-    x = tensors[0].requires_grad_()
-    (grad,) = torch.autograd.grad(hierarchical_conv1d(*tensors, **settings).sin().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.sum().backward()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match="hierarchical_conv1d has no forward-mode"):
-            hierarchical_conv1d(dual, *tensors[1:], **settings)
-
-
 # Registration -----------------------------------------------------------------------------------------------------------
 
 

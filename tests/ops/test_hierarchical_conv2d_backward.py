@@ -226,10 +226,13 @@ def test_inputs_changed_in_place_before_backward_are_an_error():
         out.sum().backward()
 
 
-def test_double_backward_says_what_to_use_instead():
-    x, weights, biases = leaves(CHAINS["last"])
-    out = hierarchical_conv2d(x, weights, biases)
-    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+def test_the_operator_of_gradients_itself_says_that_it_has_none():
+    """Autograd never differentiates it, but a graph that was traced of a gradient may hold it."""
+    chain = CHAINS["last"]
+    x, weights, biases = leaves(chain)
+    out, settings = hierarchical_conv2d(x, weights, biases), chain.config.as_kwargs().values()
+    operator = torch.ops.res2net_fused.hierarchical_conv2d_backward
+    gradient = operator(torch.ones_like(out), x, out, weights, biases, *settings, "auto", [True, False, False])[0]
     with pytest.raises(NotImplementedError, match="second derivative.*reference"):
         torch.autograd.grad(gradient.square().sum(), x)
 

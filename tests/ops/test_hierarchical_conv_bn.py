@@ -237,13 +237,6 @@ def test_without_gradients_nothing_is_kept_and_nothing_needs_a_gradient():
     assert not any(t.requires_grad for t in vars(statistics).values())
 
 
-def test_double_backward_says_what_to_use_instead():
-    case = training_case(CHAINS["last"]).require_grad()
-    (gradient,) = torch.autograd.grad(case.run().out.square().sum(), case.x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative.*reference"):
-        torch.autograd.grad(gradient.square().sum(), case.x)
-
-
 @recomputing
 @devices
 def test_repeated_steps_give_the_same_bits(device, recompute):

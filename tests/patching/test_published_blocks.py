@@ -136,7 +136,7 @@ def test_eval_in_float32_on_the_default_backend(name, channels_last, frozen):
         for _ in range(2):  # folded, then kept
             out = block(x)
             assert_close(out, exact, max(5e-6, 4 * eager))
-            assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            assert out.is_contiguous(memory_format=torch.channels_last), "which the weights of 1x1 convolutions hand on"
     (report,) = explain(block)
     assert report.fused, report
 
@@ -196,7 +196,7 @@ def test_a_given_shortcut_that_is_not_simply_added_is_not_fused():
         assert explain(block)[0].fused
         out = block(x, x)
         assert explain(block)[0].fused is False
-        assert torch.equal(out, restore(block)(x, x))
+        assert_close(out, restore(block)(x, x), 1e-6)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -278,12 +278,12 @@ def test_a_convolution_with_arithmetic_of_its_own():
 
 def test_clamped_activations_are_fused_by_themselves_in_channels_last(clamped_chains_pay, monkeypatch):
     monkeypatch.setattr(policy, "clamped_chain_pays", clamped_chains_pay)
-    block = accelerate(BasicBlockRes2Net(32, 16).eval())
+    block, keep = BasicBlockRes2Net(32, 16).eval(), torch.preserve_format
     x = torch.randn(2, 32, 9, 9)
     for layout, backend, fused in (
         (torch.contiguous_format, "auto", False), (torch.channels_last, "auto", True), (torch.contiguous_format, "cpu", True)
     ):  # fmt: skip
-        accelerate(block, backend=backend)
+        accelerate(block, backend=backend, memory_format=keep)
         with torch.no_grad():
             block(x.contiguous(memory_format=layout))
         (report,) = explain(block)
@@ -324,5 +324,5 @@ def test_group_norm_runs_the_blocks_own_forward(training):
     block, x = MMDetectionBlock(32, 8, norm="gn").train(training), torch.randn(2, 32, 7, 7)
     expected = block(x)
     accelerate(block)
-    assert torch.equal(block(x), expected)
+    assert_close(block(x), expected, 1e-6)
     assert "GroupNorm" in explain(block)[0].reason

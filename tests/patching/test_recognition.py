@@ -11,7 +11,9 @@ from official_style import (
     Res2Net,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from res2net_fused import accelerate, explain, restore
 from res2net_fused.modules.fused_forward import FusedForward
@@ -201,3 +203,75 @@ def test_restore_forgets_refusals():
     attributes = sorted(vars(block))
     restore(accelerate(block))
     assert sorted(vars(block)) == attributes
+
+
+class Failing(Bottle2neck):
+    """Fails as long as `error` is set."""
+
+    error = None
+
+    def forward(self, x):
+        if Failing.error is not None:
+            raise Failing.error
+        return super().forward(x)
+
+
+TRANSIENT = {
+    "memory": MemoryError(),
+    "allocator": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    "other": OSError("a file of weights is not there yet"),
+}
+
+
+@pytest.mark.parametrize("error", TRANSIENT.values(), ids=TRANSIENT)
+def test_a_failure_is_not_remembered(error, monkeypatch):
+    monkeypatch.setattr(recognition, "_confirmed", {})
+    monkeypatch.setattr(Failing, "error", error)
+    block = accelerate(Failing(32, 8))
+    assert type(block) is Failing and "could not be tried" in explain(block)[0].reason
+    monkeypatch.setattr(Failing, "error", None)
+    assert isinstance(accelerate(block), FusedForward)
+    assert isinstance(accelerate(Failing(32, 8)), FusedForward)
+
+
+def test_memory_that_lacks_while_ours_is_tried_is_no_disagreement(monkeypatch):
+    monkeypatch.setattr(recognition, "_confirmed", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(recognition, "bottle2neck", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        assert type(accelerate(Bottle2neck(32, 8))) is Bottle2neck
+    assert isinstance(accelerate(Bottle2neck(32, 8)), FusedForward)
+
+
+class Watching(TorchDispatchMode):
+    """Sees each operator, and breaks what float64 needs."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} was called under the mode")
+
+
+def test_a_model_made_under_fake_tensors_and_then_a_real_one(monkeypatch):
+    monkeypatch.setattr(recognition, "_confirmed", {})
+    with FakeTensorMode():
+        inside = accelerate(Bottle2neck(32, 8))
+        outside = Bottle2neck(32, 8)
+    accelerate(outside)
+    for block in (inside, outside, accelerate(Bottle2neck(32, 8))):
+        assert isinstance(block, FusedForward), explain(block)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert inside.eval()(torch.randn(2, 32, 5, 7)).shape == (2, 32, 5, 7)
+
+
+def test_recognition_under_a_mode_that_watches(monkeypatch):
+    monkeypatch.setattr(recognition, "_confirmed", {})
+    block = Bottle2neck(32, 8)
+    with Watching():
+        accelerate(block)
+    assert isinstance(block, FusedForward), explain(block)
+
+
+def test_what_is_tried_in_a_trace_is_tried_again(monkeypatch):
+    monkeypatch.setattr(recognition, "_confirmed", {})
+    block = Bottle2neck(32, 8).eval()
+    torch.jit.trace(lambda x: accelerate(block) and x + 1, torch.ones(1), check_trace=False)
+    assert recognition._confirmed == {}
+    assert isinstance(accelerate(Bottle2neck(32, 8)), FusedForward)

@@ -13,7 +13,7 @@ from tree import ROOT
 from res2net_fused.bench import results
 
 RF = "-m", "res2net_fused"
-RECORD = (str(ROOT / "benchmarks" / "record.py"),)
+RECORD = (str(ROOT / "benchmarks" / "record"),)
 # Work of one image on small maps, in the launches of 32 images on the true ones.
 CUT = {"batch": 32}
 on_cards = pytest.mark.parametrize("name", ["H100", "RTX4090"])
@@ -164,7 +164,7 @@ def test_rehearsed_record_goes_on_where_it_stopped(name, tmp_path):
     assert {row["workload"] for row in data["rows"]} == set(results.WORKLOADS)
     assert "Not measured yet" not in text
     again = run(name, *RECORD, *arguments)
-    assert results.read(path)["rows"] == data["rows"] and "0 units to go" in again
+    assert results.read(path)["rows"] == data["rows"] and "0 cases to go" in again
 
 
 @on_rtx4090

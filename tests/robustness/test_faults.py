@@ -25,7 +25,7 @@ from res2net_fused.backends import triton as triton_backend
 from res2net_fused.backends.cuda import plan as launch_plan
 from res2net_fused.backends.triton import tiles as tile_table
 from res2net_fused.backends.triton.step_plan import plan_steps, plan_training
-from res2net_fused.bench import tune as tuning
+from res2net_fused.bench import tune
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.problem import ChainProblem
 
@@ -122,15 +122,27 @@ def test_a_library_without_an_operator_is_left_alone(stale):
     assert cpu_backend.settings.available_instruction_sets() == []
 
 
+def named_arguments(sources):
+    """The lists of csrc/common/named_arguments.h's kind, by macro, as RES2NET_SCHEMA writes them."""
+    found = {}
+    for path in sorted(sources.rglob("*.h")) + sorted(sources.rglob("*.cpp")):
+        for name, body in re.findall(r"#define (\w+)\(INT, BOOL\)((?:.*\\\n)*.*)", path.read_text()):
+            body = re.sub(r"(\w+)\(INT, BOOL\)", lambda match: found[match[1]], body)
+            body = body.replace("\\\n", "")
+            found[name] = re.sub(r"(INT|BOOL)\((\w+)\)", lambda match: f"{match[1].lower()} {match[2]}", body)
+    return found
+
+
 def test_the_operators_that_are_asked_for_are_those_of_the_sources():
     sources = PACKAGE.parent / "csrc"
     if not sources.is_dir():
         pytest.skip("the sources are not beside the installed package")
-    defined = {}
+    defined, named = {}, named_arguments(sources)
     files = {"cpu": ("cpu/ops/*.cpp", "cuda/plan/*_ops.cpp"), "cuda": ("cuda/*_ops.cpp", "cuda/chain/*_ops.cpp")}
     for name, patterns in files.items():
         texts = [path.read_text() for pattern in patterns for path in sorted(sources.glob(pattern))]
-        schemas = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', "\n".join(texts))
+        text = re.sub(r"RES2NET_SCHEMA\((\w+)\)", lambda match: f'"{named[match[1]]}"', re.sub("//.*", "", "\n".join(texts)))
+        schemas = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', text)
         parsed = [torch._C.parse_schema("".join(re.findall(r'"([^"]*)"', schema))) for schema in schemas]
         defined[name] = {schema.name: len(schema.arguments) for schema in parsed}
     assert library._OPERATORS == defined, "csrc/ defines other operators than library._OPERATORS names: change the latter"
@@ -196,9 +208,9 @@ def test_a_broken_pybind_module_is_not_opened(monkeypatch, tmp_path, content):
 
 
 def test_tune_says_at_once_that_its_table_cannot_be_written(blocked, monkeypatch):
-    monkeypatch.setattr(tuning, "jobs", lambda settings: pytest.fail("it measures first"))
+    monkeypatch.setattr(tune, "jobs", lambda blocks: pytest.fail("it measures first"))
     with pytest.raises(RuntimeError, match="tiles.json cannot be written.*name another file by --out or RES2NET_FUSED_TILES"):
-        tuning.run_tune([], "cuda", blocked / "tiles.json", "tune", [], 1.0, False)
+        tune.run_tune([], "cuda", blocked / "tiles.json", "tune", [], 1.0, False)
 
 
 def test_bench_says_at_once_that_its_folder_cannot_be_written(blocked, capsys):
@@ -226,7 +238,7 @@ def test_tiles_without_a_home(monkeypatch, fresh_tables, caplog):
     assert plan_steps(problem(), (9, 0)).tile_source == "rule"
     assert "RES2NET_FUSED_TILES" in caplog.text
     with pytest.raises(RuntimeError, match="set RES2NET_FUSED_TILES to a file"):
-        tuning.run_tune([], "cuda", None, "tune", [], 1.0, False)
+        tune.run_tune([], "cuda", None, "tune", [], 1.0, False)
 
 
 @pytest.mark.parametrize("kind", ["folder", "below a file"])

@@ -19,7 +19,7 @@ from res2net_fused.backends.cuda import packing as cuda_packing
 from res2net_fused.backends.cuda import plan as launch_plan
 from res2net_fused.backends.cuda.kernel_report import PUBLISHED as PUBLISHED_CONFIGS
 from res2net_fused.chain.problem import ChainProblem
-from res2net_fused.testing.cases import TORCH_DTYPES, TRAINED, VARIANTS, Case, Config, cases
+from res2net_fused.testing.cases import TORCH_DTYPES, TRAINED, VARIANTS, Case, WidthScale, cases
 from res2net_fused.testing.parity import convolution_precision
 
 # A stand-in card computes on the CPU, and of `launch="reference"` no kernel: PyTorch answers whole calls.
@@ -96,9 +96,9 @@ def strip_instance(case: Chain) -> int:
 
 # Calls of the Triton kernels: cases of the benchmark, at its sizes ----------------------------------------------------
 
-_26W4S = (Config(26, 4),)
-_BOTH = (*_26W4S, Config(14, 8))
-_ALL = tuple(Config(*config) for config in PUBLISHED_CONFIGS)
+_26W4S = (WidthScale(26, 4),)
+_BOTH = (*_26W4S, WidthScale(14, 8))
+_ALL = tuple(WidthScale(*config) for config in PUBLISHED_CONFIGS)
 
 
 def _single(workload: str, batches: tuple[int, ...]) -> list[Case]:

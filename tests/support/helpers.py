@@ -186,7 +186,7 @@ def behind_own_mask(z, y, activation):
     if kind == "none":
         return z
     if kind == "leaky_relu":
-        return z * torch.where(y > 0, 1.0, slope)
+        return torch.where(y > 0, z, z * slope)
     bound = CLAMPS[kind][1]
     saturated = y >= bound
     return torch.where(saturated, min(bound, 20.0), z * ((y > 0) & ~saturated))
@@ -272,7 +272,8 @@ def import_timm():
     except OSError:
         for name in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                      "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
-            torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
+            if not hasattr(torch.ops.torchvision, name.split("(")[0]):
+                torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
     import timm
 
     return timm

@@ -1,22 +1,26 @@
-"""What the tests of records share: rows, environments, conditions of a run, the scripts of benchmarks/."""
+"""What the tests of records share: rows, environments, a runner, the recorder's process, the checkout's setup.py."""
 
-import importlib
-import sys
+import importlib.util
 import time
 from dataclasses import replace
 
+import record.__main__ as recorder
+from record import roofline, schedule
+from record.runner import RecordRunner
 from tree import ROOT
 
-from res2net_fused.bench import results, roofline, schedule
-from res2net_fused.bench.candidates import Conditions
+from res2net_fused.bench import results
+from res2net_fused.bench.candidates import RunConditions
+
+RATES = roofline.Rates(10, {"float32": 0.1})
 
 
-def script(name):
-    """A module of benchmarks/."""
-    folder = str(ROOT / "benchmarks")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
+def load_setup():
+    """setup.py as a module: nothing is built by importing it."""
+    spec = importlib.util.spec_from_file_location("res2net_fused_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment(**changes):
@@ -30,15 +34,18 @@ def row(**changes):
 
 
 def conditions(**changes):
-    rates = roofline.Rates(10, {"float32": 0.1})
-    return replace(Conditions("cpu", "auto", True, rates, None, 1), **changes)
+    return replace(RunConditions("cpu", "auto", True, None, 1), **changes)
+
+
+def record_runner(record, rates=RATES, **changes):
+    return RecordRunner(conditions(**changes), record, rates)
 
 
 def run_child(path, *arguments):
     """The process that measures, in this one."""
     child = ["--device", "cpu", "--commit", "test", "--out", str(path), "--child", str(time.time())]
-    return script("record").main(["--quick", *arguments, *child])
+    return recorder.main(["--quick", *arguments, *child])
 
 
-def quick_unit(workload):
-    return next(u for u in schedule.schedule("cpu", quick=True) if u.workload == workload)
+def quick_case(workload):
+    return next(case for case in schedule.schedule("cpu", quick=True) if case.workload == workload)

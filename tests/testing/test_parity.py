@@ -7,12 +7,12 @@ import torch
 
 from res2net_fused.backends.reference import BACKEND as reference_backend
 from res2net_fused.testing import parity, tolerances
-from res2net_fused.testing.cases import VARIANTS, Case, Config, cases
+from res2net_fused.testing.cases import VARIANTS, Case, WidthScale, cases
 
-CASE = Case("chain", Config(14, 8), 4, 2, "float32", "cpu")
+CASE = Case("chain", WidthScale(14, 8), 4, 2, "float32", "cpu")
 
 
-@pytest.mark.parametrize("case", cases(("chain", "block"), [Config(14, 4)], [2], "float32", "cpu", VARIANTS), ids=str)
+@pytest.mark.parametrize("case", cases(("chain", "block"), [WidthScale(14, 4)], [2], "float32", "cpu", VARIANTS), ids=str)
 def test_gate_is_green_on_every_backend_here(case):
     report = parity.check_case(case)
     assert report.ok, f"\n{report}"
@@ -21,13 +21,13 @@ def test_gate_is_green_on_every_backend_here(case):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(dtype):
-    report = parity.check_case(Case("block", Config(14, 8), 4, 1, dtype, "cpu"))
+    report = parity.check_case(Case("block", WidthScale(14, 8), 4, 1, dtype, "cpu"))
     assert report.ok, f"\n{report}"
     assert all(row.dtype == dtype for row in report)
 
 
 def test_convolution_of_one_group():
-    assert parity.check_case(Case("block", Config.of_scale(1), 4, 1, "float32", "cpu", "stage"), "reference").ok
+    assert parity.check_case(Case("block", WidthScale.from_scale(1), 4, 1, "float32", "cpu", "stage"), "reference").ok
 
 
 def break_backend(monkeypatch, damage):
@@ -75,7 +75,7 @@ def test_a_block_that_runs_its_own_forward_is_no_pass(monkeypatch):
 
     monkeypatch.setattr(fused_forward, "why_not_fused", lambda *_: "because of the test")
     with pytest.raises(RuntimeError, match="because of the test"):
-        parity.check_case(Case("block", Config(14, 8), 4, 1, "float32", "cpu"), "reference")
+        parity.check_case(Case("block", WidthScale(14, 8), 4, 1, "float32", "cpu"), "reference")
 
 
 def raising(words):

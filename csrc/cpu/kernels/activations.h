@@ -100,11 +100,11 @@ R2N_INLINE V activated(V z, Activation activation) {
 // (ATen's hardtanh_backward does either, vector by vector), and takes the slope of leaky_relu, as there.
 template <class V>
 R2N_INLINE V masked(V g, V y, Activation activation) {
-  if (activation.kind == Activation::none) return g;
   const V zero{};
+  if (activation.kind == Activation::relu) return y <= zero ? zero : g;
+  if (activation.kind == Activation::none) return g;
   if (activation.kind == Activation::leaky_relu) return y > zero ? g : g * broadcast<V>(activation.slope);
   g = y <= zero ? zero : g;
-  if (activation.kind == Activation::relu) return g;
   return y >= broadcast<V>(activation.kind == Activation::relu6 ? 6.0f : 20.0f) ? zero : g;
 }
 

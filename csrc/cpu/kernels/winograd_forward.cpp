@@ -152,7 +152,7 @@ PixelRun row_of_tile(const Step& step, const Tile& tile, PanelPass pass, int64_t
 // has activated no other may see as z.
 template <int Rows, int Columns>
 bool tile_activated(const Step& step, const Tile& tile, const float* m, int64_t point, PanelPass pass) {
-  alignas(64) float z[Rows * Columns * (kMaxPanels * kPanel + kUnit)];
+  alignas(64) float z[Rows * Columns * kWidest];
   const int64_t first = pass.first * kPanel, width = pass.width();
   Step plain = step;
   plain.channels -= first;

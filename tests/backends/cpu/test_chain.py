@@ -337,7 +337,7 @@ def test_operator_refuses_buffers_that_do_not_fit():
     chain = Chain(width=12)
     x, weights, biases = chain.tensors(dtype=torch.float32)
     packed = cpu_backend.chain.pack(weights, biases, chain.config)
-    settings = (chain.width, chain.steps, 1, 1, 1, True, 0, 0, 0, True, 0, -1)
+    settings = (chain.width, chain.steps, 1, 1, 1, True, 0, 0, 0, 0.0, True, 0, -1)
     forward = torch.ops.res2net_fused_native.cpu_chain_forward
     assert_close(forward(x, *packed, *settings), in_float64(chain, x, weights, biases))
     for i, name in enumerate(("winograd", "direct", "bias")):

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from res2net_fused.backends.triton.step_plan import default_tile, plan_steps, step_shape
 from res2net_fused.backends.triton.tiles import Row, Shape, Tile, lookup, merge, read, write
-from res2net_fused.testing.cases import Config, cases
+from res2net_fused.testing.cases import WidthScale, cases
 
 SHAPE = Shape("step", (9, 0), "half", 26, 26, 32 * 56 * 56)
 TILE = Tile(64, 32, 32, 4, 3)
@@ -36,7 +36,7 @@ def test_what_is_not_near_does_not_answer(changes):
 
 
 def test_a_plan_takes_its_tile_from_the_tables_and_says_so(user_table):
-    case = cases(("chain",), [Config(26, 4)], [32], "bfloat16", "cpu")[0]
+    case = cases(("chain",), [WidthScale(26, 4)], [32], "bfloat16", "cpu")[0]
     problem = replace(case.problem(case.module()), device=torch.device("cuda"))
     untuned = plan_steps(problem, (9, 0))
     assert untuned.tile_source == "rule" and untuned.tile == default_tile(problem, (9, 0), "ieee", untuned.images)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from res2net_fused.backends import selection
-from res2net_fused.bench import networks, providers, results, roofline
-from res2net_fused.bench import timing as measure
-from res2net_fused.bench.network_runner import NetworkContests, TurnConditions
+from res2net_fused.bench import networks, providers, results, timing
+from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.record_file import Record
-from res2net_fused.bench.schedule import Unit
+from res2net_fused.bench.timed_case import TimedCase
+from res2net_fused.bench.work import rotation_count
 from res2net_fused.models.registry import create_model  # noqa: F401  # registers the networks
 from res2net_fused.testing import parity
-from res2net_fused.testing.cases import Case, Config
+from res2net_fused.testing.cases import Case, WidthScale
 
 SECOND = torch.device("cuda", 1)
 BOTH = ("eager_channels_last", False), ("eager_channels_last", True), ("ours", False), ("ours_graph", True)
@@ -23,7 +23,7 @@ BOTH = ("eager_channels_last", False), ("eager_channels_last", True), ("ours", F
 def timer(tmp_path):
     record = Record(tmp_path / "bench-cuda.json", results.environment("cuda:1", "x"))
     record.begin_run()
-    yield NetworkContests(TurnConditions("cuda:1", "auto", True, None, 0, 1), record)
+    yield NetworkRunner(TurnConditions("cuda:1", "auto", True, 0, 1), record)
     record.close()
 
 
@@ -58,9 +58,9 @@ def test_everything_is_done_on_the_device_of_the_inputs(graph, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert torch.cuda.current_device() == 0
     inputs = [torch.ones(1000, device=SECOND)]
-    contender = (measure.GraphedContender if graph else measure.Contender)(model, inputs)
-    timing = measure.measure({"a": contender}, "cuda:1", seconds=0, min_repeats=2, max_repeats=2)["a"]
-    assert where == {(1, SECOND)} and set(events) == {SECOND} and timing.peak_mb >= 0
+    contender = (timing.GraphedContender if graph else timing.Contender)(model, inputs)
+    found = timing.measure({"a": contender}, "cuda:1", seconds=0, min_repeats=2, max_repeats=2)["a"]
+    assert where == {(1, SECOND)} and set(events) == {SECOND} and found.peak_mb >= 0
     assert torch.cuda.current_device() == 0
     assert [out.device for out in contender.outputs()] == [SECOND]
 
@@ -70,16 +70,16 @@ def test_peak_memory_is_that_of_the_device_that_was_asked_for(monkeypatch):
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "synchronize"):
         own = getattr(torch.cuda, name)
         monkeypatch.setattr(torch.cuda, name, lambda device=None, own=own: asked.append(device) or own(device))
-    measure.peak_mb(measure.Contender(lambda x: x * 2, [torch.ones(10, device=SECOND)]), "cuda:1")
+    timing.peak_mb(timing.Contender(lambda x: x * 2, [torch.ones(10, device=SECOND)]), "cuda:1")
     assert asked and set(asked) == {"cuda:1"}
 
 
 def test_the_device_is_the_current_one_from_the_start():
     try:
-        measure.use_device("cuda:1")
+        timing.use_device("cuda:1")
         assert torch.cuda.current_device() == 1
-        measure.use_device("cuda")  # whichever is the current one
-        measure.use_device("cpu")
+        timing.use_device("cuda")  # whichever is the current one
+        timing.use_device("cpu")
         assert torch.cuda.current_device() == 1
     finally:
         torch.cuda.set_device(0)
@@ -103,7 +103,7 @@ def test_a_replay_that_writes_nothing_is_a_failure(timer, monkeypatch, unit):
     if unit == "network":
         found = timer.time_networks([small_network()], 2, BOTH)
     else:
-        found = timer.time(Unit("chain", Config(26, 4), 4, "normal", 2, "bfloat16", BOTH))
+        found = timer.time(TimedCase("chain", WidthScale(26, 4), 4, "normal", 2, "bfloat16", BOTH))
     assert cells(found.rows) == {one for one in BOTH if not one[1]}
     assert len(found.failures) == 2 and all("CUDA graph" in name for name in found.failures)
     assert all("relative error is nan" in reason for reason in found.failures.values())
@@ -131,14 +131,14 @@ def test_everybody_is_timed_with_the_fastest_of_cudnn_and_past_the_l2(timer, mon
 
     monkeypatch.setitem(providers.PROVIDERS, "eager_channels_last", replace(own, build=build))
     monkeypatch.setattr("res2net_fused.bench.turns.measure", note)
-    case = Case("chain", Config(26, 4), 4, 8, "bfloat16", "cuda:1")
+    case = Case("chain", WidthScale(26, 4), 4, 8, "bfloat16", "cuda:1")
     moved = 2 * case.inputs()[0].nbytes
     timer.conditions = replace(timer.conditions, l2=5 * moved)
     before = torch.backends.cudnn.benchmark
-    timer.time(Unit("chain", case.config, case.stage, "normal", case.batch, case.dtype, BOTH))
+    timer.time(TimedCase("chain", case.config, case.stage, "normal", case.batch, case.dtype, BOTH))
     assert seen["benchmark"] == {True} and torch.backends.cudnn.benchmark is before
     assert len(seen["counts"]) == 4 and {count for count, _ in seen["counts"].values()} == {10} == seen["bytes"]
-    assert roofline.rotation_count(moved, 5 * moved) == 10
+    assert rotation_count(moved, 5 * moved) == 10
     assert {calls for (_, one), (_, calls) in seen["counts"].items() if one[1]} == {10}
 
 
@@ -156,7 +156,7 @@ def test_backends_are_chosen_under_the_precision_that_is_checked(monkeypatch):
     monkeypatch.setattr(selection.get_backend("reference"), "why_not", why_not)
     for dtype, word in (("float32", "ieee"), ("tf32", "tf32")):
         seen.clear()
-        report = parity.check_case(Case("chain", Config(26, 4), 4, 1, dtype, "cuda"))
+        report = parity.check_case(Case("chain", WidthScale(26, 4), 4, 1, dtype, "cuda"))
         assert report.ok and set(seen) == {word}
 
 
@@ -165,5 +165,5 @@ def test_a_capture_that_fails_leaves_the_stream_to_who_comes_next():
         return x * x.sum().item() if torch.cuda.is_current_stream_capturing() else x
 
     with pytest.raises(RuntimeError, match="CUDA error"):
-        measure.GraphedContender(model, [torch.ones(3, device="cuda")])
+        timing.GraphedContender(model, [torch.ones(3, device="cuda")])
     assert torch.cuda.current_stream() == torch.cuda.default_stream()

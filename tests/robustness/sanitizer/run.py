@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-import native_build  # noqa: E402
 import torch  # noqa: E402
 
+import setup  # noqa: E402
 from res2net_fused._native import build_flags  # noqa: E402
 
 FOLDER = ROOT / "build" / "sanitize"
@@ -109,9 +109,10 @@ def library(compiler: str, plant: bool) -> Path:
     output = FOLDER / f"libres2net_fused_cpu-{digest.hexdigest()[:16]}.so"
     if not output.exists():
         print(f"compiling {len(units)} files with {' '.join(SANITIZERS)}; the widest kernels take a minute each", flush=True)
-        error = native_build.compile_target(target, [compiler], FOLDER / "objects", output)
-        if error:
-            raise RuntimeError(f"the instrumented library was not built: {error}")
+        try:
+            os.replace(setup.compile_target(target, [compiler], FOLDER / "objects", setup.find_ninja()), output)
+        except setup.Missing as error:
+            raise RuntimeError(f"the instrumented library was not built: {error}") from None
     return output
 
 

@@ -17,15 +17,17 @@ IMAGE = 64
 
 
 def changes(batch: int) -> dict[str, Callable[[Any], None]]:
-    """By module of the package, what is done to it once it has been imported. batch: by how much the true one is larger."""
+    """By module, what is done to it once it has been imported. batch: by how much the true one is larger."""
+    package = "res2net_fused"
     return {
-        "backends.triton.availability": lambda m: _planned(m, ("plan_for", "plan_training_for"), batch, TRUE),
-        "backends.cuda.plan": lambda m: _planned(m, ("plan_chain",), batch, {}),
-        "testing.cases": lambda m: setattr(m, "SIZES", SIZES),
-        "bench.sample_images": _small_photographs,
-        "bench.timing": _few_rounds,
-        "bench.roofline": _few_inputs,
-        "bench.candidates": lambda m: setattr(m.Conditions, "image_size", property(lambda self: IMAGE)),
+        f"{package}.backends.triton.availability": lambda m: _planned(m, ("plan_for", "plan_training_for"), batch, TRUE),
+        f"{package}.backends.cuda.plan": lambda m: _planned(m, ("plan_chain",), batch, {}),
+        f"{package}.testing.cases": lambda m: setattr(m, "SIZES", SIZES),
+        f"{package}.bench.sample_images": _small_sample_images,
+        f"{package}.bench.timing": _few_rounds,
+        f"{package}.bench.work": _few_inputs,
+        "record.roofline": _quick_rates,
+        "record.runner": lambda m: setattr(m, "IMAGE_SIZE", IMAGE),
     }
 
 
@@ -42,9 +44,9 @@ def _planned(module: Any, names: tuple[str, ...], batch: int, sizes: dict[int, i
         setattr(module, name, planned)
 
 
-def _small_photographs(module: Any) -> None:
-    own = module.photographs
-    module.photographs = functools.wraps(own)(lambda size=224: own(min(size, IMAGE)))
+def _small_sample_images(module: Any) -> None:
+    own = module.sample_images
+    module.sample_images = functools.wraps(own)(lambda size=224: own(min(size, IMAGE)))
 
 
 def _few_rounds(module: Any) -> None:
@@ -59,6 +61,10 @@ def _few_rounds(module: Any) -> None:
 
 
 def _few_inputs(module: Any) -> None:
-    own, rates = module.rotation_count, module.measure_rates
+    own = module.rotation_count
     module.rotation_count = lambda size, l2: min(2, own(size, l2))
-    module.measure_rates = lambda device, dtypes, quick=False: rates(device, dtypes, True)
+
+
+def _quick_rates(module: Any) -> None:
+    own = module.measure_rates
+    module.measure_rates = lambda device, dtypes, quick=False: own(device, dtypes, True)

@@ -39,7 +39,7 @@ def insert(device: Device, card: Card, settings: Settings) -> None:
         from . import cuts
 
         for name, change in cuts.changes(settings.batch).items():
-            changes[f"{PACKAGE}.{name}"] = _both(changes.get(f"{PACKAGE}.{name}"), change)
+            changes[name] = _both(changes.get(name), change)
     sys.meta_path.insert(0, _Changed(changes))
 
 

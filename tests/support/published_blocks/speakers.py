@@ -92,3 +92,22 @@ class GatedBlock(BasicBlockRes2Net):
     def join(self, sp, piece, i):
         both = torch.cat((sp, piece), 1).mean((2, 3))
         return piece + sp * torch.sigmoid(self.gates[i - 1](both))[:, :, None, None]
+
+
+class SpeakerNet(nn.Module):
+    """The residual part of a speaker network for features (N, 1, 80, T): four stages, the stride on the first conv1."""
+
+    def __init__(self, layers, scale=2, channels=32):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 3, 1, 1, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(channels), nn.ReLU()
+        blocks, inplanes = [], channels
+        for stage, count in enumerate(layers):
+            for k in range(count):
+                stride = 2 if stage > 0 and k == 0 else 1
+                blocks.append(BasicBlockRes2Net(inplanes, channels << stage, stride, scale=scale))
+                inplanes = blocks[-1].conv3.out_channels
+        self.layers = nn.Sequential(*blocks)
+
+    def forward(self, x):
+        return self.layers(self.relu(self.bn1(self.conv1(x))))

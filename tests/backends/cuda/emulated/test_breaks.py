@@ -38,7 +38,7 @@ BREAKS = [
         "columns right of the image get values",
         "strips",
         STRIP,
-        "\n              p.image_column >= 0 && p.image_column < g.width;",
+        " p.image_column >= 0 && p.image_column < g.width;",
         " p.image_column >= 0;",
         "wrong",
     ),

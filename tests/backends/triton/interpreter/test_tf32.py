@@ -20,7 +20,7 @@ from res2net_fused.chain import reference
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 from res2net_fused.testing import cases, parity
-from res2net_fused.testing.cases import Case, Config
+from res2net_fused.testing.cases import Case, WidthScale
 from res2net_fused.testing.tolerances import FORWARD
 
 BOUND, EXACT = FORWARD["tf32"].limit, FORWARD["float32"].limit
@@ -46,7 +46,7 @@ def check(out, exact):
 def errors_of_check(monkeypatch, config, workload, variant="normal"):
     """Of what `res2net-fused check` runs in the first stage, at batch 1 and 7x7 pixels."""
     monkeypatch.setattr(cases, "SIZES", (7, 7, 7, 7))
-    case = Case(workload, Config.parse(config), 1, 1, "tf32", "cpu", variant)
+    case = Case(workload, WidthScale.parse(config), 1, 1, "tf32", "cpu", variant)
     rows = parity.check_case(case, "triton")
     assert [row.bound for row in rows] == [BOUND]
     return [row.error for row in rows]

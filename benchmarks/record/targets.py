@@ -1,4 +1,4 @@
-"""The figures a record is judged by: ratios between rows of one run, each beside its bar."""
+"""The targets that a record is judged by: ratios between rows of one run, each beside its bar."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .._tables import format_table
-from ..models.res2net import LAYERS_50
-from ..testing.cases import STAGES, Config
-from .schedule import FIGURE_CONFIGS, network_name
+from res2net_fused._tables import format_table
+from res2net_fused.bench.timed_case import TARGET_CONFIGS, network_name
+from res2net_fused.models.res2net import LAYERS_50
+from res2net_fused.testing.cases import STAGES, WidthScale
 
 DTYPE = "bfloat16"
 COMPILED = ("compile", "compile_freezing", "compile_max_autotune")
 OURS = "ours_graph"
 TRAINERS = ("ours", "triton")
-_NO_SLOWER = Config(48, 2)
+_NO_SLOWER = WidthScale(48, 2)
 
 
 @dataclass(frozen=True)
-class Figure:
+class Target:
     """value: a ratio of at least `bar` passes; None where it was not measured, and `note` says what is missing."""
 
     name: str
@@ -55,39 +55,39 @@ class _Times:
     def batches(self, workload: str) -> list[int]:
         return sorted({key[4] for key in self._rows if key[0] == workload})
 
-    def network(self, config: Config, batch: int) -> dict[str, Any] | None:
+    def network(self, config: WidthScale, batch: int) -> dict[str, Any] | None:
         return self._rows.get(("network", network_name(config), None, "normal", batch, OURS))
 
 
-def figures(rows: Iterable[dict[str, Any]]) -> list[Figure]:
-    """From the rows of a record, bf16; both sides in CUDA graphs, but for training."""
+def targets(rows: Iterable[dict[str, Any]]) -> list[Target]:
+    """The targets by the rows of a record, bf16; both sides in CUDA graphs, but for training."""
     rows = list(rows)
     times = _Times(rows)
     found = []
-    for config in FIGURE_CONFIGS:
+    for config in TARGET_CONFIGS:
         for stage in STAGES:
             for peer, bar in (("eager_channels_last", 5.0), ("compile_max_autotune", 2.0)):
                 pair = times.ratio(("chain", str(config), stage, "normal", 32), [peer])
                 name = f"chain {config} stage {stage}, batch 32, over {peer}"
-                found.append(Figure(name, pair and pair[0] / pair[1], bar))
+                found.append(Target(name, pair and pair[0] / pair[1], bar))
     found += [_blocks_of_a_network(times, batch) for batch in (32, 256)]
     found += [_never_slower(times, workload) for workload in ("chain", "block")]
-    for config in FIGURE_CONFIGS:
+    for config in TARGET_CONFIGS:
         for batch in times.batches("network") or [32]:
             row = times.network(config, batch)
             value = None if row is None or not row.get("yardstick_ms") else row["yardstick_ms"] / row["median_ms"]
-            found.append(Figure(f"{network_name(config)}, batch {batch}, over compiled ResNet-50", value, 1.0))
-    return found + _training_figures(rows)
+            found.append(Target(f"{network_name(config)}, batch {batch}, over compiled ResNet-50", value, 1.0))
+    return found + _training_targets(rows)
 
 
-def _training_figures(rows: Iterable[dict[str, Any]]) -> list[Figure]:
+def _training_targets(rows: Iterable[dict[str, Any]]) -> list[Target]:
     """Steps of SGD of the networks: eager's and torch.compile's time over the fastest of ours, and eager's peak memory."""
     steps: dict[tuple[object, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["workload"] == "train_step" and row["dtype"] == DTYPE:
             steps.setdefault((row["config"], row["batch"], row.get("run")), {})[row["provider"]] = row
     found = []
-    for config, batch in itertools.product(FIGURE_CONFIGS, (128, 256)):
+    for config, batch in itertools.product(TARGET_CONFIGS, (128, 256)):
         of_case = [by for (name, size, _), by in steps.items() if (name, size) == (network_name(config), batch)]
         by_provider = of_case[-1] if of_case else {}  # of one run
         ours = min((by_provider[name] for name in TRAINERS if name in by_provider), key=lambda r: r["median_ms"], default=None)
@@ -97,28 +97,28 @@ def _training_figures(rows: Iterable[dict[str, Any]]) -> list[Figure]:
             other = by_provider.get(peer)
             value = None if ours is None or other is None or not ours[field] else other[field] / ours[field]
             what = "step" if field == "median_ms" else "peak memory"
-            found.append(Figure(f"{network_name(config)} training {what}, batch {batch}, over {peer}", value, bar))
+            found.append(Target(f"{network_name(config)} training {what}, batch {batch}, over {peer}", value, bar))
     return found
 
 
-def _blocks_of_a_network(times: _Times, batch: int) -> Figure:
+def _blocks_of_a_network(times: _Times, batch: int) -> Target:
     """All 16 blocks of Res2Net-50 26w4s, each stage's first block and its normal ones; the fastest torch.compile of each."""
     peer_ms = ours_ms = 0.0
     missing = []
     for stage, depth in zip(STAGES, LAYERS_50, strict=True):
         for variant, count in (("stage", 1), ("normal", depth - 1)):
-            pair = times.ratio(("block", str(FIGURE_CONFIGS[0]), stage, variant, batch), COMPILED)
+            pair = times.ratio(("block", str(TARGET_CONFIGS[0]), stage, variant, batch), COMPILED)
             if pair is None:
                 missing.append(f"{variant} block of stage {stage}")
                 continue
             peer_ms, ours_ms = peer_ms + count * pair[0], ours_ms + count * pair[1]
-    name = f"blocks of Res2Net-50 {FIGURE_CONFIGS[0]} summed, batch {batch}, over torch.compile"
+    name = f"blocks of Res2Net-50 {TARGET_CONFIGS[0]} summed, batch {batch}, over torch.compile"
     if missing:
-        return Figure(name, None, 1.5, f"missing: {len(missing)} of {2 * len(STAGES)}, such as {missing[0]}")
-    return Figure(name, peer_ms / ours_ms, 1.5)
+        return Target(name, None, 1.5, f"missing: {len(missing)} of {2 * len(STAGES)}, such as {missing[0]}")
+    return Target(name, peer_ms / ours_ms, 1.5)
 
 
-def _never_slower(times: _Times, workload: str) -> Figure:
+def _never_slower(times: _Times, workload: str) -> Target:
     """The worst ratio of all stages and measured batches."""
     pairs = {}
     for batch in times.batches(workload):
@@ -128,9 +128,9 @@ def _never_slower(times: _Times, workload: str) -> Figure:
                 pairs[f"stage {stage}, batch {batch}"] = pair[0] / pair[1]
     worst = min(pairs, key=pairs.__getitem__, default=None)
     note = "" if worst is None else f"worst of {len(pairs)}: {worst}"
-    return Figure(f"{workload} {_NO_SLOWER} over torch.compile", None if worst is None else pairs[worst], 1.0, note)
+    return Target(f"{workload} {_NO_SLOWER} over torch.compile", None if worst is None else pairs[worst], 1.0, note)
 
 
-def figure_table(found: Iterable[Figure]) -> str:
+def target_table(found: Iterable[Target]) -> str:
     lines = [(f.name, "-" if f.value is None else f"{f.value:.2f}x", f"{f.bar:g}x", f.outcome, f.note) for f in found]
-    return format_table(("figure", "measured", "bar", "outcome", "remark"), lines, left=5)
+    return format_table(("target", "measured", "bar", "outcome", "remark"), lines, left=5)

@@ -1,14 +1,13 @@
 """Times a chain, block or network in JAX: `jax_peer.py SPEC.json`, in a process of its own; needs jax and numpy only.
 
-The spec, which benchmarks/record.py writes, names an .npz with folded weights, a small input and what float64 makes of it.
-Prints one line of JSON: the times, and the error on that input.
+The spec, which jax_case.py writes, names an .npz with folded weights, a small input and what float64 makes of it.
+Prints one line of JSON: the times, which jax_case.py sums up, and the error on that input.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -89,11 +88,6 @@ def load(file, dtype):
     return {"blocks": blocks, **{name: pair(name) for name in ("stem", "head") if name in names}}
 
 
-def percentiles(samples):
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return {"median_ms": statistics.median(samples), "p20_ms": fifths[0], "p80_ms": fifths[3]}
-
-
 def main():
     spec = json.loads(Path(sys.argv[1]).read_text())
     if spec["gpu"] and jax.default_backend() != "gpu":
@@ -129,8 +123,8 @@ def main():
     programs = max(1, round(SAMPLE_SECONDS / once))
     samples = [1e3 * seconds(programs) / (programs * calls) for _ in range(spec["repeats"])]
     peak = 0 if single is None else (single.temp_size_in_bytes + single.output_size_in_bytes) / 1e6
-    print(json.dumps({**percentiles(samples), "repeats": len(samples), "peak_mb": peak, "calls": calls * programs,
-                      "error": error, "jax": jax.__version__}))  # fmt: skip
+    found = {"samples_ms": samples, "peak_mb": peak, "calls": calls * programs, "error": error, "jax": jax.__version__}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""JAX as a peer: a unit written out for benchmarks/jax_peer.py, which runs apart from this process and its GPU memory."""
+"""JAX as a peer: a case written out for jax_peer.py, which runs apart from this process and its GPU memory."""
 
 from __future__ import annotations
 
@@ -15,57 +15,58 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..modules.block_parts import parts_of
-from ..modules.folding import fold, projection_of
-from ..modules.reference_blocks import ReferenceBottle2neck
-from ..testing.cases import TORCH_DTYPES, Case, ReferenceChain
-from ..testing.parity import relative_error
-from ..testing.tolerances import forward_bound, network_bound
-from .candidates import Conditions, build_network
-from .record_file import Row
-from .roofline import least_work, least_work_of_network, rotation_count
-from .runner import make_row
-from .schedule import Unit
-from .timing import Timing
+from res2net_fused.bench.candidates import module_case
+from res2net_fused.bench.record_file import Row
+from res2net_fused.bench.runner import make_row
+from res2net_fused.bench.timed_case import TimedCase
+from res2net_fused.bench.timing import Timing
+from res2net_fused.bench.work import Work, least_work, least_work_of_network, rotation_count
+from res2net_fused.modules.block_parts import parts_of
+from res2net_fused.modules.folding import fold, projection_of
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
+from res2net_fused.testing.cases import TORCH_DTYPES, ReferenceChain
+from res2net_fused.testing.parity import relative_error
+from res2net_fused.testing.tolerances import forward_bound, network_bound
 
-PEER = Path(__file__).resolve().parents[2] / "benchmarks" / "jax_peer.py"
+from .runner import RecordRunner, build_network, image_size
+
+PEER = Path(__file__).resolve().with_name("jax_peer.py")
 _CHECKED = 2  # images
 
 
 def why_not() -> str | None:
     """Why JAX cannot be timed here, or None."""
-    if not PEER.is_file():
-        return f"{PEER} is not there: run from a checkout"
     return None if importlib.util.find_spec("jax") else "jax is not installed"
 
 
-def time_unit(unit: Unit, conditions: Conditions, seconds: float) -> Row:
+def time_case(case: TimedCase, runner: RecordRunner, seconds: float) -> Row:
     """One row; RuntimeError where the process fails, takes longer than `seconds`, or is less exact than is allowed."""
     import numpy as np
 
-    module, shape, parts = _module(unit, conditions)
-    dtype = TORCH_DTYPES[unit.dtype]
+    conditions = runner.conditions
+    module, shape, parts = _module(case, runner)
+    dtype = TORCH_DTYPES[case.dtype]
     x = torch.randn(_CHECKED, *shape[1:], generator=torch.Generator().manual_seed(0)).relu_().to(conditions.device, dtype)
     with torch.inference_mode():
         expected = copy.deepcopy(module).double()(x.double())
         eager_error = relative_error(module(x), expected)
-    bound = network_bound(eager_error) if unit.stage is None else forward_bound(unit.dtype, eager_error)
-    program, arrays = _export(unit.workload, module)
+    bound = network_bound(eager_error) if case.stage is None else forward_bound(case.dtype, eager_error)
+    program, arrays = _export(case.workload, module)
     arrays |= {"x": x.float(), "expected": expected}
     count = max(2, rotation_count(sum(part.activations for part in parts), conditions.l2))
     with tempfile.TemporaryDirectory() as folder:
         values: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
         np.savez(Path(folder, "arrays.npz"), **values)
         spec = {
-            "program": program, "arrays": str(Path(folder, "arrays.npz")), "shape": shape, "dtype": unit.dtype,
+            "program": program, "arrays": str(Path(folder, "arrays.npz")), "shape": shape, "dtype": case.dtype,
             "count": count, "repeats": conditions.repeats, "gpu": torch.device(conditions.device).type == "cuda",
         }  # fmt: skip
         Path(folder, "spec.json").write_text(json.dumps(spec))
         found = _run(Path(folder, "spec.json"), seconds, torch.device(conditions.device))
     if not found["error"] <= bound:
         raise RuntimeError(f"JAX's relative error is {found['error']:.2g}; at most {bound:.2g} is allowed")
-    timing = Timing(found["median_ms"], found["p20_ms"], found["p80_ms"], found["repeats"], found["peak_mb"])
-    row = make_row(unit, ("jax", False), timing, conditions, conditions.floor_ms(parts, unit.dtype))
+    timing = Timing.of_samples(found["samples_ms"], found["peak_mb"])
+    row = make_row(case, ("jax", False), timing, conditions, runner.floor_ms(parts, case.dtype))
     return row | {"calls": found["calls"], "jax": found["jax"]}
 
 
@@ -85,16 +86,16 @@ def _run(spec: Path, seconds: float, device: torch.device) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _module(unit: Unit, conditions: Conditions) -> tuple[nn.Module, tuple[int, ...], list]:
+def _module(case: TimedCase, runner: RecordRunner) -> tuple[nn.Module, tuple[int, ...], list[Work]]:
     """The reference, the shape of x (N, C, H, W), and its least work."""
-    if unit.stage is None:
-        network = build_network(unit.config, unit.dtype, conditions)
-        shape = (unit.batch, 3, conditions.image_size, conditions.image_size)
-        return network, shape, least_work_of_network(network, shape, unit.dtype)
-    case = Case(unit.workload, unit.config, unit.stage, unit.batch, unit.dtype, conditions.device, unit.variant)
-    shape = (unit.batch, case.channels, case.input_size, case.input_size)
-    module = case.module()
-    return module, shape, [least_work(module, shape, unit.dtype)]
+    if case.stage is None:
+        network, size = build_network(case.config, case.dtype, runner.conditions), image_size(runner.conditions)
+        shape = (case.batch, 3, size, size)
+        return network, shape, least_work_of_network(network, shape, case.dtype)
+    inner = module_case(case, runner.conditions)
+    shape = (case.batch, inner.channels, inner.input_size, inner.input_size)
+    module = inner.module()
+    return module, shape, [least_work(module, shape, case.dtype)]
 
 
 def _export(kind: str, module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,316 @@
+"""Times ours beside PyTorch and its peers on a CPU, in one run: chains, 1-D chains or whole networks.
+
+    python benchmarks/cpu.py chains [--batch 1 8] [--backward] [--threads N] [--seconds S] [--bar RATIO]
+    python benchmarks/cpu.py chains1d [--repeats 25]
+    python benchmarks/cpu.py networks --batch 1 --repeats 20 --out results/network.json
+    python benchmarks/cpu.py networks --bar-pytorch 1.1 --bar-peer 1 --bar-resnet 0.9
+
+All contenders take turns, repeat after repeat, and medians are compared. What is timed was compared with float64 before.
+
+The machine must be otherwise idle: one busy neighbour makes every barrier between two threads wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from res2net_fused import hierarchical_conv2d, pack_weights
+from res2net_fused._tables import format_table
+from res2net_fused.backends import policy
+from res2net_fused.backends.cpu import chain1d
+from res2net_fused.bench import networks, providers, results, runtimes
+from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
+from res2net_fused.bench.networks import NetworkRatios
+from res2net_fused.bench.record_file import Record
+from res2net_fused.bench.timing import Contender, measure
+from res2net_fused.chain import reference
+from res2net_fused.chain.config import Chain1dConfig, ChainConfig
+from res2net_fused.ops.hierarchical_conv1d import call_1d
+
+CHAINS = """The 2-D chain against PyTorch: twelve shapes of Res2Net-50, packed weights, the public operator.
+
+The peer is the fastest of PyTorch's modes: eager, eager channels-last, and channels-last with channels-last weights. With
+--bar the exit status is 1 where the geometric mean of a batch size is below it. With --backward the gradients of x, weights and
+biases are computed as well, as with frozen BatchNorms; ours then has plain weights, since they change from step to step.
+"""
+CHAINS_1D = """The 1-D chain of ECAPA-TDNN on one core against PyTorch's own operators, in the forms of SpeechBrain and ESPnet.
+
+s = 8, kernels of 3. The peer is what those libraries run: padding, convolution, ReLU, BatchNorm, one concatenation. Ours are
+both arrangements of the `cpu` chain1d, with packed weights; the one that it would take is marked.
+"""
+NETWORKS = """Whole networks: Res2Net-50 26w4s and 14w8s against PyTorch, ONNX Runtime, OpenVINO and ResNet-50.
+
+At each batch size all providers of all three networks take turns on photographs of 224x224. The fastest of ours is compared
+with PyTorch's fastest mode, with ONNX Runtime and OpenVINO (the extra `peers`), and with ResNet-50 in PyTorch's fastest mode.
+A ratio above 1 means that ours is faster.
+
+Exit status 1: a ratio is below its bar, or the parity gate is red. 2: a bar cannot be judged, since a peer was not timed, or
+somebody failed or computes something else as it would be timed.
+"""
+BACKEND = "auto"
+OURS = "cpu"
+# (w, s) of the three published widths at stage 1; w doubles from stage to stage
+WIDTHS = ((26, 4), (14, 8), (48, 2))
+SHAPES = [(56 >> stage, width << stage, scale) for stage in range(4) for width, scale in WIDTHS]
+FORMS = {
+    "SpeechBrain": Chain1dConfig(dilation=2, passthrough="first", padding_mode="reflect"),
+    "ESPnet": Chain1dConfig(dilation=2, passthrough="last", padding_mode="zeros"),
+}
+ROWS_1D = ((1, 100), (1, 200), (1, 300), (1, 600), (1, 2000), (8, 200), (16, 300))  # batch, length
+SHAPES_1D = [(width, *rows) for width in (64, 128) for rows in ROWS_1D]
+SCALE_1D = 8
+_JUDGED_BY = {"bar_pytorch": ("pytorch",), "bar_peer": tuple(runtimes.RUNTIMES), "bar_resnet": ("resnet50",)}
+Calls = Mapping[str, Callable[[Tensor], Tensor]]  # by name of the contender
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.typed = shlex.join(["python", "benchmarks/cpu.py", *arguments])
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text.partition("\n")[0], description=text, formatter_class=plain)
+        added.set_defaults(run=run)
+        return added
+
+    chains, chains_1d, nets = (
+        command("chains", CHAINS, run_chains), command("chains1d", CHAINS_1D, run_chains_1d),
+        command("networks", NETWORKS, run_networks),
+    )  # fmt: skip
+    for one in (chains, nets):
+        one.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
+        one.add_argument("--threads", type=int, help="default: PyTorch's own choice")
+    chains.add_argument("--backward", action="store_true", help="with all gradients")
+    chains.add_argument("--seconds", type=float, default=2.0, help="of timing for each shape")
+    chains.add_argument("--bar", type=float, help="exit with 1 where a geometric mean is below it")
+    chains_1d.add_argument("--repeats", type=int, default=25, help="of each contender (default: 25)")
+    chains_1d.set_defaults(threads=1)
+    nets.add_argument("--repeats", type=int, default=10, help="of every provider on every network (default: 10)")
+    nets.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes to compile")
+    nets.add_argument("--out", type=Path, help="JSON file for the rows (default: none)")
+    nets.add_argument("--bar-pytorch", type=float, metavar="RATIO", help="over PyTorch's fastest mode")
+    nets.add_argument("--bar-peer", type=float, metavar="RATIO", help="over ONNX Runtime and over OpenVINO")
+    nets.add_argument("--bar-resnet", type=float, metavar="RATIO", help="over ResNet-50 in PyTorch's fastest mode")
+    return parser
+
+
+def checked(what: str, out: Tensor, expected: Tensor) -> float:
+    """The relative error; RuntimeError where it is beyond what fp32 allows."""
+    error = float((out - expected).norm() / expected.norm())
+    if not error <= 5e-6:
+        raise RuntimeError(f"{what}: relative error {error:.2g}; nothing is timed")
+    return error
+
+
+def medians(calls: Calls, inputs: Mapping[str, Tensor], **turns: float) -> dict[str, float]:
+    """Milliseconds of every contender on its input; turns: how long `measure` goes on."""
+    contenders = {name: Contender(call, [inputs[name]]) for name, call in calls.items()}
+    return {name: timing.median_ms for name, timing in measure(contenders, "cpu", warm_up=3, **turns).items()}
+
+
+# Chains ---------------------------------------------------------------------------------------------------------------
+
+
+def contenders(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], backward: bool
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Tensor]]:
+    """What is called, and what it is called with, by name."""
+    config = ChainConfig()
+    last = torch.channels_last
+    last_weights = [weight.contiguous(memory_format=last) for weight in weights]
+    packed = weights if backward else pack_weights(weights, biases, backend=OURS)
+    calls = {
+        "eager": lambda x: reference.hierarchical_conv2d(x, weights, biases, config),
+        "channels-last": lambda x: reference.hierarchical_conv2d(x, weights, biases, config),
+        "... weights too": lambda x: reference.hierarchical_conv2d(x, last_weights, biases, config),
+        OURS: lambda x: hierarchical_conv2d(x, packed, biases if backward else None, backend=OURS),
+    }
+    if backward:
+        calls = {
+            name: functools.partial(with_gradients, call, last_weights if "too" in name else weights, biases)
+            for name, call in calls.items()
+        }
+    inputs = {name: x if name == "eager" else x.contiguous(memory_format=last) for name in calls}
+    return calls, inputs
+
+
+def with_gradients(call: Callable[[Tensor], Tensor], weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
+    """The output, and by the way the gradients of everything."""
+    tensors = [x, *weights, *biases]
+    with torch.inference_mode(False), torch.enable_grad():
+        for tensor in tensors:
+            tensor.requires_grad_()
+        out = call(x)
+        torch.autograd.grad(out, tensors, out.detach())
+    return out.detach()
+
+
+def compare(size: int, width: int, scale: int, batch: int, seconds: float, backward: bool) -> tuple[dict[str, float], float]:
+    """Median milliseconds of every contender, and the relative error of ours against float64."""
+    x = torch.randn(batch, scale * width, size, size)
+    weights = [torch.randn(width, width, 3, 3) * (2 / (9 * width)) ** 0.5 for _ in range(scale - 1)]
+    biases = [0.1 * torch.randn(width) for _ in range(scale - 1)]
+    calls, inputs = contenders(x, weights, biases, backward)
+    doubles = [[t.double() for t in tensors] for tensors in (weights, biases)]
+    expected = reference.hierarchical_conv2d(x.double(), *doubles, ChainConfig())
+    error = checked(f"{size}x{size} ({width}, {scale}) batch {batch}", calls[OURS](inputs[OURS]), expected)
+    return medians(calls, inputs, seconds=seconds, min_repeats=7, max_repeats=400), error
+
+
+def print_chains(batch: int, seconds: float, backward: bool) -> float:
+    """Prints one table; returns the geometric mean of the ratios."""
+    rows, ratios = [], []
+    head = ("HxW (w,s)", "eager", "channels-last", "... weights too", OURS + " ms", "ratio", "error")
+    for size, width, scale in SHAPES:
+        ms, error = compare(size, width, scale, batch, seconds, backward)
+        peer = min(value for name, value in ms.items() if name != OURS)
+        ratios.append(peer / ms[OURS])
+        times = [f"{value:.3f}" for value in ms.values()]
+        rows.append((f"{size} ({width},{scale})", *times, f"{ratios[-1]:.2f}", f"{error:.1e}"))
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    print(f"{'forward and backward, ' if backward else ''}batch {batch}, {torch.get_num_threads()} threads, medians in ms")
+    print(format_table(head, rows, left=1))
+    print(f"geometric mean {mean:.2f}, lowest {min(ratios):.2f}\n", flush=True)
+    return mean
+
+
+def run_chains(options: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    means = [print_chains(batch, options.seconds, options.backward) for batch in options.batch]
+    return int(options.bar is not None and min(means) < options.bar)
+
+
+# 1-D chains -----------------------------------------------------------------------------------------------------------
+
+
+def contenders_1d(x: Tensor, width: int, config: Chain1dConfig) -> tuple[Calls, Tensor]:
+    """What is called, by name, and the float64 result."""
+    steps = SCALE_1D - 1
+    weights = [torch.randn(width, width, 3) * (2 / (3 * width)) ** 0.5 for _ in range(steps)]
+    biases, gammas, betas, means = ([0.1 * torch.randn(width) for _ in range(steps)] for _ in range(4))
+    variances = [0.5 + torch.rand(width) for _ in range(steps)]
+    scale = [gamma * (variance + 1e-5).rsqrt() for gamma, variance in zip(gammas, variances, strict=True)]
+    shift = [beta - mean * a for beta, mean, a in zip(betas, means, scale, strict=True)]
+    packed = chain1d.pack_1d(weights)
+    zeros = config.padding_mode == "zeros"
+
+    def eager(x: Tensor) -> Tensor:
+        def convolution(k: int, u: Tensor) -> Tensor:
+            padded, padding = (u, config.dilation) if zeros else (reference.padded_1d(u, weights[k], config), 0)
+            z = F.conv1d(padded, weights[k], biases[k], padding=padding, dilation=config.dilation)
+            return F.batch_norm(z.relu(), means[k], variances[k], gammas[k], betas[k])
+
+        return torch.cat(reference.hierarchical_chain(x.split(width, 1), convolution, config.chain), 1)
+
+    def ours(rows: int, x: Tensor) -> Tensor:
+        own, policy.ROWS_FOR_PRODUCTS = policy.ROWS_FOR_PRODUCTS, rows
+        try:
+            return call_1d(x, weights, biases, scale, shift, packed, config, OURS)
+        finally:
+            policy.ROWS_FOR_PRODUCTS = own
+
+    doubles = [[tensor.double() for tensor in tensors] for tensors in (weights, biases, scale, shift)]
+    calls = {"PyTorch": eager, "products": functools.partial(ours, 10**9), "convolutions": functools.partial(ours, 0)}
+    return calls, reference.hierarchical_conv1d(x.double(), *doubles, config)
+
+
+@torch.inference_mode()
+def run_chains_1d(options: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    rows = []
+    for form, config in FORMS.items():
+        for width, batch, length in SHAPES_1D:
+            x = torch.randn(batch, SCALE_1D * width, length)
+            calls, expected = contenders_1d(x, width, config)
+            for name, call in calls.items():
+                checked(f"{form} {tuple(x.shape)} {name}", call(x), expected)
+            repeats = options.repeats
+            ms = medians(calls, dict.fromkeys(calls, x), seconds=0, min_repeats=repeats, max_repeats=repeats)
+            taken = "products" if batch * length <= policy.ROWS_FOR_PRODUCTS else "convolutions"
+            times = [f"{value:.3g}{' *' if name == taken else ''}" for name, value in ms.items()]
+            rows.append((form, str(tuple(x.shape)), *times, f"{ms['PyTorch'] / ms[taken]:.2f}"))
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, float32, milliseconds, * taken")
+    print(format_table(("form", "x", "PyTorch", "products", "convolutions", "speed-up"), rows))
+    return 0
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+def run_networks(options: argparse.Namespace) -> int:
+    absent = providers.unavailable("cpu")
+    for name, reason in absent.items():
+        print(f"not timed, {name}: {reason}")
+    if absent and options.bar_peer is not None:
+        print(f"networks: --bar-peer needs {' and '.join(absent)}", file=sys.stderr)
+        return 2
+    names = [name for name in providers.select("cpu", "network", "all") if not (options.no_compile and "compile" in name)]
+    environment = results.environment("cpu", options.typed) | {"peers": runtimes.versions()}
+    try:
+        cases = []
+        for model in networks.DEFAULT_MODELS:
+            print(f"{model} on two photographs against float64", flush=True)
+            cases.append(networks.prepare_network(model, "float32", "cpu", BACKEND))
+            if not cases[-1].parity.ok:
+                print(f"The parity gate is red, so nothing is timed. Misses:\n{cases[-1].parity.misses}")
+                return 1
+        with tempfile.TemporaryDirectory() as folder:
+            record = Record(options.out or Path(folder, "rows.json"), environment, again=True)
+            record.begin_run()
+            rounds = (options.repeats, options.repeats)
+            runner = NetworkRunner(TurnConditions("cpu", BACKEND, False, None, 1, seconds=0, rounds=rounds), record)
+            for batch in options.batch:
+                outcome = runner.time_networks(cases, batch, providers.candidates(names, "cpu"))
+                record.add(outcome.rows, outcome.failures)
+            record.close()
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"networks: {error}", file=sys.stderr)
+        return 2
+    if options.out:
+        print(f"Written: {options.out}")
+    for name, reason in record.failures.items():
+        print(f"networks: failed, {name}: {reason}", file=sys.stderr)
+    found = networks.network_ratios(record.rows)
+    status = report(found, environment, {name: getattr(options, name) for name in _JUDGED_BY})
+    return 2 if record.failures else status
+
+
+def report(found: Sequence[NetworkRatios], environment: dict[str, object], bars: dict[str, float | None]) -> int:
+    """Prints the ratios and what is below its bar; returns the exit status."""
+    print(f"\n{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, medians in ms;")
+    print(f"{environment['peers']}; ratios above 1: ours is faster")
+    print(networks.ratio_table(found))
+    below = 0
+    fastest = list({(one.model, one.batch): one for one in found}.values())  # which stands behind the plain form
+    for name, bar in bars.items():
+        for one in fastest if bar is not None else ():
+            for other in _JUDGED_BY[name]:
+                value = one.ratio(other)
+                if not (value is not None and value >= bar):
+                    below += 1
+                    measured = "not timed" if value is None else f"{value:.2f}x"
+                    print(f"below its bar: {one.model}, batch {one.batch}, over {other}: {measured}, {bar:g}x is asked for")
+    return int(below > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

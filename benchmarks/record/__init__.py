@@ -1,0 +1,1 @@
+"""The program that records a GPU: `python benchmarks/record`, or `make record`."""

@@ -1,0 +1,43 @@
+"""Whoever records a model rather than runs it, and so needs PyTorch's own operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils._device import DeviceContext
+
+EXPORTED = "exported to ONNX, which knows PyTorch's own operators only"
+TRACED = "torch.jit.trace records PyTorch's own operators, so that the trace loads anywhere"
+
+
+def why_recorded() -> str | None:
+    """Why a block must run PyTorch's own operators at this moment, or None; a fraction of a microsecond."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return why_written()
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        mode = next(_watching_modes(), None)
+        if mode is not None:
+            return f"{type(mode).__name__} is active, and counts or changes PyTorch's own operators"
+    return None
+
+
+def why_written() -> str | None:
+    """Why what is recorded must hold PyTorch's own operators only, or None; torch.compile and torch.export keep others."""
+    if torch.compiler.is_compiling():
+        return EXPORTED if torch.onnx.is_in_onnx_export() else None
+    if torch._C._is_tracing():
+        return EXPORTED if torch.onnx.is_in_onnx_export() else TRACED
+    return None
+
+
+def _watching_modes() -> Iterator[object]:
+    """The modes that see each operator, but for PyTorch's own that trace, fake or place tensors."""
+    for i in range(torch._C._len_torch_dispatch_stack()):
+        mode = torch._C._get_dispatch_stack_at(i)
+        if not mode.is_infra_mode():
+            yield mode
+    for i in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(i)
+        if type(mode) is not DeviceContext:
+            yield mode
