@@ -82,10 +82,16 @@ def activation_backward(dy: Tensor, y: Tensor, activation: str) -> Tensor:
     return aten.hardtanh_backward(dy, y, *CLAMPS[kind])
 
 
-def activation_backward_from_input(dy: Tensor, z: Tensor, activation: str) -> Tensor:
-    """dz of an activation that does not show its slope, from its input z."""
+def activation_backward_from_input(dy: Tensor, z: Tensor, activation: str, again: bool = False) -> Tensor:
+    """dz of an activation that does not show its slope, from its input z. again: whether it is differentiated again."""
     aten = torch.ops.aten
     kind, slope = split_activation(activation)
+    if again and kind in ("silu", "mish"):  # ATen's backward of these has no derivative
+        sigmoid = z.sigmoid()
+        if kind == "silu":
+            return dy * sigmoid * (1 + z * (1 - sigmoid))
+        tanh = F.softplus(z).tanh()
+        return dy * (tanh + z * sigmoid * (1 - tanh * tanh))
     if kind == "leaky_relu":
         return aten.leaky_relu_backward(dy, z, slope, False)
     if kind in ("gelu", "gelu_tanh"):

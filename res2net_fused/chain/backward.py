@@ -50,7 +50,7 @@ def chain_backward(
         else:
             padding = config.dilation
             z = torch.conv2d(u, weights[k], bias_of(biases, k, u), config.stride, padding, config.dilation, config.groups)
-            dz = activation_backward_from_input(dy, z, config.activation)
+            dz = activation_backward_from_input(dy, z, config.activation, again=convolver is None)
         return dz if convolver is None else dz.contiguous(memory_format=memory_format(out))
 
     by_convolver = functools.partial(convolution_backward, convolver, config=config)

@@ -73,8 +73,8 @@ CASES = {
     **{f"bn-recomputed-{name}": (conv_bn, name, {"recompute": True}) for name in NAMES[:2]},
     **{f"1d-{name}": (conv1d, name, {}) for name in chain1d_cases.CHAINS},
 }
-FEW = {key: CASES[key] for key in ("2d-first_added", "2d-stage_stride2", "2d-gelu", "2d-mish", "bn-last", "bn-stage_stride2", "1d-first_added",
-                                   "1d-wide_kernel")}  # fmt: skip
+FEW = {key: CASES[key] for key in ("2d-first_added", "2d-stage_stride2", "2d-gelu", "2d-mish", "bn-last", "bn-stage_stride2",
+                                   "1d-first_added", "1d-wide_kernel")}  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 few = pytest.mark.parametrize("case", FEW.values(), ids=FEW.keys())
 
