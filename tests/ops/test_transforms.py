@@ -120,7 +120,10 @@ def test_second_and_third_derivatives(case):
 @pytest.mark.parametrize(
     "case",
     [
-        (conv2d, "last", {}), (conv_bn, "last", {}), (conv1d, "speechbrain_dilated", {}), (conv_bn, "leaky", {}),
+        (conv2d, "last", {}),
+        (conv_bn, "last", {}),
+        (conv1d, "speechbrain_dilated", {}),
+        (conv_bn, "leaky", {}),
         *((conv2d, name, {}) for name in ("leaky", "leaky_relu:-0.2", "silu", "gelu", "gelu_tanh", "mish")),
     ],
 )

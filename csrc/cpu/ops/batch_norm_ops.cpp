@@ -99,8 +99,7 @@ Tensor norm_statistics(const Tensor& z, double eps, int64_t instruction_set) {
 // out = activation((z - mean) * scale + shift); next = out + addend, where there is one.
 void norm_forward(
     const Tensor& z, const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t activation, double slope,
-    const Tensor& out,
-    const std::optional<Tensor>& addend, const std::optional<Tensor>& next, int64_t instruction_set) {
+    const Tensor& out, const std::optional<Tensor>& addend, const std::optional<Tensor>& next, int64_t instruction_set) {
   const int64_t w = z.size(1), pixels = z.size(0) * z.size(2) * z.size(3);
   check_dense(z, "z", pixels, w);
   NormForward n{};
@@ -165,8 +164,8 @@ Tensor activation_backward(
 // dz, dense, and (2, w): the gradients of gamma and beta.
 std::tuple<Tensor, Tensor> norm_backward(
     const Tensor& grad, const std::optional<Tensor>& du, const std::optional<Tensor>& du_out, const Tensor& out,
-    const Tensor& z, const Tensor& mean, const Tensor& invstd, const Tensor& gamma, int64_t activation,
-    double slope, int64_t instruction_set) {
+    const Tensor& z, const Tensor& mean, const Tensor& invstd, const Tensor& gamma, int64_t activation, double slope,
+    int64_t instruction_set) {
   const int64_t w = z.size(1), pixels = z.size(0) * z.size(2) * z.size(3);
   check_dense(z, "z", pixels, w);
   const Tensor dz = empty_nhwc(z.size(0), w, z.size(2), z.size(3));
