@@ -51,7 +51,8 @@ def switches(module: nn.Module) -> tuple[object, ...]:
 
 def named_switches(module: nn.Module) -> dict[str, object]:
     """The same by name, for messages."""
-    names, _, shared = _read_by(type(module))
+    cls: Any = type(module)
+    names, _, shared = _read_by(cls)
     return dict(zip((*(names or ()), *(name for _, name in shared), "forward"), switches(module), strict=False))
 
 
@@ -170,10 +171,11 @@ def _outside(function: types.FunctionType, attributes: set[str]) -> Iterator[tup
 def _may_hold_settings(value: object) -> bool:
     if type(value) in _PLAIN or isinstance(value, Tensor):
         return True
-    holder = value if isinstance(value, type) else type(value)
-    if isinstance(value, nn.Module) or issubclass(holder, nn.Module) or (callable(value) and holder is not value):
+    is_class = isinstance(value, type)
+    holder: Any = value if is_class else type(value)
+    if issubclass(holder, nn.Module) or (callable(value) and not is_class):
         return False
-    return holder.__module__ in _HOLDERS - ({"builtins"} if holder is value else set()) or not _of_library(holder.__module__)
+    return holder.__module__ in _HOLDERS - ({"builtins"} if is_class else set()) or not _of_library(holder.__module__)
 
 
 def _reads(code: types.CodeType, what: str) -> Iterator[str]:

@@ -118,6 +118,8 @@ def _report(name: str, module: nn.Module) -> BlockReport:
             if frozen is not None:
                 weights = frozen.held.get((problem.dtype, problem.device))
             choice = choose(problem, state.backend, weights.layout if isinstance(weights, BlockWeights) else "plain")
+            unpacked = choose(problem, state.backend)
+            choice = unpacked if unpacked.name == choice.name else choice  # its reasons name what is against other backends
             how = plan(problem, choice.name)
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))

@@ -317,7 +317,8 @@ def test_batchnorm_without_affine_parameters_folds():
 
 NOT_FUSED = {
     "group_norm": ({"norm_layer": lambda c: nn.GroupNorm(1, c)}, "GroupNorm"),
-    "silu": ({"act_layer": nn.SiLU}, "SiLU"),
+    "elu": ({"act_layer": nn.ELU}, "activation ELU is not fused"),
+    "silu": ({"act_layer": nn.SiLU}, "in channels-last only"),
 }
 
 
