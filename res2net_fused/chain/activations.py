@@ -5,7 +5,6 @@ Of some the output shows the derivative; of the others the input z is needed, wh
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -47,11 +46,12 @@ def check_activation(activation: object) -> None:
         )
 
 
-@functools.cache
 def shows_slope(activation: str) -> bool:
     """Whether the derivative can be read off the output; where not, kernels of a backward do not know the activation."""
+    if activation in CLAMPS:
+        return True
     kind, slope = split_activation(activation)
-    return kind in CLAMPS or (kind == "leaky_relu" and slope >= 0)
+    return kind == "leaky_relu" and slope >= 0
 
 
 def activate(z: Tensor, activation: str) -> Tensor:

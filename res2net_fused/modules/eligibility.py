@@ -240,6 +240,6 @@ def block_geometry(block: BlockParts) -> tuple[object, ...]:
 
 
 def _without_types(geometry: tuple[Any, ...]) -> tuple[object, ...]:
-    """Of the convolutions, whose classes are looked at by themselves."""
+    """The geometry without the classes of convolutions, which are looked at by themselves."""
     pool, *convolutions = geometry
     return pool, *(convolution[1:] for convolution in convolutions)

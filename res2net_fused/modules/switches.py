@@ -102,7 +102,7 @@ def _described(value: Any, depth: int = _DEPTH) -> object:
 
 
 def _in_a_trace(value: object) -> object:
-    """As `_described`, for what cannot change in place; a graph does not watch the rest."""
+    """What `_described` gives, for what cannot change in place; a graph does not watch the rest."""
     if isinstance(value, (nn.Module, Tensor)) or callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return _UNWATCHED
@@ -110,7 +110,7 @@ def _in_a_trace(value: object) -> object:
 
 @torch.compiler.assume_constant_result
 def _constants_of(cls: Any) -> tuple[Names | None, Names, bool]:
-    """Of a class, for a trace: the names, which it guards as it reads them, and whether there are settings that it cannot."""
+    """The names that a class reads, which a trace guards as it reads them; whether there are settings that it cannot guard."""
     names, methods, shared = _read_by(cls)
     return names, methods, bool(shared)
 

@@ -39,6 +39,7 @@ from .recognition1d import layout_1d_of, recognise_1d
 Model = TypeVar("Model", bound=nn.Module)
 
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
+LOST = "it no longer has the parts of a Res2Net block"
 
 
 def accelerate(
@@ -99,7 +100,7 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
     elif type(module) is original:
         return
     else:
-        reason = "it no longer has the parts of a Res2Net block"
+        reason = LOST
     module.__dict__.pop(REFUSAL, None)
     if state is None:
         module.__dict__[REFUSAL] = reason

@@ -20,7 +20,7 @@ from ..modules.eligibility import why_not_read
 from ..modules.fused_forward import reads_old_weights
 from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_1d, why_not_alike_1d
 from ..modules.training import synchronises
-from .accelerate import REFUSAL
+from .accelerate import LOST, REFUSAL
 from .recognition import layout_of
 from .recognition1d import looks_like_1d
 
@@ -87,7 +87,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
-        if isinstance(module, FusedModule) or REFUSAL in vars(module) or looks_like_1d(module) or layout_of(module) is not None
+        if isinstance(module, FusedModule) or vars(module).get(REFUSAL) == LOST or looks_like_1d(module) or layout_of(module)
     )
 
 
