@@ -41,7 +41,10 @@ def switches(module: nn.Module) -> tuple[object, ...]:
         return ()
     own = module.__dict__
     replaced = [name for name in methods if name in own]
-    values: list[Any] = [own[name] if name in own else getattr(cls, name, _ABSENT) for name in names]
+    parts = own["_modules"]  # looked at by themselves; on the class they would be searched for in vain
+    values: list[Any] = [
+        own[name] if name in own else _ABSENT if name in parts else getattr(cls, name, _ABSENT) for name in names
+    ]
     if compiling:
         plain = [value if type(value) in _PLAIN else _in_a_trace(value) for value in values]
         return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls), *replaced)
@@ -75,7 +78,12 @@ def _code(cls: Any, methods: Names) -> str:
     """What tells the forward of a class, and the methods that it calls, from others that are put in their places."""
     own = getattr(cls, FUSED, cls)
     codes = [getattr(getattr(own, name, None), "__code__", None) for name in ("forward", *methods)]
-    return " ".join([name for code in codes if code is not None for name in (code.co_name, *code.co_names)])
+    return " ".join([_names_in(code) for code in codes if code is not None])
+
+
+@functools.cache
+def _names_in(code: types.CodeType) -> str:
+    return " ".join((code.co_name, *code.co_names))
 
 
 def _described(value: Any, depth: int = _DEPTH) -> object:
