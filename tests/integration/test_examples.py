@@ -60,7 +60,7 @@ def test_digits_are_learnt_alike_by_both_paths(digits, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_has_examples(name, tmp_path):
-    """From any folder."""
+    """It works from any folder."""
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "examples:" in done.stdout and f"python examples/{name}.py" in done.stdout

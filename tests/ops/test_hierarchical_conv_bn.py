@@ -129,7 +129,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 
 
 def test_nan_and_inf_stay_in_their_channel_of_the_first_step():
-    """As in eager: a channel whose input is not finite has no statistics, and NaN passes the activation."""
+    """A channel whose input is not finite has no statistics, and NaN passes the activation, as in eager."""
     for backend in training_backends("cpu"):
         case = training_case(Chain({"hierarchical": False, "groups": 2}, 2, 4), (2, 5, 6), torch.float32)
         case.x[0, 1, 2, 3] = float("inf")

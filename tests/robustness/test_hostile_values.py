@@ -287,7 +287,7 @@ def some_zero_variances(norm):
 
 
 def dead(norm):
-    """Of channels that were zero for all of training, as ReLU's are: nothing comes in, and there is no variance."""
+    """Channels that were zero for all of training, as ReLU's are: nothing comes in, and there is no variance."""
     norm.running_var.zero_()
     norm.running_mean.zero_()
 
