@@ -1,7 +1,8 @@
-"""Times ours beside PyTorch and its peers on a CPU, in one run: chains, 1-D chains or whole networks.
+"""Times ours beside PyTorch and its peers on a CPU, in one run: chains, 1-D chains, the plain call or whole networks.
 
     python benchmarks/cpu.py chains [--batch 1 8] [--backward] [--threads N] [--seconds S] [--bar RATIO]
     python benchmarks/cpu.py chains1d [--repeats 25]
+    python benchmarks/cpu.py plain [--size 224x224 800x1333] [--batch 1 8] [--threads N] [--compile | --train]
     python benchmarks/cpu.py networks --batch 1 --repeats 20 --out results/network.json
     python benchmarks/cpu.py networks --bar-pytorch 1.1 --bar-peer 1 --bar-resnet 0.9
 
@@ -13,8 +14,11 @@ The machine must be otherwise idle: one busy neighbour makes every barrier betwe
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import itertools
 import math
+import re
 import shlex
 import sys
 import tempfile
@@ -23,9 +27,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from res2net_fused import hierarchical_conv2d, pack_weights
+from res2net_fused import accelerate, hierarchical_conv2d, pack_weights
 from res2net_fused._tables import format_table
 from res2net_fused.backends import policy
 from res2net_fused.backends.cpu import chain1d
@@ -37,6 +41,7 @@ from res2net_fused.bench.timing import Contender, measure
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
 from res2net_fused.ops.hierarchical_conv1d import call_1d
+from res2net_fused.testing.tolerances import network_bound
 
 CHAINS = """The 2-D chain against PyTorch: twelve shapes of Res2Net-50, packed weights, the public operator.
 
@@ -48,6 +53,11 @@ CHAINS_1D = """The 1-D chain of ECAPA-TDNN on one core against PyTorch's own ope
 
 s = 8, kernels of 3. The peer is what those libraries run: padding, convolution, ReLU, BatchNorm, one concatenation. Ours are
 both arrangements of the `cpu` chain1d, with packed weights; the one that it would take is marked.
+"""
+PLAIN = """The plain call, `accelerate(model)` and nothing else in NCHW, beside eager in NCHW and everything in channels-last.
+
+--compile puts torch.compile around each of the three; --train times SGD steps in training mode. Ratios are of medians: eager
+over plain (above 1: the plain call gains), and plain over converted (above 1: converting would gain more).
 """
 NETWORKS = """Whole networks: Res2Net-50 26w4s and 14w8s against PyTorch, ONNX Runtime, OpenVINO and ResNet-50.
 
@@ -92,11 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    chains, chains_1d, nets = (
+    chains, chains_1d, calls, nets = (
         command("chains", CHAINS, run_chains), command("chains1d", CHAINS_1D, run_chains_1d),
-        command("networks", NETWORKS, run_networks),
+        command("plain", PLAIN, run_plain), command("networks", NETWORKS, run_networks),
     )  # fmt: skip
-    for one in (chains, nets):
+    for one in (chains, calls, nets):
         one.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
         one.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     chains.add_argument("--backward", action="store_true", help="with all gradients")
@@ -104,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     chains.add_argument("--bar", type=float, help="exit with 1 where a geometric mean is below it")
     chains_1d.add_argument("--repeats", type=int, default=25, help="of each contender (default: 25)")
     chains_1d.set_defaults(threads=1)
+    calls.add_argument("--size", nargs="+", type=_size, default=["224x224"], metavar="HxW", help="default: 224x224")
+    calls.add_argument("--model", default="res2net50_26w4s", help="default: res2net50_26w4s")
+    calls.add_argument("--repeats", type=int, default=10, help="of each form (default: 10)")
+    mode = calls.add_mutually_exclusive_group()
+    mode.add_argument("--compile", action="store_true", help="by torch.compile")
+    mode.add_argument("--train", action="store_true", help="forward, backward and a step of SGD")
     nets.add_argument("--repeats", type=int, default=10, help="of every provider on every network (default: 10)")
     nets.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes to compile")
     nets.add_argument("--out", type=Path, help="JSON file for the rows (default: none)")
@@ -250,6 +266,67 @@ def run_chains_1d(options: argparse.Namespace) -> int:
             rows.append((form, str(tuple(x.shape)), *times, f"{ms['PyTorch'] / ms[taken]:.2f}"))
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, float32, milliseconds, * taken")
     print(format_table(("form", "x", "PyTorch", "products", "convolutions", "speed-up"), rows))
+    return 0
+
+
+# The plain call -------------------------------------------------------------------------------------------------------
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 224x224")
+    return text
+
+
+def plain_forms(model: str) -> dict[str, nn.Module]:
+    """By name; the last one takes channels-last images, the others NCHW."""
+    network = networks.plain_network(model, "float32", "cpu").network
+    ours = [accelerate(copy.deepcopy(network)) for _ in range(2)]
+    return {"eager": network, "plain": ours[0], "converted": ours[1].to(memory_format=torch.channels_last)}
+
+
+def step_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A step of SGD on the images, by a loss that needs no labels; returns the loss."""
+    network.train().requires_grad_()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
+
+    def step(images: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            optimizer.zero_grad()
+            loss = network(images).logsumexp(1).mean()
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def run_plain(options: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    rows = []
+    for size, batch in itertools.product(options.size, options.batch):
+        images = torch.randn(batch, 3, *map(int, size.split("x")))
+        converted = images.contiguous(memory_format=torch.channels_last)
+        inputs = {"eager": images, "plain": images, "converted": converted}
+        forms = plain_forms(options.model)
+        with torch.no_grad():
+            calls: Calls = {name: torch.compile(form) for name, form in forms.items()} if options.compile else forms
+            outs = {name: call(inputs[name]) for name, call in calls.items()}
+            exact = copy.deepcopy(forms["eager"]).double()(images[:4].double())
+        errors = {name: float((out[:4] - exact).norm() / exact.norm()) for name, out in outs.items()}
+        worst = max(errors.values())
+        if not worst <= max(1e-5, network_bound(errors["eager"])):
+            print(f"{size}, batch {batch}: relative errors {errors}; nothing is timed", file=sys.stderr)
+            return 1
+        if options.train:
+            calls = {name: step_of(form) for name, form in forms.items()}
+        ms = medians(calls, inputs, seconds=0, min_repeats=options.repeats, max_repeats=options.repeats)
+        ratios = [f"{ms['eager'] / ms['plain']:.2f}", f"{ms['plain'] / ms['converted']:.3f}"]
+        rows.append((size, str(batch), *(f"{value:.1f}" for value in ms.values()), *ratios, f"{worst:.1e}"))
+    mode = "SGD steps" if options.train else "torch.compile" if options.compile else "inference"
+    print(f"{options.model}, {mode}: {results.environment('cpu', options.typed)['device']}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, fp32, medians of {options.repeats} in ms")  # fmt: skip
+    print(format_table(("images", "batch", "eager", "plain", "converted", "eager / plain", "plain / converted", "error"), rows))
     return 0
 
 

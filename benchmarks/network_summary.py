@@ -76,8 +76,9 @@ def find_runs(root: Path, records: Sequence[tuple[Path, dict[str, Any]]]) -> lis
 
 
 def short(device: str) -> str:
-    """The device's name without its marks, such as "Intel Xeon" for "Intel(R) Xeon(R) Processor (AVX512)"."""
-    return re.sub(r" *\((R|AVX\w*)\)| Processor", "", device)
+    """The device's name without its marks, such as "Intel Xeon, AVX-512" for "Intel(R) Xeon(R) Processor (AVX512)"."""
+    name = re.sub(r" *\(R\)| Processor", "", device)
+    return re.sub(r" *\(AVX(2|-?512)\)", lambda match: ", AVX2" if match[1] == "2" else ", AVX-512", name)
 
 
 def milliseconds(value: float) -> str:

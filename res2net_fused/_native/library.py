@@ -23,9 +23,9 @@ REBUILD = "`pip install --no-build-isolation -e .` in a checkout, or `pip instal
 # What csrc/ defines, with the number of arguments: a library of other sources is told by it, before anything is called.
 _OPERATORS = {
     "cpu": {
-        "build_info": 0, "cpu_activation_backward": 6, "cpu_block_forward": 18, "cpu_chain_backward": 17,
-        "cpu_chain_forward": 16, "cpu_chain_from_weights": 15, "cpu_has_instruction_set": 1, "cpu_norm_backward": 10,
-        "cpu_norm_forward": 9, "cpu_norm_statistics": 3, "cpu_pack": 5, "cpu_pack_pointwise": 3, "cpu_plan": 14,
+        "build_info": 0, "cpu_activation_backward": 7, "cpu_block_forward": 19, "cpu_chain_backward": 18,
+        "cpu_chain_forward": 17, "cpu_chain_from_weights": 16, "cpu_has_instruction_set": 1, "cpu_norm_backward": 11,
+        "cpu_norm_forward": 10, "cpu_norm_statistics": 3, "cpu_pack": 5, "cpu_pack_pointwise": 3, "cpu_plan": 15,
         "cpu_samples": 1, "cpu_samples_differ": 2,
         "cpu_scratch_bytes": 1, "cpu_sum": 3, "cpu_weight_gradient": 4, "cuda_chain_plan": 19, "cuda_chain_refusal": 19,
     },

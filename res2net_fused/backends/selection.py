@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from ..chain.activations import shows_slope
 from ..chain.problem import Chain1dProblem, ChainProblem
 from .base import BACKENDS, Backend
 
@@ -77,6 +78,8 @@ def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
 
 def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
     """The backend whose own `chain_backward` runs a chain without batch statistics; None for `chain.backward`."""
+    if not shows_slope(problem.config.activation):
+        return None
     name, _ = requested(backend)
     by_name = name != "auto"
     for candidate in (name,) if by_name else AUTO_ORDER.get(problem.device.type, ()):

@@ -4,10 +4,11 @@ With u_i = x_i + y_{i-1} and y_i = act(K_i u_i + b_i), from the last group to th
 
     dy_i = dout_i + du_{i+1},   dz_i = dy_i * act'(y_i),   du_i = K_i^T dz_i = dx_i,   dK_i = u_i (*) dz_i,   db_i = sum dz_i
 
-u_i is formed again from x and out, and act' is read off y_i, so nothing else has to be saved. The operators are PyTorch's own;
+u_i is formed again from x and out, and act' is read off y_i, so nothing else has to be saved; of activations whose output does
+not show it, z_i = K_i u_i + b_i is convolved again. The operators are PyTorch's own;
 K_i^T dz_i, itself a 3x3 convolution, and dK_i are the convolver's that is handed in, where it has them. Where that is None,
 all of it is PyTorch's and nothing is written in place, so that autograd differentiates these gradients again, through x, out,
-the weights and the incoming gradient, and vmap follows them.
+the weights, the biases and the incoming gradient, and vmap follows them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import activation_backward, activation_backward_from_input, shows_slope
 from .config import Chain1dConfig, ChainConfig
 from .convolver import ATEN, Convolver
 from .memory_format import memory_format
@@ -34,15 +36,21 @@ def chain_backward(
     config: ChainConfig,
     needed: Sequence[bool],
     convolver: Convolver | None = ATEN,
+    biases: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Gradients of (x, weights, biases), of these only what `needed` names.
 
     grad, out: (N, s*w, H/stride, W/stride), any strides; x: (N, s*w, H, W). convolver: who computes gradients of convolutions;
-    None where these gradients are differentiated again, or vmapped.
+    None where these gradients are differentiated again, or vmapped. biases: looked at only where z_i is convolved again.
     """
 
     def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        dz = activation_backward(dy, y, config.activation)
+        if shows_slope(config.activation):
+            dz = activation_backward(dy, y, config.activation)
+        else:
+            padding = config.dilation
+            z = torch.conv2d(u, weights[k], bias_of(biases, k, u), config.stride, padding, config.dilation, config.groups)
+            dz = activation_backward_from_input(dy, z, config.activation, again=convolver is None)
         return dz if convolver is None else dz.contiguous(memory_format=memory_format(out))
 
     by_convolver = functools.partial(convolution_backward, convolver, config=config)
@@ -240,14 +248,6 @@ def convolution_backward_1d(
     if needed[0] and reflects and padding:
         du = torch.ops.aten.reflection_pad1d_backward(du, u, [padding, padding])
     return du, dweight, dbias
-
-
-def activation_backward(dy: Tensor, y: Tensor, activation: str) -> Tensor:
-    if activation == "none":
-        return dy
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(dy, y, 0)
-    return torch.ops.aten.hardtanh_backward(dy, y, 0, 20)
 
 
 def pool_backward(dy: Tensor, x: Tensor, config: ChainConfig) -> Tensor:

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backward import activation_backward, convolution_backward, walk_back
+from .activations import activate, activation_backward
+from .backward import convolution_backward, walk_back
 from .config import ChainConfig
 from .convolver import Convolver
 from .memory_format import memory_format
 from .problem import ChainProblem
-from .reference import activate, hierarchical_chain, pass_through
+from .reference import hierarchical_chain, pass_through
 from .sync_batch_norm import combine_moments, combine_sums
 
 

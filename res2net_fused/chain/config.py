@@ -9,11 +9,11 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
+from .activations import check_activation
+
 PASSTHROUGHS = ("last", "none", "first", "first_added")
 
 POOLS = (None, "avg3", "avg3_nopad")
-
-ACTIVATIONS = ("relu", "none", "hardtanh20")
 
 LARGEST = 2**31 - 1  # of stride, dilation and groups, which ATen's pools take as a C int
 
@@ -69,7 +69,8 @@ class ChainConfig:
     passthrough: which group skips its convolution: "last", "none", "first", or "first_added" (the first skips and is
         also added to the second).
     pool: what the pass-through applies: None, "avg3" (AvgPool2d(3, stride, 1)) or "avg3_nopad" (padding not counted).
-    activation: behind each convolution: "relu", "none" or "hardtanh20" (clamp to 0 ... 20).
+    activation: behind each convolution: "relu", "none", "hardtanh20" (clamp to 0 ... 20), "relu6", "leaky_relu" (of slope 0.01,
+        or "leaky_relu:0.1" of another), "hardswish", "silu", "gelu", "gelu_tanh" (its approximation) or "mish".
 
     The recurrence is equation 1 of arXiv:1904.01169. Raises ValueError or TypeError, naming the argument, for a value that
     there is not, and for two that do not go together.
@@ -92,7 +93,7 @@ class ChainConfig:
             raise TypeError(f"hierarchical is {self.hierarchical!r} of type {kind}; a bool is needed")
         one_of("passthrough", self.passthrough, PASSTHROUGHS)
         one_of("pool", self.pool, POOLS)
-        one_of("activation", self.activation, ACTIVATIONS)
+        check_activation(self.activation)
         if self.pool is not None and self.passthrough == "none":
             raise ValueError(f"pool is {self.pool!r} but passthrough is 'none': there is no group to pool")
         if self.passthrough == "first_added" and not self.hierarchical:

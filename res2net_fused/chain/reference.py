@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import activate
 from .config import Chain1dConfig, ChainConfig
 
 
@@ -47,12 +48,6 @@ def pass_through(groups: Sequence[Tensor], slots: Sequence[Tensor], config: Chai
     passed = config.passed_group(len(groups))
     if passed is not None:
         slots[passed].copy_(pool_passthrough(groups[passed], config))
-
-
-def activate(y: Tensor, activation: str) -> Tensor:
-    if activation == "none":
-        return y
-    return y.relu() if activation == "relu" else F.hardtanh(y, 0, 20)
 
 
 def hierarchical_conv2d(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> Tensor:

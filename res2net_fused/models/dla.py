@@ -83,10 +83,11 @@ class Dla(Network):
     def stages(self, x: Tensor) -> list[Tensor]:
         """Returns the output of each level of trees for x (N, in_chans, H, W), as `Network.stages`."""
         x = self.level1(self.level0(self.base_layer(x)))
-        features = []
-        for i in range(len(LEVEL_CHANNELS)):
-            x = self.get_submodule(f"level{i + 2}")(x)
-            features.append(x)
+        features: list[Tensor] = []
+        for name, level in self.named_children():
+            if name.startswith("level") and name not in ("level0", "level1"):
+                x = level(x)
+                features.append(x)
         return features
 
     def classify(self, features: Tensor) -> Tensor:
@@ -136,17 +137,17 @@ class Tree(nn.Module):
             self.project = projection(in_channels, out_channels, 1)
         self.root = Root(2 * out_channels + further_channels, out_channels)
 
-    def forward(self, x: Tensor, further: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, further: list[Tensor] | None = None) -> Tensor:
         """further: what the last root reads of the trees around this one."""
-        if self.own_input or self.root is not None:
-            pooled = self.downsample(x)
+        read: list[Tensor] = [] if further is None else further
+        pooled = self.downsample(x) if self.own_input or self.root is not None else x
         if self.own_input:
-            further = [*further, pooled]
+            read = read + [pooled]
         if self.root is None:
             first = self.tree1(x)
-            return self.tree2(first, [*further, first])
+            return self.tree2(first, read + [first])
         first = self.tree1(x, self.project(pooled))
-        return self.root(self.tree2(first), first, *further)
+        return self.root([self.tree2(first), first] + read)
 
 
 class Root(nn.Module):
@@ -158,7 +159,7 @@ class Root(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, *children: Tensor) -> Tensor:
+    def forward(self, children: list[Tensor]) -> Tensor:
         return self.relu(self.bn(self.conv(torch.cat(children, 1))))
 
 

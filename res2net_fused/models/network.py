@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -13,9 +14,11 @@ class Network(nn.Module):
     A subclass sets `feature_channels` and `feature_strides`, one for each stage, and has `stages` and `classify`.
     """
 
-    feature_channels: tuple[int, ...]
-    feature_strides: tuple[int, ...]  # pixels of the image between neighbouring pixels of a stage's output
-    features_only: bool
+    __constants__ = ["features_only"]  # torch.jit.script then compiles what runs, and no more
+    if TYPE_CHECKING:  # torch.jit.script cannot read these types
+        feature_channels: tuple[int, ...]
+        feature_strides: tuple[int, ...]  # pixels of the image between neighbouring pixels of a stage's output
+        features_only: bool
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The output of each stage, (N, feature_channels[i], H / feature_strides[i], W / feature_strides[i]).
@@ -31,7 +34,9 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """x (N, in_chans, H, W) -> logits (N, num_classes), or with features_only the list of every stage's output."""
         features = self.stages(x)
-        return features if self.features_only else self.classify(features[-1])
+        if self.features_only:
+            return features
+        return self.classify(features[-1])
 
     def initialise(self) -> None:
         """Random convolutions, normal by fan-out (arXiv:1502.01852), in place; BatchNorms as PyTorch makes them."""

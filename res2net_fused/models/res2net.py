@@ -102,10 +102,11 @@ class Res2Net(Network):
     def stages(self, x: Tensor) -> list[Tensor]:
         """Returns the output of each stage for x (N, in_chans, H, W), as `Network.stages`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        features = []
-        for i in range(len(self.feature_channels)):
-            x = self.get_submodule(f"layer{i + 1}")(x)
-            features.append(x)
+        features: list[Tensor] = []
+        for name, stage in self.named_children():
+            if name.startswith("layer"):
+                x = stage(x)
+                features.append(x)
         return features
 
     def classify(self, features: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ users replace and hook them at any time.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -60,16 +59,22 @@ class BlockPaths:
     drop_path: Path = ("drop_path",)
     acts: tuple[Path, ...] = ()
     ending: str = "add_act"
+    if TYPE_CHECKING:
+        roots: frozenset[str] = frozenset()  # names of the block's own children that are parts or hold them
 
     @property
     def wraps(self) -> bool:
         """Whether parts lie inside modules of the block that have a call of their own."""
         return len(self.conv1) > 1 or len(self.convs) > 2 or len(self.conv3) > 1 or isinstance(self.convs[0], tuple)
 
-    @functools.cached_property
-    def roots(self) -> frozenset[str]:
-        """The names of the block's own children that are parts or hold them."""
-        return frozenset(path[0] for name in (*_NAMES, "acts") for path in _each(getattr(self, name)) if path)
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self) if field.name != "ending"]
+        roots = frozenset(path[0] for name in names for path in _each(getattr(self, name)) if path)
+        object.__setattr__(self, "roots", roots)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # older versions saved none
 
 
 @dataclass(slots=True)

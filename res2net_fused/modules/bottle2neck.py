@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from ..backends.base import BACKENDS
 from ..chain.config import one_of
 from .block_parts import parts_of
 from .block_state import STATE, BlockState, forward_like
-from .eligibility import block_geometry
+from .eligibility import block_geometry, fused_activation
 from .fused_forward import FusedForward
 from .reference_blocks import ReferenceBottle2neck, ReferenceDlaBottle2neck
 
@@ -62,7 +63,7 @@ class Bottle2neck(FusedForward, ReferenceBottle2neck):
             inplanes, planes, stride, downsample, baseWidth, scale, stype,
             cardinality=cardinality, dilation=dilation, passthrough=passthrough, **layers,
         )  # fmt: skip
-        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(parts_of(self))))
+        setattr(self, STATE, _state(self, backend))
 
     forward = forward_like(FusedForward.forward, ReferenceBottle2neck.forward)
 
@@ -79,9 +80,16 @@ class DlaBottle2neck(FusedForward, ReferenceDlaBottle2neck):
         others: dict[str, object] = {name: keywords.pop(name) for name in passed_by_timm if name in keywords}
         _refuse_others("DlaBottle2neck", others)
         super().__init__(*arguments, **keywords)
-        setattr(self, STATE, BlockState(self.chain_config, backend, block_geometry(parts_of(self)), shortcut="shortcut"))
+        setattr(self, STATE, _state(self, backend, shortcut="shortcut"))
 
     forward = forward_like(FusedForward.forward, ReferenceDlaBottle2neck.forward)
+
+
+def _state(block: ReferenceBottle2neck, backend: str, shortcut: str | None = None) -> BlockState:
+    """What a new block needs to run fused; its chain has the activation of the block's own `act_layer`."""
+    parts = parts_of(block)
+    config = replace(block.chain_config, activation=fused_activation(parts.relu) or "relu")  # of another each call says so
+    return BlockState(config, backend, block_geometry(parts), shortcut=shortcut)
 
 
 def _refuse_others(block: str, keywords: dict[str, object]) -> None:

@@ -34,14 +34,15 @@ def agree(ours: Tensor, own: Tensor) -> bool:
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
     """Switches gradients, inference mode and tracing off and seeds random numbers; the caller's are given back."""
-    tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    internals: Any = torch._C  # whose stubs lack the second one
+    tracing = internals._get_tracing_state()
+    internals._set_tracing_state(None)
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
             torch.default_generator.manual_seed(SEED)  # of the CPU alone: GPUs' generators are the caller's
             yield
     finally:
-        torch._C._set_tracing_state(tracing)
+        internals._set_tracing_state(tracing)
 
 
 def eps_of(norm: nn.Module) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import policy
 from ..backends.selection import is_auto
+from ..chain.activations import CLAMPS, leaky_relu
 from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
 from ..ops.packed_weights import one_operator
@@ -91,7 +93,7 @@ def why_not_fused(
         return reason
     alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
     if alone and not policy.clamped_chain_pays(chain_problem(block, x, state)):
-        return "clamped activations are measured to gain in channels-last only; backend= asks for the operator"
+        return "activations other than ReLU run fused in channels-last only, where clamps are measured to gain, or by backend="
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(m for child in others.values() for m in child.modules()) if others else ()
@@ -192,12 +194,34 @@ def why_not_foldable(block: BlockParts) -> str | None:
 
 def fused_activation(module: nn.Module) -> str | None:
     """The chain's name for this activation, also under a derived class that only has settings of its own."""
-    forward = getattr(type(module), "forward", None)
-    if forward is nn.ReLU.forward:
-        return "relu"
-    if isinstance(module, nn.Hardtanh) and forward is nn.Hardtanh.forward and (module.min_val, module.max_val) == (0, 20):
-        return "hardtanh20"
-    return None
+    name = _ACTIVATIONS.get(getattr(type(module), "forward", None))
+    return name(module) if callable(name) else name
+
+
+def _clamp(module: Any) -> str | None:
+    bounds = module.min_val, module.max_val
+    return next((name for name, known in CLAMPS.items() if bounds == known), None)
+
+
+def _leaky(module: Any) -> str | None:
+    slope = module.negative_slope
+    return leaky_relu(float(slope)) if isinstance(slope, (int, float)) and math.isfinite(slope) else None
+
+
+def _gelu(module: Any) -> str | None:
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+
+
+# By forward: the name, or what reads it off the module's settings. ReLU6 has Hardtanh's forward.
+_ACTIVATIONS: dict[Any, str | Callable[[nn.Module], str | None]] = {
+    nn.ReLU.forward: "relu",
+    nn.SiLU.forward: "silu",
+    nn.Mish.forward: "mish",
+    nn.Hardswish.forward: "hardswish",
+    nn.Hardtanh.forward: _clamp,
+    nn.LeakyReLU.forward: _leaky,
+    nn.GELU.forward: _gelu,
+}
 
 
 _POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -216,6 +240,6 @@ def block_geometry(block: BlockParts) -> tuple[object, ...]:
 
 
 def _without_types(geometry: tuple[Any, ...]) -> tuple[object, ...]:
-    """Of the convolutions, whose classes are looked at by themselves."""
+    """The geometry without the classes of convolutions, which are looked at by themselves."""
     pool, *convolutions = geometry
     return pool, *(convolution[1:] for convolution in convolutions)

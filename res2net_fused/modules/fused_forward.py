@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.selection import requested
+from ..chain.activations import activate
 from ..chain.block_weights import BlockWeights
 from ..chain.memory_format import handed_on, memory_format
-from ..chain.reference import activate
 from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block

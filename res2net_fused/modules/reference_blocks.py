@@ -140,9 +140,37 @@ class ReferenceBottle2neck(nn.Module):
             self.drop_path = drop_path
         self.relu = act_layer(inplace=True)
         self.downsample = downsample
+        self.passthrough = passthrough
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._scripted(x, None)
         return bottle2neck(self, x, self.chain_config)
+
+    def _scripted(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        """`bottle2neck` in the Python that torch.jit.script compiles."""
+        groups = self.relu(self.bn1(self.conv1(x))).split(self.width, 1)  # (N, s*w, H, W) in groups of w channels
+        first = 1 if self.passthrough in ("first", "first_added") else 0  # group of the first convolution
+        outs: list[Tensor] = []
+        y = groups[0]
+        for i, (conv, bn) in enumerate(zip(self.convs, self.bns)):  # noqa: B905 - TorchScript's has no strict
+            added = self.stype == "normal" and (i > 0 or self.passthrough == "first_added")
+            u = groups[first + i]
+            y = self.relu(bn(conv(u + y if added else u)))
+            outs.append(y)
+        if self.passthrough != "none":
+            passed = groups[0] if first else groups[-1]
+            if hasattr(self, "pool"):
+                passed = self.pool(passed)
+            outs = [passed] + outs if first else outs + [passed]
+        out = self.bn3(self.conv3(torch.cat(outs, 1)))
+        if hasattr(self, "se"):
+            out = self.se(out)
+        if hasattr(self, "drop_path"):
+            out = self.drop_path(out)
+        if shortcut is None:
+            shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + shortcut)
 
 
 class ReferenceDlaBottle2neck(ReferenceBottle2neck):
@@ -179,4 +207,6 @@ class ReferenceDlaBottle2neck(ReferenceBottle2neck):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: None = None) -> Tensor:
         """children: not used; timm's trees know blocks and trees by one signature."""
+        if torch.jit.is_scripting():
+            return self._scripted(x, shortcut)
         return bottle2neck(self, x, self.chain_config, shortcut)

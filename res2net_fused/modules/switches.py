@@ -41,7 +41,10 @@ def switches(module: nn.Module) -> tuple[object, ...]:
         return ()
     own = module.__dict__
     replaced = [name for name in methods if name in own]
-    values: list[Any] = [own[name] if name in own else getattr(cls, name, _ABSENT) for name in names]
+    parts = own["_modules"]  # looked at by themselves; on the class they would be searched for in vain
+    values: list[Any] = [
+        own[name] if name in own else _ABSENT if name in parts else getattr(cls, name, _ABSENT) for name in names
+    ]
     if compiling:
         plain = [value if type(value) in _PLAIN else _in_a_trace(value) for value in values]
         return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls), *replaced)
@@ -51,7 +54,8 @@ def switches(module: nn.Module) -> tuple[object, ...]:
 
 def named_switches(module: nn.Module) -> dict[str, object]:
     """The same by name, for messages."""
-    names, _, shared = _read_by(type(module))
+    cls: Any = type(module)
+    names, _, shared = _read_by(cls)
     return dict(zip((*(names or ()), *(name for _, name in shared), "forward"), switches(module), strict=False))
 
 
@@ -74,7 +78,12 @@ def _code(cls: Any, methods: Names) -> str:
     """What tells the forward of a class, and the methods that it calls, from others that are put in their places."""
     own = getattr(cls, FUSED, cls)
     codes = [getattr(getattr(own, name, None), "__code__", None) for name in ("forward", *methods)]
-    return " ".join([name for code in codes if code is not None for name in (code.co_name, *code.co_names)])
+    return " ".join([_names_in(code) for code in codes if code is not None])
+
+
+@functools.cache
+def _names_in(code: types.CodeType) -> str:
+    return " ".join((code.co_name, *code.co_names))
 
 
 def _described(value: Any, depth: int = _DEPTH) -> object:
@@ -101,7 +110,7 @@ def _described(value: Any, depth: int = _DEPTH) -> object:
 
 
 def _in_a_trace(value: object) -> object:
-    """As `_described`, for what cannot change in place; a graph does not watch the rest."""
+    """What `_described` gives, for what cannot change in place; a graph does not watch the rest."""
     if isinstance(value, (nn.Module, Tensor)) or callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return _UNWATCHED
@@ -109,7 +118,7 @@ def _in_a_trace(value: object) -> object:
 
 @torch.compiler.assume_constant_result
 def _constants_of(cls: Any) -> tuple[Names | None, Names, bool]:
-    """Of a class, for a trace: the names, which it guards as it reads them, and whether there are settings that it cannot."""
+    """The names that a class reads, which a trace guards as it reads them; whether there are settings that it cannot guard."""
     names, methods, shared = _read_by(cls)
     return names, methods, bool(shared)
 
@@ -170,10 +179,11 @@ def _outside(function: types.FunctionType, attributes: set[str]) -> Iterator[tup
 def _may_hold_settings(value: object) -> bool:
     if type(value) in _PLAIN or isinstance(value, Tensor):
         return True
-    holder = value if isinstance(value, type) else type(value)
-    if isinstance(value, nn.Module) or issubclass(holder, nn.Module) or (callable(value) and holder is not value):
+    is_class = isinstance(value, type)
+    holder: Any = value if is_class else type(value)
+    if issubclass(holder, nn.Module) or (callable(value) and not is_class):
         return False
-    return holder.__module__ in _HOLDERS - ({"builtins"} if holder is value else set()) or not _of_library(holder.__module__)
+    return holder.__module__ in _HOLDERS - ({"builtins"} if is_class else set()) or not _of_library(holder.__module__)
 
 
 def _reads(code: types.CodeType, what: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backends import policy
 from ..backends.selection import choose_for_training, is_auto
+from ..chain.activations import shows_slope
 from ..chain.batch_norm import Statistics
 from ..chain.config import ChainConfig
 from ..chain.problem import ChainProblem
@@ -39,6 +40,8 @@ def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, reco
             return f"BatchNorm's momentum is a {type(bn.momentum).__name__}"
     if any(conv.bias is not None for conv in block.convs):
         return "a 3x3 convolution has a bias, which is not fused in training mode"
+    if not shows_slope(problem.config.activation):
+        return f"activation {problem.config.activation} is not fused in training mode: its output does not show its derivative"
     if any(map(synchronises, block.bns)):
         reason = _why_not_synchronised(block, backend, recompute)
         if reason is None and problem.batch == 0:

@@ -78,7 +78,8 @@ def hierarchical_conv2d(
     hierarchical: whether y_{i-1} is added to x_i; False in a 'stage' block, which alone may have a stride.
     passthrough: the group without a convolution: "last", "none", "first", or "first_added" (added to the next as well).
     pool: on the pass-through: None, "avg3" (AvgPool2d(3, stride, padding=1)) or "avg3_nopad" (padding not counted).
-    activation: behind each convolution: "relu", "none", "hardtanh20" (clamp to 0 ... 20).
+    activation: behind each convolution: "relu", "none", "hardtanh20" (clamp to 0 ... 20), "relu6", "leaky_relu" (of slope 0.01,
+        or "leaky_relu:0.1" of another), "hardswish", "silu", "gelu", "gelu_tanh" (its approximation) or "mish".
     backend: "auto", "reference", "triton", "cpu" or "cuda"; with "auto" the variable RES2NET_FUSED_BACKEND decides.
 
     Returns (N, s*w, ceil(H/stride), ceil(W/stride)) in x's dtype and suggested memory format.
@@ -155,7 +156,7 @@ def _gradients(grad, x, out, weights, biases, *settings) -> Sequence[Any]:
     convolver: Convolver = ATEN
     if problem.config.stride == 1:
         convolver = get_backend(choose(ChainProblem.for_convolution(out, weights[0], problem.config)).name)
-    return chain_backward(grad, x, out, weights, problem.config, needed, convolver)
+    return chain_backward(grad, x, out, weights, problem.config, needed, convolver, biases)
 
 
 def _differentiable(x, weights, biases, packed, layout, *settings) -> Tensor:
@@ -166,7 +167,7 @@ def _differentiable(x, weights, biases, packed, layout, *settings) -> Tensor:
 
 def _differentiable_gradients(grad, x, out, weights, biases, *settings) -> Sequence[Any]:
     *chain, _, needed = settings
-    return chain_backward(grad, x, out, weights, config_for(x, chain), needed, None)
+    return chain_backward(grad, x, out, weights, config_for(x, chain), needed, None, biases)
 
 
 def _kept(inputs: Sequence[Any], out: Tensor) -> tuple[Sequence[Any], Sequence[object]]:

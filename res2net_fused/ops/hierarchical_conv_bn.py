@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends.selection import choose_for_training, get_backend
 from ..chain import reference
+from ..chain.activations import CLAMPS, shows_slope
 from ..chain.batch_norm import (
     Statistics,
     train_backward,
@@ -105,6 +106,11 @@ def hierarchical_conv_bn(
 def _check(x, weights, gammas, betas, eps, chain, group) -> None:
     config = cached_config(*chain)
     check_chain(x, weights, None, config)
+    if not shows_slope(config.activation):
+        raise ValueError(
+            f"activation is {config.activation!r}; with batch statistics allowed are those whose output shows the "
+            f"derivative: {', '.join(map(repr, CLAMPS))} and 'leaky_relu' with a slope of 0 or more"
+        )
     steps, width, pixels = len(weights), weights[0].shape[0], tuple(map(config.output_size, x.shape[2:]))
     for name, values in (("gammas", gammas), ("betas", betas)):
         check_vectors(name, values, steps, width, x)

@@ -87,10 +87,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
-        if isinstance(module, FusedModule)
-        or vars(module).get(REFUSAL) == LOST
-        or looks_like_1d(module)
-        or layout_of(module) is not None
+        if isinstance(module, FusedModule) or vars(module).get(REFUSAL) == LOST or looks_like_1d(module) or layout_of(module)
     )
 
 
@@ -121,6 +118,8 @@ def _report(name: str, module: nn.Module) -> BlockReport:
             if frozen is not None:
                 weights = frozen.held.get((problem.dtype, problem.device))
             choice = choose(problem, state.backend, weights.layout if isinstance(weights, BlockWeights) else "plain")
+            unpacked = choose(problem, state.backend)
+            choice = unpacked if unpacked.name == choice.name else choice  # its reasons name what is against other backends
             how = plan(problem, choice.name)
     except RuntimeError as error:
         return BlockReport(name, False, "", str(error))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..chain.activations import activate
 from ..chain.config import ChainConfig
 from ..modules.block_parts import ENDINGS, BlockParts, BlockPaths, find_layout, parts_of, wrappers
 from ..modules.block_state import STATE
@@ -214,7 +215,10 @@ def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tenso
 
 
 def _hidden_arithmetic(block: BlockParts) -> str | None:
-    """Why a convolution of a library's own class computes something else than its weights say, or None."""
+    """Why a convolution or activation of a library's own class computes something else than its weights say, or None."""
+    name, u = fused_activation(block.relu), torch.linspace(-30, 30, 601, dtype=torch.float64, device="cpu")
+    if name is not None and not agree(activate(u, name), block.relu(u.clone())):
+        return f"relu ({type(block.relu).__name__}) is not the activation {name}"
     for name, conv in block.convolutions():
         for training in (False, True):
             block.module.train(training)

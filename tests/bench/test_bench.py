@@ -35,7 +35,7 @@ from res2net_fused.testing.parity import relative_error
 
 
 def multiply_adds(config: WidthScale) -> int:
-    """Of a normal block of stage 1 at one pixel."""
+    """A normal block of stage 1 at one pixel."""
     w, s = config.width, config.scale
     return 256 * w * s + 9 * w * w * max(1, s - 1) + w * s * 256
 
@@ -293,7 +293,7 @@ def drawn(tmp_path, monkeypatch):
     ids=["one", "few", "all"],
 )
 def test_no_panel_is_empty_and_nothing_is_cut_off(drawn, cases):
-    """With every provider in both forms, which is the longest legend, and a device with a long name."""
+    """Every provider in both forms, which is the longest legend, and a device with a long name."""
     forms = [(name, graph) for name in plot._COLOURS for graph in (False, True)]
     figure = drawn([
         example_row(workload=workload, stage=stage, config=config, provider=name, graph=graph, median_ms=1.0 + i)

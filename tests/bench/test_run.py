@@ -101,7 +101,7 @@ def test_a_fault_of_the_build_costs_its_contender_alone(bench, monkeypatch):
 
 
 def test_no_speed_up_on_a_red_gate(bench, monkeypatch):
-    """Of any contender: what is not verified is not timed."""
+    """What is not verified is not timed, whoever it is."""
     right = reference_backend.forward
 
     def forward(problem, x, *rest):
@@ -125,7 +125,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(bench, monkeypatch):
 
 
 def test_memory_that_nobody_wrote_is_not_timed(bench, monkeypatch):
-    """As of a kernel that is not launched: what lies there may be what the last call left."""
+    """A kernel that is not launched leaves what lies there, which may be what the last call left."""
     own = candidates.fused
 
     def fused(module, backend):
@@ -205,7 +205,7 @@ def test_what_is_complete_or_something_else_is_measured_anew(bench, timed, tmp_p
 
 @pytest.fixture
 def supervised(monkeypatch):
-    """As on a GPU: whoever is supervised runs in this process, as often as it asks for; gives the commands."""
+    """Whoever is supervised runs in this process, as often as it asks for, as on a GPU; gives the commands."""
     commands = []
 
     def supervised(command, path, **_):

@@ -72,7 +72,7 @@ def tile_of(call):
 
 
 def key_of(call):
-    """Of a launch: what it is of, and its tile."""
+    """A launch's kernel, and its tile."""
     return call.arguments.get("OUT_CHANNELS") if "IN_CHANNELS" in call.arguments else "step", tile_of(call)
 
 

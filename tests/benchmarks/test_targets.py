@@ -152,8 +152,8 @@ def test_whole_networks_are_read_from_both_kinds_of_file(checkout):
     assert render_results.main(["--root", str(checkout)]) == 0
     readme = (checkout / "README.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
-    assert ["Some Chip", "1", "`accelerate`, channels-last", "44.0 ms", "1.50x", "0.75x", "1.25x"] in lines
-    assert ["Some Chip", "1", "`accelerate`, `freeze`, `torch.compile`", "34.9 ms", "1.53x", "0.90x", "1.20x"] in lines
+    assert ["Some Chip, AVX-512", "1", "`accelerate`, channels-last", "44.0 ms", "1.50x", "0.75x", "1.25x"] in lines
+    assert ["Some Chip, AVX-512", "1", "`accelerate`, `freeze`, `torch.compile`", "34.9 ms", "1.53x", "0.90x", "1.20x"] in lines
     shown = (checkout / "docs" / "results.md").read_text()
     assert "res2net50_14w8s" in shown and "not timed" in shown and "14w8s" not in readme
     picture = checkout / "benchmarks" / "results" / "networks.png"
@@ -170,7 +170,7 @@ def test_the_picture_shows_each_contender_of_one_run(tmp_path):
         ((4, "26w4s"), {"pytorch": 53.49, "openvino": 31.51, "ours": 34.91}),
         ((8, "14w8s"), {"pytorch": 70.0, "ours": 35.0}),
     ]
-    assert network_summary.bars([run]) == [("Some Chip, 2 cores, batch 1", 42.0, groups)]
+    assert network_summary.bars([run]) == [("Some Chip, AVX-512, 2 cores, batch 1", 42.0, groups)]
 
 
 @pytest.mark.parametrize("change", [("1.53x", "fast"), (", 2 threads", ""), ("network  ", "model  "), ("PyTorch", "Caffe")])

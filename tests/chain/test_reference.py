@@ -52,6 +52,10 @@ def clamp(y, activation):
         return torch.where(y > 0, y, torch.zeros_like(y))
     if activation == "hardtanh20":
         return torch.where(y > 20, torch.full_like(y, 20), torch.where(y > 0, y, torch.zeros_like(y)))
+    if activation == "relu6":
+        return torch.where(y > 6, torch.full_like(y, 6), torch.where(y > 0, y, torch.zeros_like(y)))
+    if activation == "leaky_relu:0.2":
+        return torch.where(y > 0, y, 0.2 * y)
     return y
 
 

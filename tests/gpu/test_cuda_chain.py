@@ -40,7 +40,7 @@ def usable():
 
 
 def skip_where_refused(case):
-    """Of a card that has too little shared memory for the call, the plan's reason."""
+    """The plan's reason, on a card that has too little shared memory for the call."""
     try:
         return launch_of(case, launch_plan.device_limits(torch.device("cuda")))
     except ValueError as error:

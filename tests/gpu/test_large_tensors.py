@@ -88,7 +88,7 @@ def test_rows():
 
 
 def test_backward():
-    """Of the sum over all images; that of one image, as often as there are images, is the gradient of the weights."""
+    """The gradient of the sum over all images: that of one image, as often as there are images, for the weights."""
     needs(40)
     chain = Chain(width=16)
     x, weights, _ = chain.tensors((1, 256, 256), torch.bfloat16, "cuda", bias=False)

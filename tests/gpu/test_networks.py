@@ -26,7 +26,7 @@ def launches(parameters, capability):
 
 @functools.cache
 def launches_of(name):
-    """Of the backend that is chosen on this card."""
+    """The name of the backend that is chosen on this card."""
     network = pair(name)[1].cuda().bfloat16().to(memory_format=torch.channels_last)
     x = images_for(name).cuda().bfloat16().contiguous(memory_format=torch.channels_last)
     with recorded() as calls, torch.inference_mode():

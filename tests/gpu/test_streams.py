@@ -19,7 +19,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def launches(parameters, capability):
-    """Of inference by this backend, and of a step of training."""
+    """The results of inference by this backend, and of a step of training."""
     if parameters["backend"] == "reference" or refusal(parameters["backend"]) is not None:
         return []
     block, x = build(parameters["backend"])
@@ -172,7 +172,7 @@ def test_a_graph_of_a_frozen_model_keeps_its_weights(backend):
 
 
 def gradients(backend):
-    """Of a step of training, with the buffers that it leaves."""
+    """The results of a step of training, with the buffers that it leaves."""
     block = randomize(Bottle2neck(104, 26)).cuda().to(memory_format=torch.channels_last).train()
     accelerate(block, backend=backend)
     generator = torch.Generator().manual_seed(3)

@@ -19,13 +19,13 @@ FOLDERS = ("", "res2net_fused", "benchmarks")
 
 
 def without_code(text: str) -> str:
-    """Without blocks of code, indented or fenced."""
+    """The text without blocks of code, indented or fenced."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """The headings' anchors, as GitHub makes them."""
     heads = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close, import_timm, timm_or_skip
+from helpers import assert_close, timm_or_skip
 from networks import TINY, pair, tiny_pair
 from tree import ROOT
 
@@ -60,7 +60,7 @@ def test_digits_are_learnt_alike_by_both_paths(digits, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_has_examples(name, tmp_path):
-    """From any folder."""
+    """It works from any folder."""
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "examples:" in done.stdout and f"python examples/{name}.py" in done.stdout
@@ -128,10 +128,9 @@ def dense(example):
     return example("dense_prediction")
 
 
-@pytest.mark.parametrize("heads", ["torchvision's", "small ones of this example"])
+@pytest.mark.parametrize("heads", [pytest.param("torchvision's", marks=pytest.mark.slow), "small ones of this example"])
 def test_dense_prediction_is_learnt_alike_by_both_paths(heads, dense, monkeypatch, tmp_path, capsys):
     if heads == "torchvision's":
-        import_timm()  # beside a CPU-only torch, torchvision needs what that defines
         pytest.importorskip("torchvision.models.detection.retinanet")
     else:
         monkeypatch.setitem(sys.modules, "torchvision.models.detection.retinanet", None)

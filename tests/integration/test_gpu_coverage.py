@@ -208,6 +208,7 @@ def test_the_order_names_every_file():
     assert sorted(named) == sorted(path.name for path in (TESTS / "gpu").glob("test_*.py"))
 
 
+@pytest.mark.slow  # the default run skips them one by one
 def test_no_gpu_test_runs_without_a_gpu():
     if torch.cuda.is_available() or "STAND_IN_CARD" in os.environ:
         pytest.skip("there is a GPU")

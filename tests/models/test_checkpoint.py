@@ -122,7 +122,7 @@ def test_safetensors(prefix, tmp_path):
 
 
 def test_files_without_counts_of_batches(tmp_path):
-    """As of PyTorch before 0.4.1, with which the first official checkpoints were written."""
+    """A state_dict of PyTorch before 0.4.1, with which the first official checkpoints were written."""
     state = weights(3)
     old = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     assert_same_weights(load_checkpoint(tiny(), save(old, tmp_path / "old.pth")), state)

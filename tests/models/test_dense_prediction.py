@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decisions import deciding_alike, differences, recorded
-from helpers import import_timm, relative_error
+from helpers import relative_error
 from networks import tiny_pair
 from torch import nn
 
@@ -20,7 +20,6 @@ SHAPE = {"layers": (1, 1, 2, 1), "planes": (16, 16, 16, 32)}
 
 @pytest.fixture(autouse=True)
 def torchvision():
-    import_timm()  # beside a CPU-only torch, torchvision needs what that defines
     return pytest.importorskip("torchvision")
 
 

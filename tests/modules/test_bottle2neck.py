@@ -278,7 +278,7 @@ def test_autocast_and_full_precision_in_turn():
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_fp32_batchnorms_beside_half_convolutions(dtype):
-    """As mixed-precision tools leave a model: norms stay fp32."""
+    """Norms stay fp32, which is how mixed-precision tools leave a model."""
     block = build("normal").eval()
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
@@ -317,7 +317,8 @@ def test_batchnorm_without_affine_parameters_folds():
 
 NOT_FUSED = {
     "group_norm": ({"norm_layer": lambda c: nn.GroupNorm(1, c)}, "GroupNorm"),
-    "silu": ({"act_layer": nn.SiLU}, "SiLU"),
+    "elu": ({"act_layer": nn.ELU}, "activation ELU is not fused"),
+    "silu": ({"act_layer": nn.SiLU}, "in channels-last only"),
 }
 
 

@@ -342,7 +342,7 @@ def test_make_builds_behind_the_compiler_that_it_installs(make):
 
 
 def test_make_installs_a_timm_that_can_be_used(make):
-    """Without dependencies, which would change torch; but huggingface_hub, which fetches its weights, with its own."""
+    """No dependencies are installed, which would change torch, but huggingface_hub, which fetches weights, with its own."""
     calls = make()
     (timm,) = [i for i, call in enumerate(calls) if "torchvision==0.28.*" in call]
     assert "--no-deps" in calls[timm] and " timm " in calls[timm]

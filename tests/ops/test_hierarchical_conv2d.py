@@ -434,7 +434,11 @@ BAD = {
     "passthrough": (dict(passthrough="middle"), ValueError, ["passthrough is 'middle'", "'last'", "'first_added'"]),
     "passthrough_none": (dict(passthrough=None), (ValueError, TypeError), ["passthrough is None", "'last'"]),
     "pool": (dict(pool="max"), ValueError, ["pool is 'max'", "'avg3'", "None"]),
-    "activation": (dict(activation="gelu"), ValueError, ["activation is 'gelu'", "'relu'", "'hardtanh20'"]),
+    "activation": (dict(activation="swish"), ValueError, ["activation is 'swish'", "'relu'", "'hardtanh20'", "'silu'"]),
+    "slope": (dict(activation="leaky_relu:steep"), ValueError, ["activation is 'leaky_relu:steep'", "'leaky_relu:0.1'"]),
+    "slope_nan": (dict(activation="leaky_relu:nan"), ValueError, ["activation is 'leaky_relu:nan'", "finite"]),
+    "slope_of_relu": (dict(activation="relu:0.1"), ValueError, ["activation is 'relu:0.1'"]),
+    "activation_type": (dict(activation=torch.relu), ValueError, ["activation is <built-in", "'relu'"]),
     "backend": (dict(backend="cudnn"), ValueError, ["backend", "'cudnn'", "'reference'", "'triton'"]),
     "backend_none": (dict(backend=None), (ValueError, TypeError), ["backend", "None", "'reference'"]),
     "pool_without_passthrough": (

@@ -101,14 +101,14 @@ def test_widths_that_the_kernels_take(width, settings, layout, device):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("isa", cpu_backend.settings.available_instruction_sets())
 @pytest.mark.parametrize("width", [1, 5, 8, 13, 16, 26, 40])
-@pytest.mark.parametrize("activation", ["relu", "none", "hardtanh20"])
+@pytest.mark.parametrize("activation", ["relu", "none", "hardtanh20", "relu6", "leaky_relu:0.3"])
 def test_native_passes_of_every_instruction_set(width, isa, activation, monkeypatch):
     monkeypatch.setenv(cpu_backend.settings.ISA_VARIABLE, isa)
     settings = {"activation": activation, "passthrough": "none"}
     case = training_case(Chain(settings, 2, width), (2, 7, 9), torch.float32)
     case.x = case.x.contiguous(memory_format=torch.channels_last)
     case.require_grad()
-    if activation == "hardtanh20":
+    if activation in ("hardtanh20", "relu6"):
         case.gammas = [gamma.detach().mul(15).requires_grad_() for gamma in case.gammas]
     out = case.run(backend="cpu").out
     grad = gradient_like(out)
@@ -129,7 +129,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 
 
 def test_nan_and_inf_stay_in_their_channel_of_the_first_step():
-    """As in eager: a channel whose input is not finite has no statistics, and NaN passes the activation."""
+    """A channel whose input is not finite has no statistics, and NaN passes the activation, as in eager."""
     for backend in training_backends("cpu"):
         case = training_case(Chain({"hierarchical": False, "groups": 2}, 2, 4), (2, 5, 6), torch.float32)
         case.x[0, 1, 2, 3] = float("inf")

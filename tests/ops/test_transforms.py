@@ -19,12 +19,13 @@ from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 from res2net_fused.ops.hierarchical_conv_bn import hierarchical_conv_bn
 
 NAMES = ["last", "first_added", "none", "grouped", "hardtanh", "linear", "stage", "stage_stride2", "stage_stride3_dilated"]
-NAMES = [name for name in NAMES if name in CHAINS]
+NAMES = [name for name in (*NAMES, "relu6", "leaky") if name in CHAINS]
+SMOOTH = ("silu", "gelu", "gelu_tanh", "mish", "hardswish", "leaky_relu:-0.2")  # and others whose output shows no derivative
 
 
 def conv2d(name, size=(2, 5, 7), **keywords):
     """The operator and the reference as functions of flat tensors, and these; so for the two below."""
-    chain = CHAINS[name]
+    chain = CHAINS[name] if name in CHAINS else Chain({"activation": name})
     chain = Chain(chain.settings, 2, chain.settings.get("groups", 1) * 2, chain.amplitude)
     x, weights, biases = chain.tensors(size)
 
@@ -67,13 +68,13 @@ def conv1d(name, size=(2, 11), **keywords):
 
 
 CASES = {
-    **{f"2d-{name}": (conv2d, name, {}) for name in NAMES},
+    **{f"2d-{name}": (conv2d, name, {}) for name in (*NAMES, *SMOOTH)},
     **{f"bn-{name}": (conv_bn, name, {}) for name in NAMES},
     **{f"bn-recomputed-{name}": (conv_bn, name, {"recompute": True}) for name in NAMES[:2]},
     **{f"1d-{name}": (conv1d, name, {}) for name in chain1d_cases.CHAINS},
 }
-FEW = {key: CASES[key] for key in ("2d-first_added", "2d-stage_stride2", "bn-last", "bn-stage_stride2", "1d-first_added",
-                                   "1d-wide_kernel")}  # fmt: skip
+FEW = {key: CASES[key] for key in ("2d-first_added", "2d-stage_stride2", "2d-gelu", "2d-mish", "bn-last", "bn-stage_stride2",
+                                   "1d-first_added", "1d-wide_kernel")}  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 few = pytest.mark.parametrize("case", FEW.values(), ids=FEW.keys())
 
@@ -116,7 +117,16 @@ def test_second_and_third_derivatives(case):
     compare(case, transform)
 
 
-@pytest.mark.parametrize("case", [(conv2d, "last", {}), (conv_bn, "last", {}), (conv1d, "speechbrain_dilated", {})])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (conv2d, "last", {}),
+        (conv_bn, "last", {}),
+        (conv1d, "speechbrain_dilated", {}),
+        (conv_bn, "leaky", {}),
+        *((conv2d, name, {}) for name in ("leaky", "leaky_relu:-0.2", "silu", "gelu", "gelu_tanh", "mish")),
+    ],
+)
 def test_gradgradcheck(case):
     make, name, _ = case
     ours, _, tensors = make(name, (1, 7) if make is conv1d else (2, 3, 3))

@@ -224,7 +224,7 @@ def test_restore_of_a_plain_model_does_nothing():
 
 
 class Sharded:
-    """As FSDP2's FSDPModule: put in front of a module's class, by `__class__`."""
+    """Something put in front of a module's class by `__class__`, like FSDP2's FSDPModule."""
 
     def unshard(self):
         return "unsharded"

@@ -278,7 +278,7 @@ def test_other_lists_of_convolutions_are_no_blocks():
 
 
 def test_the_operator_computes_speechbrains_block():
-    """As the README says it: the block's tensors, given to the operator by hand."""
+    """The block's tensors, given to the operator by hand as the README says it."""
     block = make("speechbrain_style")
     units = list(block.blocks)
     norms = [unit.norm.norm for unit in units]

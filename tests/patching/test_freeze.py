@@ -83,7 +83,7 @@ def test_freeze_makes_what_the_next_call_needs():
 
 
 def test_freeze_without_values():
-    """Of a model that is planned before it has weights."""
+    """A model is planned before it has weights."""
     with torch.device("meta"):
         block = Bottle2neck(32, 8).eval()
         assert freeze(block)(torch.empty(2, 32, 5, 6)).shape == (2, 32, 5, 6)

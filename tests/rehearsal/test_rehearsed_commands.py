@@ -76,8 +76,8 @@ def test_rehearsed_quick_bench_writes_all_its_rows(name, tmp_path):
 
 @on_h100
 def test_rehearsed_bench_runs_all_its_default_parts(name, tmp_path):
-    """At a batch of 1, planned as one of 32: chains, blocks, their training, three networks, peers that compile."""
-    arguments = ["bench", "--batch", "1", "--out", tmp_path, "--configs", "26w4s"]
+    """At a batch of 1, planned as one of 32: chains, blocks, their training, networks, peers that compile."""
+    arguments = ["bench", "--batch", "1", "--out", tmp_path, "--configs", "26w4s", "--model", "res2net50_26w4s,resnet50"]
     text = run(name, *RF, *arguments)
     data = opened(tmp_path)
     assert not data["environment"]["failures"], text

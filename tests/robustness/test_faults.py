@@ -91,7 +91,7 @@ def test_without_compiler_cuda_and_triton(tmp_path):
 
 
 def test_an_empty_folder_in_place_of_triton(monkeypatch):
-    """As an uninstall leaves it: the import succeeds."""
+    """The import succeeds, which is how an uninstall leaves it."""
     triton_backend.availability.why_not_installed.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     why = triton_backend.chain.why_not(problem())
@@ -229,7 +229,7 @@ def fresh_tables(monkeypatch):
 
 
 def test_tiles_without_a_home(monkeypatch, fresh_tables, caplog):
-    """As of a user in a container who has no entry in /etc/passwd and no HOME."""
+    """A user in a container has no entry in /etc/passwd and no HOME."""
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
@@ -287,7 +287,7 @@ def test_a_tile_that_does_not_fit_the_gpu():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's driver starts here")
 def test_a_driver_that_does_not_start(monkeypatch):
-    """As without a C compiler, which Triton needs at its first launch; here for want of a GPU."""
+    """What happens without a C compiler, which Triton needs at its first launch; here for want of a GPU."""
     pytest.importorskip("triton")
     triton_backend.availability._driver_refusal.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -26,6 +26,8 @@ SETTINGS = {
     "last": {},
     "first_added": {"passthrough": "first_added", "activation": "none"},
     "clamped": {"activation": "hardtanh20"},
+    "leaky": {"activation": "leaky_relu:0.1"},
+    "silu": {"activation": "silu"},
     "stage": {"hierarchical": False, "pool": "avg3"},
     "strided": {"hierarchical": False, "pool": "avg3_nopad", "stride": 2},
     "dilated": {"dilation": 2, "groups": 2},
@@ -285,7 +287,7 @@ def some_zero_variances(norm):
 
 
 def dead(norm):
-    """Of channels that were zero for all of training, as ReLU's are: nothing comes in, and there is no variance."""
+    """Channels that were zero for all of training, as ReLU's are: nothing comes in, and there is no variance."""
     norm.running_var.zero_()
     norm.running_mean.zero_()
 

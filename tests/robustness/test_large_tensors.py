@@ -99,8 +99,8 @@ def test_cpu_batch_norm():
     for move in (lambda t: t, lambda t: far_apart(t, strides)):
         z, addend, du, dout = dense
         out, following, du_out = move(torch.full_like(z, torch.nan)), torch.empty_like(z), move(torch.full_like(z, torch.nan))
-        ops.cpu_norm_forward.default(z, mean, scale, shift, 0, out, move(addend), following, isa)
-        dz, sums = ops.cpu_norm_backward.default(move(dout), du, du_out, out, z, mean, scale, shift, 0, isa)
+        ops.cpu_norm_forward.default(z, mean, scale, shift, 0, 0.0, out, move(addend), following, isa)
+        dz, sums = ops.cpu_norm_backward.default(move(dout), du, du_out, out, z, mean, scale, shift, 0, 0.0, isa)
         total = ops.cpu_sum.default(move(addend), move(dout), isa)
         results.append((out.contiguous(), following, dz, sums, du_out.contiguous(), total))
     for found, expected in zip(*results, strict=True):

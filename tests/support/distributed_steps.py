@@ -27,7 +27,7 @@ LABELS = torch.tensor([0, 3, 1, 4])
 
 
 def batches(rank: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of every step the images of one process, or the joined batch."""
+    """The images of one process in every step, or the joined batch."""
     half = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
     return [(images(step)[half], LABELS[half]) for step in range(STEPS)]
 

@@ -157,7 +157,7 @@ def kernel_calls(todo: Iterable[Case], capability: tuple[int, int]) -> Iterator[
 
 
 def distinct(calls: Iterable[object]) -> list[object]:
-    """Of the calls that are one kernel to Triton the first."""
+    """The first of the calls that are one kernel to Triton."""
     import triton_calls
 
     found: dict[object, object] = {}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import mmap
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from res2net_fused._native import cuda_toolkit
 from res2net_fused.backends.base import BACKENDS
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.chain import reference
+from res2net_fused.chain.activations import CLAMPS, activate, shows_slope, split_activation
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.memory_format import memory_format
 from res2net_fused.chain.problem import ChainProblem
@@ -163,6 +162,8 @@ CHAINS = {
     "depthwise": Chain({"groups": 4}),
     "linear": Chain({"activation": "none"}),
     "hardtanh": Chain({"activation": "hardtanh20"}, amplitude=15),
+    "relu6": Chain({"activation": "relu6"}, amplitude=5),
+    "leaky": Chain({"activation": "leaky_relu:0.2"}),
     "stage": Chain(STAGE),
     "stage_identity": Chain({"hierarchical": False}),
     "stage_stride2": Chain(STAGE | {"stride": 2}),
@@ -173,6 +174,20 @@ CHAINS = {
     "s1_stride2": Chain({"passthrough": "none", "stride": 2, "hierarchical": False}, steps=1),
 }
 chains = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
+
+
+def behind_own_mask(z, y, activation):
+    """z in float64 behind its activation; of one with kinks, on the side of each that y, the tested path's output, shows."""
+    kind, slope = split_activation(activation)
+    if not shows_slope(activation):
+        return activate(z, activation)
+    if kind == "none":
+        return z
+    if kind == "leaky_relu":
+        return torch.where(y > 0, z, z * slope)
+    bound = CLAMPS[kind][1]
+    saturated = y >= bound
+    return torch.where(saturated, min(bound, 20.0), z * ((y > 0) & ~saturated))
 
 
 def masked_gradients(chain, x, weights, biases, out, grad):
@@ -187,10 +202,7 @@ def masked_gradients(chain, x, weights, biases, out, grad):
         z = torch.nn.functional.conv2d(
             u, weights64[k], biases64[k], config.stride, config.dilation, config.dilation, config.groups
         )
-        if config.activation == "none":
-            return z
-        saturated = (y >= 20) & (config.activation == "hardtanh20")
-        return z * ((y > 0) & ~saturated) + 20.0 * saturated
+        return behind_own_mask(z, y, config.activation)
 
     y = torch.cat(reference.hierarchical_chain(x.split(chain.width, 1), convolution, config), 1)
     return torch.autograd.grad(y, [x, *rest], grad.double())
@@ -245,23 +257,11 @@ class SqueezeExcite(nn.Module):
 
 @functools.cache
 def import_timm():
-    """The module `timm`; the test is skipped where it is not installed.
-
-    timm imports torchvision, whose C++ operators do not load beside a torch of another build; torchvision then
-    needs only that the two it registers fakes for exist.
-    """
-    torchvision = importlib.util.find_spec("torchvision")
-    if importlib.util.find_spec("timm") is None or torchvision is None or torchvision.origin is None:
-        return None
+    """The module `timm`; None where it is missing or not fit for this torch (`make setup` sees to that)."""
     try:
-        torch.ops.load_library(str(Path(torchvision.origin).with_name("_C.so")))
-    except OSError:
-        for name in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
-            if not hasattr(torch.ops.torchvision, name.split("(")[0]):
-                torch.library.define(f"torchvision::{name.split('(')[0]}", "(" + name.split("(", 1)[1])
-    import timm
-
+        import timm
+    except (ImportError, RuntimeError):  # torchvision raises the other one beside a torch of another build
+        return None
     return timm
 
 

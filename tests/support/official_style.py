@@ -57,14 +57,14 @@ class Bottle2neck(nn.Module):
 
 
 class IdentityPassBottle2neck(Bottle2neck):
-    """As in mmdetection: a stage block pools only where it strides, so that layer1.0 passes the last group as it is."""
+    """mmdetection's: a stage block pools only where it strides, so that layer1.0 passes the last group as it is."""
 
     def pass_through(self, piece):
         return self.pool(piece) if self.convs[0].stride[0] > 1 else piece
 
 
 class UncountedPadBottle2neck(Bottle2neck):
-    """As in PaddleClas: the pool does not count the padding, and stride 1 passes the last group as it is."""
+    """PaddleClas's: the pool does not count the padding, and stride 1 passes the last group as it is."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -73,7 +73,7 @@ class UncountedPadBottle2neck(Bottle2neck):
 
 
 class FirstPassesBottle2neck(Bottle2neck):
-    """As in the CIFAR code: the first group passes, and the second is convolved without an add."""
+    """The CIFAR code's: the first group passes, and the second is convolved without an add."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from helpers import Chain
+from helpers import Chain, behind_own_mask
 from torch import Tensor
 
 from res2net_fused.chain import reference
@@ -50,11 +50,7 @@ class TrainingCase:
             z = torch.conv2d(u, weights[k], None, config.stride, config.dilation, config.dilation, config.groups)
             zs.append(z)
             y = torch.nn.functional.batch_norm(z, None, None, gammas[k], betas[k], training=True, eps=self.eps[k])
-            if config.activation == "none":
-                return y
-            own = outputs[k + config.first_convolved]
-            saturated = (own >= 20) & (config.activation == "hardtanh20")
-            return y * ((own > 0) & ~saturated) + 20.0 * saturated
+            return behind_own_mask(y, outputs[k + config.first_convolved], config.activation)
 
         y = torch.cat(reference.hierarchical_chain(x.split(self.chain.width, 1), convolution, config), 1)
         gradients = [] if grad is None else list(torch.autograd.grad(y, [x, *rest], grad.double()))

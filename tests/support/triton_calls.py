@@ -195,7 +195,7 @@ def _aligned(call: KernelCall, parameter) -> bool:
 
 
 def source(call: KernelCall) -> ASTSource:
-    """As a launch compiles the call, down to the key in Triton's cache: integers are opaque, promises stand by place."""
+    """Compiles the call as a launch does, down to the key in Triton's cache: integers are opaque, promises stand by place."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]

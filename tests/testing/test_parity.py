@@ -40,7 +40,7 @@ def break_backend(monkeypatch, damage):
 
 
 def unwritten_slot(out, problem):
-    """As a kernel that forgets the passed group."""
+    """A kernel that forgets the passed group."""
     result = torch.empty_like(out)
     result[:, : -problem.width] = out[:, : -problem.width]
     return result

@@ -75,7 +75,7 @@ Step BackwardRun::shape() const {
   step.in_width = step.width = problem_.width;
   step.channels = problem_.channels;
   step.groups = step.stride = step.row_dilation = step.column_dilation = 1;
-  step.activation = Activation::none;
+  step.activation = {Activation::none};
   return step;
 }
 
@@ -91,7 +91,7 @@ Step BackwardRun::input_step(int64_t i, const PaddedImages& dz, int64_t first_im
     step.addend = group(data_.grad, index - 1, first_image);
     step.addend_full_vectors = problem_.full_vectors(index - 1, data_.room);
     step.next = dz.view(i - 1);
-    if (problem_.activation != Activation::none) step.mask = group(data_.out, index - 1, first_image);
+    if (problem_.activation.kind != Activation::none) step.mask = group(data_.out, index - 1, first_image);
     step.mask_activation = problem_.activation;
   }
   step.bias = no_bias_.data();

@@ -36,7 +36,10 @@ void norm_moments(const float* z, int64_t channels, int64_t first, int64_t last,
   });
 }
 
-void norm_forward(const NormForward& n, int64_t first, int64_t last) {
+namespace {
+
+template <bool Clamps>
+void activated_norm(const NormForward& n, int64_t first, int64_t last) {
   const int64_t w = n.channels;
   const Epilogue activate = Epilogue::of(n.activation);
   for (int64_t p = first; p < last; p++) {
@@ -44,12 +47,19 @@ void norm_forward(const NormForward& n, int64_t first, int64_t last) {
       const Full z = load_some<Part, Full>(n.z + p * w + c, lanes);
       const Full scale = load_some<Part, Full>(n.scale + c, lanes), shift = load_some<Part, Full>(n.shift + c, lanes);
       const Full centred = z - load_some<Part, Full>(n.mean + c, lanes);
-      const Full y = activate(multiply_add(centred, scale, shift));
+      const Full v = multiply_add(centred, scale, shift);
+      const Full y = Clamps ? activate(v) : leaky(v, n.activation.slope);
       store_some<Part>(n.out + p * n.out_pitch + c, y, lanes);
       if (n.next == nullptr) return;
       store_some<Part>(n.next + p * w + c, y + load_some<Part, Full>(n.addend + p * n.addend_pitch + c, lanes), lanes);
     });
   }
+}
+
+}  // namespace
+
+void norm_forward(const NormForward& n, int64_t first, int64_t last) {
+  n.activation.clamps() ? activated_norm<true>(n, first, last) : activated_norm<false>(n, first, last);
 }
 
 void activation_backward(const NormBackward& n, int64_t first, int64_t last) {

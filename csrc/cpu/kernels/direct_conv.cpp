@@ -53,9 +53,7 @@ __attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
   }
 }
 
-}  // namespace
-
-void direct_run(const PixelRun& run, PanelPass pass) {
+void run_passes(const PixelRun& run, PanelPass pass) {
   with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() {
     constexpr int kMost = max_rows(vectors_of(Panels, HalfPanel));
     const Passes passes = Passes::of(run.count, kMost);
@@ -64,6 +62,46 @@ void direct_run(const PixelRun& run, PanelPass pass) {
       first += passes.rows(i);
     }
   });
+}
+
+constexpr int64_t kActivatedPixels = 32;  // at once, by activations that do not clamp
+
+}  // namespace
+
+void direct_run(const PixelRun& run, PanelPass pass) {
+  if (run.activation.clamps()) return run_passes(run, pass);
+  // Through memory of its own: tiles that are repaired may overlap, and what one thread has activated no other may see as z.
+  alignas(64) float z[kActivatedPixels * kWidest];
+  const int64_t width = pass.width();
+  for (int64_t first = 0; first < run.count; first += kActivatedPixels) {
+    PixelRun part = run;
+    part.count = smaller(run.count - first, kActivatedPixels);
+    part.source += first * run.source_pixel;
+    part.out += first * run.out_pixel;
+    if (run.addend != nullptr) {
+      part.addend += first * run.addend_pixel;
+      part.next += first * run.next_pixel;
+    }
+    PixelRun plain = part;
+    plain.activation = {Activation::none};
+    plain.addend = nullptr;
+    plain.out = z;
+    plain.out_pixel = width;
+    run_passes(plain, pass);
+    activate_run(part, z, width);
+  }
+}
+
+void activate_run(const PixelRun& run, const float* z, int64_t z_pixel) {
+  for (int64_t p = 0; p < run.count; p++) {
+    for_channels(run.channels, [&]<bool Part>(int64_t c, int64_t lanes) R2N_LAMBDA_INLINE {
+      const Full y = activated(load_some<Part, Full>(z + p * z_pixel + c, lanes), run.activation);
+      store_some<Part>(run.out + p * run.out_pixel + c, y, lanes);
+      if (run.addend == nullptr) return;
+      const Full u = y + load_some<Part, Full>(run.addend + p * run.addend_pixel + c, lanes);
+      store_some<Part>(run.next + p * run.next_pixel + c, u, lanes);
+    });
+  }
 }
 
 void direct_rows(const Step& step, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {

@@ -28,4 +28,7 @@ struct PixelRun {
 
 void direct_run(const PixelRun& run, PanelPass pass);
 
+// y = act(z) and the sum behind it, for activations that do not clamp, from z.
+void activate_run(const PixelRun& run, const float* z, int64_t z_pixel);
+
 }  // namespace res2net_fused::RES2NET_FUSED_ISA

@@ -14,7 +14,17 @@ constexpr int64_t kPoints = 36;  // of F(4x4, 3x3)
 
 static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-enum class Activation : int64_t { relu = 0, none = 1, hardtanh20 = 2 };
+// Kinds have the order of ACTIVATIONS in res2net_fused/chain/activations.py.
+struct Activation {
+  enum Kind : int64_t { relu, none, hardtanh20, relu6, leaky_relu, hardswish, silu, gelu, gelu_tanh, mish } kind;
+  float slope = 0;  // of leaky_relu
+
+  // Whether it is two comparisons at most; others are a pass of their own behind the convolution.
+  R2N_INLINE_MEMBER bool clamps() const { return kind <= relu6; }
+  // Whether the derivative can be read off the output.
+  R2N_INLINE_MEMBER bool shows_slope() const { return kind < leaky_relu || (kind == leaky_relu && slope >= 0); }
+};
+
 enum class Pool : int64_t { none = 0, avg3 = 1, avg3_nopad = 2 };
 
 // Pixels with their channels side by side; strides in floats.

@@ -14,6 +14,8 @@ struct PanelPass {
   R2N_INLINE_MEMBER int64_t width() const { return full * kPanel + (half ? kUnit : 0); }
 };
 
+constexpr int64_t kWidest = kMaxPanels * kPanel + kUnit;  // of a pass
+
 // A half panel shares a pass with full ones where that leaves rows enough to pay for each row of B.
 constexpr bool kHalfJoins = max_rows(vectors_of(kMaxPanels, true)) >= 4;
 

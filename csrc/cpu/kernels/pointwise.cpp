@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t kRows = 200;   // of pixels that share one reading of the weights: their block of source stays in L2
 constexpr int64_t kDepth = 512;  // of source and weights: with the rows of one micro-kernel call, half of L1
-constexpr int64_t kWidest = kMaxPanels * kPanel + kUnit;
 
 // A block of depth, for the rows of one micro-kernel call and one pass of panels.
 struct DepthBlock {

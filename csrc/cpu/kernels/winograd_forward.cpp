@@ -130,6 +130,42 @@ __attribute__((noinline)) bool tile_output(
   return finite;
 }
 
+// Where row i of a tile and of one pass goes to, and what follows; without its source.
+PixelRun row_of_tile(const Step& step, const Tile& tile, PanelPass pass, int64_t i) {
+  const int64_t channel = pass.first * kPanel;
+  PixelRun run{};
+  run.out = step.out.at(tile.image, tile.y + i, tile.x) + channel;
+  run.out_pixel = step.out.pixel;
+  if (step.next.data != nullptr) {
+    run.addend = step.addend.at(tile.image, tile.y + i, tile.x) + channel;
+    run.addend_pixel = step.addend.pixel;
+    run.next = step.next.at(tile.image, tile.y + i, tile.x) + channel;
+    run.next_pixel = step.next.pixel;
+  }
+  run.count = tile.columns;
+  run.channels = smaller(step.channels - channel, pass.width());
+  run.activation = step.activation;
+  return run;
+}
+
+// As tile_output, for activations that do not clamp. z goes through memory of its own: tiles may overlap, and what one thread
+// has activated no other may see as z.
+template <int Rows, int Columns>
+bool tile_activated(const Step& step, const Tile& tile, const float* m, int64_t point, PanelPass pass) {
+  alignas(64) float z[Rows * Columns * kWidest];
+  const int64_t first = pass.first * kPanel, width = pass.width();
+  Step plain = step;
+  plain.channels -= first;
+  plain.bias += first;
+  plain.out = {z, 0, Columns * width, width};
+  plain.out_full_vectors = true;
+  plain.next = {};
+  const Epilogue leave = Epilogue::of({Activation::none});
+  if (!tile_output<Rows, Columns>(plain, {0, 0, 0, Rows, Columns}, leave, m, point, {0, pass.full, pass.half})) return false;
+  for (int64_t i = 0; i < Rows; i++) activate_run(row_of_tile(step, tile, pass, i), z + i * Columns * width, width);
+  return true;
+}
+
 // The tile's outputs of one pass by direct convolution.
 __attribute__((noinline, cold)) void repair_tile(const Step& step, const Tile& tile, PanelPass pass, float* patch) {
   const int64_t w = step.channels;
@@ -141,26 +177,13 @@ __attribute__((noinline, cold)) void repair_tile(const Step& step, const Tile& t
       gather<false, V>(step, tile, channel, lanes, patch + channel, w);
     }
   });
-  const int64_t channel = pass.first * kPanel;
-  const bool adds = step.next.data != nullptr;
   for (int64_t i = 0; i < tile.rows; i++) {
-    PixelRun run{};
+    PixelRun run = row_of_tile(step, tile, pass, i);
     run.source = patch + i * (tile.columns + 2) * w;
     run.source_pixel = run.tap_column = run.depth = w;
     run.tap_row = (tile.columns + 2) * w;
     run.weights = step.direct + pass.first * 9 * w * kPanel;
-    run.bias = step.bias + channel;
-    run.out = step.out.at(tile.image, tile.y + i, tile.x) + channel;
-    run.out_pixel = step.out.pixel;
-    if (adds) {
-      run.addend = step.addend.at(tile.image, tile.y + i, tile.x) + channel;
-      run.addend_pixel = step.addend.pixel;
-      run.next = step.next.at(tile.image, tile.y + i, tile.x) + channel;
-      run.next_pixel = step.next.pixel;
-    }
-    run.count = tile.columns;
-    run.channels = smaller(w - channel, pass.width());
-    run.activation = step.activation;
+    run.bias = step.bias + pass.first * kPanel;
     direct_run(run, pass);
   }
 }
@@ -250,6 +273,7 @@ bool winograd_output(
   SortedTiles sorted;
   sort_tiles(grid, block, sorted);
   const Epilogue activate = Epilogue::of(step.activation);
+  const bool clamps = step.activation.clamps();
   bool right = true;
   for_each_pass(step.channels, first_panel, last_panel, [&](PanelPass pass) {
     const int64_t width = pass.width(), point = point_pitch(block.count, width);
@@ -258,7 +282,10 @@ bool winograd_output(
       multiply_points<Panels, HalfPanel>(step, grid, sorted, block, v, m, pass, first_panel);
     });
     for_each_tile(sorted, [&]<int Rows, int Columns>(const Tile& tile, int64_t t) {
-      if (!tile_output<Rows, Columns>(step, tile, activate, m + t * width, point, pass)) {
+      const float* const from = m + t * width;
+      const bool finite = clamps ? tile_output<Rows, Columns>(step, tile, activate, from, point, pass)
+                                 : tile_activated<Rows, Columns>(step, tile, from, point, pass);
+      if (!finite) {
         if (step.direct == nullptr) {
           right = false;
         } else {

@@ -53,11 +53,6 @@ const float* channel_floats(const Tensor& t, const char* name, int64_t channels)
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* writable(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-Activation activation_of(int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code <= 2, "activation must be 0, 1 or 2, not ", code);
-  return static_cast<Activation>(code);
-}
-
 // z (N, w, H, W) -> (3, w): mean, 1 / sqrt(biased variance + eps), unbiased variance.
 Tensor norm_statistics(const Tensor& z, double eps, int64_t instruction_set) {
   const int64_t w = z.size(1), pixels = z.size(0) * z.size(2) * z.size(3);
@@ -103,13 +98,13 @@ Tensor norm_statistics(const Tensor& z, double eps, int64_t instruction_set) {
 
 // out = activation((z - mean) * scale + shift); next = out + addend, where there is one.
 void norm_forward(
-    const Tensor& z, const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t activation, const Tensor& out,
-    const std::optional<Tensor>& addend, const std::optional<Tensor>& next, int64_t instruction_set) {
+    const Tensor& z, const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t activation, double slope,
+    const Tensor& out, const std::optional<Tensor>& addend, const std::optional<Tensor>& next, int64_t instruction_set) {
   const int64_t w = z.size(1), pixels = z.size(0) * z.size(2) * z.size(3);
   check_dense(z, "z", pixels, w);
   NormForward n{};
   n.channels = w;
-  n.activation = activation_of(activation);
+  n.activation = activation_read_off(activation, slope);
   n.z = floats(z);
   n.mean = channel_floats(mean, "mean", w);
   n.scale = channel_floats(scale, "scale", w);
@@ -131,11 +126,11 @@ void norm_forward(
 // What both kinds of backward read and write: grad and out of one group, du added to grad and copied to du_out, dz dense.
 NormBackward backward_of(
     const Tensor& grad, const std::optional<Tensor>& du, const std::optional<Tensor>& du_out, const Tensor& out,
-    int64_t activation, const Tensor& dz) {
+    int64_t activation, double slope, const Tensor& dz) {
   const int64_t w = out.size(1), pixels = out.size(0) * out.size(2) * out.size(3);
   NormBackward n{};
   n.channels = w;
-  n.activation = activation_of(activation);
+  n.activation = activation_read_off(activation, slope);
   n.grad_pitch = pitch_of(grad, "grad", pixels, w);
   n.grad = floats(grad);
   n.out_pitch = pitch_of(out, "out", pixels, w);
@@ -156,10 +151,10 @@ NormBackward backward_of(
 // dz, dense, of a convolution without BatchNorm.
 Tensor activation_backward(
     const Tensor& grad, const std::optional<Tensor>& du, const std::optional<Tensor>& du_out, const Tensor& out,
-    int64_t activation, int64_t instruction_set) {
+    int64_t activation, double slope, int64_t instruction_set) {
   const Kernels& kernels = kernels_of(instruction_set);
   const Tensor dz = empty_nhwc(out.size(0), out.size(1), out.size(2), out.size(3));
-  const NormBackward n = backward_of(grad, du, du_out, out, activation, dz);
+  const NormBackward n = backward_of(grad, du, du_out, out, activation, slope, dz);
   torch::stable::parallel_for(0, out.size(0) * out.size(2) * out.size(3), kGrainPixels, [&](int64_t first, int64_t last) {
     kernels.activation_backward(n, first, last);
   });
@@ -169,12 +164,12 @@ Tensor activation_backward(
 // dz, dense, and (2, w): the gradients of gamma and beta.
 std::tuple<Tensor, Tensor> norm_backward(
     const Tensor& grad, const std::optional<Tensor>& du, const std::optional<Tensor>& du_out, const Tensor& out,
-    const Tensor& z, const Tensor& mean, const Tensor& invstd, const Tensor& gamma, int64_t activation,
+    const Tensor& z, const Tensor& mean, const Tensor& invstd, const Tensor& gamma, int64_t activation, double slope,
     int64_t instruction_set) {
   const int64_t w = z.size(1), pixels = z.size(0) * z.size(2) * z.size(3);
   check_dense(z, "z", pixels, w);
   const Tensor dz = empty_nhwc(z.size(0), w, z.size(2), z.size(3));
-  NormBackward n = backward_of(grad, du, du_out, out, activation, dz);
+  NormBackward n = backward_of(grad, du, du_out, out, activation, slope, dz);
   n.z = floats(z);
   n.mean = channel_floats(mean, "mean", w);
   const float* const deviation = channel_floats(invstd, "invstd", w);
@@ -192,7 +187,8 @@ std::tuple<Tensor, Tensor> norm_backward(
     }
   });
   const Tensor gradients = new_floats(2, w), factors = new_floats(3, w);
-  float *const to = writable(gradients), *const scale = writable(factors), *const offset = scale + w, *const slope = offset + w;
+  float *const to = writable(gradients), *const scale = writable(factors);
+  float *const offset = scale + w, *const steepness = offset + w;
   const auto count = static_cast<double>(pixels);
   for (int64_t c = 0; c < w; c++) {
     double sum = 0, product = 0;
@@ -205,11 +201,11 @@ std::tuple<Tensor, Tensor> norm_backward(
     to[w + c] = static_cast<float>(sum);
     scale[c] = static_cast<float>(weight[c] * inverse);
     offset[c] = static_cast<float>(sum / count);
-    slope[c] = static_cast<float>(product * inverse * inverse / count);
+    steepness[c] = static_cast<float>(product * inverse * inverse / count);
   }
   n.scale = scale;
   n.offset = offset;
-  n.slope = slope;
+  n.slope = steepness;
   torch::stable::parallel_for(
       0, pixels, kGrainPixels, [&](int64_t first, int64_t last) { kernels.norm_backward_apply(n, first, last); });
   return {dz, gradients};
@@ -236,14 +232,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def("cpu_sum(Tensor a, Tensor b, int instruction_set) -> Tensor");
   m.def("cpu_norm_statistics(Tensor z, float eps, int instruction_set) -> Tensor");
   m.def(
-      "cpu_norm_forward(Tensor z, Tensor mean, Tensor scale, Tensor shift, int activation, Tensor(a!) out, Tensor? addend, "
-      "Tensor(b!)? next, int instruction_set) -> ()");
+      "cpu_norm_forward(Tensor z, Tensor mean, Tensor scale, Tensor shift, int activation, float slope, "
+      "Tensor(a!) out, Tensor? addend, Tensor(b!)? next, int instruction_set) -> ()");
   m.def(
       "cpu_activation_backward(Tensor grad, Tensor? du, Tensor(a!)? du_out, Tensor out, int activation, "
-      "int instruction_set) -> Tensor");
+      "float slope, int instruction_set) -> Tensor");
   m.def(
       "cpu_norm_backward(Tensor grad, Tensor? du, Tensor(a!)? du_out, Tensor out, Tensor z, Tensor mean, Tensor invstd, "
-      "Tensor gamma, int activation, int instruction_set) -> (Tensor, Tensor)");
+      "Tensor gamma, int activation, float slope, int instruction_set) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CPU, m) {

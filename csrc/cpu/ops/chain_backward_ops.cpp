@@ -28,6 +28,7 @@ std::vector<Tensor> chain_backward(
     bool need_x, bool need_weights, bool channels_last_weights, int64_t instruction_set) {
   STD_TORCH_CHECK(x.dim() == 4, "x must be a four-dimensional tensor");
   const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), RES2NET_VALUES(R2N_CHAIN));
+  activation_read_off(activation, slope);  // checks that it can be
   const int64_t threads = torch::stable::get_num_threads();
   if (!backward_covers(problem, threads)) return {};
   check_shape(grad, "grad", problem);

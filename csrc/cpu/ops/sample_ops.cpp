@@ -56,10 +56,18 @@ std::vector<char> read_samples(const std::vector<Tensor>& tensors) {
     if ((tensor.storage_offset() + last + 1) * item > stored) continue;
     const void* from = tensor.const_data_ptr();
     switch (item) {
-      case 1: to = copy_samples<uint8_t>(from, offsets, to); break;
-      case 2: to = copy_samples<uint16_t>(from, offsets, to); break;
-      case 4: to = copy_samples<uint32_t>(from, offsets, to); break;
-      case 8: to = copy_samples<uint64_t>(from, offsets, to); break;
+      case 1:
+        to = copy_samples<uint8_t>(from, offsets, to);
+        break;
+      case 2:
+        to = copy_samples<uint16_t>(from, offsets, to);
+        break;
+      case 4:
+        to = copy_samples<uint32_t>(from, offsets, to);
+        break;
+      case 8:
+        to = copy_samples<uint64_t>(from, offsets, to);
+        break;
     }
   }
   bytes.resize(to - bytes.data());

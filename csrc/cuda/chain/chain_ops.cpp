@@ -48,7 +48,7 @@ int narrow(const char* name, int64_t value) {
 // What `launch_chain` in res2net_fused/backends/cuda/chain.py passes: how a plan cuts the launch, then the chain, with the
 // group that passes or -1; pixel and slot: pitches of x and of out, in elements; fill_channels: of a slot of out, that are
 // written; add_passed: whether the passed group is added to the first convolved one.
-#define RES2NET_LAUNCH_ARGUMENTS(INT, BOOL)                                                                                \
+#define RES2NET_LAUNCH_ARGUMENTS(INT, BOOL, FLOAT)                                                                         \
   INT(instance), INT(rows), INT(columns), INT(images), INT(whole), INT(warps_m), INT(warps_n), INT(slices), INT(stages),   \
       INT(row_parts), INT(channel_parts), INT(warps_k), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), \
       INT(first_group), INT(passed_group), INT(pool), INT(x_pixel), INT(x_slot), INT(out_pixel), INT(out_slot),            \

@@ -16,7 +16,7 @@ using namespace res2net_fused::cuda;
 
 // The fields of PlanRequest in res2net_fused/backends/cuda/plan.py, then those of DeviceLimits in
 // res2net_fused/_native/library.py.
-#define RES2NET_PLAN_ARGUMENTS(INT, BOOL)                                                                                \
+#define RES2NET_PLAN_ARGUMENTS(INT, BOOL, FLOAT)                                                                         \
   INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes), \
       INT(type), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin),        \
       INT(shared_per_multiprocessor), INT(registers_per_multiprocessor), INT(l2_bytes), INT(wgmma), INT(code)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ...chain.backward import convolution_backward, pass_back
-from ...chain.config import ACTIVATIONS, ChainConfig
 from ...chain.memory_format import memory_format
 from ...chain.problem import ChainProblem
 from .convolution import CONVOLVER, convolves_faster
-from .settings import chain_arguments, instruction_set, operators
+from .settings import activation_arguments, chain_arguments, instruction_set, operators
 
 
 def runs_chain_backward(problem: ChainProblem, by_name: bool) -> bool:
@@ -53,8 +52,10 @@ def chain_backward(
                 pass_back(problem.config, *(t.split(problem.width, 1) for t in (grad_x, grad, x)))
             return grad_x if needed[0] else None, rest[: problem.steps], rest[problem.steps :]
 
+    activation = activation_arguments(problem.config)
+
     def activation_backward(k: int, dy: DownstreamGradient, y: Tensor, u: Tensor) -> Tensor:
-        return operators.cpu_activation_backward.default(*dy, y, activation_code(problem.config), isa)
+        return operators.cpu_activation_backward.default(*dy, y, **activation, instruction_set=isa)
 
     return walk_back(problem, grad, x, out, weights, activation_backward, False, needed)
 
@@ -111,7 +112,3 @@ def walk_back(
 
 def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
-
-
-def activation_code(config: ChainConfig) -> int:
-    return ACTIVATIONS.index(config.activation)

@@ -16,8 +16,8 @@ from ...chain.batch_norm import Statistics, convolve
 from ...chain.convolver import Convolver
 from ...chain.problem import ChainProblem
 from ...chain.reference import pass_through
-from .backward import DownstreamGradient, activation_code, channels_last, walk_back
-from .settings import instruction_set, operators
+from .backward import DownstreamGradient, channels_last, walk_back
+from .settings import activation_arguments, instruction_set, operators
 
 
 def covers(problem: ChainProblem) -> bool:
@@ -50,7 +50,7 @@ def train_forward(
     )
     groups, outputs = x.split(problem.width, 1), out.split(problem.width, 1)
     pass_through(groups, outputs, config)
-    statistics, kept, following = [], [], None
+    statistics, kept, following, activation = [], [], None, activation_arguments(config).values()
     for k, i, added, _, adds in config.convolutions(problem.steps):
         if following is None:
             following = operators.cpu_sum.default(groups[i], outputs[i - 1], isa) if added else groups[i]
@@ -59,7 +59,7 @@ def train_forward(
         mean, invstd, _ = statistics[-1]
         following = torch.empty_like(z) if adds else None
         operators.cpu_norm_forward.default(
-            z, mean, gammas[k].float() * invstd, betas[k].float().contiguous(), activation_code(config), outputs[i],
+            z, mean, gammas[k].float() * invstd, betas[k].float().contiguous(), *activation, outputs[i],
             groups[i + 1] if adds else None, following, isa,
         )  # fmt: skip
         if keep:
@@ -89,11 +89,12 @@ def train_backward(
         return None
     isa = instruction_set()
     grad_affine: list[Tensor] = [grad] * problem.steps
+    activation = activation_arguments(problem.config).values()
 
     def norm_backward(k: int, dy: DownstreamGradient, y: Tensor, u: Tensor) -> Tensor:
         zk = channels_last(z[k] if z else convolve(convolver, u, weights[k], problem.config))
         dz, grad_affine[k] = operators.cpu_norm_backward.default(
-            *dy, y, zk, mean[k], invstd[k], gammas[k].float().contiguous(), activation_code(problem.config), isa
+            *dy, y, zk, mean[k], invstd[k], gammas[k].float().contiguous(), *activation, isa
         )
         return dz
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 
 from ..._native import library
-from ...chain.config import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig
+from ...chain.activations import ACTIVATIONS, split_activation
+from ...chain.config import PASSTHROUGHS, POOLS, ChainConfig
 from ...chain.problem import ChainProblem
 
 operators = torch.ops.res2net_fused_native
@@ -36,19 +38,25 @@ def available_instruction_sets() -> list[str]:
     return [name for name, code in INSTRUCTION_SETS.items() if code >= 0 and operators.cpu_has_instruction_set(code)]
 
 
-def chain_arguments(problem: ChainProblem) -> dict[str, int]:
+def chain_arguments(problem: ChainProblem) -> dict[str, Any]:
     """Return what the operators are told of a chain without its images: `R2N_CHAIN` in csrc/cpu/ops/op_arguments.h."""
     return {"channels": problem.width, "steps": problem.steps, **_config_arguments(problem.config)}
 
 
 @functools.lru_cache
-def _config_arguments(config: ChainConfig) -> dict[str, int]:
+def _config_arguments(config: ChainConfig) -> dict[str, Any]:
     codes = {
         "passthrough": PASSTHROUGHS.index(config.passthrough),
         "pool": POOLS.index(config.pool),
-        "activation": ACTIVATIONS.index(config.activation),
+        **activation_arguments(config),
     }
-    return {**config.as_kwargs(), **codes}  # type: ignore[dict-item]
+    return {**config.as_kwargs(), **codes}
+
+
+def activation_arguments(config: ChainConfig) -> dict[str, float]:
+    """Return how the operators are told of an activation."""
+    kind, slope = split_activation(config.activation)
+    return {"activation": ACTIVATIONS.index(kind), "slope": slope}
 
 
 def arithmetic() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor
 
 from ..._native import library
+from ...chain.activations import CLAMPS
 from ...chain.problem import ChainProblem
 from ..triton.availability import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
 from .packing import pack
 from .plan import describe, device_limits, plan_chain, plan_request, planned, unsupported
-
-# (lower, upper) bound of y
-CLAMPS = {"relu": (0.0, math.inf), "none": (-math.inf, math.inf), "hardtanh20": (0.0, 20.0)}
 
 POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/cuda/plan/arguments.h
 

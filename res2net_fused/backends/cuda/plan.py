@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..._native import library
+from ...chain.activations import CLAMPS
 from ...chain.problem import ChainProblem
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/cuda/plan/data_type.h
@@ -87,6 +88,8 @@ def unsupported(problem: ChainProblem) -> str | None:
         return f"x is {problem.dtype}; this backend runs {', '.join(map(str, TYPES))}"
     if config.groups != 1:
         return f"groups is {config.groups}; this backend runs groups=1"
+    if config.activation not in CLAMPS:
+        return f"activation is {config.activation!r}; this backend runs {', '.join(map(repr, CLAMPS))}"
     return None
 
 

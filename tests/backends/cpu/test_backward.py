@@ -25,6 +25,8 @@ SETTINGS = [
     {},
     {"activation": "none"},
     {"activation": "hardtanh20"},
+    {"activation": "relu6"},
+    {"activation": "leaky_relu:0.3"},
     {"passthrough": "none"},
     {"passthrough": "first"},
     {"passthrough": "first_added"},
@@ -32,6 +34,7 @@ SETTINGS = [
     {"passthrough": "first_added", "pool": "avg3_nopad"},
     {"hierarchical": False, "pool": "avg3"},
 ]
+AMPLITUDES = {"hardtanh20": 15, "relu6": 5}
 # More pixels than weights: images over threads, several at a time where they are small. More weights: channels over threads.
 SHAPES = {"images": (2, 13, 9, 14), "small_images": (6, 9, 7, 5), "channels": (2, 50, 7, 7), "blocks": (2, 200, 26, 26)}
 
@@ -85,7 +88,7 @@ def test_against_float64(settings, shape, threads):
         pytest.skip("one of the large ones is enough")
     if threads == 3 and shape[0] == 2 and shape[1] < 50:
         pytest.skip("two images do not occupy three threads")
-    check(Chain(settings, steps=3, width=shape[1], amplitude=15 if settings.get("activation") == "hardtanh20" else 1), shape)
+    check(Chain(settings, steps=3, width=shape[1], amplitude=AMPLITUDES.get(settings.get("activation"), 1)), shape)
 
 
 @pytest.mark.parametrize("width", [8, 11, 16, 24, 26, 57])

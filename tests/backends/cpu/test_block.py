@@ -115,7 +115,7 @@ def test_operator_refuses_buffers_that_do_not_fit():
     x, added, folded = x.float(), added.float(), converted(folded, Tensor.float, Tensor.float)
     packed = cpu_backend.block.pack_block(folded, chain.config)
     forward = torch.ops.res2net_fused_native.cpu_block_forward
-    settings = (18, 1, True, chain.width, chain.steps, 1, 1, 1, True, 0, 0, 0, True, 0, -1)
+    settings = (18, 1, True, chain.width, chain.steps, 1, 1, 1, True, 0, 0, 0, 0.0, True, 0, -1)
     assert_close(forward(x, added, packed, *settings), in_float64(chain, x, added, folded))
     names = ("conv1", "conv1_bias", "conv3", "conv3_bias", "projection", "winograd", "direct", "bias")
     for i, name in enumerate(names):

@@ -13,6 +13,7 @@ from res2net_fused._native import library
 from res2net_fused.backends import cpu as cpu_backend
 from res2net_fused.backends.selection import choose
 from res2net_fused.chain import reference
+from res2net_fused.chain.activations import ACTIVATIONS
 from res2net_fused.chain.problem import ChainProblem
 
 STATUS = library.cpu_library()
@@ -184,7 +185,7 @@ def test_not_finite_inputs_stay_where_a_convolution_takes_them(value, width, siz
             same_kind(call(chain, x, weights, biases), expected)
 
 
-@pytest.mark.parametrize("activation", ["relu", "none", "hardtanh20"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_keep_nan(activation):
     chain = Chain({"activation": activation}, steps=2, width=17)
     x, weights, biases = chain.tensors((1, 8, 8), torch.float32)
@@ -336,7 +337,7 @@ def test_operator_refuses_buffers_that_do_not_fit():
     chain = Chain(width=12)
     x, weights, biases = chain.tensors(dtype=torch.float32)
     packed = cpu_backend.chain.pack(weights, biases, chain.config)
-    settings = (chain.width, chain.steps, 1, 1, 1, True, 0, 0, 0, True, 0, -1)
+    settings = (chain.width, chain.steps, 1, 1, 1, True, 0, 0, 0, 0.0, True, 0, -1)
     forward = torch.ops.res2net_fused_native.cpu_chain_forward
     assert_close(forward(x, *packed, *settings), in_float64(chain, x, weights, biases))
     for i, name in enumerate(("winograd", "direct", "bias")):

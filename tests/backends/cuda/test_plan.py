@@ -360,7 +360,7 @@ def test_auto_keeps_to_the_backend_that_the_weights_are_packed_for(monkeypatch):
 
 @needs_library
 def test_auto_goes_on_where_a_size_is_too_large_and_says_so(monkeypatch):
-    """As on a GPU, which is only made believe."""
+    """A GPU is only made believe."""
     pytest.importorskip("triton")
     monkeypatch.setattr(library, "cuda_library", library.cpu_library)
     monkeypatch.setattr(cuda_chain, "device_limits", lambda device: LIMITS["sm_90"])

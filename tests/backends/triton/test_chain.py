@@ -161,7 +161,7 @@ def test_tf32_follows_the_old_flag_too() -> None:
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
 @pytest.mark.parametrize("override", ["0", "1", None])
 def test_tf32_is_forbidden_by_the_environment_and_never_forced(setting, override, monkeypatch) -> None:
-    """As NVIDIA's libraries read the variable: every value but 0 is reserved and changes nothing."""
+    """NVIDIA's libraries read the variable so: every value but 0 is reserved and changes nothing."""
     for module in (availability, cuda_chain):
         monkeypatch.setattr(module, "convolution_precision", lambda: setting)
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)

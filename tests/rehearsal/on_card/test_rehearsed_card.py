@@ -6,8 +6,9 @@ import card
 import pytest
 import torch
 from card.triton_driver import LAUNCHES
-from helpers import assert_close, relative_error
+from helpers import Chain, assert_close, randomize, relative_error
 from on_card import capture, counter
+from torch import nn
 
 from res2net_fused import Bottle2neck, explain, freeze, hierarchical_conv2d
 
@@ -125,3 +126,25 @@ def test_gradients_and_copies_over_two_cards():
     assert_close(parallel(x), block.eval()(x))
     twin.train()(x.to("cuda:1")).square().mean().backward()
     assert all(p.grad.device.index == 1 for p in twin.parameters())
+
+
+@pytest.mark.parametrize(("layer", "name"), [(nn.SiLU, "silu"), (nn.GELU, "gelu"), (nn.LeakyReLU, "leaky_relu:0.01")])
+def test_activations_that_the_cuda_kernel_has_not_go_to_triton(layer, name):
+    block = randomize(Bottle2neck(104, 26, act_layer=lambda inplace: layer())).cuda().half().eval()
+    x = torch.randn(4, 104, 7, 7, device="cuda", dtype=torch.half)
+    with torch.no_grad():
+        block(x)
+    (report,) = explain(block)
+    assert report.fused and report.backend == "triton"
+    assert f"cuda: activation is '{name}'; this backend runs 'relu', 'none', 'hardtanh20', 'relu6'" in report.reason
+    x, weights, biases = Chain({"activation": name}, width=26).tensors((2, 7, 7), torch.half, "cuda")
+    with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run.*activation is '{name}'"):
+        hierarchical_conv2d(x, weights, biases, activation=name, backend="cuda")
+
+
+def test_clamps_run_on_the_cuda_kernel():
+    block = randomize(Bottle2neck(104, 26, act_layer=nn.ReLU6)).cuda().half().eval()
+    with torch.no_grad():
+        block(torch.randn(4, 104, 7, 7, device="cuda", dtype=torch.half))
+    (report,) = explain(block)
+    assert report.fused and report.backend == "cuda"

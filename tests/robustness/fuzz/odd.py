@@ -106,7 +106,7 @@ BACKEND = words("reference", "cpu", "triton", "cuda")
 ODD: dict[str, dict[str, dict[str, Callable]]] = {
     "conv2d": {
         "x": X, "weights": WEIGHTS, "biases": LISTS, **GEOMETRY, "hierarchical": FLAGS, "passthrough": PASSTHROUGH,
-        "pool": words("avg3", "avg3_nopad"), "activation": words("none", "hardtanh20"), "backend": BACKEND,
+        "pool": words("avg3", "avg3_nopad"), "activation": words("none", "hardtanh20", "silu"), "backend": BACKEND,
     },
     "packed": {"x": X, "weights": WEIGHTS, "biases": LISTS, **GEOMETRY, "hierarchical": FLAGS, "backend": BACKEND},
     "conv1d": {

@@ -49,7 +49,7 @@ def chain_settings(draw) -> dict[str, object]:
     return {
         "stride": stride, "dilation": draw(st.sampled_from([1, 1, 1, 2, 3, 17, FAR])), "hierarchical": hierarchical,
         "passthrough": passthrough, "pool": draw(st.sampled_from(pools)),
-        "activation": draw(st.sampled_from(["relu", "none", "hardtanh20"])),
+        "activation": draw(st.sampled_from(["relu", "relu", "none", "hardtanh20", "relu6", "leaky_relu:0.2", "silu", "gelu"])),
     }  # fmt: skip
 
 

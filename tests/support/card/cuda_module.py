@@ -55,7 +55,7 @@ class Device:
 
 
 def accelerator_error(text: str) -> RuntimeError:
-    """As torch raises what the CUDA runtime returns."""
+    """What torch raises where the CUDA runtime returns this."""
     error = getattr(torch, "AcceleratorError", RuntimeError)
     return error(text)
 

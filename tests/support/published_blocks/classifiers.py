@@ -84,7 +84,7 @@ class LinearGate(nn.Module):
 
 
 class AntiSpoofingBlock(Res2NextBlock):
-    """Of speech anti-spoofing: half as wide an output, widths down to 3, the gate after bn3 by Linear layers."""
+    """The block of speech anti-spoofing: half as wide an output, widths down to 3, the gate after bn3 by Linear layers."""
 
     expansion = 2
 
@@ -131,7 +131,7 @@ class DlaBlock(nn.Module):
 
 
 class CifarBlock(nn.Module):
-    """Of the CIFAR code: conv2 and bn2 are lists, the first group passes, conv1 strides, every block adds."""
+    """The block of the CIFAR code: conv2 and bn2 are lists, the first group passes, conv1 strides, every block adds."""
 
     expansion = 4
 

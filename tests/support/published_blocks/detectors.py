@@ -11,7 +11,7 @@ from .classifiers import convolutions, projection
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As detection libraries have it: statistics and affine are buffers, and never learned. Some have an eps, some none."""
+    """Detection libraries' norm: statistics and affine are buffers, and never learned. Some have an eps, some none."""
 
     def __init__(self, channels, eps=None):
         super().__init__()

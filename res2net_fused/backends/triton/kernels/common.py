@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....chain.activations import split_activation
 from ....chain.problem import ChainProblem
 from ..step_plan import StepPlan
 
@@ -32,12 +33,41 @@ SIZES = ["pixels", "height", "width"]
 
 
 @triton.jit
-def activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION != "none":
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu: NaN stays NaN
-    if ACTIVATION == "hardtanh20":
-        y = tl.minimum(y, 20.0, propagate_nan=tl.PropagateNan.ALL)
+def _clamp(y, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """y between two bounds; NaN stays NaN."""
+    y = tl.maximum(y, LOW, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(y, HIGH, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """act(y) in fp32; of infinities what ATen's activations give."""
+    if ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "hardtanh20":
+        y = _clamp(y, 0.0, 20.0)
+    elif ACTIVATION == "relu6":
+        y = _clamp(y, 0.0, 6.0)
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(y > 0.0, y, y * SLOPE)
+    elif ACTIVATION == "hardswish":
+        y = y * (_clamp(y + 3.0, 0.0, 6.0) / 6.0)
+    elif ACTIVATION == "silu":
+        y = y / (1.0 + tl.exp(-y))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(v)) / 2 = 1 / (1 + exp(-2 v))
+        y = y * (1.0 / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))))
+    elif ACTIVATION == "mish":  # with n = e^y, tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2); 1 from 20 on
+        n = tl.exp(tl.minimum(y, 20.0, propagate_nan=tl.PropagateNan.ALL))
+        y = y * (n * (n + 2.0) / (n * (n + 2.0) + 2.0))
     return y
+
+
+def activation_arguments(activation: str) -> dict[str, object]:
+    """What kernels are told of an activation."""
+    kind, slope = split_activation(activation)
+    return {"ACTIVATION": kind, "SLOPE": slope}
 
 
 @triton.jit

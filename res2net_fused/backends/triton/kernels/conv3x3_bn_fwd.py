@@ -26,7 +26,17 @@ from ....chain.problem import ChainProblem
 from ....chain.sync_batch_norm import combine_moments
 from ..launch import KernelCall
 from ..step_plan import StepPlan
-from .common import SIZES, GroupView, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
+from .common import (
+    SIZES,
+    GroupView,
+    activate,
+    activation_arguments,
+    locate,
+    multiply_taps,
+    rounded_factor,
+    slot_pointers,
+    source_arguments,
+)
 from .conv3x3_fwd import step_call
 from .reductions import STATISTICS, statistics_calls
 
@@ -80,8 +90,8 @@ def bn_apply(
     z, mean, scale, beta, x, out, scratch, pixels, height, width,
     x_image, x_row, x_pixel, x_slot, out_image, out_row, out_pixel, out_slot,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SCRATCH_PADDED: tl.constexpr,
-    X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, ACTIVATION: tl.constexpr, FORMS_NEXT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    FORMS_NEXT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out's slot = act((z - mean) * scale + beta), and with FORMS_NEXT scratch = x's slot + that; sizes are the output's."""
     n_tiles: tl.constexpr = (SCRATCH_PADDED + BLOCK_N - 1) // BLOCK_N
@@ -97,7 +107,7 @@ def bn_apply(
     own_mean = tl.load(mean + channel, mask=column_ok, other=0.0)
     own_scale = tl.load(scale + channel, mask=column_ok, other=0.0)
     own_beta = tl.load(beta + channel, mask=column_ok, other=0.0)
-    y = activate((own.to(tl.float32) - own_mean[None, :]) * own_scale[None, :] + own_beta[None, :], ACTIVATION)
+    y = activate((own.to(tl.float32) - own_mean[None, :]) * own_scale[None, :] + own_beta[None, :], ACTIVATION, SLOPE)
     y = y.to(out.dtype.element_ty)
     out_base = slot_pointers(out, image, row, column, out_image, out_row, out_pixel, out_slot, group, CHANNELS, OUT_VEC)
     tl.store(out_base[:, None] + columns[None, :], y, mask=written)
@@ -163,8 +173,9 @@ def train_calls(
             "pixels": pixels, "height": problem.output_height, "width": problem.output_width,
             **x.arguments("x"), "x_slot": x.offset(slot + 1) if forms_next else 0,
             **out.arguments("out"), "out_slot": out.offset(slot), "GROUPS": config.groups, "CHANNELS": channels,
-            "SCRATCH_PADDED": plan.padded_channels, "X_VEC": x.vec, "OUT_VEC": out.vec, "ACTIVATION": config.activation,
-            "FORMS_NEXT": forms_next, "PRECISION": plan.precision, "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
+            "SCRATCH_PADDED": plan.padded_channels, "X_VEC": x.vec, "OUT_VEC": out.vec,
+            **activation_arguments(config.activation), "FORMS_NEXT": forms_next, "PRECISION": plan.precision,
+            "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
         }  # fmt: skip
         yield KernelCall(bn_apply, pass_programs(pixels, plan.padded_channels, config.groups), arguments, {"num_warps": 4})
 

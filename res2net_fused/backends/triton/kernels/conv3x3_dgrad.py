@@ -26,7 +26,7 @@ from torch import Tensor
 from ....chain.problem import ChainProblem
 from ..launch import KernelCall
 from ..step_plan import StepPlan
-from .common import SIZES, GroupView, locate, multiply_taps, rounded_factor, slot_pointers
+from .common import SIZES, GroupView, activation_arguments, locate, multiply_taps, rounded_factor, slot_pointers
 from .conv3x3_bn_fwd import PASS_BLOCK_M, PASS_BLOCK_N, pass_programs
 
 _AXES = ("image", "row", "pixel", "slot")
@@ -37,15 +37,19 @@ _INTEGERS = [*SIZES, *(f"{name}_{axis}" for name in ("grad_x", "grad", "out", "x
 def _leave_gradient(
     dy, y, z, mean, target, tile_sums, number, exists, tile, group, columns,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dy and y (BLOCK_M, BLOCK_N), dy in fp32, into g and, with SUMS, its sums; as torch, NaN in y lets dy pass."""
+    """dy and y (BLOCK_M, BLOCK_N), dy in fp32, into g and, with SUMS, its sums; as torch, NaN in y lets dy pass ReLU."""
     column_ok = columns < CHANNELS
     ok = exists[:, None] & column_ok[None, :]
-    if ACTIVATION != "none":
+    if ACTIVATION == "leaky_relu":
+        dy = tl.where(y > 0.0, dy, dy * SLOPE)
+    elif ACTIVATION != "none":
         dy = tl.where(y <= 0.0, 0.0, dy)
     if ACTIVATION == "hardtanh20":
         dy = tl.where(y >= 20.0, 0.0, dy)
+    elif ACTIVATION == "relu6":
+        dy = tl.where(y >= 6.0, 0.0, dy)
     # A padded channel is Inf * 0 = NaN where dz holds an Inf, so it is set rather than trusted to be zero.
     g = tl.where(ok, dy, 0.0).to(target.dtype.element_ty)
     target_base = target + (number.to(tl.int64) * GROUPS + group) * PADDED
@@ -71,7 +75,7 @@ def conv3x3_dgrad(
     out_image, out_row, out_pixel, out_slot, x_image, x_row, x_pixel, x_slot,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, DILATION: tl.constexpr, PADDED: tl.constexpr, WEIGHT_PADDED: tl.constexpr,
     DZ_VEC: tl.constexpr, GRAD_X_VEC: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_VEC: tl.constexpr, X_VEC: tl.constexpr,
-    ACTIVATION: tl.constexpr, KEEPS: tl.constexpr, FEEDS: tl.constexpr, FORMS_U: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, KEEPS: tl.constexpr, FEEDS: tl.constexpr, FORMS_U: tl.constexpr,
     NORM: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +120,7 @@ def conv3x3_dgrad(
             dout = tl.load(grad_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
             _leave_gradient(
                 dout + du.to(tl.float32), y, z, mean, target, tile_sums, number, exists, tile, group, columns,
-                GROUPS, CHANNELS, PADDED, ACTIVATION, NORM, SUMS, PRECISION,
+                GROUPS, CHANNELS, PADDED, ACTIVATION, SLOPE, NORM, SUMS, PRECISION,
             )  # fmt: skip
 
 
@@ -125,7 +129,7 @@ def activation_bwd(
     grad, out, z, mean, target, tile_sums, pixels, height, width,
     grad_image, grad_row, grad_pixel, grad_slot, out_image, out_row, out_pixel, out_slot,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g_i = dout_i * act'(y_i) into target, and its sums; height and width are the output's."""
@@ -143,7 +147,7 @@ def activation_bwd(
     dout = tl.load(grad_base[:, None] + columns[None, :], mask=ok, other=0.0).to(tl.float32)
     _leave_gradient(
         dout, y, z, mean, target, tile_sums, number, exists, tile, group, columns,
-        GROUPS, CHANNELS, PADDED, ACTIVATION, NORM, SUMS, PRECISION,
+        GROUPS, CHANNELS, PADDED, ACTIVATION, SLOPE, NORM, SUMS, PRECISION,
     )  # fmt: skip
 
 
@@ -170,8 +174,9 @@ def conv3x3_dgrad_call(
         "dz": dz, "weights": weight, **pointers, "pixels": pixels, "height": problem.height, "width": problem.width_pixels,
         **_slot_arguments(slots, {"grad_x": group, "grad": group - 1, "out": group - 1, "x": group}),
         "GROUPS": config.groups, "CHANNELS": channels, "DILATION": config.dilation, "PADDED": padded,
-        "WEIGHT_PADDED": weight.shape[-1], "DZ_VEC": aligned if padded % aligned == 0 else 1, "ACTIVATION": config.activation,
-        "KEEPS": keeps, "FEEDS": feeds, "FORMS_U": "u" in epilogue, "NORM": norm, "SUMS": sums, "PRECISION": plan.precision,
+        "WEIGHT_PADDED": weight.shape[-1], "DZ_VEC": aligned if padded % aligned == 0 else 1,
+        **activation_arguments(config.activation), "KEEPS": keeps, "FEEDS": feeds, "FORMS_U": "u" in epilogue,
+        "NORM": norm, "SUMS": sums, "PRECISION": plan.precision,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip
     programs = triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels, tile.block_n) * config.groups
@@ -196,7 +201,7 @@ def activation_bwd_call(
         "pixels": pixels, "height": problem.output_height, "width": problem.output_width,
         **_slot_arguments({name: slots[name] for name in ("grad", "out")}, {"grad": group, "out": group}),
         "GROUPS": config.groups, "CHANNELS": problem.width // config.groups, "PADDED": padded,
-        "ACTIVATION": config.activation, "NORM": norm, "SUMS": sums, "PRECISION": plan.precision,
+        **activation_arguments(config.activation), "NORM": norm, "SUMS": sums, "PRECISION": plan.precision,
         "BLOCK_M": PASS_BLOCK_M, "BLOCK_N": PASS_BLOCK_N,
     }  # fmt: skip
     return KernelCall(activation_bwd, pass_programs(pixels, padded, config.groups), arguments, {"num_warps": 4})

@@ -33,7 +33,17 @@ from ....chain.problem import ChainProblem
 from ..launch import KernelCall
 from ..step_plan import Launch, StepPlan
 from ..tf32 import of_precision
-from .common import SIZES, GroupView, activate, locate, multiply_taps, rounded_factor, slot_pointers, source_arguments
+from .common import (
+    SIZES,
+    GroupView,
+    activate,
+    activation_arguments,
+    locate,
+    multiply_taps,
+    rounded_factor,
+    slot_pointers,
+    source_arguments,
+)
 
 _STRIDES = [f"{name}_{axis}" for name in ("source", "x", "out") for axis in ("image", "row", "pixel")]
 _SLOTS = ["source_slot", "source_slot_step", "x_slot", "out_slot", "out_slot_step", "pass_slot_x", "pass_slot_out"]
@@ -80,8 +90,9 @@ def conv3x3_fwd(
     SOURCE_VEC: tl.constexpr, SOURCE_PADDED: tl.constexpr, SOURCE_GROUP: tl.constexpr,
     X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_PADDED: tl.constexpr,
     SCRATCH_PADDED: tl.constexpr, WEIGHT_PADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr, POOL: tl.constexpr, FORMS_NEXT: tl.constexpr, PASSES: tl.constexpr, ROUNDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, POOL: tl.constexpr,
+    FORMS_NEXT: tl.constexpr, PASSES: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`steps` convolutions (one, unless nothing is added) and, with PASSES, the group that passes through.
 
@@ -123,7 +134,7 @@ def conv3x3_fwd(
     channel_ok = columns < CHANNELS
     total += tl.load(bias + (step * GROUPS + group) * CHANNELS + columns, mask=channel_ok, other=0.0)[None, :]
     # A padded channel is Inf * 0 = NaN where u holds an Inf, so it is set rather than trusted to be zero.
-    y = tl.where(channel_ok[None, :], activate(total, ACTIVATION), 0.0).to(out.dtype.element_ty)
+    y = tl.where(channel_ok[None, :], activate(total, ACTIVATION, SLOPE), 0.0).to(out.dtype.element_ty)
     slot = out_slot + step * out_slot_step
     out_base = slot_pointers(out, image, row, column, out_image, out_row, out_pixel, slot, group, CHANNELS, OUT_VEC)
     tl.store(out_base[:, None] + columns[None, :], y, mask=out_ok)
@@ -257,7 +268,7 @@ def step_call(
         "STRIDE": config.stride,
         "DILATION": config.dilation,
         "WEIGHT_PADDED": weights.shape[-1],
-        "ACTIVATION": config.activation,
+        **activation_arguments(config.activation),
         "FORMS_NEXT": launch.forms_next,
         "BLOCK_K": tile.block_k,
         **source_arguments(problem, plan, x, source, slot),

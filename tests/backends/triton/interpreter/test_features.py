@@ -12,7 +12,8 @@ from res2net_fused.backends import triton as triton_backend
 from res2net_fused.backends.triton import step_plan
 from res2net_fused.backends.triton.kernels.conv3x3_fwd import interpreted
 from res2net_fused.backends.triton.tiles import Tile
-from res2net_fused.chain.config import ACTIVATIONS, PASSTHROUGHS, POOLS, ChainConfig
+from res2net_fused.chain.activations import ACTIVATIONS
+from res2net_fused.chain.config import PASSTHROUGHS, POOLS, ChainConfig
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -40,10 +41,25 @@ def test_passthrough_pool_and_adds(passthrough, pool, hierarchical, dtype) -> No
 def test_activation_and_bias(activation, bias) -> None:
     case = make_case(ChainConfig(activation=activation), bias=bias)
     case.x *= 30  # so that the clamp at 20 matters
+    case.x[:, :, 2:] /= 30
     out = case.check()
     convolved = out[:, :10]
-    assert (convolved < 0).any() == (activation == "none")
-    assert (convolved > 20).any() == (activation != "hardtanh20")
+    assert (convolved < 0).any() == (activation not in ("relu", "relu6", "hardtanh20"))
+    assert (convolved > 20).any() == (activation not in ("relu6", "hardtanh20"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_activations_of_what_is_not_finite(activation, value) -> None:
+    case = make_case(ChainConfig(activation=activation), size=(6, 7))
+    case.x[0, 2, 3, 3] = value
+    out, expected = case.run(), case.reference()
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isposinf(), expected.isposinf())
+
+
+def test_slopes_of_leaky_relu() -> None:
+    for slope in ("0.01", "0.3", "1.5", "-0.2", "0"):
+        make_case(ChainConfig(activation=f"leaky_relu:{slope}")).check()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1), (2, 3), (5, 9)])
@@ -76,7 +92,7 @@ def test_dilation(dilation) -> None:
     make_case(stage, size=(5, 6), dtype=torch.float16).check()
 
 
-@pytest.mark.parametrize("width, groups", [(6, 2), (8, 2), (8, 8), (20, 2), (36, 2)])
+@pytest.mark.parametrize("width, groups", [(6, 2), (8, 2), pytest.param(8, 8, marks=pytest.mark.slow), (20, 2), (36, 2)])
 def test_groups(width, groups) -> None:
     make_case(ChainConfig(groups=groups), width=width, size=(3, 4), batch=1).check()
     stage = ChainConfig(groups=groups, stride=2, pool="avg3", hierarchical=False)
@@ -85,8 +101,7 @@ def test_groups(width, groups) -> None:
     make_case(added, width=width, size=(2, 2), batch=1).check()
 
 
-@pytest.mark.parametrize("width", [16, 33, 40])
-@pytest.mark.parametrize("hierarchical", [True, False])
+@pytest.mark.parametrize("width, hierarchical", [(16, True), (16, False), (33, True), (40, False)])
 def test_many_tiles(monkeypatch, width, hierarchical) -> None:
     small_tiles(monkeypatch)
     make_case(ChainConfig(hierarchical=hierarchical, pool="avg3"), width=width, batch=3, size=(3, 4)).check()

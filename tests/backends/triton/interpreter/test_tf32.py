@@ -44,7 +44,7 @@ def check(out, exact):
 
 
 def errors_of_check(monkeypatch, config, workload, variant="normal"):
-    """Of what `res2net-fused check` runs in the first stage, at batch 1 and 7x7 pixels."""
+    """What `res2net-fused check` runs in the first stage, at batch 1 and 7x7 pixels."""
     monkeypatch.setattr(cases, "SIZES", (7, 7, 7, 7))
     case = Case(workload, WidthScale.parse(config), 1, 1, "tf32", "cpu", variant)
     rows = parity.check_case(case, "triton")
