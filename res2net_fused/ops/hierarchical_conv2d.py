@@ -28,6 +28,7 @@ from ._library import (
     cast_convolution,
     check_devices,
     config_for,
+    fake_of,
     forward_mode,
     kernel_of,
     library,
@@ -136,7 +137,7 @@ def _forward(
     return with_format(out, problem.channels_last)
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv2d", lib=library)
+@fake_of("hierarchical_conv2d")
 def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, packed: object, layout: str, *settings):
     *chain, _ = settings
     problem = check_arguments(x, weights, biases, cached_config(*chain))

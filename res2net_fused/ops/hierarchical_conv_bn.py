@@ -32,6 +32,7 @@ from ._library import (
     TAGS,
     cached_config,
     config_for,
+    fake_of,
     forward_mode,
     kernel_of,
     library,
@@ -140,7 +141,7 @@ def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     return [out, statistics.mean, statistics.invstd, statistics.variance, *z]
 
 
-@torch.library.register_fake("res2net_fused::hierarchical_conv_bn", lib=library)
+@fake_of("hierarchical_conv_bn")
 def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     *chain, recompute, _, group = settings
     _check(x, weights, gammas, betas, eps, chain, group)

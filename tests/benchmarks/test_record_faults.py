@@ -268,6 +268,7 @@ if "--child" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow  # a minute; each fault alone is above
 def test_a_call_goes_on_behind_whatever_ends_its_processes(tmp_path):
     """SIGKILL, a hang, a lost context and a wrong result, each in its case; then a second call."""
     (tmp_path / "sitecustomize.py").write_text(PLANTED)

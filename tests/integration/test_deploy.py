@@ -103,7 +103,8 @@ def test_dla_is_one_graph():
         assert_close(out, plain(images), 1e-4)
 
 
-def test_through_inductor():
+def test_through_inductor(monkeypatch):
+    monkeypatch.setenv("CI", "1")  # with which Inductor refuses an operator of which it knows a decomposition
     plain, fused = tiny_pair("se_res2net50", torch.float32)
     exact = copy.deepcopy(plain).double()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from helpers import assert_close, randomize
+from networks import quick
 
 from res2net_fused import Bottle2neck, accelerate
 from res2net_fused.models import create_model
@@ -34,9 +35,11 @@ def loaded(module):
     return torch.jit.load(file)
 
 
-@pytest.mark.parametrize(
-    "name, fused", [*((name, True) for name in NETWORKS), ("se_res2net50", False), ("dla60_res2net", False)]
-)
+QUICK = ("res2net50_v1b", "se_res2net50", "dla60_res2net")
+
+
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fused", "plain"])
+@pytest.mark.parametrize("name", quick(NETWORKS, *QUICK))
 def test_a_network(name, fused):
     network = randomize(create_model(name, fused=fused, **NETWORKS[name])).double().eval()
     x = torch.randn(2, 3, 41, 50, dtype=torch.float64)

@@ -146,6 +146,7 @@ def test_the_readme_names_what_a_build_needs():
     assert named["setuptools"].specifier == required["setuptools"].specifier
 
 
+@pytest.mark.slow  # builds everything once more, which `make setup` does too
 def test_from_source_without_make(tmp_path):
     """Pure Python, which compiles nothing; the whole way is a slow test."""
     environment = Environment(tmp_path / "venv")

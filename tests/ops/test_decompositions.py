@@ -50,7 +50,7 @@ def check_same(a, b, bound=5e-6):
         assert_close(ours, theirs, bound)
 
 
-@grads
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "grad"])
 @models
 def test_decomposed_for_who_asks(make, grad):
     model = randomize(make()).eval()

@@ -126,10 +126,10 @@ def named_arguments(sources):
     """The lists of csrc/common/named_arguments.h's kind, by macro, as RES2NET_SCHEMA writes them."""
     found = {}
     for path in sorted(sources.rglob("*.h")) + sorted(sources.rglob("*.cpp")):
-        for name, body in re.findall(r"#define (\w+)\(INT, BOOL\)((?:.*\\\n)*.*)", path.read_text()):
-            body = re.sub(r"(\w+)\(INT, BOOL\)", lambda match: found[match[1]], body)
+        for name, body in re.findall(r"#define (\w+)\(INT, BOOL, FLOAT\)((?:.*\\\n)*.*)", path.read_text()):
+            body = re.sub(r"(\w+)\(INT, BOOL, FLOAT\)", lambda match: found[match[1]], body)
             body = body.replace("\\\n", "")
-            found[name] = re.sub(r"(INT|BOOL)\((\w+)\)", lambda match: f"{match[1].lower()} {match[2]}", body)
+            found[name] = re.sub(r"(INT|BOOL|FLOAT)\((\w+)\)", lambda match: f"{match[1].lower()} {match[2]}", body)
     return found
 
 

@@ -18,8 +18,8 @@ from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.problem import ChainProblem
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
-counts = pytest.mark.parametrize("calls", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-# A result of x's size that is kept at every call would be 70 MB after 1,000 calls; what malloc keeps differs by a few.
+counts = pytest.mark.parametrize("calls", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+# A result of x's size that is kept at every call would be 28 MB after 400 calls; what malloc keeps differs by a few.
 MEGABYTES = 20
 PYTHON_BYTES, OBJECTS = 128 * 1024, 400
 

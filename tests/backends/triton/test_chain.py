@@ -42,9 +42,9 @@ INTERPRETED = sorted((TESTS / "backends/triton/interpreter").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("file", INTERPRETED, ids=lambda file: file.stem)
-def test_interpreter(file: Path) -> None:
+def test_interpreter(file: Path, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", request.config.getoption("-m"), str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     passed = re.search(r"(\d+) passed", done.stdout)

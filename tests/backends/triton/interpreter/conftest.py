@@ -1,11 +1,21 @@
 """These tests need TRITON_INTERPRET=1 before Triton's import, hence a process of their own: see ../test_chain.py."""
 
+import itertools
 import os
 
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["*"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items):
+    """Every second case of a long list is slow: what they hold in common is seen by half of them, in minutes less."""
+    for _, group in itertools.groupby(items, key=lambda item: (item.path, item.originalname)):
+        cases = [item for item in group if not item.get_closest_marker("slow")]
+        for item in cases[1::2] if len(cases) > 7 else ():
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
