@@ -18,7 +18,7 @@ from res2net_fused.modules.bottle2neck import Bottle2neck
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 from res2net_fused.ops.hierarchical_conv_bn import hierarchical_conv_bn
 
-NAMES = ["last", "first_added", "none", "grouped", "hardtanh", "linear", "stage", "stage_stride2", "stage_stride3_dilated"]
+NAMES = ["last", "first_added", "none", "groups", "hardtanh", "linear", "stage", "stage_stride2", "stage_stride3_dilated"]
 NAMES = [name for name in (*NAMES, "relu6", "leaky") if name in CHAINS]
 SMOOTH = ("silu", "gelu", "gelu_tanh", "mish", "hardswish", "leaky_relu:-0.2")  # and others whose output shows no derivative
 

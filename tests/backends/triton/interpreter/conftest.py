@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items):
     """Every second case of a long list is slow: what they hold in common is seen by half of them, in minutes less."""
-    for _, group in itertools.groupby(items, key=lambda item: (item.path, item.originalname)):
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]  # of a session there may be others
+    for _, group in itertools.groupby(here, key=lambda item: (item.path, item.originalname)):
         cases = [item for item in group if not item.get_closest_marker("slow")]
         for item in cases[1::2] if len(cases) > 7 else ():
             item.add_marker("slow")
