@@ -128,11 +128,11 @@ def _kind(part: object) -> str:
 
 def why_not_alike(block: BlockParts, state: BlockState, now: tuple[object, ...]) -> str | None:
     """None if the `surroundings` of a block are as they were when it was recognised, else the reason."""
-    if state.surroundings is None and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if state.surroundings is None and not compiling:
         state.surroundings = now  # of a block that is saved by an older version, or made by its constructor
     if state.surroundings is None or now == state.surroundings:
         return None
-    compiling = torch.compiler.is_compiling()
     name = "a setting" if compiling else changed_surroundings(block.module, now, state.surroundings)
     return f"{name} of the block was changed since it was recognised"
 

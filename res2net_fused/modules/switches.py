@@ -21,7 +21,7 @@ _ABSENT = "<absent>"  # picklable, as all that `switches` returns
 _UNWATCHED = "<not watched by a compiled graph>"  # equal to no setting: the block then runs its own forward
 _ENTRIES = ("forward", "__call__", "__getattr__", "_conv_forward", "_check_input_dim")  # what a call of a module begins with
 FUSED = "_res2net_fused_class"  # in the body of a generated class: the class that it stands in front of
-_PYTORCHS = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # what every module has
 _DEPTH = 3  # of objects in objects, such as a configuration in sections
 _OURS = frozenset({"torch", "res2net_fused"})
 # Of packages whose code has no settings of a model; their caches would look like some.
@@ -161,7 +161,7 @@ def _read_by(cls: Any) -> tuple[Names | None, Names, Shared]:
         names -= set(_reads(forward, "written"))
     called = {name for name in names if callable(getattr(cls, name, None))}
     methods = sorted(name for name in called if any(name in body for body in bodies))
-    return tuple(sorted(names - called - _PYTORCHS)), tuple(methods), tuple(shared.values())
+    return tuple(sorted(names - called - MODULE_ATTRIBUTES)), tuple(methods), tuple(shared.values())
 
 
 def _outside(function: types.FunctionType, attributes: set[str]) -> Iterator[tuple[Any, str]]:

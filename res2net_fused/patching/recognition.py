@@ -26,13 +26,12 @@ from ..modules.block_structure import equal_settings, find_by_structure
 from ..modules.confirmation import SEED, agree, is_convolution, of_memory, own_parts, random_twin, seeded
 from ..modules.eligibility import fused_activation
 from ..modules.reference_blocks import bottle2neck
-from ..modules.switches import switches
+from ..modules.switches import MODULE_ATTRIBUTES, switches
 from .class_swap import own_class
 
 _PROPOSALS = 6  # of a module's structure, that are tried
 Layout = TypeVar("Layout")
 Found = TypeVar("Found")
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def layout_of(module: nn.Module) -> BlockPaths | None:
@@ -125,7 +124,7 @@ def _structure(block: BlockParts) -> str | None:
 
 def own_signature(block: nn.Module) -> tuple[object, ...]:
     """All that a block's forward may depend on, but for the values of its tensors."""
-    ignored = _MODULE_ATTRIBUTES | {"training", STATE}
+    ignored = MODULE_ATTRIBUTES | {"training", STATE}
     attributes = tuple(sorted((k, repr(v)) for k, v in vars(block).items() if k not in ignored))
     children = tuple((name, type(child), child.extra_repr()) for name, child in block.named_modules() if name)
     tensors = tuple(name for name, _ in itertools.chain(block.named_parameters(), block.named_buffers()))
