@@ -40,8 +40,8 @@ from res2net_fused.bench.record_file import Record
 from res2net_fused.bench.timing import Contender, measure
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
+from res2net_fused.chain.tolerances import network_bound
 from res2net_fused.ops.hierarchical_conv1d import call_1d
-from res2net_fused.testing.tolerances import network_bound
 
 CHAINS = """The 2-D chain against PyTorch: twelve shapes of Res2Net-50, packed weights, the public operator.
 

@@ -21,12 +21,12 @@ from res2net_fused.bench.runner import make_row
 from res2net_fused.bench.timed_case import TimedCase
 from res2net_fused.bench.timing import Timing
 from res2net_fused.bench.work import Work, least_work, least_work_of_network, rotation_count
+from res2net_fused.chain.tolerances import forward_bound, network_bound
 from res2net_fused.modules.block_parts import parts_of
 from res2net_fused.modules.folding import fold, projection_of
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 from res2net_fused.testing.cases import TORCH_DTYPES, ReferenceChain
 from res2net_fused.testing.parity import relative_error
-from res2net_fused.testing.tolerances import forward_bound, network_bound
 
 from .runner import RecordRunner, build_network, image_size
 

@@ -19,10 +19,10 @@ from res2net_fused.bench.sample_images import calibrate
 from res2net_fused.bench.timed_case import BASELINE, Candidate, TimedCase, network_name
 from res2net_fused.bench.turns import Outcome
 from res2net_fused.bench.work import Work, least_work_of_network, rotation_count
+from res2net_fused.chain.tolerances import network_bound
 from res2net_fused.models.network import Network
 from res2net_fused.patching.accelerate import accelerate, freeze
 from res2net_fused.testing.cases import TORCH_DTYPES, WidthScale, channels_last
-from res2net_fused.testing.tolerances import network_bound
 
 from .roofline import Rates, floor_ms
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +82,15 @@ class Backend(BatchNormPasses):
         if relu:
             out.relu_()
         return out
+
+    def instance(self, problem: Any) -> Hashable:
+        """Return what the kernels of one call are told by from those of others; sizes count by powers of two."""
+        pixels = (
+            problem.batch * problem.length
+            if isinstance(problem, Chain1dProblem)
+            else problem.batch * problem.output_height * problem.output_width
+        )
+        return problem.config, problem.device, problem.dtype, problem.width, problem.steps, pixels.bit_length()
 
     # The 1-D chain, whose gradients the mathematics computes -----------------------------------------------------------
 

@@ -10,8 +10,9 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -30,6 +31,8 @@ AUTO_ORDER_1D: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}  # Tri
 
 Problem = ChainProblem | Chain1dProblem
 Kind = TypeVar("Kind", ChainProblem, Chain1dProblem)
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 _log = logging.getLogger("res2net_fused")
 
@@ -71,12 +74,12 @@ def is_auto(backend: str) -> bool:
     return backend == "auto" if torch.compiler.is_compiling() else requested(backend)[0] == "auto"
 
 
-def choose_for_training(problem: ChainProblem, backend: str = "auto") -> Choice:
-    """The backend, of those that run BatchNorm in training mode, that a call runs on. Raises as `choose` does."""
-    return _choose("cannot train", problem, backend, AUTO_ORDER, lambda found, p: found.why_not_training(p))
+def choose_for_training(problem: ChainProblem, backend: str = "auto", against: Mapping[str, str] = NOTHING) -> Choice:
+    """The backend, of those that run BatchNorm in training mode, that a call runs on. Arguments and errors as of `choose`."""
+    return _choose("cannot train", problem, backend, AUTO_ORDER, lambda found, p: found.why_not_training(p), against=against)
 
 
-def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backend | None:
+def backend_of_gradients(problem: ChainProblem, backend: str = "auto", against: Mapping[str, str] = NOTHING) -> Backend | None:
     """The backend whose own `chain_backward` runs a chain without batch statistics; None for `chain.backward`."""
     if not shows_slope(problem.config.activation):
         return None
@@ -85,25 +88,31 @@ def backend_of_gradients(problem: ChainProblem, backend: str = "auto") -> Backen
     for candidate in (name,) if by_name else AUTO_ORDER.get(problem.device.type, ()):
         found = get_backend(candidate)
         offered = problem.batch > 0 and found.runs_chain_backward(problem, by_name)
-        if offered and found.why_not_training(problem) is None:
+        if offered and (found.why_not_training(problem) or _why_doubted(found, problem, against)) is None:
             return found
     return None
 
 
-def choose(problem: Problem, backend: str = "auto", layout: str = "plain") -> Choice:
+def choose(problem: Problem, backend: str = "auto", layout: str = "plain", against: Mapping[str, str] = NOTHING) -> Choice:
     """The backend that a call runs on. Raises RuntimeError where an explicit choice cannot run it.
 
     layout: of the call's packed weights. Auto takes the backend that they were packed for where it can run the call: packing
     anew at each call costs more than the predictions of `why_not_auto` differ.
+    against: reasons of the caller's, by the names of backends.
     """
     if isinstance(problem, Chain1dProblem):
-        return _choose("cannot run", problem, backend, AUTO_ORDER_1D, lambda found, p: found.why_not_1d(p))
+        return _choose("cannot run", problem, backend, AUTO_ORDER_1D, lambda found, p: found.why_not_1d(p), against=against)
+
+    def speaks_against(found: Backend) -> str | None:
+        return found.why_not(problem) or _why_doubted(found, problem, against)
+
     packed_for = layout in AUTO_ORDER.get(problem.device.type, ())[:-1] and requested(backend)[0] == "auto"
-    if packed_for and get_backend(layout).why_not(problem) is None:
+    if packed_for and speaks_against(get_backend(layout)) is None:
         return Choice(layout, (("others", "the weights are packed for this one"),))
     return _choose(
-        "cannot run", problem, backend, AUTO_ORDER, lambda found, p: found.why_not(p), lambda found, p: found.why_not_auto(p)
-    )
+        "cannot run", problem, backend, AUTO_ORDER, lambda found, p: found.why_not(p), lambda found, p: found.why_not_auto(p),
+        against,
+    )  # fmt: skip
 
 
 def _choose(
@@ -113,11 +122,16 @@ def _choose(
     orders: dict[str, tuple[str, ...]],
     why_not: Callable[[Backend, Kind], str | None],
     why_not_auto: Callable[[Backend, Kind], str | None] = lambda found, problem: None,
+    against: Mapping[str, str] = NOTHING,
 ) -> Choice:
     """The backend asked for, or the first in order that speaks neither against the call nor for a later one."""
+
+    def speaks_against(found: Backend) -> str | None:
+        return why_not(found, problem) or _why_doubted(found, problem, against)
+
     name, source = requested(backend)
     if name != "auto":
-        why = why_not(get_backend(name), problem)
+        why = speaks_against(get_backend(name))
         if why is not None:
             raise RuntimeError(f"{source} {cannot} {problem}: {why}")
         return Choice(name, requested_by=source)
@@ -126,7 +140,7 @@ def _choose(
     order = orders.get(problem.device.type, ("reference",))
     for candidate in order:
         found = get_backend(candidate)
-        why = why_not(found, problem)
+        why = speaks_against(found)
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
         if why is None:
@@ -139,6 +153,20 @@ def _choose(
         _log_once(candidate, why)
     reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
     raise RuntimeError(f"no backend {cannot.replace('not', '')} {problem}: {reasons}")
+
+
+_aside: dict[tuple[str, Hashable], str] = {}  # (backend, `Backend.instance`) -> what was found wrong in this process
+
+
+def _why_doubted(backend: Backend, problem: Problem, against: Mapping[str, str]) -> str | None:
+    if not _aside:
+        return against.get(backend.name)
+    return against.get(backend.name) or _aside.get((backend.name, backend.instance(problem)))
+
+
+def put_aside(backend: Backend, problem: Problem, reason: str) -> str:
+    """Makes every later choice for calls of this kind another one, which has what this returns among its reasons."""
+    return _aside.setdefault((backend.name, backend.instance(problem)), f"put aside in this process: {reason}")
 
 
 def plan(problem: Problem, name: str) -> str:

@@ -13,9 +13,9 @@ import torch._dynamo.config
 from torch import Tensor, nn
 
 from ..backends.selection import FIRST_CHOICE
+from ..chain.tolerances import network_bound
 from ..models.network import Network
 from ..testing.parity import convolution_precision
-from ..testing.tolerances import network_bound
 from .candidates import Builder, Built, Model, RunConditions, is_ours
 from .exact import CHECKED_IMAGES_OF_NETWORKS, Miss, Truth
 from .networks import NetworkCase, compare

@@ -10,10 +10,10 @@ import torch
 import torch._dynamo.config
 from torch import Tensor
 
+from ..chain.tolerances import forward_bound
 from ..models.network import Network
 from ..testing.cases import TRAINED, Case
 from ..testing.parity import ParityRow, convolution_precision
-from ..testing.tolerances import forward_bound
 from .candidates import (
     Builder,
     Built,

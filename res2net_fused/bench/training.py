@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..backends.base import BACKENDS
 from ..chain.reference import hierarchical_chain
+from ..chain.tolerances import FORWARD, network_bound
 from ..modules.reference_blocks import ReferenceBottle2neck
 from ..modules.training import trained_chain
 from ..patching.accelerate import accelerate
 from ..testing.cases import TORCH_DTYPES, TRAINED, Case, channels_last
 from ..testing.parity import ParityReport, ParityRow, relative_error
-from ..testing.tolerances import FORWARD, network_bound
 from .providers import OURS
 from .timed_case import TimedCase
 

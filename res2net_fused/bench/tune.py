@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ..backends.triton.tiles import ENVIRONMENT_VARIABLE, Row, Shape, Tile, dtype_class, merge, read, user_path, write
+from ..chain.tolerances import FORWARD
 from ..testing.cases import TORCH_DTYPES, Case, WidthScale, cases
 from ..testing.parity import check_case, convolution_precision, poisoned_allocations
-from ..testing.tolerances import FORWARD
 from . import results
 from .record_file import Record
 from .supervise import supervise

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backends.base import run_block
-from ..backends.selection import choose, get_backend
+from ..backends.base import Backend, run_block
+from ..backends.selection import choose
+from ..backends.verification import confirmed
 from ..chain import reference
 from ..chain.block_weights import BlockWeights
 from ..chain.checks import check_weights, describe
@@ -85,10 +88,16 @@ def _forward(x, shortcut, *rest):
     *chain, backend = rest[12:]
     folded = BlockWeights(*tensors)
     problem = _problem(x, shortcut, folded, packed, cached_config(*chain))
-    name = choose(problem, backend, layout).name
-    if layout == name:
+
+    def run(by: Backend, p: ChainProblem, x: Tensor, shortcut: Tensor | None, *given: Any) -> list[Tensor]:
+        plain = BlockWeights(*given)
+        plain.packed = by.pack_block(plain, p.config) if packed else None
+        return [run_block(by, p, x, shortcut, plain, relu)]
+
+    chosen = confirmed("block", partial(choose, problem, backend, layout), problem, [x, shortcut], tensors, run)
+    if layout == chosen.name:
         folded.packed, folded.layout = packed, layout
-    return run_block(get_backend(name), problem, x, shortcut, folded, relu)
+    return run_block(chosen, problem, x, shortcut, folded, relu)
 
 
 @fake_of("bottle2neck")

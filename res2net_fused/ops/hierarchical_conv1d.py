@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.base import BACKENDS
-from ..backends.selection import choose, get_backend
+from ..backends.base import BACKENDS, Backend
+from ..backends.selection import choose
+from ..backends.verification import confirmed
 from ..chain import reference
 from ..chain.backward import chain_backward_1d
 from ..chain.block_weights import Chain1dWeights
 from ..chain.checks import check_arguments_1d, check_dense, sequence_types
 from ..chain.config import Chain1dConfig, one_of
+from ..chain.problem import Chain1dProblem
 from ._library import (
     TAGS,
     cast_convolution,
@@ -115,8 +118,14 @@ def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) 
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
     if packed:
         check_devices(x, packed=packed)
-    chosen = get_backend(choose(problem, backend).name)
-    out, rectified = chosen.forward_1d(problem, x, Chain1dWeights(weights, biases, affine_scale, affine_shift, packed), keep)
+    tensors = weights, biases, affine_scale, affine_shift
+
+    def run(by: Backend, p: Chain1dProblem, x: Tensor, *given: Any) -> list[Tensor]:
+        out, rectified = by.forward_1d(p, x, Chain1dWeights(*given), keep)
+        return [out, *rectified]
+
+    chosen = confirmed("forward_1d", partial(choose, problem, backend, "plain"), problem, [x], list(tensors), run)
+    out, rectified = chosen.forward_1d(problem, x, Chain1dWeights(*tensors, packed), keep)
     return [out, *rectified]
 
 

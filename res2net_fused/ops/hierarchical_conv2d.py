@@ -6,14 +6,16 @@ checks the arguments and asks `backends.selection` for a backend; nothing of tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.base import BACKENDS
-from ..backends.selection import backend_of_gradients, choose, get_backend
+from ..backends.base import BACKENDS, Backend
+from ..backends.selection import Choice, backend_of_gradients, choose, get_backend
+from ..backends.verification import confirmed
 from ..chain import reference
 from ..chain.backward import chain_backward
 from ..chain.checks import check_arguments, check_chain, check_types
@@ -130,10 +132,14 @@ def _forward(
     problem = check_arguments(x, weights, biases, cached_config(*chain))
     if packed:
         check_devices(x, packed=packed)
-    name = choose(problem, backend, layout).name
+
+    def run(by: Backend, p: ChainProblem, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> list[Tensor]:
+        return [by.forward(p, x, weights, biases, by.pack(weights, biases, p.config) if packed else None)]
+
+    chosen = confirmed("forward", partial(choose, problem, backend, layout), problem, [x], [weights, biases], run)
     if problem.batch == 0:
         return x.new_empty(_output_shape(problem))
-    out = get_backend(name).forward(problem, x, weights, biases, packed if layout == name else None)
+    out = chosen.forward(problem, x, weights, biases, packed if layout == chosen.name else None)
     return with_format(out, problem.channels_last)
 
 
@@ -151,8 +157,21 @@ def _gradients(grad, x, out, weights, biases, *settings) -> Sequence[Any]:
     *chain, backend, needed = settings
     check_devices(x, grad=grad, out=out, weights=weights, biases=biases)
     problem = ChainProblem.from_tensor(x, weights[0].shape[0], len(weights), cached_config(*chain))
-    own = backend_of_gradients(problem, backend)
-    if own is not None:
+
+    def chosen(against: Mapping[str, str]) -> Choice:
+        own = backend_of_gradients(problem, backend, against)
+        return Choice("reference" if own is None else own.name)
+
+    def run(by: Backend, p: ChainProblem, *tensors: Any) -> list[Tensor]:
+        arguments: Any = (*tensors, p.config, needed) if by.name == "reference" else (p, *tensors, needed)
+        of_x, *others = (chain_backward if by.name == "reference" else by.chain_backward)(*arguments)
+        return [
+            *([] if of_x is None else [of_x]),
+            *(t for wanted, ts in zip(needed[1:], others, strict=True) if wanted for t in ts),
+        ]
+
+    own = confirmed("backward", chosen, problem, [grad, x, out], [weights], run, whole=True)
+    if own.name != "reference":
         return own.chain_backward(problem, grad, x, out, weights, needed)
     convolver: Convolver = ATEN
     if problem.config.stride == 1:

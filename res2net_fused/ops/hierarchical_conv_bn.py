@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.selection import choose_for_training, get_backend
+from ..backends.base import Backend
+from ..backends.selection import choose_for_training
+from ..backends.verification import confirmed
 from ..chain import reference
 from ..chain.activations import CLAMPS, shows_slope
 from ..chain.batch_norm import (
@@ -135,7 +138,13 @@ def _forward(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
     *chain, recompute, backend, group = settings
     _check(x, weights, gammas, betas, eps, chain, group)
     problem = _problem(x, weights, chain)
-    chosen = get_backend(choose_for_training(problem, backend).name)
+
+    def run(by: Backend, p: ChainProblem, x: Any, weights: Any, gammas: Any, betas: Any) -> list[Tensor]:
+        out, found, z = train_forward(by, p, x, weights, gammas, betas, eps, not recompute)
+        return [out, found.mean * found.invstd + 1, found.invstd, found.variance, *z]  # a mean may be 0, but for rounding
+
+    choose = partial(choose_for_training, problem, backend)
+    chosen = confirmed("train_forward", choose, problem, [x], [weights, gammas, betas], run, whole=True)
     out, statistics, z = train_forward(chosen, problem, x, weights, gammas, betas, eps, not recompute, group)
     out, *z = (with_format(t, problem.channels_last) for t in (out, *z))
     return [out, statistics.mean, statistics.invstd, statistics.variance, *z]
@@ -165,7 +174,18 @@ def _fake(x, weights, gammas, betas, eps, *settings) -> list[Tensor]:
 def _gradients(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -> Sequence[Any]:
     *chain, backend, group, needed = settings
     problem = _problem(x, weights, chain)
-    chosen = get_backend(choose_for_training(problem, backend).name)
+
+    def run(by: Backend, p: ChainProblem, *tensors: Any) -> list[Tensor]:
+        arguments: Any = (by, p, *tensors, eps, needed)
+        of_x, *others = train_backward(*arguments)
+        return [
+            *([] if of_x is None else [of_x]),
+            *(t for wanted, ts in zip(needed[1:], others, strict=True) if wanted for t in ts),
+        ]
+
+    choose = partial(choose_for_training, problem, backend)
+    given: list[Any] = [mean, invstd, weights, gammas]
+    chosen = confirmed("train_backward", choose, problem, [grad, x, out, z], given, run, whole=True)
     return train_backward(chosen, problem, grad, x, out, z, mean, invstd, weights, gammas, eps, needed, group)
 
 

@@ -21,11 +21,11 @@ from ..backends.base import BACKENDS
 from ..backends.selection import choose, get_backend
 from ..chain.config import ChainConfig
 from ..chain.problem import ChainProblem
+from ..chain.tolerances import forward_bound, network_bound
 from ..models.network import Network
 from ..patching.explain import explain
 from .cases import Case, fused
 from .cuda_errors import poisons_context
-from .tolerances import forward_bound, network_bound
 
 NAMED_BACKENDS = tuple(name for name in BACKENDS if name != "auto")
 

@@ -25,8 +25,8 @@ from res2net_fused.backends.cuda import chain as cuda_chain
 from res2net_fused.backends.cuda import packing as cuda_packing
 from res2net_fused.backends.cuda import plan as launch_plan
 from res2net_fused.chain import reference
+from res2net_fused.chain.tolerances import FORWARD
 from res2net_fused.testing.parity import convolution_precision
-from res2net_fused.testing.tolerances import FORWARD
 
 CHECKED = 3  # images of a large batch that are compared with float64: the first, one in the middle and the last
 

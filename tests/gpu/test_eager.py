@@ -10,8 +10,8 @@ from helpers import relative_error
 from res2net_fused import accelerate, explain
 from res2net_fused.bench.networks import random_network
 from res2net_fused.bench.sample_images import calibrate, sample_images
+from res2net_fused.chain.tolerances import network_bound
 from res2net_fused.testing.cases import TORCH_DTYPES
-from res2net_fused.testing.tolerances import network_bound
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 

@@ -13,7 +13,7 @@ from res2net_fused import accelerate, explain, freeze
 from res2net_fused.bench.networks import random_network
 from res2net_fused.bench.sample_images import calibrate, sample_images
 from res2net_fused.bench.timing import GraphedContender
-from res2net_fused.testing.tolerances import network_bound
+from res2net_fused.chain.tolerances import network_bound
 
 BATCH = 1 if STAND_IN else 32
 

@@ -8,8 +8,8 @@ from helpers import Chain, masked_gradients, relative_error
 from res2net_fused import hierarchical_conv2d
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.bench.training import check_training_case
+from res2net_fused.chain.tolerances import FORWARD
 from res2net_fused.testing.parity import check_case, convolution_precision
-from res2net_fused.testing.tolerances import FORWARD
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 

@@ -13,8 +13,8 @@ from official_models import official
 from torch import nn
 
 from res2net_fused import Bottle2neck, accelerate, explain, freeze, hierarchical_conv2d, pack_weights
+from res2net_fused.chain.tolerances import network_bound
 from res2net_fused.models.registry import list_models
-from res2net_fused.testing.tolerances import network_bound
 
 OPERATORS = ("hierarchical_conv2d.default", "bottle2neck.default", "hierarchical_conv_bn.default")
 IMAGES = torch.randn(2, 3, 33, 47, generator=torch.Generator().manual_seed(4))

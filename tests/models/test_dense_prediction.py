@@ -11,7 +11,7 @@ from networks import tiny_pair
 from torch import nn
 
 from res2net_fused import explain
-from res2net_fused.testing.tolerances import network_bound
+from res2net_fused.chain.tolerances import network_bound
 
 IMAGES = torch.randn(2, 3, 49, 66, generator=torch.Generator().manual_seed(4))
 CLASSES = 5

@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from res2net_fused import accelerate, explain
 from res2net_fused.bench.sample_images import calibrate
+from res2net_fused.chain.tolerances import network_bound
 from res2net_fused.models.layers import DropPath
 from res2net_fused.models.registry import ALIASES, CONFIGURATIONS, create_model, list_models, model_name
 from res2net_fused.models.res2net import Res2Net, res2net50, resnet50
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
-from res2net_fused.testing.tolerances import network_bound
 
 every_name = pytest.mark.parametrize("name", list_models())
 families = pytest.mark.parametrize("name", FAMILIES)

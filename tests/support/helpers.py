@@ -21,7 +21,7 @@ from res2net_fused.chain.activations import CLAMPS, activate, shows_slope, split
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.memory_format import memory_format
 from res2net_fused.chain.problem import ChainProblem
-from res2net_fused.testing.tolerances import FORWARD
+from res2net_fused.chain.tolerances import FORWARD
 
 # Of one operator or block; 5e-6 for fp32, 2e-3 for fp16 and 1.5e-2 for bf16 are what the package promises.
 BOUNDS = {getattr(torch, name): bound.limit for name, bound in FORWARD.items() if name != "tf32"}

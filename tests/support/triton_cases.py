@@ -16,7 +16,7 @@ from res2net_fused.chain import reference
 from res2net_fused.chain.checks import check_arguments
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.problem import ChainProblem
-from res2net_fused.testing.tolerances import forward_bound
+from res2net_fused.chain.tolerances import forward_bound
 
 
 @dataclass

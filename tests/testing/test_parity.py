@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from res2net_fused.backends.reference import BACKEND as reference_backend
-from res2net_fused.testing import parity, tolerances
+from res2net_fused.chain import tolerances
+from res2net_fused.testing import parity
 from res2net_fused.testing.cases import VARIANTS, Case, WidthScale, cases
 
 CASE = Case("chain", WidthScale(14, 8), 4, 2, "float32", "cpu")

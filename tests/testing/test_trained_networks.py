@@ -10,7 +10,7 @@ from published_blocks.speakers import SpeakerNet
 from torch import nn
 
 from res2net_fused import accelerate, explain
-from res2net_fused.testing.tolerances import TRAINED_OVER_EAGER
+from res2net_fused.chain.tolerances import TRAINED_OVER_EAGER
 
 NETWORKS = {
     "speaker": (lambda: SpeakerNet((3, 4, 6, 3)), (2, 1, 80, 60)),

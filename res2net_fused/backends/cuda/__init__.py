@@ -12,8 +12,11 @@ The launch plan comes from a C++ function of the CPU library (csrc/cuda/plan), s
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
+from ...chain.problem import ChainProblem
 from ..base import Backend
-from . import block, chain, packing
+from . import block, chain, packing, plan
 
 
 class CudaBackend(Backend):
@@ -28,6 +31,10 @@ class CudaBackend(Backend):
     pack = staticmethod(packing.pack)
     pack_block = staticmethod(block.pack_block)
     block_forward = staticmethod(block.block_forward)
+
+    def instance(self, problem: ChainProblem) -> Hashable:
+        found = plan.plan_chain(problem, plan.device_limits(problem.device))
+        return tuple(found.launch_arguments().values()), super().instance(problem)
 
 
 BACKEND = CudaBackend()

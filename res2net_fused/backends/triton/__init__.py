@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
+from ...chain.problem import Chain1dProblem, ChainProblem
 from ..base import Backend
 from . import block, chain, chain1d, training
 
@@ -25,6 +28,11 @@ class TritonBackend(Backend):
     chain_backward = staticmethod(training.chain_backward)
     why_not_training = staticmethod(chain.why_not_training)
     plan_training = staticmethod(chain.plan_training)
+
+    def instance(self, problem: ChainProblem | Chain1dProblem) -> Hashable:
+        own = chain1d.plan_1d(problem) if isinstance(problem, Chain1dProblem) else chain.tiles(problem)
+        return own, super().instance(problem)
+
     # Methods: they are handed this backend, to convolve by.
     train_forward = training.train_forward
     train_backward = training.train_backward

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
-from .availability import capability, plan_for, why_not_device, why_not_installed
+from .availability import capability, plan_for, plan_training_for, why_not_device, why_not_installed
 from .step_plan import padded_channels, why_not_size
 from .tf32 import for_every_precision
 from .training import describe, why_not_whole_batch
@@ -43,6 +43,13 @@ def pack(
     if biases is None:
         return [packed, torch.zeros(len(weights), width, dtype=torch.float32, device=packed.device)]
     return [packed, torch.stack([bias.detach().float() for bias in biases])]
+
+
+def tiles(problem: ChainProblem) -> Hashable:
+    """All that kernels of this chain are compiled for and that its plans choose."""
+    own = capability(problem.device)
+    plan = plan_for(problem, own)
+    return plan.tile, plan.launches, plan.precision, plan_training_for(problem, own).tile
 
 
 def plan(problem: ChainProblem) -> str:

@@ -12,7 +12,7 @@ from res2net_fused.backends.selection import backend_of_gradients
 from res2net_fused.chain import backward
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.problem import ChainProblem
-from res2net_fused.testing.tolerances import FORWARD
+from res2net_fused.chain.tolerances import FORWARD
 
 INSTRUCTION_SETS = cpu_backend.settings.available_instruction_sets()
 pytestmark = [

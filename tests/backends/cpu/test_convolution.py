@@ -11,7 +11,7 @@ from res2net_fused.backends import cpu as cpu_backend
 from res2net_fused.chain.backward import convolution_backward
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.problem import ChainProblem
-from res2net_fused.testing.tolerances import FORWARD
+from res2net_fused.chain.tolerances import FORWARD
 
 INSTRUCTION_SETS = cpu_backend.settings.available_instruction_sets()
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="the native CPU kernels are not built")

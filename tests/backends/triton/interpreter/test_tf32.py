@@ -18,10 +18,10 @@ from res2net_fused.backends.triton import availability, step_plan, tf32
 from res2net_fused.backends.triton.kernels import common, conv3x3_fwd, pointwise
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
+from res2net_fused.chain.tolerances import FORWARD
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 from res2net_fused.testing import cases, parity
 from res2net_fused.testing.cases import Case, WidthScale
-from res2net_fused.testing.tolerances import FORWARD
 
 BOUND, EXACT = FORWARD["tf32"].limit, FORWARD["float32"].limit
 
