@@ -86,7 +86,7 @@ def launch(calls: Calls, settings: tuple[object, ...], tensors: Sequence[Tensor 
     """Makes every launch of `calls(tensors, *settings)`, a function of a module, on the device of the first tensor."""
     device = tensors[0].device  # type: ignore[union-attr]
     if device.type != "cuda" or not _KNOWN or _watched():
-        _launch_all(calls(tensors, *settings), device)
+        launch_all(calls(tensors, *settings), device)
         return
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     layouts = [
@@ -100,7 +100,7 @@ def launch(calls: Calls, settings: tuple[object, ...], tensors: Sequence[Tensor 
         pointers.append(buffer.data_ptr())
         if not pointers[-1] & 15 and _launched(ready, pointers, index):
             return
-    made = _launch_all(calls(tensors, *settings), device)
+    made = launch_all(calls(tensors, *settings), device)
     if not kind.refused:
         kind.ready = _prepared(calls, settings, tensors, made, index)
         kind.refused = kind.ready is None
@@ -132,7 +132,7 @@ def _launched(ready: _Prepared, pointers: list[int], index: int) -> bool:
     return True
 
 
-def _launch_all(calls: Iterable[KernelCall], device: torch.device) -> list[_Made]:
+def launch_all(calls: Iterable[KernelCall], device: torch.device) -> list[_Made]:
     """Launches as Triton does; the kernel of each launch, as far as they are worth keeping."""
     made: list[_Made] = []
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
