@@ -33,7 +33,7 @@ class KernelCall:
         return self.kernel[(self.programs,)](**self.arguments, **self.options)
 
     def run(self) -> object:
-        """As `launch`; RuntimeError with the remedy where the kernel can be neither compiled nor found in Triton's cache."""
+        """`launch`; RuntimeError with the remedy where the kernel can be neither compiled nor found in Triton's cache."""
         try:
             return self.launch()
         except OSError as error:

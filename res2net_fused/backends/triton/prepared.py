@@ -101,7 +101,7 @@ def launch(calls: Calls, settings: tuple[object, ...], tensors: Sequence[Tensor 
         if not pointers[-1] & 15 and _launched(ready, pointers, index):
             return
     made = launch_all(calls(tensors, *settings), device)
-    if not kind.refused:
+    if not kind.refused and all(kernel is not None for _, kernel in made):  # a hook may keep Triton from compiling
         kind.ready = _prepared(calls, settings, tensors, made, index)
         kind.refused = kind.ready is None
 
