@@ -144,7 +144,7 @@ def _block_jobs(case: Case, device: str | None) -> list[Job | KernelCall]:
     plan = plan_for(problem, own)
     kind = dtype_class(problem.dtype.itemsize, plan.precision)
     found: list[Job | KernelCall] = []
-    for call in block_calls(problem, own, x, shortcut, pack_block(folded, problem.config), True, out):
+    for call in block_calls(problem, own, x, shortcut, pack_block(folded, problem.config), True, out, plan.precision):
         arguments = call.arguments
         if "IN_CHANNELS" in arguments:
             shape = Shape("pointwise", own, kind, arguments["OUT_CHANNELS"], arguments["IN_CHANNELS"], arguments["pixels"])

@@ -27,6 +27,11 @@ def test_rehearsals(name):
     assert found and int(found[1]) >= 15
 
 
+def test_prepared_launches_compute():
+    file = TESTS / "rehearsal" / "on_card" / "test_prepared_launches.py"
+    assert "1 passed" in rehearse("H100", str(file), "-k", "numbers", launch="interpreter")
+
+
 # The tests that a real card runs: with fewer launches and other refusals on the smaller card, and with Triton's kernels alone.
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "library", "least"), [("H100", True, 750), ("RTX4090", True, 600), ("H100", False, 180)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from triton.compiler import ASTSource
 
+from res2net_fused.backends.triton.availability import precision_of
 from res2net_fused.backends.triton.backward import BatchNorms, ChainGradients
 from res2net_fused.backends.triton.block import block_calls, slot_pitch
 from res2net_fused.backends.triton.kernels.common import GroupView, pack_weights
@@ -126,7 +127,7 @@ def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int]
         torch.empty(planes * 4, device="meta"),
     ]
     distinct = {}
-    for call in block_calls(problem, capability, x, out, packed, True, out):
+    for call in block_calls(problem, capability, x, out, packed, True, out, precision_of(problem)):
         distinct.setdefault(triton_key(call), call)
     return list(distinct.values())
 

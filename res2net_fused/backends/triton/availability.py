@@ -44,15 +44,21 @@ def uses_tf32(problem: ChainProblem | Chain1dProblem) -> bool:
 
 
 def precision_of(problem: ChainProblem | Chain1dProblem) -> str:
-    """Precision of this call's products, as `tl.dot` names it."""
-    return dot_precision(problem.dtype, uses_tf32(problem))
+    """Precision of this call's products, as `tl.dot` names it; PyTorch's settings are looked at where they count."""
+    return dot_precision(problem.dtype, problem.dtype == torch.float32 and uses_tf32(problem))
 
 
 def plan_for(
-    problem: ChainProblem, compute_capability: tuple[int, int], *, pitch: int | None = None, in_place: bool = False
+    problem: ChainProblem,
+    compute_capability: tuple[int, int],
+    *,
+    precision: str | None = None,
+    pitch: int | None = None,
+    in_place: bool = False,
 ) -> StepPlan:
-    """`plan_steps` under PyTorch's current settings."""
-    return plan_steps(problem, compute_capability, tf32=uses_tf32(problem), pitch=pitch, in_place=in_place)
+    """`plan_steps` at a precision, as `tl.dot` names it, or (None) under PyTorch's current settings."""
+    tf32 = uses_tf32(problem) if precision is None else precision == "tf32"
+    return plan_steps(problem, compute_capability, tf32=tf32, pitch=pitch, in_place=in_place)
 
 
 def plan_training_for(problem: ChainProblem, compute_capability: tuple[int, int]) -> StepPlan:

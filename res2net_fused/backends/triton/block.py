@@ -12,8 +12,7 @@ the last group passes, x and y share one buffer, so that the passing group is ne
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,16 +67,22 @@ def pack_block(folded: BlockWeights, config: ChainConfig, only: str | None = Non
 
 
 def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool) -> Tensor:
-    packed = folded.packed or pack_block(folded, problem.config, precision_of(problem))
+    from .prepared import launch
+
+    precision = precision_of(problem)
+    packed = folded.packed or pack_block(folded, problem.config, precision)
     x = x.contiguous(memory_format=torch.channels_last)
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
     shape = problem.batch, packed[4].shape[1], problem.output_height, problem.output_width
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        for call in block_calls(problem, capability(x.device), x, shortcut, packed, relu, out):
-            call.run()
+    launch(_calls, (problem, precision, relu), (x, shortcut, out, *packed))
     return out if problem.channels_last else out.contiguous()
+
+
+def _calls(tensors: Sequence[Tensor], problem: ChainProblem, precision: str, relu: bool) -> Iterator[KernelCall]:
+    x, shortcut, out, *packed = tensors
+    return block_calls(problem, capability(problem.device), x, shortcut, packed, relu, out, precision)
 
 
 def block_calls(
@@ -88,6 +93,7 @@ def block_calls(
     packed: list[Tensor],  # from `pack_block`
     relu: bool,
     out: Tensor,  # (N, planes * 4, H', W')
+    precision: str,  # of the products, as `precision_of` names it
 ) -> Iterator[KernelCall]:
     """Every launch of the block, in order."""
     from .kernels.common import GroupView
@@ -95,32 +101,32 @@ def block_calls(
     from .kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
     conv1, conv1_bias, chain, biases, conv3, conv3_bias = packed
-    conv1, conv3 = (of_precision(weights, precision_of(problem)) for weights in (conv1, conv3))
+    conv1, conv3 = (of_precision(weights, precision) for weights in (conv1, conv3))
     config, scale, width = problem.config, problem.scale, problem.width
     pitch, planes = slot_pitch(width, config.groups, x.dtype.itemsize), conv3.shape[0]
     channels = scale * pitch
     inner = problem.batch * problem.height * problem.width_pixels  # pixels before the stride
     outer = problem.batch * problem.output_height * problem.output_width
     shared = in_place(config, scale)
-    plan = plan_for(problem, compute_capability, pitch=pitch, in_place=shared)
+    plan = plan_for(problem, compute_capability, precision=precision, pitch=pitch, in_place=shared)
 
     def buffer(slots: int, height: int, columns: int) -> Tensor:
         shape = problem.batch, slots * pitch, height, columns
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def tile(pixels: int, out_channels: int, in_channels: int) -> Tile:
-        return pointwise_tile(pixels, out_channels, in_channels, x.dtype.itemsize, plan.precision, compute_capability)
+        return pointwise_tile(pixels, out_channels, in_channels, x.dtype.itemsize, precision, compute_capability)
 
     u = buffer(scale + shared, problem.height, problem.width_pixels)
     inplanes = x.shape[1]
     yield pointwise_call(
         Pixels(x, inplanes, inplanes), conv1, conv1_bias, None, Pixels(u, channels, u.shape[1], pitch * shared),
-        inner, (pitch, width), True, plan.precision, tile(inner, channels, inplanes),
+        inner, (pitch, width), True, precision, tile(inner, channels, inplanes),
     )  # fmt: skip
     y = u if shared else buffer(scale, problem.output_height, problem.output_width)
     x_slots = GroupView(u, pitch, pitch, scale * shared)
     yield from chain_calls(problem, plan, x_slots, GroupView(y, pitch, pitch), chain, biases)
     yield pointwise_call(
         Pixels(y, channels, y.shape[1]), conv3, conv3_bias, Pixels(shortcut, planes, planes) if shortcut is not None else None,
-        Pixels(out, planes, planes), outer, (planes, planes), relu, plan.precision, tile(outer, planes, channels),
+        Pixels(out, planes, planes), outer, (planes, planes), relu, precision, tile(outer, planes, channels),
     )  # fmt: skip

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
-from .availability import capability, plan_for, plan_training_for, why_not_device, why_not_installed
+from .availability import capability, plan_for, plan_training_for, precision_of, why_not_device, why_not_installed
 from .step_plan import padded_channels, why_not_size
 from .tf32 import for_every_precision
 from .training import describe, why_not_whole_batch
+
+if TYPE_CHECKING:
+    from .launch import KernelCall  # imports Triton, which may be missing
 
 
 def why_not(problem: ChainProblem) -> str | None:
@@ -68,18 +71,22 @@ def forward(
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=wanted)
     if problem.batch == 0:
         return out
-    from .kernels.common import GroupView
-    from .kernels.conv3x3_fwd import chain_calls
+    from .prepared import launch
 
     # The kernels read and write channels side by side; every other stride may be what it is.
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous(memory_format=torch.channels_last)
     direct = out if out.stride(1) == 1 or x.shape[1] == 1 else torch.empty_like(out, memory_format=torch.channels_last)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        x_slots = GroupView(x, problem.width, problem.width)
-        out_slots = GroupView(direct, problem.width, problem.width)
-        chain = plan_for(problem, capability(problem.device))
-        packed_weights, bias = packed if packed else pack(weights, biases, problem.config, chain.precision)
-        for call in chain_calls(problem, chain, x_slots, out_slots, packed_weights, bias):
-            call.run()
+    precision = precision_of(problem)
+    launch(_calls, (problem, precision), (x, direct, *(packed or pack(weights, biases, problem.config, precision))))
     return out if direct is out else out.copy_(direct)
+
+
+def _calls(tensors: Sequence[Tensor], problem: ChainProblem, precision: str) -> Iterator[KernelCall]:
+    from .kernels.common import GroupView
+    from .kernels.conv3x3_fwd import chain_calls
+
+    x, out, weights, bias = tensors
+    chain = plan_for(problem, capability(problem.device), precision=precision)
+    x_slots, out_slots = (GroupView(t, problem.width, problem.width) for t in (x, out))
+    return chain_calls(problem, chain, x_slots, out_slots, weights, bias)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from ...chain.reference import pass_through
 from .availability import precision_of, why_not_device
 from .step_plan import padded_channels
 from .tf32 import for_precision
+
+if TYPE_CHECKING:
+    from .launch import KernelCall  # imports Triton, which may be missing
 
 MAX_LENGTH = 2**30 - 2**10  # of a row and of its padding: positions are int32, mirrored ones twice as large on the way
 MAX_WEIGHTS = 2**31 - 1  # of one convolution, padded
@@ -41,7 +44,8 @@ def plan_1d(problem: Chain1dProblem) -> str:
 
 
 def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    from .kernels.conv1d_fwd import chain_calls_1d, pack_weights_1d
+    from .kernels.conv1d_fwd import pack_weights_1d
+    from .prepared import launch, launch_all
 
     if x.stride(2) != 1:
         x = x.contiguous()
@@ -56,13 +60,22 @@ def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep
     else:
         bias = _stacked(weights.biases)
     scale, shift = weights.scale, weights.shift
-    affine = None if scale is None or shift is None else (_stacked(scale), _stacked(shift))
+    affine = (None, None) if scale is None or shift is None else (_stacked(scale), _stacked(shift))
     precision = precision_of(problem)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        factors = for_precision(pack_weights_1d(weights.weights), precision)
-        for call in chain_calls_1d(problem, x, out, factors, bias, affine, rectified, precision):
-            call.run()
+    tensors = x, out, for_precision(pack_weights_1d(weights.weights), precision), bias, *affine, *rectified
+    if problem.config.chain.adds_passed:  # which PyTorch's operators do in between
+        launch_all(_calls(tensors, problem, precision), x.device)
+    else:
+        launch(_calls, (problem, precision), tensors)
     return out, rectified
+
+
+def _calls(tensors: Sequence[Tensor | None], problem: Chain1dProblem, precision: str) -> Iterator[KernelCall]:
+    from .kernels.conv1d_fwd import chain_calls_1d
+
+    x, out, factors, bias, scale, shift, *rectified = tensors
+    affine = None if scale is None else (scale, shift)
+    return chain_calls_1d(problem, x, out, factors, bias, affine, rectified, precision)  # type: ignore[arg-type]
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:

@@ -28,14 +28,14 @@ class KernelCall:
         if self.programs > MAX_PROGRAMS:
             raise ValueError(f"the call needs {self.programs} programs in one launch; at most {MAX_PROGRAMS} are allowed")
 
-    def launch(self) -> None:
-        """Raises what Triton raises."""
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+    def launch(self) -> object:
+        """Returns the compiled kernel. Raises what Triton raises."""
+        return self.kernel[(self.programs,)](**self.arguments, **self.options)
 
-    def run(self) -> None:
-        """Launches; RuntimeError with the remedy where the kernel can be neither compiled nor found in Triton's cache."""
+    def run(self) -> object:
+        """`launch`; RuntimeError with the remedy where the kernel can be neither compiled nor found in Triton's cache."""
         try:
-            self.launch()
+            return self.launch()
         except OSError as error:
             remedy = "set TRITON_CACHE_DIR to a folder that can be written and has room"
             raise RuntimeError(f"Triton cannot compile a kernel and keep it ({error}): {remedy}") from error

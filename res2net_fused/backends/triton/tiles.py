@@ -82,6 +82,13 @@ class Row:
     tile: Tile
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows that were read at once; what was planned by one object holds as long as `table` returns it."""
+
+    rows: tuple[Row, ...]
+
+
 def dtype_class(itemsize: int, precision: str) -> str:
     """Name what tiles depend on: "half" for two bytes, else the precision of the products, as `tl.dot` names it."""
     return "half" if itemsize == 2 else precision
@@ -90,7 +97,7 @@ def dtype_class(itemsize: int, precision: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def lookup(shape: Shape) -> Tile | None:
     """Return the tile of the nearest row, or None where no row is near."""
-    nearest = min(_user_rows(), key=lambda row: shape.distance(row.shape), default=None)
+    nearest = min(table().rows, key=lambda row: shape.distance(row.shape), default=None)
     return None if nearest is None or shape.distance(nearest.shape) == math.inf else nearest.tile
 
 
@@ -145,7 +152,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 def forget() -> None:
     """Reads the user's table again at the next look-up."""
-    _user_rows.cache_clear()
+    table.cache_clear()
     lookup.cache_clear()
 
 
@@ -176,11 +183,12 @@ def _parse(row: object, i: int) -> Row:
 
 
 @functools.cache
-def _user_rows() -> tuple[Row, ...]:
+def table() -> Table:
+    """The user's table, read once; another object once it was read again."""
     try:
-        return tuple(read(user_path()))
+        return Table(tuple(read(user_path())))
     except FileNotFoundError:
-        return ()  # nothing was tuned
+        pass  # nothing was tuned
     except (OSError, RuntimeError, ValueError) as error:
         _log.warning("tuned tiles are not used: %s", error)
-        return ()
+    return Table(())

@@ -7,6 +7,7 @@ and bound. launch: "nothing", or "interpreter", which runs the kernel on the ten
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +20,10 @@ from .cuda_module import Device
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a Triton kernel. constants: its constexprs by name. warps, stages: of its options."""
+    """One launch of a Triton kernel. constants: its constexprs by name. warps, stages: of its options.
+
+    arguments: what the launcher was given, a pointer as its address.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -28,6 +32,7 @@ class Launch:
     stages: int
     card: int
     stream: int
+    arguments: tuple[Any, ...]
 
 
 class Launches:
@@ -49,10 +54,11 @@ class Launches:
         finally:
             self._listeners.remove(found)
 
-    def note(self, launch: Launch) -> None:
+    def note(self, launch: Callable[[], Launch]) -> None:
+        """Counts one; `launch` describes it, for whoever listens: else a launch is to cost nothing."""
         self.count += 1
         for found in self._listeners:
-            found.append(launch)
+            found.append(launch())
 
 
 LAUNCHES = Launches()
@@ -91,23 +97,30 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
             names = src.fn.arg_names
             self.constants = {names[path[0]]: value for path, value in src.constants.items()}
             self.metadata = metadata
+            self.signature = list(src.signature.values())
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             LAUNCHES.hook("launch")
-            arguments = rest[4:]  # behind metadata, launch metadata and two hooks
-            one = Launch(
-                self.function.fn.__name__, (x, y, z), self.constants, self.metadata.num_warps,
-                getattr(self.metadata, "num_stages", 0), device.c.card_current(), stream,
+            _, launch_metadata, enter, leave, *arguments = rest
+            if enter is not None:
+                enter(launch_metadata)
+            LAUNCHES.note(
+                lambda: Launch(
+                    self.function.fn.__name__, (x, y, z), self.constants, self.metadata.num_warps,
+                    getattr(self.metadata, "num_stages", 0), device.c.card_current(), stream,
+                    tuple(a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments),
+                )
             )  # fmt: skip
-            LAUNCHES.note(one)
             device.c.card_count(5)
             if launch == "interpreter":
 
                 def work() -> None:
-                    _interpret(self.function, (x, y, z), arguments)
+                    _interpret(self.function, (x, y, z), arguments, self.signature)
 
                 device.capture(work)
                 work()
+            if leave is not None:
+                leave(launch_metadata)
 
     class Driver(CudaDriver):
         def __init__(self) -> None:
@@ -132,8 +145,11 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
     driver._default = driver._active = Driver()  # type: ignore[attr-defined]
 
 
-def _interpret(function: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
-    """Runs a compiled kernel's source in the interpreter, and the functions that it calls."""
+def _interpret(function: Any, grid: tuple[int, int, int], arguments: list[Any], signature: list[Any]) -> None:
+    """Runs a compiled kernel's source in the interpreter, and the functions that it calls.
+
+    signature: the arguments' types. A pointer may be a tensor or an address, which is one of the host's memory.
+    """
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -141,6 +157,16 @@ def _interpret(function: Any, grid: tuple[int, int, int], arguments: tuple[Any, 
     JITFunction.__call__ = lambda self, *a, **k: InterpretedFunction(self.fn)(*a, **k)  # type: ignore[method-assign]
     with _interpreting:
         try:
-            InterpretedFunction(function.fn)[grid](*arguments)
+            InterpretedFunction(function.fn)[grid](*map(_interpretable, arguments, signature))
         finally:
             JITFunction.__call__ = own  # type: ignore[method-assign]
+
+
+def _interpretable(argument: Any, kind: Any) -> Any:
+    """An address as a tensor of the type that the signature names."""
+    if not isinstance(argument, int) or not str(kind).startswith("*"):
+        return argument
+    import torch
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[kind.removeprefix("*")]
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(argument), dtype=dtype)

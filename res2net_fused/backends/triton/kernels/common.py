@@ -16,6 +16,7 @@ no integer needs specialising, and a new H, W or batch compiles nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -158,7 +159,7 @@ class GroupView:
     padded_channels: int
     first: int = 0
 
-    @property
+    @functools.cached_property
     def vec(self) -> int:
         """Elements, 16 bytes at most, that divide every stride and offset."""
         return math.gcd(16 // self.data.element_size(), self.pitch, *self._strides())
@@ -171,7 +172,7 @@ class GroupView:
         image, row, pixel = (stride // self.vec for stride in self._strides())
         return {f"{name}_image": image, f"{name}_row": row, f"{name}_pixel": pixel}
 
-    @property
+    @functools.cached_property
     def step(self) -> int:
         """Units of `vec` elements from one slot to the next."""
         return self.pitch // self.vec
