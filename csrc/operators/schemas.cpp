@@ -21,7 +21,7 @@ constexpr const char* kSchemas[] = {
 // deleted, as libraries are not unloaded.
 void define_all() {
   TorchLibraryHandle library = nullptr;
-  if (aoti_torch_library_init_fragment("res2net_fused", nullptr, 0, &library) != AOTI_TORCH_SUCCESS) return;
+  if (aoti_torch_library_init_fragment("res2net_fused", __FILE__, __LINE__, &library) != AOTI_TORCH_SUCCESS) return;
   for (const char* schema : kSchemas) {
     if (torch_library_def_with_tags != nullptr) {
       const int32_t tags[] = {torch_tag_pt2_compliant_tag(), torch_tag_needs_exact_strides()};

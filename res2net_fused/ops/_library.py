@@ -34,7 +34,7 @@ SCHEMAS = {
 }
 _native_library.ops_library()
 for _name, _schema in SCHEMAS.items():
-    if not torch._C._dispatch_has_kernel(f"res2net_fused::{_name}"):
+    if not hasattr(torch.ops.res2net_fused, _name):
         library.define(_schema, tags=TAGS)
 
 cached_config = functools.lru_cache(ChainConfig)
