@@ -238,7 +238,8 @@ class NativeParts:
     def build(self):
         """Returns by part whether it was built, as which file, and why not."""
         facts = {"commit": self.commit, "instruction_sets": flags.kernel_instruction_sets(ROOT, platform.machine())}
-        # CUDA first: the other two report which CUDA version was built.
+        self.build_part("ops", flags.OPS_LIBRARY, self.plan_ops, facts)  # the CPU and the CUDA library are linked with it
+        # CUDA before what reports which CUDA version was built.
         facts |= self.build_part("cuda", flags.CUDA_LIBRARY, self.plan_cuda, facts) or {}
         self.build_part("cpu", flags.CPU_LIBRARY, self.plan_cpu, facts)
         module = flags.PYTHON_MODULE + sysconfig.get_config_var("EXT_SUFFIX")
@@ -273,6 +274,9 @@ class NativeParts:
             return None
         self.parts[name] = {"built": True, "file": output, "size": destination.stat().st_size, "reason": ""}
         return added
+
+    def plan_ops(self, facts):
+        return flags.ops_target(ROOT, find_torch()), {}, None
 
     def plan_cuda(self, facts):
         requested = self.architectures

@@ -37,8 +37,8 @@ from res2net_fused.bench import results
 from res2net_fused.bench.timing import Contender, measure
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.tolerances import FORWARD
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
-from res2net_fused.testing.tolerances import FORWARD
 
 BLOCKS = {"26w4s": (26, 4), "14w8s": (14, 8)}
 CHANNELS = 64

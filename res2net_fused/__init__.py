@@ -2,7 +2,7 @@
 
 from . import _moved
 from .modules.bottle2neck import Bottle2neck
-from .ops._library import decompositions
+from .ops._library import answer_native_bodies, decompositions
 from .ops.hierarchical_conv1d import hierarchical_conv1d
 from .ops.hierarchical_conv2d import hierarchical_conv2d
 from .ops.packed_weights import PackedWeights, pack_weights
@@ -26,3 +26,4 @@ __all__ = [
 ]
 
 _moved.install()
+answer_native_bodies()

@@ -5,7 +5,8 @@ standard library only and runs no compiler. Which compiler to run, and in which 
 
 The pieces under `csrc/`:
 
-* `common/*.cpp`: in both operator libraries.
+* `operators/*.cpp`: the library that the other two need: what the operators are, and who decides about a call.
+* `common/*.cpp`: in the CPU and the CUDA library.
 * `cpu/ops/*.cpp`, `cpu/chain/*.cpp`, `cpu/runtime/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells the
   dispatcher which kernels exist.
 * `cpu/kernels/*.cpp`: once per instruction set, into the CPU library. `RES2NET_FUSED_ISA` is the name of the set
@@ -27,6 +28,7 @@ from pathlib import Path
 # The stable ABI's version: libraries load beside this release of torch and every later one.
 TORCH_TARGET = (2, 11)
 
+OPS_LIBRARY = "lib/libres2net_fused_ops.so"
 CPU_LIBRARY = "lib/libres2net_fused_cpu.so"
 CUDA_LIBRARY = "lib/libres2net_fused_cuda.so"
 BUILD_RECORD = "lib/build.json"
@@ -113,6 +115,20 @@ def kernel_instruction_sets(root: Path, machine: str) -> tuple[str, ...]:
     return tuple(s.name for s in instruction_sets(machine)) if _sources(root, "cpu/kernels/*.cpp") else ()
 
 
+def ops_target(root: Path, torch_root: Path) -> Target:
+    """The library of what both operator libraries share, which they find beside them."""
+    flags = (
+        *CXX_FLAGS,
+        _short_paths(root),
+        *TORCH_DEFINES,
+        *_includes(root, torch_root),
+        f"-I{root / 'res2net_fused' / 'ops'}",
+    )
+    units = tuple(_unit(root, source, flags, BuildFacts()) for source in _sources(root, "operators/*.cpp"))
+    link = ("-shared", f"-Wl,-soname,{Path(OPS_LIBRARY).name}", f"-L{torch_root / 'lib'}", "-ltorch_cpu")
+    return Target("ops", OPS_LIBRARY, "cxx", units, link)
+
+
 def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) -> Target:
     """The CPU operator library, from the sources under `root`/csrc and torch's headers under `torch_root`/include."""
     shared = (*CXX_FLAGS, _short_paths(root), *TORCH_DEFINES, *_includes(root, torch_root))
@@ -125,7 +141,7 @@ def cpu_target(root: Path, torch_root: Path, machine: str, facts: BuildFacts) ->
     for isa in sets:
         flags = (*shared, *isa.flags, f"-DRES2NET_FUSED_ISA={isa.name}")
         units += [_unit(root, s, flags, facts, variant=isa.name) for s in _sources(root, "cpu/kernels/*.cpp")]
-    link = ("-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu")
+    link = ("-shared", *_needs_ops(root, "-Wl,"), f"-L{torch_root / 'lib'}", "-ltorch_cpu")
     return Target("cpu", CPU_LIBRARY, "cxx", tuple(units), link)
 
 
@@ -162,7 +178,7 @@ def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     # libtorch.so pulls in libtorch_cuda.so where torch has CUDA; linking it by name would need such a torch here.
     # One -Xlinker list, since nvcc moves -l options.
     torch_libraries = (f"-L{torch_root / 'lib'}", "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu")
-    link = ("-shared", "-cudart", "static", *code, *torch_libraries)
+    link = ("-shared", "-cudart", "static", *code, *_needs_ops(root, "-Xlinker="), *torch_libraries)
     return Target("cuda", CUDA_LIBRARY, "nvcc", tuple(units), link)
 
 
@@ -206,6 +222,14 @@ def _machine_code(architecture: str) -> str:
 def _arch_number(arch: str) -> int | None:
     match = re.fullmatch(r"(\d+)[af]?", arch)
     return int(match.group(1)) if match else None
+
+
+def _needs_ops(root: Path, to_linker: str) -> tuple[str, ...]:
+    # setup.py builds it first.
+    library = Path(OPS_LIBRARY)
+    folder = root / "build" / "native" / "ops"
+    name = library.stem.removeprefix("lib")
+    return (f"-L{folder}", f"{to_linker}-rpath,$ORIGIN,--no-as-needed,-l{name},--as-needed")
 
 
 def _short_paths(root: Path) -> str:

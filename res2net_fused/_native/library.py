@@ -30,8 +30,9 @@ _OPERATORS = {
         "cpu_scratch_bytes": 1, "cpu_sum": 3, "cpu_weight_gradient": 4, "cuda_chain_plan": 19, "cuda_chain_refusal": 19,
     },
     "cuda": {"cuda_build_info": 0, "cuda_chain": 32, "device_limits": 1},
+    "ops": {"answer_by_python": 1, "known_decisions": 1, "say": 3},
 }  # fmt: skip
-_FILES = {"cpu": build_flags.CPU_LIBRARY, "cuda": build_flags.CUDA_LIBRARY}
+_FILES = {"cpu": build_flags.CPU_LIBRARY, "cuda": build_flags.CUDA_LIBRARY, "ops": build_flags.OPS_LIBRARY}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class NativeLibraries:
         self._status: dict[str, LibraryStatus] = {}
 
     def status(self, name: str) -> LibraryStatus:
-        """Loads library `name` ("cpu" or "cuda") at the first call."""
+        """Loads library `name` ("cpu", "cuda" or "ops") at the first call."""
         # Reading a dict is atomic; the lock is for the first call only.
         found = self._status.get(name)
         if found is None:
@@ -99,6 +100,8 @@ class NativeLibraries:
         if str(path) not in torch.ops.loaded_libraries:
             # Registering an operator twice would end the process, so a second copy is never opened.
             if any(_arguments(operator) is not None for operator in _OPERATORS[name]):
+                if name == "ops":  # came with a library that needs it
+                    return ""
                 return f"another copy of the {name} library is loaded in this process; {path} was left alone"
             try:
                 torch.ops.load_library(str(path))
@@ -166,6 +169,11 @@ def _release(version: str) -> tuple[int, int]:
 
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of res2net_fused
 _installed = NativeLibraries(PACKAGE)
+
+
+def ops_library() -> LibraryStatus:
+    """Loads what the CPU and the CUDA library share: which operators there are, and what is decided about their calls."""
+    return _installed.status("ops")
 
 
 def cpu_library() -> LibraryStatus:

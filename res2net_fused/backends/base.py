@@ -60,6 +60,10 @@ class Backend(BatchNormPasses):
         """Return a new tensor (N, s*w, H/stride, W/stride) in the memory format that `memory_format(x)` names."""
         raise NotImplementedError
 
+    def native_settings(self, problem: ChainProblem) -> list[int] | None:
+        """Return what the operator's native body needs to run the call by itself; None where it has none for this backend."""
+        return None
+
     def pack_block(self, folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
         """Return a whole block's weights in the layout that `block_forward` reads from `folded.packed`."""
         return self.pack(folded.weights, folded.biases, config)

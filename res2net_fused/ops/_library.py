@@ -6,8 +6,11 @@ import functools
 import itertools
 import math
 import operator
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
+from .._native import library as _native_library
+from ..backends.selection import get_backend
 from ..chain.config import ChainConfig
 from ..chain.memory_format import in_format_of, memory_format
 
@@ -22,7 +27,114 @@ SETTINGS = "int stride, int dilation, int groups, bool hierarchical, str passthr
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 library = torch.library.Library("res2net_fused", "DEF")  # of all operators
+# Those with native bodies, by name. The native library, where there is one, has defined them by the same file.
+SCHEMAS = {
+    text.partition("(")[0]: text
+    for text in re.findall(r'R"\((.*?)\)"', files(__package__).joinpath("schemas.inc").read_text(), re.S)
+}
+_native_library.ops_library()
+for _name, _schema in SCHEMAS.items():
+    if not hasattr(torch.ops.res2net_fused, _name):
+        library.define(_schema, tags=TAGS)
+
 cached_config = functools.lru_cache(ChainConfig)
+
+
+# Native bodies --------------------------------------------------------------------------------------------------------
+
+
+class _Refusal(threading.local):
+    """What Python last refused to a native body, whose caller gets it: from C++ an exception comes as its text alone."""
+
+    error: BaseException | None = None
+
+    @staticmethod
+    def text_of(error: BaseException) -> str:
+        return f"{type(error).__name__}: {error}"
+
+    def taken(self, text: str) -> BaseException | None:
+        error, self.error = self.error, None
+        return error if error is not None and self.text_of(error) == text else None
+
+
+_refusal = _Refusal()
+_asked = torch.library.Library("res2net_fused_python", "DEF")  # what csrc/operators/decisions.cpp calls
+
+
+def register_kernel(name: str, chosen: Callable[..., tuple[Any, str]], run: Callable[..., Any]) -> None:
+    """Makes Python the kernel of the operator `name` on every device, and the one whom its native bodies ask.
+
+    chosen: (*arguments) -> the problem and the name of its backend, or raises. run: (problem, backend's name, *arguments) ->
+    what the operator returns.
+    """
+
+    def kernel(*arguments: Any) -> Any:
+        return run(*chosen(*arguments), *arguments)
+
+    def answer(*arguments: Any) -> Sequence[Tensor]:
+        say = torch.ops.res2net_fused_native.say
+        try:
+            problem, backend = chosen(*arguments)
+            settings = get_backend(backend).native_settings(problem) if problem.batch else None
+            if settings is not None:
+                say(backend, settings, "")
+                return []
+            out = run(problem, backend, *arguments)
+            return [out] if isinstance(out, Tensor) else out
+        except BaseException as error:
+            _refusal.error = error
+            say("", [], _refusal.text_of(error))
+            return []
+
+    packet = getattr(torch.ops.res2net_fused, name)
+    for callee in (packet, packet.default):
+        callee._op = _called(name, callee._op)
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    _asked.define(f"{SCHEMAS[name].rpartition('->')[0]}-> Tensor[]")
+    _asked.impl(name, answer, "CompositeExplicitAutograd")
+
+
+def _called(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, PyTorch's of the operator `name`, that raises what Python refused and spares calls gradients' kernel if it can.
+
+    That one is Python and hands all arguments on. Under a transform or a mode nothing is spared: who traces sees every kernel.
+    Tangents are refused here because a native body cannot see them.
+    """
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            if modes() or transforms() is not None:
+                return call(*arguments, **keywords)
+            if forward_mode():
+                refuse_tangents(name, *arguments, *keywords.values())
+            if torch.is_grad_enabled() and any(map(_requires_grad, (*arguments, *keywords.values()))):
+                return call(*arguments, **keywords)
+            with below_autograd():
+                return call(*arguments, **keywords)
+        except RuntimeError as error:
+            refused = _refusal.taken(str(error))
+            if refused is None:
+                raise
+        raise refused
+
+    return called
+
+
+def _requires_grad(argument: Any) -> bool:
+    if isinstance(argument, Tensor):
+        return argument.requires_grad
+    if argument is None or isinstance(argument, (str, int)):
+        return False
+    return any(tensor.requires_grad for tensor in argument)
+
+
+def answer_native_bodies() -> None:
+    """Tells the native bodies, once all operators are registered, that Python is there to be asked."""
+    native = torch.ops.res2net_fused_native
+    if hasattr(native, "answer_by_python"):
+        native.answer_by_python(True)
 
 
 def kernel_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends.base import Backend, run_block
-from ..backends.selection import choose
+from ..backends.selection import choose, get_backend
 from ..backends.verification import confirmed
 from ..chain import reference
 from ..chain.block_weights import BlockWeights
@@ -21,27 +21,16 @@ from ..chain.config import ChainConfig
 from ..chain.memory_format import as_suggested, memory_format
 from ..chain.problem import ChainProblem
 from ._library import (
-    SETTINGS,
-    TAGS,
     cached_config,
     check_devices,
     config_for,
     convolution_flops,
     fake_of,
-    kernel_of,
     library,
-    refuse_tangents,
     register_decomposition,
+    register_kernel,
     register_transforms,
 )
-
-library.define(
-    "bottle2neck(Tensor x, Tensor? shortcut, Tensor conv1_weight, Tensor conv1_bias, Tensor[] weights, Tensor[] biases, "
-    "Tensor conv3_weight, Tensor conv3_bias, Tensor? projection_weight, Tensor? projection_bias, int projection_stride, "
-    f"Tensor[]? packed, str layout, bool relu, {SETTINGS}, str backend) -> Tensor",
-    tags=TAGS,
-)
-
 
 # The whole block, for inference -----------------------------------------------------------------------------------------
 
@@ -81,13 +70,10 @@ def _problem(
     return ChainProblem.from_tensor(x, width, len(weights), config)
 
 
-@kernel_of("bottle2neck")
-def _forward(x, shortcut, *rest):
-    refuse_tangents("bottle2neck", x, shortcut, rest)
+def _chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
-    folded = BlockWeights(*tensors)
-    problem = _problem(x, shortcut, folded, packed, cached_config(*chain))
+    problem = _problem(x, shortcut, BlockWeights(*tensors), packed, cached_config(*chain))
 
     def run(by: Backend, p: ChainProblem, x: Tensor, shortcut: Tensor | None, *given: Any) -> list[Tensor]:
         plain = BlockWeights(*given)
@@ -95,9 +81,18 @@ def _forward(x, shortcut, *rest):
         return [run_block(by, p, x, shortcut, plain, relu)]
 
     chosen = confirmed("block", partial(choose, problem, backend, layout), problem, [x, shortcut], tensors, run)
-    if layout == chosen.name:
+    return problem, chosen.name
+
+
+def _run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
+    *tensors, packed, layout, relu = rest[:12]
+    folded = BlockWeights(*tensors)
+    if layout == backend:
         folded.packed, folded.layout = packed, layout
-    return run_block(chosen, problem, x, shortcut, folded, relu)
+    return run_block(get_backend(backend), problem, x, shortcut, folded, relu)
+
+
+register_kernel("bottle2neck", _chosen, _run)
 
 
 @fake_of("bottle2neck")

@@ -37,12 +37,6 @@ from ._library import (
 from .recording import why_written
 
 _SETTINGS = "int dilation, str passthrough, str padding_mode"
-# -> [out, *rectified]; what is rectified is left out unless `keep`.
-library.define(
-    "hierarchical_conv1d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? affine_scale, Tensor[]? affine_shift, "
-    f"Tensor[]? packed, {_SETTINGS}, bool keep, str backend) -> Tensor[]",
-    tags=TAGS,
-)
 library.define(
     "hierarchical_conv1d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] rectified, Tensor[] weights, Tensor[]? biases, "
     f"Tensor[]? affine_scale, Tensor[]? affine_shift, {_SETTINGS}, bool[] needed) -> Tensor[]",

@@ -32,23 +32,16 @@ from ._library import (
     config_for,
     fake_of,
     forward_mode,
-    kernel_of,
     library,
-    refuse_tangents,
     register_autocast,
     register_backward,
     register_decomposition,
     register_flops,
+    register_kernel,
     register_transforms,
 )
 from .packed_weights import PackedWeights
 from .recording import why_written
-
-library.define(
-    "hierarchical_conv2d(Tensor x, Tensor[] weights, Tensor[]? biases, Tensor[]? packed, str layout, "
-    f"{SETTINGS}, str backend) -> Tensor",
-    tags=TAGS,
-)
 
 library.define(
     "hierarchical_conv2d_backward(Tensor grad, Tensor x, Tensor out, Tensor[] weights, Tensor[]? biases, "
@@ -118,16 +111,7 @@ def _output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
     return problem.batch, problem.scale * problem.width, problem.output_height, problem.output_width
 
 
-@kernel_of("hierarchical_conv2d")
-def _forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    packed: Sequence[Tensor] | None,
-    layout: str,
-    *settings: Any,
-) -> Tensor:
-    refuse_tangents("hierarchical_conv2d", x, weights, biases)
+def _chosen(x, weights, biases, packed, layout, *settings) -> tuple[ChainProblem, str]:
     *chain, backend = settings
     problem = check_arguments(x, weights, biases, cached_config(*chain))
     if packed:
@@ -137,10 +121,17 @@ def _forward(
         return [by.forward(p, x, weights, biases, by.pack(weights, biases, p.config) if packed else None)]
 
     chosen = confirmed("forward", partial(choose, problem, backend, layout), problem, [x], [weights, biases], run)
+    return problem, chosen.name
+
+
+def _run(problem: ChainProblem, backend: str, x, weights, biases, packed, layout, *settings) -> Tensor:
     if problem.batch == 0:
         return x.new_empty(_output_shape(problem))
-    out = chosen.forward(problem, x, weights, biases, packed if layout == chosen.name else None)
+    out = get_backend(backend).forward(problem, x, weights, biases, packed if layout == backend else None)
     return with_format(out, problem.channels_last)
+
+
+register_kernel("hierarchical_conv2d", _chosen, _run)
 
 
 @fake_of("hierarchical_conv2d")

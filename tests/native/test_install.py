@@ -106,7 +106,7 @@ def test_install_with_a_compiler(checkout, tmp_path):
     site = tmp_path / "site"
     done = pip_install(checkout, site, environment(RES2NET_FUSED_BUILD="require"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert libraries_in(site) == ["libres2net_fused_cpu.so"]
+    assert libraries_in(site) == ["libres2net_fused_cpu.so", "libres2net_fused_ops.so"]
     assert (site / "bin" / "res2net-fused").exists()
     loaded, reason, information = loaded_from(site, tmp_path)
     # It loads in that process; as the kernels were left out, their operators are missed and it is not used.
@@ -137,7 +137,7 @@ def test_one_wheel_serves_every_python(checkout, tmp_path):
         assert f"Tag: py3-none-{platform}\n" in archive.read(tag).decode()
         record = json.loads(archive.read("res2net_fused/lib/build.json"))
     sources = [str(path.relative_to(checkout)) for path in (checkout / "res2net_fused").rglob("*.py")]
-    data = ["lib/build.json", "lib/libres2net_fused_cpu.so", "py.typed"]
+    data = ["lib/build.json", "lib/libres2net_fused_cpu.so", "lib/libres2net_fused_ops.so", "ops/schemas.inc", "py.typed"]
     assert sorted(names) == sorted([*sources, *(f"res2net_fused/{name}" for name in data)])
     assert record["parts"]["cpu"]["built"] and "serve every Python" in record["parts"]["python"]["reason"]
 
@@ -159,7 +159,7 @@ def test_require_fails_without_a_compiler(checkout, tmp_path):
     env = environment(compiler_on_path=False, RES2NET_FUSED_BUILD="require")
     done, record = build(checkout, tmp_path, env)
     assert done.returncode != 0 and record is None
-    assert "RES2NET_FUSED_BUILD=require, cpu: no C++ compiler found" in done.stderr
+    assert "RES2NET_FUSED_BUILD=require, ops: no C++ compiler found" in done.stderr
 
 
 def test_compiler_that_fails(checkout, tmp_path):

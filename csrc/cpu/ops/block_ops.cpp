@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/chain/block.h"
-#include "cpu/ops/op_arguments.h"
+#include "cpu/ops/native_calls.h"
 #include "cpu/runtime/scratch.h"
 
 namespace res2net_fused {
@@ -12,6 +12,8 @@ namespace {
 Tensor as_dense_nhwc_floats(const Tensor& x) {
   return torch::stable::contiguous(as_nhwc_floats(x), MemoryFormat::ChannelsLast);
 }
+
+}  // namespace
 
 // packed: conv1's weights and biases, conv3's weights, its biases (with the projection's), the projection's weights or an empty
 // tensor, then what cpu_pack returns. With a projection, shortcut is what it reads, at every projection_stride-th pixel.
@@ -85,7 +87,6 @@ std::vector<Tensor> pack_pointwise(const Tensor& weight, const Tensor& bias, int
   return {packed, pack_biases({bias}, 1, columns)};
 }
 
-}  // namespace
 }  // namespace res2net_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {

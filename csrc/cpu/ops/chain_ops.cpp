@@ -4,7 +4,7 @@
 #include <string>
 
 #include "cpu/chain/forward.h"
-#include "cpu/ops/op_arguments.h"
+#include "cpu/ops/native_calls.h"
 #include "cpu/runtime/scratch.h"
 
 namespace res2net_fused {
@@ -34,6 +34,8 @@ bool run_over(
 Tensor output_of(const ChainProblem& problem) {
   return empty_nhwc(problem.batch, problem.scale() * problem.channels, problem.out_height(), problem.out_width());
 }
+
+}  // namespace
 
 Tensor chain_forward(
     const Tensor& x_given, const Tensor& winograd, const Tensor& direct, const Tensor& bias, RES2NET_PARAMETERS(R2N_CHAIN),
@@ -119,6 +121,8 @@ std::vector<Tensor> pack(
   });
   return {winograd, direct, pack_biases(biases, steps, channels)};
 }
+
+namespace {
 
 std::string plan_text(
     int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN), int64_t arithmetic, int64_t instruction_set) {

@@ -54,9 +54,9 @@ def forward(
     biases: Sequence[Tensor] | None,
     packed: Sequence[Tensor] | None,
 ) -> Tensor:
-    mode, isa = arithmetic(), instruction_set()
+    mode, isa, from_weights = native_settings(problem)
     if not packed:
-        if mode == ARITHMETICS["winograd"] or mode == ARITHMETICS["auto"] and winograd_pays(problem):
+        if from_weights:
             out = chain_from_weights(problem, x, weights, biases)
             if out is not None:
                 return out
@@ -66,6 +66,14 @@ def forward(
         x, winograd, direct, bias, **chain_arguments(problem),
         channels_last=problem.channels_last, arithmetic=mode, instruction_set=isa,
     )  # fmt: skip
+
+
+def native_settings(problem: ChainProblem) -> list[int]:
+    """[arithmetic, instruction set, whether weights that are not packed are packed for Winograd in the call]."""
+    mode = arithmetic()
+    covered = winograd_covers(problem.config) and min(problem.height, problem.width_pixels) >= 2
+    by_name = mode == ARITHMETICS["winograd"] and covered
+    return [mode, instruction_set(), by_name or (mode == ARITHMETICS["auto"] and winograd_pays(problem))]
 
 
 def plan_training(problem: ChainProblem) -> str:

@@ -101,6 +101,8 @@ def library(compiler: str, plant: bool) -> Path:
         (root / "csrc" / file).write_text(text.replace(right, wrong))
     facts = build_flags.BuildFacts("sanitize", instruction_sets=build_flags.kernel_instruction_sets(ROOT, platform.machine()))
     target = build_flags.cpu_target(root, Path(torch.__file__).parent, platform.machine(), facts)
+    shared = build_flags.ops_target(root, Path(torch.__file__).parent)  # what it is linked with
+    setup.compile_target(shared, [compiler], root / "build" / "native" / "ops", setup.find_ninja())
     units = tuple(dataclasses.replace(unit, flags=(*unit.flags, *COMPILE_FLAGS)) for unit in target.units)
     target = dataclasses.replace(target, units=units, link_flags=(*target.link_flags, *SANITIZERS))
     digest = hashlib.sha256(repr((compiler, target)).encode())
@@ -124,7 +126,10 @@ def copied_package(library: Path) -> Path:
     (package / build_flags.CPU_LIBRARY).parent.mkdir()
     shutil.copy2(library, package / build_flags.CPU_LIBRARY)
     part = {"built": True, "file": build_flags.CPU_LIBRARY, "size": library.stat().st_size, "reason": ""}
-    (package / build_flags.BUILD_RECORD).write_text(json.dumps({"info": {}, "parts": {"cpu": part}}))
+    shared = ROOT / "build" / "native" / "ops" / Path(build_flags.OPS_LIBRARY).name
+    shutil.copy2(shared, package / build_flags.OPS_LIBRARY)
+    ops = part | {"file": build_flags.OPS_LIBRARY, "size": shared.stat().st_size}
+    (package / build_flags.BUILD_RECORD).write_text(json.dumps({"info": {}, "parts": {"cpu": part, "ops": ops}}))
     return package
 
 
