@@ -35,6 +35,12 @@ class FusedState(KeepsWeights):
     last_problem: Any = field(default=None, init=False)  # of the last fused call
     last_trained: bool = field(default=False, init=False)  # whether that call had batch statistics
     last_refusal: str | None = field(default=None, init=False)  # why the last call ran the class's own forward
+    known: Any = field(default=None, init=False, repr=False)  # what was found at the last call, and a snapshot to go with it
+    steady: bool = field(default=False, init=False)  # whether that call could run by it
+
+    def drop(self, frozen: bool = True) -> None:
+        super().drop(frozen)
+        self.known = None
 
     def __getstate__(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
