@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..chain.config import ChainConfig
 from .block_parts import PUBLISHED, BlockPaths
+from .switches import settled
 from .weight_cache import CacheKey, Frozen, KeepsWeights
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class FusedState(KeepsWeights):
     last_refusal: str | None = field(default=None, init=False)  # why the last call ran the class's own forward
     known: Any = field(default=None, init=False, repr=False)  # what was found at the last call, and a snapshot to go with it
     steady: bool = field(default=False, init=False)  # whether that call could run by it
+
+    def __post_init__(self) -> None:
+        self.geometry = settled(self.geometry)[0]  # of settings that are lists, copies
 
     def drop(self, frozen: bool = True) -> None:
         super().drop(frozen)
