@@ -270,8 +270,9 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
 
 
 def _without_projection(folded: BlockWeights, projection: Projection | None) -> BlockWeights:
-    """Frozen weights without the projection, where it has been hooked, replaced or trained since."""
-    if projection is None and folded.projection_weight is not None:
+    """Frozen weights without the projection, where it has been hooked, replaced, trained or given another stride since."""
+    same = projection is not None and projection[1].stride[0] == folded.projection_stride
+    if folded.projection_weight is not None and not same:
         return replace(folded, projection_weight=None, packed=None, layout="plain")
     return folded
 
