@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ from ..chain.memory_format import handed_on, memory_format
 from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
-from .block_parts import BlockParts, parts_of
+from .block_parts import BlockParts, parts_of, strangers, wrappers
 from .block_state import BlockState, FusedModule
 from .confirmation import eps_of
 from .eligibility import (
@@ -39,7 +38,8 @@ from .eligibility import (
 )
 from .folding import Projection, adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
-from .snapshot import Snapshot, needs_asking, take_snapshot
+from .snapshot import Known, Snapshot, take_snapshot
+from .switches import has_code
 from .tracing import leaf_call
 from .training import run_trained, uses_batch_statistics
 from .weight_cache import Frozen, cacheable, capturing
@@ -56,7 +56,7 @@ class FusedForward(FusedModule):
         self, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
         compiling = torch.compiler.is_compiling()  # a graph would watch all that is looked at here
-        known: Known | None = None if compiling else state.known
+        known: KnownBlock | None = None if compiling else state.known
         if known is not None:
             out = known.run(self, state, x, args, kwargs)
             if out is not None:
@@ -64,8 +64,11 @@ class FusedForward(FusedModule):
         leaf = leaf_call(self, x, args, kwargs)
         if leaf is not None:
             return leaf
-        # First, since another thread may change the block while it is asked about.
-        snapshot = None if compiling or not state.steady else take_snapshot(self, _opaque(parts_of(self, state.layout)))
+        snapshot = None
+        if not compiling:
+            # Before anything is asked, since another thread may change the block meanwhile; and only where the last call was as this one.
+            snapshot = self._snapshot(state) if state.steady and state.known is None else None
+            state.steady = False
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
         if any(getattr(bn, "training", False) and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
@@ -79,10 +82,17 @@ class FusedForward(FusedModule):
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
         out = run_fused(parts, x, shortcut, state)
         if not compiling:
-            state.steady = is_identity(parts.drop_block) and not needs_asking()
+            state.steady = is_identity(parts.drop_block) and cacheable(block_tensors(parts))
             if state.steady and snapshot is not None:
-                state.known = Known(snapshot, parts, state)
+                state.known = KnownBlock(snapshot, parts)
         return out
+
+    def _snapshot(self, state: BlockState) -> Snapshot | None:
+        parts = parts_of(self, state.layout)
+        read = strangers(parts, state.layout, wrappers(self, state.layout))
+        if any(has_code(m) for stranger in read.values() for m in stranger.modules()):  # whose `extra_repr` may say anything
+            return None
+        return take_snapshot(self, _opaque(parts))
 
 
 def _opaque(block: BlockParts) -> list[nn.Module]:
@@ -92,14 +102,14 @@ def _opaque(block: BlockParts) -> list[nn.Module]:
     return called + ([downsample] if isinstance(downsample, nn.Module) and type(downsample) is not nn.Sequential else [])
 
 
-class Known:
-    """What a call in eval mode has found out, for the calls that find the block as it was.
+class KnownBlock(Known):
+    """What a call in eval mode has found out.
 
-    They ask for nothing but what comes with x, and whether the tensors still hold what was folded.
+    Later ones ask for nothing but what comes with x, and whether the tensors still hold what was folded.
     """
 
-    def __init__(self, snapshot: Snapshot, parts: BlockParts, state: BlockState) -> None:
-        self.snapshot = snapshot
+    def __init__(self, snapshot: Snapshot, parts: BlockParts) -> None:
+        super().__init__(snapshot)
         self.parts = replace(parts, module=cast(Any, None))  # which holds this
         self.weight = parts.conv1.weight
         self.tensors = block_tensors(parts)
@@ -107,24 +117,18 @@ class Known:
         self.norms = [type(bn) for bn in parts.norms]
         self.whole = adds_at_once(parts)
         self.projection = projection_of(parts)
-        self.watched = [*snapshot.tensors, *self.tensors]
         self.seen: tuple[tuple[object, ...], _Seen] | None = None
 
     def run(self, block: nn.Module, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """The block for this x, as `run_fused` returns it; None where all has to be asked anew."""
-        if type(x) is not Tensor or needs_asking():
-            return None
         given = None
         if args or kwargs:
             given, reason = given_shortcut(state.shortcut, args, kwargs)
             if reason is not None or (given is not None and self.parts.downsample is not None):
                 return None
+        if not self.holds(block, state, x, given):
+            return None
         weight = self.weight
-        if (torch.is_grad_enabled() and self._differentiable(x, given)) or (weight.is_cuda and capturing()):
-            return None
-        if not self.snapshot.alike(block):
-            state.known = None
-            return None
         autocast = torch._C._is_any_autocast_enabled() and (under_autocast(x.device.type), compute_dtype(weight))
         facts = x.dtype, x.device, x.shape, x.stride(), weight.dtype, weight.device, weight.stride(), autocast
         seen = self.seen
@@ -139,13 +143,8 @@ class Known:
         if found.converts:
             x = x.contiguous(memory_format=torch.channels_last)
         x_in = x if x.dtype is found.dtype else x.to(found.dtype)
-        folded = self._folded(found.dtype, facts[5], state)
+        folded: BlockWeights = self._folded(found.dtype, facts[5], state)
         return _run_folded(self.parts, x, x_in, given, folded, state, self.whole, self.projection)
-
-    def _differentiable(self, x: Tensor, given: Tensor | None) -> bool:
-        if x.requires_grad or (given is not None and given.requires_grad) or any(map(_requires_grad, self.watched)):
-            return True
-        return any(p.requires_grad for module in self.snapshot.opaque for p in module.parameters())
 
     def _folded(self, dtype: torch.dtype, device: torch.device, state: BlockState) -> BlockWeights:
         frozen = state.frozen
@@ -153,9 +152,6 @@ class Known:
             return _without_projection(frozen.weights(dtype, device), self.projection)
         settings = (dtype, requested(state.backend), *self.settings)
         return state.keep(self.tensors, settings, lambda: fold_and_pack(self.parts, dtype, state))
-
-
-_requires_grad = attrgetter("requires_grad")
 
 
 class _Seen:
@@ -189,10 +185,10 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
         if dtype == torch.float16 and x.device.type == "cpu" and cacheable(block_tensors(block)) and folded.overflows():
             return OVERFLOWED
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, folded.weights, state), x, given)
-    folded = folded_weights(block, dtype, weight.device, state)
-    if folded is None:
+    kept = folded_weights(block, dtype, weight.device, state)
+    if kept is None:
         return UNSEEN
-    return _run_folded(block, x, x_in, given, folded, state, adds_at_once(block), projection_of(block))
+    return _run_folded(block, x, x_in, given, kept, state, adds_at_once(block), projection_of(block))
 
 
 def _run_folded(

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import chain
-from operator import getitem, is_, itemgetter
+from operator import attrgetter, getitem, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.recording import why_recorded
-from .block_state import STATE
+from .block_state import STATE, FusedState
 from .switches import MODULE_ATTRIBUTES, Elsewhere, settled
+from .weight_cache import capturing
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTENTS = ("_modules", "_parameters", "_buffers")
@@ -45,7 +46,7 @@ class Snapshot:
         self.own = tuple(own.values())
         found = list(_inside(block, opaque))
         self.children = [module._modules for module in (block, *found) if module._modules and module not in opaque]
-        self.modules = list(chain.from_iterable(map(dict.values, self.children)))  # type: ignore[arg-type]
+        self.modules = list(chain.from_iterable(map(dict.values, self.children)))
         self.classes = list(map(type, self.modules))
         self.watched = [module for module in found if module not in opaque]
         self.opaque = [module for module in found if module in opaque]
@@ -67,7 +68,7 @@ class Snapshot:
         """Whether all is as it was. Any doubt is a no, such as a comparison that fails."""
         own = block.__dict__
         try:
-            modules = list(chain.from_iterable(map(dict.values, self.children)))  # type: ignore[arg-type]
+            modules = list(chain.from_iterable(map(dict.values, self.children)))
             return (
                 len(own) == self.own_size
                 and self.own_of(own) == self.own
@@ -113,6 +114,34 @@ def _saved(attributes: dict[str, Any]) -> dict[str, Any]:
         if name not in MODULE_ATTRIBUTES:
             saved[name] = settled(value)[0]
     return saved
+
+
+class Known:
+    """Base of what a block has found out about itself, for the calls that find it as it was."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def holds(self, block: nn.Module, state: FusedState, x: object, given: Tensor | None = None) -> bool:
+        """Whether a call with x, and what is `given` beside it, may go by this: of plain tensors, without gradients."""
+        if type(x) is not Tensor or needs_asking():
+            return False
+        if torch.is_grad_enabled() and self._differentiable(x, given):
+            return False
+        if x.is_cuda and capturing():
+            return False
+        if self.snapshot.alike(block):
+            return True
+        state.known = None
+        return False
+
+    def _differentiable(self, x: Tensor, given: Tensor | None) -> bool:
+        if x.requires_grad or (given is not None and given.requires_grad) or any(map(_requires_grad, self.snapshot.tensors)):
+            return True
+        return any(p.requires_grad for module in self.snapshot.opaque for p in module.parameters())
+
+
+_requires_grad = attrgetter("requires_grad")
 
 
 def needs_asking() -> bool:

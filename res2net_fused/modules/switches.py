@@ -208,7 +208,8 @@ def _reads(code: types.CodeType, what: str) -> Iterator[str]:
 
 def has_code(module: nn.Module) -> bool:
     """Whether the module's class has code that is neither PyTorch's nor this package's."""
-    return _read_by(type(module))[0] is not None
+    cls: Any = type(module)
+    return _read_by(cls)[0] is not None
 
 
 def settled(value: Any, depth: int = _DEPTH) -> tuple[object, bool]:
@@ -243,7 +244,8 @@ class Elsewhere:
             if names is None:
                 continue
             own = getattr(cls, FUSED, cls)
-            codes.update((function, None) for name in ("forward", *methods) if hasattr(function := getattr(own, name, None), "__code__"))
+            called = [getattr(own, name, None) for name in ("forward", *methods)]
+            codes.update((function, None) for function in called if hasattr(function, "__code__"))
             for c in cls.__mro__:
                 if not _known(c) or not vars(c).keys().isdisjoint(names):
                     bodies[c] = names

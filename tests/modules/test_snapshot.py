@@ -277,7 +277,11 @@ CHANGES = {
     "activation's class": of_class(Clamped, "forward", lambda self, x: x.sigmoid()),
     "dilation": together(attribute("convs.2", "dilation", (2, 2)), attribute("convs.2", "padding", (2, 2))),
     "padding": attribute("convs.2", "padding_mode", "circular"),
-    "stride": together(attribute("downsample.0", "stride", 1), attribute("downsample.0", "kernel_size", 1), attribute("downsample.1", "stride", (2, 2))),
+    "stride": together(
+        attribute("downsample.0", "stride", 1),
+        attribute("downsample.0", "kernel_size", 1),
+        attribute("downsample.1", "stride", (2, 2)),
+    ),
     "pool": attribute("pool", "count_include_pad", False),
     "pool of the shortcut": attribute("downsample.0", "divisor_override", 3),
     "parametrized": parametrized,
@@ -321,8 +325,6 @@ WEIGHTS = {
     "buffer": attribute("bn3", "running_mean", lambda old: old + 1),
     "bias": attribute("convs.1", "bias", nn.Parameter(torch.ones(4), requires_grad=False)),
 }
-
-
 
 
 def demand(block, twin, change, before, shown=True):
@@ -446,7 +448,9 @@ def test_another_x_is_seen(name, keep):
         assert out.stride() == run(copy.deepcopy(block), x).stride(), "of a block that has to ask"
 
 
-@pytest.mark.parametrize("x", [X.double(), X[0], X.long(), X[:, :4], None], ids=["double", "3d", "integers", "channels", "none"])
+@pytest.mark.parametrize(
+    "x", [X.double(), X[0], X.long(), X[:, :4], None], ids=["double", "3d", "integers", "channels", "none"]
+)
 def test_an_x_that_does_not_fit_fails_as_in_plain_pytorch(x, keep):
     block, twin = pair(published, keep)
     for _ in range(2):
