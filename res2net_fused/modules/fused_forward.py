@@ -64,15 +64,16 @@ class FusedForward(FusedModule):
         leaf = leaf_call(self, x, args, kwargs)
         if leaf is not None:
             return leaf
-        snapshot = None
-        if not compiling:
-            # Before anything is asked, since another thread may change the block meanwhile; and only where the last call was as this one.
-            snapshot = self._snapshot(state) if state.steady and state.known is None else None
-            state.steady = False
+        # Before anything is asked, since another thread may change the block meanwhile.
+        snapshot = self._snapshot(state) if not compiling and state.is_due() else None
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
         if any(getattr(bn, "training", False) and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
+        if not compiling:
+            foldable = refusal is None and is_identity(parts.drop_block) and not any(map(uses_batch_statistics, parts.bns))
+            if state.asked(foldable and cacheable(block_tensors(parts))) and snapshot is not None:
+                state.known = KnownBlock(snapshot, parts)
         if refusal is not None:
             return refusal
         shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
@@ -80,12 +81,7 @@ class FusedForward(FusedModule):
             if not torch.compiler.is_compiling():
                 state.last_problem, state.last_trained = chain_problem(parts, x, state), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
-        out = run_fused(parts, x, shortcut, state)
-        if not compiling:
-            state.steady = is_identity(parts.drop_block) and cacheable(block_tensors(parts))
-            if state.steady and snapshot is not None:
-                state.known = KnownBlock(snapshot, parts)
-        return out
+        return run_fused(parts, x, shortcut, state)
 
     def _snapshot(self, state: BlockState) -> Snapshot | None:
         parts = parts_of(self, state.layout)

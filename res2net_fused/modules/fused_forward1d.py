@@ -103,13 +103,12 @@ class FusedForward1d(FusedModule):
         leaf = leaf_call(self, x, args, kwargs)
         if leaf is not None:
             return leaf
-        # Before anything is asked, since another thread may change the block meanwhile; and only where the last call was as this one.
-        snapshot = None if compiling or not state.steady or state.known is not None else take_snapshot(self, ())
+        # Before anything is asked, since another thread may change the block meanwhile.
+        snapshot = take_snapshot(self, ()) if not compiling and state.is_due() else None
         chain = parts_1d(self, state.layout)
         refusal = why_not_fused_1d(self, state, chain, x, args, kwargs)
         if not compiling:
-            state.steady = refusal is None and cacheable(chain.tensors())
-            if state.steady and snapshot is not None:
+            if state.asked(refusal is None and cacheable(chain.tensors())) and snapshot is not None:
                 state.known = KnownChain(snapshot, chain)
         if refusal is not None:
             return refusal

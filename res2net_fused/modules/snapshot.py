@@ -121,6 +121,7 @@ class Known:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
+        self.used = False
 
     def holds(self, block: nn.Module, state: FusedState, x: object, given: Tensor | None = None) -> bool:
         """Whether a call with x, and what is `given` beside it, may go by this: of plain tensors, without gradients."""
@@ -130,10 +131,11 @@ class Known:
             return False
         if x.is_cuda and capturing():
             return False
-        if self.snapshot.alike(block):
-            return True
-        state.known = None
-        return False
+        if not self.snapshot.alike(block):
+            state.forget(self.used)
+            return False
+        self.used = True
+        return True
 
     def _differentiable(self, x: Tensor, given: Tensor | None) -> bool:
         if x.requires_grad or (given is not None and given.requires_grad) or any(map(_requires_grad, self.snapshot.tensors)):

@@ -10,12 +10,14 @@ import pytest
 import torch
 from helpers import assert_close, randomize
 from official_style import Bottle2neck as Official
+from published_blocks.speakers1d import ESPnetBlock, SpeechBrainChain
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from res2net_fused import accelerate, freeze, restore
+from res2net_fused.backends import policy
 from res2net_fused.backends.selection import ENVIRONMENT_VARIABLE
-from res2net_fused.modules import fused_forward
+from res2net_fused.modules import fused_forward, fused_forward1d
 from res2net_fused.modules.block_state import STATE
 
 X = torch.randn(2, 16, 5, 6, generator=torch.Generator().manual_seed(3))
@@ -525,3 +527,74 @@ def test_containers_that_hold_themselves_are_no_trap():
     expected = run(block)
     for _ in range(3):
         assert torch.equal(run(block), expected)
+
+
+def test_a_block_that_changes_at_every_call_takes_few_snapshots(monkeypatch):
+    taken = []
+    own = fused_forward.take_snapshot
+    monkeypatch.setattr(fused_forward, "take_snapshot", lambda *args: taken.append(args) or own(*args))
+    block = accelerate(randomize(Official(16, 4)).eval())
+    for i in range(200):
+        block.note = i
+        run(block)
+    assert len(taken) < 10
+    for _ in range(70):
+        run(block)
+    settled(block)
+    count = len(taken)
+    for _ in range(20):  # refused, which takes none
+        handle = block.conv1.register_forward_hook(NOTHING)
+        run(block)
+    assert len(taken) <= count + 1
+    handle.remove()
+
+
+# Along rows -----------------------------------------------------------------------------------------------------------
+
+ROWS = torch.randn(2, 32, 23, generator=torch.Generator().manual_seed(5))
+CHANGES_1D = {
+    **{f"{kind}_hook": ("conv", hook(kind, "", result)) for kind, result in HOOKS.items() if "backward" not in kind},
+    "own forward": ("conv", own_forward("")),
+    "weight": ("conv", tensor("", "weight", lambda t: t.mul_(2))),
+    ".data": ("norm", tensor("", "bias", lambda t: t.data.add_(1))),
+    "parameter": ("norm", attribute("", "weight", lambda old: nn.Parameter(old.detach() * 3, requires_grad=False))),
+    "eps": ("norm", attribute("", "eps", 1.0)),
+    "training": ("norm", in_training("")),
+}
+
+
+@pytest.mark.parametrize("make", [SpeechBrainChain, ESPnetBlock])
+def test_every_change_of_a_block_along_rows_is_seen(make, keep, monkeypatch):
+    pays = [True]
+    monkeypatch.setattr(policy, "chain_pays_1d", lambda problem: pays[0])
+    block = accelerate(randomize(make()).eval())
+    twin = restore(copy.deepcopy(block))
+    before = run(twin, ROWS)
+    for name, (part, change) in CHANGES_1D.items():
+        kind = nn.Conv1d if part == "conv" else nn.BatchNorm1d
+        pair = [[m for m in each.modules() if isinstance(m, kind) and 4 in m.weight.shape][-1] for each in (twin, block)]
+        if keep == "frozen" and name in ("weight", ".data", "parameter", "eps"):
+            continue
+        if keep == "frozen":
+            freeze(block)  # norms in training mode have thawed it
+        for _ in range(3):
+            assert_close(run(block, ROWS), before)
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_forward1d, "why_not_fused_1d", lambda *args: pytest.fail("asked anew"))
+            assert_close(run(block, ROWS), before)
+        back = [change(module) for module in pair]
+        expected = run(twin, ROWS)
+        assert not torch.equal(expected, before), "the change changes nothing: not a test"
+        for _ in range(3):
+            assert_close(run(block, ROWS), expected)
+        for undo in back:
+            undo()
+    for x in (ROWS, ROWS[:1], ROWS[:, :, :11], ROWS.mT.contiguous().mT):
+        assert_close(run(block, x), run(twin, x))
+    for _ in range(2):
+        assert_close(run(block, ROWS), before)
+    pays[0] = False
+    assert torch.equal(run(block, ROWS), before) and "not measured" in vars(block)[STATE].last_refusal
+    x = ROWS.clone().requires_grad_()
+    grads = [torch.autograd.grad(each(x).square().sum(), [x])[0] for each in (block, twin)]
+    assert_close(*grads, 1e-4)
