@@ -72,7 +72,6 @@ class Snapshot:
             return (
                 len(own) == self.own_size
                 and self.own_of(own) == self.own
-                and len(modules) == len(self.modules)
                 and all(map(is_, modules, self.modules))
                 and list(map(type, modules)) == self.classes
                 and list(map(vars, self.watched)) == self.saved

@@ -44,7 +44,17 @@ class Scaled(nn.Conv2d):
 
 
 class Clamped(nn.ReLU):
-    """ReLU under a class of its own."""
+    """ReLU under a class of its own, all of which are equal."""
+
+    def __eq__(self, other):
+        return isinstance(other, Clamped)
+
+    __hash__ = nn.ReLU.__hash__
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 class Plugged(Official):
@@ -250,6 +260,17 @@ def dilated(block):
     return lambda: to(1)
 
 
+def another_class(block):
+    block.convs[1].__class__ = Doubled
+    return lambda: setattr(block.convs[1], "__class__", nn.Conv2d)
+
+
+def equal_module(block):
+    own, block.relu = block.relu, Clamped(inplace=True)
+    block.relu.register_forward_hook(DOUBLE)
+    return lambda: setattr(block, "relu", own)
+
+
 def another_dictionary(block):
     """The same module with another dictionary of its attributes, which is changed then."""
     norm = block.bns[0]
@@ -288,6 +309,8 @@ CHANGES = {
     "pool of the shortcut": attribute("downsample.0", "divisor_override", 3),
     "parametrized": parametrized,
     "dictionary": another_dictionary,
+    "class": another_class,
+    "equal module": equal_module,
     "eps": attribute("bns.0", "eps", 1.0),
     "eps of the projection": attribute("downsample.2", "eps", 1.0),
 }
