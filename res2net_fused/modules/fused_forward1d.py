@@ -125,7 +125,8 @@ class KnownChain(Known):
         super().__init__(snapshot)
         self.chain, self.weight = chain, chain.convs[0].weight
         self.tensors, self.settings = chain.tensors(), _settings_of(chain)
-        self.seen: tuple[tuple[object, ...], Chain1dProblem] | None = None  # what is asked of x, and the problem that it makes
+        # What is asked of x, the problem that it makes, and whether that pays.
+        self.seen: tuple[tuple[object, ...], Chain1dProblem, bool] | None = None
 
     def run(self, block: nn.Module, state: BlockState1d, x: Tensor) -> Tensor | str | None:
         """The block for this x, or why its own forward has to run; None where all has to be asked anew."""
@@ -138,10 +139,11 @@ class KnownChain(Known):
         if seen is None or seen[0] != facts:
             if not is_floating(x, 3) or why_not_of_dtype(x, weight) is not None:
                 return None
-            self.seen = seen = facts, self.chain.problem(x, state.config)
-        problem = state.last_problem = seen[1]
-        if is_auto(state.backend) and not policy.chain_pays_1d(problem):
+            self.seen = seen = facts, self.chain.problem(x, state.config), _pays(self.chain, x, state)
+        _, problem, pays = seen
+        if not pays and is_auto(state.backend):
             return NOT_PAYING
+        state.last_problem = problem
         inner = enter_block_1d(block, x, state.layout) if state.layout.outer else x  # (N, s*w, L)
         out = call_1d(inner, self._weights(problem.dtype, weight.device, state), state.config, state.backend)
         return finish_block_1d(block, out, x, state.layout) if state.layout.outer else out
