@@ -126,7 +126,8 @@ class KnownBlock(Known):
             return None
         weight = self.weight
         autocast = torch._C._is_any_autocast_enabled() and (under_autocast(x.device.type), compute_dtype(weight))
-        facts = x.dtype, x.device, x.shape, x.stride(), weight.dtype, weight.device, weight.stride(), autocast
+        device = weight.device
+        facts = x.dtype, x.device, x.shape, x.stride(), weight.dtype, device, weight.stride(), autocast
         seen = self.seen
         if seen is None or seen[0] != facts:
             if not is_floating(x, 4) or why_not_of_dtype(x, weight) is not None:
@@ -139,7 +140,7 @@ class KnownBlock(Known):
         if found.converts:
             x = x.contiguous(memory_format=torch.channels_last)
         x_in = x if x.dtype is found.dtype else x.to(found.dtype)
-        folded: BlockWeights = self._folded(found.dtype, facts[5], state)
+        folded: BlockWeights = self._folded(found.dtype, device, state)
         return _run_folded(self.parts, x, x_in, given, folded, state, self.whole, self.projection)
 
     def _folded(self, dtype: torch.dtype, device: torch.device, state: BlockState) -> BlockWeights:

@@ -13,6 +13,7 @@ from official_style import Bottle2neck as Official
 from published_blocks.speakers1d import ESPnetBlock, SpeechBrainChain
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from res2net_fused import accelerate, freeze, restore
 from res2net_fused.backends import policy
@@ -326,6 +327,7 @@ OWN_CHANGES = {
     "inside of a class": lambda b: Scaled.on_class.__setitem__(0, 2.0) or (lambda: Scaled.on_class.__setitem__(0, 1.0)),
     "global": lambda b: setattr(SETTINGS, "factor", 2.0) or (lambda: setattr(SETTINGS, "factor", 1.0)),
     "forward": of_class(Scaled, "forward", lambda self, x: 2 * self._conv_forward(x, self.weight, self.bias)),
+    "forward of an own class": of_class(nn.ReLU, "forward", lambda self, x: x.sigmoid()),
     "method": of_class(Scaled, "scale", lambda self: 3.0),
     "code": other_code,
     "dilation in place": dilated,
@@ -400,6 +402,16 @@ def test_every_write_to_weights_is_seen_at_the_next_call(name):
 # Around a call --------------------------------------------------------------------------------------------------------
 
 
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **kwargs or {})
+
+
 def test_what_lies_around_a_call_is_seen(keep, monkeypatch):
     block, twin = pair(published, keep)
     before = run(twin)
@@ -428,6 +440,11 @@ def test_what_lies_around_a_call_is_seen(keep, monkeypatch):
     with torch.autograd.forward_ad.dual_level():
         dual = run(block, torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)))
         assert torch.autograd.forward_ad.unpack_dual(dual).tangent is not None
+    with torch.no_grad():
+        assert "res2net_fused::" not in str(torch.jit.trace(block, X, check_trace=False).graph)
+    with Operators() as mode:
+        assert_close(run(block), before)
+    assert "aten.convolution.default" in mode.names
     with torch.device("meta"):  # a mode that asks for nothing else
         assert_close(run(block), before)
     assert not asked(block)
@@ -501,6 +518,9 @@ def test_one_element_tensors_are_told_apart_though_they_are_equal():
         norm.bias.add_(1)
         norm.running_mean.sub_(1)
     assert_close(run(block), run(restore(copy.deepcopy(block))))
+    settled(block.requires_grad_(False))
+    norm.bias = nn.Parameter(norm.bias.detach().clone())
+    assert block(X).requires_grad
 
 
 def test_a_block_is_freed_with_its_last_reference():
