@@ -45,7 +45,7 @@ class FusedState(KeepsWeights):
         self.geometry = settled(self.geometry)[0]  # of settings that are lists, copies
 
     def is_due(self) -> bool:
-        """Whether a call that asks for everything should take a snapshot: not if those before it went stale or were of no use."""
+        """Whether a call that asks for everything should take a snapshot: not where those before were of no use."""
         return self.known is None and self.paused >= self.pause
 
     def asked(self, usable: bool) -> bool:
