@@ -235,10 +235,10 @@ def parametrized(block):
     return back
 
 
-def replaced_norm(name):
+def replaced_norm(name, make=lambda old: nn.GroupNorm(1, old.num_features)):
     def change(block):
         old = block.get_submodule(name)
-        block.set_submodule(name, nn.GroupNorm(1, old.num_features))
+        block.set_submodule(name, make(old))
         return lambda: block.set_submodule(name, old)
 
     return change
@@ -292,6 +292,7 @@ CHANGES = {
     "forward_hook:downsample": hook("forward", "downsample", DOUBLE),
     **{f"training:{where}": in_training(where) for where in NORMS},
     **{f"norm:{where}": replaced_norm(where) for where in NORMS},
+    "no norm": replaced_norm("bns.1", lambda old: nn.Identity()),
     **{f"own forward:{where}": own_forward(where) for where in INNER},
     "tiling": own_forward("convs.1", "_conv_forward"),
     "no statistics": together(*(attribute("bns.1", name, None) for name in ("running_mean", "running_var"))),
@@ -344,6 +345,7 @@ OWN_CHANGES = {
 
 WEIGHTS = {
     "in place": tensor("convs.0", "weight", lambda t: t.mul_(2)),
+    "one element": tensor("convs.0", "weight", lambda t: t[0, 0, 1].add_(5)),
     ".data": tensor("conv3", "weight", lambda t: t.data.mul_(2)),
     "statistics": tensor("bn1", "running_var", lambda t: t.mul_(4)),
     "numpy": tensor("bns.0", "bias", lambda t: t.detach().numpy().__iadd__(1)),
@@ -430,8 +432,10 @@ def test_what_lies_around_a_call_is_seen(keep, monkeypatch):
     for single in (block, twin):
         single.float()
     pair(published, keep)
+    kept = vars(block)[STATE].kept
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
     assert_close(run(block), before)
+    assert keep == "frozen" or vars(block)[STATE].kept is not kept, "packed for another backend"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nothing")
     with pytest.raises(ValueError, match="nothing"):
         run(block)
