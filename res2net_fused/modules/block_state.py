@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ..chain.config import ChainConfig
 from .block_parts import PUBLISHED, BlockPaths
+from .switches import settled
 from .weight_cache import CacheKey, Frozen, KeepsWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_LONGEST_PAUSE = 63  # in calls
 STATE = "_res2net_fused"  # the attribute that holds a block's FusedState
 
 
@@ -35,6 +37,31 @@ class FusedState(KeepsWeights):
     last_problem: Any = field(default=None, init=False)  # of the last fused call
     last_trained: bool = field(default=False, init=False)  # whether that call had batch statistics
     last_refusal: str | None = field(default=None, init=False)  # why the last call ran the class's own forward
+    known: Any = field(default=None, init=False, repr=False)  # what was found at the last call, and a snapshot to go with it
+    pause: int = field(default=1, init=False)  # so many calls that could be known go by before a snapshot is taken
+    paused: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.geometry = settled(self.geometry)[0]  # of settings that are lists, copies
+
+    def is_due(self) -> bool:
+        """Whether a call that asks for everything should take a snapshot: not where those before were of no use."""
+        return self.known is None and self.paused >= self.pause
+
+    def asked(self, usable: bool) -> bool:
+        """Notes whether what such a call has found out is of use to later ones, and returns it."""
+        self.paused = self.paused + 1 if usable else 0
+        self.pause = self.pause if usable else max(self.pause, 1)
+        return usable
+
+    def forget(self, was_used: bool) -> None:
+        """Drops what is known, since the block has changed; where that happens at every call, snapshots become rare."""
+        self.known, self.paused = None, 0
+        self.pause = 0 if was_used else min(2 * self.pause + 1, _LONGEST_PAUSE)
+
+    def drop(self, frozen: bool = True) -> None:
+        super().drop(frozen)
+        self.known = None
 
     def __getstate__(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .block_parts import OPTIONAL, BlockPaths, Path
+from .confirmation import equal_settings
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _POOLS = (nn.AvgPool2d, nn.MaxPool2d)
@@ -58,11 +59,6 @@ def is_activation(module: nn.Module) -> bool:
     """Whether this is an activation of PyTorch's, or of a class derived from one."""
     own = {cls.__module__ for cls in type(module).__mro__}
     return nn.ReLU.__module__ in own and not isinstance(module, nn.MultiheadAttention)
-
-
-def equal_settings(conv: Any) -> tuple[object, ...]:
-    """What equal convolutions of a chain share."""
-    return conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def _is_step(conv: Any) -> bool:

@@ -58,6 +58,12 @@ def eps_of(norm: nn.Module) -> float | None:
     return _once(norm, (getattr(norm, "eps", None), getattr(norm, "track_running_stats", None)), _measured_eps)
 
 
+def equal_settings(conv: Any) -> tuple[object, ...]:
+    """What equal convolutions of a chain share, hashable also where it was set to lists."""
+    settings = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return tuple([tuple(value) if isinstance(value, list) else value for value in settings])
+
+
 def own_parts(conv: nn.Conv2d) -> bool:
     """Whether a convolution has parts that none of the known classes has."""
     return not set(conv._modules) | set(_tensors(conv)) <= _OF_A_CONVOLUTION
@@ -69,9 +75,8 @@ def is_convolution(conv: nn.Conv2d) -> bool:
         return True
     if own_parts(conv):
         return False
-    geometry = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     inside = tuple((name, type(m), m.training, switches(m)) for name, m in conv.named_modules() if name)
-    return bool(_once(conv, (geometry, inside), _convolves))
+    return bool(_once(conv, (equal_settings(conv), inside), _convolves))
 
 
 NOTE = "_res2net_fused_found"  # on a part: what was found, for traces

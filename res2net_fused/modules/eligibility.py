@@ -68,9 +68,9 @@ def why_not_fused(
         return reason
     if shortcut is not None and block.downsample is not None:
         return "called with a shortcut, beside a downsample of its own"
-    weight_dtype = block.conv1.weight.dtype
-    if x.dtype != weight_dtype and (torch.float64 in (x.dtype, weight_dtype) or not under_autocast(x.device.type)):
-        return f"x is {x.dtype} but the weights are {weight_dtype}"
+    reason = why_not_of_dtype(x, block.conv1.weight)
+    if reason is not None:
+        return reason
     training = any(map(uses_batch_statistics, block.bns))
     if training and block.module.training and getattr(block.module, "with_cp", False):
         return "with_cp: in training its own forward checkpoints it"
@@ -88,16 +88,27 @@ def why_not_fused(
     geometry = block_geometry(block)
     if geometry != state.geometry and _without_types(geometry) != _without_types(state.geometry):
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
-    reason = why_not_convolutions(block)
+    reason = why_not_convolutions(block) or why_not_alone(block, x, state)
     if reason is not None:
         return reason
-    alone = not one_operator(state.config) and is_auto(state.backend)  # the chain without 1x1 convolutions around it
-    if alone and not policy.clamped_chain_pays(chain_problem(block, x, state)):
-        return "activations other than ReLU run fused in channels-last only, where clamps are measured to gain, or by backend="
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(m for child in others.values() for m in child.modules()) if others else ()
     return why_not_left_out((*outer, *around, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
+
+
+def why_not_of_dtype(x: Tensor, weight: Tensor) -> str | None:
+    """None if a convolution with this weight takes an x of its dtype here, else the reason."""
+    if x.dtype != weight.dtype and (torch.float64 in (x.dtype, weight.dtype) or not under_autocast(x.device.type)):
+        return f"x is {x.dtype} but the weights are {weight.dtype}"
+    return None
+
+
+def why_not_alone(block: BlockParts, x: Tensor, state: BlockState) -> str | None:
+    """None if a block that is not one operator should run its chain fused, without the 1x1 convolutions, else the reason."""
+    if one_operator(state.config) or not is_auto(state.backend) or policy.clamped_chain_pays(chain_problem(block, x, state)):
+        return None
+    return "activations other than ReLU run fused in channels-last only, where clamps are measured to gain, or by backend="
 
 
 def why_not_read(block: BlockParts) -> str | None:
@@ -157,11 +168,15 @@ def why_not_called(
     given, reason = given_shortcut(shortcut, args, kwargs)
     if reason is not None:
         return None, reason
-    if not isinstance(x, Tensor) or x.dim() != dimensions or not x.is_floating_point():
+    if not isinstance(x, Tensor) or not is_floating(x, dimensions):
         return None, f"x is not a {dimensions}-D floating-point tensor"
     if not torch.compiler.is_compiling() and transformed():
         return None, "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     return given, None
+
+
+def is_floating(x: Tensor, dimensions: int) -> bool:
+    return x.dim() == dimensions and x.is_floating_point()
 
 
 def why_not_left_out(modules: Iterable[nn.Module | None]) -> str | None:

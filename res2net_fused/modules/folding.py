@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,10 @@ def fold_block(block: BlockParts, dtype: torch.dtype) -> BlockWeights:
     return result
 
 
-def projection_of(block: BlockParts) -> tuple[nn.Module | None, nn.Conv2d, nn.BatchNorm2d] | None:
+Projection: TypeAlias = tuple[nn.Module | None, nn.Conv2d, nn.BatchNorm2d]
+
+
+def projection_of(block: BlockParts) -> Projection | None:
     """(pool or None, 1x1 convolution, norm) of the block's shortcut, or None where it has to run as it is."""
     if not adds_at_once(block):
         return None

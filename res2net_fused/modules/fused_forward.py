@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.selection import requested
 from ..chain.activations import activate
@@ -22,12 +23,23 @@ from ..chain.memory_format import handed_on, memory_format
 from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
-from .block_parts import BlockParts, parts_of
+from .block_parts import BlockParts, parts_of, strangers, wrappers
 from .block_state import BlockState, FusedModule
 from .confirmation import eps_of
-from .eligibility import chain_problem, compute_dtype, given_shortcut, why_not_fused
-from .folding import adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
+from .eligibility import (
+    chain_problem,
+    compute_dtype,
+    given_shortcut,
+    is_floating,
+    under_autocast,
+    why_not_alone,
+    why_not_fused,
+    why_not_of_dtype,
+)
+from .folding import Projection, adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
+from .snapshot import Known, Snapshot, take_snapshot
+from .switches import has_code
 from .tracing import leaf_call
 from .training import run_trained, uses_batch_statistics
 from .weight_cache import Frozen, cacheable, capturing
@@ -43,13 +55,25 @@ class FusedForward(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
+        compiling = torch.compiler.is_compiling()  # a graph would watch all that is looked at here
+        known: KnownBlock | None = None if compiling else state.known
+        if known is not None:
+            out = known.run(self, state, x, args, kwargs)
+            if out is not None:
+                return out
         leaf = leaf_call(self, x, args, kwargs)
         if leaf is not None:
             return leaf
+        # Before anything is asked, since another thread may change the block meanwhile.
+        snapshot = self._snapshot(state) if not compiling and state.is_due() else None
         parts = parts_of(self, state.layout)
         refusal = why_not_fused(parts, state, x, args, kwargs)
         if any(getattr(bn, "training", False) and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
+        if not compiling:
+            foldable = refusal is None and is_identity(parts.drop_block) and not any(map(uses_batch_statistics, parts.bns))
+            if state.asked(foldable and cacheable(block_tensors(parts))) and snapshot is not None:
+                state.known = KnownBlock(snapshot, parts)
         if refusal is not None:
             return refusal
         shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
@@ -58,6 +82,83 @@ class FusedForward(FusedModule):
                 state.last_problem, state.last_trained = chain_problem(parts, x, state), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
         return run_fused(parts, x, shortcut, state)
+
+    def _snapshot(self, state: BlockState) -> Snapshot | None:
+        parts = parts_of(self, state.layout)
+        read = strangers(parts, state.layout, wrappers(self, state.layout))
+        if any(has_code(m) for stranger in read.values() for m in stranger.modules()):  # whose `extra_repr` may say anything
+            return None
+        return take_snapshot(self, _opaque(parts))
+
+
+def _opaque(block: BlockParts) -> list[nn.Module]:
+    """Parts that a fused block calls as modules, whatever is inside them."""
+    called = [part for part in (block.se, block.drop_path) if isinstance(part, nn.Module) and not is_identity(part)]
+    downsample = block.downsample
+    return called + ([downsample] if isinstance(downsample, nn.Module) and type(downsample) is not nn.Sequential else [])
+
+
+class KnownBlock(Known):
+    """What a call in eval mode has found out.
+
+    Later ones ask for nothing but what comes with x, and whether the tensors still hold what was folded.
+    """
+
+    def __init__(self, snapshot: Snapshot, parts: BlockParts) -> None:
+        super().__init__(snapshot)
+        self.parts = replace(parts, module=cast(Any, None))  # which holds this
+        self.weight = parts.conv1.weight
+        self.tensors = block_tensors(parts)
+        self.settings = _settings_of(parts)
+        self.norms = [type(bn) for bn in parts.norms]
+        self.whole = adds_at_once(parts)
+        self.projection = projection_of(parts)
+        self.seen: tuple[tuple[object, ...], _Seen] | None = None
+
+    def run(self, block: nn.Module, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        """The block for this x, as `run_fused` returns it; None where all has to be asked anew."""
+        given = None
+        if args or kwargs:
+            given, reason = given_shortcut(state.shortcut, args, kwargs)
+            if reason is not None or (given is not None and self.parts.downsample is not None):
+                return None
+        if not self.holds(block, state, x, given):
+            return None
+        weight = self.weight
+        autocast = torch._C._is_any_autocast_enabled() and (under_autocast(x.device.type), compute_dtype(weight))
+        device = weight.device
+        facts = x.dtype, x.device, x.shape, x.stride(), weight.dtype, device, weight.stride(), autocast
+        seen = self.seen
+        if seen is None or seen[0] != facts:
+            if not is_floating(x, 4) or why_not_of_dtype(x, weight) is not None:
+                return None
+            self.seen = seen = facts, _Seen(self.parts, x, state)
+        found = seen[1]
+        if not one_operator(state.config) and (reason := why_not_alone(self.parts, x, state)) is not None:
+            return reason
+        state.last_problem, state.last_trained = found.problem, False
+        if found.converts:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x_in = x if x.dtype is found.dtype else x.to(found.dtype)
+        folded: BlockWeights = self._folded(found.dtype, device, state)
+        return _run_folded(self.parts, x, x_in, given, folded, state, self.whole, self.projection)
+
+    def _folded(self, dtype: torch.dtype, device: torch.device, state: BlockState) -> BlockWeights:
+        frozen = state.frozen
+        if frozen is not None and state.frozen_norms == self.norms:
+            return _without_projection(frozen.weights(dtype, device), self.projection)
+        settings = (dtype, requested(state.backend), *self.settings)
+        return state.keep(self.tensors, settings, lambda: fold_and_pack(self.parts, dtype, state))
+
+
+class _Seen:
+    """What follows from an x of one shape and kind, beside weights of one dtype."""
+
+    def __init__(self, block: BlockParts, x: Tensor, state: BlockState) -> None:
+        weight = block.conv1.weight
+        self.dtype = compute_dtype(weight)
+        self.converts = handed_on(weight, x) is not x
+        self.problem = chain_problem(block, x, state)
 
 
 def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | str:
@@ -84,17 +185,30 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     kept = folded_weights(block, dtype, weight.device, state)
     if kept is None:
         return UNSEEN
-    folded = kept
-    if folded.overflowed and dtype == torch.float16:
+    return _run_folded(block, x, x_in, given, kept, state, adds_at_once(block), projection_of(block))
+
+
+def _run_folded(
+    block: BlockParts,
+    x: Tensor,
+    x_in: Tensor,
+    given: Tensor | None,
+    folded: BlockWeights,
+    state: BlockState,
+    whole: bool,
+    projection: Projection | None,
+) -> Tensor | str:
+    """The same with the weights that it has now. x_in: x in their dtype. whole: `adds_at_once`. projection: `projection_of`."""
+    if folded.overflowed and x_in.dtype == torch.float16:
         return OVERFLOWED
     if not one_operator(state.config):
         chain = PackedWeights.from_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
     entry = entry_pixels(block, x_in)
-    if not adds_at_once(block):
+    if not whole:
         out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
         return finish_bottle2neck(block, out, x, given)
-    shortcut = _shortcut(block, x_in, x, folded) if given is None else given
+    shortcut = _shortcut(block, x_in, x, folded, projection) if given is None else given
     return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
 
 
@@ -117,13 +231,12 @@ def entry_pixels(block: BlockParts, x: Tensor) -> Tensor:
     return x if rows == columns == 1 else x[:, :, ::rows, ::columns].contiguous(memory_format=memory_format(x))
 
 
-def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: BlockWeights) -> Tensor:
+def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: BlockWeights, projection: Projection | None) -> Tensor:
     """What the operator adds, before the projection that it applies itself."""
     if block.downsample is None:
         return x
     if folded.projection_weight is None:
         return block.downsample(x)
-    projection = projection_of(block)
     pool = None if projection is None else projection[0]
     return x_in if pool is None else pool(x_in)
 
@@ -136,10 +249,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
     """
     frozen = state.frozen
     if frozen is not None and state.frozen_norms == [type(bn) for bn in block.norms]:  # else they were replaced
-        folded = frozen.weights(dtype, device)
-        if folded.projection_weight is not None and projection_of(block) is None:  # hooked, replaced or trained since
-            folded = replace(folded, projection_weight=None, packed=None, layout="plain")
-        return folded
+        return _without_projection(frozen.weights(dtype, device), projection_of(block))
     if torch.compiler.is_compiling():
         return fold_block(block, dtype)
     tensors = block_tensors(block)
@@ -152,11 +262,24 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
     return _folded_in_a_graph(block, dtype, state, state.unchanged(tensors, settings))
 
 
+def _without_projection(folded: BlockWeights, projection: Projection | None) -> BlockWeights:
+    """Frozen weights without the projection, where it has been hooked, replaced, trained or given another stride since."""
+    same = projection is not None and projection[1].stride[0] == folded.projection_stride
+    if folded.projection_weight is not None and not same:
+        return replace(folded, projection_weight=None, packed=None, layout="plain")
+    return folded
+
+
 def _settings(block: BlockParts, dtype: torch.dtype, state: BlockState) -> tuple[object, ...]:
     """What folded weights depend on beside the block's tensors."""
+    return dtype, requested(state.backend), *_settings_of(block)
+
+
+def _settings_of(block: BlockParts) -> tuple[object, ...]:
+    """The part of them that lies in the block's modules."""
     projection = projection_of(block)
     return (
-        dtype, requested(state.backend), tuple([eps_of(bn) for bn in block.norms]),
+        tuple([eps_of(bn) for bn in block.norms]),
         None if projection is None else (projection[1].stride, eps_of(projection[2])),
     )  # fmt: skip
 

@@ -24,12 +24,21 @@ from ..chain.problem import Chain1dProblem
 from ..ops.hierarchical_conv1d import call_1d
 from .block_parts import NO_NORM, Path, Paths, resolve
 from .block_state import FusedModule, FusedState
-from .eligibility import compute_dtype, under_autocast, why_not_called, why_not_left_out
+from .eligibility import (
+    compute_dtype,
+    is_floating,
+    under_autocast,
+    why_not_called,
+    why_not_left_out,
+    why_not_of_dtype,
+)
 from .folding import affine_of, is_identity
+from .snapshot import Known, Snapshot, take_snapshot
 from .switches import switches
 from .tracing import leaf_call
 from .weight_cache import Frozen, cacheable
 
+NOT_PAYING = "its own forward is not measured to be slower here; backend= asks for the operator"
 ADDITION: Path = ("+",)  # the step at which the shortcut is added
 
 
@@ -85,17 +94,65 @@ class FusedForward1d(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState1d, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
+        compiling = torch.compiler.is_compiling()  # a graph would watch all that is looked at here
+        known: KnownChain | None = None if compiling else state.known
+        if known is not None and not args and not kwargs:
+            out = known.run(self, state, x)
+            if out is not None:
+                return out
         leaf = leaf_call(self, x, args, kwargs)
         if leaf is not None:
             return leaf
+        # Before anything is asked, since another thread may change the block meanwhile.
+        snapshot = take_snapshot(self, ()) if not compiling and state.is_due() else None
         chain = parts_1d(self, state.layout)
         refusal = why_not_fused_1d(self, state, chain, x, args, kwargs)
+        if not compiling:
+            if state.asked(refusal is None and cacheable(chain.tensors())) and snapshot is not None:
+                state.known = KnownChain(snapshot, chain)
         if refusal is not None:
             return refusal
         if not state.layout.outer:
             return run_chain_1d(chain, x, state)
         inner = enter_block_1d(self, x, state.layout)  # (N, s*w, L)
         return finish_block_1d(self, run_chain_1d(chain, inner, state), x, state.layout)
+
+
+class KnownChain(Known):
+    """What a call in eval mode has found out."""
+
+    def __init__(self, snapshot: Snapshot, chain: ChainParts) -> None:
+        super().__init__(snapshot)
+        self.chain, self.weight = chain, chain.convs[0].weight
+        self.tensors, self.settings = chain.tensors(), _settings_of(chain)
+        # What is asked of x, the problem that it makes, and whether that pays.
+        self.seen: tuple[tuple[object, ...], Chain1dProblem, bool] | None = None
+
+    def run(self, block: nn.Module, state: BlockState1d, x: Tensor) -> Tensor | str | None:
+        """The block for this x, or why its own forward has to run; None where all has to be asked anew."""
+        if not self.holds(block, state, x):
+            return None
+        weight = self.weight
+        autocast = torch._C._is_any_autocast_enabled() and (under_autocast(x.device.type), compute_dtype(weight))
+        facts = x.dtype, x.device, x.shape, weight.dtype, weight.device, weight.shape, autocast
+        seen = self.seen
+        if seen is None or seen[0] != facts:
+            if not is_floating(x, 3) or why_not_of_dtype(x, weight) is not None:
+                return None
+            self.seen = seen = facts, self.chain.problem(x, state.config), _pays(self.chain, x, state)
+        _, problem, pays = seen
+        if not pays and is_auto(state.backend):
+            return NOT_PAYING
+        state.last_problem = problem
+        inner = enter_block_1d(block, x, state.layout) if state.layout.outer else x  # (N, s*w, L)
+        out = call_1d(inner, self._weights(problem.dtype, weight.device, state), state.config, state.backend)
+        return finish_block_1d(block, out, x, state.layout) if state.layout.outer else out
+
+    def _weights(self, dtype: torch.dtype, device: torch.device, state: BlockState1d) -> Chain1dWeights:
+        if state.frozen is not None:
+            return state.frozen.weights(dtype, device)
+        settings = dtype, requested(state.backend), self.settings
+        return state.keep(self.tensors, settings, lambda: _resolve_and_pack(self.chain, dtype, device))
 
 
 def parts_1d(block: nn.Module, layout: Layout1d) -> ChainParts:
@@ -156,7 +213,12 @@ def chain_weights(chain: ChainParts, x: Tensor, state: BlockState1d) -> Chain1dW
 
 def _settings(chain: ChainParts, dtype: torch.dtype, state: BlockState1d) -> tuple[object, ...]:
     """What kept weights depend on beside the chain's tensors."""
-    return dtype, requested(state.backend), tuple(getattr(bn, "eps", 0.0) for bn in chain.bns)
+    return dtype, requested(state.backend), _settings_of(chain)
+
+
+def _settings_of(chain: ChainParts) -> tuple[object, ...]:
+    """The part of them that lies in the chain's modules."""
+    return tuple(getattr(bn, "eps", 0.0) for bn in chain.bns)
 
 
 def _resolve_and_pack(chain: ChainParts, dtype: torch.dtype, device: torch.device) -> Chain1dWeights:
@@ -222,8 +284,9 @@ def why_not_fused_1d(
             return "in training mode a block along rows runs its own forward"
         return "in training mode its BatchNorms, which come after ReLU, need the batch's statistics; that is not fused in 1-D"
     weight = chain.convs[0].weight
-    if x.dtype != weight.dtype and not under_autocast(x.device.type):
-        return f"x is {x.dtype} but the weights are {weight.dtype}"
+    reason = why_not_of_dtype(x, weight)
+    if reason is not None:
+        return reason
     if any(not is_identity(bn) and (bn.running_mean is None or bn.running_var is None) for bn in chain.bns):
         return "BatchNorm has no running statistics"
     reason = why_not_left_out(modules)

@@ -23,6 +23,7 @@ _ENTRIES = ("forward", "__call__", "__getattr__", "_conv_forward", "_check_input
 FUSED = "_res2net_fused_class"  # in the body of a generated class: the class that it stands in front of
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # what every module has
 _DEPTH = 3  # of objects in objects, such as a configuration in sections
+_FEW = 64  # items of a container that is compared at every call
 _OURS = frozenset({"torch", "res2net_fused"})
 # Of packages whose code has no settings of a model; their caches would look like some.
 _LIBRARIES = _OURS | {"torchvision", "numpy"} | sys.stdlib_module_names
@@ -71,6 +72,8 @@ def may_read(cls: Any, name: str) -> bool:
 
 
 def _read(place: Any, name: str) -> object:
+    if isinstance(place, type):
+        return getattr(place, name, _ABSENT)
     if not isinstance(place, types.CellType):
         return place.get(name, _ABSENT)
     try:
@@ -203,6 +206,81 @@ def _reads(code: types.CodeType, what: str) -> Iterator[str]:
         elif what == "attribute" and (step.opname in ("LOAD_ATTR", "LOAD_METHOD") or step.opname == "LOAD_CONST"):
             if isinstance(step.argval, str) and step.argval.isidentifier():
                 yield step.argval
+
+
+# Compared rather than read anew ------------------------------------------------------------------------------------------
+
+
+def has_code(module: nn.Module) -> bool:
+    """Whether the module's class has code that is neither PyTorch's nor this package's."""
+    cls: Any = type(module)
+    return _read_by(cls)[0] is not None
+
+
+def settled(value: Any, depth: int = _DEPTH) -> tuple[object, bool]:
+    """What equals `value` as long as nothing in it changes, and whether that is so; of objects, `_described` has to tell."""
+    kind = type(value)
+    if kind in _PLAIN or kind is torch.Size:
+        return value, True
+    if kind in (list, tuple, set, frozenset, dict) and depth > 0 and len(value) <= _FEW:
+        found = [settled(item, depth - 1) for item in (value.values() if kind is dict else value)]
+        items = [item for item, _ in found]
+        return kind(zip(value, items, strict=True) if kind is dict else items), all(sure for _, sure in found)
+    return value, isinstance(value, (nn.Module, types.ModuleType)) or (callable(value) and not isinstance(value, type))
+
+
+class Elsewhere:
+    """What modules' classes read besides the modules' dictionaries, as it is now: `alike` tells whether it still is.
+
+    That is the bodies of classes, whatever `switches` reads outside of them, and what lies in objects. Of PyTorch's own classes
+    it is their `forward`.
+    """
+
+    def __init__(self, block: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self.kinds = list({type(module): None for module in modules})
+        self.forwards = [kind.forward for kind in self.kinds]
+        bodies: dict[type, Names] = {}
+        absent: dict[type, set[str]] = {}
+        codes: dict[Any, None] = {}
+        self.places: list[tuple[Any, str]] = []
+        for module in (block, *modules):
+            cls: Any = type(module)
+            names, methods, shared = _read_by(cls)
+            if names is None:
+                continue
+            own = getattr(cls, FUSED, cls)
+            called = [getattr(own, name, None) for name in ("forward", *methods)]
+            codes.update((function, None) for function in called if hasattr(function, "__code__"))
+            for c in cls.__mro__:
+                if not _known(c) or not vars(c).keys().isdisjoint(names):
+                    bodies[c] = names
+                elif c is not object:
+                    absent.setdefault(c, set()).update(names)
+            for name in names:
+                inside = name in module.__dict__
+                if not settled(module.__dict__[name] if inside else getattr(cls, name, None))[1]:
+                    self.places.append((None if module is block else module.__dict__, name) if inside else (cls, name))
+            self.places += shared
+        self.bodies = [vars(c) for c in bodies]
+        self.copies = [{k: settled(v)[0] if k in names else v for k, v in vars(c).items()} for c, names in bodies.items()]
+        self.absent = [(vars(c).keys(), names) for c, names in absent.items()]
+        self.functions = list(codes)
+        self.codes = [function.__code__ for function in codes]
+        self.values = self._values(block)
+
+    def _values(self, block: nn.Module) -> list[object]:
+        found = [_read(block.__dict__ if place is None else place, name) for place, name in self.places]
+        return [value if type(value) in _PLAIN else _described(value) for value in found]
+
+    def alike(self, block: nn.Module) -> bool:
+        """Whether all is as it was."""
+        return (
+            [kind.forward for kind in self.kinds] == self.forwards
+            and self.bodies == self.copies
+            and all([keys.isdisjoint(names) for keys, names in self.absent])
+            and [function.__code__ for function in self.functions] == self.codes
+            and (not self.places or self._values(block) == self.values)
+        )
 
 
 def _known(cls: type) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
+from operator import attrgetter, is_
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -131,19 +132,23 @@ class CacheKey:
         self.settings = settings
         self.epoch = _epoch
         self.references = [weakref.ref(tensor) for tensor in tensors]
-        self.fingerprints = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+        self.fingerprints = _fingerprints(tensors)
         self.samples: WeightSamples | None = sample(tensors)
 
     def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
         if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.references):
             return False
-        known = zip(tensors, self.references, self.fingerprints, strict=True)
-        for tensor, reference, (address, version, dtype, device) in known:
-            if reference() is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                return False
-            if tensor.dtype is not dtype or tensor.device != device:
-                return False
-        return self.samples is None or not self.samples.differ(tensors)
+        if not all(map(is_, tensors, [reference() for reference in self.references])):
+            return False
+        return _fingerprints(tensors) == self.fingerprints and (self.samples is None or not self.samples.differ(tensors))
+
+
+_version_of, _dtype_of, _device_of = attrgetter("_version"), attrgetter("dtype"), attrgetter("device")
+
+
+def _fingerprints(tensors: list[Tensor]) -> list[object]:
+    """All addresses, all versions, and so on: whatever is asked of many tensors is asked without a loop in Python."""
+    return [*map(Tensor.data_ptr, tensors), *map(_version_of, tensors), *map(_dtype_of, tensors), *map(_device_of, tensors)]
 
 
 class KeepsWeights:

@@ -22,8 +22,8 @@ from ..chain.activations import activate
 from ..chain.config import ChainConfig
 from ..modules.block_parts import ENDINGS, BlockParts, BlockPaths, find_layout, parts_of, wrappers
 from ..modules.block_state import STATE
-from ..modules.block_structure import equal_settings, find_by_structure
-from ..modules.confirmation import SEED, agree, is_convolution, of_memory, own_parts, random_twin, seeded
+from ..modules.block_structure import find_by_structure
+from ..modules.confirmation import SEED, agree, equal_settings, is_convolution, of_memory, own_parts, random_twin, seeded
 from ..modules.eligibility import fused_activation
 from ..modules.reference_blocks import bottle2neck
 from ..modules.switches import MODULE_ATTRIBUTES, switches

@@ -1,0 +1,648 @@
+"""Whatever may change between two calls of a block is changed, and plain PyTorch's answer is demanded at the next call."""
+
+import contextlib
+import copy
+import gc
+import types
+import weakref
+
+import pytest
+import torch
+from helpers import assert_close, randomize
+from official_style import Bottle2neck as Official
+from published_blocks.speakers1d import ESPnetBlock, SpeechBrainChain
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from res2net_fused import accelerate, freeze, restore
+from res2net_fused.backends import policy
+from res2net_fused.backends.selection import ENVIRONMENT_VARIABLE
+from res2net_fused.modules import fused_forward, fused_forward1d
+from res2net_fused.modules.block_state import STATE
+
+X = torch.randn(2, 16, 5, 6, generator=torch.Generator().manual_seed(3))
+SETTINGS = types.SimpleNamespace(factor=1.0)
+
+
+class Scaled(nn.Conv2d):
+    """Reads settings of all kinds: of the instance, of the class, of an object outside."""
+
+    on_class = [1.0]
+    gain = 1.0
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        self.factors = [1.0, {"inner": 1.0}]
+        self.object = types.SimpleNamespace(factor=1.0)
+
+    def scale(self):
+        return self.gain * self.on_class[0] * self.factors[0] * self.factors[1]["inner"]
+
+    def forward(self, x):
+        factor = self.scale() * self.object.factor * SETTINGS.factor
+        return self._conv_forward(x, self.weight * factor, self.bias)
+
+
+class Clamped(nn.ReLU):
+    """ReLU under a class of its own, all of which are equal."""
+
+    def __eq__(self, other):
+        return isinstance(other, Clamped)
+
+    __hash__ = nn.ReLU.__hash__
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Plugged(Official):
+    """Reads a setting, and calls a module that does nothing yet."""
+
+    gain = 1.0
+    gains = [1.0]
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        self.plugin = nn.Identity()
+        self.counts = [1.0]
+
+    def forward(self, x):
+        return self.plugin(super().forward(x)) * self.gain * self.gains[0] * self.counts[0]
+
+
+def published():
+    shortcut = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+    block = randomize(Official(16, 4, stride=2, stype="stage", baseWidth=64, downsample=shortcut)).eval()
+    block.relu = Clamped(inplace=True)
+    return accelerate(block)
+
+
+def own_classes():
+    block = randomize(Plugged(16, 4, baseWidth=64)).eval()
+    for i, conv in enumerate(block.convs):
+        block.convs[i] = Scaled(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
+        block.convs[i].weight = conv.weight
+        block.convs[i].padding, block.convs[i].dilation = [1, 1], [1, 1]
+    return accelerate(block)
+
+
+def run(block, x=X):
+    with torch.no_grad():
+        return block(x)
+
+
+def asked(block, x=X):
+    """Whether a call of the block asks anew for all that `why_not_fused` looks at."""
+    calls = []
+    own, fused_forward.why_not_fused = fused_forward.why_not_fused, lambda *args: calls.append(args) or own(*args)
+    try:
+        run(block, x)
+    finally:
+        fused_forward.why_not_fused = own
+    return bool(calls)
+
+
+def settled(block, x=X):
+    for _ in range(3):
+        run(block, x)
+    assert not asked(block, x) and vars(block)[STATE].last_refusal is None
+    return block
+
+
+PAIRS = {}
+
+
+@pytest.fixture(params=["cached", "frozen"])
+def keep(request):
+    return request.param
+
+
+def pair(make, keep):
+    """A block that is not asked any more, and the same in plain PyTorch; every test leaves them as they are."""
+    if (make, keep) not in PAIRS:
+        block = make()
+        PAIRS[make, keep] = block, restore(copy.deepcopy(block))
+    block, twin = PAIRS[make, keep]
+    if keep == "frozen":
+        freeze(block)  # norms in training mode have thawed it
+    assert_close(run(settled(block)), run(twin))
+    return block, twin
+
+
+# What may change: (the change of a block, which returns what takes it back), whether that is a write to its weights ------
+
+
+def hook(kind, where, result):
+    def change(block):
+        return getattr(block.get_submodule(where), f"register_{kind}_hook")(result).remove
+
+    return change
+
+
+def attribute(where, name, value):
+    def change(block):
+        module = block.get_submodule(where)
+        had = any(name in where for where in (vars(module), module._parameters, module._buffers, module._modules))
+        old = getattr(module, name, None)
+        setattr(module, name, value(old) if callable(value) and not isinstance(value, nn.Module) else value)
+        return lambda: setattr(module, name, old) if had else delattr(module, name)
+
+    return change
+
+
+def in_place(where, name, write, back):
+    """Something inside a value of an attribute."""
+
+    def change(block):
+        value = getattr(block.get_submodule(where), name)
+        write(value)
+        return lambda: back(value)
+
+    return change
+
+
+def tensor(where, name, write):
+    def change(block):
+        found = getattr(block.get_submodule(where), name)
+        before = found.detach().clone()
+
+        def back():
+            with torch.no_grad():
+                found.copy_(before)
+
+        with torch.no_grad():
+            write(found)
+        return back
+
+    return change
+
+
+def of_class(cls, name, value):
+    def change(block):
+        had, old = name in vars(cls), vars(cls).get(name)
+        setattr(cls, name, value)
+        return lambda: setattr(cls, name, old) if had else delattr(cls, name)
+
+    return change
+
+
+def in_training(where):
+    def change(block):
+        norm = block.get_submodule(where).train()
+        before = [buffer.clone() for buffer in norm.buffers()]
+
+        def back():
+            norm.eval()
+            for buffer, value in zip(norm.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+        return back
+
+    return change
+
+
+def own_forward(where, name="forward"):
+    def change(block):
+        module = block.get_submodule(where)
+        own = getattr(module, name)
+        setattr(module, name, lambda *args: own(*args) * 2)
+        return lambda: delattr(module, name)
+
+    return change
+
+
+def other_code(block):
+    own = Scaled.scale.__code__
+    Scaled.scale.__code__ = (lambda self: self.gain + self.on_class[0] + 1).__code__
+    return lambda: setattr(Scaled.scale, "__code__", own)
+
+
+def parametrized(block):
+    conv = block.convs[0]
+    weight, cls = conv.weight, type(conv)
+    parametrizations.weight_norm(conv)
+    with torch.no_grad():
+        conv.parametrizations.weight.original0.mul_(2)
+
+    def back():
+        conv.__class__ = cls
+        del conv._modules["parametrizations"]
+        conv.weight = weight
+
+    return back
+
+
+def replaced_norm(name, make=lambda old: nn.GroupNorm(1, old.num_features)):
+    def change(block):
+        old = block.get_submodule(name)
+        block.set_submodule(name, make(old))
+        return lambda: block.set_submodule(name, old)
+
+    return change
+
+
+def together(*changes):
+    def change(block):
+        back = [each(block) for each in changes]
+        return lambda: [undo() for undo in back]
+
+    return change
+
+
+def dilated(block):
+    def to(size):
+        for values in (block.convs[1].padding, block.convs[1].dilation):
+            values[:] = [size, size]
+
+    to(2)
+    return lambda: to(1)
+
+
+def another_class(block):
+    block.convs[1].__class__ = Doubled
+    return lambda: setattr(block.convs[1], "__class__", nn.Conv2d)
+
+
+def equal_module(block):
+    own, block.relu = block.relu, Clamped(inplace=True)
+    block.relu.register_forward_hook(DOUBLE)
+    return lambda: setattr(block, "relu", own)
+
+
+def another_dictionary(block):
+    """The same module with another dictionary of its attributes, which is changed then."""
+    norm = block.bns[0]
+    own = vars(norm)
+    norm.__dict__ = dict(own, eps=2.0)
+    return lambda: setattr(norm, "__dict__", own)
+
+
+DOUBLE = lambda module, args, out: out * 2  # noqa: E731
+DOUBLE_X = lambda module, args: (args[0] * 2,)  # noqa: E731
+NOTHING = lambda *args: None  # noqa: E731
+HOOKS = {"forward": DOUBLE, "forward_pre": DOUBLE_X, "full_backward": NOTHING, "full_backward_pre": NOTHING}
+INNER = ["conv1", "bn1", "convs.0", "convs.2", "bns.1", "conv3", "bn3", "relu", "pool", "downsample.1", "downsample.2"]
+NORMS = ["bn1", "bns.0", "bns.2", "bn3", "downsample.2"]
+
+CHANGES = {
+    **{f"{kind}_hook:{where}": hook(kind, where, result) for kind, result in HOOKS.items() for where in INNER},
+    "forward_hook:downsample": hook("forward", "downsample", DOUBLE),
+    **{f"training:{where}": in_training(where) for where in NORMS},
+    **{f"norm:{where}": replaced_norm(where) for where in NORMS},
+    "no norm": replaced_norm("bns.1", lambda old: nn.Identity()),
+    **{f"own forward:{where}": own_forward(where) for where in INNER},
+    "tiling": own_forward("convs.1", "_conv_forward"),
+    "no statistics": together(*(attribute("bns.1", name, None) for name in ("running_mean", "running_var"))),
+    "another convolution": attribute("", "conv1", nn.Conv2d(16, 16, 1, bias=False).requires_grad_(False)),
+    "removed": attribute("", "downsample", nn.AvgPool2d(2, 2, ceil_mode=True)),
+    "activation": attribute("", "relu", nn.GELU()),
+    "activation's class": of_class(Clamped, "forward", lambda self, x: x.sigmoid()),
+    "dilation": together(attribute("convs.2", "dilation", (2, 2)), attribute("convs.2", "padding", (2, 2))),
+    "padding": attribute("convs.2", "padding_mode", "circular"),
+    "stride": together(
+        attribute("downsample.0", "stride", 1),
+        attribute("downsample.0", "kernel_size", 1),
+        attribute("downsample.1", "stride", (2, 2)),
+    ),
+    "pool": attribute("pool", "count_include_pad", False),
+    "pool of the shortcut": attribute("downsample.0", "divisor_override", 3),
+    "parametrized": parametrized,
+    "dictionary": another_dictionary,
+    "class": another_class,
+    "equal module": equal_module,
+    "eps": attribute("bns.0", "eps", 1.0),
+    "eps of the projection": attribute("downsample.2", "eps", 1.0),
+}
+FOLDED = ("another convolution", "dictionary", "eps", "eps of the projection")
+
+OWN_CHANGES = {
+    "list": in_place("convs.0", "factors", lambda v: v.__setitem__(0, 2.0), lambda v: v.__setitem__(0, 1.0)),
+    "dictionary in a list": in_place("convs.1", "factors", lambda v: v[1].update(inner=2.0), lambda v: v[1].update(inner=1.0)),
+    "object": in_place("convs.1", "object", lambda v: setattr(v, "factor", 2.0), lambda v: setattr(v, "factor", 1.0)),
+    "another object": attribute("convs.1", "object", types.SimpleNamespace(factor=3.0)),
+    "shadowed": attribute("convs.2", "gain", 2.0),
+    "of a class": of_class(Scaled, "gain", 2.0),
+    "inside of a class": lambda b: Scaled.on_class.__setitem__(0, 2.0) or (lambda: Scaled.on_class.__setitem__(0, 1.0)),
+    "global": lambda b: setattr(SETTINGS, "factor", 2.0) or (lambda: setattr(SETTINGS, "factor", 1.0)),
+    "forward": of_class(Scaled, "forward", lambda self, x: 2 * self._conv_forward(x, self.weight, self.bias)),
+    "forward of an own class": of_class(nn.ReLU, "forward", lambda self, x: x.sigmoid()),
+    "method": of_class(Scaled, "scale", lambda self: 3.0),
+    "code": other_code,
+    "dilation in place": dilated,
+    "gain": attribute("", "gain", 2.0),
+    "gain of the class": of_class(Plugged, "gain", 2.0),
+    "list of the class": lambda b: Plugged.gains.__setitem__(0, 2.0) or (lambda: Plugged.gains.__setitem__(0, 1.0)),
+    "list of the block": in_place("", "counts", lambda v: v.__setitem__(0, 2.0), lambda v: v.__setitem__(0, 1.0)),
+    "plugin": attribute("", "plugin", nn.Sigmoid()),
+    "plugin's hook": hook("forward", "plugin", DOUBLE),
+    "plugin's insides": attribute("plugin", "forward", lambda old: torch.sigmoid),
+    "block's forward": of_class(Plugged, "forward", lambda self, x: Official.forward(self, x) * 2),
+}
+
+
+WEIGHTS = {
+    "in place": tensor("convs.0", "weight", lambda t: t.mul_(2)),
+    "one element": tensor("convs.0", "weight", lambda t: t[0, 0, 1].add_(5)),
+    ".data": tensor("conv3", "weight", lambda t: t.data.mul_(2)),
+    "statistics": tensor("bn1", "running_var", lambda t: t.mul_(4)),
+    "numpy": tensor("bns.0", "bias", lambda t: t.detach().numpy().__iadd__(1)),
+    "projection": tensor("downsample.1", "weight", lambda t: t.mul_(2)),
+    "parameter": attribute("bns.2", "weight", lambda old: nn.Parameter(old.detach() * 3, requires_grad=False)),
+    "buffer": attribute("bn3", "running_mean", lambda old: old + 1),
+    "bias": attribute("convs.1", "bias", nn.Parameter(torch.ones(4), requires_grad=False)),
+}
+
+
+def demand(block, twin, change, before, shown=True):
+    """Plain PyTorch's answer at the next call after the change of both, and again once it is taken back; the last refusal.
+
+    shown: whether the change alters that answer.
+    """
+    back = [change(twin), change(block)]
+    try:
+        expected = run(twin)
+        assert not shown or not torch.equal(expected, before), "the change changes nothing: not a test"
+        for _ in range(3):
+            assert_close(run(block), expected)
+        return vars(block)[STATE].last_refusal
+    finally:
+        for undo in back[::-1]:
+            undo()
+        for _ in range(2):
+            assert_close(run(block), before)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_change_is_seen_at_the_next_call(name, keep):
+    if keep == "frozen" and name in FOLDED:
+        pytest.skip("what is frozen stays as it is")
+    block, twin = pair(published, keep)
+    refusal = demand(block, twin, CHANGES[name], run(twin), "backward" not in name)
+    assert "hook" not in name or "downsample" in name or "hook" in refusal
+
+
+@pytest.mark.parametrize("name", OWN_CHANGES)
+def test_every_setting_of_own_classes_is_seen_at_the_next_call(name, keep):
+    block, twin = pair(own_classes, keep)
+    demand(block, twin, OWN_CHANGES[name], run(twin))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_write_to_weights_is_seen_at_the_next_call(name):
+    block, twin = pair(published, "cached")
+    assert demand(block, twin, WEIGHTS[name], run(twin)) is None
+    block, twin = pair(published, "frozen")
+    before, back = run(twin), WEIGHTS[name](block)
+    assert_close(run(block), before)
+    back()
+    assert_close(run(block), before)
+
+
+# Around a call --------------------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_what_lies_around_a_call_is_seen(keep, monkeypatch):
+    block, twin = pair(published, keep)
+    before = run(twin)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    assert_close(run(block), before)
+    handle.remove()
+    assert block.convs[0] in seen
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(block)
+        assert out.dtype == run(twin).dtype == torch.bfloat16
+        assert_close(out, run(twin), 1.5e-2)
+    for double in (block, twin):
+        double.double()
+    assert_close(run(block, X.double()), run(twin, X.double()))
+    for single in (block, twin):
+        single.float()
+    pair(published, keep)
+    kept = vars(block)[STATE].kept
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert_close(run(block), before)
+    assert keep == "frozen" or vars(block)[STATE].kept is not kept, "packed for another backend"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nothing")
+    with pytest.raises(ValueError, match="nothing"):
+        run(block)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    assert_close(torch.func.vmap(lambda x: run(block, x))(X[None])[0], before)
+    with torch.autograd.forward_ad.dual_level():
+        dual = run(block, torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)))
+        assert torch.autograd.forward_ad.unpack_dual(dual).tangent is not None
+    with torch.no_grad():
+        assert "res2net_fused::" not in str(torch.jit.trace(block, X, check_trace=False).graph)
+    with Operators() as mode:
+        assert_close(run(block), before)
+    assert "aten.convolution.default" in mode.names
+    with torch.device("meta"):  # a mode that asks for nothing else
+        assert_close(run(block), before)
+    assert not asked(block)
+
+
+def test_gradients_are_seen(keep):
+    block, twin = pair(published, keep)
+    for each in (block, twin):
+        each.requires_grad_(False)
+    assert not block(X).requires_grad
+    x = X.clone().requires_grad_()
+    (expected,), (grad,) = (torch.autograd.grad(each(x).square().sum(), [x]) for each in (twin, block))
+    assert_close(grad, expected, 1e-4)
+    for name in ("convs.1.weight", "downsample.2.bias"):
+        for each in (block, twin):
+            each.get_parameter(name).requires_grad_()
+        own = [torch.autograd.grad(each(X).square().sum(), [each.get_parameter(name)])[0] for each in (block, twin)]
+        assert_close(*own, 1e-4)
+        for each in (block, twin):
+            each.get_parameter(name).requires_grad_(False)
+    assert not block(X).requires_grad
+    for each in (block, twin):
+        each.requires_grad_()
+
+
+OTHERS = {
+    "channels_last": X.contiguous(memory_format=torch.channels_last),
+    "one image": X[:1],
+    "pixel": X[:, :, :1, :1].contiguous(),
+    "strided": torch.randn(2, 16, 10, 12)[:, :, ::2, ::2],
+    "expanded": torch.randn(1, 16, 5, 6).expand(2, 16, 5, 6),
+    "empty": X[:0],
+    "parameter": nn.Parameter(X.clone()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_x_is_seen(name, keep):
+    block, twin = pair(published, keep)
+    for x in (OTHERS[name], X, OTHERS[name]):
+        out = run(block, x)
+        assert_close(out, run(twin, x))
+        assert out.stride() == run(copy.deepcopy(block), x).stride(), "of a block that has to ask"
+
+
+@pytest.mark.parametrize(
+    "x", [X.double(), X[0], X.long(), X[:, :4], None], ids=["double", "3d", "integers", "channels", "none"]
+)
+def test_an_x_that_does_not_fit_fails_as_in_plain_pytorch(x, keep):
+    block, twin = pair(published, keep)
+    for _ in range(2):
+        errors = []
+        for each in (twin, block):
+            with pytest.raises(Exception) as raised:  # noqa: PT011 - of whatever kind plain PyTorch has
+                run(each, x)
+            errors.append(raised.type)
+        assert errors[0] is errors[1] or issubclass(errors[1], (ValueError, TypeError))
+    assert not asked(block)
+
+
+# What it holds --------------------------------------------------------------------------------------------------------
+
+
+def test_one_element_tensors_are_told_apart_though_they_are_equal():
+    block = settled(accelerate(randomize(Official(16, 4)).eval()))  # groups of one channel
+    norm = block.bns[1]
+    norm.bias = nn.Parameter(norm.bias.detach().clone(), requires_grad=False)
+    norm.running_mean = norm.running_mean.clone()
+    run(block)
+    with torch.no_grad():
+        norm.bias.add_(1)
+        norm.running_mean.sub_(1)
+    assert_close(run(block), run(restore(copy.deepcopy(block))))
+    settled(block.requires_grad_(False))
+    norm.bias = nn.Parameter(norm.bias.detach().clone())
+    assert block(X).requires_grad
+
+
+def test_a_block_is_freed_with_its_last_reference():
+    block = settled(accelerate(randomize(Official(16, 4)).eval()))
+    held = weakref.ref(block), weakref.ref(block.convs[0]), weakref.ref(block.convs[0].weight)
+    gc.disable()
+    try:
+        del block
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_what_is_replaced_is_freed_at_the_next_call():
+    block = settled(accelerate(randomize(Official(16, 4)).eval()))
+    held = [weakref.ref(block.conv1), weakref.ref(block.bn3.weight)]
+    block.conv1 = nn.Conv2d(16, 4, 1, bias=False)
+    block.bn3.weight = nn.Parameter(torch.ones(16))
+    run(block)
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 2
+    block = settled(block)
+    block.conv1 = nn.Identity()
+    with contextlib.suppress(RuntimeError):
+        run(block)
+    assert vars(block)[STATE].known is None
+
+
+def test_copies_and_replicas_ask_for_themselves():
+    block = settled(accelerate(randomize(Official(16, 4)).eval()))
+    shallow, deep = copy.copy(block), copy.deepcopy(block)
+    assert vars(deep)[STATE].known is None and vars(shallow)[STATE] is vars(block)[STATE]
+    shallow.relu = nn.Sigmoid()  # in the dictionary that both share
+    assert_close(run(block), run(restore(copy.deepcopy(block))))
+    other = randomize(copy.deepcopy(deep), seed=9)
+    vars(other)[STATE] = vars(deep)[STATE]
+    for _ in range(3):
+        for each in (deep, other):
+            assert_close(run(each), run(restore(copy.deepcopy(each))))
+
+
+def test_containers_that_hold_themselves_are_no_trap():
+    block = accelerate(randomize(Plugged(16, 4)).eval())
+    block.counts = [1.0]
+    block.counts.append(block.counts)
+    block.convs[0].notes = block.counts
+    expected = run(block)
+    for _ in range(3):
+        assert torch.equal(run(block), expected)
+
+
+def test_a_block_that_changes_at_every_call_takes_few_snapshots(monkeypatch):
+    taken = []
+    own = fused_forward.take_snapshot
+    monkeypatch.setattr(fused_forward, "take_snapshot", lambda *args: taken.append(args) or own(*args))
+    block = accelerate(randomize(Official(16, 4)).eval())
+    for i in range(200):
+        block.note = i
+        run(block)
+    assert len(taken) < 10
+    for _ in range(70):
+        run(block)
+    settled(block)
+    count = len(taken)
+    for _ in range(20):  # refused, which takes none
+        handle = block.conv1.register_forward_hook(NOTHING)
+        run(block)
+    assert len(taken) <= count + 1
+    handle.remove()
+
+
+# Along rows -----------------------------------------------------------------------------------------------------------
+
+ROWS = torch.randn(2, 32, 23, generator=torch.Generator().manual_seed(5))
+CHANGES_1D = {
+    **{f"{kind}_hook": ("conv", hook(kind, "", result)) for kind, result in HOOKS.items() if "backward" not in kind},
+    "own forward": ("conv", own_forward("")),
+    "weight": ("conv", tensor("", "weight", lambda t: t.mul_(2))),
+    ".data": ("norm", tensor("", "bias", lambda t: t.data.add_(1))),
+    "parameter": ("norm", attribute("", "weight", lambda old: nn.Parameter(old.detach() * 3, requires_grad=False))),
+    "eps": ("norm", attribute("", "eps", 1.0)),
+    "training": ("norm", in_training("")),
+}
+
+
+@pytest.mark.parametrize("make", [SpeechBrainChain, ESPnetBlock])
+def test_every_change_of_a_block_along_rows_is_seen(make, keep, monkeypatch):
+    pays = [True]
+    monkeypatch.setattr(policy, "chain_pays_1d", lambda problem: pays[0])
+    block = accelerate(randomize(make()).eval())
+    twin = restore(copy.deepcopy(block))
+    before = run(twin, ROWS)
+    for name, (part, change) in CHANGES_1D.items():
+        kind = nn.Conv1d if part == "conv" else nn.BatchNorm1d
+        pair = [[m for m in each.modules() if isinstance(m, kind) and 4 in m.weight.shape][-1] for each in (twin, block)]
+        if keep == "frozen" and name in ("weight", ".data", "parameter", "eps"):
+            continue
+        if keep == "frozen":
+            freeze(block)  # norms in training mode have thawed it
+        for _ in range(3):
+            assert_close(run(block, ROWS), before)
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_forward1d, "why_not_fused_1d", lambda *args: pytest.fail("asked anew"))
+            assert_close(run(block, ROWS), before)
+        back = [change(module) for module in pair]
+        expected = run(twin, ROWS)
+        assert not torch.equal(expected, before), "the change changes nothing: not a test"
+        for _ in range(3):
+            assert_close(run(block, ROWS), expected)
+        for undo in back:
+            undo()
+    for x in (ROWS, ROWS[:1], ROWS[:, :, :11], ROWS.mT.contiguous().mT):
+        assert_close(run(block, x), run(twin, x))
+    for _ in range(2):
+        assert_close(run(block, ROWS), before)
+    pays[0] = False
+    for _ in range(2):
+        assert torch.equal(run(block, ROWS[:1]), run(twin, ROWS[:1])) and "not measured" in vars(block)[STATE].last_refusal
+    x = ROWS.clone().requires_grad_()
+    grads = [torch.autograd.grad(each(x).square().sum(), [x])[0] for each in (block, twin)]
+    assert_close(*grads, 1e-4)
