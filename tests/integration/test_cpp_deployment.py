@@ -22,7 +22,7 @@ FORMAT = torch.channels_last
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """The path of the built example."""
+    """The path of the built example. One thread: how many there are decides how a call is divided, and so its rounding."""
     folder = tmp_path_factory.mktemp("build")
     cmake = tool(shutil.which("cmake"), "cmake", "apt-get install cmake, or pip install cmake")
     tool(shutil.which("c++") or shutil.which("g++"), "a C++ compiler", "apt-get install g++")
@@ -30,7 +30,10 @@ def program(tmp_path_factory):
     for command in ([cmake, "-S", SOURCE, "-B", folder, prefix], [cmake, "--build", folder]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run_package"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield folder / "run_package"
+    torch.set_num_threads(threads)
 
 
 def run(program, model, x, folder):

@@ -9,13 +9,12 @@ namespace {
 using Ints = std::vector<int64_t>;
 
 Tensor convolution(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t padding,
-    int64_t dilation, int64_t groups) {
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t padding, int64_t dilation,
+    int64_t groups) {
   std::optional<Tensor> cast;
   if (bias.has_value()) cast = torch::stable::to(*bias, x.scalar_type());
   const Ints strides{stride, stride}, paddings{padding, padding}, dilations{dilation, dilation}, none{0, 0};
-  return call_operator<Tensor>(
-      "aten::convolution", "", x, weight, cast, strides, paddings, dilations, false, none, groups);
+  return call_operator<Tensor>("aten::convolution", "", x, weight, cast, strides, paddings, dilations, false, none, groups);
 }
 
 // A tensor of one value: the dispatcher's C interface takes no scalars.
