@@ -1,6 +1,5 @@
 """The operators' schemas and native bodies in every order of loading, each in a process of its own."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -34,11 +33,14 @@ def plain(x, weights, biases, pool=None, stride=1):
 def matches(dtype=torch.float32, pool=None, stride=1, backend="auto"):
     own = [x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]]
     out = call(*own, backend, pool, stride)
-    error = (out.double() - plain(x.double(), [w.double() for w in weights], [b.double() for b in biases], pool, stride)).abs().max()
+    exact = plain(x.double(), [w.double() for w in weights], [b.double() for b in biases], pool, stride)
+    error = (out.double() - exact).abs().max()
     assert error < (1e-12 if dtype == torch.float64 else 1e-4), error
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
 """
-BOTH_WAYS = "matches(); matches(torch.float64); matches(pool='avg3', stride=2); matches(pool='avg3', stride=2, backend='reference')\n"
+BOTH_WAYS = (
+    "matches(); matches(torch.float64); matches(pool='avg3', stride=2); matches(pool='avg3', stride=2, backend='reference')\n"
+)
 
 
 def run(script, folder=ROOT, **environment):
@@ -55,7 +57,11 @@ def loads(name):
 
 @needs_cpu_library
 def test_without_python_a_call_is_right_or_refused():
-    script = CALL + loads("cpu") + BOTH_WAYS + """
+    script = (
+        CALL
+        + loads("cpu")
+        + BOTH_WAYS
+        + """
 for wrong, said in (dict(backend="triton"), "without Python"), (dict(backend="cpu", x=x.double()), "float64"):
     try:
         call(**{"x": x, "weights": weights, "biases": biases} | wrong)
@@ -66,6 +72,7 @@ for wrong, said in (dict(backend="triton"), "without Python"), (dict(backend="cp
 import sys
 assert "res2net_fused" not in sys.modules
 """
+    )
     run(script)
 
 
@@ -73,7 +80,13 @@ assert "res2net_fused" not in sys.modules
 @pytest.mark.parametrize("order", ["library first", "package first"])
 def test_either_order_defines_each_operator_once(order):
     first, second = [loads("cpu"), "import res2net_fused\n"][:: 1 if order == "library first" else -1]
-    script = CALL + first + BOTH_WAYS * (order == "library first") + second + BOTH_WAYS + """
+    script = (
+        CALL
+        + first
+        + BOTH_WAYS * (order == "library first")
+        + second
+        + BOTH_WAYS
+        + """
 assert torch.Tag.needs_exact_strides in torch.ops.res2net_fused.bottle2neck.default.tags
 try:
     call(x, weights[:2], biases)
@@ -82,6 +95,7 @@ except ValueError as error:
 else:
     raise AssertionError("Python was not asked")
 """
+    )
     run(script)
 
 
@@ -96,7 +110,8 @@ def test_both_libraries_share_the_operators(order):
 
 def test_without_libraries_python_defines_the_operators(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "res2net_fused", ignore=shutil.ignore_patterns("lib", "__pycache__", "*.so"))
-    script = CALL + "import json, res2net_fused\n" + BOTH_WAYS.replace("matches(torch.float64); ", "")
-    script += "print(json.dumps([str(getattr(torch.ops.res2net_fused, n).default._schema) for n in ('bottle2neck', 'hierarchical_conv1d')]))"
-    schemas = json.loads(run(script, tmp_path))
-    assert schemas == [str(getattr(torch.ops.res2net_fused, n).default._schema) for n in ("bottle2neck", "hierarchical_conv1d")]
+    names = "bottle2neck", "hierarchical_conv1d"
+    script = "import res2net_fused\n" + BOTH_WAYS.replace("matches(torch.float64); ", "")
+    script += f"print(*[getattr(torch.ops.res2net_fused, name).default._schema for name in {names}], sep='\\n')"
+    schemas = [str(getattr(torch.ops.res2net_fused, name).default._schema) for name in names]
+    assert run(CALL + script, tmp_path).splitlines() == schemas
