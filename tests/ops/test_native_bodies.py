@@ -84,8 +84,9 @@ def test_a_refusal_is_not_raised_again_for_another_error():
     x, weights, biases = tensors()
     with pytest.raises(ValueError, match="biases holds"):
         call(x, weights[:2], biases)
-    with pytest.raises(RuntimeError, match="no list"):
-        OPERATOR.default(x, "no list")
+    for wrong in ("no list", 2.5):
+        with pytest.raises(RuntimeError, match=f"{wrong}"):
+            OPERATOR.default(x, wrong)
 
 
 def test_tangents_are_refused_after_a_call_without():
