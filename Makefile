@@ -102,17 +102,18 @@ $(DEPENDENCIES): Makefile $(PINS)
 	touch $@
 
 # Editable, so that Python sources need no installing again. Native code is built behind it (by ninja, only what changed), when
-# PyPI's nvcc is there where it is the one that fits torch, and not by pip, which would hide for minutes that it compiles.
+# PyPI's nvcc is there where it is the one that fits torch, and not by pip, which would hide for minutes that it compiles; pip
+# fetches what only tests and benchmarks need meanwhile.
 # timm and torchvision, whose 0.28 is torch's 2.13, come without their dependencies, which would change torch: timm's others come
 # first. The script behind them sees to it that torchvision loads also beside a torch of another build than PyPI's.
 TORCHVISION = $(BIN)/python -c 'import importlib.metadata as m; print(int(m.version("torch").split(".")[1]) + 15)'
 $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	RES2NET_FUSED_BUILD=off $(BIN)/python -m pip install --no-build-isolation -e \
-		".[bench,test$$($(BIN)/python -I res2net_fused/_native/cuda_toolkit.py)]"
-	$(BIN)/python setup.py build_ext --inplace
-	$(BIN)/python -m pip install safetensors pyyaml huggingface_hub
-	$(BIN)/python -m pip install --no-deps timm "torchvision==0.$$($(TORCHVISION)).*"
-	$(BIN)/python .ci/fit_torchvision.py
+		".$$($(BIN)/python -I res2net_fused/_native/cuda_toolkit.py)"
+	$(BIN)/python setup.py build_ext --inplace & built=$$!; \
+	$(BIN)/python -m pip install 'res2net-fused[bench,test]' safetensors pyyaml huggingface_hub && \
+	$(BIN)/python -m pip install --no-deps timm "torchvision==0.$$($(TORCHVISION)).*" && \
+	$(BIN)/python .ci/fit_torchvision.py; status=$$?; wait $$built && exit $$status
 	touch $@
 
 # The package is there already, so pip installs only what this extra adds.

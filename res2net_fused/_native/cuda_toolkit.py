@@ -3,7 +3,7 @@
 torch.utils.cpp_extension is no help: its CUDA_HOME is None beside a CPU-only torch, and it knows nothing of PyPI's nvcc.
 
 setup.py loads this file by its path, as it does build_flags.py, and the Makefile runs it: the standard library only. Run, it
-prints ",nvcc" where the extra of that name should be installed before the build.
+prints "[nvcc]" where the extra of that name should be installed before the build.
 """
 
 from __future__ import annotations
@@ -152,4 +152,4 @@ def _remedy(major: str | None) -> str:
 if __name__ == "__main__":
     torch = importlib.util.find_spec("torch")
     folder = Path(torch.origin).parent if torch is not None and torch.origin else Path()
-    print(",nvcc" if extra_wanted(torch_cuda(folder)) else "")
+    print("[nvcc]" if extra_wanted(torch_cuda(folder)) else "")

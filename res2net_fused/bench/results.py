@@ -49,7 +49,7 @@ def environment(device: str, command: str) -> dict[str, Any]:
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": triton_version,
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "commit": source_commit(),

@@ -43,13 +43,18 @@ def switches(module: nn.Module) -> tuple[object, ...]:
     replaced = [name for name in methods if name in own]
     parts = own["_modules"]  # looked at by themselves; on the class they would be searched for in vain
     values: list[Any] = [
-        own[name] if name in own else _ABSENT if name in parts else getattr(cls, name, _ABSENT) for name in names
+        own[name] if name in own else _ABSENT if name in parts else _of_class(module, cls, name) for name in names
     ]
     if compiling:
         plain = [value if type(value) in _PLAIN else _in_a_trace(value) for value in values]
         return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls), *replaced)
     values += [_read(*place) for place in shared]
     return *[value if type(value) in _PLAIN else _described(value) for value in values], _code(cls, methods), *replaced
+
+
+def _of_class(module: nn.Module, cls: Any, name: str) -> object:
+    value = getattr(cls, name, _ABSENT)
+    return getattr(module, name, _ABSENT) if type(value) is types.MemberDescriptorType else value  # of __slots__
 
 
 def named_switches(module: nn.Module) -> dict[str, object]:

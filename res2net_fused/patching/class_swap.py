@@ -43,10 +43,17 @@ def own_class(module: nn.Module) -> Any:
     return originals.get(type(module), type(module))
 
 
+class _Unregistered:
+    """The first base of a class while it is made: hides what others run for each new subclass."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 def _derive(metaclass: Any, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
     """A class made without the code that users run for new subclasses, which has seen the class that stands behind it."""
     new = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
-    made: Any = new(metaclass, name, (nn.Module,), body)
+    made: Any = new(metaclass, name, (_Unregistered, *bases), body)
     made.__bases__ = bases
     return made
 

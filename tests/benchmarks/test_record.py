@@ -42,6 +42,12 @@ def test_later_calls_add_to_a_record(tmp_path):
     assert results.read(path.with_name("record.json.before")) == data
 
 
+def test_threads_count_on_a_processor_whatever_torch_is_built_for(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    here = environment()
+    assert record_file.different_fields(here, {**here, "threads": -1})
+
+
 @pytest.mark.parametrize("change", [{"commit": "other"}, {"torch": "0"}, {"device": "x"}, {"native": {}}, {"threads": -1}])
 def test_other_environments_are_refused(tmp_path, change):
     path = tmp_path / "record.json"

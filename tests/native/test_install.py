@@ -302,7 +302,7 @@ def make(tmp_path):
         '  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";;\n'
         f"  *find_spec*) test -e {tmp_path}/has_torch;;\n"
         "  *importlib.metadata*) echo 28;;\n"
-        "  *cuda_toolkit.py) echo ,nvcc;;\n"
+        "  *cuda_toolkit.py) echo [nvcc];;\n"
         "esac\n"
     )
     python.chmod(0o755)
@@ -336,9 +336,17 @@ def test_make_installs_the_pins_or_what_it_is_told(make):
 
 def test_make_builds_behind_the_compiler_that_it_installs(make):
     calls = make()
-    (extras,) = [i for i, call in enumerate(calls) if "-e .[bench,test,nvcc]" in call]
+    (extras,) = [i for i, call in enumerate(calls) if call.endswith("-e .[nvcc]")]
     assert calls[extras].startswith("BUILD=off ")
     assert calls.index("setup.py build_ext --inplace") > extras
+
+
+def test_make_fails_where_the_build_does(make):
+    """It runs beside pip."""
+    make.python.write_text(make.python.read_text() + 'case "$*" in *build_ext*) sleep 0.3; exit 3;; esac\n')
+    with pytest.raises(AssertionError):
+        make()
+    assert not (make.folder / ".venv" / ".installed").exists()
 
 
 def test_make_installs_a_timm_that_can_be_used(make):

@@ -264,12 +264,19 @@ class Abstract(Bottle2neck, abc.ABC):
     pass
 
 
+class Slotted(Bottle2neck):
+    __slots__ = ("gain",)
+
+    def forward(self, x):
+        return super().forward(x) * getattr(self, "gain", 1.0)
+
+
 class Named(Bottle2neck):
     def forward(self, hidden_states, scale=None):
         return super().forward(hidden_states)
 
 
-@pytest.mark.parametrize("kind", [Bottle2neck, Registered, ByMetaclass, Abstract])
+@pytest.mark.parametrize("kind", [Bottle2neck, Registered, ByMetaclass, Abstract, Slotted])
 def test_the_class_of_an_accelerated_block_makes_plain_ones(kind):
     seen = len(Registered.names), len(Registry.names)
     b = accelerate(block(kind))
@@ -369,6 +376,15 @@ def test_a_method_of_one_convolution_is_noticed(how):
         setattr(conv, name, lambda *args, own=own: own(*args) * 2)
     assert torch.equal(run(b), run(plain))
     assert "has a forward of its own" in explain(b)[0].reason
+
+
+def test_a_setting_in_a_slot_is_noticed():
+    b = block(Slotted)
+    expected = run(b)
+    assert_close(run(accelerate(b)), expected, 5e-6)
+    assert explain(b)[0].fused
+    b.gain = 2.0
+    assert torch.equal(run(b), expected * 2)
 
 
 def test_other_norms_of_pytorch_count_by_what_they_compute():

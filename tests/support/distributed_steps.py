@@ -85,12 +85,13 @@ def main(kind: str, rank: int, folder: Path) -> None:
         wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         results["losses"] = train(wrapped, batches(rank))
     elif kind == "fully_shard":
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         model = network()
-        for block in blocks_of(model).values():
-            fully_shard(block)
-        fully_shard(model)
+        mesh = init_device_mesh("cpu", (WORLD,))  # by itself it takes a GPU where there is one
+        for part in (*blocks_of(model).values(), model):
+            fully_shard(part, mesh=mesh)
         results["losses"] = train(model, batches(rank))
     else:
         model = network(accelerated=False, only_chains=True)
