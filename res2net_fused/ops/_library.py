@@ -123,11 +123,12 @@ def _called(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _requires_grad(argument: Any) -> bool:
+    """Whether a tensor in it may; what is neither tensor, list nor setting is left to PyTorch."""
     if isinstance(argument, Tensor):
         return argument.requires_grad
     if argument is None or isinstance(argument, (str, int)):
         return False
-    return any(tensor.requires_grad for tensor in argument)
+    return any(map(_requires_grad, argument)) if isinstance(argument, (list, tuple)) else True
 
 
 def answer_native_bodies() -> None:

@@ -6,8 +6,8 @@ checks the arguments and asks `backends.selection` for a backend; nothing of tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,14 +97,26 @@ def hierarchical_conv2d(
         config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
         return reference.hierarchical_conv2d(x, weights, biases, config)
     if not torch.compiler.is_compiling():
-        one_of("backend", backend, BACKENDS)
-        ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
+        if backend != "auto":
+            one_of("backend", backend, BACKENDS)
+        _check_settings(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's
         if forward_mode():
             chain = stride, dilation, groups, hierarchical, passthrough, pool, activation
             return _differentiable(x, weights, biases, None, "plain", *chain, backend)
     return torch.ops.res2net_fused.hierarchical_conv2d.default(
         x, weights, biases, packed, layout, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend
     )
+
+
+_known_settings = functools.lru_cache(typed=True)(ChainConfig)  # typed: True is no 1
+
+
+def _check_settings(*settings: Any) -> None:
+    """Raises what `ChainConfig` does for such settings."""
+    try:
+        _known_settings(*settings)
+    except TypeError:  # also of what has no hash
+        ChainConfig(*settings)
 
 
 def _output_shape(problem: ChainProblem) -> tuple[int, int, int, int]:
@@ -120,7 +132,7 @@ def _chosen(x, weights, biases, packed, layout, *settings) -> tuple[ChainProblem
     def run(by: Backend, p: ChainProblem, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> list[Tensor]:
         return [by.forward(p, x, weights, biases, by.pack(weights, biases, p.config) if packed else None)]
 
-    chosen = confirmed("forward", partial(choose, problem, backend, layout), problem, [x], [weights, biases], run)
+    chosen = confirmed("forward", functools.partial(choose, problem, backend, layout), problem, [x], [weights, biases], run)
     return problem, chosen.name
 
 

@@ -33,8 +33,8 @@ def anchors(page: Path) -> set[str]:
 def test_all_pages_are_found():
     assert {"README.md", "CONTRIBUTING.md"} <= set(NAMES)
     assert [page.stem for page in NEW_PAGES] == [
-        "api", "architecture", "backends", "benchmarking", "install", "kernels", "mathematics", "results", "stand_in_card",
-        "training", "troubleshooting", "usage",
+        "api", "architecture", "backends", "benchmarking", "deployment", "install", "kernels", "mathematics", "results",
+        "stand_in_card", "training", "troubleshooting", "usage",
     ]  # fmt: skip
 
 

@@ -138,7 +138,11 @@ def test_the_operators_that_are_asked_for_are_those_of_the_sources():
     if not sources.is_dir():
         pytest.skip("the sources are not beside the installed package")
     defined, named = {}, named_arguments(sources)
-    files = {"cpu": ("cpu/ops/*.cpp", "cuda/plan/*_ops.cpp"), "cuda": ("cuda/*_ops.cpp", "cuda/chain/*_ops.cpp")}
+    files = {
+        "cpu": ("cpu/ops/*.cpp", "cuda/plan/*_ops.cpp"),
+        "cuda": ("cuda/*_ops.cpp", "cuda/chain/*_ops.cpp"),
+        "ops": ("operators/*.cpp",),
+    }
     for name, patterns in files.items():
         texts = [path.read_text() for pattern in patterns for path in sorted(sources.glob(pattern))]
         text = re.sub(r"RES2NET_SCHEMA\((\w+)\)", lambda match: f'"{named[match[1]]}"', re.sub("//.*", "", "\n".join(texts)))

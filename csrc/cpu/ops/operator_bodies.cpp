@@ -40,7 +40,8 @@ Decision decide_without_python(const std::string& backend, const Tensor& x) {
 
 // Python's output where it ran the call, else nothing, and then the decision.
 template <class... T>
-std::optional<Tensor> decide(Decision& decision, const char* name, const Tensor& x, const std::string& backend, const T&... arguments) {
+std::optional<Tensor> decide(
+    Decision& decision, const char* name, const Tensor& x, const std::string& backend, const T&... arguments) {
   Key key(name, arguments...);
   if (const auto known = key.find(); known.has_value()) {
     decision = *known;
@@ -81,22 +82,25 @@ bool suggests_channels_last(const Tensor& x) {
   return true;
 }
 
-// `out` in the asked format; of one pixel or channel it is in both, and its strides say which.
-Tensor with_format(const Tensor& out, bool channels_last) {
-  const auto format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  const Tensor dense = torch::stable::contiguous(out, format);
-  const int64_t channels = dense.size(1), height = dense.size(2), width = dense.size(3), image = channels * height * width;
-  if (channels != 1 && height * width != 1) return dense;
-  const int64_t sizes[] = {dense.size(0), channels, height, width};
+// `out`, dense in the asked format; of one pixel or channel it is in both, and its strides say which.
+Tensor unambiguous(const Tensor& out, bool channels_last) {
+  const int64_t channels = out.size(1), height = out.size(2), width = out.size(3), image = channels * height * width;
+  if (channels != 1 && height * width != 1) return out;
+  const int64_t sizes[] = {out.size(0), channels, height, width};
   const int64_t last[] = {image, 1, width * channels, channels}, first[] = {image, height * width, width, 1};
   AtenTensorHandle view = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(dense.get(), 4, sizes, channels_last ? last : first, 0, &view));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(out.get(), 4, sizes, channels_last ? last : first, 0, &view));
   return Tensor(view);
 }
 
-#define R2N_VALUES_OF(p)                                                                                              \
-  p.channels, p.steps, p.stride, p.dilation, p.groups, p.hierarchical, static_cast<int64_t>(p.passthrough),           \
+// `out` of PyTorch's operators.
+Tensor with_format(const Tensor& out, bool channels_last) {
+  const auto format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return unambiguous(torch::stable::contiguous(out, format), channels_last);
+}
+
+#define R2N_VALUES_OF(p)                                                                                    \
+  p.channels, p.steps, p.stride, p.dilation, p.groups, p.hierarchical, static_cast<int64_t>(p.passthrough), \
       static_cast<int64_t>(p.pool), static_cast<int64_t>(p.activation.kind), static_cast<double>(p.activation.slope)
 
 bool covers_any_size(const ChainProblem& p) { return p.stride == 1 && p.dilation == 1 && p.groups == 1; }
@@ -119,14 +123,12 @@ Tensor hierarchical_conv2d(
   const Tensors plain_biases = biases.value_or(Tensors());
   const bool is_packed = layout == kOwn && packed.has_value() && !packed->empty();
   if (!is_packed && from_weights) {
-    const Tensors found =
-        chain_from_weights(x, weights, plain_biases, false, R2N_VALUES_OF(p), last, instruction_set);
-    if (!found.empty()) return with_format(found[0], last);
+    const Tensors found = chain_from_weights(x, weights, plain_biases, false, R2N_VALUES_OF(p), last, instruction_set);
+    if (!found.empty()) return unambiguous(found[0], last);
   }
   const Tensors own = is_packed ? *packed : pack(weights, plain_biases, groups, false, instruction_set);
   STD_TORCH_CHECK(own.size() == 3, "packed must be 3 tensors, not ", own.size());
-  return with_format(
-      chain_forward(x, own[0], own[1], own[2], R2N_VALUES_OF(p), last, arithmetic, instruction_set), last);
+  return unambiguous(chain_forward(x, own[0], own[1], own[2], R2N_VALUES_OF(p), last, arithmetic, instruction_set), last);
 }
 
 // As pack_block in res2net_fused/backends/cpu/block.py.
@@ -157,9 +159,9 @@ Tensor bottle2neck(
     const std::string& backend) {
   Decision decision;
   if (auto out = decide(
-          decision, "bottle2neck", x, backend, x, shortcut, conv1_weight, conv1_bias, weights, biases, conv3_weight,
-          conv3_bias, projection_weight, projection_bias, projection_stride, packed, layout, relu, stride, dilation, groups,
-          hierarchical, passthrough, pool, activation, backend)) {
+          decision, "bottle2neck", x, backend, x, shortcut, conv1_weight, conv1_bias, weights, biases, conv3_weight, conv3_bias,
+          projection_weight, projection_bias, projection_stride, packed, layout, relu, stride, dilation, groups, hierarchical,
+          passthrough, pool, activation, backend)) {
     return *out;
   }
   const ChainNames names{stride, dilation, groups, hierarchical, passthrough, pool, activation};
@@ -182,7 +184,7 @@ Tensor bottle2neck(
                                       projection_bias, p, instruction_set);
   const Tensor out = block_forward(
       x, shortcut, own, conv3_weight.size(0), projection_stride, relu, R2N_VALUES_OF(p), last, arithmetic, instruction_set);
-  return with_format(out, last);
+  return unambiguous(out, last);
 }
 
 }  // namespace

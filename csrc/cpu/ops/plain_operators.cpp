@@ -9,13 +9,22 @@ namespace {
 using Ints = std::vector<int64_t>;
 
 Tensor convolution(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t padding,
-    int64_t dilation, int64_t groups) {
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t padding, int64_t dilation,
+    int64_t groups) {
   std::optional<Tensor> cast;
   if (bias.has_value()) cast = torch::stable::to(*bias, x.scalar_type());
   const Ints strides{stride, stride}, paddings{padding, padding}, dilations{dilation, dilation}, none{0, 0};
+  return call_operator<Tensor>("aten::convolution", "", x, weight, cast, strides, paddings, dilations, false, none, groups);
+}
+
+// A tensor of one value: the dispatcher's C interface takes no scalars.
+Tensor one_value(const Tensor& like, double value, std::initializer_list<int64_t> sizes) {
+  return torch::stable::full({sizes.begin(), sizes.size()}, value, like.scalar_type());
+}
+
+Tensor clamp(const Tensor& z, double high) {
   return call_operator<Tensor>(
-      "aten::convolution", "", x, weight, cast, strides, paddings, dilations, false, none, groups);
+      "aten::clamp", "Tensor", z, std::optional(one_value(z, 0, {})), std::optional(one_value(z, high, {})));
 }
 
 Tensor activate(const Tensor& z, const std::string& activation) {
@@ -26,11 +35,11 @@ Tensor activate(const Tensor& z, const std::string& activation) {
     case Activation::none:
       return z;
     case Activation::hardtanh20:
-      return call_operator<Tensor>("aten::hardtanh", "", z, 0.0, 20.0);
+      return clamp(z, 20);
     case Activation::relu6:
-      return call_operator<Tensor>("aten::hardtanh", "", z, 0.0, 6.0);
+      return clamp(z, 6);
     case Activation::leaky_relu:
-      return call_operator<Tensor>("aten::leaky_relu", "", z, slope);
+      return call_operator<Tensor>("aten::prelu", "", z, one_value(z, slope, {1}));
     case Activation::hardswish:
       return call_operator<Tensor>("aten::hardswish", "", z);
     case Activation::silu:

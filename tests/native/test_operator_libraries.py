@@ -1,0 +1,117 @@
+"""The operators' schemas and native bodies in every order of loading, each in a process of its own."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tree import ROOT
+
+from res2net_fused._native import build_flags, library
+
+PACKAGE = ROOT / "res2net_fused"
+needs_cpu_library = pytest.mark.skipif(not library.cpu_library().loaded, reason="needs the CPU library")
+
+CALL = """
+import torch
+torch.manual_seed(0)
+x = torch.randn(2, 32, 9, 7).to(memory_format=torch.channels_last)
+weights, biases = [torch.randn(8, 8, 3, 3) * 0.1 for _ in range(3)], [torch.randn(8) for _ in range(3)]
+tensors = x, weights, biases
+def call(x, weights, biases, backend="auto", pool=None, stride=1):
+    chain = stride, 1, 1, pool is None, "last", pool, "leaky_relu:0.1"
+    return torch.ops.res2net_fused.hierarchical_conv2d.default(x, weights, biases, None, "plain", *chain, backend)
+def plain(x, weights, biases, pool=None, stride=1):
+    groups, y, outputs = x.split(8, 1), None, []
+    for group, weight, bias in zip(groups, weights, biases):
+        u = group if y is None or pool else group + y
+        y = torch.nn.functional.leaky_relu(torch.nn.functional.conv2d(u, weight, bias, stride, 1), 0.1)
+        outputs.append(y)
+    last = torch.nn.functional.avg_pool2d(groups[3], 3, stride, 1) if pool else groups[3]
+    return torch.cat([*outputs, last], 1)
+def matches(dtype=torch.float32, pool=None, stride=1, backend="auto"):
+    own = [x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]]
+    out = call(*own, backend, pool, stride)
+    exact = plain(x.double(), [w.double() for w in weights], [b.double() for b in biases], pool, stride)
+    error = (out.double() - exact).abs().max()
+    assert error < (1e-12 if dtype == torch.float64 else 1e-4), error
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+"""
+BOTH_WAYS = (
+    "matches(); matches(torch.float64); matches(pool='avg3', stride=2); matches(pool='avg3', stride=2, backend='reference')\n"
+)
+
+
+def run(script, folder=ROOT, **environment):
+    env = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **environment}
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loads(name):
+    path = PACKAGE / {"cpu": build_flags.CPU_LIBRARY, "cuda": build_flags.CUDA_LIBRARY}[name]
+    return f"torch.ops.load_library({str(path)!r})\n"
+
+
+@needs_cpu_library
+def test_without_python_a_call_is_right_or_refused():
+    script = (
+        CALL
+        + loads("cpu")
+        + BOTH_WAYS
+        + """
+for wrong, said in (dict(backend="triton"), "without Python"), (dict(backend="cpu", x=x.double()), "float64"):
+    try:
+        call(**{"x": x, "weights": weights, "biases": biases} | wrong)
+    except RuntimeError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(wrong)
+import sys
+assert "res2net_fused" not in sys.modules
+"""
+    )
+    run(script)
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("order", ["library first", "package first"])
+def test_either_order_defines_each_operator_once(order):
+    first, second = [loads("cpu"), "import res2net_fused\n"][:: 1 if order == "library first" else -1]
+    script = (
+        CALL
+        + first
+        + BOTH_WAYS * (order == "library first")
+        + second
+        + BOTH_WAYS
+        + """
+assert torch.Tag.needs_exact_strides in torch.ops.res2net_fused.bottle2neck.default.tags
+try:
+    call(x, weights[:2], biases)
+except ValueError as error:
+    assert "biases holds 3 tensors" in str(error)
+else:
+    raise AssertionError("Python was not asked")
+"""
+    )
+    run(script)
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("order", ["cpu, cuda", "cuda, cpu"])
+def test_both_libraries_share_the_operators(order):
+    record = library.NativeLibraries(PACKAGE).record()["parts"].get("cuda", {})
+    if not record.get("built") or torch.version.cuda is None:
+        pytest.skip("needs the CUDA library and a CUDA build of torch")
+    run(CALL + "".join(map(loads, order.split(", "))) + BOTH_WAYS)
+
+
+def test_without_libraries_python_defines_the_operators(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "res2net_fused", ignore=shutil.ignore_patterns("lib", "__pycache__", "*.so"))
+    names = "bottle2neck", "hierarchical_conv1d"
+    script = "import res2net_fused\n" + BOTH_WAYS.replace("matches(torch.float64); ", "")
+    script += f"print(*[getattr(torch.ops.res2net_fused, name).default._schema for name in {names}], sep='\\n')"
+    schemas = [str(getattr(torch.ops.res2net_fused, name).default._schema) for name in names]
+    assert run(CALL + script, tmp_path).splitlines() == schemas
