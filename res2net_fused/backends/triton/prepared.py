@@ -96,9 +96,10 @@ def launch(calls: Calls, settings: tuple[object, ...], tensors: Sequence[Tensor 
     kind, index = _kind(calls, settings, device, table(), *layouts), device.index
     ready = kind.ready
     if ready is not None and ready.stands(index):
-        buffer = torch.empty(ready.elements, dtype=ready.dtype, device=device)
-        pointers.append(buffer.data_ptr())
-        if not pointers[-1] & 15 and _launched(ready, pointers, index):
+        if ready.elements:
+            buffer = torch.empty(ready.elements, dtype=ready.dtype, device=device)
+            pointers.append(buffer.data_ptr())
+        if not (ready.elements and pointers[-1] & 15) and _launched(ready, pointers, index):
             return
     made = launch_all(calls(tensors, *settings), device)
     if not kind.refused and all(kernel is not None for _, kernel in made):  # a hook may keep Triton from compiling

@@ -84,6 +84,9 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
         def load_binary(self, name: str, kernel: bytes, shared: int, index: int) -> tuple[int, int, int, int, int]:
             return 1, 1, 64, 0, 1024
 
+        def unload_module(self, module: int) -> None:
+            pass
+
         def get_device_properties(self, index: int) -> dict[str, int]:
             return {
                 "max_shared_mem": card.shared_per_block, "max_num_regs": 65536, "multiprocessor_count": card.multiprocessors,
