@@ -32,7 +32,7 @@ from .tiles import table
 _KNOWN = (3, 6) <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= (3, 9)
 _RUN = JITFunction.run  # a profiler may replace it
 _MOST_KINDS = 512  # of calls that are kept
-_MOST_LAUNCHES = 256  # of one call: where there are more, the device is busy for much longer than the host
+_MOST_LAUNCHES = 64  # of one call: where there are more, the device is busy for much longer than the host
 _ALIGNMENT = 512  # bytes, of PyTorch's allocations on a device; Triton tells 16 apart
 
 # calls(tensors, *settings): launches that depend on nothing else, and that come from descriptions of the tensors alone.
