@@ -218,6 +218,20 @@ def test_precision_is_looked_at_at_each_call(monkeypatch):
         assert constants(lambda: model(x)) == seen["float32"]
 
 
+@torch.no_grad()
+def test_deterministic_algorithms_fill_what_is_prepared(monkeypatch):
+    model, x = block()
+    plain = observed(monkeypatch, lambda: model(x))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = observed(monkeypatch, lambda: model(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(plain, found)
+    assert found[2][0].isnan().all()
+
+
 @pytest.mark.parametrize("second", ["misaligned", "rows apart"])
 def test_layouts_are_told_apart(second, monkeypatch):
     x, weights, biases = Chain({}, width=26).tensors((2, 6, 7), HALF, "cuda")
