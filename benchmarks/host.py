@@ -5,7 +5,7 @@
     python benchmarks/host.py --backend triton --size 1
     python benchmarks/host.py --backend triton --no-compile
 
-Microseconds a call, of blocks with 64 channels. All take turns in one run, 20 calls at a time; what is timed was compared with
+Microseconds a call, of blocks with 64 channels. All take turns in one run, 10 calls at a time; what is timed was compared with
 float64 before.
 
 cpu      native: what the native library computed in, as PyTorch's profiler clocks its operators; host: the rest
@@ -42,7 +42,7 @@ from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 BLOCKS = {"26w4s": (26, 4), "14w8s": (14, 8)}
 CHANNELS = 64
-CALLS = 20  # of one contender in a row
+CALLS = 10  # of one contender in a row
 BACKENDS = ("cpu", "triton")
 CARD = "H100"
 NATIVE = "res2net_fused_native::"  # operators of the library

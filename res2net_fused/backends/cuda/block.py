@@ -8,6 +8,8 @@ cannot be used.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ from ..triton.block import slot_pitch
 from ..triton.tf32 import round_to_tf32
 from .chain import Slots, launch_chain
 from .packing import pack
+
+if TYPE_CHECKING:
+    from ..triton.launch import KernelCall  # imports Triton, which may be missing
 
 
 def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
@@ -79,17 +84,25 @@ def _pointwise(
 ) -> None:
     """out = relu(conv1x1(x) + bias + shortcut)"""
     if triton_chain.why_not(problem) is None:
-        from ..triton.kernels.pointwise import Pixels, pointwise_call, pointwise_tile
+        from ..triton.prepared import launch
 
-        channels, pixels = out.shape[1], x.numel() // x.shape[1]
-        precision = precision_of(problem)
-        tile = pointwise_tile(pixels, channels, x.shape[1], x.dtype.itemsize, precision, capability(x.device))
-        added = None if shortcut is None else Pixels(shortcut, channels, channels)
-        source, target = Pixels(x, x.shape[1], x.shape[1]), Pixels(out, channels, channels)
-        pointwise_call(source, weight, bias, added, target, pixels, slots, relu, precision, tile).run()
+        launch(_pointwise_calls, (problem, precision_of(problem), slots, relu), (x, weight, bias, shortcut, out))
         return
     y = F.conv2d(x, weight[:, :, None, None], bias.to(x.dtype))
     if shortcut is not None:
         y += shortcut
     out.copy_(y.relu_() if relu else y)
     out.unflatten(1, (-1, slots[0]))[:, :, slots[1] :] = 0
+
+
+def _pointwise_calls(
+    tensors: Sequence[Tensor], problem: ChainProblem, precision: str, slots: tuple[int, int], relu: bool
+) -> Iterator[KernelCall]:
+    from ..triton.kernels.pointwise import Pixels, pointwise_call, pointwise_tile
+
+    x, weight, bias, shortcut, out = tensors
+    channels, pixels = out.shape[1], x.numel() // x.shape[1]
+    tile = pointwise_tile(pixels, channels, x.shape[1], x.dtype.itemsize, precision, capability(problem.device))
+    added = None if shortcut is None else Pixels(shortcut, channels, channels)
+    source, target = Pixels(x, x.shape[1], x.shape[1]), Pixels(out, channels, channels)
+    yield pointwise_call(source, weight, bias, added, target, pixels, slots, relu, precision, tile)

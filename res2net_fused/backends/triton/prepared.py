@@ -32,7 +32,7 @@ from .tiles import table
 _KNOWN = (3, 6) <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= (3, 9)
 _RUN = JITFunction.run  # a profiler may replace it
 _MOST_KINDS = 512  # of calls that are kept
-_MOST_LAUNCHES = 256  # of one call: where there are more, the device is busy for much longer than the host
+_MOST_LAUNCHES = 64  # of one call: where there are more, the device is busy for much longer than the host
 _ALIGNMENT = 512  # bytes, of PyTorch's allocations on a device; Triton tells 16 apart
 
 # calls(tensors, *settings): launches that depend on nothing else, and that come from descriptions of the tensors alone.
@@ -96,9 +96,10 @@ def launch(calls: Calls, settings: tuple[object, ...], tensors: Sequence[Tensor 
     kind, index = _kind(calls, settings, device, table(), *layouts), device.index
     ready = kind.ready
     if ready is not None and ready.stands(index):
-        buffer = torch.empty(ready.elements, dtype=ready.dtype, device=device)
-        pointers.append(buffer.data_ptr())
-        if not pointers[-1] & 15 and _launched(ready, pointers, index):
+        if ready.elements:
+            buffer = torch.empty(ready.elements, dtype=ready.dtype, device=device)
+            pointers.append(buffer.data_ptr())
+        if not (ready.elements and pointers[-1] & 15) and _launched(ready, pointers, index):
             return
     made = launch_all(calls(tensors, *settings), device)
     if not kind.refused and all(kernel is not None for _, kernel in made):  # a hook may keep Triton from compiling

@@ -77,11 +77,12 @@ def place(pointer, tensors, buffers):
 def assert_same(expected, found):
     """Kernels, grids, constants and arguments of two calls; each buffer of the first is a part of the second's only one."""
     (launches, tensors, buffers), (others, other_tensors, other_buffers) = expected, found
-    assert len(other_buffers) == 1 and len(launches) == len(others) > 0
+    assert len(other_buffers) == bool(buffers) and len(launches) == len(others) > 0
     shifts = {}
     for one, other in zip(launches, others, strict=True):
-        assert replace(one, arguments=()) == replace(other, arguments=())
-        assert len(one.arguments) == len(other.arguments)
+        assert replace(one, arguments=(), aligned=()) == replace(other, arguments=(), aligned=())
+        assert len(one.arguments) == len(other.arguments) and len(one.aligned) == len(other.aligned)
+        assert all(pointer % 16 == 0 for pointer in other.aligned)
         for a, b in zip(one.arguments, other.arguments, strict=True):
             if not isinstance(a, int) or a < 2**32:  # no address
                 assert (type(a), a) == (type(b), b)
@@ -144,6 +145,15 @@ def test_a_block_launches_the_same_again(options, dtype, monkeypatch):
         options = options | {"downsample": torch.nn.Sequential(torch.nn.Conv2d(64, 64, 1, 2), torch.nn.BatchNorm2d(64))}
     model, x = block(dtype, **options)
     check(monkeypatch, model, x)
+
+
+@torch.no_grad()
+def test_the_1x1_convolutions_of_the_cuda_backend_are_prepared(monkeypatch):
+    model, x = block(backend="cuda", baseWidth=104)
+    expected, compiled = constants(lambda: model(x)), LAUNCHES.compiled
+    assert [name for name, *_ in expected] == ["pointwise"] * 2
+    monkeypatch.setattr(JITFunction, "__getitem__", lambda *a: pytest.fail("not prepared"))
+    assert constants(lambda: model(x)) == expected and LAUNCHES.compiled == compiled
 
 
 def test_chunks_of_a_batch_launch_the_same_again(monkeypatch):
@@ -209,6 +219,36 @@ def test_precision_is_looked_at_at_each_call(monkeypatch):
 
 
 @torch.no_grad()
+def test_deterministic_algorithms_fill_what_is_prepared(monkeypatch):
+    model, x = block()
+    plain = observed(monkeypatch, lambda: model(x))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = observed(monkeypatch, lambda: model(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(plain, found)
+    assert found[2][0].isnan().all()
+
+
+@pytest.mark.parametrize("second", ["misaligned", "rows apart"])
+def test_layouts_are_told_apart(second, monkeypatch):
+    x, weights, biases = Chain({}, width=26).tensors((2, 6, 7), HALF, "cuda")
+    whole = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)
+    views = [whole[:, :104], whole[:, 1:105] if second == "misaligned" else torch.cat([whole, whole], 3)[:, :104, :, :7]]
+
+    def seen(view):
+        launches, tensors, buffers = observed(monkeypatch, lambda: hierarchical_conv2d(view, weights, biases, backend="triton"))
+        assert all(pointer % 16 == 0 for launch in launches for pointer in launch.aligned)
+        sizes = [[a for a in launch.arguments if not isinstance(a, int) or a < 2**32] for launch in launches]
+        return sizes, [len(launch.aligned) for launch in launches]
+
+    expected = [seen(view) for view in views]
+    assert [seen(view) for view in views] == expected and expected[0] != expected[1]
+
+
+@torch.no_grad()
 def test_a_new_table_of_tiles_is_used(user_table):
     x, weights, biases = Chain({}, width=26).tensors((2, 6, 7), HALF, "cuda")
 
@@ -253,10 +293,12 @@ def test_hooks_are_called_at_every_launch(monkeypatch):
     monkeypatch.setattr(conv3x3_fwd, "pre_run_hooks", [lambda *a, **k: called.append(k["CHANNELS"])])
     model(x)
     assert called == [6] * 3
+    monkeypatch.setattr(conv3x3_fwd, "pre_run_hooks", [])
+    model(x)
     own = JITFunction.run
     monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: (called.append(self), own(self, *a, **k))[1])
     model(x)
-    assert len(called) == 3 + 3 + 5
+    assert len(called) == 3 + 5
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from .cuda_module import Device
 class Launch:
     """One launch of a Triton kernel. constants: its constexprs by name. warps, stages: of its options.
 
-    arguments: what the launcher was given, a pointer as its address.
+    arguments: what the launcher was given, a pointer as its address. aligned: those that the kernel relies on being multiples
+    of 16.
     """
 
     kernel: str
@@ -33,6 +34,7 @@ class Launch:
     card: int
     stream: int
     arguments: tuple[Any, ...]
+    aligned: tuple[Any, ...]
 
 
 class Launches:
@@ -82,6 +84,9 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
         def load_binary(self, name: str, kernel: bytes, shared: int, index: int) -> tuple[int, int, int, int, int]:
             return 1, 1, 64, 0, 1024
 
+        def unload_module(self, module: int) -> None:
+            pass
+
         def get_device_properties(self, index: int) -> dict[str, int]:
             return {
                 "max_shared_mem": card.shared_per_block, "max_num_regs": 65536, "multiprocessor_count": card.multiprocessors,
@@ -98,6 +103,7 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
             self.constants = {names[path[0]]: value for path, value in src.constants.items()}
             self.metadata = metadata
             self.signature = list(src.signature.values())
+            self.aligned = [path[0] for path, promises in src.attrs.items() if ["tt.divisibility", 16] in promises]
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             LAUNCHES.hook("launch")
@@ -108,7 +114,7 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
                 lambda: Launch(
                     self.function.fn.__name__, (x, y, z), self.constants, self.metadata.num_warps,
                     getattr(self.metadata, "num_stages", 0), device.c.card_current(), stream,
-                    tuple(a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments),
+                    tuple(map(_address, arguments)), tuple(_address(arguments[i]) for i in self.aligned),
                 )
             )  # fmt: skip
             device.c.card_count(5)
@@ -143,6 +149,10 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
 
     triton.compiler.compile = compile_or_bind
     driver._default = driver._active = Driver()  # type: ignore[attr-defined]
+
+
+def _address(argument: Any) -> Any:
+    return argument.data_ptr() if hasattr(argument, "data_ptr") else argument
 
 
 def _interpret(function: Any, grid: tuple[int, int, int], arguments: list[Any], signature: list[Any]) -> None:
