@@ -491,7 +491,18 @@ def test_another_x_is_seen(name, keep):
     for x in (OTHERS[name], X, OTHERS[name]):
         out = run(block, x)
         assert_close(out, run(twin, x))
-        assert out.stride() == run(copy.deepcopy(block), x).stride(), "of a block that has to ask"
+        asking = copy.deepcopy(block)
+        assert out.stride() == run(asking, x).stride()
+        assert vars(block)[STATE].last_problem == vars(asking)[STATE].last_problem
+
+
+def test_the_format_of_x_is_seen_and_the_dtype_of_weights():
+    block = accelerate(randomize(Official(16, 4)).eval())
+    settled(block, OTHERS["channels_last"])
+    assert run(block).stride() == run(copy.deepcopy(block)).stride()
+    block.conv1.weight.data = block.conv1.weight.data.double()
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        run(block)
 
 
 @pytest.mark.parametrize(
