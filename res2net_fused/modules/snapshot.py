@@ -85,7 +85,12 @@ class Snapshot:
 
 
 def take_snapshot(block: nn.Module, opaque: Collection[nn.Module]) -> Snapshot | None:
-    """A snapshot of the block, or None where it could not tell: of plain tensors in place of parameters, and foreign kinds."""
+    """A snapshot of the block, or None where it could not tell: of plain tensors in place of parameters, and foreign kinds.
+
+    None too while something records or changes what is asked of tensors, as torch.jit.trace does with their sizes.
+    """
+    if needs_asking():
+        return None
     modules = list(_inside(block, opaque))
     plain = all(isinstance(vars(m).get(name), dict) for m in (block, *modules) for name in (*_CONTENTS, *_HOOKS))
     if not plain or any(isinstance(value, Tensor) for m in (block, *modules) for value in vars(m).values()):
