@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..backends.selection import requested
 from ..chain.activations import activate
 from ..chain.block_weights import BlockWeights
+from ..chain.config import ChainConfig
 from ..chain.memory_format import handed_on, memory_format
 from ..ops.bottle2neck import fused_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
@@ -205,11 +206,19 @@ def _run_folded(
         chain = PackedWeights.from_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
     entry = entry_pixels(block, x_in)
-    if not whole:
+    shortcut = (_shortcut(block, x_in, x, folded, projection) if given is None else given) if whole else None
+    if shortcut is None or not _fits(shortcut, entry, folded, state.config):
         out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
         return finish_bottle2neck(block, out, x, given)
-    shortcut = _shortcut(block, x_in, x, folded, projection) if given is None else given
     return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
+
+
+def _fits(shortcut: Tensor, entry: Tensor, folded: BlockWeights, config: ChainConfig) -> bool:
+    """Whether a shortcut has the size of what it is added to, or is broadcast. entry: what conv1 reads, (N, inplanes, H, W)."""
+    if folded.projection_weight is not None or shortcut is entry:
+        return True
+    batch, _, height, width = entry.shape
+    return shortcut.shape == (batch, len(folded.conv3_weight), config.output_size(height), config.output_size(width))
 
 
 def _run_parts(

@@ -67,7 +67,22 @@ def _problem(
         conv3_weight=folded.conv3_weight, conv3_bias=folded.conv3_bias, projection_weight=folded.projection_weight,
         projection_bias=folded.projection_bias, packed=packed,
     )  # fmt: skip
-    return ChainProblem.from_tensor(x, width, len(weights), config)
+    problem = ChainProblem.from_tensor(x, width, len(weights), config)
+    if shortcut is not None:
+        _check_shortcut(shortcut, folded, (problem.batch, problem.output_height, problem.output_width))
+    return problem
+
+
+def _check_shortcut(shortcut: Tensor, folded: BlockWeights, out: tuple[int, int, int]) -> None:
+    """out: N, H' and W'. The kernels add and project without broadcasting."""
+    projection, stride = folded.projection_weight, folded.projection_stride
+    channels = folded.conv3_weight.shape[0] if projection is None else projection.shape[1]
+    if projection is None:
+        stride = 1
+    batch, found, *size = shortcut.shape if shortcut.dim() == 4 else (0, 0, 0, 0)
+    if (batch, found, *((n - 1) // stride + 1 for n in size)) != (out[0], channels, *out[1:]):
+        before = "" if projection is None else f" before a projection of stride {stride}"
+        raise ValueError(f"shortcut is {describe(shortcut)}; {(out[0], channels, *out[1:])}{before} is needed")
 
 
 def _chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:

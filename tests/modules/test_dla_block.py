@@ -9,9 +9,12 @@ from torch import nn
 
 from res2net_fused import explain, freeze
 from res2net_fused.models.layers import SqueezeExcite
+from res2net_fused.modules.block_parts import parts_of
 from res2net_fused.modules.block_state import STATE
 from res2net_fused.modules.bottle2neck import DlaBottle2neck
+from res2net_fused.modules.folding import fold_block
 from res2net_fused.modules.reference_blocks import ReferenceDlaBottle2neck
+from res2net_fused.ops.bottle2neck import fused_bottle2neck
 
 KINDS = {
     "normal": {},
@@ -141,6 +144,24 @@ def test_given_twice_is_the_callers_error():
     block, _, x, shortcut = make("normal")
     with pytest.raises(TypeError, match="multiple values for argument 'shortcut'"):
         block(x, shortcut, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("size", [(1, 32, 9, 7), (2, 1, 9, 7), (2, 32, 1, 1), (32, 1, 7)], ids=str)
+def test_a_shortcut_that_the_block_broadcasts(size):
+    block, plain, x, _ = make("normal", torch.float32)
+    with torch.no_grad():
+        for shortcut in (torch.randn(size), torch.randn(size)):
+            assert_close(block(x, shortcut), plain(x, shortcut), 5e-6)
+    assert fused(block)[0]
+
+
+@pytest.mark.parametrize("backend", runnable_backends("cpu"))
+def test_the_operator_says_which_shortcut_it_needs(backend):
+    block, _, x, shortcut = make("normal", torch.float32)
+    folded = fold_block(parts_of(block), torch.float32)
+    for wrong in (shortcut[:1], shortcut[:, :, 1:], shortcut[:, :1], shortcut[0]):
+        with pytest.raises(ValueError, match=r"shortcut is \(.*\(2, 32, 9, 7\) is needed"):
+            fused_bottle2neck(x, wrong, folded, True, getattr(block, STATE).config, backend)
 
 
 def test_a_shortcut_of_another_size_is_an_error():
