@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from ..chain.memory_format import with_format
 from ..chain.problem import Chain1dProblem, ChainProblem
 
 BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")  # what `backend=` may be
+
+
+PreparedBlock = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Backend(BatchNormPasses):
@@ -86,6 +89,10 @@ class Backend(BatchNormPasses):
         if relu:
             out.relu_()
         return out
+
+    def prepared_block(self, problem: ChainProblem, folded: BlockWeights, relu: bool) -> PreparedBlock | None:
+        """Return `block_forward` of x and shortcut for calls of this kind by `folded.packed`; None where it needs more."""
+        return None
 
     def instance(self, problem: Any) -> Hashable:
         """Return what the kernels of one call are told by from those of others; sizes count by powers of two."""

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.base import PreparedBlock
 from ..backends.selection import requested
 from ..chain.activations import activate
 from ..chain.block_weights import BlockWeights
 from ..chain.config import ChainConfig
 from ..chain.memory_format import handed_on, memory_format
-from ..ops.bottle2neck import fused_bottle2neck
+from ..ops.bottle2neck import fused_bottle2neck, prepared_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
 from .block_parts import BlockParts, parts_of, strangers, wrappers
@@ -142,7 +143,7 @@ class KnownBlock(Known):
             x = x.contiguous(memory_format=torch.channels_last)
         x_in = x if x.dtype is found.dtype else x.to(found.dtype)
         folded: BlockWeights = self._folded(found.dtype, device, state)
-        return _run_folded(self.parts, x, x_in, given, folded, state, self.whole, self.projection)
+        return _run_folded(self.parts, x, x_in, given, folded, state, self.whole, self.projection, found)
 
     def _folded(self, dtype: torch.dtype, device: torch.device, state: BlockState) -> BlockWeights:
         frozen = state.frozen
@@ -160,6 +161,18 @@ class _Seen:
         self.dtype = compute_dtype(weight)
         self.converts = handed_on(weight, x) is not x
         self.problem = chain_problem(block, x, state)
+        self.prepared: tuple[BlockWeights, object, PreparedBlock | None] | None = None
+
+    def call(self, entry: Tensor, shortcut: Tensor, folded: BlockWeights, state: BlockState) -> Tensor:
+        """`fused_bottle2neck`, which is asked once for weights and a backend, if that can be called without it."""
+        prepared, wanted = self.prepared, requested(state.backend)
+        known = prepared is not None and prepared[0] is folded and prepared[1] == wanted
+        if prepared is not None and known and prepared[2] is not None:
+            return prepared[2](entry, shortcut)
+        out = fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
+        if not known:
+            self.prepared = folded, wanted, prepared_bottle2neck(entry, folded, True, state.config, state.backend)
+        return out
 
 
 def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockState) -> Tensor | str:
@@ -198,8 +211,12 @@ def _run_folded(
     state: BlockState,
     whole: bool,
     projection: Projection | None,
+    seen: _Seen | None = None,
 ) -> Tensor | str:
-    """The same with the weights that it has now. x_in: x in their dtype. whole: `adds_at_once`. projection: `projection_of`."""
+    """The same with the weights that it has now. x_in: x in their dtype. whole: `adds_at_once`. projection: `projection_of`.
+
+    seen: calls like this one, where there were any.
+    """
     if folded.overflowed and x_in.dtype == torch.float16:
         return OVERFLOWED
     if not one_operator(state.config):
@@ -210,7 +227,9 @@ def _run_folded(
     if shortcut is None or not _fits(shortcut, entry, folded, state.config):
         out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
         return finish_bottle2neck(block, out, x, given)
-    return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
+    if seen is None or type(shortcut) is not Tensor:
+        return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
+    return seen.call(entry, shortcut, folded, state)
 
 
 def _fits(shortcut: Tensor, entry: Tensor, folded: BlockWeights, config: ChainConfig) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backends.base import Backend, run_block
+from ..backends.base import Backend, PreparedBlock, run_block
 from ..backends.selection import choose, get_backend
 from ..backends.verification import confirmed
 from ..chain import reference
@@ -48,6 +48,15 @@ def fused_bottle2neck(
         x, shortcut, f.conv1_weight, f.conv1_bias, f.weights, f.biases, f.conv3_weight, f.conv3_bias, f.projection_weight,
         f.projection_bias, f.projection_stride, f.packed, f.layout, relu, *config.as_kwargs().values(), backend,
     )  # fmt: skip
+
+
+def prepared_bottle2neck(
+    x: Tensor, folded: BlockWeights, relu: bool, config: ChainConfig, backend: str
+) -> PreparedBlock | None:
+    """What `fused_bottle2neck` has run for this x, for others like it outside autograd; None where it has to ask more."""
+    problem = ChainProblem.from_tensor(x, folded.weights[0].shape[0], len(folded.weights), config)
+    name = choose(problem, backend, folded.layout).name
+    return get_backend(name).prepared_block(problem, folded, relu) if name == folded.layout and problem.batch else None
 
 
 def _problem(

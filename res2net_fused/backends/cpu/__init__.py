@@ -20,6 +20,7 @@ class CpuBackend(WinogradConvolver, Backend):
     native_settings = staticmethod(chain.native_settings)
     pack_block = staticmethod(block.pack_block)
     block_forward = staticmethod(block.block_forward)
+    prepared_block = staticmethod(block.prepared_block)
     why_not_1d = staticmethod(chain1d.why_not_1d)
     plan_1d = staticmethod(chain1d.plan_1d)
     forward_1d = staticmethod(chain1d.forward_1d)

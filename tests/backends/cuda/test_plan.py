@@ -319,6 +319,8 @@ def test_the_line_for_explain_names_the_cut_and_the_prediction():
 
 
 class Stub:
+    name = "stub"
+
     def __init__(self, why=None, rather=None):
         self.why, self.rather = why, rather
 
