@@ -86,9 +86,7 @@ Key::~Key() {
 void Key::add(const Tensor& tensor) {
   const size_t dim = static_cast<size_t>(tensor.dim());
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int32_t dtype = 0;  // also of types that `scalar_type` does not know, which Python refuses
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  words_.push_back(static_cast<int64_t>(dtype) << 32 | static_cast<int64_t>(dim));
+  words_.push_back(static_cast<int64_t>(tensor.scalar_type()) << 32 | static_cast<int64_t>(dim));
   words_.push_back(static_cast<int64_t>(tensor.device().type()));
   words_.push_back(static_cast<int64_t>(tensor.get_device_index()));  // -1 where a type has one device
   for (size_t i = 0; i < dim; i++) words_.push_back(sizes[i]);

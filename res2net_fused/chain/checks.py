@@ -44,10 +44,12 @@ def sequence_types(name: str, values: object) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises TypeError, with the argument's `name`, where `tensor` is sparse, nested or of another layout without strides."""
+    """Raises TypeError, with the argument's `name`, where `tensor` is sparse, nested, quantized or without strides."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} is a tensor of the layout {kind}; a dense one is needed, such as {name}.to_dense()")
+    if tensor.is_quantized:
+        raise TypeError(f"{name} is {tensor.dtype}; a floating-point tensor is needed, such as {name}.dequantize()")
 
 
 def check_weights(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: ChainConfig) -> int:
