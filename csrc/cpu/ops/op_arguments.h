@@ -119,6 +119,7 @@ inline Tensor pack_biases(const std::vector<Tensor>& biases, int64_t steps, int6
     STD_TORCH_CHECK(biases[i].is_cpu() && biases[i].numel() == channels, "every bias must hold ", channels, " elements");
     const Tensor plain = torch::stable::contiguous(torch::stable::to(biases[i], ScalarType::Float));
     const float* from = static_cast<const float*>(plain.const_data_ptr());
+    if (from == nullptr) continue;  // a tensor of zeros without memory
     float* to = static_cast<float*>(packed.mutable_data_ptr()) + static_cast<int64_t>(i) * bias_floats(channels);
     for (int64_t c = 0; c < channels; c++) to[c] = from[c];
   }
