@@ -127,3 +127,21 @@ def test_many_threads_ask_for_many_problems():
         for out, problem in zip(outs, problems, strict=True):
             assert_close(out, expected(*problem))
     assert decisions() == len(problems)
+
+
+@pytest.mark.parametrize("make", [torch._neg_view, lambda b: torch._efficientzerotensor(b.shape)], ids=["negated", "zeros"])
+@pytest.mark.parametrize("which", ["x", "weights", "biases"])
+def test_tensors_whose_values_are_not_in_memory(which, make):
+    """The dispatcher makes ordinary ones of them, but not in a list that may be absent."""
+    x, weights = torch.randn(1, 16, 5, 6), [torch.randn(4, 4, 3, 3) for _ in range(3)]
+    biases = [torch.randn(4) for _ in range(3)]
+    if which == "x":
+        x = make(x)
+    else:
+        tensors = weights if which == "weights" else biases
+        tensors[1] = make(tensors[1])
+    exact = reference.hierarchical_conv2d(
+        x.double(), [w.double() for w in weights], [b.double() for b in biases], ChainConfig()
+    )
+    assert_close(hierarchical_conv2d(x, weights, biases, backend="cpu"), exact, 5e-6)
+    assert_close(hierarchical_conv2d(x, pack_weights(weights, biases, backend="cpu"), backend="cpu"), exact, 5e-6)

@@ -120,8 +120,12 @@ Tensor hierarchical_conv2d(
   if (!decision.own) return with_format(plain_chain(x, weights, biases, names), last);
   const auto [arithmetic, instruction_set, from_weights] = settings_of(decision);
   const ChainProblem p = problem_named(x, weights, names);
-  const Tensors plain_biases = biases.value_or(Tensors());
   const bool is_packed = layout == kOwn && packed.has_value() && !packed->empty();
+  Tensors plain_biases;
+  if (!is_packed && biases.has_value()) {
+    // The dispatcher looks into no Tensor[]?: a bias that is lazily negated comes as it is.
+    for (const Tensor& bias : *biases) plain_biases.push_back(call_operator<Tensor>("aten::resolve_neg", "", bias));
+  }
   if (!is_packed && from_weights) {
     const Tensors found = chain_from_weights(x, weights, plain_biases, false, R2N_VALUES_OF(p), last, instruction_set);
     if (!found.empty()) return unambiguous(found[0], last);
