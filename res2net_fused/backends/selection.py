@@ -103,12 +103,10 @@ def choose(problem: Problem, backend: str = "auto", layout: str = "plain", again
     if isinstance(problem, Chain1dProblem):
         return _choose("cannot run", problem, backend, AUTO_ORDER_1D, lambda found, p: found.why_not_1d(p), against=against)
 
-    def speaks_against(found: Backend) -> str | None:
-        return found.why_not(problem) or _why_doubted(found, problem, against)
-
-    packed_for = layout in AUTO_ORDER.get(problem.device.type, ())[:-1] and requested(backend)[0] == "auto"
-    if packed_for and speaks_against(get_backend(layout)) is None:
-        return Choice(layout, (("others", "the weights are packed for this one"),))
+    if layout in AUTO_ORDER.get(problem.device.type, ())[:-1] and requested(backend)[0] == "auto":
+        found = get_backend(layout)
+        if (found.why_not(problem) or _why_doubted(found, problem, against)) is None:
+            return Choice(layout, (("others", "the weights are packed for this one"),))
     return _choose(
         "cannot run", problem, backend, AUTO_ORDER, lambda found, p: found.why_not(p), lambda found, p: found.why_not_auto(p),
         against,
@@ -125,13 +123,10 @@ def _choose(
     against: Mapping[str, str] = NOTHING,
 ) -> Choice:
     """The backend asked for, or the first in order that speaks neither against the call nor for a later one."""
-
-    def speaks_against(found: Backend) -> str | None:
-        return why_not(found, problem) or _why_doubted(found, problem, against)
-
     name, source = requested(backend)
     if name != "auto":
-        why = speaks_against(get_backend(name))
+        named = get_backend(name)
+        why = why_not(named, problem) or _why_doubted(named, problem, against)
         if why is not None:
             raise RuntimeError(f"{source} {cannot} {problem}: {why}")
         return Choice(name, requested_by=source)
@@ -140,7 +135,7 @@ def _choose(
     order = orders.get(problem.device.type, ("reference",))
     for candidate in order:
         found = get_backend(candidate)
-        why = speaks_against(found)
+        why = why_not(found, problem) or _why_doubted(found, problem, against)
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
         if why is None:
