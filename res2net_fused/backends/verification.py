@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..chain.tolerances import FIRST_USE, FORWARD
 from .base import Backend
@@ -121,15 +122,15 @@ def _trial(
         batch = most
     generator = torch.Generator("cpu").manual_seed(_SEED)
     with torch.no_grad(), torch.autocast("cuda", enabled=False):
-        twins = _mapped(images, lambda t: _twin(t, batch, 1.0, generator))
-        factors = _mapped(weights, lambda t: _twin(t, len(t), 1 / math.sqrt(max(1, t[0].numel())), generator))
+        twins = tree_map_only(Tensor, lambda t: _twin(t, batch, 1.0, generator), images)
+        factors = tree_map_only(Tensor, lambda t: _twin(t, len(t), 1 / math.sqrt(max(1, t[0].numel())), generator), weights)
         for t in _tensors(twins):
             torch.full_like(t, math.nan)  # freed at once: memory that a kernel leaves unwritten is likely to hold it
         found = run(backend, replace(problem, batch=batch), *twins, *factors)
         some = sorted({*range(min(batch, (most + 1) // 2)), *range(max(0, batch - most // 2), batch)})
-        exact = _mapped(twins, lambda t: t[some].double())
+        exact = tree_map_only(Tensor, lambda t: t[some].double(), twins)
         wide = replace(problem, batch=len(some), dtype=torch.float64)
-        expected = run(get_backend("reference"), wide, *exact, *_mapped(factors, Tensor.double))
+        expected = run(get_backend("reference"), wide, *exact, *tree_map_only(Tensor, Tensor.double, factors))
         limit = FIRST_USE * FORWARD["tf32" if precision else str(problem.dtype).removeprefix("torch.")].limit
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
             a = a[some] if len(a) == batch != len(b) else a
@@ -145,12 +146,6 @@ def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
-
-
-def _mapped(arguments: Sequence[Any], change: Callable[[Tensor], Tensor]) -> list[Any]:
-    return [
-        change(v) if isinstance(v, Tensor) else _mapped(v, change) if isinstance(v, (list, tuple)) else v for v in arguments
-    ]
 
 
 def _place(t: Tensor) -> Hashable:

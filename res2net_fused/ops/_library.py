@@ -412,6 +412,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 # Checks -----------------------------------------------------------------------------------------------------------------
 
 
+def needed_only(gradients: Sequence[Any], needed: Sequence[bool]) -> list[Tensor]:
+    """The gradients that are asked for, in one list. gradients: of x, None where it is not asked for, then lists of tensors."""
+    of_x, *others = gradients
+    lists = zip(needed[1:], others, strict=True)
+    return [*([] if of_x is None else [of_x]), *(t for wanted, tensors in lists if wanted for t in tensors)]
+
+
 def check_devices(x: Tensor, **others: Tensor | Sequence[Tensor] | None) -> None:
     """Raises ValueError, with the argument's name, where one of the `others` is not on x's device."""
     allowed = {x.device}

@@ -53,7 +53,10 @@ def fused_bottle2neck(
 def prepared_bottle2neck(
     x: Tensor, folded: BlockWeights, relu: bool, config: ChainConfig, backend: str
 ) -> PreparedBlock | None:
-    """What `fused_bottle2neck` has run for this x, for others like it outside autograd; None where it has to ask more."""
+    """What `fused_bottle2neck` has run for this x (N, inplanes, H, W), for others like it outside autograd.
+
+    folded, relu, config, backend: as that was given them. Returns None where it has to be asked at each call.
+    """
     problem = ChainProblem.from_tensor(x, folded.weights[0].shape[0], len(folded.weights), config)
     name = choose(problem, backend, folded.layout).name
     return get_backend(name).prepared_block(problem, folded, relu) if name == folded.layout and problem.batch else None

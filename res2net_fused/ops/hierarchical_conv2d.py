@@ -33,6 +33,7 @@ from ._library import (
     fake_of,
     forward_mode,
     library,
+    needed_only,
     register_autocast,
     register_backward,
     register_decomposition,
@@ -167,11 +168,7 @@ def _gradients(grad, x, out, weights, biases, *settings) -> Sequence[Any]:
 
     def run(by: Backend, p: ChainProblem, *tensors: Any) -> list[Tensor]:
         arguments: Any = (*tensors, p.config, needed) if by.name == "reference" else (p, *tensors, needed)
-        of_x, *others = (chain_backward if by.name == "reference" else by.chain_backward)(*arguments)
-        return [
-            *([] if of_x is None else [of_x]),
-            *(t for wanted, ts in zip(needed[1:], others, strict=True) if wanted for t in ts),
-        ]
+        return needed_only((chain_backward if by.name == "reference" else by.chain_backward)(*arguments), needed)
 
     own = confirmed("backward", chosen, problem, [grad, x, out], [weights], run, whole=True)
     if own.name != "reference":

@@ -39,6 +39,7 @@ from ._library import (
     forward_mode,
     kernel_of,
     library,
+    needed_only,
     no_derivative,
     refuse_tangents,
     register_autocast,
@@ -177,11 +178,7 @@ def _gradients(grad, x, out, z, mean, invstd, weights, gammas, eps, *settings) -
 
     def run(by: Backend, p: ChainProblem, *tensors: Any) -> list[Tensor]:
         arguments: Any = (by, p, *tensors, eps, needed)
-        of_x, *others = train_backward(*arguments)
-        return [
-            *([] if of_x is None else [of_x]),
-            *(t for wanted, ts in zip(needed[1:], others, strict=True) if wanted for t in ts),
-        ]
+        return needed_only(train_backward(*arguments), needed)
 
     choose = partial(choose_for_training, problem, backend)
     given: list[Any] = [mean, invstd, weights, gammas]
