@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 from res2net_fused import accelerate, hierarchical_conv2d, pack_weights
 from res2net_fused._tables import format_table
+from res2net_fused._timing import Contender, measure
 from res2net_fused.backends import policy
 from res2net_fused.backends.cpu import chain1d
 from res2net_fused.bench import networks, providers, results, runtimes
 from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.networks import NetworkRatios
 from res2net_fused.bench.record_file import Record
-from res2net_fused.bench.timing import Contender, measure
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
 from res2net_fused.chain.tolerances import network_bound

@@ -33,8 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from res2net_fused import accelerate, freeze, hierarchical_conv2d, pack_weights
 from res2net_fused._tables import format_table
+from res2net_fused._timing import Contender, measure
 from res2net_fused.bench import results
-from res2net_fused.bench.timing import Contender, measure
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import ChainConfig
 from res2net_fused.chain.tolerances import FORWARD

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from res2net_fused import accelerate
-from res2net_fused.bench.timing import Contender, measure
+from res2net_fused._timing import Contender, measure
 from res2net_fused.models.registry import create_model
 
 EXAMPLES = """examples:

@@ -296,10 +296,10 @@ def _section(title: str, facts: dict[str, object]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from ._timing import use_device
     from .bench.networks import DEFAULT_MODELS, prepare_network
     from .bench.progress import progress
     from .bench.sample_images import sample_images
-    from .bench.timing import use_device
     from .testing.parity import check_cases, unavailable_backends, why_not
 
     _resolve(options)

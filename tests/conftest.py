@@ -1,11 +1,17 @@
 """Fixtures for all tests: reproducible numbers, no backend from the environment, memory poisoned on request."""
 
+import os
 import sys
+import tempfile
 
 import pytest
 import torch
 
 from res2net_fused.backends import policy
+
+
+# A table that nobody has written: what was measured on this machine decides no test, in other processes neither.
+os.environ["RES2NET_FUSED_CHOICES"] = os.path.join(tempfile.gettempdir(), "res2net_fused-tests", "no-choices.json")
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +22,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def same_conditions(monkeypatch):
     monkeypatch.delenv("RES2NET_FUSED_BACKEND", raising=False)
+    monkeypatch.delenv("RES2NET_FUSED_CHOICE", raising=False)
+    monkeypatch.setattr(policy, "why_left_to_pytorch", lambda device, dtype: None)  # processors have different instructions
     torch.manual_seed(0)
     if not torch.cuda.is_available():
         yield
@@ -83,9 +91,22 @@ def user_table(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def choices_table(monkeypatch, tmp_path):
+    """The path of a user's table of choices, of this test's own, and no memory of others."""
+    from res2net_fused.backends import choices, choices_file
+
+    path = tmp_path / "choices.json"
+    monkeypatch.setenv(choices_file.PATH_VARIABLE, str(path))
+    choices.forget()
+    yield path
+    choices.forget()
+
+
+@pytest.fixture
 def timed(monkeypatch):
     """What cases of a record timed, by the names of the candidates; each runs once."""
-    from res2net_fused.bench import timing, turns
+    from res2net_fused import _timing as timing
+    from res2net_fused.bench import turns
 
     found = []
 

@@ -11,7 +11,10 @@ import pytest
 from tree import ROOT
 
 PACKAGE = ROOT / "res2net_fused"
-FLOORS = ("_native", "_tables", "chain", "backends", "ops", "modules", "patching", "models", "testing", "bench", "cli")
+FLOORS = (
+    "_native", "_tables", "_timing", "chain", "backends", "ops", "modules", "patching", "models", "testing", "bench", "tuning",
+    "cli",
+)  # fmt: skip
 OUTSIDE = {"__init__", "__main__", "_moved"}  # the public names, and the old ones
 FILES = sorted(PACKAGE.rglob("*.py"))
 LARGEST = 500  # lines of a file

@@ -33,6 +33,7 @@ from record.runner import RecordRunner  # noqa: E402
 from record.schedule import Budget  # noqa: E402
 from record.targets import target_table, targets  # noqa: E402
 from res2net_fused._native import library, machine  # noqa: E402
+from res2net_fused._timing import use_device  # noqa: E402
 from res2net_fused.backends.base import BACKENDS  # noqa: E402
 from res2net_fused.backends.triton.compile_progress import compile_progress  # noqa: E402
 from res2net_fused.bench import results  # noqa: E402
@@ -40,7 +41,6 @@ from res2net_fused.bench.candidates import RunConditions  # noqa: E402
 from res2net_fused.bench.record_file import Record, Row, failure_name  # noqa: E402
 from res2net_fused.bench.supervise import AGAIN, REFUSED, supervise  # noqa: E402
 from res2net_fused.bench.timed_case import BASELINE, TimedCase, network_name  # noqa: E402
-from res2net_fused.bench.timing import use_device  # noqa: E402
 from res2net_fused.bench.turns import Absent, ContextLost, Outcome  # noqa: E402
 from res2net_fused.bench.work import l2_bytes  # noqa: E402
 from res2net_fused.testing.cases import WidthScale  # noqa: E402

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from res2net_fused._timing import Timing
 from res2net_fused.bench.candidates import module_case
 from res2net_fused.bench.record_file import Row
 from res2net_fused.bench.runner import make_row
 from res2net_fused.bench.timed_case import TimedCase
-from res2net_fused.bench.timing import Timing
 from res2net_fused.bench.work import Work, least_work, least_work_of_network, rotation_count
 from res2net_fused.chain.tolerances import forward_bound, network_bound
 from res2net_fused.modules.block_parts import parts_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from res2net_fused.bench.timing import Contender, measure
+from res2net_fused._timing import Contender, measure
 from res2net_fused.bench.work import Work
 from res2net_fused.testing.cases import TORCH_DTYPES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -93,6 +94,21 @@ def choose_device(asked: str | None, command: str) -> str:
     if why is not None:
         print(f"{command}: on the CPU, for PyTorch sees no GPU: {why}", file=sys.stderr, flush=True)
     return "cpu"
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's with its widest vector instructions."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _is_nvidia_gpu(device: Path) -> bool:

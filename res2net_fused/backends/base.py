@@ -90,6 +90,10 @@ class Backend(BatchNormPasses):
             out.relu_()
         return out
 
+    def ways(self, problem: ChainProblem) -> tuple[str, ...]:
+        """Return the choices that a measurement tries of this backend: its name, and behind a colon ways to compute."""
+        return (self.name,)
+
     def prepared_block(self, problem: ChainProblem, folded: BlockWeights, relu: bool) -> PreparedBlock | None:
         """Return `block_forward` of x and shortcut for calls of this kind by `folded.packed`; None where it needs more."""
         return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import torch
 
 from ..chain.problem import Chain1dProblem, ChainProblem
@@ -27,6 +30,33 @@ NCHW = (
     "x is NCHW and converted at every call, which makes a network 1.6 to 1.8 times as slow: "
     "model.to(memory_format=torch.channels_last) avoids it"
 )
+
+
+@functools.cache
+def why_left_to_pytorch(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this package's CPU kernels are predicted to be faster, else the reason.
+
+    They compute half types in float32, which nobody has measured on a processor that has instructions for the half type.
+    """
+    has = (
+        device.type == "cpu"
+        and {
+            torch.bfloat16: lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+            torch.float16: lambda: torch.cpu._is_amx_fp16_supported() or "avx512_fp16" in _flags(),
+        }.get(dtype, lambda: False)()
+    )
+    name = str(dtype).removeprefix("torch.")
+    if not has:
+        return None
+    return f"PyTorch's operators use this processor's {name} instructions, ours compute in float32: rf.tune measures"
+
+
+def _flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def training_pays(problem: ChainProblem) -> bool:

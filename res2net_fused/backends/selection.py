@@ -1,7 +1,8 @@
 """The one place where a backend is chosen, and where its reasons come from.
 
-Order: the `backend` argument, then RES2NET_FUSED_BACKEND, then "auto": the first of AUTO_ORDER that can run the call. An
-explicit choice that cannot run raises with the reason; auto moves on, and logs once for each reason.
+Order: the `backend` argument, then RES2NET_FUSED_BACKEND, then "auto": what was measured to be fastest (`choices.py`), else
+the first of AUTO_ORDER that can run the call. An explicit choice that cannot run raises with the reason; auto moves on, and
+logs once for each reason.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from ..chain.activations import shows_slope
 from ..chain.problem import Chain1dProblem, ChainProblem
+from . import choices, policy
 from .base import BACKENDS, Backend
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
@@ -39,16 +41,19 @@ _log = logging.getLogger("res2net_fused")
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend for one problem, and for every backend asked before it the reason against it."""
+    """A backend for one problem, and for every backend asked before it the reason against it. measured: what speaks for it."""
 
     name: str
     rejected: tuple[tuple[str, str], ...] = ()
     requested_by: str = "auto"
+    measured: str = ""
 
     @property
     def reason(self) -> str:
         if self.requested_by != "auto":
             return f"asked for by {self.requested_by}"
+        if self.measured:
+            return self.measured
         return "; ".join(f"{name}: {why}" for name, why in self.rejected) or FIRST_CHOICE
 
 
@@ -76,7 +81,10 @@ def is_auto(backend: str) -> bool:
 
 def choose_for_training(problem: ChainProblem, backend: str = "auto", against: Mapping[str, str] = NOTHING) -> Choice:
     """The backend, of those that run BatchNorm in training mode, that a call runs on. Arguments and errors as of `choose`."""
-    return _choose("cannot train", problem, backend, AUTO_ORDER, lambda found, p: found.why_not_training(p), against=against)
+    return _choose(
+        "cannot train", problem, backend, AUTO_ORDER, lambda found, p: found.why_not_training(p), against=against,
+        passes="training",
+    )  # fmt: skip
 
 
 def backend_of_gradients(problem: ChainProblem, backend: str = "auto", against: Mapping[str, str] = NOTHING) -> Backend | None:
@@ -103,7 +111,8 @@ def choose(problem: Problem, backend: str = "auto", layout: str = "plain", again
     if isinstance(problem, Chain1dProblem):
         return _choose("cannot run", problem, backend, AUTO_ORDER_1D, lambda found, p: found.why_not_1d(p), against=against)
 
-    if layout in AUTO_ORDER.get(problem.device.type, ())[:-1] and requested(backend)[0] == "auto":
+    packed_for = layout in AUTO_ORDER.get(problem.device.type, ())[:-1] and requested(backend)[0] == "auto"
+    if packed_for and choices.lookup("inference", problem) is None:
         found = get_backend(layout)
         if (found.why_not(problem) or _why_doubted(found, problem, against)) is None:
             return Choice(layout, (("others", "the weights are packed for this one"),))
@@ -121,8 +130,9 @@ def _choose(
     why_not: Callable[[Backend, Kind], str | None],
     why_not_auto: Callable[[Backend, Kind], str | None] = lambda found, problem: None,
     against: Mapping[str, str] = NOTHING,
+    passes: str = "inference",
 ) -> Choice:
-    """The backend asked for, or the first in order that speaks neither against the call nor for a later one."""
+    """The backend asked for, or what was measured, or the first in order that speaks neither against nor for a later one."""
     name, source = requested(backend)
     if name != "auto":
         named = get_backend(name)
@@ -130,12 +140,18 @@ def _choose(
         if why is not None:
             raise RuntimeError(f"{source} {cannot} {problem}: {why}")
         return Choice(name, requested_by=source)
+    measured = choices.lookup(passes, problem)
+    if measured is not None and measured.backend:
+        found = get_backend(measured.backend)
+        if (why_not(found, problem) or _why_doubted(found, problem, against)) is None:
+            return Choice(measured.backend, measured=str(measured))
     rejected: list[tuple[str, str]] = []
     postponed = None
     order = orders.get(problem.device.type, ("reference",))
     for candidate in order:
         found = get_backend(candidate)
         why = why_not(found, problem) or _why_doubted(found, problem, against)
+        why = why or policy.why_left_to_pytorch(problem.device, problem.dtype) if candidate == "cpu" else why
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
         if why is None:
@@ -157,6 +173,11 @@ def _why_doubted(backend: Backend, problem: Problem, against: Mapping[str, str])
     if not _aside:
         return against.get(backend.name)
     return against.get(backend.name) or _aside.get((backend.name, backend.instance(problem)))
+
+
+def is_put_aside(backend: Backend, problem: Problem) -> bool:
+    """Whether it was found wrong for calls of this kind in this process."""
+    return (backend.name, backend.instance(problem)) in _aside
 
 
 def put_aside(backend: Backend, problem: Problem, reason: str) -> str:

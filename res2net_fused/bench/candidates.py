@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._timing import Contender
 from ..backends.base import BACKENDS
 from ..backends.selection import choose, choose_for_training, get_backend
 from ..models.network import Network
@@ -17,7 +18,6 @@ from ..patching.accelerate import freeze
 from ..testing.cases import TORCH_DTYPES, Case, channels_last, fused
 from .providers import OURS, PROVIDERS, unavailable
 from .timed_case import TimedCase
-from .timing import Contender
 from .training import SgdStep, TrainingStep, plain, training_module, training_network
 from .turns import Absent
 

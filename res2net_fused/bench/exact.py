@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._timing import Contender
 from ..patching.explain import explain
 from ..testing.parity import ParityRow, poisoned_allocations, relative_error
 from . import runtimes
 from .candidates import Model, is_ours
 from .timed_case import TimedCase
-from .timing import Contender
 from .training import worst
 from .turns import Wrong
 

@@ -11,10 +11,10 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
+from .._timing import Contender, GraphedContender
 from ..patching.accelerate import freeze
 from ..testing.cases import channels_last, fused
 from . import runtimes
-from .timing import Contender, GraphedContender
 
 Model = Callable[[Tensor], Tensor]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._native import library
+from .._native.machine import device_name
 
 WORKLOADS = ("chain", "block", "network", "train_chain", "train_block", "train_step")
 PROVIDERS = (
@@ -55,19 +56,6 @@ def environment(device: str, command: str) -> dict[str, Any]:
         "commit": source_commit(),
         "command": command,
     }
-
-
-def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's with its widest vector instructions."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def source_commit() -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .._native import library as native
+from .._timing import use_device
 from ..testing.cases import TRAINED, Case, WidthScale, cases
 from ..testing.parity import why_not
 from . import results, runtimes
@@ -29,7 +30,6 @@ from .record_file import Record, different_fields
 from .sample_images import sample_images
 from .supervise import AGAIN, supervise
 from .timed_case import BASELINE, TARGET_CONFIGS, TimedCase, network_name
-from .timing import use_device
 from .turns import ContextLost, Outcome
 from .work import l2_bytes
 

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.config
 from torch import Tensor
 
+from .._timing import Contender, GraphedContender, Timing
 from ..chain.tolerances import forward_bound
 from ..models.network import Network
 from ..testing.cases import TRAINED, Case
@@ -30,7 +31,6 @@ from .exact import CHECKED_IMAGES, Miss, Truth, allowed
 from .providers import PROVIDERS, forget_compiled
 from .record_file import Record, Row, failure_name
 from .timed_case import Candidate, TimedCase
-from .timing import Contender, GraphedContender, Timing
 from .training import SgdStep, SgdTruth, TrainingStep, TrainingTruth, check_training_case, plain, with_inner_chains
 from .turns import Outcome, noted, take_turns
 from .work import Work, least_work, rotation_count

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._timing import Contender, GraphedContender, use_device
 from ..backends.triton.tiles import ENVIRONMENT_VARIABLE, Row, Shape, Tile, dtype_class, merge, read, user_path, write
 from ..chain.tolerances import FORWARD
 from ..testing.cases import TORCH_DTYPES, Case, WidthScale, cases
@@ -30,7 +31,6 @@ from ..testing.parity import check_case, convolution_precision, poisoned_allocat
 from . import results
 from .record_file import Record
 from .supervise import supervise
-from .timing import Contender, GraphedContender, use_device
 from .turns import Absent, ContextLost, Outcome, Wrong, noted, take_turns
 
 if TYPE_CHECKING:

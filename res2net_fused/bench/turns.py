@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._timing import Contender, Name, Timing, measure
 from ..testing.cuda_errors import poisons_context
 from .record_file import Record, Row
-from .timing import Contender, Name, Timing, measure
 
 
 class Absent(Exception):

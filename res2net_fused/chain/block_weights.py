@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,14 @@ class BlockWeights:
     layout: str = "plain"
     made: Any = None  # a MadeOn of modules/weight_cache.py, where it is kept
     overflowed: bool = False  # of one that is kept, if float16 may be asked of it: what `overflows` said
+
+    # The same in the layouts of other backends, by their names, as `packed_for` makes them.
+    others: dict[str, BlockWeights] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """Channels that go into the block and come out of it."""
+        return self.conv1_weight.shape[1], self.conv3_weight.shape[0]
 
     def to(self, dtype: torch.dtype, device: torch.device) -> BlockWeights:
         """The plain weights in `dtype`, all on `device`; biases keep their dtype."""

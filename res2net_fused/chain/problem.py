@@ -22,7 +22,8 @@ class ChainProblem:
     """One call of the operator, without its data: what a backend is chosen and a launch is planned by.
 
     config: the settings. device, dtype: of x (N, s*w, H, W). batch, height, width_pixels: N, H, W. width: w, the channels of a
-    group. steps: the number of convolutions. channels_last: whether x has that memory format, else it is contiguous.
+    group. steps: the number of convolutions. channels_last: whether x has that memory format, else it is contiguous. around:
+    where a whole block is called, the channels that go into it and come out of it.
     """
 
     config: ChainConfig
@@ -34,18 +35,21 @@ class ChainProblem:
     width: int
     steps: int
     channels_last: bool
+    around: tuple[int, int] | None = None
 
     @classmethod
-    def from_tensor(cls, x: Tensor, width: int, steps: int, config: ChainConfig) -> ChainProblem:
+    def from_tensor(
+        cls, x: Tensor, width: int, steps: int, config: ChainConfig, around: tuple[int, int] | None = None
+    ) -> ChainProblem:
         """A call on a tensor with x's batch, size, dtype, device and memory format; its channels are not looked at.
 
-        width: channels of a group. steps: convolutions. config: the settings.
+        width: channels of a group. steps: convolutions. config: the settings. around: a whole block's channels, in and out.
         """
         batch, _, height, width_pixels = x.shape
         last = memory_format(x) == torch.channels_last
         if type(height) is int and type(width_pixels) is int:  # a traced size would be compared, and the graph kept to it
             config = config.clamped_to(max(height, width_pixels))
-        return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last)
+        return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last, around)
 
     @classmethod
     def for_convolution(cls, u: Tensor, weight: Tensor, config: ChainConfig) -> ChainProblem:

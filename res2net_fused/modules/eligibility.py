@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -10,25 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import policy
-from ..backends.selection import is_auto
 from ..chain.activations import CLAMPS, leaky_relu
 from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
-from ..ops.packed_weights import one_operator
 from ..ops.recording import why_recorded
 from .block_parts import BlockParts, changed_surroundings, strangers, surroundings, wrappers
 from .block_state import BlockState
+from .choosing import why_own
 from .confirmation import is_convolution
-from .folding import why_not_bypassed, why_not_folded
+from .folding import block_tensors, why_not_bypassed, why_not_folded
 from .switches import switches
 from .training import uses_batch_statistics, why_not_trained
 
 
-def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProblem:
-    """The call of the chain inside, for the block's x."""
+def chain_problem(block: BlockParts, x: Tensor, state: BlockState, trained: bool = False) -> ChainProblem:
+    """The call of the chain inside, for the block's x. trained: whether that is by itself, with the batch's statistics."""
     rows, columns = block.conv1.stride
-    problem = ChainProblem.from_tensor(x, block.convs[0].in_channels, len(block.convs), state.config)
+    around = None if trained else (block.conv1.in_channels, block.conv3.out_channels)
+    problem = ChainProblem.from_tensor(x, block.convs[0].in_channels, len(block.convs), state.config, around)
     dtype = compute_dtype(block.conv1.weight)
     if not problem.channels_last and hands_on(block.conv1.weight):
         problem = replace(problem, channels_last=True)
@@ -36,6 +36,14 @@ def chain_problem(block: BlockParts, x: Tensor, state: BlockState) -> ChainProbl
         return problem
     height, width = (problem.height - 1) // rows + 1, (problem.width_pixels - 1) // columns + 1
     return replace(problem, dtype=dtype, height=height, width_pixels=width)
+
+
+def differentiates(block: BlockParts, x: Tensor, given: Tensor | None) -> bool:
+    """Whether autograd records the call. given: what a caller adds in x's place, or None."""
+    return torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in (x, given))
+        or any(t.requires_grad for t in itertools.chain(block.module.parameters(), block_tensors(block)))
+    )
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -75,7 +83,7 @@ def why_not_fused(
     if training and block.module.training and getattr(block.module, "with_cp", False):
         return "with_cp: in training its own forward checkpoints it"
     if training:
-        reason = why_not_trained(block, chain_problem(block, x, state), state.backend, state.recompute)
+        reason = why_not_trained(block, x, chain_problem(block, x, state, trained=True), state.backend, state.recompute)
     else:
         reason = why_not_foldable(block)
     if reason is not None:
@@ -88,13 +96,17 @@ def why_not_fused(
     geometry = block_geometry(block)
     if geometry != state.geometry and _without_types(geometry) != _without_types(state.geometry):
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
-    reason = why_not_convolutions(block) or why_not_alone(block, x, state)
+    reason = why_not_convolutions(block)
     if reason is not None:
         return reason
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(m for child in others.values() for m in child.modules()) if others else ()
-    return why_not_left_out((*outer, *around, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
+    reason = why_not_left_out((*outer, *around, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
+    if reason is not None or training:
+        return reason
+    passes = "gradients" if differentiates(block, x, shortcut) else "inference"
+    return why_own(passes, chain_problem(block, x, state), state.backend, (block.module, x))
 
 
 def why_not_of_dtype(x: Tensor, weight: Tensor) -> str | None:
@@ -102,13 +114,6 @@ def why_not_of_dtype(x: Tensor, weight: Tensor) -> str | None:
     if x.dtype != weight.dtype and (torch.float64 in (x.dtype, weight.dtype) or not under_autocast(x.device.type)):
         return f"x is {x.dtype} but the weights are {weight.dtype}"
     return None
-
-
-def why_not_alone(block: BlockParts, x: Tensor, state: BlockState) -> str | None:
-    """None if a block that is not one operator should run its chain fused, without the 1x1 convolutions, else the reason."""
-    if one_operator(state.config) or not is_auto(state.backend) or policy.clamped_chain_pays(chain_problem(block, x, state)):
-        return None
-    return "activations other than ReLU run fused in channels-last only, where clamps are measured to gain, or by backend="
 
 
 def why_not_read(block: BlockParts) -> str | None:

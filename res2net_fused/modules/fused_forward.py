@@ -8,7 +8,6 @@ operator that has BatchNorm in it. Whatever cannot run fused runs the class's ow
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import choices
 from ..backends.base import PreparedBlock
-from ..backends.selection import requested
+from ..backends.selection import is_auto, requested
 from ..chain.activations import activate
 from ..chain.block_weights import BlockWeights
 from ..chain.config import ChainConfig
@@ -27,14 +27,15 @@ from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
 from .block_parts import BlockParts, parts_of, strangers, wrappers
 from .block_state import BlockState, FusedModule
+from .choosing import why_own
 from .confirmation import eps_of
 from .eligibility import (
     chain_problem,
     compute_dtype,
+    differentiates,
     given_shortcut,
     is_floating,
     under_autocast,
-    why_not_alone,
     why_not_fused,
     why_not_of_dtype,
 )
@@ -81,7 +82,7 @@ class FusedForward(FusedModule):
         shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
         if any(map(uses_batch_statistics, parts.bns)):
             if not torch.compiler.is_compiling():
-                state.last_problem, state.last_trained = chain_problem(parts, x, state), True
+                state.last_problem, state.last_trained = chain_problem(parts, x, state, trained=True), True
             return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
         return run_fused(parts, x, shortcut, state)
 
@@ -129,15 +130,16 @@ class KnownBlock(Known):
         weight = self.weight
         autocast = torch._C._is_any_autocast_enabled() and (under_autocast(x.device.type), compute_dtype(weight))
         device = weight.device
-        facts = x.dtype, x.device, x.shape, x.stride(), weight.dtype, device, weight.stride(), autocast
+        kind = x.dtype, x.device, x.shape, x.stride(), weight.dtype, device, weight.stride(), autocast
+        facts = *kind, requested(state.backend), choices.version()
         seen = self.seen
         if seen is None or seen[0] != facts:
-            if not is_floating(x, 4) or why_not_of_dtype(x, weight) is not None:
+            if not is_floating(x, 4) or why_not_of_dtype(x, weight) is not None or choices.may_measure():
                 return None
             self.seen = seen = facts, _Seen(self.parts, x, state)
         found = seen[1]
-        if not one_operator(state.config) and (reason := why_not_alone(self.parts, x, state)) is not None:
-            return reason
+        if found.why_own is not None:
+            return found.why_own
         state.last_problem, state.last_trained = found.problem, False
         if found.converts:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -154,24 +156,25 @@ class KnownBlock(Known):
 
 
 class _Seen:
-    """What follows from an x of one shape and kind, beside weights of one dtype."""
+    """What follows from an x of one shape and kind, beside weights of one dtype, while nobody asks for another backend."""
 
     def __init__(self, block: BlockParts, x: Tensor, state: BlockState) -> None:
         weight = block.conv1.weight
         self.dtype = compute_dtype(weight)
         self.converts = handed_on(weight, x) is not x
         self.problem = chain_problem(block, x, state)
-        self.prepared: tuple[BlockWeights, object, PreparedBlock | None] | None = None
+        self.why_own = why_own("inference", self.problem, state.backend)
+        self.prepared: tuple[BlockWeights, PreparedBlock | None] | None = None
 
     def call(self, entry: Tensor, shortcut: Tensor, folded: BlockWeights, state: BlockState) -> Tensor:
-        """`fused_bottle2neck`, which is asked once for weights and a backend, if that can be called without it."""
-        prepared, wanted = self.prepared, requested(state.backend)
-        known = prepared is not None and prepared[0] is folded and prepared[1] == wanted
-        if prepared is not None and known and prepared[2] is not None:
-            return prepared[2](entry, shortcut)
+        """`fused_bottle2neck`, which is asked once for weights, if its backend can be called without it."""
+        prepared = self.prepared
+        known = prepared is not None and prepared[0] is folded
+        if prepared is not None and known and prepared[1] is not None:
+            return prepared[1](entry, shortcut)
         out = fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
         if not known:
-            self.prepared = folded, wanted, prepared_bottle2neck(entry, folded, True, state.config, state.backend)
+            self.prepared = folded, prepared_bottle2neck(entry, folded, True, state.config, state.backend)
         return out
 
 
@@ -185,10 +188,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     dtype = compute_dtype(weight)
     x = handed_on(weight, x)
     x_in = x.to(dtype)
-    differentiable = torch.is_grad_enabled() and (
-        any(t is not None and t.requires_grad for t in (x, given))
-        or any(t.requires_grad for t in itertools.chain(block.module.parameters(), block_tensors(block)))
-    )
+    differentiable = differentiates(block, x, given)
     if not torch.compiler.is_compiling():
         state.last_problem, state.last_trained = chain_problem(block, x, state), False
     if differentiable or not is_identity(block.drop_block):
@@ -223,6 +223,8 @@ def _run_folded(
         chain = PackedWeights.from_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
     entry = entry_pixels(block, x_in)
+    if not torch.compiler.is_compiling():
+        folded = _packed_as_measured(folded, state)
     shortcut = (_shortcut(block, x_in, x, folded, projection) if given is None else given) if whole else None
     if shortcut is None or not _fits(shortcut, entry, folded, state.config):
         out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
@@ -230,6 +232,18 @@ def _run_folded(
     if seen is None or type(shortcut) is not Tensor:
         return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
     return seen.call(entry, shortcut, folded, state)
+
+
+def _packed_as_measured(folded: BlockWeights, state: BlockState) -> BlockWeights:
+    """The weights in the layout of the backend that was measured to be the fastest for this call, which may be another one."""
+    found = None if folded.packed is None else choices.lookup("inference", state.last_problem)
+    if found is None or found.backend in ("", "reference", folded.layout) or not is_auto(state.backend) or capturing():
+        return folded
+    packed = folded.others.get(found.backend)
+    if packed is None:
+        with torch.inference_mode(False), torch.no_grad():
+            folded.others[found.backend] = packed = pack_block(folded, state.config, found.backend)
+    return packed
 
 
 def _fits(shortcut: Tensor, entry: Tensor, folded: BlockWeights, config: ChainConfig) -> bool:

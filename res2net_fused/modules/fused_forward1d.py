@@ -15,15 +15,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..backends import policy
+from ..backends import choices
 from ..backends.cpu.chain1d import pack_1d
-from ..backends.selection import is_auto, requested
+from ..backends.selection import requested
 from ..chain.block_weights import Chain1dWeights
 from ..chain.config import Chain1dConfig
 from ..chain.problem import Chain1dProblem
 from ..ops.hierarchical_conv1d import call_1d
 from .block_parts import NO_NORM, Path, Paths, resolve
 from .block_state import FusedModule, FusedState
+from .choosing import why_own
 from .eligibility import (
     compute_dtype,
     is_floating,
@@ -38,7 +39,6 @@ from .switches import switches
 from .tracing import leaf_call
 from .weight_cache import Frozen, cacheable
 
-NOT_PAYING = "its own forward is not measured to be slower here; backend= asks for the operator"
 ADDITION: Path = ("+",)  # the step at which the shortcut is added
 
 
@@ -125,8 +125,8 @@ class KnownChain(Known):
         super().__init__(snapshot)
         self.chain, self.weight = chain, chain.convs[0].weight
         self.tensors, self.settings = chain.tensors(), _settings_of(chain)
-        # What is asked of x, the problem that it makes, and whether that pays.
-        self.seen: tuple[tuple[object, ...], Chain1dProblem, bool] | None = None
+        # What is asked of x, the problem that it makes, and why the block's own forward should run it.
+        self.seen: tuple[tuple[object, ...], Chain1dProblem, str | None] | None = None
 
     def run(self, block: nn.Module, state: BlockState1d, x: Tensor) -> Tensor | str | None:
         """The block for this x, or why its own forward has to run; None where all has to be asked anew."""
@@ -134,15 +134,17 @@ class KnownChain(Known):
             return None
         weight = self.weight
         autocast = torch._C._is_any_autocast_enabled() and (under_autocast(x.device.type), compute_dtype(weight))
-        facts = x.dtype, x.device, x.shape, weight.dtype, weight.device, weight.shape, autocast
+        kind = x.dtype, x.device, x.shape, weight.dtype, weight.device, weight.shape, autocast
+        facts = *kind, requested(state.backend), choices.version()
         seen = self.seen
         if seen is None or seen[0] != facts:
-            if not is_floating(x, 3) or why_not_of_dtype(x, weight) is not None:
+            if not is_floating(x, 3) or why_not_of_dtype(x, weight) is not None or choices.may_measure():
                 return None
-            self.seen = seen = facts, self.chain.problem(x, state.config), _pays(self.chain, x, state)
-        _, problem, pays = seen
-        if not pays and is_auto(state.backend):
-            return NOT_PAYING
+            problem = self.chain.problem(x, state.config)
+            self.seen = seen = facts, problem, why_own("inference", problem, state.backend)
+        _, problem, reason = seen
+        if reason is not None:
+            return reason
         state.last_problem = problem
         inner = enter_block_1d(block, x, state.layout) if state.layout.outer else x  # (N, s*w, L)
         out = call_1d(inner, self._weights(problem.dtype, weight.device, state), state.config, state.backend)
@@ -290,8 +292,9 @@ def why_not_fused_1d(
     if any(not is_identity(bn) and (bn.running_mean is None or bn.running_var is None) for bn in chain.bns):
         return "BatchNorm has no running statistics"
     reason = why_not_left_out(modules)
-    if reason is None and is_auto(state.backend) and not _pays(chain, x, state):
-        return "its own forward is not measured to be slower here; backend= asks for the operator"
+    if reason is None:
+        passes = "gradients" if chain.differentiable(x) else "inference"
+        reason = why_own(passes, chain.problem(x, state.config), state.backend, (block, x))
     return reason
 
 
@@ -328,11 +331,6 @@ def _changed_1d(block: nn.Module, geometry: list[object], state: BlockState1d) -
 def switches_1d(block: nn.Module, modules: Sequence[nn.Module]) -> tuple[object, ...]:
     """The settings that the code of the block and of the modules inside reads."""
     return tuple(map(switches, (block, *modules)))
-
-
-def _pays(chain: ChainParts, x: Tensor, state: BlockState1d) -> bool:
-    """Whether the operator does, in inference."""
-    return not chain.differentiable(x) and policy.chain_pays_1d(chain.problem(x, state.config))
 
 
 def descendants(block: nn.Module) -> list[nn.Module]:

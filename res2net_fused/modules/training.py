@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import policy
 from ..backends.selection import choose_for_training, is_auto
 from ..chain.activations import shows_slope
 from ..chain.batch_norm import Statistics
@@ -19,6 +18,7 @@ from ..chain.config import ChainConfig
 from ..chain.problem import ChainProblem
 from ..ops.hierarchical_conv_bn import hierarchical_conv_bn
 from .block_parts import BlockParts
+from .choosing import why_own
 from .reference_blocks import Parts, apply_optional, finish_bottle2neck, normalized
 
 
@@ -29,7 +29,7 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     return bn.training or bn.running_mean is None and bn.running_var is None
 
 
-def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, recompute: bool) -> str | None:
+def why_not_trained(block: BlockParts, x: Tensor, problem: ChainProblem, backend: str, recompute: bool) -> str | None:
     """None if the block's chain should run with batch statistics in one operator, else the reason."""
     for bn in block.bns:
         if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
@@ -49,8 +49,9 @@ def why_not_trained(block: BlockParts, problem: ChainProblem, backend: str, reco
         return reason
     if problem.batch == 0:
         return "the batch is empty"
-    if not recompute and is_auto(backend) and not policy.training_pays(problem):
-        return "its own forward is not measured to train slower here; backend= or recompute=True asks for the operator"
+    reason = None if recompute else why_own("training", problem, backend, (block.module, x))
+    if reason is not None:
+        return reason
     if torch.compiler.is_compiling():
         return None  # the operator itself chooses, when the graph runs
     try:

@@ -57,7 +57,7 @@ def prepared_bottle2neck(
 
     folded, relu, config, backend: as that was given them. Returns None where it has to be asked at each call.
     """
-    problem = ChainProblem.from_tensor(x, folded.weights[0].shape[0], len(folded.weights), config)
+    problem = ChainProblem.from_tensor(x, folded.weights[0].shape[0], len(folded.weights), config, folded.around)
     name = choose(problem, backend, folded.layout).name
     return get_backend(name).prepared_block(problem, folded, relu) if name == folded.layout and problem.batch else None
 
@@ -79,7 +79,7 @@ def _problem(
         conv3_weight=folded.conv3_weight, conv3_bias=folded.conv3_bias, projection_weight=folded.projection_weight,
         projection_bias=folded.projection_bias, packed=packed,
     )  # fmt: skip
-    problem = ChainProblem.from_tensor(x, width, len(weights), config)
+    problem = ChainProblem.from_tensor(x, width, len(weights), config, folded.around)
     if shortcut is not None:
         _check_shortcut(shortcut, folded, (problem.batch, problem.output_height, problem.output_width))
     return problem

@@ -41,6 +41,7 @@ from ._library import (
     register_kernel,
     register_transforms,
 )
+from .measured_chain import measure_if_asked
 from .packed_weights import PackedWeights
 from .recording import why_written
 
@@ -129,6 +130,7 @@ def _chosen(x, weights, biases, packed, layout, *settings) -> tuple[ChainProblem
     problem = check_arguments(x, weights, biases, cached_config(*chain))
     if packed:
         check_devices(x, packed=packed)
+    measure_if_asked(problem, backend, weights, biases)
 
     def run(by: Backend, p: ChainProblem, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> list[Tensor]:
         return [by.forward(p, x, weights, biases, by.pack(weights, biases, p.config) if packed else None)]

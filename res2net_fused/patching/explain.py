@@ -83,7 +83,7 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     they were; what its forward raises is raised. Without, the report is about each block's last call.
     """
     if example_inputs:
-        _run_unnoticed(model, example_inputs)
+        run_unnoticed(model, example_inputs)
     return BlockReports(
         _with_status(_report(name, module))
         for name, module in model.named_modules()
@@ -141,7 +141,8 @@ def _reads_old_weights(block: nn.Module, state: FusedState) -> bool:
     return why_not_read(parts) is None and reads_old_weights(parts, dtype, state)
 
 
-def _run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:
+def run_unnoticed(model: nn.Module, inputs: tuple[object, ...]) -> None:
+    """Runs the model without gradients and leaves its buffers and the random state as they were."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from res2net_fused.backends.selection import FIRST_CHOICE
+from res2net_fused import _timing as timing
 from res2net_fused.bench import (
     network_runner,
     networks,
@@ -20,7 +21,6 @@ from res2net_fused.bench import (
     runner,
     runtimes,
     sample_images,
-    timing,
     training,
 )
 from res2net_fused.bench.record_file import Record

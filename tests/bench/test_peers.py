@@ -14,7 +14,8 @@ from record import schedule
 from record_cases import conditions
 
 from res2net_fused import cli
-from res2net_fused.bench import network_runner, networks, outcome, plot, providers, results, run, runner, runtimes, timing
+from res2net_fused import _timing as timing
+from res2net_fused.bench import network_runner, networks, outcome, plot, providers, results, run, runner, runtimes
 from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase
 from res2net_fused.bench.record_file import Record

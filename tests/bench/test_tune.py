@@ -10,10 +10,10 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from res2net_fused import cli
+from res2net_fused._timing import Contender, Timing
 from res2net_fused.backends.triton.launch import KernelCall
 from res2net_fused.backends.triton.tiles import DTYPE_CLASSES, Row, Shape, Tile, read, write
 from res2net_fused.bench import tune, turns
-from res2net_fused.bench.timing import Contender, Timing
 from res2net_fused.testing.cases import DEFAULT_CONFIGS, Case, WidthScale, cases
 from res2net_fused.testing.parity import ParityReport, ParityRow
 

@@ -12,7 +12,8 @@ from record import roofline
 from record import runner as record_networks
 from record_cases import ROOT, conditions, quick_case, record_runner, run_child
 
-from res2net_fused.bench import candidates, results, runner, supervise, timing, training, turns
+from res2net_fused import _timing as timing
+from res2net_fused.bench import candidates, results, runner, supervise, training, turns
 from res2net_fused.bench.timed_case import TimedCase
 from res2net_fused.testing.cases import WidthScale
 from res2net_fused.testing.cuda_errors import poisons_context

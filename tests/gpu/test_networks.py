@@ -10,9 +10,9 @@ from helpers import relative_error
 from networks import FAMILIES, images_for, pair, quick
 
 from res2net_fused import accelerate, explain, freeze
+from res2net_fused._timing import GraphedContender
 from res2net_fused.bench.networks import random_network
 from res2net_fused.bench.sample_images import calibrate, sample_images
-from res2net_fused.bench.timing import GraphedContender
 from res2net_fused.chain.tolerances import network_bound
 
 BATCH = 1 if STAND_IN else 32

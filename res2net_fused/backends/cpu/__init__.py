@@ -17,6 +17,7 @@ class CpuBackend(WinogradConvolver, Backend):
     plan = staticmethod(chain.plan)
     pack = staticmethod(chain.pack)
     forward = staticmethod(chain.forward)
+    ways = staticmethod(chain.ways)
     native_settings = staticmethod(chain.native_settings)
     pack_block = staticmethod(block.pack_block)
     block_forward = staticmethod(block.block_forward)

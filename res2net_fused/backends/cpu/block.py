@@ -10,7 +10,7 @@ from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from ..base import PreparedBlock
 from .chain import pack
-from .settings import arithmetic, chain_arguments, instruction_set, operators
+from .settings import arithmetic, chain_arguments, instruction_set, measured_arithmetic, operators
 
 
 def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
@@ -43,10 +43,11 @@ def _call_with(problem: ChainProblem, folded: BlockWeights, packed: list[Tensor]
     run = operators.cpu_block_forward.default
     named = chain_arguments(problem)
     chain = [named[a.name] for a in run._schema.arguments if a.name in named]  # by place, which takes half the time
+    measured = measured_arithmetic(problem)
     arguments = packed, len(folded.conv3_weight), folded.projection_stride, relu, *chain, problem.channels_last
 
     def call(x: Tensor, shortcut: Tensor | None) -> Tensor:
-        return run(x, shortcut, *arguments, arithmetic(), instruction_set())
+        return run(x, shortcut, *arguments, arithmetic(measured), instruction_set())
 
     return call
 

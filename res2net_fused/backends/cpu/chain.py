@@ -12,7 +12,14 @@ from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from .batch_norm import covers
 from .convolution import chain_from_weights, convolves_faster, winograd_covers, winograd_pays
-from .settings import ARITHMETICS, arithmetic, chain_arguments, instruction_set, operators
+from .settings import (
+    ARITHMETICS,
+    arithmetic,
+    chain_arguments,
+    instruction_set,
+    measured_arithmetic,
+    operators,
+)
 
 
 def why_not_device(device: torch.device) -> str | None:
@@ -41,10 +48,23 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, config: Cha
 
 def plan(problem: ChainProblem) -> str:
     """Describe a call with packed weights; one with plain weights and few pixels convolves directly."""
+    return _plan(problem, arithmetic(measured_arithmetic(problem)))
+
+
+def _plan(problem: ChainProblem, mode: int) -> str:
     return operators.cpu_plan(
         problem.batch, problem.height, problem.width_pixels, **chain_arguments(problem),
-        arithmetic=arithmetic(), instruction_set=instruction_set(),
+        arithmetic=mode, instruction_set=instruction_set(),
     )  # fmt: skip
+
+
+def ways(problem: ChainProblem) -> tuple[str, ...]:
+    """Return the plan's own arithmetic and those that make another plan."""
+    if arithmetic():
+        return ("cpu",)
+    named = {f"cpu:{name}": _plan(problem, code) for name, code in ARITHMETICS.items() if code}
+    own = _plan(problem, ARITHMETICS["auto"])
+    return ("cpu", *(name for name, how in named.items() if how != own))
 
 
 def forward(
@@ -69,11 +89,15 @@ def forward(
 
 
 def native_settings(problem: ChainProblem) -> list[int]:
-    """[arithmetic, instruction set, whether weights that are not packed are packed for Winograd in the call]."""
+    """[arithmetic, instruction set, whether weights that are not packed are packed for Winograd in the call].
+
+    What is measured is measured of packed weights.
+    """
     mode = arithmetic()
     covered = winograd_covers(problem.config) and min(problem.height, problem.width_pixels) >= 2
     by_name = mode == ARITHMETICS["winograd"] and covered
-    return [mode, instruction_set(), by_name or (mode == ARITHMETICS["auto"] and winograd_pays(problem))]
+    from_weights = by_name or (mode == ARITHMETICS["auto"] and winograd_pays(problem))
+    return [arithmetic(measured_arithmetic(problem)), instruction_set(), from_weights]
 
 
 def plan_training(problem: ChainProblem) -> str:

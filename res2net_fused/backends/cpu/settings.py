@@ -2,7 +2,8 @@
 
 Environment, read at every call:
 
-* RES2NET_FUSED_CPU_ARITHMETIC: "auto" (default), "winograd" (wherever it can run) or "direct" (its rounding everywhere).
+* RES2NET_FUSED_CPU_ARITHMETIC: "auto" (default: as measured, else as planned), "winograd" (wherever it can run) or "direct"
+  (its rounding everywhere).
 * RES2NET_FUSED_CPU_ISA: "portable", "avx2" or "avx512" instead of the best instruction set of this processor.
 """
 
@@ -18,6 +19,7 @@ from ..._native import library
 from ...chain.activations import ACTIVATIONS, split_activation
 from ...chain.config import PASSTHROUGHS, POOLS, ChainConfig
 from ...chain.problem import ChainProblem
+from .. import choices
 
 operators = torch.ops.res2net_fused_native
 
@@ -59,8 +61,16 @@ def activation_arguments(config: ChainConfig) -> dict[str, float]:
     return {"activation": ACTIVATIONS.index(kind), "slope": slope}
 
 
-def arithmetic() -> int:
-    return _code(ARITHMETIC_VARIABLE, ARITHMETICS)
+def arithmetic(measured: str = "") -> int:
+    """The code of what the environment asks for, else of what was `measured`, else of the native plan's own choice."""
+    code = _code(ARITHMETIC_VARIABLE, ARITHMETICS)
+    return code if code or not measured else ARITHMETICS[measured]
+
+
+def measured_arithmetic(problem: ChainProblem) -> str:
+    """What was measured to be faster for the call, or is being measured; "" where nothing was."""
+    found = choices.lookup("inference", problem)
+    return found.fused.removeprefix("cpu").removeprefix(":") if found is not None and found.backend == "cpu" else ""
 
 
 def instruction_set() -> int:

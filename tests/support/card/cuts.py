@@ -24,7 +24,7 @@ def changes(batch: int) -> dict[str, Callable[[Any], None]]:
         f"{package}.backends.cuda.plan": lambda m: _planned(m, ("plan_chain",), batch, {}),
         f"{package}.testing.cases": lambda m: setattr(m, "SIZES", SIZES),
         f"{package}.bench.sample_images": _small_sample_images,
-        f"{package}.bench.timing": _few_rounds,
+        f"{package}._timing": _few_rounds,
         f"{package}.bench.work": _few_inputs,
         "record.roofline": _quick_rates,
         "record.runner": lambda m: setattr(m, "IMAGE_SIZE", IMAGE),

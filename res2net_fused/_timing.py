@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -127,6 +128,7 @@ def measure(
     min_repeats: int = 5,
     max_repeats: int = 200,
     warm_up: int = 2,
+    peaks: bool = True,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[Name, Timing]:
     """Times all contenders in turn, round after round, so that drifts of the machine meet all of them alike.
@@ -135,10 +137,11 @@ def measure(
     Where a model computes in threads that are not PyTorch's (its attribute `own_threads`), every run starts when the threads
     of the one before have gone to sleep.
     seconds: for all contenders together, after warm-up; at least `min_repeats` rounds are run, at most `max_repeats`.
+    peaks: whether memory is measured too, else 0.
     advance: called after every round.
     """
     with _on(device):
-        peaks = {name: peak_mb(contender, device) for name, contender in contenders.items()}
+        memory = {name: peak_mb(contender, device) if peaks else 0.0 for name, contender in contenders.items()}
         for contender in contenders.values():
             for _ in range(warm_up):
                 contender.run()
@@ -146,16 +149,16 @@ def measure(
         if any(getattr(contender.model, "own_threads", False) for contender in contenders.values()):
             once = _settled_ms
         samples: dict[Name, list[float]] = {name: [] for name in contenders}
-        names = list(contenders)
+        names, order = list(contenders), random.Random(0)
         start = time.perf_counter()
         for repeat in range(max_repeats):
             if repeat >= min_repeats and time.perf_counter() - start > seconds:
                 break
-            first = repeat % len(names)  # nobody always follows the same neighbour's cache contents
-            for name in names[first:] + names[:first]:
+            order.shuffle(names)  # nobody always follows the same neighbour's cache contents
+            for name in names:
                 samples[name].append(once(contenders[name]))
             advance()
-    return {name: Timing.of_samples(values, peaks[name]) for name, values in samples.items()}
+    return {name: Timing.of_samples(values, memory[name]) for name, values in samples.items()}
 
 
 def _wall_ms(contender: Contender) -> float:

@@ -1,0 +1,1 @@
+"""`tune(model, *inputs)`: every choice for every block measured on this machine, before it matters."""

@@ -1,0 +1,58 @@
+"""What `tune` found out, printed as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .._tables import format_table
+
+
+@dataclass(frozen=True)
+class TunedCall:
+    """One kind of call that blocks of the model had.
+
+    blocks: their names. call: what is computed, on which sizes. ms: milliseconds of each choice whose results were right; "own"
+    is the block's own forward. errors: against float64, in the norm. choice: what is taken from now on, "" where nothing could be
+    measured. notes: what was put aside, and why; whether an earlier measurement is taken.
+    """
+
+    blocks: tuple[str, ...]
+    call: str
+    choice: str = ""
+    ms: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What `tune` returns. calls: one entry for each kind of call. model_ms: of the whole model, by "own", "predicted", "tuned".
+
+    notes: of blocks that were left out, and why.
+    """
+
+    calls: tuple[TunedCall, ...] = ()
+    model_ms: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = []
+        for call in self.calls:
+            times = ", ".join(
+                f"{name} {ms:.3g} ({call.errors.get(name, 0.0):.1g})" for name, ms in sorted(call.ms.items(), key=lambda i: i[1])
+            )
+            first, *others = call.blocks or ("",)
+            blocks = (first or "(model)") + (f" and {len(others)} more" if others else "")
+            rows.append((blocks, call.call, call.choice or "as predicted", times, "; ".join(call.notes)))
+        head = ("block", "call", "taken", "ms (error)", "notes")
+        lines = [format_table(head, rows, left=len(head))] if rows else []
+        if self.model_ms:
+            own, predicted, tuned = (self.model_ms[name] for name in ("own", "predicted", "tuned"))
+            lines.append(
+                f"model, ms: its own forwards {own:.4g}, predicted {predicted:.4g}, tuned {tuned:.4g}: "
+                f"{own / tuned:.2f} times as fast as its own, {predicted / tuned:.2f} times as predicted"
+            )
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__

@@ -1,0 +1,254 @@
+"""`tune(model, *inputs)`: measures every choice for every block of a model on this machine, and keeps the fastest right one."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .._timing import measure
+from ..backends import choices
+from ..backends.choices_file import OWN
+from ..backends.measuring import Trial
+from ..backends.selection import is_auto
+from ..bench.progress import progress as progress_bar
+from ..chain.problem import Chain1dProblem, ChainProblem
+from ..modules.block_parts import parts_of
+from ..modules.block_state import STATE, BlockState, FusedModule
+from ..modules.eligibility import chain_problem, why_not_read
+from ..modules.fused_forward1d import BlockState1d, parts_1d
+from ..modules.measuring import bare_copy, measure_block
+from ..modules.training import synchronises, uses_batch_statistics
+from ..ops.measured_chain import measure_chain
+from ..ops.packed_weights import one_operator
+from ..patching.channels_last import hand_on
+from ..patching.explain import run_unnoticed
+from .report import TunedCall, TuneReport
+
+DETERMINISTIC = "torch.use_deterministic_algorithms is on: nothing is measured, since results of choices differ by rounding"
+_MODEL_SECONDS = 4.0  # for the whole model by all three choices
+
+Problem = ChainProblem | Chain1dProblem
+
+
+@dataclass
+class _Call:
+    """What one block was called with, by its copy in a model without hooks."""
+
+    name: str
+    block: nn.Module
+    x: Tensor  # of which only the kind is kept: on the meta device
+    device: torch.device
+    passes: str
+    problem: Problem
+
+
+def tune(
+    model: nn.Module, *example_inputs: Any, training: bool = False, minutes: float | None = None, progress: bool = True
+) -> TuneReport:
+    """Measures, for every block and shape that the example meets, every way to run it here, and takes the fastest from then on.
+
+    Each way is first compared with float64 on random images; one that is wrong or raises is put aside. What is found is kept in
+    the user's table (`RES2NET_FUSED_CHOICES`), for later processes too; calls that the table has are not measured again.
+
+    model: one that `accelerate` or `rf.models` gave. It is copied: its own statistics, gradients, hooks and the random state are
+        left as they are, and other threads may go on to call it.
+    example_inputs: what it is called with, of the shapes and dtypes to tune for. Under autocast, call this under it too.
+    training: whether forward and backward are measured together, with the batch's statistics where BatchNorms are in training
+        mode, which the copy is put into; else inference in eval mode.
+    minutes: after which no call is begun; the rest is in the report, and another `tune` goes on.
+    progress: whether a bar or lines say how far it is.
+
+    Returns a TuneReport, which prints as a table. Raises ValueError for a model without blocks that can run fused, and whatever
+    the model's own forward raises.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    if not any(isinstance(m, FusedModule) and STATE in vars(m) for m in model.modules()):
+        raise ValueError("model has no block that can run fused: call accelerate(model) first, and see explain(model)")
+    if torch.are_deterministic_algorithms_enabled():
+        return TuneReport(notes=(DETERMINISTIC,))
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes is {minutes}; a positive number or None is needed")
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    with torch.inference_mode(False), torch.random.fork_rng(devices=_cuda_devices(model)):
+        left_out, bare = _without_hooks(model, training)
+        calls = _seen_calls(bare, example_inputs, training, left_out)
+        kinds: dict[tuple[str, Problem], list[_Call]] = {}
+        for call in calls:
+            kinds.setdefault((call.passes, call.problem), []).append(call)
+        found = []
+        with progress_bar("tune", len(kinds), "kinds of calls") if progress else nullcontext() as bar:
+            for same in kinds.values():
+                late = end is not None and time.monotonic() > end
+                found.append(_tuned(same, late))
+                if bar is not None:
+                    bar.update()
+        notes = [f"{name or '(model)'}: left as it is: {reason}" for name, reason in left_out.items()]
+        model_ms = {} if end is not None and time.monotonic() > end else _model_ms(bare, example_inputs, training)
+    return TuneReport(tuple(found), model_ms, tuple(notes))
+
+
+def warm_up(model: nn.Module, *example_inputs: Any) -> None:
+    """Runs the model once on example inputs, without gradients, so that what its first call costs is paid before serving.
+
+    Weights are packed, kernels compiled, and GPU kernels compared with float64 for these shapes and dtypes. Buffers, mode and the
+    random state are left as they were.
+    """
+    run_unnoticed(model, example_inputs)
+
+
+# The copy, and what its blocks are called with -------------------------------------------------------------------------
+
+
+def _without_hooks(model: nn.Module, training: bool) -> tuple[dict[str, str], nn.Module]:
+    """Blocks that are left out, by name with the reason, and a copy of the model to measure on."""
+    left_out = {}
+    for name, block in model.named_modules():
+        state = vars(block).get(STATE)
+        if not isinstance(block, FusedModule) or state is None:
+            continue
+        if not is_auto(state.backend):
+            left_out[name] = f"it is asked to run by backend={state.backend!r}"
+        elif training and any(synchronises(m) for m in block.modules() if isinstance(m, nn.SyncBatchNorm)):
+            left_out[name] = "its SyncBatchNorms take statistics over several processes, which must all choose alike"
+    return left_out, _without_dropout(bare_copy(model, kept=hand_on), training)
+
+
+def _without_dropout(model: nn.Module, training: bool) -> nn.Module:
+    """In training or eval mode, but for norms that are frozen and what drops at random."""
+    for module in model.modules():
+        if training and "drop" not in type(module).__name__.lower():
+            module.training = module.training or not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        elif not training:
+            module.eval()
+    return model
+
+
+def _seen_calls(model: nn.Module, inputs: tuple[Any, ...], training: bool, left_out: dict[str, str]) -> list[_Call]:
+    """Runs the copy once and looks at what its blocks are called with. Adds to `left_out` what cannot run fused."""
+    found: list[_Call] = []
+    with _watched(model, left_out, training, found), torch.no_grad(), choices.pinned(OWN):
+        model(*inputs)
+    return found
+
+
+@contextmanager
+def _watched(model: nn.Module, left_out: dict[str, str], training: bool, found: list[_Call]) -> Iterator[None]:
+    handles = []
+    for name, block in model.named_modules():
+        if isinstance(block, FusedModule) and STATE in vars(block) and name not in left_out:
+            handles.append(block.register_forward_pre_hook(_noting(name, training, left_out, found)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _noting(name: str, training: bool, left_out: dict[str, str], found: list[_Call]) -> Callable[..., None]:
+    def note(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0] if inputs else None
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            left_out[name] = "it is not called with a tensor alone"
+            return
+        state = vars(block)[STATE]
+        problem: Problem
+        if isinstance(state, BlockState1d):
+            problem, trained = parts_1d(block, state.layout).problem(x, state.config), False
+        else:
+            assert isinstance(state, BlockState)
+            parts = parts_of(block, state.layout)
+            reason = why_not_read(parts)
+            if reason is not None:
+                left_out[name] = reason
+                return
+            trained = any(map(uses_batch_statistics, parts.bns))
+            problem = chain_problem(parts, x, state, trained)
+        passes = "training" if trained else "gradients" if training else "inference"
+        found.append(_Call(name, block, torch.empty_like(x, device="meta"), x.device, passes, problem))
+
+    return note
+
+
+# Measuring ---------------------------------------------------------------------------------------------------------------
+
+
+def _tuned(same: list[_Call], late: bool) -> TunedCall:
+    first = same[0]
+    names = tuple(dict.fromkeys(call.name for call in same))
+    what = f"{first.passes} {first.problem}"
+    if choices.is_known(first.passes, first.problem):
+        known = choices.lookup(first.passes, first.problem)
+        if known is not None and known.row is not None:
+            row = known.row
+            return TunedCall(names, what, row.choice, row.ms, row.errors, ("measured before",))
+    if late:
+        return TunedCall(names, what, notes=("no time was left",))
+    x = torch.empty(first.x.shape, dtype=first.x.dtype, device=first.device)
+    if x.dim() == 4 and first.x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    notes: list[str] = []
+    try:
+        _measure_chain_inside(first)
+        measured = measure_block(first.block, x, first.passes, first.problem)
+    except Exception as error:  # a module that cannot be copied or run by itself, no memory
+        return TunedCall(names, what, notes=(f"it cannot be measured: {type(error).__name__}: {error!s:.200}",))
+    notes += [f"{name}: {why}" for name, why in measured.failures.items()]
+    row_found = measured.row
+    if row_found is None:
+        return TunedCall(names, what, notes=tuple(notes))
+    return TunedCall(names, what, row_found.choice, row_found.ms, row_found.errors, tuple(notes))
+
+
+def _measure_chain_inside(call: _Call) -> None:
+    """Of a block that is not one operator the chain is chosen by itself."""
+    state = vars(call.block)[STATE]
+    if not isinstance(state, BlockState) or one_operator(state.config) or call.passes != "inference":
+        return
+    assert isinstance(call.problem, ChainProblem)
+    alone = replace(call.problem, around=None)
+    if not choices.is_known("inference", alone):
+        weights = [conv.weight.to(alone.dtype) for conv in parts_of(call.block, state.layout).convs]
+        measure_chain(alone, weights, None)
+
+
+# By what a whole model is measured with: its blocks' own forwards, what is predicted, what was measured.
+_WHOLE = {"own": OWN, "predicted": "", "tuned": None}
+
+
+def _model_ms(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> dict[str, float]:
+    """Milliseconds of the whole model, by each of `_WHOLE`."""
+    trials = {name: Trial(choice, _model_call(copy.deepcopy(model), inputs, training)) for name, choice in _WHOLE.items()}
+    device = str(next((p.device for p in model.parameters()), torch.device("cpu")))
+    timings = measure(trials, device, seconds=_MODEL_SECONDS, min_repeats=3, max_repeats=30, warm_up=1, peaks=False)
+    return {name: float(f"{timing.median_ms:.4g}") for name, timing in timings.items()}
+
+
+def _model_call(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Callable[[], Sequence[Tensor]]:
+    """Forward, and in training backward from the sum of all outputs."""
+
+    def call() -> Sequence[Tensor]:
+        with torch.set_grad_enabled(training):
+            outputs = [t for t in tree_leaves(model(*inputs)) if isinstance(t, Tensor)]
+            if training:
+                model.zero_grad(set_to_none=True)
+                differentiable = [t.float().sum() for t in outputs if t.requires_grad]
+                if differentiable:
+                    torch.stack(differentiable).sum().backward()
+        return outputs
+
+    return call
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
