@@ -132,12 +132,22 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "tune",
         _tune,
-        "measure tiles of the Triton kernels on this GPU and keep the fastest",
-        "res2net-fused tune\n  res2net-fused tune --configs 26w4s --batch 1,32 --dtype bfloat16 --minutes 5",
+        "measure what runs a model's blocks fastest here, or on a GPU the tiles of the Triton kernels, and keep it",
+        "res2net-fused tune --model res2net50_26w4s --batch 1,8\n"
+        "  res2net-fused tune --model res2net50_14w8s --batch 32 --train --device cuda\n"
+        "  res2net-fused tune --configs 26w4s --batch 1,32 --dtype bfloat16 --minutes 5",
     )
+    tune.add_argument(
+        "--model",
+        type=_models,
+        help="names of res2net_fused.models.list_models(), separated by commas: every choice for their blocks is measured, as by "
+        "rf.tune (default on a CPU: res2net50_26w4s; on a GPU: none, tiles are measured)",
+    )
+    tune.add_argument("--size", type=_positive, default=224, help="with --model: rows and columns of the images (default: 224)")
+    tune.add_argument("--train", action="store_true", help="with --model: forward and backward together")
     _add_shapes(tune)
-    tune.add_argument("--dtype", type=_dtypes, default=("bfloat16",), help="separated by commas (default: bfloat16)")
-    tune.add_argument("--out", type=Path, help="table to write (default: RES2NET_FUSED_TILES, else in the user's cache folder)")
+    tune.add_argument("--dtype", type=_dtypes, help="separated by commas (default: float32 on a CPU, bfloat16 on a GPU)")
+    tune.add_argument("--out", type=Path, help="table of tiles to write (default: RES2NET_FUSED_TILES, else the table of choices)")
     tune.add_argument("--minutes", type=_positive, default=20, help="after which no block is begun; a later call goes on (20)")
     tune.add_argument("--again", action="store_true", help="measure shapes anew that the table has, and what failed")
     tune.add_argument(
@@ -400,6 +410,9 @@ def _tune(options: argparse.Namespace) -> int:
     from .bench.tune import measure_tiles, run_tune, tuned_blocks
 
     _resolve(options)
+    options.dtype = options.dtype or (("float32",) if options.kind == "cpu" else ("bfloat16",))
+    if options.model or options.kind == "cpu":
+        return _tune_models(options)
     blocks = tuned_blocks(options.configs, options.batches, options.dtype, options.device)
     if options.child is None:
         child = [sys.executable, "-m", "res2net_fused", *options.arguments]
@@ -410,3 +423,27 @@ def _tune(options: argparse.Namespace) -> int:
         sys.stdout.flush()
         os._exit(AGAIN)  # what unloads a lost CUDA context may hang
     return 0
+
+
+def _tune_models(options: argparse.Namespace) -> int:
+    """Measures every choice for the blocks of models by name, in each dtype, as `tune` does for anybody's model."""
+    import torch
+
+    from .backends.choices_file import user_path
+    from .bench.networks import DEFAULT_MODELS, random_network
+    from .patching.accelerate import accelerate
+    from .testing.cases import TORCH_DTYPES
+    from .tuning.tune import tune
+
+    failures = 0
+    for name in options.model or DEFAULT_MODELS[:1]:
+        for dtype in options.dtype:
+            model = accelerate(random_network(name).to(options.device, TORCH_DTYPES[dtype]))
+            for batch in options.batches:
+                x = torch.randn(batch, 3, options.size, options.size, device=options.device, dtype=TORCH_DTYPES[dtype])
+                print(f"{name}, batch {batch}, {options.size}x{options.size}, {dtype}{', training' * options.train}", flush=True)
+                report = tune(model.train(options.train), x, training=options.train, minutes=options.minutes)
+                failures += sum(bool(call.notes) and not call.ms for call in report.calls)
+                print(f"{report}\n", flush=True)
+    print(f"kept in {user_path()}")
+    return int(failures > 0)

@@ -92,7 +92,10 @@ def read(path: Path) -> Contents:
 
 
 def update(path: Path, change: Callable[[Contents], Contents]) -> Contents:
-    """Replaces what the file holds by what `change` makes of it, under a lock; what cannot be read is kept beside it."""
+    """Replaces what the file holds by what `change` makes of it, under a lock; what cannot be read is kept beside it.
+
+    An older table, of tiles alone, is replaced too: who changes it has read it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(path.name + ".lock"), timeout=_LOCK_S):
         try:
@@ -100,7 +103,8 @@ def update(path: Path, change: Callable[[Contents], Contents]) -> Contents:
         except FileNotFoundError:
             before = Contents()
         except ValueError:
-            path.replace(path.with_name(path.name + ".unreadable"))
+            if not _is_older(path):
+                path.replace(path.with_name(path.name + ".unreadable"))
             before = Contents()
         after = change(before)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -111,6 +115,14 @@ def update(path: Path, change: Callable[[Contents], Contents]) -> Contents:
         )
         partial.replace(path)
         return after
+
+
+def _is_older(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and "rows" in data and "version" not in data
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:

@@ -97,6 +97,8 @@ def settle(
         trials: dict[str, Trial] = {}
         errors: dict[str, float] = {}
         for name in names:
+            if _is_aside(name, problem):
+                continue
             try:
                 made = trial(name)
                 errors[name] = _error(made.outputs(), expected)
@@ -112,6 +114,7 @@ def settle(
                 measured.failures[name] = _put_aside(name, problem, why)
                 continue
             trials[name] = made
+        trials = {name: made for name, made in trials.items() if not _is_aside(name, problem)}
         if not trials:
             return measured
         device = str(problem.device)
@@ -145,6 +148,10 @@ def _limit(passes: str, problem: Problem, own: float) -> float:
     """own: the error of the block's own forward, in which norms over a batch magnify rounding."""
     dtype = "tf32" if problem.dtype == torch.float32 and uses_tf32(problem) else str(problem.dtype).removeprefix("torch.")
     return max(FIRST_USE * FORWARD[dtype].limit, 0.0 if passes == "inference" else TRAINED_OVER_EAGER.limit * own)
+
+
+def _is_aside(name: str, problem: Problem) -> bool:
+    return name != OWN and is_put_aside(get_backend(name.partition(":")[0]), problem)
 
 
 def _put_aside(name: str, problem: Problem, reason: str) -> str:

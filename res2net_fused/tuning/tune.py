@@ -61,8 +61,8 @@ def tune(
     model: one that `accelerate` or `rf.models` gave. It is copied: its own statistics, gradients, hooks and the random state are
         left as they are, and other threads may go on to call it.
     example_inputs: what it is called with, of the shapes and dtypes to tune for. Under autocast, call this under it too.
-    training: whether forward and backward are measured together, with the batch's statistics where BatchNorms are in training
-        mode, which the copy is put into; else inference in eval mode.
+    training: whether forward and backward are measured together, in training mode; norms of a model in training mode that are
+        frozen in eval mode stay so. Else inference in eval mode.
     minutes: after which no call is begun; the rest is in the report, and another `tune` goes on.
     progress: whether a bar or lines say how far it is.
 
@@ -94,7 +94,12 @@ def tune(
                 if bar is not None:
                     bar.update()
         notes = [f"{name or '(model)'}: left as it is: {reason}" for name, reason in left_out.items()]
-        model_ms = {} if end is not None and time.monotonic() > end else _model_ms(bare, example_inputs, training)
+        model_ms = {}
+        if end is None or time.monotonic() < end:
+            try:
+                model_ms = _model_ms(bare, example_inputs, training)
+            except torch.OutOfMemoryError:
+                notes.append("no memory is left to time the whole model")
     return TuneReport(tuple(found), model_ms, tuple(notes))
 
 
@@ -121,16 +126,16 @@ def _without_hooks(model: nn.Module, training: bool) -> tuple[dict[str, str], nn
             left_out[name] = f"it is asked to run by backend={state.backend!r}"
         elif training and any(synchronises(m) for m in block.modules() if isinstance(m, nn.SyncBatchNorm)):
             left_out[name] = "its SyncBatchNorms take statistics over several processes, which must all choose alike"
-    return left_out, _without_dropout(bare_copy(model, kept=hand_on), training)
+    return left_out, _in_mode(bare_copy(model, kept=hand_on), training)
 
 
-def _without_dropout(model: nn.Module, training: bool) -> nn.Module:
-    """In training or eval mode, but for norms that are frozen and what drops at random."""
-    for module in model.modules():
-        if training and "drop" not in type(module).__name__.lower():
-            module.training = module.training or not isinstance(module, nn.modules.batchnorm._BatchNorm)
-        elif not training:
-            module.eval()
+def _in_mode(model: nn.Module, training: bool) -> nn.Module:
+    """In eval mode; or in training mode, where norms that the model has frozen stay so and nothing is dropped at random."""
+    if not training:
+        return model.eval()
+    modes = {m: m.training for m in model.modules()} if model.training else {}
+    for module in model.train().modules():
+        module.training = modes.get(module, True) and "drop" not in type(module).__name__.lower()
     return model
 
 

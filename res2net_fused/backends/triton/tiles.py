@@ -1,6 +1,7 @@
 """Tiles by shape, in the table that `res2net-fused tune` writes for this machine.
 
-A table is JSON, {"rows": [...]}; a row holds a kernel ("step", "pointwise"), the GPU's compute capability ("9.0"), a class of
+They lie in the file of `backends/choices_file.py`, in a list of their own; RES2NET_FUSED_TILES names another file, of that kind
+or of the older one, {"rows": [...]}. A row holds a kernel ("step", "pointwise"), the GPU's compute capability ("9.0"), a class of
 dtypes ("half", "tf32", "ieee"), the shape (width: output channels, inputs: input channels, pixels: of one launch, times its
 independent convolutions) and the tile ([block_m, block_n, block_k, warps, stages]). The row nearest in shape answers; where no
 row is near, the rule in `step_plan` or `pointwise` decides. No table ships, since none was measured.
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .. import choices_file
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_TILES"
 KERNELS = ("step", "pointwise")
@@ -102,23 +105,16 @@ def lookup(shape: Shape) -> Tile | None:
 
 
 def user_path() -> Path:
-    """The user's table: RES2NET_FUSED_TILES, else below the user's cache folder. RuntimeError where there is no such folder."""
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    cache: str | Path | None = os.environ.get("XDG_CACHE_HOME")
-    if not cache:
-        try:
-            cache = Path.home() / ".cache"
-        except RuntimeError as error:  # a user without an entry or HOME, as in containers
-            raise RuntimeError(f"no folder for tuned tiles ({error}): set {ENVIRONMENT_VARIABLE} to a file") from None
-    return Path(cache, "res2net_fused", "tiles.json")
+    """The user's table: RES2NET_FUSED_TILES, else that of all measurements. RuntimeError where there is no folder for it."""
+    return Path(os.environ.get(ENVIRONMENT_VARIABLE) or choices_file.user_path())
 
 
 def read(path: Path) -> list[Row]:
     """Reads a table; ValueError naming the file, the row and the field where it is none, OSError where it cannot be read."""
     try:
         data = json.loads(path.read_text())
+        if isinstance(data, dict) and "version" in data:
+            return [_parse(row, i) for i, row in enumerate(choices_file.read(path).tiles)]
         if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
             raise ValueError("an object with 'rows' (a list) is needed")
         return [_parse(row, i) for i, row in enumerate(data["rows"])]
@@ -128,25 +124,20 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a table, a row per line, replacing the file at once so that a reader never sees half of it."""
-    lines = [
-        json.dumps(
-            {
-                "kernel": row.shape.kernel,
-                "capability": "{}.{}".format(*row.shape.capability),
-                "dtype": row.shape.dtype,
-                "width": row.shape.width,
-                "inputs": row.shape.inputs,
-                "pixels": row.shape.pixels,
-                "tile": [row.tile.block_m, row.tile.block_n, row.tile.block_k, row.tile.warps, row.tile.stages],
-            }
-        )
+    """Writes a table in place of the tiles that the file has; a reader never sees half of it."""
+    tiles = tuple(
+        {
+            "kernel": row.shape.kernel,
+            "capability": "{}.{}".format(*row.shape.capability),
+            "dtype": row.shape.dtype,
+            "width": row.shape.width,
+            "inputs": row.shape.inputs,
+            "pixels": row.shape.pixels,
+            "tile": [row.tile.block_m, row.tile.block_n, row.tile.block_k, row.tile.warps, row.tile.stages],
+        }
         for row in rows
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text('{"rows": [\n' + ",\n".join(lines) + "\n]}\n")
-    partial.replace(path)
+    )
+    choices_file.update(path, lambda old: choices_file.Contents(old.choices, tiles))
     forget()
 
 

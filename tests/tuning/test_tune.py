@@ -1,0 +1,362 @@
+"""`rf.tune`, and calls that are measured when they first come. Times are planted: nothing here depends on the machine's speed."""
+
+import contextlib
+import copy
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import res2net_fused as rf
+from res2net_fused._timing import Timing
+from res2net_fused.backends import choices, measuring, selection
+from res2net_fused.backends.choices_file import read
+from res2net_fused.modules import measuring as block_measuring
+from res2net_fused.tuning import tune as tuning
+
+pytestmark = pytest.mark.usefixtures("choices_table")
+SIZE, CHANNELS = 6, 128
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Milliseconds by choice that every measurement finds; every trial runs once all the same."""
+    planted = {"own": 5.0, "reference": 4.0, "cpu": 2.0, "cpu:direct": 3.0, "cpu:winograd": 3.0}
+    measured = []
+
+    def measure(trials, device, **options):
+        for trial in trials.values():
+            trial.run()
+        measured.append(list(trials))
+        return {name: Timing(planted.get(name, 9.0), 1, 1, 1, 0) for name in trials}
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(tuning, "measure", measure)
+    planted["calls"] = measured
+    yield planted
+    selection._aside.clear()
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(3)
+    blocks = [rf.Bottle2neck(CHANNELS, CHANNELS // 4, base_width=24, scale=4) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), *blocks, nn.AdaptiveAvgPool2d(1)).eval()
+    return model.to(memory_format=torch.channels_last)
+
+
+def images(batch=2, size=SIZE):
+    return torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+
+def run(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def test_the_fastest_is_taken_kept_and_shown(network, clock, choices_table):
+    x = images()
+    expected = run(network, x)
+    report = rf.tune(network, x, progress=False)
+    (call,) = report.calls
+    assert call.blocks == ("1", "2") and call.choice == "cpu" and {"own", "reference", "cpu"} <= call.ms.keys()
+    assert all(error < 1e-5 for error in call.errors.values())
+    assert report.model_ms.keys() == {"own", "predicted", "tuned"} and "times as fast as its own" in str(report)
+    assert "and 1 more" in str(report) and "cpu 2 (" in str(report)
+    torch.testing.assert_close(run(network, x), expected)
+    assert all("measured here in ms: cpu 2" in block.reason for block in rf.explain(network))
+    assert len(read(choices_table).choices) == 1
+
+
+def test_the_own_forward_is_taken_where_it_is_the_fastest(network, clock):
+    x = images()
+    before = run(network, x)
+    clock["own"] = 0.5
+    rf.tune(network, x, progress=False)
+    out = run(network, x)
+    for block in rf.explain(network):
+        assert block.fused is False and "its own forward is the fastest, measured here in ms: own 0.5, cpu 2" in block.reason
+    torch.testing.assert_close(out, before)
+
+    run(network, images(3))
+    assert "the nearest" in rf.explain(network)[0].reason
+
+
+@pytest.mark.parametrize("choice", ["cpu", "cpu:direct", "reference"])
+def test_every_choice_is_what_runs(network, clock, choice):
+    x = images(size=16)
+    exact = run(copy.deepcopy(network).double(), x.double())
+    clock[choice] = 0.1
+    assert rf.tune(network, x, progress=False).calls[0].choice == choice
+    for _ in range(4):  # asked anew, known, prepared
+        out = run(network, x)
+    assert float((out.double() - exact).norm() / exact.norm()) < 5e-6
+    report = rf.explain(network)[0]
+    assert report.backend == choice.partition(":")[0]
+    if choice == "cpu:direct":
+        assert "direct convolution" in report.plan
+
+
+def test_nothing_is_measured_twice(network, clock):
+    rf.tune(network, images(), progress=False)
+    count = len(clock["calls"])
+    report = rf.tune(network, images(), progress=False)
+    assert report.calls[0].notes == ("measured before",) and report.calls[0].choice == "cpu"
+    assert len(clock["calls"]) == count + 1, "of the whole model alone"
+
+
+def test_another_process_measures_nothing_again(network, choices_table):
+    torch.save(network.state_dict(), choices_table.with_name("weights.pt"))
+    rf.tune(network, images(), progress=False)
+    code = (
+        "import torch, res2net_fused as rf\n"
+        "from res2net_fused.backends import measuring\n"
+        "measuring.settle = None\n"
+        "torch.set_num_threads(%d)\n"
+        "b = rf.Bottle2neck(128, 32, base_width=24, scale=4).eval().to(memory_format=torch.channels_last)\n"
+        "x = torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last)\n"
+        "print(rf.tune(b, x, progress=False))\n" % torch.get_num_threads()
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert "measured before" in done.stdout and "cpu 2" in done.stdout
+
+
+def test_a_wrong_candidate_is_never_used(network, clock, monkeypatch, caplog):
+    x = images()
+    exact = run(copy.deepcopy(network).double(), x.double())
+    clock["cpu"] = 0.01  # the fastest by far, and wrong
+    backend = selection.get_backend("cpu")
+    own = type(backend).block_forward
+
+    def wrong(*arguments):
+        return own(*arguments) + 1e-3
+
+    monkeypatch.setattr(type(backend), "native_settings", staticmethod(lambda problem: None))
+    monkeypatch.setattr(type(backend), "prepared_block", staticmethod(lambda *_: None))
+    monkeypatch.setattr(type(backend), "block_forward", staticmethod(wrong))
+    with caplog.at_level(logging.WARNING, "res2net_fused"):
+        report = rf.tune(network, x, progress=False)
+    (call,) = report.calls
+    assert call.choice == "reference" and "cpu" not in call.ms
+    assert any("differs from float64" in note and note.startswith("cpu: ") for note in call.notes)
+    assert "please report it" in caplog.text
+    out = run(network, x)
+    assert float((out.double() - exact).norm() / exact.norm()) < 5e-6
+    assert rf.explain(network)[0].backend == "reference"
+
+
+def test_what_raises_is_put_aside_and_what_has_no_memory_is_not(network, clock, monkeypatch):
+    backend = selection.get_backend("cpu")
+    errors = [RuntimeError("a launcher's"), torch.OutOfMemoryError("none")]
+    monkeypatch.setattr(type(backend), "native_settings", staticmethod(lambda problem: None))
+    monkeypatch.setattr(type(backend), "prepared_block", staticmethod(lambda *_: None))
+    for error in errors:
+        selection._aside.clear()
+        choices.forget()
+
+        def raises(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(type(backend), "block_forward", staticmethod(raises))
+        (call,) = rf.tune(network, images(), progress=False).calls
+        assert "cpu" not in call.ms and call.choice == "reference"
+        assert bool(selection._aside) == (type(error) is RuntimeError)
+        os.remove(os.environ["RES2NET_FUSED_CHOICES"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(network, training):
+    seen = []
+    network[1].register_forward_hook(lambda *_: seen.append("outer"))
+    network[0].register_forward_pre_hook(lambda *_: seen.append("stem"))
+    network.train(training)
+    network[0].weight.grad = torch.ones_like(network[0].weight)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = [m.training for m in network.modules()]
+    x = images()
+    kept, state = x.clone(), torch.get_rng_state()
+    report = rf.tune(network, x, training=training, progress=False)
+    assert report.calls[0].call.startswith("training" if training else "inference") and report.calls[0].ms
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, kept) and not seen
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [m.training for m in network.modules()] == modes
+    grads = {name for name, p in network.named_parameters() if p.grad is not None}
+    assert grads == {"0.weight"} and torch.equal(network[0].weight.grad, torch.ones_like(network[0].weight))
+
+
+def test_training_is_measured_forward_and_backward_and_taken(network, clock):
+    network.train()
+    clock["reference"] = 0.1
+    (call,) = rf.tune(network, images(), training=True, progress=False).calls
+    assert call.choice == "reference" and {"own", "cpu", "reference"} <= call.ms.keys()
+    network(images()).sum().backward()
+    assert {block.backend for block in rf.explain(network)} == {"reference"}
+    choices.forget()
+    os.remove(os.environ["RES2NET_FUSED_CHOICES"])
+    clock["own"] = 0.01
+    rf.tune(network, images(), training=True, progress=False)
+    network(images()).sum().backward()
+    assert all("its own forward is the fastest" in block.reason for block in rf.explain(network))
+
+
+def test_frozen_norms_are_measured_with_gradients(network, clock):
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    (call,) = rf.tune(network, images(), training=True, progress=False).calls
+    assert call.call.startswith("gradients") and call.choice == "cpu"
+    choices.forget()
+    os.remove(os.environ["RES2NET_FUSED_CHOICES"])
+    clock["own"] = 0.1
+    rf.tune(network, images(), training=True, progress=False)
+    network(images().requires_grad_()).sum().backward()
+    assert all("its own forward is the fastest" in block.reason for block in rf.explain(network))
+
+
+def test_deterministic_algorithms_measure_nothing(network, clock):
+    torch.use_deterministic_algorithms(True)
+    try:
+        report = rf.tune(network, images())
+        assert not report.calls and "nothing is measured" in str(report) and not clock["calls"]
+        with mode("measured"):
+            run(network, images())
+        assert not clock["calls"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_minutes_end_it_and_another_call_goes_on(network, monkeypatch):
+    network[2] = rf.Bottle2neck(CHANNELS, CHANNELS // 4, base_width=40, scale=4).eval().to(memory_format=torch.channels_last)
+    ticks = iter([0.0, 1.0, *[1e9] * 50])
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(ticks))
+    report = rf.tune(network, images(), minutes=1, progress=False)
+    assert [bool(call.ms) for call in report.calls] == [True, False] and not report.model_ms
+    assert report.calls[1].notes == ("no time was left",)
+    report = rf.tune(network, images(), progress=False)
+    assert [call.notes for call in report.calls] == [("measured before",), ()]
+
+
+@pytest.mark.parametrize("bad, error", [({"minutes": 0}, ValueError), ({"minutes": -1.0}, ValueError)])
+def test_bad_arguments(network, bad, error):
+    with pytest.raises(error, match="minutes is"):
+        rf.tune(network, images(), **bad)
+    with pytest.raises(ValueError, match="call accelerate"):
+        rf.tune(nn.Conv2d(3, 3, 1), images())
+    with pytest.raises(TypeError, match="model is a function"):
+        rf.tune(run, images())
+
+
+@contextlib.contextmanager
+def mode(name):
+    os.environ[choices.MODE_VARIABLE] = name
+    try:
+        yield
+    finally:
+        del os.environ[choices.MODE_VARIABLE]
+
+
+def test_measured_at_the_first_call(network, clock):
+    with mode("measured"):
+        x = images()
+        for _ in range(5):
+            run(network, x)
+        assert len(clock["calls"]) == 2, "one measurement: how long a call takes, then all"
+        run(network, images(5))
+        assert len(clock["calls"]) == 4
+    assert rf.explain(network)[0].backend == "cpu"
+
+
+def test_measured_calls_are_bounded(network, clock, monkeypatch):
+    monkeypatch.setattr(choices, "MEASURED_UNASKED", 2)
+    with mode("measured"):
+        for batch in range(1, 7):
+            run(network, images(batch))
+    assert len(clock["calls"]) == 4 and "the nearest" in rf.explain(network)[0].reason
+
+
+def test_a_chain_is_measured_at_its_first_call(clock):
+    x = torch.randn(2, 4 * 24, 8, 8).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(24, 24, 3, 3) * 0.1 for _ in range(3)]
+    packed = rf.pack_weights(weights)
+    expected = rf.hierarchical_conv2d(x.double(), [w.double() for w in weights], backend="reference")
+    clock["cpu:direct"] = 0.1
+    with mode("measured"):
+        for _ in range(3):
+            out = rf.hierarchical_conv2d(x, packed)
+    assert len(clock["calls"]) == 2
+    assert float((out.double() - expected).norm() / expected.norm()) < 5e-6
+
+
+def test_own_unless_measured(network, clock):
+    with mode("own"):
+        run(network, images())
+        assert "RES2NET_FUSED_CHOICE=own, and nothing is measured" in rf.explain(network)[0].reason
+        rf.tune(network, images(), progress=False)
+        run(network, images())
+        assert rf.explain(network)[0].backend == "cpu"
+    with mode("predicted"):
+        run(network, images())
+        assert "measured" not in rf.explain(network)[0].reason
+
+
+def test_a_choice_does_not_hide_what_is_asked_for(network, clock, monkeypatch):
+    clock["own"] = 0.1
+    rf.tune(network, images(), progress=False)
+    monkeypatch.setenv("RES2NET_FUSED_BACKEND", "reference")
+    run(network, images())
+    assert rf.explain(network)[0].backend == "reference"
+
+
+def test_a_served_model_can_be_tuned_meanwhile(network):
+    x = images()
+    expected = run(network, x)
+    stop, wrong = threading.Event(), []
+
+    def serve():
+        while not stop.is_set():
+            if not torch.allclose(run(network, x), expected, rtol=1e-4, atol=1e-5):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        rf.tune(network, x, progress=False)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_zero_initialised_norms_hide_nothing(network):
+    """A last norm with a factor of zero, as networks begin training with, would let a wrong chain pass."""
+    for block in network[1:3]:
+        nn.init.zeros_(block.bn3.weight)
+    (call,) = rf.tune(network, images(), progress=False).calls
+    assert all(error > 0 for error in call.errors.values())
+
+
+def test_blocks_that_are_asked_for_or_cannot_be_measured_are_told(network, monkeypatch):
+    model = nn.ModuleList([rf.Bottle2neck(CHANNELS, CHANNELS // 4, base_width=24, scale=4, backend="cpu"), network[1]]).eval()
+    both = nn.Sequential(*model)
+    report = rf.tune(both, torch.randn(2, CHANNELS, SIZE, SIZE), progress=False)
+    assert len(report.calls) == 1 and "0: left as it is: it is asked to run by backend='cpu'" in report.notes
+    monkeypatch.setattr(block_measuring, "bare_copy", lambda *_: 1 / 0)
+    (call,) = rf.tune(nn.Sequential(network[1]), torch.randn(3, CHANNELS, 5, 5), progress=False).calls
+    assert not call.ms and "cannot be measured: ZeroDivisionError" in call.notes[0]
+
+
+def test_warm_up_leaves_the_model_as_it_was(network):
+    network.train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x, state = images(), torch.get_rng_state()
+    rf.warm_up(network, x)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and network.training
