@@ -140,14 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--model",
         type=_models,
-        help="names of res2net_fused.models.list_models(), separated by commas: every choice for their blocks is measured, as by "
-        "rf.tune (default on a CPU: res2net50_26w4s; on a GPU: none, tiles are measured)",
+        help="names of res2net_fused.models.list_models(), separated by commas: every choice for their blocks is measured, as "
+        "by rf.tune (default on a CPU: res2net50_26w4s; on a GPU: none, tiles are measured)",
     )
     tune.add_argument("--size", type=_positive, default=224, help="with --model: rows and columns of the images (default: 224)")
     tune.add_argument("--train", action="store_true", help="with --model: forward and backward together")
     _add_shapes(tune)
     tune.add_argument("--dtype", type=_dtypes, help="separated by commas (default: float32 on a CPU, bfloat16 on a GPU)")
-    tune.add_argument("--out", type=Path, help="table of tiles to write (default: RES2NET_FUSED_TILES, else the table of choices)")
+    tune.add_argument("--out", type=Path, help="table of tiles (default: RES2NET_FUSED_TILES, else the table of choices)")
     tune.add_argument("--minutes", type=_positive, default=20, help="after which no block is begun; a later call goes on (20)")
     tune.add_argument("--again", action="store_true", help="measure shapes anew that the table has, and what failed")
     tune.add_argument(
@@ -441,7 +441,9 @@ def _tune_models(options: argparse.Namespace) -> int:
             model = accelerate(random_network(name).to(options.device, TORCH_DTYPES[dtype]))
             for batch in options.batches:
                 x = torch.randn(batch, 3, options.size, options.size, device=options.device, dtype=TORCH_DTYPES[dtype])
-                print(f"{name}, batch {batch}, {options.size}x{options.size}, {dtype}{', training' * options.train}", flush=True)
+                print(
+                    f"{name}, batch {batch}, {options.size}x{options.size}, {dtype}{', training' * options.train}", flush=True
+                )
                 report = tune(model.train(options.train), x, training=options.train, minutes=options.minutes)
                 failures += sum(bool(call.notes) and not call.ms for call in report.calls)
                 print(f"{report}\n", flush=True)

@@ -9,7 +9,6 @@ import torch
 
 from res2net_fused.backends import policy
 
-
 # A table that nobody has written: what was measured on this machine decides no test, in other processes neither.
 os.environ["RES2NET_FUSED_CHOICES"] = os.path.join(tempfile.gettempdir(), "res2net_fused-tests", "no-choices.json")
 

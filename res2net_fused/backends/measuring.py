@@ -23,7 +23,7 @@ from . import choices
 from .base import BACKENDS
 from .choices import Problem
 from .choices_file import OWN, Row
-from .selection import get_backend, is_put_aside, put_aside
+from .selection import get_backend, put_aside, why_put_aside
 from .triton.availability import uses_tf32
 
 SECONDS = 0.4  # for all choices of one call together
@@ -73,7 +73,7 @@ def candidates(passes: str, problem: Problem) -> list[str]:
             why = backend.why_not_1d(problem)
         else:
             why = backend.why_not_training(problem) if passes == "training" else backend.why_not(problem)
-        if why is None and not is_put_aside(backend, problem):
+        if (why or why_put_aside(backend, problem)) is None:
             found += backend.ways(problem) if isinstance(problem, ChainProblem) and passes == "inference" else (name,)
     return found
 
@@ -97,7 +97,7 @@ def settle(
         trials: dict[str, Trial] = {}
         errors: dict[str, float] = {}
         for name in names:
-            if _is_aside(name, problem):
+            if _why_aside(name, problem) is not None:
                 continue
             try:
                 made = trial(name)
@@ -110,11 +110,15 @@ def settle(
                 continue
             limit = _limit(passes, problem, errors.get(OWN, 0.0))
             if name != OWN and not errors[name] <= limit:
-                why = f"it differs from float64 by {errors.pop(name):.2g} in the norm; at most {limit:.2g} is allowed"
-                measured.failures[name] = _put_aside(name, problem, why)
+                wrong = f"it differs from float64 by {errors.pop(name):.2g} in the norm; at most {limit:.2g} is allowed"
+                measured.failures[name] = _put_aside(name, problem, wrong)
                 continue
             trials[name] = made
-        trials = {name: made for name, made in trials.items() if not _is_aside(name, problem)}
+        for name in list(trials):  # one way of a backend that was wrong in another, or by `verification.py`
+            why = _why_aside(name, problem)
+            if why is not None:
+                del trials[name]
+                measured.failures.setdefault(name, why)
         if not trials:
             return measured
         device = str(problem.device)
@@ -150,8 +154,8 @@ def _limit(passes: str, problem: Problem, own: float) -> float:
     return max(FIRST_USE * FORWARD[dtype].limit, 0.0 if passes == "inference" else TRAINED_OVER_EAGER.limit * own)
 
 
-def _is_aside(name: str, problem: Problem) -> bool:
-    return name != OWN and is_put_aside(get_backend(name.partition(":")[0]), problem)
+def _why_aside(name: str, problem: Problem) -> str | None:
+    return None if name == OWN else why_put_aside(get_backend(name.partition(":")[0]), problem)
 
 
 def _put_aside(name: str, problem: Problem, reason: str) -> str:

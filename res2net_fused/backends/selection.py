@@ -175,9 +175,9 @@ def _why_doubted(backend: Backend, problem: Problem, against: Mapping[str, str])
     return against.get(backend.name) or _aside.get((backend.name, backend.instance(problem)))
 
 
-def is_put_aside(backend: Backend, problem: Problem) -> bool:
-    """Whether it was found wrong for calls of this kind in this process."""
-    return (backend.name, backend.instance(problem)) in _aside
+def why_put_aside(backend: Backend, problem: Problem) -> str | None:
+    """What was found wrong with it for calls of this kind in this process, or None."""
+    return _aside.get((backend.name, backend.instance(problem)))
 
 
 def put_aside(backend: Backend, problem: Problem, reason: str) -> str:

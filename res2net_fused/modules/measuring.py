@@ -47,12 +47,12 @@ def measure_block(
         _fill_zeros(bare, generator)
 
         def trial(choice: str) -> Trial:
-            return Trial(choice, _call(copy.deepcopy(bare), images, passes))
+            return Trial(choice, call_of(copy.deepcopy(bare), images, passes))
 
         def exact() -> Sequence[Tensor]:
             wide = copy.deepcopy(bare).double()
             with choices.pinned(OWN), torch.autocast(x.device.type, enabled=False):
-                return _call(wide, images.double(), passes)()
+                return call_of(wide, images.double(), passes)()
 
         return settle(passes, problem, [OWN, *_fused(passes, problem)], trial, exact, seconds)
 
@@ -64,7 +64,7 @@ def _fused(passes: str, problem: ChainProblem | Chain1dProblem) -> list[str]:
     return [choose(replace(problem, around=None)).name]
 
 
-def _call(block: nn.Module, x: Tensor, passes: str) -> Callable[[], Sequence[Tensor]]:
+def call_of(block: nn.Module, x: Tensor, passes: str) -> Callable[[], Sequence[Tensor]]:
     """A function of the block's output, and where `passes` have a backward of all gradients too."""
     if passes == "inference":
 

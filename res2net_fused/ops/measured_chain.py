@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,27 +35,36 @@ def measure_chain(problem: ChainProblem, weights: Sequence[Tensor], biases: Sequ
 
     weights, biases: of the chain, each (w, w/groups, 3, 3) and (w,), which no gradient reaches.
     """
-    generator = torch.Generator().manual_seed(_SEED)
     weights, biases = [w.detach() for w in weights], None if biases is None else [b.detach() for b in biases]
-    shape = problem.batch, problem.scale * problem.width, problem.height, problem.width_pixels
-    x = torch.randn(shape, generator=generator).to(problem.device, problem.dtype)
-    if problem.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+    alone = replace(problem, around=None)
 
     def trial(choice: str) -> Trial:
-        layout = choice.partition(":")[0]
-        packed = get_backend(layout).pack(weights, biases, problem.config)
-
-        def call() -> Sequence[Tensor]:
-            settings = problem.config.as_kwargs().values()
-            return [torch.ops.res2net_fused.hierarchical_conv2d.default(x, weights, biases, packed, layout, *settings, "auto")]
-
-        return Trial(choice, call)
+        return Trial(choice, chain_call(alone, weights, biases, choice.partition(":")[0]))
 
     def exact() -> Sequence[Tensor]:
         wide = None if biases is None else [b.double() for b in biases]
-        return [reference.hierarchical_conv2d(x.double(), [w.double() for w in weights], wide, problem.config)]
+        return [reference.hierarchical_conv2d(_images(alone).double(), [w.double() for w in weights], wide, alone.config)]
 
-    alone = replace(problem, around=None)
     with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
         return settle("inference", alone, candidates("inference", alone), trial, exact)
+
+
+def chain_call(
+    problem: ChainProblem, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, layout: str
+) -> Callable[[], Sequence[Tensor]]:
+    """The operator on random images, with weights packed for the backend `layout`, as a function without arguments."""
+    x, packed = _images(problem), get_backend(layout).pack(weights, biases, problem.config)
+    settings = problem.config.as_kwargs().values()
+
+    def call() -> Sequence[Tensor]:
+        return [torch.ops.res2net_fused.hierarchical_conv2d.default(x, weights, biases, packed, layout, *settings, "auto")]
+
+    return call
+
+
+def _images(problem: ChainProblem) -> Tensor:
+    """x (N, s*w, H, W), the same at every call."""
+    generator = torch.Generator().manual_seed(_SEED)
+    shape = problem.batch, problem.scale * problem.width, problem.height, problem.width_pixels
+    x = torch.randn(shape, generator=generator).to(problem.device, problem.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if problem.channels_last else x

@@ -12,9 +12,9 @@ from .._tables import format_table
 class TunedCall:
     """One kind of call that blocks of the model had.
 
-    blocks: their names. call: what is computed, on which sizes. ms: milliseconds of each choice whose results were right; "own"
-    is the block's own forward. errors: against float64, in the norm. choice: what is taken from now on, "" where nothing could be
-    measured. notes: what was put aside, and why; whether an earlier measurement is taken.
+    blocks: their names. call: what is computed, on which sizes. choice: what is taken from now on, "" where nothing could be
+    measured. ms: milliseconds of each choice whose results were right; "own" is the block's own forward. errors: against
+    float64, in the norm. notes: what was put aside, and why; whether an earlier measurement is taken.
     """
 
     blocks: tuple[str, ...]
@@ -27,9 +27,10 @@ class TunedCall:
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What `tune` returns. calls: one entry for each kind of call. model_ms: of the whole model, by "own", "predicted", "tuned".
+    """What `tune` returns.
 
-    notes: of blocks that were left out, and why.
+    calls: one entry for each kind of call. model_ms: milliseconds of the whole model, by "own", "predicted" and "tuned". notes:
+    of blocks that were left out, and why.
     """
 
     calls: tuple[TunedCall, ...] = ()
@@ -40,7 +41,8 @@ class TuneReport:
         rows = []
         for call in self.calls:
             times = ", ".join(
-                f"{name} {ms:.3g} ({call.errors.get(name, 0.0):.1g})" for name, ms in sorted(call.ms.items(), key=lambda i: i[1])
+                f"{name} {ms:.3g} ({call.errors.get(name, 0.0):.1g})"
+                for name, ms in sorted(call.ms.items(), key=lambda i: i[1])
             )
             first, *others = call.blocks or ("",)
             blocks = (first or "(model)") + (f" and {len(others)} more" if others else "")

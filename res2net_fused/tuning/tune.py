@@ -58,8 +58,8 @@ def tune(
     Each way is first compared with float64 on random images; one that is wrong or raises is put aside. What is found is kept in
     the user's table (`RES2NET_FUSED_CHOICES`), for later processes too; calls that the table has are not measured again.
 
-    model: one that `accelerate` or `rf.models` gave. It is copied: its own statistics, gradients, hooks and the random state are
-        left as they are, and other threads may go on to call it.
+    model: one that `accelerate` or `rf.models` gave. It is copied: its own statistics, gradients, hooks and the random state
+        are left as they are, and other threads may go on to call it.
     example_inputs: what it is called with, of the shapes and dtypes to tune for. Under autocast, call this under it too.
     training: whether forward and backward are measured together, in training mode; norms of a model in training mode that are
         frozen in eval mode stay so. Else inference in eval mode.
@@ -106,8 +106,8 @@ def tune(
 def warm_up(model: nn.Module, *example_inputs: Any) -> None:
     """Runs the model once on example inputs, without gradients, so that what its first call costs is paid before serving.
 
-    Weights are packed, kernels compiled, and GPU kernels compared with float64 for these shapes and dtypes. Buffers, mode and the
-    random state are left as they were.
+    Weights are packed, kernels compiled, and GPU kernels compared with float64 for these shapes and dtypes. Buffers, mode and
+    the random state are left as they were.
     """
     run_unnoticed(model, example_inputs)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from res2net_fused.backends.selection import FIRST_CHOICE
 from res2net_fused import _timing as timing
+from res2net_fused.backends.selection import FIRST_CHOICE
 from res2net_fused.bench import (
     network_runner,
     networks,
@@ -84,7 +84,8 @@ def test_contenders_take_turns():
     timings = timing.measure(contenders, "cpu", seconds=0, min_repeats=6, warm_up=0)
     assert all(timing.repeats == 6 for timing in timings.values())
     rounds = calls[-12:]
-    assert [name for name, _ in rounds] == ["a", "b", "b", "a"] * 3
+    pairs = ["".join(name for name, _ in rounds[i : i + 2]) for i in range(0, 12, 2)]
+    assert set(pairs) == {"ab", "ba"}, "nobody is always the first"
     assert sorted(x for name, x in rounds if name == "a") == [0, 0, 1, 1, 2, 2]
 
 

@@ -13,8 +13,8 @@ from helpers import relative_error
 from record import schedule
 from record_cases import conditions
 
-from res2net_fused import cli
 from res2net_fused import _timing as timing
+from res2net_fused import cli
 from res2net_fused.bench import network_runner, networks, outcome, plot, providers, results, run, runner, runtimes
 from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase

@@ -9,7 +9,6 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from res2net_fused import cli
 from res2net_fused._timing import Contender, Timing
 from res2net_fused.backends.triton.launch import KernelCall
 from res2net_fused.backends.triton.tiles import DTYPE_CLASSES, Row, Shape, Tile, read, write
@@ -226,6 +225,6 @@ def test_a_table_of_another_version_is_kept(world, capsys):
     assert kept.read_text() == '{"version": 9}' and world.table.with_name("tiles.json.before1").read_text() == "[]"
 
 
-def test_tuning_needs_a_gpu(capsys):
-    assert cli.main(["tune", "--device", "cpu"]) == 2
-    assert "CUDA device" in capsys.readouterr().err
+def test_tiles_need_a_gpu(tmp_path):
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        tune.run_tune([], "cpu", tmp_path / "tiles.json", "tune", [], 1.0, False)

@@ -44,7 +44,7 @@ def assert_same(state, expected):
         assert torch.allclose(state[name].double(), value.double(), rtol=1e-8, atol=1e-10), name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "choices"])
 def test_two_processes_are_one_that_averages_the_gradients_of_their_halves(kind, tmp_path):
     """BatchNorm's statistics are of a process's own images, so the one process, too, takes the joined batch in halves."""
     replicas = [network(accelerated=False) for _ in range(WORLD)]
@@ -65,7 +65,9 @@ def test_two_processes_are_one_that_averages_the_gradients_of_their_halves(kind,
             optimizer.step()
     assert abs(losses[0][0] - losses[1][0]) > 1e-3, "the processes see different images"
     for rank, result in enumerate(run(kind, tmp_path)):
-        assert all(result["fused"])
+        assert all(fused == (kind != "choices" or rank == 1) for fused in result["fused"])
+        if kind == "choices" and rank == 0:
+            assert result["measured"] == 0 and all("must all choose alike" in note for note in result["notes"])
         got, expected = (torch.tensor(values, dtype=torch.float64) for values in (result["losses"], losses[rank]))
         assert torch.allclose(got, expected, rtol=1e-9)
         assert_same(result["state"], replicas[rank])

@@ -11,7 +11,7 @@ from published_blocks.speakers1d import ESPnetBlock
 from torch import fx, nn
 
 from res2net_fused import Bottle2neck, accelerate, explain
-from res2net_fused.modules import fused_forward1d
+from res2net_fused.backends import policy
 
 
 def leaves(graph):
@@ -30,7 +30,7 @@ def test_blocks_are_leaves_and_run_fused():
 
 
 def test_rows_too(monkeypatch):
-    monkeypatch.setattr(fused_forward1d, "_pays", lambda *_: True)
+    monkeypatch.setattr(policy, "chain_pays_1d", lambda problem: True)
     model = nn.Sequential(randomize(ESPnetBlock()).eval())
     x = torch.randn(2, 32, 23)
     expected = run(model, x)

@@ -13,7 +13,8 @@ from helpers import randomize
 from official_models import blocks_of, official
 from torch import nn
 
-from res2net_fused import accelerate, explain
+from res2net_fused import accelerate, explain, tune
+from res2net_fused.backends import choices
 
 STEPS, WORLD, LEARNING_RATE = 2, 2, 0.01
 
@@ -93,6 +94,16 @@ def main(kind: str, rank: int, folder: Path) -> None:
         for part in (*blocks_of(model).values(), model):
             fully_shard(part, mesh=mesh)
         results["losses"] = train(model, batches(rank))
+    elif kind == "choices":  # which differ from rank to rank
+        model = accelerate(network(accelerated=False))
+        choice = ("own", "reference")[rank]
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        with choices.pinned(choice):
+            results["losses"] = train(wrapped, batches(rank))
+        if rank == 0:  # which nothing may make wait for the other
+            synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(accelerate(network(accelerated=False)))
+            report = tune(synchronised, images(0), training=True, progress=False)
+            results["notes"], results["measured"] = report.notes, len(report.calls)
     else:
         model = network(accelerated=False, only_chains=True)
         wrapped = nn.parallel.DistributedDataParallel(model)

@@ -1,4 +1,4 @@
-"""`rf.tune`, and calls that are measured when they first come. Times are planted: nothing here depends on the machine's speed."""
+"""`rf.tune`, and calls that are measured when they first come. Times are planted: nothing depends on the machine's speed."""
 
 import contextlib
 import copy
@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import res2net_fused as rf
+from res2net_fused import cli
 from res2net_fused._timing import Timing
-from res2net_fused.backends import choices, measuring, selection
+from res2net_fused.backends import choices, measuring, policy, selection
 from res2net_fused.backends.choices_file import read
+from res2net_fused.backends.policy import why_left_to_pytorch
 from res2net_fused.modules import measuring as block_measuring
 from res2net_fused.tuning import tune as tuning
 
@@ -117,10 +119,10 @@ def test_another_process_measures_nothing_again(network, choices_table):
         "import torch, res2net_fused as rf\n"
         "from res2net_fused.backends import measuring\n"
         "measuring.settle = None\n"
-        "torch.set_num_threads(%d)\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
         "b = rf.Bottle2neck(128, 32, base_width=24, scale=4).eval().to(memory_format=torch.channels_last)\n"
         "x = torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last)\n"
-        "print(rf.tune(b, x, progress=False))\n" % torch.get_num_threads()
+        "print(rf.tune(b, x, progress=False))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert "measured before" in done.stdout and "cpu 2" in done.stdout
@@ -360,3 +362,46 @@ def test_warm_up_leaves_the_model_as_it_was(network):
     rf.warm_up(network, x)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and network.training
+
+
+def test_the_command_tunes_models_by_name(capsys, choices_table):
+    arguments = ["tune", "--device", "cpu", "--batch", "1", "--size", "32"]
+    assert cli.main([*arguments, "--model", "res2net50_26w4s"]) == 0
+    out = capsys.readouterr().out
+    assert "layer1.0" in out and "times as fast as its own" in out and f"kept in {choices_table}" in out
+    assert len(read(choices_table).choices) == 8
+    assert cli.main([*arguments, "--train", "--dtype", "float32"]) == 0
+    assert "training (1, 4x26" in capsys.readouterr().out
+
+
+def test_half_types_are_left_to_processors_that_have_them(monkeypatch):
+    """Ours compute in float32: until that is measured, PyTorch's operators run."""
+    block = rf.Bottle2neck(CHANNELS, CHANNELS // 4, base_width=24, scale=4).eval().bfloat16()
+    block, x = block.to(memory_format=torch.channels_last), images_of(block).bfloat16()
+    run(block, x)
+    assert rf.explain(block)[0].backend == "cpu"
+    monkeypatch.setattr(policy, "why_left_to_pytorch", lambda device, dtype: "has them" if dtype == torch.bfloat16 else None)
+    choices.forget()
+    run(block, x)
+    assert rf.explain(block)[0].reason == "has them"
+    rf.tune(block, x, progress=False)
+    run(block, x)
+    assert rf.explain(block)[0].backend == "cpu", "it was measured"
+
+
+def images_of(block):
+    return torch.randn(2, block.conv1.in_channels, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+
+
+def test_which_processors_have_half_types(monkeypatch):
+    own = why_left_to_pytorch.__wrapped__
+    cpu = torch.device("cpu")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(policy, "_flags", lambda: "flags : avx2")
+    assert all(own(cpu, dtype) is None for dtype in (torch.bfloat16, torch.float16, torch.float32))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert "bfloat16 instructions" in own(cpu, torch.bfloat16) and own(cpu, torch.float16) is None
+    monkeypatch.setattr(policy, "_flags", lambda: "flags : avx512_fp16")
+    assert "float16 instructions" in own(cpu, torch.float16) and own(cpu, torch.float32) is None
+    assert own(torch.device("cuda"), torch.float16) is None

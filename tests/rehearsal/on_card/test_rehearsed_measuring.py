@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from res2net_fused.backends import selection
 from res2net_fused import _timing as timing
+from res2net_fused.backends import selection
 from res2net_fused.bench import networks, providers, results
 from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.record_file import Record

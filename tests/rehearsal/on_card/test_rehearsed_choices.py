@@ -1,0 +1,106 @@
+"""Measured choices on a stand-in card: wrong kernels are never used, slow ones not chosen, a table replaces no comparison."""
+
+import math
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+
+from res2net_fused import Bottle2neck, accelerate, explain, tune
+from res2net_fused._timing import Timing
+from res2net_fused.backends import choices, measuring, selection, verification
+from res2net_fused.backends.selection import get_backend
+from res2net_fused.chain.tolerances import FORWARD
+from res2net_fused.tuning import tune as tuning
+
+MS = {"own": 5.0, "reference": 4.0, "triton": 1.0, "cuda": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch, choices_table):
+    """Milliseconds by choice, in a process that has tried no kernel."""
+    for name in ("_known", "_agreed"):
+        monkeypatch.setattr(verification, name, set())
+    monkeypatch.setattr(verification, "_suspended", False)
+    monkeypatch.setattr(selection, "_aside", {})
+    times = dict(MS)
+
+    def measure(trials, device, **options):
+        for trial in trials.values():
+            trial.run()
+        return {name: Timing(times.get(name, 9.0), 1, 1, 1, 0) for name in trials}
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(tuning, "measure", measure)
+    return times
+
+
+def block():
+    return accelerate(randomize(Bottle2neck(64, 16, baseWidth=64, scale=4)).half().eval().to("cuda"))
+
+
+def images(batch=4):
+    return torch.randn(batch, 64, 8, 8, dtype=torch.float16).to("cuda").contiguous(memory_format=torch.channels_last)
+
+
+def run(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def spoil(monkeypatch, name, how):
+    backend = get_backend(name)
+    own = backend.block_forward
+
+    def spoiled(*arguments):
+        out = own(*arguments)
+        how(out)
+        return out
+
+    monkeypatch.setattr(backend, "block_forward", spoiled)
+    monkeypatch.setattr(backend, "prepared_block", lambda *_: None)
+
+
+def test_the_fastest_is_chosen_and_what_is_slow_is_not(planted):
+    b, x = block(), images()
+    (call,) = tune(b, x, progress=False).calls
+    assert call.choice == "triton" and set(MS) == set(call.ms)
+    run(b, x)
+    assert explain(b)[0].backend == "triton" and "measured here in ms: triton 1, cuda 2" in explain(b)[0].reason
+    planted.update(triton=8.0)
+    (call,) = tune(b, images(2), progress=False).calls
+    assert call.choice == "cuda"
+    run(b, images(2))
+    assert explain(b)[0].backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    "how", [lambda out: out.mul_(1.1), lambda out: out[0, :1].fill_(math.nan)], ids=["scaled", "unwritten"]
+)
+def test_a_kernel_with_wrong_numbers_is_never_used(how, monkeypatch, caplog):
+    torch.manual_seed(1)
+    b, x = block(), images()
+    right = run(b, x)
+    spoil(monkeypatch, "triton", how)
+    (call,) = tune(b, x, progress=False).calls
+    assert call.choice == "cuda" and "triton" not in call.ms and any(note.startswith("triton: ") for note in call.notes)
+    for _ in range(3):
+        assert relative_error(run(b, x), right) < 2 * FORWARD["float16"].limit
+    assert explain(b)[0].backend == "cuda"
+
+
+def test_a_table_of_another_process_replaces_no_comparison(monkeypatch):
+    torch.manual_seed(1)
+    b, x = block(), images()
+    right = run(b, x)
+    tune(b, x, progress=False)
+    choices.forget()  # a later process, with another compiler or driver
+    for name in ("_known", "_agreed"):
+        monkeypatch.setattr(verification, name, set())
+    spoil(monkeypatch, "triton", lambda out: out.mul_(1.1))
+    assert choices.lookup("inference", b._res2net_fused.last_problem).backend == "triton"
+    fresh = block()
+    fresh.load_state_dict(b.state_dict())
+    for _ in range(3):
+        assert relative_error(run(fresh, x), right) < 2 * FORWARD["float16"].limit
+    assert explain(fresh)[0].backend != "triton"
