@@ -370,8 +370,9 @@ def test_the_command_tunes_models_by_name(capsys, choices_table):
     out = capsys.readouterr().out
     assert "layer1.0" in out and "times as fast as its own" in out and f"kept in {choices_table}" in out
     assert len(read(choices_table).choices) == 8
+    arguments = ["tune", "--device", "cpu", "--batch", "2", "--size", "33"]
     assert cli.main([*arguments, "--train", "--dtype", "float32"]) == 0
-    assert "training (1, 4x26" in capsys.readouterr().out
+    assert "training (2, 4x26" in capsys.readouterr().out
 
 
 def test_half_types_are_left_to_processors_that_have_them(monkeypatch):
