@@ -100,7 +100,7 @@ _pinned = _Pinned()
 
 @contextmanager
 def pinned(choice: str | None) -> Iterator[None]:
-    """In this thread every call takes this choice, such as "own" or "cpu:direct"; None: what `policy.py` predicts.
+    """Makes every call of this thread take one choice, such as "own" or "cpu:direct"; None: what `policy.py` predicts.
 
     What native bodies remember would hide it from them, and it from other threads after.
     """

@@ -66,8 +66,8 @@ def tune(
     minutes: after which no call is begun; the rest is in the report, and another `tune` goes on.
     progress: whether a bar or lines say how far it is.
 
-    Returns a TuneReport, which prints as a table. Raises ValueError for a model without blocks that can run fused, and whatever
-    the model's own forward raises.
+    Returns a TuneReport, which prints as a table. Raises TypeError for what is no module, ValueError for a model without blocks
+    that can run fused, and whatever the model's own forward raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
@@ -130,7 +130,7 @@ def _without_hooks(model: nn.Module, training: bool) -> tuple[dict[str, str], nn
 
 
 def _in_mode(model: nn.Module, training: bool) -> nn.Module:
-    """In eval mode; or in training mode, where norms that the model has frozen stay so and nothing is dropped at random."""
+    """Puts it in eval mode; or in training mode, where frozen norms of the model stay so and nothing is dropped at random."""
     if not training:
         return model.eval()
     modes = {m: m.training for m in model.modules()} if model.training else {}

@@ -34,7 +34,7 @@ def test_all_pages_are_found():
     assert {"README.md", "CONTRIBUTING.md"} <= set(NAMES)
     assert [page.stem for page in NEW_PAGES] == [
         "api", "architecture", "backends", "benchmarking", "deployment", "install", "kernels", "mathematics", "results",
-        "stand_in_card", "training", "troubleshooting", "usage",
+        "stand_in_card", "training", "troubleshooting", "tuning", "usage",
     ]  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 They lie in the file of `backends/choices_file.py`, in a list of their own; RES2NET_FUSED_TILES names another file, of that
 kind or of the older one, {"rows": [...]}. A row holds a kernel ("step", "pointwise"), the GPU's compute capability ("9.0"), a
-class of dtypes ("half", "tf32", "ieee"), the shape (width: output channels, inputs: input channels, pixels: of one launch, times its
-independent convolutions) and the tile ([block_m, block_n, block_k, warps, stages]). The row nearest in shape answers; where no
-row is near, the rule in `step_plan` or `pointwise` decides. No table ships, since none was measured.
+class of dtypes ("half", "tf32", "ieee"), the shape (width: output channels, inputs: input channels, pixels: of one launch,
+times its independent convolutions) and the tile ([block_m, block_n, block_k, warps, stages]). The row nearest in shape
+answers; where no row is near, the rule in `step_plan` or `pointwise` decides. No table ships, since none was measured.
 """
 
 from __future__ import annotations
