@@ -153,8 +153,7 @@ def lookup(passes: str, problem: Problem) -> Found | None:
     choice = _pinned.choice
     if choice is not None:
         return Found(None, True, choice) if choice else None
-    rows = _rows()
-    if not rows or mode() == "predicted":
+    if mode() == "predicted" or not _rows():
         return None
     return _nearest(passes, problem, torch.get_num_threads(), _state.generation)
 
@@ -171,7 +170,7 @@ def _nearest(passes: str, problem: Problem, threads: int, generation: int) -> Fo
 
 
 def _distance(a: Sequence[int], b: Sequence[int]) -> float:
-    """In factors of the batch and of the pixels of an image."""
+    """Sum of the logarithms of two ratios: of batches, and of the pixels of an image."""
     if len(a) != len(b):
         return math.inf
     return abs(math.log(a[0] / max(1, b[0]))) + abs(math.log(math.prod(a[1:]) / max(1, math.prod(b[1:]))))
@@ -255,8 +254,7 @@ def _take(rows: Sequence[Row]) -> None:
     _state.rows = found
     _state.generation += 1
     _nearest.cache_clear()
-    if library.ops_library().loaded:
-        _forget_native()
+    _forget_native()
 
 
 # What a call is looked up by -------------------------------------------------------------------------------------------

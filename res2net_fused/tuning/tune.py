@@ -71,8 +71,8 @@ def tune(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    while (inside := _wrapped(model)) is not None:
+        model = inside
     if not any(isinstance(m, FusedModule) and STATE in vars(m) for m in model.modules()):
         raise ValueError("model has no block that can run fused: call accelerate(model) first, and see explain(model)")
     if torch.are_deterministic_algorithms_enabled():
@@ -216,7 +216,7 @@ def _tuned(same: list[_Call], late: bool) -> TunedCall:
 
 
 def _measure_chain_inside(call: _Call) -> None:
-    """Of a block that is not one operator the chain is chosen by itself."""
+    """Measures the chain of a block that is not one operator, for which a backend is chosen by itself."""
     state = vars(call.block)[STATE]
     if not isinstance(state, BlockState) or one_operator(state.config) or call.passes != "inference":
         return
@@ -253,6 +253,14 @@ def _model_call(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Ca
         return outputs
 
     return call
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of PyTorch's: of data parallelism, or what torch.compile returns."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return model.module
+    compiled: nn.Module | None = vars(model).get("_modules", {}).get("_orig_mod")
+    return compiled
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

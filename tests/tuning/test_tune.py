@@ -337,6 +337,11 @@ def test_a_served_model_can_be_tuned_meanwhile(network):
     assert not wrong
 
 
+def test_wrapped_models_are_tuned(network):
+    for wrapped in (nn.DataParallel(network), torch.compile(network, backend="eager")):
+        assert rf.tune(wrapped, images(), progress=False).calls
+
+
 def test_zero_initialised_norms_hide_nothing(network):
     """A last norm with a factor of zero, as networks begin training with, would let a wrong chain pass."""
     for block in network[1:3]:
