@@ -88,7 +88,9 @@ def test_bench_with_a_network(networks, tmp_path):
     done = run("bench", "--quick", *arguments, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for row in results.read(tmp_path / "bench-cpu.json")["rows"] if row["workload"] == "network"]
-    assert [(row["config"], row["stage"], row["batch"]) for row in rows] == [(n, None, 1) for n in networks for _ in range(3)]
+    providers = ("eager", "eager_channels_last", "ours_plain", "ours")
+    found = [(row["config"], row["stage"], row["batch"], row["provider"]) for row in rows]
+    assert len(found) == len(set(found)) and set(found) == {(n, None, 1, p) for n in networks for p in providers}
     for name, (stages, blocks) in networks.items():
         for place in (*(f"{i + 1} features" for i in range(stages)), "logits"):
             assert re.search(rf"^{name} +{place} +{blocks} of {blocks} +\w+ +\d\.\de", done.stdout, re.MULTILINE)

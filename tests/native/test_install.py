@@ -373,10 +373,11 @@ def test_make_leaves_the_torch_of_an_environment_that_it_did_not_create(make):
     assert torch_installed(make()), "and so does the usual one"
 
 
-def test_importing_the_package_leaves_optimizers_alone():
+def test_importing_the_package_leaves_optimizers_and_the_compiler_alone():
     code = (
-        "import torch, res2net_fused as rf, torch.optim.optimizer as o\n"
+        "import sys, torch, res2net_fused as rf, torch.optim.optimizer as o\n"
         "assert not o._global_optimizer_post_hooks\n"
+        "assert 'torch._dynamo' not in sys.modules  # seconds, for who may never compile\n"
         "block = rf.Bottle2neck(16, 4, scale=4, baseWidth=32).eval()\n"
         "with torch.no_grad(): block(torch.randn(1, 16, 5, 5))\n"
         "assert len(o._global_optimizer_post_hooks) == 1  # weights are kept from here on\n"

@@ -41,10 +41,12 @@ def problem(config: ChainConfig | None = None, **changes) -> ChainProblem:
 INTERPRETED = sorted((TESTS / "backends/triton/interpreter").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", INTERPRETED, ids=lambda file: file.stem)
-def test_interpreter(file: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("files", [INTERPRETED[::2], INTERPRETED[1::2]], ids=["first_half", "second_half"])
+def test_interpreter(files: list[Path], request: pytest.FixtureRequest) -> None:
+    """A process for each of two workers; each more would import everything again."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", request.config.getoption("-m"), str(file)]
+    chosen = ["-m", request.config.getoption("-m"), *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -73,7 +73,8 @@ def tried(folder: Path, version: str, options: argparse.Namespace, wheel: Path, 
 
     subprocess.run([options.python, "-m", "venv", str(folder)], check=True)
     install = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*install, "torch" if version == NEWEST else f"torch=={version}", "numpy", "tqdm", "pytest", "hypothesis", "safetensors")
+    torch = "torch" if version == NEWEST else f"torch=={version}"  # a CPU build does not bring Triton by itself
+    run(*install, torch, "triton", "numpy", "tqdm", "pytest", "hypothesis", "safetensors")
     if options.triton:
         run(*install, "--no-deps", f"triton=={options.triton}")
     run(*install, "--no-deps", str(wheel))

@@ -258,7 +258,8 @@ def test_a_new_table_of_tiles_is_used(user_table):
     before = [constants(run) for _ in range(2)]
     assert before[0] == before[1]
     tile = tiles.Tile(16, 16, 16, 2, 5)
-    tiles.write(user_table, [tiles.Row(tiles.Shape("step", (9, 0), "half", 26, 26, 2 * 6 * 7), tile)])
+    shape = tiles.Shape("step", torch.cuda.get_device_capability(), "half", 26, 26, 2 * 6 * 7)
+    tiles.write(user_table, [tiles.Row(shape, tile)])
     assert [(warps, stages) for *_, warps, stages in constants(run)] == [(2, 5)] * 3
     user_table.unlink()
     tiles.forget()

@@ -1,5 +1,6 @@
 """These tests need TRITON_INTERPRET=1 before Triton's import, hence a process of their own: see ../test_chain.py."""
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -26,6 +27,16 @@ def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
     from res2net_fused.backends.triton import step_plan
 
     monkeypatch.setattr(step_plan, "_MULTIPROCESSORS", {(8, 0): 1})
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of its time goes to the question whether an int32 overflows, which only large tensors can make it do."""
+    from triton.runtime import interpreter
+
+    if request.path.stem != "test_large_tensors":
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
 
 @pytest.fixture
