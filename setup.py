@@ -67,14 +67,15 @@ class Toolchain:
 
     def __init__(self):
         self.platform = os.environ.get("RES2NET_FUSED_PLATFORM", "").strip()
-        self.machine, self.folder, self.compile_flags, self.link = platform.machine(), ROOT / "build" / "native", (), None
+        self.machine, self.folder, self.link = platform.machine(), ROOT / "build" / "native", None
         if self.platform:
             self.link = load("link", "release")
             try:
                 self.machine = self.link.machine_of(self.platform)
             except ValueError as error:
                 raise SystemExit(f"RES2NET_FUSED_PLATFORM: {error}") from None
-            self.folder, self.compile_flags = self.folder / self.platform, self.link.COMPILE_FLAGS
+        if self.crosses:  # else the objects are the same, and only the link is another
+            self.folder /= self.machine
 
     @property
     def crosses(self):
@@ -300,8 +301,7 @@ class NativeParts:
                 raise Missing(f"ninja not found: `pip install ninja`, then run `{REBUILD}`")
             folder = tools.folder / name
             with locked(folder):
-                command = [*(nvcc.command(cxx[-1]) if nvcc else cxx), *tools.compile_flags]
-                built = compile_target(target, command, folder, ninja, linker)
+                built = compile_target(target, nvcc.command(cxx[-1]) if nvcc else cxx, folder, ninja, linker)
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 fresh = destination.with_name(destination.name + ".new")
                 shutil.copy2(built, fresh)

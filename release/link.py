@@ -4,21 +4,20 @@
 
 GCC compiles the objects (measured: its kernels are faster than clang's), and zig links them, which has the symbols of every
 glibc: a symbol that came later is an error here. libstdc++ and libgcc are the compiler's own. Of what GCC's headers use of a
-newer libstdc++, `older_systems.cpp` defines the functions, and COMPILE_FLAGS has the compiler put the templates into the objects.
+newer libstdc++, `older_systems.cpp` has a copy.
 PyTorch's libraries are needed when the library is loaded only: empty ones of their names stand for them.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# libstdc++'s templates, such as streams of strings, are compiled in instead of taken from a libstdc++ that is newer.
-COMPILE_FLAGS = ("-D_GLIBCXX_EXTERN_TEMPLATE=0",)
 STAND_INS = ("torch_cpu", "torch")
 PLATFORM = re.compile(r"manylinux_(\d+)_(\d+)_(x86_64|aarch64)")
 ZIG = (sys.executable, "-m", "ziglang")
@@ -68,7 +67,7 @@ def _for_linker(text: str) -> list[str]:
     words = text.split(",")
     if words[0] in ("-rpath", "-soname"):
         return [f"-Wl,{words[0]},{words[1]}", *_for_linker(",".join(words[2:]))] if words[2:] else [f"-Wl,{text}"]
-    return [word if word.startswith("-l") else f"-Wl,{word}" for word in words]
+    return [word if word.startswith("-l") else f"-Wl,{word}" for word in words if not word.endswith("as-needed")]
 
 
 def main(platform: str, compiler: str, *rest: str) -> None:
@@ -79,12 +78,12 @@ def main(platform: str, compiler: str, *rest: str) -> None:
         option = "-print-libgcc-file-name" if name == "libgcc.a" else f"-print-file-name={name}"
         return subprocess.run([compiler, option], capture_output=True, text=True, check=True).stdout.strip()
 
-    subprocess.run([compiler, "-O2", "-fPIC", "-c", str(HERE / "older_systems.cpp"), "-o", "older_systems.o"], check=True)
+    subprocess.run([compiler, "-O2", "-std=c++20", "-fPIC", "-c", str(HERE / "older_systems.cpp"), "-o", "older_systems.o"], check=True)
     flags = _translated(rest)
     if "-cudart" in rest:
         flags += [_cudart(), "-lrt", "-ldl"]
     # Before what `flags` name: a build for this very machine may have left libraries of the same names.
-    first = ["-L../ops", _stand_ins(linker, Path("..", "stand_ins"))]
+    first = ["-L../ops", _stand_ins(linker, Path("..", "stand_ins")), "-Wl,--no-as-needed"]  # the stand-ins define nothing
     # libgcc before zig's own, whose __builtin_cpu_supports knows no AVX2.
     last = ["older_systems.o", *map(runtime, ("libstdc++.so.6", "libgcc_s.so.1", "libgcc.a")), "-lm", "-lpthread"]
     subprocess.run([*linker, "-s", f"-Wl,--version-script={HERE / 'symbols.map'}", *first, *flags, *last], check=True)
@@ -92,8 +91,6 @@ def main(platform: str, compiler: str, *rest: str) -> None:
 
 def _cudart() -> str:
     """CUDA's runtime as a static library, beside the nvcc that compiled."""
-    import shutil
-
     home = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc").resolve().parents[1]
     found = [path for pattern in ("lib64", "lib", "targets/*/lib") for path in home.glob(f"{pattern}/libcudart_static.a")]
     if not found:
