@@ -1,5 +1,5 @@
-# make bench | check | record | results | docs | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | peers
-#    | lint | types | clean
+# make bench | check | record | results | docs | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | wheels | versions
+#    | peers | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1". TORCH and TRITON say what pip installs, such as make bench TORCH=torch==2.11.0;
 # PIP_INDEX_URL and pip's other variables say from where.
@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 NATIVE := $(shell find csrc -type f) res2net_fused/_native/build_flags.py res2net_fused/_native/cuda_toolkit.py
 
-.PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel versions peers lint types clean setup FORCE
+.PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel wheels versions peers lint types clean setup FORCE
 
 setup: $(INSTALLED)
 
@@ -74,6 +74,11 @@ sanitize: $(INSTALLED)
 # One wheel for every torch from 2.11 on and every Python; a native part that does not build is an error here.
 wheel: $(INSTALLED)
 	RES2NET_FUSED_BUILD=require $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist $(ARGS) .
+
+# What is published, in dist/: the sdist, and wheels for manylinux_2_28 on x86_64 and aarch64; ARGS="--again" compares two builds.
+wheels: $(INSTALLED)
+	$(BIN)/python -m pip install 'res2net-fused[release]'
+	$(BIN)/python release/artefacts.py $(ARGS)
 
 # The wheel with the oldest and the newest torch, each in an environment of its own under build/: gigabytes, and not in CI.
 versions: $(DEPENDENCIES)

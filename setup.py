@@ -4,7 +4,7 @@ RES2NET_FUSED_BUILD: "auto" (default) builds what it can and says what is missin
 nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME choose the
 compilers (else they are looked for: res2net_fused/_native/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
 RES2NET_FUSED_PLATFORM: a wheel's platform to build for instead of this system's, such as manylinux_2_28_aarch64 (release/link.py;
-`make wheels` sets it).
+`make wheels` sets it). RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
 """
 
 import concurrent.futures
@@ -156,6 +156,8 @@ def output_of(*command):
 
 
 def source_commit():
+    if os.environ.get("RES2NET_FUSED_COMMIT"):
+        return os.environ["RES2NET_FUSED_COMMIT"]
     # An unpacked sdist may lie inside somebody else's repository.
     if output_of("git", "rev-parse", "--show-toplevel") != str(ROOT):
         return "unknown"
