@@ -77,7 +77,6 @@ wheel: $(INSTALLED)
 
 # What is published, in dist/: the sdist, and wheels for manylinux_2_28 on x86_64 and aarch64; ARGS="--again" compares two builds.
 wheels: $(INSTALLED)
-	$(BIN)/python -m pip install 'res2net-fused[release]'
 	$(BIN)/python release/artefacts.py $(ARGS)
 
 # The wheel with the oldest and the newest torch, each in an environment of its own under build/: gigabytes, and not in CI.
@@ -116,7 +115,7 @@ $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	RES2NET_FUSED_BUILD=off $(BIN)/python -m pip install --no-build-isolation -e \
 		".$$($(BIN)/python -I res2net_fused/_native/cuda_toolkit.py)"
 	$(BIN)/python setup.py build_ext --inplace & built=$$!; \
-	$(BIN)/python -m pip install 'res2net-fused[bench,test]' safetensors pyyaml huggingface_hub && \
+	$(BIN)/python -m pip install 'res2net-fused[bench,release,test]' safetensors pyyaml huggingface_hub && \
 	$(BIN)/python -m pip install --no-deps timm "torchvision==0.$$($(TORCHVISION)).*" && \
 	$(BIN)/python .ci/fit_torchvision.py; status=$$?; wait $$built && exit $$status
 	touch $@
