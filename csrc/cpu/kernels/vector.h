@@ -1,7 +1,8 @@
 // Vectors of 4, 8 or 16 floats over the compiler's vector extension; intrinsics only where it has no word for something.
 //
 //              Full (one register)   Half (a group's last 8 channels)
-//   portable   4 (SSE2, NEON)        -: two Full
+//   portable   4 (SSE2)              -: two Full
+//   neon       4                     -: two Full
 //   avx2       8                     -: one Full
 //   avx512     16                    8
 #pragma once
@@ -13,6 +14,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define R2N_INLINE static inline __attribute__((always_inline))
@@ -161,6 +164,9 @@ R2N_INLINE V clamp_below(V y, V low) {
 #if defined(__AVX2__)
   if constexpr (kLanes<V> == 8) return _mm256_max_ps(low, y);  // of unordered operands the second
 #endif
+#if defined(__aarch64__)
+  return vmaxq_f32(y, low);  // NaN of either
+#endif
   return y < low ? low : y;
 }
 
@@ -171,6 +177,9 @@ R2N_INLINE V clamp_above(V y, V high) {
 #endif
 #if defined(__AVX2__)
   if constexpr (kLanes<V> == 8) return _mm256_min_ps(high, y);
+#endif
+#if defined(__aarch64__)
+  return vminq_f32(y, high);
 #endif
   return y > high ? high : y;
 }
@@ -183,6 +192,9 @@ R2N_INLINE bool all_finite(V v) {
 #endif
 #if defined(__AVX2__)
   if constexpr (kLanes<V> == 8) return _mm256_movemask_ps(_mm256_cmp_ps(zero, zero, _CMP_UNORD_Q)) == 0;
+#endif
+#if defined(__aarch64__)
+  return vminvq_u32(vceqzq_f32(zero)) != 0;
 #endif
   bool finite = true;
   for (int i = 0; i < kLanes<V>; i++) finite &= zero[i] == 0.0f;

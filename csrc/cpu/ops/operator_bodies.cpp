@@ -28,7 +28,7 @@ Settings settings_of(const Decision& decision) {
 
 Decision decide_without_python(const std::string& backend, const Tensor& x) {
   constexpr const char* kArithmetics[] = {"auto", "winograd", "direct"};
-  constexpr const char* kInstructionSets[] = {"auto", "portable", "avx2", "avx512"};
+  constexpr const char* kInstructionSets[] = {"auto", "portable", "avx2", "avx512", "neon"};
   const bool own = without_python(backend, kOwn, x.scalar_type() != ScalarType::Double) == kOwn;
   const char* const arithmetic = "RES2NET_FUSED_CPU_ARITHMETIC";
   const char* const instruction_set = "RES2NET_FUSED_CPU_ISA";

@@ -20,10 +20,20 @@ const Kernels* find_avx512() {
   return nullptr;
 }
 
+// The set that every processor of this kind has.
+const Kernels* find_lowest(InstructionSet set) {
+#ifdef RES2NET_FUSED_HAVE_NEON
+  return set == InstructionSet::neon ? &neon::kernels : nullptr;
+#else
+  return set == InstructionSet::portable ? &portable::kernels : nullptr;
+#endif
+}
+
 const Kernels* find_best() {
   if (const Kernels* found = find_avx512()) return found;
   if (const Kernels* found = find_avx2()) return found;
-  return &portable::kernels;
+  if (const Kernels* found = find_lowest(InstructionSet::neon)) return found;
+  return find_lowest(InstructionSet::portable);
 }
 
 }  // namespace
@@ -34,7 +44,8 @@ const Kernels* find_kernels(InstructionSet set) {
     case InstructionSet::best:
       return best;
     case InstructionSet::portable:
-      return &portable::kernels;
+    case InstructionSet::neon:
+      return find_lowest(set);
     case InstructionSet::avx2:
       return find_avx2();
     case InstructionSet::avx512:

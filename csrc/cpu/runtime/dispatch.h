@@ -5,8 +5,9 @@
 
 namespace res2net_fused {
 
-// The codes are those that Python passes: res2net_fused/backends/cpu/settings.py.
-enum class InstructionSet : int64_t { best = -1, portable = 0, avx2 = 1, avx512 = 2 };
+// neon: in the place of portable on aarch64, where every processor has it. The codes are those that Python passes:
+// res2net_fused/backends/cpu/settings.py.
+enum class InstructionSet : int64_t { best = -1, portable = 0, avx2 = 1, avx512 = 2, neon = 3 };
 
 // The kernels, or null where this processor or this build has none of that set. `best` never gives null.
 const Kernels* find_kernels(InstructionSet set);

@@ -4,7 +4,7 @@ Environment, read at every call:
 
 * RES2NET_FUSED_CPU_ARITHMETIC: "auto" (default: as measured, else as planned), "winograd" (wherever it can run) or "direct"
   (its rounding everywhere).
-* RES2NET_FUSED_CPU_ISA: "portable", "avx2" or "avx512" instead of the best instruction set of this processor.
+* RES2NET_FUSED_CPU_ISA: "portable", "avx2", "avx512" or "neon" instead of the best instruction set of this processor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ISA_VARIABLE = "RES2NET_FUSED_CPU_ISA"
 # The codes are those of csrc/cpu/chain/plan.h and csrc/cpu/runtime/dispatch.h.
 ARITHMETICS = {"auto": 0, "winograd": 1, "direct": 2}
 
-INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
+INSTRUCTION_SETS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
 
 
 def available_instruction_sets() -> list[str]:
@@ -76,7 +76,7 @@ def measured_arithmetic(problem: ChainProblem) -> str:
 def instruction_set() -> int:
     """The code of the one that the environment asks for, or that of the best."""
     code = _code(ISA_VARIABLE, INSTRUCTION_SETS)
-    if code > 0 and not operators.cpu_has_instruction_set(code):
+    if code >= 0 and not operators.cpu_has_instruction_set(code):
         name = os.environ[ISA_VARIABLE]
         available = ", ".join(map(repr, available_instruction_sets()))
         raise RuntimeError(f"{ISA_VARIABLE}={name!r}: this machine has no {name} kernels; it has {available}")
