@@ -8,7 +8,8 @@
 Microseconds a call, of blocks with 64 channels. All take turns in one run, 10 calls at a time; what is timed was compared with
 float64 before.
 
-cpu      native: what the native library computed in, as PyTorch's profiler clocks its operators; host: the rest
+cpu      native: what the native library computes in, as PyTorch's profiler clocks its operators, called for the same input by
+         themselves since it does not see into native bodies; host: the rest
 triton   on the stand-in card of tests/support/card, hence only in a checkout: its driver launches nothing, so that all of it is
          the host's; checked with the same card's interpreter. Eager runs on the CPU, since the card would make it slower
 
@@ -25,7 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,11 @@ from torch.profiler import ProfilerActivity, profile
 from res2net_fused import accelerate, freeze, hierarchical_conv2d, pack_weights
 from res2net_fused._tables import format_table
 from res2net_fused._timing import Contender, measure
+from res2net_fused.backends.selection import get_backend
 from res2net_fused.bench import results
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import ChainConfig
+from res2net_fused.chain.problem import ChainProblem
 from res2net_fused.chain.tolerances import FORWARD
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
@@ -54,6 +57,7 @@ class Repeated(Contender):
     """Calls in a row, as those of a network's blocks follow each other."""
 
     calls = CALLS
+    kernels: Repeated | None = None  # those that it calls, by operators that the profiler sees, which it need not
 
     def run(self) -> Any:
         with torch.inference_mode():
@@ -80,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
 # What is called -------------------------------------------------------------------------------------------------------
 
 
-def contenders(block: str, backend: str, options: argparse.Namespace) -> tuple[dict[str, Contender], dict[str, Tensor]]:
+def contenders(block: str, backend: str, options: argparse.Namespace) -> tuple[dict[str, Repeated], dict[str, Tensor]]:
     """What is called, and what it gives in float64, by name."""
     generator = torch.Generator().manual_seed(0)
     width, scale = BLOCKS[block]
@@ -116,16 +120,31 @@ def contenders(block: str, backend: str, options: argparse.Namespace) -> tuple[d
     exact = reference.hierarchical_conv2d(u.double(), *doubles, ChainConfig())
     for name in set(calls) - set(inputs):
         inputs[name], expected[name] = u, exact
-    found: dict[str, Contender] = {}
+    found: dict[str, Repeated] = {}
     for name, call in calls.items():
         own = inputs[name] if "eager" in name else inputs[name].to(device, dtype)
         found[name] = Repeated(call, [own.contiguous(memory_format=torch.channels_last)])
+    if backend == "cpu":
+        own = get_backend(backend)
+        kept = cast(Any, calls["frozen"])._res2net_fused.frozen.weights(dtype, torch.device(device))
+        block_problem, problem = (
+            ChainProblem.from_tensor(found[name].inputs[0], w, len(weights), ChainConfig()) for name in ("frozen", "operator")
+        )
+        kernels: dict[str, Callable[[Tensor], Tensor]] = {
+            "operator": lambda u: own.forward(problem, u, weights, biases, None),
+            "operator, packed": lambda u: own.forward(problem, u, weights, biases, packed.packed),
+        }
+        for name in set(found) - set(kernels):
+            kernels[name] = lambda x: own.block_forward(block_problem, x, x, kept, True)
+        for name, call in kernels.items():
+            found[name].kernels = None if "eager" in name else Repeated(call, found[name].inputs)
     return found, expected
 
 
-def check(found: Mapping[str, Contender], expected: Mapping[str, Tensor]) -> None:
+def check(found: Mapping[str, Repeated], expected: Mapping[str, Tensor]) -> None:
     """RuntimeError, naming who differs from float64 by more than its type allows."""
-    for name, contender in found.items():
+    named = [(name, own) for name, contender in found.items() for own in (contender, contender.kernels) if own]
+    for name, contender in named:
         (out,) = contender.outputs()
         error = float((out.cpu().double() - expected[name]).norm() / expected[name].norm())
         bound = FORWARD[str(out.dtype).removeprefix("torch.")].limit
@@ -148,14 +167,14 @@ def run_cpu(options: argparse.Namespace) -> int:
         found, expected = contenders(block, "cpu", options)
         check(found, expected)
         us = timed(found, "cpu", options.rounds)
-        native = {name: 0.0 if "eager" in name else native_us(contender) for name, contender in found.items()}
+        native = {name: native_us(contender.kernels) if contender.kernels else 0.0 for name, contender in found.items()}
         columns.append({name: (us[name], native[name], us[name] - native[name] if native[name] else 0.0) for name in us})
     report("cpu, float32", ("us", "native", "host"), columns)
     return 0
 
 
-def native_us(contender: Contender) -> float:
-    """Median microseconds of a call within operators of the library; 0 where it calls none that PyTorch knows of."""
+def native_us(contender: Repeated) -> float:
+    """Median microseconds of a call within operators of the library."""
     samples = []
     for _ in range(5):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:

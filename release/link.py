@@ -78,7 +78,9 @@ def main(platform: str, compiler: str, *rest: str) -> None:
         option = "-print-libgcc-file-name" if name == "libgcc.a" else f"-print-file-name={name}"
         return subprocess.run([compiler, option], capture_output=True, text=True, check=True).stdout.strip()
 
-    subprocess.run([compiler, "-O2", "-std=c++20", "-fPIC", "-c", str(HERE / "older_systems.cpp"), "-o", "older_systems.o"], check=True)
+    subprocess.run(
+        [compiler, "-O2", "-std=c++20", "-fPIC", "-c", str(HERE / "older_systems.cpp"), "-o", "older_systems.o"], check=True
+    )
     flags = _translated(rest)
     if "-cudart" in rest:
         flags += [_cudart(), "-lrt", "-ldl"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,28 @@ class FusedState(KeepsWeights):
         self.__init__(**state)  # type: ignore[misc]
 
 
+class Geometry:
+    """A block's geometry; blocks of one have one of these, which a compiled graph knows by its name."""
+
+    def __init__(self, value: object) -> None:
+        self.value, self.name = value, f"geometry {next(_numbers)}"
+
+
+_numbers = itertools.count()
+_geometries: WeakValueDictionary[str, Geometry] = WeakValueDictionary()
+
+
+def _shared(value: object) -> Geometry:
+    found = next((known for known in list(_geometries.values()) if known.value == value), None) or Geometry(value)
+    return _geometries.setdefault(found.name, found)
+
+
+@torch.compiler.assume_constant_result
+def geometry_named(name: str) -> object:
+    """The value of a block's `shared` geometry of that name, which a graph guards in place of some fifty values."""
+    return _geometries[name].value
+
+
 @dataclass
 class BlockState(FusedState):
     """What a fused 2-D block knows about itself."""
@@ -80,6 +104,11 @@ class BlockState(FusedState):
     layout: BlockPaths = PUBLISHED  # where the block keeps its parts
     frozen_norms: Any = field(default=None, init=False, repr=False)  # their classes when the block was frozen
     surroundings: Any = None  # what its own code reads besides the parts, when it was recognised
+    shared: Any = field(default=None, init=False, repr=False)  # the geometry again, with a name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shared = _shared(self.geometry)
 
 
 def _drop(module: nn.Module, frozen: bool = True) -> None:

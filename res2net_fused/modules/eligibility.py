@@ -16,7 +16,7 @@ from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
 from ..ops.recording import why_recorded
 from .block_parts import BlockParts, changed_surroundings, strangers, surroundings, wrappers
-from .block_state import BlockState
+from .block_state import BlockState, geometry_named
 from .choosing import why_own
 from .confirmation import is_convolution
 from .folding import block_tensors, why_not_bypassed, why_not_folded
@@ -94,7 +94,8 @@ def why_not_fused(
     if other is not block:
         return f"activation {type(other).__name__} is not fused beside {type(block.relu).__name__}"
     geometry = block_geometry(block)
-    if geometry != state.geometry and _without_types(geometry) != _without_types(state.geometry):
+    then = geometry_named(state.shared.name) if torch.compiler.is_compiling() else state.geometry
+    if geometry != then and _without_types(geometry) != _without_types(then):
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
     reason = why_not_convolutions(block)
     if reason is not None:

@@ -29,6 +29,7 @@ def test_the_processor(capsys):
     out = capsys.readouterr().out
     assert all(len(figures(out, row)) == 6 for row in ("eager", "cached", "frozen", "operator", "operator, packed"))
     assert figures(out, "eager")[1] == "-" and float(figures(out, "frozen")[0]) > 0
+    assert all("-" not in figures(out, row) for row in ("cached", "frozen", "operator", "operator, packed"))
 
 
 @pytest.mark.usefixtures("one_thread")

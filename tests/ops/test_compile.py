@@ -1,6 +1,7 @@
 """torch.compile and torch.export: whole graphs, sizes that vary without recompiling, no weights baked in."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -298,6 +299,75 @@ def test_frozen_block_then_refreshed():
         assert_close(function(x), frozen, 1e-14)
         refresh(block)
         assert_close(function(x), own_forward(block, x), 1e-12)
+
+
+def hooked(block):
+    block.convs[1].register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def dilated(block):
+    for conv in block.convs:
+        conv.dilation = conv.padding = (2, 2)
+
+
+def circular(block):
+    block.convs[0].padding_mode = "circular"
+    block.convs[0]._reversed_padding_repeated_twice = [1] * 4
+
+
+def renormed(block):
+    block.bn1 = nn.Identity()
+
+
+def frozen_anew(block):
+    refresh(block)
+    block.conv1.weight.mul_(2)
+    freeze(block)
+
+
+MORE_CHANGES = [pytest.param(change, marks=pytest.mark.slow) for change in (circular, renormed, refresh, nn.Module.float)]
+
+
+@pytest.mark.parametrize("change", [hooked, dilated, frozen_anew, *MORE_CHANGES])
+def test_frozen_block_changed_after_it_was_compiled(change):
+    block = freeze(make())
+    x = sample(2, 7, 9)
+    function = torch.compile(block, backend="eager")
+    with torch.no_grad():
+        before = function(x)
+        change(block)
+        x = x.to(block.conv1.weight.dtype)
+        after = block(x)
+        assert torch.equal(function(x), after)
+        assert change in (refresh, nn.Module.float) or not torch.allclose(before, after)
+
+
+def pickled(block):
+    return pickle.loads(pickle.dumps(block))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pytest.param(pickled, marks=pytest.mark.slow)])
+def test_blocks_of_one_geometry_share_a_graph(copied):
+    graphs, backend = counting()
+    block = freeze(make())
+    others = [copied(block) for _ in range(2)]
+    call = torch.compile(lambda block, x: block(x), backend=backend)
+    with torch.no_grad():
+        for b in (block, *map(freeze, map(randomize, others))):
+            x = sample(2, 7, 9)
+            assert torch.equal(call(b, x), b(x))
+        assert len(graphs) == 1
+        dilated(others[0])
+        assert torch.equal(call(others[0], x), others[0](x)) and len(graphs) == 2
+
+
+def test_a_graph_guards_the_geometry_of_the_modules_alone():
+    """Not once more what it was when the block was recognised, value by value, which costs each call."""
+    names = []
+    watch = {"guard_filter_fn": lambda guards: [names.append(guard.name) or True for guard in guards]}
+    with torch.no_grad():
+        torch.compile(freeze(make()), backend="eager", options=watch)(sample(2, 7, 9))
+    assert any(name.endswith(".padding") for name in names) and not any(".geometry[" in name for name in names)
 
 
 def test_frozen_block_folds_nothing_in_the_graph():
