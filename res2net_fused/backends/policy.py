@@ -83,13 +83,13 @@ PAYING_VALUES = {"reflect": 400 * 64, "zeros": 300 * 64}
 PAYING_REFLECTED_ROWS = 800
 
 
-def chain_pays_1d(problem: Chain1dProblem) -> bool:
-    """Whether the operator is measured to be faster than PyTorch's own operators, in inference.
+def chain_pays_1d(problem: Chain1dProblem, passes: str) -> bool:
+    """Whether the operator is measured to be faster than PyTorch's own operators; with gradients nothing is.
 
     `benchmarks/cpu.py chains1d` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
     reflected rows 1.0 to 1.15; elsewhere 0.9 to 1.0. Nothing is measured on GPUs, nor against compilers.
     """
-    if torch.compiler.is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32:
+    if torch.compiler.is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32 or passes != "inference":
         return False
     rows = problem.batch * problem.length
     if rows * problem.width <= PAYING_VALUES[problem.config.padding_mode]:

@@ -39,7 +39,7 @@ def why_own(
 
 def _why_not_predicted(passes: str, problem: ChainProblem | Chain1dProblem) -> str | None:
     if isinstance(problem, Chain1dProblem):
-        return None if passes == "inference" and policy.chain_pays_1d(problem) else NOT_PAYING
+        return None if policy.chain_pays_1d(problem, passes) else NOT_PAYING
     if passes == "training":
         return None if policy.training_pays(problem) else NOT_TRAINING_FASTER
     if not (one_operator(problem.config) or policy.clamped_chain_pays(problem)):

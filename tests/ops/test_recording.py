@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from res2net_fused import accelerate, explain, freeze, hierarchical_conv1d, hierarchical_conv2d
-from res2net_fused.modules import fused_forward1d
+from res2net_fused.backends import policy
 
 ROWS = torch.randn(2, 32, 23, generator=torch.Generator().manual_seed(2))
 
@@ -26,7 +26,7 @@ def make(kind):
 
 @pytest.fixture(autouse=True)
 def chains_pay(monkeypatch):
-    monkeypatch.setattr(fused_forward1d, "_pays", lambda *_: True)
+    monkeypatch.setattr(policy, "chain_pays_1d", lambda *_: True)
 
 
 kinds = pytest.mark.parametrize("kind", ["2d", "1d"])

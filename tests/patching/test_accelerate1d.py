@@ -13,7 +13,7 @@ from published_blocks.speakers1d import ESPnetBlock, SpeechBrainChain, WeSpeaker
 from torch import nn
 
 from res2net_fused import accelerate, explain, freeze, hierarchical_conv1d, refresh, restore
-from res2net_fused.modules import fused_forward1d
+from res2net_fused.backends import policy
 from res2net_fused.modules.block_state import STATE
 from res2net_fused.modules.fused_forward1d import FusedForward1d, parts_1d
 
@@ -21,7 +21,7 @@ from res2net_fused.modules.fused_forward1d import FusedForward1d, parts_1d
 @pytest.fixture(autouse=True)
 def chains_pay(monkeypatch):
     """What runs where it is faster must be right everywhere."""
-    monkeypatch.setattr(fused_forward1d, "_pays", lambda *_: True)
+    monkeypatch.setattr(policy, "chain_pays_1d", lambda *_: True)
 
 
 def speechbrain_block(**keywords):

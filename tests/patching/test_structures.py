@@ -10,7 +10,7 @@ from published_blocks.structures import BLOCKS, CodecChain, RawNetBlock, Without
 from torch import nn
 
 from res2net_fused import accelerate, explain, freeze, restore
-from res2net_fused.modules import fused_forward1d
+from res2net_fused.backends import policy
 from res2net_fused.modules.block_state import FusedModule
 
 TAKEN = [name for name, (_, _, taken) in BLOCKS.items() if taken]
@@ -19,7 +19,7 @@ TAKEN = [name for name, (_, _, taken) in BLOCKS.items() if taken]
 @pytest.fixture(autouse=True)
 def chains_pay(monkeypatch):
     """What runs where it is faster must be right everywhere."""
-    monkeypatch.setattr(fused_forward1d, "_pays", lambda *_: True)
+    monkeypatch.setattr(policy, "chain_pays_1d", lambda *_: True)
 
 
 def block_and_input(name):

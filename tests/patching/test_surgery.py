@@ -13,7 +13,7 @@ from published_blocks.speakers1d import ESPnetBlock, SpeechBrainChain, WeSpeaker
 from torch import nn
 
 from res2net_fused import accelerate, explain, freeze, restore
-from res2net_fused.modules import fused_forward1d
+from res2net_fused.backends import policy
 
 X = torch.randn(2, 32, 9, 9, generator=torch.Generator().manual_seed(3))
 
@@ -224,7 +224,7 @@ def test_what_a_block_reads_besides_its_parts(what):
     ("make", "where"), [(WeSpeakerChain, "convs.1"), (ESPnetBlock, "bns.0"), (SpeechBrainChain, "blocks.1.conv")]
 )
 def test_surgery_on_a_chain_along_rows(make, where, monkeypatch):
-    monkeypatch.setattr(fused_forward1d, "_pays", lambda *_: True)
+    monkeypatch.setattr(policy, "chain_pays_1d", lambda *_: True)
     b, x = randomize(make()).eval(), torch.randn(2, 32, 23)
     plain = copy.deepcopy(b)
     run(accelerate(b), x)
