@@ -77,14 +77,15 @@ def test_rehearsed_quick_bench_writes_all_its_rows(name, tmp_path):
 @on_h100
 def test_rehearsed_bench_runs_all_its_default_parts(name, tmp_path):
     """At a batch of 1, planned as one of 32: chains, blocks, their training, networks, peers that compile."""
-    arguments = ["bench", "--batch", "1", "--out", tmp_path, "--configs", "26w4s", "--model", "res2net50_26w4s,resnet50"]
+    networks = ("res2net50_26w4s", "resnet50")[: 1 if name == "H100" else 2]  # one is enough in the default run
+    arguments = ["bench", "--batch", "1", "--out", tmp_path, "--configs", "26w4s", "--model", ",".join(networks)]
     text = run(name, *RF, *arguments)
     data = opened(tmp_path)
     assert not data["environment"]["failures"], text
     kinds = {(row["workload"], row["provider"]) for row in data["rows"]}
     assert {("chain", "ours_graph"), ("block", "compile"), ("train_chain", "ours"), ("train_block", "eager"),
             ("network", "ours_graph"), ("network", "eager_channels_last")} <= kinds  # fmt: skip
-    assert {row["config"] for row in data["rows"] if row["workload"] == "network"} >= {"res2net50_26w4s", "resnet50"}
+    assert {row["config"] for row in data["rows"] if row["workload"] == "network"} == {*networks}
     assert "Triton" in text or "triton" in text
 
 
@@ -100,7 +101,7 @@ FAULTS = [
 ]  # fmt: skip
 # What the record says of each, by workload and stage.
 SAID = {
-    ("chain", 1): "compil", ("chain", 2): "tile", ("chain", 3): "out of memory", ("chain", 4): "illegal memory access",
+    ("chain", 1): "compil", ("chain", 2): "tile", ("chain", 3): "memory", ("chain", 4): "illegal memory access",
     ("block", 1): "Triton Error", ("block", 2): "relative error", ("block", 3): "hung", ("block", 4): "signal 9",
 }  # fmt: skip
 
