@@ -3,8 +3,8 @@
 RES2NET_FUSED_BUILD: "auto" (default) builds what it can and says what is missing, "require" fails instead, "off" builds
 nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME choose the
 compilers (else they are looked for: res2net_fused/_native/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
-RES2NET_FUSED_PLATFORM: a wheel's platform to build for instead of this system's, such as manylinux_2_28_aarch64 (release/link.py;
-`make wheels` sets it). RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
+RES2NET_FUSED_PLATFORM: a wheel's platform to build for instead of this system's, such as manylinux_2_28_aarch64
+(release/link.py; `make wheels` sets it). RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
 """
 
 import concurrent.futures

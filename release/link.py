@@ -1,4 +1,4 @@
-"""Links a library for any Linux from some glibc on, of this processor or another one: what setup.py runs for a wheel's platform.
+"""Links a library for any Linux from some glibc on, of this processor or another one: what setup.py runs for wheels.
 
     python release/link.py manylinux_2_28_aarch64 aarch64-linux-gnu-g++ OBJECT... FLAG... -o OUTPUT
 
@@ -48,7 +48,7 @@ def _stand_ins(linker: Sequence[str], folder: Path) -> str:
 
 
 def _translated(flags: Iterable[str]) -> list[str]:
-    """nvcc's and GCC's flags of a link as zig takes them: nothing for the device, and no list for the linker that has libraries."""
+    """The flags of nvcc's and GCC's links as zig takes them: none for the device, and libraries in no list for the linker."""
     words: list[str] = []
     given = iter(flags)
     for flag in given:
@@ -78,7 +78,9 @@ def main(platform: str, compiler: str, *rest: str) -> None:
         option = "-print-libgcc-file-name" if name == "libgcc.a" else f"-print-file-name={name}"
         return subprocess.run([compiler, option], capture_output=True, text=True, check=True).stdout.strip()
 
-    subprocess.run([compiler, "-O2", "-std=c++20", "-fPIC", "-c", str(HERE / "older_systems.cpp"), "-o", "older_systems.o"], check=True)
+    subprocess.run(
+        [compiler, "-O2", "-std=c++20", "-fPIC", "-c", str(HERE / "older_systems.cpp"), "-o", "older_systems.o"], check=True
+    )
     flags = _translated(rest)
     if "-cudart" in rest:
         flags += [_cudart(), "-lrt", "-ldl"]
