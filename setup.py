@@ -200,7 +200,14 @@ def write_ninja(target, folder, command, linker):
         lines += [f"build {path(unit.object)}: compile {path(unit.source)}", f"  flags = {variable(unit.flags)}"]
     objects = " ".join(path(unit.object) for unit in target.units)
     output = path(Path(target.output).name)
-    lines += [f"build {output}: link {objects}", f"  flags = {variable(target.link_flags)}", f"default {output}", ""]
+    # A change of how wheels are linked links them again.
+    ways = [] if linker == compiler else sorted(file for file in (ROOT / "release").iterdir() if file.is_file())
+    lines += [
+        f"build {output}: link {objects} | {' '.join(map(path, ways))}",
+        f"  flags = {variable(target.link_flags)}",
+        f"default {output}",
+        "",
+    ]
     (folder / "build.ninja").write_text("\n".join(lines))
 
 
