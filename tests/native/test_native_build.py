@@ -70,7 +70,7 @@ def test_direct_building_without_an_nvcc_that_fits(setup, compiler, tmp_path, mo
     def refuse(torch_cuda):
         raise setup.toolkit.NoNvcc("nvcc is of CUDA 12.4.131, and torch of CUDA 13.0")
 
-    def compile_target(target, command, folder, ninja):
+    def compile_target(target, command, folder, ninja, linker):
         asked.append((target.name, ninja))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "made.so").write_text("made")
