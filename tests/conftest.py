@@ -3,14 +3,16 @@
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from res2net_fused.backends import policy
+from res2net_fused.backends import choices, policy
 
-# A table that nobody has written: what was measured on this machine decides no test, in other processes neither.
-os.environ["RES2NET_FUSED_CHOICES"] = os.path.join(tempfile.gettempdir(), "res2net_fused-tests", "no-choices.json")
+# What was measured on this machine decides no test, nor what another test measures.
+_CHOICES = Path(tempfile.mkdtemp(prefix="res2net_fused-"), "choices.json")
+os.environ["RES2NET_FUSED_CHOICES"] = str(_CHOICES)
 
 
 def pytest_collection_modifyitems(items):
@@ -33,6 +35,14 @@ def same_conditions(monkeypatch):
     # monkeypatch cannot restore these attributes: they are not the object's own. Tests count launches, and compare themselves.
     with convolution_precision("float32", "cuda"), suspended():
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured():
+    yield
+    if choices._state.rows or _CHOICES.exists():
+        _CHOICES.unlink(missing_ok=True)
+        choices.forget()
 
 
 @pytest.fixture(autouse=True)

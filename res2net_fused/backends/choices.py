@@ -285,6 +285,8 @@ def machine(device: torch.device) -> str:
 
 @functools.cache
 def _machine(device: torch.device, threads: int, instruction_set: str) -> str:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "no such device"  # of fake tensors
     facts = [device_name(str(device)), f"torch {torch.__version__}", f"res2net_fused {_kernels()}"]
     if device.type == "cpu":
         return ", ".join([*facts, f"{threads} threads", *([] if instruction_set == "auto" else [instruction_set])])

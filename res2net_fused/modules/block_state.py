@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..chain.config import ChainConfig
 from .block_parts import PUBLISHED, BlockPaths
-from .switches import settled
+from .switches import constant_in_a_trace, settled
 from .weight_cache import CacheKey, Frozen, KeepsWeights
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _shared(value: object) -> Geometry:
     return _geometries.setdefault(found.name, found)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_trace
 def geometry_named(name: str) -> object:
     """The value of a block's `shared` geometry of that name, which a graph guards in place of some fifty values."""
     return _geometries[name].value

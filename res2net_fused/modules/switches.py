@@ -117,7 +117,7 @@ def _described(value: Any, depth: int = _DEPTH) -> object:
     return kind, *((str(k), v if type(v) in _PLAIN else _described(v, depth - 1) if deeper else "") for k, v in inside)
 
 
-def _constant_in_a_trace(function: Any) -> Any:
+def constant_in_a_trace(function: Any) -> Any:
     """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
     function._dynamo_marked_constant = True
     return function
@@ -130,14 +130,14 @@ def _in_a_trace(value: object) -> object:
     return _UNWATCHED
 
 
-@_constant_in_a_trace
+@constant_in_a_trace
 def _constants_of(cls: Any) -> tuple[Names | None, Names, bool]:
     """The names that a class reads, which a trace guards as it reads them; whether there are settings that it cannot guard."""
     names, methods, shared = _read_by(cls)
     return names, methods, bool(shared)
 
 
-@_constant_in_a_trace
+@constant_in_a_trace
 def _code_in_a_trace(cls: Any) -> object:
     return _code(cls, _read_by(cls)[1])
 

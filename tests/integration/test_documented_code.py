@@ -134,7 +134,7 @@ def check_pip(words: list[str], folders: list[Path]) -> None:
     values = {after for before, after in zip(words, words[1:], strict=False) if re.match("--.*index", before)}
     for word in (word for word in words[1:] if not word.startswith("-") and word not in values):
         own = re.fullmatch(r"(?:\.|res2net-fused)(?:\[([\w,]+)\])?", word)
-        if own is None:
+        if own is None and not word.endswith(".whl"):
             Requirement(word)  # InvalidRequirement for what pip would not understand
         for extra in own[1].split(",") if own and own[1] else ():
             assert re.search(rf"^{extra} = \[", project, re.M), f"there is no extra {extra!r}"

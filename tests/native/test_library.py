@@ -334,7 +334,7 @@ def test_gencode_embeds_ptx_of_the_newest_plain_architecture():
     )
 
 
-@pytest.mark.parametrize("machine, expected", [("x86_64", ["portable", "avx2", "avx512"]), ("aarch64", ["portable"])])
+@pytest.mark.parametrize("machine, expected", [("x86_64", ["portable", "avx2", "avx512"]), ("aarch64", ["neon"])])
 def test_kernels_compile_once_per_instruction_set(tmp_path, machine, expected):
     kernel = tmp_path / "csrc" / "cpu" / "kernels" / "chain.cpp"
     dispatch = tmp_path / "csrc" / "cpu" / "runtime" / "dispatch.cpp"

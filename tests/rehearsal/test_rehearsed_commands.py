@@ -172,7 +172,7 @@ def test_rehearsed_record_goes_on_where_it_stopped(name, tmp_path):
 def test_rehearsed_tuning_writes_a_table_that_is_used(name, tmp_path):
     table = tmp_path / "tiles.json"
     text = run(name, *RF, "tune", "--configs", "26w4s", "--batch", "1", "--minutes", "1", "--out", table)
-    rows = json.loads(table.read_text())["rows"]
+    rows = json.loads(table.read_text())["tiles"]
     assert rows and all(row["capability"] == "{}.{}".format(*card.CARDS[name].capability) for row in rows), text
 
 

@@ -241,9 +241,10 @@ def test_tiles_without_a_home(monkeypatch, fresh_tables, caplog):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("RES2NET_FUSED_CHOICES")
     assert plan_steps(problem(), (9, 0)).tile_source == "rule"
-    assert "RES2NET_FUSED_TILES" in caplog.text
-    with pytest.raises(RuntimeError, match="set RES2NET_FUSED_TILES to a file"):
+    assert "RES2NET_FUSED_CHOICES" in caplog.text
+    with pytest.raises(RuntimeError, match="set RES2NET_FUSED_CHOICES to a file"):
         tune.run_tune([], "cuda", None, "tune", [], 1.0, False)
 
 

@@ -195,3 +195,9 @@ def test_tiles_and_choices_share_the_file(choices_table):
     assert tiles.user_path() == choices_table and tiles.read(choices_table) == [tile] and tiles.lookup(tile.shape) == tile.tile
     assert len(read(choices_table).choices) == 2
     tiles.forget()
+
+
+def test_fake_tensors_of_a_device_that_is_not_there(choices_table):
+    choices.record([row_of(PROBLEM)])
+    if not torch.cuda.is_available():
+        assert choices.lookup("inference", replace(PROBLEM, device=torch.device("cuda", 0))) is None
