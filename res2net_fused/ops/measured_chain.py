@@ -46,7 +46,9 @@ def measure_chain(problem: ChainProblem, weights: Sequence[Tensor], biases: Sequ
         return [reference.hierarchical_conv2d(_images(alone).double(), [w.double() for w in weights], wide, alone.config)]
 
     with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
-        return settle("inference", alone, candidates("inference", alone), trial, exact)
+        measured = settle("inference", alone, candidates("inference", alone), trial, exact)
+    assert measured is not None
+    return measured
 
 
 def chain_call(

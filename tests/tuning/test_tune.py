@@ -221,6 +221,24 @@ def test_frozen_norms_are_measured_with_gradients(network, clock):
     assert all("its own forward is the fastest" in block.reason for block in rf.explain(network))
 
 
+@pytest.mark.parametrize("factor, fails", [(1.003, 9), (1.003, 2), (1.2, 9)])
+def test_gradients_of_relus_that_rounding_decides_are_no_fault(network, monkeypatch, factor, fails):
+    """Rounding may take a ReLU's input across zero, and with it gradients: other images are tried before anybody is blamed."""
+    backend = selection.get_backend("cpu")
+    own, calls = type(backend).train_backward, []
+
+    def backward(self, *arguments, **options):
+        found = own(self, *arguments, **options)
+        calls.append(1)
+        return (found[0] * (factor if len(calls) <= fails else 1.0), *found[1:])
+
+    monkeypatch.setattr(type(backend), "train_backward", backward)
+    network.train()
+    (call,) = rf.tune(nn.Sequential(network[1]), images_of(network[1]), training=True, progress=False).calls
+    assert ("cpu" in call.ms) == (fails < 4) and bool(selection._aside) == (factor > 1.1)
+    assert any("differs from float64" in note for note in call.notes) == (fails > 4)
+
+
 def test_deterministic_algorithms_measure_nothing(network, clock):
     torch.use_deterministic_algorithms(True)
     try:
