@@ -102,7 +102,7 @@ FAULTS = [
 # What the record says of each, by workload and stage.
 SAID = {
     ("chain", 1): "compil", ("chain", 2): "tile", ("chain", 3): "memory", ("chain", 4): "illegal memory access",
-    ("block", 1): "Triton Error", ("block", 2): "relative error", ("block", 3): "hung", ("block", 4): "signal 9",
+    ("block", 1): "Triton Error", ("block", 2): "differs from float64", ("block", 3): "hung", ("block", 4): "signal 9",
 }  # fmt: skip
 
 
