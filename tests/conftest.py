@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from res2net_fused.backends import choices, policy
+from res2net_fused.backends import choices, choices_file, policy
 
 # What was measured on this machine decides no test, nor what another test measures.
 _CHOICES = Path(tempfile.mkdtemp(prefix="res2net_fused-"), "choices.json")
@@ -87,28 +87,26 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+def own_table(monkeypatch, variable, path, forget):
+    """The path of a table of this test's own, and no memory of others."""
+    monkeypatch.setenv(variable, str(path))
+    forget()
+    yield path
+    forget()
+
+
 @pytest.fixture
 def user_table(monkeypatch, tmp_path):
-    """The path of a user's table of tiles, of this test's own, and no memory of others."""
-    from res2net_fused.backends.triton import tiles as tile_table
+    """A user's table of tiles."""
+    from res2net_fused.backends.triton import tiles
 
-    path = tmp_path / "tiles.json"
-    monkeypatch.setenv(tile_table.ENVIRONMENT_VARIABLE, str(path))
-    tile_table.forget()
-    yield path
-    tile_table.forget()
+    yield from own_table(monkeypatch, tiles.ENVIRONMENT_VARIABLE, tmp_path / "tiles.json", tiles.forget)
 
 
 @pytest.fixture
 def choices_table(monkeypatch, tmp_path):
-    """The path of a user's table of choices, of this test's own, and no memory of others."""
-    from res2net_fused.backends import choices, choices_file
-
-    path = tmp_path / "choices.json"
-    monkeypatch.setenv(choices_file.PATH_VARIABLE, str(path))
-    choices.forget()
-    yield path
-    choices.forget()
+    """A user's table of choices."""
+    yield from own_table(monkeypatch, choices_file.PATH_VARIABLE, tmp_path / "choices.json", choices.forget)
 
 
 @pytest.fixture

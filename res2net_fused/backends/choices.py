@@ -99,13 +99,13 @@ _pinned = _Pinned()
 
 
 @contextmanager
-def pinned(choice: str | None) -> Iterator[None]:
-    """Makes every call of this thread take one choice, such as "own" or "cpu:direct"; None: what `policy.py` predicts.
+def pinned(choice: str) -> Iterator[None]:
+    """Makes every call of this thread take one choice, such as "own" or "cpu:direct"; "": what `policy.py` predicts.
 
     What native bodies remember would hide it from them, and it from other threads after.
     """
     before = _pinned.choice
-    _pinned.choice = "" if choice is None else choice
+    _pinned.choice = choice
     _forget_native()
     try:
         yield
@@ -181,8 +181,12 @@ def is_known(passes: str, problem: Problem) -> bool:
     return any(row.size == size_of(problem) for row in _rows().get((machine(problem.device), kind_of(passes, problem)), ()))
 
 
-def may_measure() -> bool:
-    """Whether a call of which nothing is known is to be measured now, as the environment asks."""
+def is_to_be_measured(passes: str, problem: Problem) -> bool:
+    """Whether this call is to be measured now, as the environment asks: one that the table has not."""
+    return _may_measure() and not is_known(passes, problem)
+
+
+def _may_measure() -> bool:
     if _pinned.choice is not None or mode() != "measured" or torch.are_deterministic_algorithms_enabled():
         return False
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -202,8 +206,7 @@ def record(rows: Sequence[Row]) -> None:
     except (OSError, RuntimeError, TimeoutError) as error:
         _log.warning("what was measured is not kept for other processes: %s", error)
     with _lock:
-        own = [row for kept in _rows().values() for row in kept]
-        _take(merged(own, rows))
+        _take(merged(_all_rows(), rows))
 
 
 def load_choices(path: str | os.PathLike[str]) -> int:
@@ -215,8 +218,7 @@ def load_choices(path: str | os.PathLike[str]) -> int:
     rows = read(Path(path)).choices
     with _lock:
         _state.shipped = list(merged(_state.shipped, rows))
-        own = [row for kept in _rows().values() for row in kept]
-        _take(merged(_state.shipped, own))
+        _take(merged(_state.shipped, _all_rows()))
     return sum(row.machine in _machines() for row in rows)
 
 
@@ -235,6 +237,10 @@ def _rows() -> dict[tuple[str, str], list[Row]]:
             if _state.rows is None:
                 _take(_read_user())
     return _state.rows or {}
+
+
+def _all_rows() -> list[Row]:
+    return [row for same in _rows().values() for row in same]
 
 
 def _read_user() -> Sequence[Row]:

@@ -56,9 +56,9 @@ class Contents:
     tiles: tuple[Any, ...] = ()
 
 
-def cache_file(name: str, variable: str) -> Path:
-    """A file of the user's cache folder, or where the variable says. RuntimeError where there is no such folder."""
-    chosen = os.environ.get(variable)
+def user_path() -> Path:
+    """The user's file: RES2NET_FUSED_CHOICES, else in the cache folder. RuntimeError where there is no such folder."""
+    chosen = os.environ.get(PATH_VARIABLE)
     if chosen:
         return Path(chosen)
     cache: str | Path | None = os.environ.get("XDG_CACHE_HOME")
@@ -66,13 +66,8 @@ def cache_file(name: str, variable: str) -> Path:
         try:
             cache = Path.home() / ".cache"
         except RuntimeError as error:  # a user without an entry or HOME, as in containers
-            raise RuntimeError(f"no folder for what is measured ({error}): set {variable} to a file") from None
-    return Path(cache, "res2net_fused", name)
-
-
-def user_path() -> Path:
-    """The user's file: RES2NET_FUSED_CHOICES, else in the cache folder. RuntimeError where there is no such folder."""
-    return cache_file("choices.json", PATH_VARIABLE)
+            raise RuntimeError(f"no folder for what is measured ({error}): set {PATH_VARIABLE} to a file") from None
+    return Path(cache, "res2net_fused", "choices.json")
 
 
 def read(path: Path) -> Contents:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._timing import Contender, measure
 from ..chain.problem import Chain1dProblem, ChainProblem
-from ..chain.tolerances import FIRST_USE, FORWARD, TRAINED_OVER_EAGER
+from ..chain.tolerances import TRAINED_OVER_EAGER, first_use_bound
 from . import choices
 from .base import BACKENDS
 from .choices import Problem
@@ -159,8 +159,8 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _limit(passes: str, problem: Problem, own: float) -> float:
     """own: the error of the block's own forward, in which norms over a batch magnify rounding."""
-    dtype = "tf32" if problem.dtype == torch.float32 and uses_tf32(problem) else str(problem.dtype).removeprefix("torch.")
-    return max(FIRST_USE * FORWARD[dtype].limit, 0.0 if passes == "inference" else TRAINED_OVER_EAGER.limit * own)
+    limit = first_use_bound(problem.dtype, problem.dtype == torch.float32 and uses_tf32(problem))
+    return max(limit, 0.0 if passes == "inference" else TRAINED_OVER_EAGER.limit * own)
 
 
 def _why_aside(name: str, problem: Problem) -> str | None:

@@ -151,7 +151,8 @@ def _choose(
     for candidate in order:
         found = get_backend(candidate)
         why = why_not(found, problem) or _why_doubted(found, problem, against)
-        why = why or policy.why_left_to_pytorch(problem.device, problem.dtype) if candidate == "cpu" else why
+        if why is None and candidate == "cpu":
+            why = policy.why_left_to_pytorch(problem.device, problem.dtype)
         if why is None and postponed is not None and candidate == order[-1]:
             return Choice(postponed, tuple(r for r in rejected if r[0] != postponed))
         if why is None:

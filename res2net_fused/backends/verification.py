@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..chain.tolerances import FIRST_USE, FORWARD
+from ..chain.tolerances import first_use_bound
 from .base import Backend
 from .selection import Choice, Problem, get_backend, put_aside
 from .triton.availability import uses_tf32
@@ -131,7 +131,7 @@ def _trial(
         exact = tree_map_only(Tensor, lambda t: t[some].double(), twins)
         wide = replace(problem, batch=len(some), dtype=torch.float64)
         expected = run(get_backend("reference"), wide, *exact, *tree_map_only(Tensor, Tensor.double, factors))
-        limit = FIRST_USE * FORWARD["tf32" if precision else str(problem.dtype).removeprefix("torch.")].limit
+        limit = first_use_bound(problem.dtype, precision)
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
             a = a[some] if len(a) == batch != len(b) else a
             error = float((a.double() - b).norm() / b.norm()) if a.shape == b.shape else math.nan

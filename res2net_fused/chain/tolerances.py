@@ -38,6 +38,11 @@ NETWORK_OVER_EAGER = 4.0
 TRAINED_OVER_EAGER = Bound(4.0, 3.0, "cpu, training forward of a speaker network, 8 blocks with s = 8, NCHW")
 
 
+def first_use_bound(dtype: object, tf32: bool) -> float:
+    """The bound on a kernel that nobody has looked at yet. dtype: of its tensors. tf32: whether it may round to that."""
+    return FIRST_USE * FORWARD["tf32" if tf32 else str(dtype).removeprefix("torch.")].limit
+
+
 def forward_bound(dtype: str, eager_error: float) -> float:
     """The bound on one chain or block; `dtype` is a key of FORWARD, `eager_error` eager's own error on the same input."""
     limit = FORWARD[dtype].limit

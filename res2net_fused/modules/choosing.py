@@ -25,7 +25,7 @@ def why_own(
     if not is_auto(backend):
         return None
     if not (torch.compiler.is_compiling() or torch._C._is_tracing()):
-        if call is not None and choices.may_measure() and not choices.is_known(passes, problem):
+        if call is not None and choices.is_to_be_measured(passes, problem):
             measure_unasked(*call, passes, problem)
         found = choices.lookup(passes, problem)
         if found is not None:

@@ -134,9 +134,12 @@ class KnownBlock(Known):
         facts = *kind, requested(state.backend), choices.version()
         seen = self.seen
         if seen is None or seen[0] != facts:
-            if not is_floating(x, 4) or why_not_of_dtype(x, weight) is not None or choices.may_measure():
+            if not is_floating(x, 4) or why_not_of_dtype(x, weight) is not None:
                 return None
-            self.seen = seen = facts, _Seen(self.parts, x, state)
+            fresh = _Seen(self.parts, x, state)
+            if choices.is_to_be_measured("inference", fresh.problem):
+                return None
+            self.seen = seen = facts, fresh
         found = seen[1]
         if found.why_own is not None:
             return found.why_own
@@ -164,6 +167,7 @@ class _Seen:
         self.converts = handed_on(weight, x) is not x
         self.problem = chain_problem(block, x, state)
         self.why_own = why_own("inference", self.problem, state.backend)
+        self.measured = choices.lookup("inference", self.problem)
         self.prepared: tuple[BlockWeights, PreparedBlock | None] | None = None
 
     def call(self, entry: Tensor, shortcut: Tensor, folded: BlockWeights, state: BlockState) -> Tensor:
@@ -224,7 +228,8 @@ def _run_folded(
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
     entry = entry_pixels(block, x_in)
     if not torch.compiler.is_compiling():
-        folded = _packed_as_measured(folded, state)
+        measured = choices.lookup("inference", state.last_problem) if seen is None else seen.measured
+        folded = folded if measured is None else _packed_as(measured, folded, state)
     shortcut = (_shortcut(block, x_in, x, folded, projection) if given is None else given) if whole else None
     if shortcut is None or not _fits(shortcut, entry, folded, state.config):
         out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
@@ -234,10 +239,9 @@ def _run_folded(
     return seen.call(entry, shortcut, folded, state)
 
 
-def _packed_as_measured(folded: BlockWeights, state: BlockState) -> BlockWeights:
+def _packed_as(found: choices.Found, folded: BlockWeights, state: BlockState) -> BlockWeights:
     """The weights in the layout of the backend that was measured to be the fastest for this call, which may be another one."""
-    found = None if folded.packed is None else choices.lookup("inference", state.last_problem)
-    if found is None or found.backend in ("", "reference", folded.layout) or not is_auto(state.backend) or capturing():
+    if folded.packed is None or found.backend in ("", "reference", folded.layout) or not is_auto(state.backend) or capturing():
         return folded
     packed = folded.others.get(found.backend)
     if packed is None:

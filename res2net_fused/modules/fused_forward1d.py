@@ -138,9 +138,11 @@ class KnownChain(Known):
         facts = *kind, requested(state.backend), choices.version()
         seen = self.seen
         if seen is None or seen[0] != facts:
-            if not is_floating(x, 3) or why_not_of_dtype(x, weight) is not None or choices.may_measure():
+            if not is_floating(x, 3) or why_not_of_dtype(x, weight) is not None:
                 return None
             problem = self.chain.problem(x, state.config)
+            if choices.is_to_be_measured("inference", problem):
+                return None
             self.seen = seen = facts, problem, why_own("inference", problem, state.backend)
         _, problem, reason = seen
         if reason is not None:

@@ -21,7 +21,7 @@ _log = logging.getLogger("res2net_fused")
 
 def measure_if_asked(problem: ChainProblem, backend: str, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
     """Measures a call that has just come; whatever goes wrong, it goes on by what is predicted."""
-    if not is_auto(backend) or problem.batch == 0 or not choices.may_measure() or choices.is_known("inference", problem):
+    if not is_auto(backend) or problem.batch == 0 or not choices.is_to_be_measured("inference", problem):
         return
     choices.count_unasked()
     try:

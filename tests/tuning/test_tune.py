@@ -19,6 +19,7 @@ from res2net_fused.backends import choices, measuring, policy, selection
 from res2net_fused.backends.choices_file import read
 from res2net_fused.backends.policy import why_left_to_pytorch
 from res2net_fused.modules import measuring as block_measuring
+from res2net_fused.modules.block_state import STATE
 from res2net_fused.tuning import tune as tuning
 
 pytestmark = pytest.mark.usefixtures("choices_table")
@@ -287,6 +288,7 @@ def test_measured_at_the_first_call(network, clock):
         for _ in range(5):
             run(network, x)
         assert len(clock["calls"]) == 2, "one measurement: how long a call takes, then all"
+        assert all(vars(block)[STATE].known.seen is not None for block in network[1:3]), "later calls go by what is known"
         run(network, images(5))
         assert len(clock["calls"]) == 4
     assert rf.explain(network)[0].backend == "cpu"
