@@ -139,7 +139,7 @@ class _State:
         self.rows: dict[tuple[str, str], list[Row]] | None = None
         self.shipped: list[Row] = []  # of tables that `load_choices` has read
         self.generation = 0
-        self.unasked = 0
+        self.tried: set[tuple[str, Problem]] = set()  # unasked, whatever came of it
 
 
 _state = _State()
@@ -183,7 +183,7 @@ def is_known(passes: str, problem: Problem) -> bool:
 
 def is_to_be_measured(passes: str, problem: Problem) -> bool:
     """Whether this call is to be measured now, as the environment asks: one that the table has not."""
-    return _may_measure() and not is_known(passes, problem)
+    return _may_measure() and (passes, problem) not in _state.tried and not is_known(passes, problem)
 
 
 def _may_measure() -> bool:
@@ -191,11 +191,12 @@ def _may_measure() -> bool:
         return False
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return False
-    return _state.unasked < MEASURED_UNASKED
+    return len(_state.tried) < MEASURED_UNASKED
 
 
-def count_unasked() -> None:
-    _state.unasked += 1
+def is_measured_now(passes: str, problem: Problem) -> None:
+    """Notes that this call is about to be measured unasked, once in this process."""
+    _state.tried.add((passes, problem))
 
 
 def record(rows: Sequence[Row]) -> None:
@@ -225,7 +226,7 @@ def load_choices(path: str | os.PathLike[str]) -> int:
 def forget() -> None:
     """Reads the user's table again at the next call, without those of `load_choices`."""
     with _lock:
-        _state.rows, _state.shipped, _state.unasked = None, [], 0
+        _state.rows, _state.shipped, _state.tried = None, [], set()
         _state.generation += 1
         _nearest.cache_clear()
         _forget_native()

@@ -22,7 +22,7 @@ from filelock import FileLock  # which PyTorch depends on
 PATH_VARIABLE = "RES2NET_FUSED_CHOICES"
 VERSION = 1
 OWN = "own"  # the block's own forward
-_CHOICE = re.compile(r"own|reference|triton|cuda|cpu(:direct|:winograd)?")
+_CHOICE = re.compile(r"own|reference|triton|cuda(:[1-9])?|cpu(:direct|:winograd)?")
 _LONGEST = 2000  # characters of a text
 _MOST = 2**63 - 1
 _LOCK_S = 30.0  # for which another process may write

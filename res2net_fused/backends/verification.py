@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..chain.tolerances import first_use_bound
 from .base import Backend
+from .choices import version
 from .selection import Choice, Problem, get_backend, put_aside
 from .triton.availability import uses_tf32
+from .triton.tiles import table
 
 # Of one tensor of images in float64: what is compared of larger ones are the first images and the last.
 COMPARED = 2**22
@@ -69,7 +71,7 @@ def confirmed(
         if problem.device.type != "cuda" or backend.name == "reference" or problem.batch == 0 or _suspended:
             return backend
         precision = problem.dtype == torch.float32 and uses_tf32(problem)
-        known = operator, backend.name, problem, precision, tuple(_place(t) for t in _tensors(images))
+        known = operator, backend.name, problem, precision, version(), table(), tuple(_place(t) for t in _tensors(images))
         if known in _known:
             return backend
         why = _why_not(operator, backend, problem, precision, images, weights, run, whole)

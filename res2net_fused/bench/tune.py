@@ -25,7 +25,9 @@ from torch import Tensor
 
 from .._timing import Contender, GraphedContender, use_device
 from ..backends.triton.tiles import ENVIRONMENT_VARIABLE, Row, Shape, Tile, dtype_class, merge, read, user_path, write
+from ..chain.problem import ChainProblem
 from ..chain.tolerances import FORWARD
+from ..modules.block_parts import BlockParts, parts_of
 from ..testing.cases import TORCH_DTYPES, Case, WidthScale, cases
 from ..testing.parity import check_case, convolution_precision, poisoned_allocations
 from . import results
@@ -120,23 +122,22 @@ def jobs(blocks: Iterable[Case]) -> Iterator[Job]:
 def block_jobs(case: Case, device: str | None = None) -> list[Job | KernelCall]:
     """All launches of a block in order; a KernelCall where there is no tile to choose. device: of the tensors (the case's)."""
     with convolution_precision(case.dtype, case.device):
-        return _block_jobs(case, device)
+        module = case.module()
+        shape_of_x = case.batch, case.channels, case.input_size, case.input_size
+        x = case.inputs()[0] if device is None else torch.empty(shape_of_x, dtype=TORCH_DTYPES[case.dtype], device=device)
+        return launches_of(parts_of(module), case.problem(module), x)
 
 
-def _block_jobs(case: Case, device: str | None) -> list[Job | KernelCall]:
+def launches_of(parts: BlockParts, problem: ChainProblem, x: Tensor) -> list[Job | KernelCall]:
+    """All launches of a block's call on images x (N, C, H, W), in order, as `block_jobs` returns them."""
     from ..backends.triton.availability import capability, plan_for
     from ..backends.triton.block import block_calls, pack_block
     from ..backends.triton.step_plan import step_shape
-    from ..modules.block_parts import parts_of
     from ..modules.folding import fold_block
 
-    module = case.module()
-    problem = case.problem(module)
-    shape_of_x = case.batch, case.channels, case.input_size, case.input_size
-    x = case.inputs()[0] if device is None else torch.empty(shape_of_x, dtype=TORCH_DTYPES[case.dtype], device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     own = capability(problem.device)
-    folded = fold_block(parts_of(module), TORCH_DTYPES[case.dtype])
+    folded = fold_block(parts, problem.dtype)
     planes = folded.conv3_weight.shape[0]
     size = problem.batch, planes, problem.output_height, problem.output_width
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -167,9 +168,9 @@ def tile_name(tile: Tile) -> str:
 class Tuner:
     """Measures blocks and writes each shape's fastest tile into the table at once."""
 
-    def __init__(self, table: Path, record: Record, device: str, limit_s: float) -> None:
-        """record: where failures go, and who runs is marked. limit_s: for one tile."""
-        self.table, self.record, self.device, self.limit_s = table, record, device, limit_s
+    def __init__(self, table: Path, record: Record, device: str, limit_s: float, says: bool = True) -> None:
+        """record: where failures go, and who runs is marked. limit_s: for one tile. says: whether each result is printed."""
+        self.table, self.record, self.device, self.limit_s, self._says = table, record, device, limit_s, says
         self._shared_memory = shared_memory(device)
 
     def left(self, case: Case) -> bool:
@@ -180,15 +181,24 @@ class Tuner:
         """The rows of a block's shapes that the table lacks. Raises ContextLost."""
         with torch.inference_mode(), poisoned_allocations():  # an element that no launch writes stays NaN
             launches = block_jobs(case)
-        todo, rows = self._open(launches), list[Row]()
-        with self._noted([shape_name(shape) for shape in todo], Outcome()):
+        with self._noted([shape_name(shape) for shape in self._open(launches)], Outcome()):
             for row in check_case(case, "triton").misses:
                 raise Wrong(f"the present tiles are wrong: relative error {row.error:.2g}; at most {row.bound:.2g} is allowed")
-            tiles = self._compile(case, todo)
+            return self.tune_launches(str(case), launches, FORWARD[case.dtype].limit)
+        return []
+
+    def tune_launches(self, what: str, launches: Sequence[Job | KernelCall], limit: float) -> list[Row]:
+        """The rows of those launches, right with their present tiles, whose shapes the table lacks.
+
+        what: the call that they make up. limit: on relative errors.
+        """
+        todo, rows = self._open(launches), list[Row]()
+        with self._noted([shape_name(shape) for shape in todo], Outcome()):
+            tiles = self._compile(what, todo)
             with torch.inference_mode():
                 for launch in launches:
                     if isinstance(launch, Job) and todo.get(launch.shape) is launch:
-                        rows += self._tune(launch, tiles[launch.shape], FORWARD[case.dtype].limit)
+                        rows += self._tune(launch, tiles[launch.shape], limit)
                     (launch.call if isinstance(launch, Job) else launch).launch()  # the next ones read what it writes
         return rows
 
@@ -203,9 +213,9 @@ class Tuner:
     def _noted(self, names: Sequence[str], outcome: Outcome) -> contextlib.AbstractContextManager[None]:
         return noted(self.record, names, outcome, self.limit_s)
 
-    def _compile(self, case: Case, todo: Mapping[Shape, Job]) -> dict[Shape, list[Tile]]:
+    def _compile(self, what: str, todo: Mapping[Shape, Job]) -> dict[Shape, list[Tile]]:
         """The candidates of each shape that compile; all processors at once, unless that has ended a process."""
-        together, outcome = f"compiling all tiles for {case}", Outcome()
+        together, outcome = f"compiling all tiles for {what}", Outcome()
         alone = self.record.settled(together)
         keys = [(shape, tile) for shape, job in todo.items() for tile in candidates(job, self._shared_memory)]
         calls = {key: todo[key[0]].with_tile(key[1]) for key in keys if not self.record.settled(_name(*key))}
@@ -249,7 +259,8 @@ class Tuner:
         best = min(timings, key=lambda tile: timings[tile].median_ms)
         write(self.table, merge(read(self.table), [Row(job.shape, best)]))
         present = f", {timings[job.tile].median_ms:.4g} with {tile_name(job.tile)}" if job.tile in timings else ""
-        print(f"{shape_name(job.shape)}: {timings[best].median_ms:.4g} ms with {tile_name(best)}{present}", flush=True)
+        if self._says:
+            print(f"{shape_name(job.shape)}: {timings[best].median_ms:.4g} ms with {tile_name(best)}{present}", flush=True)
         return [Row(job.shape, best)]
 
 

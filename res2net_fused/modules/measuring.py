@@ -25,7 +25,7 @@ _log = logging.getLogger("res2net_fused")
 
 def measure_unasked(block: nn.Module, x: Tensor, passes: str, problem: ChainProblem | Chain1dProblem) -> None:
     """Measures a call that has just come, if it can be; whatever goes wrong, the call goes on by what is predicted."""
-    choices.count_unasked()
+    choices.is_measured_now(passes, problem)
     try:
         measure_block(block, x, passes, problem)
     except Exception as error:  # a module that cannot be copied, no memory

@@ -23,7 +23,7 @@ def measure_if_asked(problem: ChainProblem, backend: str, weights: Sequence[Tens
     """Measures a call that has just come; whatever goes wrong, it goes on by what is predicted."""
     if not is_auto(backend) or problem.batch == 0 or not choices.is_to_be_measured("inference", problem):
         return
-    choices.count_unasked()
+    choices.is_measured_now("inference", problem)
     try:
         measure_chain(problem, weights, biases)
     except Exception as error:  # no memory

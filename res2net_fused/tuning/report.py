@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from .._tables import format_table
 
+IN_CHANNELS_LAST = "in channels-last"
+
 
 @dataclass(frozen=True)
 class TunedCall:
@@ -29,8 +31,8 @@ class TunedCall:
 class TuneReport:
     """What `tune` returns.
 
-    calls: one entry for each kind of call. model_ms: milliseconds of the whole model, by "own", "predicted" and "tuned". notes:
-    of blocks that were left out, and why.
+    calls: one entry for each kind of call. model_ms: milliseconds of the whole model, by "own", "predicted" and "tuned", and by
+    IN_CHANNELS_LAST if its blocks meet NCHW. notes: of blocks that were left out, and why.
     """
 
     calls: tuple[TunedCall, ...] = ()
@@ -55,6 +57,10 @@ class TuneReport:
                 f"model, ms: its own forwards {own:.4g}, predicted {predicted:.4g}, tuned {tuned:.4g}: "
                 f"{own / tuned:.2f} times as fast as its own, {predicted / tuned:.2f} times as predicted"
             )
+            converted = self.model_ms.get(IN_CHANNELS_LAST)
+            if converted is not None:
+                line = "; accelerate(model, memory_format=torch.channels_last) converts it" if converted < tuned else ""
+                lines.append(f"model {IN_CHANNELS_LAST}, ms: {converted:.4g}, {tuned / converted:.2f} times as fast{line}")
         return "\n".join([*lines, *self.notes])
 
     __repr__ = __str__

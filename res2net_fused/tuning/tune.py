@@ -19,6 +19,7 @@ from ..backends.choices_file import OWN
 from ..backends.measuring import Trial
 from ..backends.selection import is_auto
 from ..bench.progress import progress as progress_bar
+from ..bench.turns import ContextLost
 from ..chain.problem import Chain1dProblem, ChainProblem
 from ..modules.block_parts import parts_of
 from ..modules.block_state import STATE, BlockState, FusedModule
@@ -28,9 +29,10 @@ from ..modules.measuring import bare_copy, measure_block
 from ..modules.training import synchronises, uses_batch_statistics
 from ..ops.measured_chain import measure_chain
 from ..ops.packed_weights import one_operator
-from ..patching.channels_last import hand_on
+from ..patching.channels_last import convert, hand_on
 from ..patching.explain import run_unnoticed
-from .report import TunedCall, TuneReport
+from .report import IN_CHANNELS_LAST, TunedCall, TuneReport
+from .tiles import tune_tiles
 
 DETERMINISTIC = "torch.use_deterministic_algorithms is on: nothing is measured, since results of choices differ by rounding"
 _MODEL_SECONDS = 4.0  # for the whole model by all three choices
@@ -66,6 +68,9 @@ def tune(
     minutes: after which no call is begun; the rest is in the report, and another `tune` goes on.
     progress: whether a bar or lines say how far it is.
 
+    A model whose blocks meet images in NCHW is measured in channels-last as well. Its weights stay as they are; the report says
+    what converting them gains.
+
     Returns a TuneReport, which prints as a table. Raises TypeError for what is no module, ValueError for a model without blocks
     that can run fused, and whatever the model's own forward raises.
     """
@@ -83,6 +88,9 @@ def tune(
     with torch.inference_mode(False), torch.random.fork_rng(devices=_cuda_devices(model)):
         left_out, bare = _without_hooks(model, training)
         calls = _seen_calls(bare, example_inputs, training, left_out)
+        converted = _in_channels_last(bare, calls)
+        if converted is not None:
+            calls += _seen_calls(converted, example_inputs, training, left_out)
         kinds: dict[tuple[str, Problem], list[_Call]] = {}
         for call in calls:
             kinds.setdefault((call.passes, call.problem), []).append(call)
@@ -97,7 +105,7 @@ def tune(
         model_ms = {}
         if end is None or time.monotonic() < end:
             try:
-                model_ms = _model_ms(bare, example_inputs, training)
+                model_ms = _model_ms(bare, converted, example_inputs, training)
             except torch.OutOfMemoryError:
                 notes.append("no memory is left to time the whole model")
     return TuneReport(tuple(found), model_ms, tuple(notes))
@@ -145,6 +153,15 @@ def _seen_calls(model: nn.Module, inputs: tuple[Any, ...], training: bool, left_
     with _watched(model, left_out, training, found), torch.no_grad(), choices.pinned(OWN):
         model(*inputs)
     return found
+
+
+def _in_channels_last(model: nn.Module, calls: Sequence[_Call]) -> nn.Module | None:
+    """A copy with its convolutions' weights in channels-last, where that changes what its blocks are called with."""
+    if all(isinstance(call.problem, Chain1dProblem) or call.problem.channels_last for call in calls):
+        return None
+    converted = copy.deepcopy(model)
+    convert(converted, torch.channels_last)
+    return converted
 
 
 @contextmanager
@@ -204,10 +221,17 @@ def _tuned(same: list[_Call], late: bool) -> TunedCall:
         x = x.contiguous(memory_format=torch.channels_last)
     notes: list[str] = []
     try:
+        notes += tune_tiles(first.block, first.problem, first.passes)
+    except ContextLost:
+        raise
+    except Exception as error:  # another process measures into the same file, no memory
+        notes.append(f"tiles cannot be measured: {type(error).__name__}: {error!s:.200}")
+    try:
         _measure_chain_inside(first)
         measured = measure_block(first.block, x, first.passes, first.problem)
     except Exception as error:  # a module that cannot be copied or run by itself, no memory
-        return TunedCall(names, what, notes=(f"it cannot be measured: {type(error).__name__}: {error!s:.200}",))
+        notes.append(f"it cannot be measured: {type(error).__name__}: {error!s:.200}")
+        return TunedCall(names, what, notes=tuple(notes))
     notes += [f"{name}: {why}" for name, why in measured.failures.items()]
     row_found = measured.row
     if row_found is None:
@@ -231,9 +255,11 @@ def _measure_chain_inside(call: _Call) -> None:
 _WHOLE = {"own": OWN, "predicted": "", "tuned": None}
 
 
-def _model_ms(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> dict[str, float]:
-    """Milliseconds of the whole model, by each of `_WHOLE`."""
+def _model_ms(model: nn.Module, converted: nn.Module | None, inputs: tuple[Any, ...], training: bool) -> dict[str, float]:
+    """Milliseconds of the whole model, by each of `_WHOLE`, and of what `_in_channels_last` returned."""
     trials = {name: Trial(choice, _model_call(copy.deepcopy(model), inputs, training)) for name, choice in _WHOLE.items()}
+    if converted is not None:
+        trials[IN_CHANNELS_LAST] = Trial(None, _model_call(converted, inputs, training))
     device = str(next((p.device for p in model.parameters()), torch.device("cpu")))
     timings = measure(trials, device, seconds=_MODEL_SECONDS, min_repeats=3, max_repeats=30, warm_up=1, peaks=False)
     return {name: float(f"{timing.median_ms:.4g}") for name, timing in timings.items()}

@@ -100,7 +100,7 @@ def test_float32_is_refused_where_tf32_is_not_allowed():
 def test_every_way_to_cut_a_call_is_exact_for_integers(case, poisoned_memory, monkeypatch):
     """The launches that the emulator runs, of all three kernels: cut by hand, and in padded slots as a block has them."""
     plan = skip_where_refused(case)
-    monkeypatch.setattr(cuda_chain, "plan_chain", lambda problem, limits: plan)
+    monkeypatch.setattr(cuda_chain, "plan_chain", lambda *_: plan)
     tensors = make_tensors(case, True, 1)
     with convolution_precision("tf32" if case.dtype == torch.float32 else "", "cuda"):
         out = run_in_slots(case, tensors) if case.pad else run(case, tensors)

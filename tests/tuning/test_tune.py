@@ -76,6 +76,21 @@ def test_the_fastest_is_taken_kept_and_shown(network, clock, choices_table):
     assert len(read(choices_table).choices) == 1
 
 
+def test_a_model_in_nchw_is_measured_in_channels_last_too(network, clock):
+    network.to(memory_format=torch.contiguous_format)
+    for p in network.parameters():
+        p.data = p.data.contiguous()
+    x = images().contiguous()
+    strides = [p.stride() for p in network.parameters()]
+    clock["in channels-last"] = 0.5
+    report = rf.tune(network, x, progress=False)
+    assert sorted("channels_last" in call.call for call in report.calls) == [False, True]
+    assert "18.00 times as fast; accelerate(model, memory_format=torch.channels_last) converts it" in str(report)
+    assert [p.stride() for p in network.parameters()] == strides
+    clock["in channels-last"] = 10.0
+    assert "0.90 times as fast" in str(rf.tune(network, x, progress=False)) and "converts it" not in str(report.notes)
+
+
 def test_the_own_forward_is_taken_where_it_is_the_fastest(network, clock):
     x = images()
     before = run(network, x)
@@ -300,6 +315,14 @@ def test_measured_calls_are_bounded(network, clock, monkeypatch):
         for batch in range(1, 7):
             run(network, images(batch))
     assert len(clock["calls"]) == 4 and "the nearest" in rf.explain(network)[0].reason
+
+
+def test_what_cannot_be_measured_is_tried_once(network, monkeypatch, caplog):
+    monkeypatch.setattr(block_measuring, "bare_copy", lambda *_: 1 / 0)
+    with mode("measured"), caplog.at_level(logging.WARNING, "res2net_fused"):
+        for _ in range(4):
+            run(network, images())
+    assert sum("cannot be measured: ZeroDivisionError" in record.message for record in caplog.records) == 1
 
 
 def test_a_chain_is_measured_at_its_first_call(clock):

@@ -95,8 +95,7 @@ bool evaluate(
 }
 
 // All ways for a CTA's warps to share out its part of the images.
-void try_warps(
-    const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, ChainTile tile, LaunchPlan& best) {
+void try_warps(const ChainProblem& problem, bool passes, const DeviceLimits& device, int index, ChainTile tile, Found& found) {
   const Instance& instance = INSTANCE_TABLE[index];
   const int depths = problem.depths();
   const ChainGeometry g = make_geometry(problem, tile, 0, instance.columns);
@@ -111,7 +110,7 @@ void try_warps(
         tile.slices = slices;
         for (tile.stages = slices == 9 * depths ? 2 : 4; tile.stages >= 2; tile.stages--) {  // more are never slower
           if (!evaluate(problem, passes, device, index, tile, candidate)) continue;
-          if (candidate.microseconds < best.microseconds) best = candidate;
+          found.offer(candidate);
           break;
         }
       }
@@ -121,7 +120,7 @@ void try_warps(
 
 }  // namespace
 
-void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, LaunchPlan& best) {
+void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, Found& found) {
   const bool sends = problem.adds && problem.steps > 1;
   if (problem.type == TF32 || (sends && (device.major < 9 || device.code < CLUSTER_CODE))) return;
   const int columns = divide_up(problem.channels, 8);
@@ -134,15 +133,15 @@ void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits&
       // Whole images, then row parts that send each other their halos, then strips that compute their halos.
       tile.whole = true, tile.row_parts = 1, tile.rows = problem.out_height(), tile.columns = problem.out_width();
       for (tile.images = 1; tile.images <= std::min<int64_t>(4, problem.stride > 1 ? 1 : problem.images); tile.images *= 2)
-        if (sends ? tile.channel_parts > 1 : true) try_warps(problem, passes, device, index, tile, best);
+        if (sends ? tile.channel_parts > 1 : true) try_warps(problem, passes, device, index, tile, found);
       tile.whole = false, tile.images = 1;
       for (int rows : distinct_parts(problem.out_height(), 1 << 12)) {
         if (rows == problem.out_height() || rows * int64_t(problem.out_width()) > MAX_POSITIONS) continue;
         tile.rows = rows;
         tile.row_parts = divide_up(problem.out_height(), rows);
-        if (parts_fit(problem, tile, instance.columns)) try_warps(problem, passes, device, index, tile, best);
+        if (parts_fit(problem, tile, instance.columns)) try_warps(problem, passes, device, index, tile, found);
         tile.row_parts = 1;
-        if (tile.channel_parts > 1) try_warps(problem, passes, device, index, tile, best);
+        if (tile.channel_parts > 1) try_warps(problem, passes, device, index, tile, found);
       }
       if (tile.channel_parts == 1) break;
     }

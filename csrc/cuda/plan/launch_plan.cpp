@@ -1,6 +1,7 @@
 #include "cuda/plan/launch_plan.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "cuda/plan/time_model.h"
 
@@ -63,7 +64,26 @@ bool evaluate(
   return true;
 }
 
+// Whether two launches have the same parts of the images under the same instance.
+bool same_cut(const LaunchPlan& a, const LaunchPlan& b) {
+  const auto cut = [](const LaunchPlan& p) {
+    const ChainTile& t = p.tile;
+    return std::tuple(p.instance, t.whole, t.rows, t.columns, t.images, t.row_parts, t.channel_parts);
+  };
+  return cut(a) == cut(b);
+}
+
 }  // namespace
+
+void Found::offer(const LaunchPlan& plan) {
+  if (plan.microseconds < best.microseconds) best = plan;
+  if (!all_) return;
+  const auto known = std::find_if(cuts.begin(), cuts.end(), [&](const LaunchPlan& cut) { return same_cut(cut, plan); });
+  if (known == cuts.end())
+    cuts.push_back(plan);
+  else if (plan.microseconds < known->microseconds)
+    *known = plan;
+}
 
 int instance_for(int channels, DataType type) {
   const int columns = divide_up(channels, 8), depths = divide_up(channels, depth_channels(type));
@@ -99,7 +119,7 @@ bool runs_on(const ChainProblem& problem, int index) {
 }
 
 LaunchPlan plan_launch(
-    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters) {
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters, int rank) {
   reason.clear();
   if (device.major < 8) {
     reason = "the device has compute capability " + std::to_string(device.major) + "." + std::to_string(device.minor) +
@@ -145,8 +165,8 @@ LaunchPlan plan_launch(
   }
   const int depths = problem.depths();
   ChainTile tile;
-  LaunchPlan best, candidate;
-  best.microseconds = 1e30;
+  LaunchPlan candidate;
+  Found found(rank > 0);
   std::vector<int> instances{index};
   for (int i = WGMMA_INSTANCES; device.wgmma && i < INSTANCES_COUNT; i++)
     if (runs_on(problem, i)) instances.push_back(i);
@@ -155,8 +175,7 @@ LaunchPlan plan_launch(
     tile.warps_n = packed_columns_for(problem.channels, problem.type) / instance.columns;
     const int step = instance.warps_together();
     for (tile.warps_m = step; tile.warps_m * tile.warps_n <= instance.warps; tile.warps_m += step)
-      if (evaluate(problem, passes, device, index, tile, candidate) && candidate.microseconds < best.microseconds)
-        best = candidate;
+      if (evaluate(problem, passes, device, index, tile, candidate)) found.offer(candidate);
   };
   const auto try_all = [&] {
     for (int slices : {9 * depths, 3 * depths, 9, 3}) {
@@ -181,14 +200,14 @@ LaunchPlan plan_launch(
     for (int rows : distinct_parts(problem.out_height(), 1 << 12)) {
       if (int64_t(rows) * columns > MAX_POSITIONS) continue;
       tile.rows = rows;
-      const double before = best.microseconds;
+      const double before = found.best.microseconds;
       try_all();
-      fits = fits || best.microseconds < before;
+      fits = fits || found.best.microseconds < before;
     }
-    if (best.microseconds < 1e30 && !fits) break;  // narrower parts only add halo
+    if (found.any() && !fits) break;  // narrower parts only add halo
   }
-  if (clusters) plan_clusters(problem, passes, device, best);
-  if (best.microseconds == 1e30) {
+  if (clusters) plan_clusters(problem, passes, device, found);
+  if (!found.any()) {
     ChainProblem one_image = problem;
     one_image.images = 1;
     if (problem.images > 1) plan_launch(one_image, passes, device, reason, clusters);
@@ -199,7 +218,11 @@ LaunchPlan plan_launch(
       reason = "no part of an image with its halo fits the " + std::to_string(device.shared_per_block) +
                " bytes of shared memory that a block may have";
   }
-  return best;
+  if (rank == 0 || found.cuts.empty()) return found.best;
+  std::stable_sort(found.cuts.begin(), found.cuts.end(), [](const LaunchPlan& a, const LaunchPlan& b) {
+    return a.microseconds < b.microseconds;
+  });
+  return found.cuts[std::min(size_t(rank), found.cuts.size() - 1)];
 }
 
 double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimits& device) {
@@ -226,8 +249,8 @@ double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimit
 }
 
 std::vector<int64_t> plan_as_numbers(
-    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters) {
-  const LaunchPlan plan = plan_launch(problem, passes, device, reason, clusters);
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters, int rank) {
+  const LaunchPlan plan = plan_launch(problem, passes, device, reason, clusters, rank);
   if (!reason.empty()) return {};
   const ChainTile& t = plan.tile;
   // clang-format off

@@ -28,6 +28,21 @@ struct LaunchPlan {
   double microseconds = 0;   // predicted
 };
 
+// What a search for launches has met.
+class Found {
+ public:
+  explicit Found(bool all) : all_(all) {}
+  void offer(const LaunchPlan& plan);
+  bool any() const { return best.microseconds < NONE; }
+
+  static constexpr double NONE = 1e30;
+  LaunchPlan best{.microseconds = NONE};  // with the shortest predicted time
+  std::vector<LaunchPlan> cuts;           // if `all`, the best of each instance and each way to cut the images
+
+ private:
+  bool all_;
+};
+
 // The strip kernel's instance that runs this width, or -1. Weights are padded for it, so it depends on width and type alone.
 int instance_for(int channels, DataType type);
 // Output channels in units of 8, padded to whole warps of the instance.
@@ -42,19 +57,21 @@ inline ChainGeometry geometry_of(const ChainProblem& problem, const ChainTile& t
   return make_cluster_geometry(problem, tile, row.columns, row.tiles, packed_columns_for(problem.channels, problem.type));
 }
 
-// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`. `reason` says why there is none; it
-// is empty otherwise.
+// The launch with the shortest predicted time, of the strip kernel alone unless `clusters`; with a `rank` that of the other cut
+// with so many faster ones, or the slowest. `reason` says why there is none; it is empty otherwise.
 LaunchPlan plan_launch(
-    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true);
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true,
+    int rank = 0);
 
-// Puts the cluster kernel's best launch into `best` where it is predicted to be faster.
-void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, LaunchPlan& best);
+// Offers the launches of the cluster kernel.
+void plan_clusters(const ChainProblem& problem, bool passes, const DeviceLimits& device, Found& found);
 
 // What the per-step Triton path is predicted to take.
 double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimits& device);
 
 // plan_launch in numbers, in the order of `Plan` in res2net_fused/backends/cuda/plan.py; empty where there is no plan.
 std::vector<int64_t> plan_as_numbers(
-    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true);
+    const ChainProblem& problem, bool passes, const DeviceLimits& device, std::string& reason, bool clusters = true,
+    int rank = 0);
 
 }  // namespace res2net_fused::cuda

@@ -15,11 +15,11 @@ namespace {
 using namespace res2net_fused::cuda;
 
 // The fields of PlanRequest in res2net_fused/backends/cuda/plan.py, then those of DeviceLimits in
-// res2net_fused/_native/library.py.
+// res2net_fused/_native/library.py, then how many plans are faster than the one asked for.
 #define RES2NET_PLAN_ARGUMENTS(INT, BOOL, FLOAT)                                                                         \
   INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes), \
       INT(type), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin),        \
-      INT(shared_per_multiprocessor), INT(registers_per_multiprocessor), INT(l2_bytes), INT(wgmma), INT(code)
+      INT(shared_per_multiprocessor), INT(registers_per_multiprocessor), INT(l2_bytes), INT(wgmma), INT(code), INT(rank)
 
 std::vector<int64_t> plan(std::string& reason, RES2NET_PARAMETERS(RES2NET_PLAN_ARGUMENTS)) {
   const auto checked = [](const char* name, int64_t value) {
@@ -50,7 +50,8 @@ std::vector<int64_t> plan(std::string& reason, RES2NET_PARAMETERS(RES2NET_PLAN_A
       .l2_bytes = int(l2_bytes),
       .wgmma = int(wgmma),
       .code = int(code)};
-  return plan_as_numbers(problem, passes, device, reason);
+  STD_TORCH_CHECK(rank >= 0 && rank < 1 << 30, "rank: ", rank, "; expected 0 or more");
+  return plan_as_numbers(problem, passes, device, reason, true, int(rank));
 }
 
 std::vector<int64_t> cuda_chain_plan(RES2NET_PARAMETERS(RES2NET_PLAN_ARGUMENTS)) {

@@ -16,7 +16,7 @@ from collections.abc import Hashable
 
 from ...chain.problem import ChainProblem
 from ..base import Backend
-from . import block, chain, packing, plan
+from . import block, chain, packing
 
 
 class CudaBackend(Backend):
@@ -28,13 +28,13 @@ class CudaBackend(Backend):
     why_not_auto = staticmethod(chain.why_not_auto)
     plan = staticmethod(chain.plan)
     forward = staticmethod(chain.forward)
+    ways = staticmethod(chain.ways)
     pack = staticmethod(packing.pack)
     pack_block = staticmethod(block.pack_block)
     block_forward = staticmethod(block.block_forward)
 
     def instance(self, problem: ChainProblem) -> Hashable:
-        found = plan.plan_chain(problem, plan.device_limits(problem.device))
-        return tuple(found.launch_arguments().values()), super().instance(problem)
+        return tuple(chain.chosen_plan(problem).launch_arguments().values()), super().instance(problem)
 
 
 BACKEND = CudaBackend()

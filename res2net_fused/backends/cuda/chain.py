@@ -11,9 +11,10 @@ from torch import Tensor
 from ..._native import library
 from ...chain.activations import CLAMPS
 from ...chain.problem import ChainProblem
+from .. import choices
 from ..triton.availability import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
 from .packing import pack
-from .plan import describe, device_limits, plan_chain, plan_request, planned, unsupported
+from .plan import Plan, describe, device_limits, plan_chain, plan_request, planned, unsupported
 
 POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/cuda/plan/arguments.h
 
@@ -45,6 +46,25 @@ def precision_refusal(problem: ChainProblem) -> str | None:
     )
 
 
+_TRIED = 6  # plans that a measurement tries,
+_SLOWER = 1.5  # of those predicted to take up to so many times the fastest one's time
+
+
+def ways(problem: ChainProblem) -> tuple[str, ...]:
+    """The predicted plan, "cuda", and the next ones, "cuda:1" the one behind it."""
+    limits = device_limits(problem.device)
+    plans = [plan_chain(problem, limits, rank) for rank in range(_TRIED)]
+    others = [rank for rank in range(1, _TRIED) if plans[rank].nanoseconds <= _SLOWER * plans[0].nanoseconds]
+    return "cuda", *(f"cuda:{rank}" for rank in others if plans[rank] not in plans[:rank])
+
+
+def chosen_plan(problem: ChainProblem) -> Plan:
+    """The plan of a call on its device: the predicted one, or what was measured of this very size to be faster."""
+    found = choices.lookup("inference", problem)
+    rank = found.fused.removeprefix("cuda:") if found is not None and found.exact and found.backend == "cuda" else ""
+    return plan_chain(problem, device_limits(problem.device), int(rank) if rank.isdecimal() else 0)
+
+
 def why_not_auto(problem: ChainProblem) -> str | None:
     """Why `auto` should rather try the next backend, for a call that could run here."""
     plan = plan_chain(problem, device_limits(problem.device))
@@ -57,7 +77,7 @@ def why_not_auto(problem: ChainProblem) -> str | None:
 
 
 def plan(problem: ChainProblem) -> str:
-    return describe(plan_chain(problem, device_limits(problem.device)), problem.dtype)
+    return describe(chosen_plan(problem), problem.dtype)
 
 
 def forward(
@@ -96,7 +116,7 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
     passed = c.passed_group(problem.scale)
     lower, upper = CLAMPS[c.activation]
     torch.ops.res2net_fused_native.cuda_chain(
-        x.data, *packed, out.data, **plan_chain(problem, device_limits(x.data.device)).launch_arguments(),
+        x.data, *packed, out.data, **chosen_plan(problem).launch_arguments(),
         channels=problem.width, steps=problem.steps, stride=c.stride, dilation=c.dilation, adds=c.hierarchical,
         first_group=c.first_convolved, passed_group=-1 if passed is None else passed, pool=POOLS[c.pool],
         x_pixel=x.pixel, x_slot=x.slot, out_pixel=out.pixel, out_slot=out.slot, fill_channels=fill,

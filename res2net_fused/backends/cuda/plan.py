@@ -100,9 +100,10 @@ def device_limits(device: torch.device) -> library.DeviceLimits:
     return library.DeviceLimits(*torch.ops.res2net_fused_native.device_limits(index))
 
 
-def plan_chain(problem: ChainProblem, limits: library.DeviceLimits) -> Plan:
+def plan_chain(problem: ChainProblem, limits: library.DeviceLimits, rank: int = 0) -> Plan:
     """How this call would be launched on a device with these limits. Needs the CPU library, but no GPU.
 
+    rank: how many plans that cut the images otherwise are predicted to be faster; beyond the last one the last.
     Raises RuntimeError where the library is not built, ValueError with the reason where no plan fits.
     """
     status = library.cpu_library()
@@ -111,7 +112,7 @@ def plan_chain(problem: ChainProblem, limits: library.DeviceLimits) -> Plan:
     reason = unsupported(problem)
     found = None
     if reason is None:
-        found, reason = planned(plan_request(problem), limits)
+        found, reason = planned(plan_request(problem), limits, rank)
     if found is None:
         raise ValueError(reason)
     return found
@@ -126,8 +127,8 @@ def plan_request(problem: ChainProblem) -> PlanRequest:
 
 
 @functools.lru_cache(4096)
-def planned(request: PlanRequest, limits: library.DeviceLimits) -> tuple[Plan | None, str]:
-    ops, arguments = torch.ops.res2net_fused_native, request._asdict() | limits._asdict()
+def planned(request: PlanRequest, limits: library.DeviceLimits, rank: int = 0) -> tuple[Plan | None, str]:
+    ops, arguments = torch.ops.res2net_fused_native, request._asdict() | limits._asdict() | {"rank": rank}
     found = ops.cuda_chain_plan(**arguments)
     return (Plan(*found), "") if found else (None, ops.cuda_chain_refusal(**arguments))
 

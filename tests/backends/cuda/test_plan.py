@@ -7,7 +7,7 @@ import torch
 from tree import ROOT
 
 from res2net_fused._native import library
-from res2net_fused.backends import selection
+from res2net_fused.backends import choices, selection
 from res2net_fused.backends import triton as triton_backend
 from res2net_fused.backends.cuda import chain as cuda_chain
 from res2net_fused.backends.cuda import packing as cuda_packing
@@ -91,6 +91,35 @@ def test_every_plan_fits_the_device(device, dtype):
         assert plan.flops == p.flops and plan.mma_flops >= plan.flops
         assert plan.loaded_bytes * 1.01 >= p.steps * p.batch * p.height * p.width_pixels * p.width * dtype.itemsize
         assert plan.nanoseconds > 2000 and plan.steps_nanoseconds > 2000
+
+
+@needs_library
+@pytest.mark.parametrize("device", LIMITS)
+def test_plans_behind_the_first_cut_the_images_otherwise_and_are_no_faster(device):
+    limits = LIMITS[device]
+    for p in published(batches=(1, 32)):
+        plans = [plan_chain(p, limits, rank) for rank in range(5)]
+        assert plans[0] == plan_chain(p, limits)
+        assert [plan.nanoseconds for plan in plans] == sorted(plan.nanoseconds for plan in plans)
+        distinct = list(dict.fromkeys(plans))
+        assert plans[len(distinct) - 1 :] == [distinct[-1]] * (6 - len(distinct)), "behind the last the last"
+        for plan in distinct:
+            limits_hold(plan, limits)
+            parts_hold(plan, p, limits)
+    with pytest.raises(RuntimeError, match="rank: -1"):
+        plan_chain(p, limits, -1)
+
+
+@needs_library
+def test_a_measurement_tries_several_plans_that_are_no_slower_by_half(monkeypatch):
+    monkeypatch.setattr(cuda_chain, "device_limits", lambda device: LIMITS["sm_90"])
+    p = problem(32, 104, 4, 14, 14)
+    ways = cuda_chain.ways(p)
+    assert ways[:3] == ("cuda", "cuda:1", "cuda:2") and len(set(ways)) == len(ways) <= 6
+    assert cuda_chain.ways(problem(256, 14, 8, 56, 56))[0] == "cuda"
+    for rank, way in enumerate(ways):
+        with choices.pinned(way):
+            assert cuda_chain.chosen_plan(p) == plan_chain(p, LIMITS["sm_90"], rank)
 
 
 @needs_library
