@@ -44,7 +44,7 @@ def assert_same(state, expected):
         assert torch.allclose(state[name].double(), value.double(), rtol=1e-8, atol=1e-10), name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "choices"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fully_shard", marks=pytest.mark.slow), "choices"])
 def test_two_processes_are_one_that_averages_the_gradients_of_their_halves(kind, tmp_path):
     """BatchNorm's statistics are of a process's own images, so the one process, too, takes the joined batch in halves."""
     replicas = [network(accelerated=False) for _ in range(WORLD)]

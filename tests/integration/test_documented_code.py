@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -20,16 +22,24 @@ from res2net_fused.models import create_model, list_models
 
 BLOCKS = {page: fenced(page, "python") for page in PAGES}
 COMMANDS = [command for page in PAGES for command in command_lines(page)]
-# The weights would be fetched: the only thing that is changed.
+# The weights would be fetched, and one block in each stage is enough to show that the lines run.
 NOTHING_FETCHED = """
 import timm
 _create_model = timm.create_model
-timm.create_model = lambda name, pretrained=False, **settings: _create_model(name, pretrained=False, **settings)
+def _shallow(name, pretrained=False, **settings):
+    return _create_model(name, pretrained=False, **settings | ({"layers": (1, 1, 1, 1)} if "res2net" in name else {}))
+timm.create_model = _shallow
 """
-# Compiling takes most of the time of a page that does: one block in each stage is enough to show that its lines run.
+# Compiling takes most of the time of a page that does.
 SHALLOW = """
 import functools, res2net_fused.models as _models
 _models.create_model = functools.partial(_models.create_model, layers=(1, 1, 1, 1))
+"""
+# Measurements as short as they may be: what they find is of no matter here.
+HASTY = """
+import res2net_fused.modules.measuring as _measuring, res2net_fused.tuning.tune as _tune
+_measuring.measure_block.__defaults__ = (0.0,)
+_tune._MODEL_SECONDS = 0.0
 """
 VARIABLES = {k: v for k, v in os.environ.items() if not k.startswith(("RES2NET_FUSED_", "MAKE"))} | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -46,7 +56,15 @@ def test_there_is_something_to_try():
     assert {"make", "pip", "python", "res2net-fused", "pytest"} <= {program(command.text)[0] for command in COMMANDS}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]], ids=lambda page: page.name)
+# AOTInductor compiles C++ for half a minute; the tests of `examples/cpp` do the same.
+SLOW = {"deployment.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else ()) for page in PAGES if BLOCKS[page]],
+    ids=lambda page: page.name,
+)
 def test_blocks_run(page, tmp_path):
     """In order, in one namespace and a fresh process; files of weights that they name are there, with random weights."""
     text = "\n".join(block.text for block in BLOCKS[page])
@@ -54,6 +72,7 @@ def test_blocks_run(page, tmp_path):
         assert name in list_models(), f"{name}.pth: of which network?"
         torch.save(create_model(name).state_dict(), tmp_path / f"{name}.pth")
     script = [PREAMBLE, NOTHING_FETCHED if "timm" in text else "", SHALLOW if "aoti_compile" in text else ""]
+    script.append(HASTY if "rf.tune" in text else "")
     for block in BLOCKS[page]:
         # compile: what goes wrong is told with the page's own line.
         script.append(f"exec(compile({chr(10) * (block.line - 1) + block.text!r}, {block.page!r}, 'exec'))")
@@ -84,9 +103,44 @@ def options(words: list[str]) -> list[str]:
 
 @functools.cache
 def help_of(*command: str) -> str:
-    done = run(*command, "--help", PYTHONPATH=os.pathsep.join([VARIABLES["PYTHONPATH"], str(ROOT / "tests" / "support")]))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """What Python prints for `command` --help. command: a script or -m and a module, then words.
+
+    In a fork of this process, which has imported PyTorch already.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(writing, 1), os.dup2(writing, 2), os.chdir(ROOT)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w") for fd in (1, 2))
+            status = _run_here([*command, "--help"])
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as output:
+        text = output.read()
+    assert os.waitpid(child, 0)[1] == 0, text
+    return text
+
+
+def _run_here(words: list[str]) -> int:
+    """The exit status of `python *words` in this process."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def accept(words: list[str], *command: str) -> None:
@@ -121,15 +175,15 @@ def check_python(words: list[str], folders: list[Path]) -> None:
         path = words[1].replace(".", "/")
         found = [folder for folder in folders for end in (".py", "/__main__.py") if (folder / f"{path}{end}").is_file()]
         assert found, f"there is no module {words[1]}"
-        accept(words[2:], sys.executable, "-m", words[1])
+        accept(words[2:], "-m", words[1])
     else:
         assert any((ROOT / words[0] / end).is_file() for end in ("", "__main__.py")), f"there is no {words[0]}"
-        accept(words[1:], sys.executable, words[0])
+        accept(words[1:], words[0])
 
 
 def check_pip(words: list[str], folders: list[Path]) -> None:
     assert words[0] == "install", words
-    accept(words[1:], sys.executable, "-m", "pip", "install")
+    accept(words[1:], "-m", "pip", "install")
     project = (ROOT / "pyproject.toml").read_text()
     values = {after for before, after in zip(words, words[1:], strict=False) if re.match("--.*index", before)}
     for word in (word for word in words[1:] if not word.startswith("-") and word not in values):
@@ -143,13 +197,13 @@ def check_pip(words: list[str], folders: list[Path]) -> None:
 def check_res2net_fused(words: list[str], folders: list[Path]) -> None:
     if words and not words[0].startswith("-"):
         assert words[0] in ("info", "check", "bench", "tune"), f"there is no command {words[0]}"
-        accept(words, sys.executable, "-m", "res2net_fused", words[0])
+        accept(words, "-m", "res2net_fused", words[0])
     else:
-        accept(words, sys.executable, "-m", "res2net_fused")
+        accept(words, "-m", "res2net_fused")
 
 
 def check_pytest(words: list[str], folders: list[Path]) -> None:
-    accept(words, sys.executable, "-m", "pytest")
+    accept(words, "-m", "pytest")
     for word in words:
         if word.endswith(".py") or "/" in word:
             assert (ROOT / word.partition("::")[0]).exists(), f"there is no {word}"

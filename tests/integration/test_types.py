@@ -37,6 +37,7 @@ def test_package_says_that_it_is_typed():
     assert (Path(res2net_fused.__file__).parent / "py.typed").is_file()
 
 
+@pytest.mark.slow  # mypy reads all of PyTorch; `make types` looks at the package itself
 def test_a_users_program_has_the_promised_types(cache):
     done = mypy(PROGRAMS / "user_program.py", cache)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,6 +45,7 @@ def test_a_users_program_has_the_promised_types(cache):
     assert len(expected) == 1 and all(text in done.stdout for text in expected), done.stdout
 
 
+@pytest.mark.slow
 def test_mistakes_are_found(cache):
     program = PROGRAMS / "mistakes.py"
     done = mypy(program, cache)
