@@ -86,6 +86,8 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
 
   // ---- products ----
 
+  DEVICE bool adds_bias() const { return warp_k == 0; }  // of those whose sums are added up
+
   DEVICE void multiply_chunk(
       Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
     // Warps take turns over the slices of the whole convolution, so that no chunk's remainder leaves one behind.
@@ -123,6 +125,7 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
     }
     sync_cta();  // all sums are there
     const int end = g.positions(step);
+    const auto raster = this->raster_of(step);
     finisher = 0;
 #pragma unroll
     for (int half_tile = 0; half_tile < 2 * TILES; half_tile++) {
@@ -138,7 +141,7 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
             sums[half_tile / 2][j].value[half_tile % 2 * 2 + 1] += more.y;
           }
         }
-        this->finish(sums[half_tile / 2], half_tile % 2, step, position);
+        this->finish(sums[half_tile / 2], half_tile % 2, raster, position);
       }
       if (++finisher == g.warps_k) finisher = 0;
     }

@@ -46,17 +46,31 @@ struct Accumulator {  // 16 x 8, fp32
 #else
 #define DEVICE __device__ __forceinline__
 
-// Bytes of the CTA's shared memory. `part` names a region; only the host build checks its bounds.
+// A byte of the CTA's shared memory, by its address there: generic pointers would be put together anew at every access.
+// `part` names a region; only the host build checks its bounds.
 struct SharedPtr {
-  unsigned char* bytes;
-  DEVICE SharedPtr operator+(int offset) const { return {bytes + offset}; }
-  DEVICE SharedPtr part(int offset, int /*size*/, const char* /*name*/) const { return {bytes + offset}; }
-  DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(bytes)); }
+  uint32_t at;
+  DEVICE SharedPtr operator+(int offset) const { return {at + uint32_t(offset)}; }
+  DEVICE SharedPtr operator^(int bits) const { return {at ^ uint32_t(bits)}; }
+  DEVICE SharedPtr part(int offset, int /*size*/, const char* /*name*/) const { return {at + uint32_t(offset)}; }
+  DEVICE uint32_t address() const { return at; }
 };
 
 DEVICE SharedPtr shared_memory() {
   extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
-  return {dynamic_shared_memory};
+  return {static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory))};
+}
+
+// The same value, or pointer into global memory, which the compiler then keeps rather than compute it anew where it is used.
+DEVICE int kept(int value) {
+  asm("" : "+r"(value));
+  return value;
+}
+template <class T>
+DEVICE T* kept(T* pointer) {
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
 DEVICE int thread_index() { return threadIdx.x; }
@@ -97,11 +111,33 @@ DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value) {
 
 template <class T>
 DEVICE T shared_load(SharedPtr from) {
-  return *reinterpret_cast<const T*>(from.bytes);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  uint32_t word[sizeof(T) / 4];
+  if constexpr (sizeof(T) == 4)
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word[0]) : "r"(from.at) : "memory");
+  else if constexpr (sizeof(T) == 8)
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(from.at) : "memory");
+  else
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(from.at)
+                 : "memory");
+  T value;
+  __builtin_memcpy(&value, word, sizeof(T));
+  return value;
 }
 template <class T>
 DEVICE void shared_store(SharedPtr to, T value) {
-  *reinterpret_cast<T*>(to.bytes) = value;
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  uint32_t word[sizeof(T) / 4];
+  __builtin_memcpy(word, &value, sizeof(T));
+  if constexpr (sizeof(T) == 4)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to.at), "r"(word[0]) : "memory");
+  else if constexpr (sizeof(T) == 8)
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to.at), "r"(word[0]), "r"(word[1]) : "memory");
+  else
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to.at), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
 }
 template <class T>
 DEVICE T global_load(const void* from) {
@@ -224,6 +260,19 @@ DEVICE uint32_t add_pair(uint32_t left, uint32_t right) {  // one rounding
   else
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(left), "r"(right));
   return sum;
+}
+// A pair of half-precision elements clamped; keeps NaN.
+template <class Element>
+DEVICE uint32_t clamp_pair(uint32_t pair, uint32_t lower, uint32_t upper) {
+  uint32_t result;
+  if constexpr (Element::IS_BF16) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(lower));
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(result), "r"(upper));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(lower));
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(result), "r"(upper));
+  }
+  return result;
 }
 DEVICE float clamp(float value, float lower, float upper) {  // keeps NaN, as torch does; fmaxf would turn it into a number
   float result;

@@ -40,11 +40,14 @@ struct StripCta {
   SharedPtr shared;
   int thread, lane, warp_m, warp_n, threads;
   int first_channel = 0;                     // that this CTA computes
+  uint32_t lower, upper;                     // in half precision: the bounds of y, twice each
   int first_image, first_row, first_column;  // image, row and column that line 0 and column 0 of the strip stand for
+  int first_out_row, first_out_column;       // of `out`, that the raster of output positions begins with at step 0
 
   // block: counts the parts of the images, see ChainGeometry.
   DEVICE StripCta(const ChainArguments& arguments, int block)
-      : a(arguments), g(arguments.geometry), shared(shared_memory()), thread(thread_index()), lane(thread % 32) {
+      : a(arguments), g(arguments.geometry), shared(shared_memory()), thread(thread_index()), lane(thread % 32),
+        lower(pack_word(a.lower, a.lower)), upper(pack_word(a.upper, a.upper)) {
     warp_n = thread / 32 % g.warps_n;
     warp_m = thread / 32 / g.warps_n;
     threads = 32 * g.warps_m * g.warps_n;
@@ -53,8 +56,12 @@ struct StripCta {
     first_image = block / g.column_blocks / g.row_blocks * g.tile_images;
     first_row = row_block * g.rows * g.stride - g.lead;
     first_column = column_block * g.columns * g.stride - g.halo_columns;
-    x = static_cast<const unsigned char*>(a.x) + int64_t(first_image) * g.height * g.width * a.x_slots.pixel * BYTES;
-    out = static_cast<unsigned char*>(a.out) + int64_t(first_image) * g.out_height * g.out_width * a.out_slots.pixel * BYTES;
+    first_out_row = g.stride == 1 ? first_row + g.work_line(0) : row_block * g.rows;
+    first_out_column = g.stride == 1 ? first_column : column_block * g.columns;
+    const int64_t pixels = int64_t(first_image) * g.height * g.width;
+    const int64_t out_pixels = int64_t(first_image) * g.out_height * g.out_width;
+    x = kept(static_cast<const unsigned char*>(a.x) + pixels * a.x_slots.pixel * BYTES);
+    out = kept(static_cast<unsigned char*>(a.out) + out_pixels * a.out_slots.pixel * BYTES);
   }
 
   // ---- where things are ----
@@ -84,9 +91,10 @@ struct StripCta {
     return shared.part(g.strips * g.strip_bytes + index * g.stage_bytes, g.stage_bytes, "weights");
   }
   DEVICE int slot_of(int line, int column) const { return g.dilation + line * g.pitch + column; }
+  static DEVICE int swizzle(int slot) { return unsigned(slot) / (8 / (2 * DEPTHS)) % (2 * DEPTHS); }
   DEVICE int chunk_offset(int slot, int chunk) const {
     if constexpr (DEPTHS == PLANES) return chunk * g.plane_bytes + slot * 16;
-    if constexpr (swizzled(DEPTHS)) chunk ^= unsigned(slot) / (8 / (2 * DEPTHS)) % (2 * DEPTHS);
+    if constexpr (swizzled(DEPTHS)) chunk ^= swizzle(slot);
     return slot * slot_bytes() + chunk * 16;
   }
   DEVICE int channel_offset(int slot, int channel) const {
@@ -104,27 +112,22 @@ struct StripCta {
     Pixel p{line, column, g.by_period.divide(line), 0, first_column + column, false};
     p.row = first_row + line - p.image * g.period;
     // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters.
-    p.valid =
-        p.row >= 0 && p.row < g.height && first_image + p.image < g.images && p.image_column >= 0 && p.image_column < g.width;
+    p.valid = (unsigned(p.row) < unsigned(g.height)) & (unsigned(p.image_column) < unsigned(g.width)) &
+              (first_image + p.image < g.images);
     return p;
   }
   DEVICE int x_offset(const Pixel& p) const {  // bytes
     return ((p.image * g.height + p.row) * g.width + p.image_column) * a.x_slots.pixel * BYTES;
   }
   DEVICE int out_offset(const Pixel& p) const {
-    const int row = g.stride == 1 ? p.row : p.row / g.stride;
-    const int column = g.stride == 1 ? p.image_column : p.image_column / g.stride;
+    const int row = g.by_stride.divide(p.row), column = g.by_stride.divide(p.image_column);
     return ((p.image * g.out_height + row) * g.out_width + column) * a.out_slots.pixel * BYTES;
   }
-  DEVICE bool owned(const Pixel& p) const {
-    return p.valid && p.line >= g.owned_line && p.line < g.owned_line_end && p.column >= g.owned_column &&
-           p.column < g.owned_column_end;
-  }
-  // The pixel in the middle of the window of an output position.
-  DEVICE Pixel pixel_of(int step, int position) const {
-    const int line = g.by_work_pitch.divide(position);
-    const int column = position - line * g.work_pitch;
-    return pixel_at(g.work_line(step) + line * g.stride, g.work_column + column * g.stride);
+  // The slot in the middle of the window of an output position.
+  DEVICE int slot_of_position(int step, int position) const {
+    if (g.stride == 1) return slot_of(g.work_line(step), position);
+    const int line = g.by_work_pitch.divide(position), column = position - line * g.work_pitch;
+    return slot_of(g.work_line(step) + line * g.stride, g.work_column + column * g.stride);
   }
 
   // ---- 4 bytes: two elements in half precision, one float32 otherwise ----
@@ -184,19 +187,29 @@ struct StripCta {
   // Skips `first_line` lines at either end, and the first `first_byte` bytes of every pixel.
   template <int MOVE>
   DEVICE void start_lines(int step, int first_line, int first_byte, const FastDivisor& by_pieces) const {
-    const unsigned char* from = x + (a.first_group + step) * a.x_slots.slot * BYTES;
-    const SharedPtr to = strip(step);
+    // A thread copies the same piece of every `together`th pixel; where pixels have more pieces than there are threads, several.
     const int pieces = int(by_pieces.divisor);
-    const int end = (g.lines - 2 * first_line) * g.stored * pieces;
-    for (int i = thread; i < end; i += threads) {
-      const int stored = by_pieces.divide(i);
-      const int byte = first_byte + (i - stored * pieces) * MOVE;
-      const int line = g.by_stored.divide(stored);
-      const Pixel p = pixel_at(first_line + line, stored - line * g.stored);
-      const int left = BYTES * g.channels - byte;
-      if (!p.valid || left <= 0) continue;
-      copy_async<MOVE>(
-          to + channel_offset(slot_of(p.line, p.column), byte / BYTES), from + x_offset(p) + byte, left < MOVE ? left : MOVE);
+    const bool many = pieces > threads;
+    const int together = kept(many ? 1 : by_pieces.divide(threads)), first = many ? 0 : by_pieces.divide(thread);
+    const int end = first < together ? kept((g.lines - 2 * first_line) * g.stored) : 0;
+    const FastDivisor by_stored = in_registers(g.by_stored), by_period = in_registers(g.by_period);
+    const int first_image_row = kept(first_row), image_column = kept(first_column), pixel_bytes = kept(a.x_slots.pixel * BYTES);
+    for (int piece = thread - first * pieces; piece < pieces; piece += many ? threads : pieces) {
+      const int byte = first_byte + piece * MOVE, left = BYTES * g.channels - byte;
+      if (left <= 0) break;
+      const unsigned char* const from = kept(x + (a.first_group + step) * a.x_slots.slot * BYTES + byte);
+      const SharedPtr to = strip(step) + channel_offset(0, byte / BYTES);
+      const int valid = kept(left < MOVE ? left : MOVE);
+      for (int stored = first; stored < end; stored += together) {
+        int line = by_stored.divide(stored);
+        const int column = stored - line * int(by_stored.divisor);
+        line += first_line;
+        const int image = by_period.divide(line);
+        const int row = first_image_row + line - image * int(by_period.divisor), x_column = image_column + column;
+        if ((unsigned(row) < unsigned(g.height)) & (unsigned(x_column) < unsigned(g.width)) & (first_image + image < g.images))
+          copy_async<MOVE>(
+              moved(to, slot_of(line, column)), from + ((image * g.height + row) * g.width + x_column) * pixel_bytes, valid);
+      }
     }
   }
 
@@ -341,45 +354,109 @@ struct StripCta {
     }
   }
 
-  // One position, this thread's channels: y to `out`, and y + x to where x of the next group is.
-  DEVICE void finish(const Accumulator (&sums)[COLUMNS], int half, int step, int position) const {
-    const Pixel p = pixel_of(step, position);
-    if (!p.valid) return;  // a slot that stays zero, as padding of the next convolution
-    const bool store = owned(p);
-    const bool add = g.adds && step + 1 < g.steps;
-    unsigned char* to = out + out_offset(p) + (a.first_group + step) * a.out_slots.slot * BYTES;
-    const int slot = slot_of(p.line, p.column);
+  // This thread's first channel, of every 8.
+  DEVICE int lane_channel() const { return first_channel + warp_n * COLUMNS * 8 + lane % 4 * 2; }
+  // Sums begin at the bias. biased: else at zero.
+  DEVICE void start_sums(Accumulator (&sums)[TILES][COLUMNS], int step, bool biased) const {
+    const float* const bias = a.bias + step * g.packed_columns * 8 + lane_channel();
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
-      const int channel = first_channel + (warp_n * COLUMNS + j) * 8 + lane % 4 * 2;
-      if (channel >= a.fill_channels) continue;
-      const bool real = channel < g.channels;
-      const auto bias = global_load<Float2>(a.bias + step * g.packed_columns * 8 + channel);
-      Pair y = make_pair(
-          clamp(sums[j].value[2 * half] + bias.x, a.lower, a.upper),
-          clamp(sums[j].value[2 * half + 1] + bias.y, a.lower, a.upper));
-      if (!real) y = Pair{};       // zero weights give a zero sum, but for Inf and NaN
-      if constexpr (BYTES == 4) {  // in half precision the number of channels is even
-        if (channel + 1 >= g.channels) y.word[1] = 0;
+      const bool there = biased & (lane_channel() + j * 8 < g.packed_columns * 8);
+      const Float2 start = there ? global_load<Float2>(bias + j * 8) : Float2{0, 0};
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) sums[tile][j] = {{start.x, start.y, start.x, start.y}};
+    }
+  }
+  // Where slot 0's channel is in another slot: beside it by whole slots, in another order of its chunks if that is swizzled.
+  DEVICE SharedPtr moved(SharedPtr first, int slot) const {
+    if constexpr (DEPTHS == PLANES) return first + slot * 16;
+    if constexpr (swizzled(DEPTHS)) return (first + slot * slot_bytes()) ^ swizzle(slot) * 16;
+    return first + slot * slot_bytes();
+  }
+  // Where a thread's channel of column j is, beside that of column 0. An instance that swizzles has one warp along them.
+  DEVICE SharedPtr column_of(SharedPtr first, int j) const {
+    if constexpr (DEPTHS == PLANES) return first + j * g.plane_bytes;
+    if constexpr (swizzled(DEPTHS)) return first ^ j * 16;
+    return first + j * 8 * BYTES;
+  }
+
+  static DEVICE FastDivisor in_registers(FastDivisor by) {
+    by.divisor = kept(int(by.divisor)), by.magic = kept(int(by.magic));
+    return by;
+  }
+  // What all output positions of a step have in common, for one thread.
+  struct Raster {
+    int line, row, owned_line, slot;  // of the strip, of `out`, the first owned one of the raster, and the slot it begins with
+    int out_pixel;                    // bytes
+    int real, filled, added;          // channels from this thread's first one on: of the group, written, added to x
+    FastDivisor by_pitch, by_period;
+    unsigned char* to;
+    SharedPtr u;  // of slot 0
+  };
+  DEVICE Raster raster_of(int step) const {
+    const int channel = lane_channel();
+    const bool adds = g.adds && step + 1 < g.steps;  // with stride 1
+    Raster r;
+    r.line = kept(g.work_line(step));
+    r.row = kept(first_out_row + step * g.shrink);
+    r.owned_line = kept(g.first_owned_line(step));
+    r.slot = kept(slot_of(g.work_line(step), 0));
+    r.out_pixel = kept(a.out_slots.pixel * BYTES);
+    r.real = kept(g.channels - channel);
+    r.filled = kept(a.fill_channels - channel);
+    r.added = kept(adds ? g.channels - channel : 0);
+    r.to = kept(out + ((a.first_group + step) * a.out_slots.slot + channel) * BYTES);
+    r.u = strip(step + 1) + channel_offset(0, channel);
+    r.by_pitch = in_registers(g.by_work_pitch), r.by_period = in_registers(g.by_period);
+    return r;
+  }
+
+  // One position, this thread's channels: y to `out`, and y + x to where x of the next group is.
+  DEVICE void finish(const Accumulator (&sums)[COLUMNS], int half, const Raster& r, int position) const {
+    const int line = r.by_pitch.divide(position), column = position - line * int(r.by_pitch.divisor);
+    const int image = r.by_period.divide(r.line + line);
+    const int row = r.row + line - image * int(r.by_period.divisor), out_column = first_out_column + column;
+    const bool valid = (unsigned(row) < unsigned(g.out_height)) & (unsigned(out_column) < unsigned(g.out_width)) &
+                       (first_image + image < g.images);
+    if (!valid) return;  // a slot that stays zero, as padding of the next convolution
+    const bool owned = (unsigned(line - r.owned_line) < unsigned(g.owned_lines)) &
+                       (unsigned(column - g.first_owned_column()) < unsigned(g.owned_columns));
+    const int filled = owned ? r.filled : 0;
+    unsigned char* const to = kept(r.to + ((image * g.out_height + row) * g.out_width + out_column) * r.out_pixel);
+    const SharedPtr u = moved(r.u, r.slot + position);
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+      Pair y = clamped(sums[j].value[2 * half], sums[j].value[2 * half + 1]);
+      // Zero weights give a zero sum, but for Inf and NaN. In half precision the number of channels is even.
+      if (r.real <= j * 8) y = Pair{};
+      if constexpr (BYTES == 4) {
+        if (r.real <= j * 8 + 1) y.word[1] = 0;
       }
-      if (store) store_pair(to, channel, y);
-      if (add && real) {
-        const SharedPtr u = strip(step + 1) + channel_offset(slot, channel);
-        Pair sum = shared_load<Pair>(u);
+      if (filled > j * 8) store_pair(to + j * 8 * BYTES, filled - j * 8, y);
+      if (r.added > j * 8) {
+        const SharedPtr next = column_of(u, j);
+        Pair sum = shared_load<Pair>(next);
         for (int i = 0; i < 2 / PER_WORD; i++) sum.word[i] = add_word(y.word[i], sum.word[i]);
-        shared_store(u, sum);
+        shared_store(next, sum);
       }
     }
   }
-  DEVICE void store_pair(unsigned char* to, int channel, Pair y) const {
+  DEVICE Pair clamped(float first, float second) const {
+    if constexpr (BYTES == 2)  // rounded first: bounds are rounded alike
+      return {{clamp_pair<Element>(pack_word(first, second), lower, upper)}};
+    else
+      return make_pair(clamp(first, a.lower, a.upper), clamp(second, a.lower, a.upper));
+  }
+  // filled: channels from this one on that are written.
+  DEVICE void store_pair(unsigned char* to, int filled, Pair y) const {
     if constexpr (BYTES == 4) {
       if (!a.whole_pairs) {
-        global_store(to + channel * BYTES, y.word[0]);
-        if (channel + 1 < a.fill_channels) global_store(to + (channel + 1) * BYTES, y.word[1]);
+        global_store(to, y.word[0]);
+        if (filled > 1) global_store(to + BYTES, y.word[1]);
         return;
       }
     }
-    global_store(to + channel * BYTES, y);
+    global_store(to, y);
   }
 
   // ---- what the other kernels do in ways of their own ----
@@ -390,9 +467,10 @@ struct StripCta {
   DEVICE int slot_of_row(int step, int first, int tile) const {
     // Rows beyond the last position repeat it: their sums are dropped.
     const int position = first + tile * 16 + lane % 16, end = g.positions(step);
-    const Pixel p = pixel_of(step, position < end ? position : end - 1);
-    return slot_of(p.line, p.column);
+    return slot_of_position(step, position < end ? position : end - 1);
   }
+  // Whether this warp's sums hold the bias.
+  DEVICE bool adds_bias() const { return true; }
   // Before a barrier: what this thread wrote to shared memory is going to be multiplied.
   DEVICE void show_writes() const {}
   // The positions of one pass of this warp, of which the first is number `first`.
@@ -402,12 +480,13 @@ struct StripCta {
   // first: of the position of this lane's first sum; so many positions from one tile to the next.
   DEVICE void finish_tiles(const Accumulator (&sums)[TILES][COLUMNS], int step, int first, int tile_positions) const {
     const int end = g.positions(step);
+    const Raster raster = raster_of(step);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int position = first + tile * tile_positions + half * 8;
-        if (position < end) finish(sums[tile], half, step, position);
+        if (position < end) finish(sums[tile], half, raster, position);
       }
     }
   }
@@ -446,13 +525,10 @@ struct StripCta {
       for (int pass = 0; pass < passes; pass++) {
         const int first = cta.first_position(pass);
         Accumulator sums[TILES][COLUMNS];
+        cta.start_sums(sums, step, cta.adds_bias());
         int base[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-          base[tile] = cta.slot_of_row(step, first, tile);
-#pragma unroll
-          for (int j = 0; j < COLUMNS; j++) sums[tile][j] = Accumulator{};
-        }
+        for (int tile = 0; tile < TILES; tile++) base[tile] = cta.slot_of_row(step, first, tile);
 #pragma unroll 1
         for (int chunk = 0; chunk < g.chunks; chunk++) {
           if (g.chunks > 1 || pass == 0) {

@@ -22,16 +22,20 @@
 
 namespace res2net_fused::cuda {
 
-// Division by a number known at launch: exact while numerator * divisor < 2^32.
+// Division by a number known at launch: exact while numerator * divisor < 2^31. Two instructions.
 struct FastDivisor {
-  uint32_t divisor = 1, magic = 0;
+  uint32_t divisor = 1, magic = 1u << 31;
 
   FastDivisor() = default;
   RES2NET_HOST_DEVICE explicit FastDivisor(int value)
-      : divisor(uint32_t(value)), magic(value == 1 ? 0 : 0xffffffffu / uint32_t(value) + 1) {}
+      : divisor(uint32_t(value)), magic((1u << 31) / divisor + ((1u << 31) % divisor != 0)) {}
 
   RES2NET_HOST_DEVICE int divide(int numerator) const {
-    return magic == 0 ? numerator : int(uint64_t(uint32_t(numerator)) * magic >> 32);
+#if defined(__CUDA_ARCH__)
+    return int(__umulhi(uint32_t(numerator) << 1, magic));
+#else
+    return int(uint64_t(uint32_t(numerator) << 1) * magic >> 32);
+#endif
   }
 };
 
@@ -87,7 +91,7 @@ struct ChainGeometry {
   int lines, stored, pitch, shrink;  // shrink: lines that a step loses on either side
   int lead;          // line of the first owned row: behind the halo, or behind the zero lines above a whole image
   int halo_columns;  // stored left and right of the owned ones; 0 where whole lines are owned
-  int owned_line, owned_line_end, owned_column, owned_column_end;
+  int owned_column, owned_lines, owned_columns;  // of the strip, for stride 1; of the output otherwise
   int work_pitch, work_column;  // of the raster in which output positions are numbered, and its first column in the strip
 
   int warps_m, warps_n;
@@ -96,7 +100,7 @@ struct ChainGeometry {
   int part_columns;                  // those that a CTA computes
   int strips, slot_bytes, plane_bytes, strip_bytes, stage_bytes, shared_bytes;
 
-  FastDivisor by_pitch, by_period, by_stored, by_depths, by_work_pitch;
+  FastDivisor by_pitch, by_period, by_stored, by_depths, by_work_pitch, by_stride;
   int period;
 
   // The cluster kernel's alone: see cluster_geometry.h.
@@ -106,6 +110,9 @@ struct ChainGeometry {
 
   // Output positions are numbered line by line from work_line(step) on; for stride 1 they include the lines' zero slots.
   RES2NET_HOST_DEVICE int work_line(int step) const { return dilation + step * shrink; }
+  // The first owned line of that raster, and its first owned column.
+  RES2NET_HOST_DEVICE int first_owned_line(int step) const { return stride > 1 ? 0 : lead - work_line(step); }
+  RES2NET_HOST_DEVICE int first_owned_column() const { return owned_column - work_column; }
   RES2NET_HOST_DEVICE int positions(int step) const {
     if (stride > 1) return rows * columns;
     return (lines - 2 * work_line(step)) * pitch - dilation;
@@ -143,10 +150,9 @@ inline ChainGeometry make_geometry(
   g.period = tile.whole ? problem.height + problem.dilation : g.lines;
   g.stored = g.column_blocks == 1 ? problem.width : input_columns + 2 * g.halo_columns;
   g.pitch = g.stored + problem.dilation;
-  g.owned_line = g.lead;
-  g.owned_line_end = tile.whole ? g.lines : g.lead + input_rows;
   g.owned_column = g.halo_columns;
-  g.owned_column_end = g.column_blocks == 1 ? problem.width : g.halo_columns + input_columns;
+  g.owned_lines = tile.whole && problem.stride == 1 ? g.lines - g.lead : g.rows;
+  g.owned_columns = g.column_blocks == 1 ? g.out_width : g.columns;
   g.work_pitch = problem.stride > 1 ? g.columns : g.pitch;
   g.work_column = problem.stride > 1 ? g.halo_columns : 0;
 
@@ -165,7 +171,7 @@ inline ChainGeometry make_geometry(
   g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes;
 
   g.by_pitch = FastDivisor(g.pitch), g.by_period = FastDivisor(g.period), g.by_stored = FastDivisor(g.stored);
-  g.by_depths = FastDivisor(g.depths), g.by_work_pitch = FastDivisor(g.work_pitch);
+  g.by_depths = FastDivisor(g.depths), g.by_work_pitch = FastDivisor(g.work_pitch), g.by_stride = FastDivisor(g.stride);
   return g;
 }
 

@@ -17,6 +17,7 @@ struct SharedPtr {
   int offset, begin, end;
   const char* region;
   SharedPtr operator+(int bytes) const { return {offset + bytes, begin, end, region}; }
+  SharedPtr operator^(int bits) const { return {offset ^ bits, begin, end, region}; }
   SharedPtr part(int from, int size, const char* name) const {
     return {offset + from, offset + from, offset + from + size, name};
   }
@@ -78,6 +79,10 @@ inline float widen_bf16(uint32_t bits) { return std::bit_cast<float>(bits << 16)
 }  // namespace emulator
 
 inline SharedPtr shared_memory() { return emulator::shared_memory(); }
+template <class T>
+T kept(T value) {
+  return value;
+}
 inline int thread_index() { return emulator::thread_index(); }
 inline int block_index() { return emulator::block_index(); }
 
@@ -157,3 +162,8 @@ uint32_t add_pair(uint32_t left, uint32_t right) {
   return pack_pair<Element>(a.x + b.x, a.y + b.y);
 }
 inline float clamp(float value, float lower, float upper) { return value < lower ? lower : value > upper ? upper : value; }
+template <class Element>
+uint32_t clamp_pair(uint32_t pair, uint32_t lower, uint32_t upper) {
+  const Float2 v = unpack_pair<Element>(pair), low = unpack_pair<Element>(lower), high = unpack_pair<Element>(upper);
+  return pack_pair<Element>(clamp(v.x, low.x, high.x), clamp(v.y, low.y, high.y));
+}
