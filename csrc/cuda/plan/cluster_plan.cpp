@@ -45,7 +45,7 @@ double cycles_of_cta(
     cycles += main_loop + STEP_CYCLES + BARRIER_CYCLES * g.chunks * (g.chunks > 1 ? passes : 1);
 
     // All warps finish at once: nothing to hide behind.
-    cycles += resident * outputs * instance.tiles * 2 * (FINISH_PER_ROW + FINISH_PER_COLUMN * instance.columns) / busy;
+    cycles += resident * outputs * instance.tiles * 2 * finish_instructions(instance.columns, problem.type) / busy;
     if (g.warps_k > 1) {  // written, then read, but for each warp's own part
       const double sums = outputs * instance.tiles * instance.columns * 512 * (g.warps_k - 1);
       cycles += resident * 2 * sums / 128 + 2 * passes * BARRIER_CYCLES;

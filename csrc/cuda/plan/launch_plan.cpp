@@ -9,7 +9,8 @@ namespace res2net_fused::cuda {
 namespace {
 
 double cycles_of_cta(
-    const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int copies_per_pixel, int resident) {
+    const ChainGeometry& g, const Instance& instance, DataType type, const DeviceRates& rates, int copies_per_pixel,
+    int resident) {
   const int warps = g.warps_m * g.warps_n;
   const int per_scheduler = divide_up(resident * warps, 4);
   const bool wgmma = instance.is_wgmma();
@@ -32,7 +33,7 @@ double cycles_of_cta(
     const double reached = wgmma ? overlap_async(per_scheduler) : overlap(per_scheduler);
     const double main_loop = std::max({alone, together, shared}) / reached;
     const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
-    const double finish = resident * all * instance.tiles * 2 * (FINISH_PER_ROW + FINISH_PER_COLUMN * instance.columns) / busy;
+    const double finish = resident * all * instance.tiles * 2 * finish_instructions(instance.columns, type) / busy;
     const bool more = step + 1 < g.steps;
     const double loads = more ? resident * double(g.lines) * g.stored * copies_per_pixel / 32 * COPY_INSTRUCTIONS / busy : 0;
     // Part of the epilogue and of the loads hides behind other warps' products.
@@ -58,8 +59,8 @@ bool evaluate(
   const int concurrent = resident * device.multiprocessors;
   const int full = plan.ctas / concurrent, rest = plan.ctas % concurrent;
   const int copies = copies_of(problem.channels * bytes_of(problem.type));
-  double cycles = full * cycles_of_cta(g, instance, rates, copies, resident);
-  if (rest > 0) cycles += cycles_of_cta(g, instance, rates, copies, divide_up(rest, device.multiprocessors));
+  double cycles = full * cycles_of_cta(g, instance, problem.type, rates, copies, resident);
+  if (rest > 0) cycles += cycles_of_cta(g, instance, problem.type, rates, copies, divide_up(rest, device.multiprocessors));
   plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory_seconds(problem, passes, plan, rates)));
   return true;
 }

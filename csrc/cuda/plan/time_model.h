@@ -15,14 +15,19 @@ constexpr int64_t MAX_IMAGES = int64_t(1) << 30;
 constexpr int MAX_ROWS = 1 << 15, MAX_COLUMNS = 1 << 20;
 constexpr int MAX_POSITIONS = 1 << 15;  // keeps FastDivisor exact
 
-// Estimated instructions of a thread, which the model counts at one per cycle and scheduler.
-constexpr double COPY_INSTRUCTIONS = 26;  // one cp.async with its index arithmetic
-constexpr double FINISH_PER_ROW = 45;     // of an epilogue's half tile
-constexpr double FINISH_PER_COLUMN = 16;  // and of each pair of channels in it
-constexpr double BARRIER_CYCLES = 60;     // per chunk of weights
-constexpr double DRAIN_CYCLES = 250;      // of wgmma: the last products of a chunk end, and the first of the next begin
-constexpr double STEP_CYCLES = 900;       // filling and draining the pipelines around a convolution
-constexpr double START_CYCLES = 2600;     // first loads and their latency
+// Instructions of a thread, read off the machine code of nvcc 13.0 (`res2net-fused info --kernels`; a test compares them), of
+// which the model counts one per cycle and scheduler.
+constexpr double COPY_INSTRUCTIONS = 41;       // one cp.async with its index arithmetic
+constexpr double FINISH_PER_ROW = 41;          // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 11;       // and of each pair of channels in it
+constexpr double FINISH_PER_COLUMN_TF32 = 26;  // where a pair is two words
+inline double finish_instructions(int columns, DataType type) {
+  return FINISH_PER_ROW + columns * (type == TF32 ? FINISH_PER_COLUMN_TF32 : FINISH_PER_COLUMN);
+}
+constexpr double BARRIER_CYCLES = 60;  // per chunk of weights
+constexpr double DRAIN_CYCLES = 250;   // of wgmma: the last products of a chunk end, and the first of the next begin
+constexpr double STEP_CYCLES = 900;    // filling and draining the pipelines around a convolution
+constexpr double START_CYCLES = 2600;  // first loads and their latency
 
 // The part of the tensor cores' and shared memory's peak that a main loop reaches with so many warps to hide latencies.
 inline double overlap(int warps_per_scheduler) {

@@ -17,6 +17,7 @@ import torch
 from ..._native import build_flags, library
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
+from . import machine_code
 from . import plan as launch_plan
 
 # chain_kernel<StripCta<bf16, depths, columns, tiles>, warps>, and the same of the other two without depths
@@ -29,7 +30,10 @@ PUBLISHED = ((26, 4), (14, 8), (48, 2))
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One instance for one architecture. stack, local: bytes of a thread; both are 0 where nothing spills."""
+    """One instance for one architecture. stack, local: bytes of a thread; both are 0 where nothing spills.
+
+    counts: of its instructions.
+    """
 
     architecture: str
     instance: str
@@ -37,6 +41,7 @@ class CompiledKernel:
     registers: int
     stack: int
     local: int
+    counts: machine_code.Counts
 
 
 def find_cuobjdump() -> str | None:
@@ -62,6 +67,7 @@ def instance_of(symbol: str) -> tuple[str, str] | None:
 def compiled_kernels(file: Path, cuobjdump: str) -> list[CompiledKernel]:
     """Every chain kernel in a library or fat binary, one entry for each architecture it was compiled for."""
     text = subprocess.run([cuobjdump, "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
+    code = machine_code.functions(file, cuobjdump)
     kernels, architecture = [], "?"
     for line in text.splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
@@ -69,16 +75,18 @@ def compiled_kernels(file: Path, cuobjdump: str) -> list[CompiledKernel]:
         elif match := re.search(r"Function (\S+):", line):
             symbol = match[1]
         elif (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line)) and (name := instance_of(symbol)):
-            kernels.append(CompiledKernel(architecture, *name, *map(int, match.groups())))
+            counts = machine_code.counts(code[architecture, symbol], int(name[0].rpartition("t")[2]))
+            kernels.append(CompiledKernel(architecture, *name, *map(int, match.groups()), counts))
     return sorted(kernels, key=lambda k: (int(re.findall(r"\d+", k.architecture)[0]), k.instance, k.dtype))
 
 
 def kernel_table() -> list[tuple[str, ...]]:
     """Rows for `res2net-fused info --kernels`, the first of them the head.
 
-    Per architecture, instance and dtype (tf32: float32 multiplied in TF32): registers, stack and local bytes of a thread, and
-    the widths of the published models that it runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError
-    where there is nothing to read.
+    Per architecture, instance and dtype (tf32: float32 multiplied in TF32): registers, stack and local bytes of a thread,
+    instructions of a half tile, of a copy and of a turn of the main loop (`machine_code.Counts`), and the widths of the
+    published models that it runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError where there is
+    nothing to read.
     """
     path = library.PACKAGE / build_flags.CUDA_LIBRARY
     if not path.is_file():
@@ -86,12 +94,14 @@ def kernel_table() -> list[tuple[str, ...]]:
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         raise RuntimeError("cuobjdump was found neither on PATH nor in Triton's wheel: install triton or the CUDA toolkit")
-    head = ("architecture", "instance", "dtype", "registers", "stack", "local", "width: shared KiB of a CTA")
+    head = ("architecture", "instance", "dtype", "registers", "stack", "local", "half tile", "copy", "turn",
+            "width: shared KiB of a CTA")  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
     shared = _shared_bytes_by_kernel() if library.cpu_library().loaded else {}
     for k in compiled_kernels(path, cuobjdump):
         widths = ", ".join(f"{w}: {n / 1024:.0f}" for w, n in sorted(shared.get((k.instance, k.dtype), {}).items()))
-        rows.append((k.architecture, k.instance, k.dtype, str(k.registers), str(k.stack), str(k.local), widths))
+        figures = (k.registers, k.stack, k.local, k.counts.half_tile, k.counts.copy, k.counts.turn)
+        rows.append((k.architecture, k.instance, k.dtype, *map(str, figures), widths))
     return rows
 
 

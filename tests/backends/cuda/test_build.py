@@ -10,13 +10,15 @@ from tree import ROOT
 
 from res2net_fused._native import build_flags, library
 from res2net_fused._tables import format_table
-from res2net_fused.backends.cuda import kernel_report
+from res2net_fused.backends.cuda import kernel_report, machine_code
 from res2net_fused.backends.cuda import plan as launch_plan
 
 SOURCE = ROOT / "csrc" / build_flags.INSTANCE_SOURCE
 UNROLL = int(re.search(r"RES2NET_CHAIN_UNROLL (\d+)", (ROOT / "csrc/cuda/plan/instances.h").read_text())[1])
 # The others are compiled by the slow tests; d0c7t2 runs every type.
 QUICK = [("d2c4t4", "80"), ("d0c7t2", "80"), ("d0c7t2", "100"), ("cluster_c4t2", "90a"), ("wgmma_c7t2", "90a")]
+MODEL_SOURCE = (ROOT / "csrc/cuda/plan/time_model.h").read_text()
+MODEL = {name: float(value) for name, value in re.findall(r"constexpr double (\w+) = (\d+);", MODEL_SOURCE)}
 # The opcode of the tensor-core instruction of each type
 PRODUCTS = {"bf16": "HMMA.16816.F32.BF16 ", "fp16": "HMMA.16816.F32 ", "tf32": "HMMA.1688.F32.TF32 "}
 
@@ -36,6 +38,12 @@ def compile_instance(instance, architecture, folder):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return binary, done.stdout + done.stderr
+
+
+def counted_half_tile(kernel):
+    """What the launch plan counts with."""
+    columns = int(re.search(r"c(\d+)t", kernel.instance)[1])
+    return MODEL["FINISH_PER_ROW"] + columns * MODEL[f"FINISH_PER_COLUMN{'_TF32' * (kernel.dtype == 'tf32')}"]
 
 
 def architectures_of(instance):
@@ -64,8 +72,12 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
     assert all(k.stack == k.local == 0 for k in kernels)
     assert all(k.architecture == f"sm_{architecture}" for k in kernels)
 
-    sass = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
-    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, re.S))
+    for kernel in kernels:
+        assert kernel.counts.half_tile == pytest.approx(counted_half_tile(kernel), rel=0.1) or kernel.instance.startswith(
+            "cluster"
+        )
+        assert kernel.counts.copy == pytest.approx(MODEL["COPY_INSTRUCTIONS"], rel=0.15)
+    functions = {symbol: text for (_, symbol), text in machine_code.functions(binary, cuobjdump).items()}
     columns, tiles = map(int, re.fullmatch(r"(?:d\d+|cluster_|wgmma_)c(\d+)t(\d+)", instance).groups())
     for symbol, text in functions.items():
         _, dtype = kernel_report.instance_of(symbol)
@@ -114,7 +126,7 @@ def test_the_table_lists_every_instance_of_the_built_library():
     built = [(i, a) for i in launch_plan.INSTANCE_NAMES for a in architectures_of(i) if f"sm_{a}" in architectures]
     kernels = {(f"sm_{architecture}", instance, dtype) for instance, architecture in built for dtype in types_of(instance)}
     assert {row[:3] for row in rows} == kernels and len(rows) == len(kernels)
-    assert all(16 < int(row[3]) <= 255 and row[4] == row[5] == "0" for row in rows)
-    assert "26: " in next(row[6] for row in rows if row[1] == "d2c4t4")
-    assert "26: " in next(row[6] for row in rows if row[1:3] == ("d0c4t2", "tf32"))
+    assert all(16 < int(row[3]) <= 255 and row[4] == row[5] == "0" and all(map(int, row[6:9])) for row in rows)
+    assert "26: " in next(row[9] for row in rows if row[1] == "d2c4t4")
+    assert "26: " in next(row[9] for row in rows if row[1:3] == ("d0c4t2", "tf32"))
     assert len(format_table(head, rows).splitlines()) == len(rows) + 2

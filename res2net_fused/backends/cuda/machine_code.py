@@ -1,0 +1,68 @@
+"""Instructions of the CUDA chain kernels, counted in their machine code: what a step's end, a copy and a product cost a warp.
+
+    ... HMMA ... HMMA               the main loop: from its first instruction to the branch back, one turn
+    ... LDGSTS (a copy) ... BRA     the loop around a copy into shared memory
+    HMNMX2 ... HMNMX2               clamps: those of a half tile of 8 positions come together; from its first one to that of the
+    STG ... LDS ... STS             next half tile lie the instructions of one
+
+They are those that the compiler wrote, paths that are not taken included; none of it is a measurement.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+_FUNCTION = re.compile(r"Function : (\S+)(.*?)(?=Function :|\Z)", re.S)
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_PRODUCT, _CLAMP = re.compile(r"\bHG?MMA\."), re.compile(r"\b(FMNMX|HMNMX2)\b")
+_COPY = re.compile(r"\bLDGSTS\.E\.BYPASS\.128\.ZFILL\b")  # 16 bytes of x; weights are not filled up with zeros
+_BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+_BYTES = 16  # of an instruction
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Instructions of one function.
+
+    half_tile: of the end of a step for 8 positions and all columns of a warp, in the cluster kernel without what adds up sums.
+    copy: of one copy of 16 bytes of x, in the loop of a step. turn: of one turn of the main loop.
+    """
+
+    half_tile: int
+    copy: int
+    turn: int
+
+
+def functions(file: Path, cuobjdump: str) -> dict[tuple[str, str], str]:
+    """The machine code in a library or a fat binary, by architecture, such as "sm_90a", and mangled name of the function."""
+    text = subprocess.run([cuobjdump, "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in re.split(r"^arch = ", text, flags=re.M)[1:]:
+        architecture = part.split(maxsplit=1)[0]
+        found.update({(architecture, symbol): code for symbol, code in _FUNCTION.findall(part)})
+    return found
+
+
+def counts(code: str, tiles: int) -> Counts:
+    """code: of a chain kernel. tiles: that a warp finishes one behind the other, of two half tiles each."""
+    instructions = [(int(address, 16), what) for address, what in _INSTRUCTION.findall(code)]
+    products = [address for address, what in instructions if _PRODUCT.search(what)]
+    copies = [address for address, what in instructions if _COPY.search(what)]
+    clamps = [address for address, what in instructions if address > products[-1] and _CLAMP.search(what)]
+    loops = []
+    for address, what in instructions:
+        branch = _BRANCH.search(what)
+        if branch is not None and int(branch[1], 16) <= address:
+            loops.append((int(branch[1], 16), address))
+    firsts = clamps[:: len(clamps) // (2 * tiles)]
+    half_tiles = [(b - a) // _BYTES for a, b in zip(firsts, firsts[1:], strict=False)]
+    return Counts(round(statistics.median(half_tiles)), _around(loops, copies[-1]), _around(loops, products[-1]))
+
+
+def _around(loops: list[tuple[int, int]], address: int) -> int:
+    """Instructions of the innermost loop around one of them."""
+    return min((last - first) // _BYTES + 1 for first, last in loops if first <= address <= last)
