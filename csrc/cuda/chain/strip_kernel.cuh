@@ -60,8 +60,8 @@ struct StripCta {
     first_out_column = g.stride == 1 ? first_column : column_block * g.columns;
     const int64_t pixels = int64_t(first_image) * g.height * g.width;
     const int64_t out_pixels = int64_t(first_image) * g.out_height * g.out_width;
-    x = kept(static_cast<const unsigned char*>(a.x) + pixels * a.x_slots.pixel * BYTES);
-    out = kept(static_cast<unsigned char*>(a.out) + out_pixels * a.out_slots.pixel * BYTES);
+    x = held(static_cast<const unsigned char*>(a.x) + pixels * a.x_slots.pixel * BYTES);
+    out = held(static_cast<unsigned char*>(a.out) + out_pixels * a.out_slots.pixel * BYTES);
   }
 
   // ---- where things are ----
@@ -192,7 +192,7 @@ struct StripCta {
     const bool many = pieces > threads;
     const int together = kept(many ? 1 : by_pieces.divide(threads)), first = many ? 0 : by_pieces.divide(thread);
     const int end = first < together ? kept((g.lines - 2 * first_line) * g.stored) : 0;
-    const FastDivisor by_stored = in_registers(g.by_stored), by_period = in_registers(g.by_period);
+    const FastDivisor by_stored = held(g.by_stored), by_period = held(g.by_period);
     const int first_image_row = kept(first_row), image_column = kept(first_column), pixel_bytes = kept(a.x_slots.pixel * BYTES);
     for (int piece = thread - first * pieces; piece < pieces; piece += many ? threads : pieces) {
       const int byte = first_byte + piece * MOVE, left = BYTES * g.channels - byte;
@@ -358,11 +358,11 @@ struct StripCta {
   DEVICE int lane_channel() const { return first_channel + warp_n * COLUMNS * 8 + lane % 4 * 2; }
   // Sums begin at the bias. biased: else at zero.
   DEVICE void start_sums(Accumulator (&sums)[TILES][COLUMNS], int step, bool biased) const {
-    const float* const bias = a.bias + step * g.packed_columns * 8 + lane_channel();
+    const int channel = lane_channel(), left = biased ? g.packed_columns * 8 - channel : 0;
+    const float* const bias = a.bias + (step * g.packed_columns * 8 + channel);
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
-      const bool there = biased & (lane_channel() + j * 8 < g.packed_columns * 8);
-      const Float2 start = there ? global_load<Float2>(bias + j * 8) : Float2{0, 0};
+      const Float2 start = j * 8 < left ? global_load<Float2>(bias + j * 8) : Float2{0, 0};
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) sums[tile][j] = {{start.x, start.y, start.x, start.y}};
     }
@@ -380,8 +380,16 @@ struct StripCta {
     return first + j * 8 * BYTES;
   }
 
-  static DEVICE FastDivisor in_registers(FastDivisor by) {
-    by.divisor = kept(int(by.divisor)), by.magic = kept(int(by.magic));
+  // What is computed once; pairs of float32 leave no registers for it.
+  template <class T>
+  static DEVICE T held(T value) {
+    if constexpr (BYTES == 2)
+      return kept(value);
+    else
+      return value;
+  }
+  static DEVICE FastDivisor held(FastDivisor by) {
+    by.divisor = held(int(by.divisor)), by.magic = held(int(by.magic));
     return by;
   }
   // What all output positions of a step have in common, for one thread.
@@ -397,17 +405,17 @@ struct StripCta {
     const int channel = lane_channel();
     const bool adds = g.adds && step + 1 < g.steps;  // with stride 1
     Raster r;
-    r.line = kept(g.work_line(step));
-    r.row = kept(first_out_row + step * g.shrink);
-    r.owned_line = kept(g.first_owned_line(step));
-    r.slot = kept(slot_of(g.work_line(step), 0));
-    r.out_pixel = kept(a.out_slots.pixel * BYTES);
-    r.real = kept(g.channels - channel);
-    r.filled = kept(a.fill_channels - channel);
-    r.added = kept(adds ? g.channels - channel : 0);
-    r.to = kept(out + ((a.first_group + step) * a.out_slots.slot + channel) * BYTES);
+    r.line = held(g.work_line(step));
+    r.row = held(first_out_row + step * g.shrink);
+    r.owned_line = held(g.first_owned_line(step));
+    r.slot = held(slot_of(g.work_line(step), 0));
+    r.out_pixel = held(a.out_slots.pixel * BYTES);
+    r.real = held(g.channels - channel);
+    r.filled = held(a.fill_channels - channel);
+    r.added = held(adds ? g.channels - channel : 0);
+    r.to = held(out + ((a.first_group + step) * a.out_slots.slot + channel) * BYTES);
     r.u = strip(step + 1) + channel_offset(0, channel);
-    r.by_pitch = in_registers(g.by_work_pitch), r.by_period = in_registers(g.by_period);
+    r.by_pitch = held(g.by_work_pitch), r.by_period = held(g.by_period);
     return r;
   }
 
@@ -422,7 +430,7 @@ struct StripCta {
     const bool owned = (unsigned(line - r.owned_line) < unsigned(g.owned_lines)) &
                        (unsigned(column - g.first_owned_column()) < unsigned(g.owned_columns));
     const int filled = owned ? r.filled : 0;
-    unsigned char* const to = kept(r.to + ((image * g.out_height + row) * g.out_width + out_column) * r.out_pixel);
+    unsigned char* const to = held(r.to + ((image * g.out_height + row) * g.out_width + out_column) * r.out_pixel);
     const SharedPtr u = moved(r.u, r.slot + position);
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {

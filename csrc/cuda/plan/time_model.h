@@ -20,7 +20,7 @@ constexpr int MAX_POSITIONS = 1 << 15;  // keeps FastDivisor exact
 constexpr double COPY_INSTRUCTIONS = 41;       // one cp.async with its index arithmetic
 constexpr double FINISH_PER_ROW = 41;          // of an epilogue's half tile
 constexpr double FINISH_PER_COLUMN = 11;       // and of each pair of channels in it
-constexpr double FINISH_PER_COLUMN_TF32 = 26;  // where a pair is two words
+constexpr double FINISH_PER_COLUMN_TF32 = 24;  // where a pair is two words
 inline double finish_instructions(int columns, DataType type) {
   return FINISH_PER_ROW + columns * (type == TF32 ? FINISH_PER_COLUMN_TF32 : FINISH_PER_COLUMN);
 }

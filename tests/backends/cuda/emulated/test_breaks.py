@@ -58,7 +58,7 @@ BREAKS = [
     ("swizzle that leaves its pixel", "w14", STRIP, "% (2 * DEPTHS);", "% 8;", "wrong race"),
     ("no swizzle", "strips", STRIP, "return unsigned(slot) /", "return 0 * unsigned(slot) /", "conflicts"),
     ("passed group left out", "strips", STRIP, "    cta.pass_group();\n", "\n", "wrong"),
-    ("bias of another step", "strips", STRIP, "a.bias + step * g.packed_columns * 8 +", "a.bias +", "wrong"),
+    ("bias of another step", "strips", STRIP, "a.bias + (step * g.packed_columns * 8 +", "a.bias + (", "wrong"),
     ("channels between the groups are read", "padded", STRIP, "left < MOVE ? left : MOVE", "(void(left), MOVE)", "wrong"),
     (
         "channels between the groups are written",
