@@ -64,17 +64,8 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   DEVICE void start_group(int step) const {
     if (step == 0 || !g.sends)
       Base::start_group(step);
-    else if (a.load_bytes == 16)
-      start_part<16>(step);
-    else if (a.load_bytes == 8)
-      start_part<8>(step);
-    else
-      start_part<4>(step);
-  }
-  // Only what y will be added to here: the rest arrives as u.
-  template <int BYTES>
-  DEVICE void start_part(int step) const {
-    this->template start_lines<BYTES>(step, g.work_line(step - 1), this->first_channel * 2, a.by_part_pieces);
+    else  // only what y will be added to here: the rest arrives as u
+      this->start_lines(step, g.work_line(step - 1), this->first_channel * 2, a.by_part_pieces);
   }
 
   DEVICE void strips_are_clear() const {

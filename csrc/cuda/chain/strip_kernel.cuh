@@ -1,37 +1,21 @@
 // The Res2Net chain in one launch, inference, channels-last, in half precision or in float32 with products in TF32:
-//     y_i = clamp(conv3x3_i(u_i) + bias_i),   u_i = x_i + y_{i-1}  (or x_i alone),   and one group passes through
-//     and may be added to u_0.
+//     y_i = clamp(conv3x3_i(u_i) + bias_i),   u_i = x_i + y_{i-1}  (or x_i alone);   one group passes, and may be added to u_0
 // A CTA owns a part of the output (see cuda/plan/geometry.h) and keeps u_i of that part and its halo in shared memory: step i
 // reads strip i % 2. Meanwhile x_{i+1} arrives in the other strip, where the step's end adds y_i to it.
 #pragma once
-#include "cuda/chain/hardware.h"
+#include "cuda/chain/words.h"
 #include "cuda/plan/arguments.h"
 #include "cuda/plan/instances.h"
 
 namespace res2net_fused::cuda {
 
-template <int BYTES>
-struct VectorOf;
-template <>
-struct VectorOf<4> {
-  using type = Bytes4;
-};
-template <>
-struct VectorOf<8> {
-  using type = Bytes8;
-};
-template <>
-struct VectorOf<16> {
-  using type = Bytes16;
-};
-
 // DEPTHS, COLUMNS and TILES as in cuda/plan/instances.h.
 template <class Element, int DEPTHS, int COLUMNS, int TILES>
-struct StripCta {
-  static constexpr int BYTES = Element::BYTES;
-  static constexpr int PER_WORD = 4 / BYTES;        // elements in 4 bytes, the smallest move
-  static constexpr int COLUMN_BYTES = 256;          // of 8 output channels of a K slice of the weights
-  using Pair = typename VectorOf<2 * BYTES>::type;  // of neighbouring channels
+struct StripCta : Words<Element> {
+  using Own = Words<Element>;
+  using Own::BYTES, Own::PER_WORD, Own::add_word, Own::held, Own::pack_word, Own::rounded, Own::unpack_word;
+  using typename Own::Pair;
+  static constexpr int COLUMN_BYTES = 256;  // of 8 output channels of a K slice of the weights
 
   const ChainArguments& a;
   const ChainGeometry& g;
@@ -116,9 +100,6 @@ struct StripCta {
               (first_image + p.image < g.images);
     return p;
   }
-  DEVICE int x_offset(const Pixel& p) const {  // bytes
-    return ((p.image * g.height + p.row) * g.width + p.image_column) * a.x_slots.pixel * BYTES;
-  }
   DEVICE int out_offset(const Pixel& p) const {
     const int row = g.by_stride.divide(p.row), column = g.by_stride.divide(p.image_column);
     return ((p.image * g.out_height + row) * g.out_width + column) * a.out_slots.pixel * BYTES;
@@ -130,40 +111,6 @@ struct StripCta {
     return slot_of(g.work_line(step) + line * g.stride, g.work_column + column * g.stride);
   }
 
-  // ---- 4 bytes: two elements in half precision, one float32 otherwise ----
-
-  static DEVICE Float2 unpack_word(uint32_t word) {
-    if constexpr (BYTES == 2)
-      return unpack_pair<Element>(word);
-    else
-      return {float_of(word), 0};
-  }
-  static DEVICE uint32_t pack_word(float first, float second) {
-    if constexpr (BYTES == 2)
-      return pack_pair<Element>(first, second);
-    else
-      return bits_of(first);
-  }
-  static DEVICE uint32_t add_word(uint32_t left, uint32_t right) {
-    if constexpr (BYTES == 2)
-      return add_pair<Element>(left, right);
-    else
-      return bits_of(float_of(left) + float_of(right));
-  }
-  static DEVICE Pair make_pair(float first, float second) {
-    if constexpr (BYTES == 2)
-      return {{pack_word(first, second)}};
-    else
-      return {{bits_of(first), bits_of(second)}};
-  }
-  // TF32 factors are rounded here, where x and u both pass: the tensor cores would truncate them, which shrinks every one.
-  // Eight instructions beside COLUMNS products of eight or more cycles each.
-  static DEVICE FragmentA rounded(FragmentA matrix) {
-    if constexpr (Element::TYPE == TF32)
-      for (uint32_t& word : matrix.word) word = round_to_tf32(word);
-    return matrix;
-  }
-
   // ---- data into shared memory ----
 
   DEVICE void clear_strips() const {
@@ -172,21 +119,18 @@ struct StripCta {
   }
 
   // Starts copying x of the group that step `step` convolves: all lines of which that step reads anything.
-  DEVICE void start_group(int step) const {
-    if (a.load_bytes == 16)
-      start_group_by<16>(step);
-    else if (a.load_bytes == 8)
-      start_group_by<8>(step);
-    else
-      start_group_by<4>(step);
-  }
-  template <int MOVE>
-  DEVICE void start_group_by(int step) const {
-    start_lines<MOVE>(step, step * g.shrink, 0, a.by_load_pieces);
-  }
+  DEVICE void start_group(int step) const { start_lines(step, step * g.shrink, 0, a.by_load_pieces); }
   // Skips `first_line` lines at either end, and the first `first_byte` bytes of every pixel.
-  template <int MOVE>
   DEVICE void start_lines(int step, int first_line, int first_byte, const FastDivisor& by_pieces) const {
+    if (a.load_bytes == 16)
+      start_lines_by<16>(step, first_line, first_byte, by_pieces);
+    else if (a.load_bytes == 8)
+      start_lines_by<8>(step, first_line, first_byte, by_pieces);
+    else
+      start_lines_by<4>(step, first_line, first_byte, by_pieces);
+  }
+  template <int MOVE>
+  DEVICE void start_lines_by(int step, int first_line, int first_byte, const FastDivisor& by_pieces) const {
     // A thread copies the same piece of every `together`th pixel; where pixels have more pieces than there are threads, several.
     const int pieces = int(by_pieces.divisor);
     const bool many = pieces > threads;
@@ -271,7 +215,8 @@ struct StripCta {
     }
   }
   DEVICE const unsigned char* passed_x(const Pixel& p) const {
-    return x + x_offset(p) + a.passed_group * a.x_slots.slot * BYTES;
+    const int pixel = (p.image * g.height + p.row) * g.width + p.image_column;
+    return x + (pixel * a.x_slots.pixel + a.passed_group * a.x_slots.slot) * BYTES;
   }
   DEVICE void pool_group(int first, int sharers) const {  // 3x3 average, padding 1
     const int pieces = int(a.by_copy_pieces.divisor);
@@ -354,8 +299,7 @@ struct StripCta {
     }
   }
 
-  // This thread's first channel, of every 8.
-  DEVICE int lane_channel() const { return first_channel + warp_n * COLUMNS * 8 + lane % 4 * 2; }
+  DEVICE int lane_channel() const { return first_channel + warp_n * COLUMNS * 8 + lane % 4 * 2; }  // the first of every 8
   // Sums begin at the bias. biased: else at zero.
   DEVICE void start_sums(Accumulator (&sums)[TILES][COLUMNS], int step, bool biased) const {
     const int channel = lane_channel(), left = biased ? g.packed_columns * 8 - channel : 0;
@@ -380,18 +324,6 @@ struct StripCta {
     return first + j * 8 * BYTES;
   }
 
-  // What is computed once; pairs of float32 leave no registers for it.
-  template <class T>
-  static DEVICE T held(T value) {
-    if constexpr (BYTES == 2)
-      return kept(value);
-    else
-      return value;
-  }
-  static DEVICE FastDivisor held(FastDivisor by) {
-    by.divisor = held(int(by.divisor)), by.magic = held(int(by.magic));
-    return by;
-  }
   // What all output positions of a step have in common, for one thread.
   struct Raster {
     int line, row, owned_line, slot;  // of the strip, of `out`, the first owned one of the raster, and the slot it begins with
@@ -453,7 +385,7 @@ struct StripCta {
     if constexpr (BYTES == 2)  // rounded first: bounds are rounded alike
       return {{clamp_pair<Element>(pack_word(first, second), lower, upper)}};
     else
-      return make_pair(clamp(first, a.lower, a.upper), clamp(second, a.lower, a.upper));
+      return {{bits_of(clamp(first, a.lower, a.upper)), bits_of(clamp(second, a.lower, a.upper))}};
   }
   // filled: channels from this one on that are written.
   DEVICE void store_pair(unsigned char* to, int filled, Pair y) const {
@@ -468,7 +400,6 @@ struct StripCta {
   }
 
   // ---- what the other kernels do in ways of their own ----
-
   // The first position of this warp in a pass.
   DEVICE int first_position(int pass) const { return (pass * g.warps_m + warp_m) * 16 * TILES; }
   // The slot of this lane's row of the mma's A.
@@ -477,8 +408,7 @@ struct StripCta {
     const int position = first + tile * 16 + lane % 16, end = g.positions(step);
     return slot_of_position(step, position < end ? position : end - 1);
   }
-  // Whether this warp's sums hold the bias.
-  DEVICE bool adds_bias() const { return true; }
+  DEVICE bool adds_bias() const { return true; }  // to this warp's sums
   // Before a barrier: what this thread wrote to shared memory is going to be multiplied.
   DEVICE void show_writes() const {}
   // The positions of one pass of this warp, of which the first is number `first`.

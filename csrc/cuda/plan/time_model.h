@@ -21,8 +21,10 @@ constexpr double COPY_INSTRUCTIONS = 41;       // one cp.async with its index ar
 constexpr double FINISH_PER_ROW = 41;          // of an epilogue's half tile
 constexpr double FINISH_PER_COLUMN = 11;       // and of each pair of channels in it
 constexpr double FINISH_PER_COLUMN_TF32 = 24;  // where a pair is two words
+constexpr double FINISH_PER_COLUMN_WIDE = 20;  // of more than 7, whose conditions outnumber the predicates
 inline double finish_instructions(int columns, DataType type) {
-  return FINISH_PER_ROW + columns * (type == TF32 ? FINISH_PER_COLUMN_TF32 : FINISH_PER_COLUMN);
+  const double per_column = type == TF32 ? FINISH_PER_COLUMN_TF32 : columns > 7 ? FINISH_PER_COLUMN_WIDE : FINISH_PER_COLUMN;
+  return FINISH_PER_ROW + columns * per_column;
 }
 constexpr double BARRIER_CYCLES = 60;  // per chunk of weights
 constexpr double DRAIN_CYCLES = 250;   // of wgmma: the last products of a chunk end, and the first of the next begin

@@ -43,7 +43,8 @@ def compile_instance(instance, architecture, folder):
 def counted_half_tile(kernel):
     """What the launch plan counts with."""
     columns = int(re.search(r"c(\d+)t", kernel.instance)[1])
-    return MODEL["FINISH_PER_ROW"] + columns * MODEL[f"FINISH_PER_COLUMN{'_TF32' * (kernel.dtype == 'tf32')}"]
+    kind = "_TF32" if kernel.dtype == "tf32" else "_WIDE" if columns > 7 else ""
+    return MODEL["FINISH_PER_ROW"] + columns * MODEL[f"FINISH_PER_COLUMN{kind}"]
 
 
 def architectures_of(instance):
