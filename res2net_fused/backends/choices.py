@@ -137,6 +137,7 @@ class _State:
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str], list[Row]] | None = None
+        self.own: list[Row] = []  # of the user's table, and measured since
         self.shipped: list[Row] = []  # of tables that `load_choices` has read
         self.generation = 0
         self.tried: set[tuple[str, Problem]] = set()  # unasked, whatever came of it
@@ -207,26 +208,29 @@ def record(rows: Sequence[Row]) -> None:
     except (OSError, RuntimeError, TimeoutError) as error:
         _log.warning("what was measured is not kept for other processes: %s", error)
     with _lock:
-        _take(merged(_all_rows(), rows))
+        _rows()
+        _state.own = list(merged(_state.own, rows))
+        _take()
 
 
 def load_choices(path: str | os.PathLike[str]) -> int:
     """Adds a table of choices, such as one that comes with a model, to what this process knows. Returns how many rows apply.
 
     path: a file as `tune` writes it. It is read as data. Rows of other machines or versions are left out. What the user's own
-    table has stands. Raises ValueError where it is damaged, OSError where it cannot be read.
+    table has stands, else the table loaded last. Raises ValueError where it is damaged, OSError where it cannot be read.
     """
     rows = read(Path(path)).choices
     with _lock:
+        _rows()
         _state.shipped = list(merged(_state.shipped, rows))
-        _take(merged(_state.shipped, _all_rows()))
+        _take()
     return sum(row.machine in _machines() for row in rows)
 
 
 def forget() -> None:
     """Reads the user's table again at the next call, without those of `load_choices`."""
     with _lock:
-        _state.rows, _state.shipped, _state.tried = None, [], set()
+        _state.rows, _state.own, _state.shipped, _state.tried = None, [], [], set()
         _state.generation += 1
         _nearest.cache_clear()
         _forget_native()
@@ -236,12 +240,9 @@ def _rows() -> dict[tuple[str, str], list[Row]]:
     if _state.rows is None:
         with _lock:
             if _state.rows is None:
-                _take(_read_user())
+                _state.own = list(_read_user())
+                _take()
     return _state.rows or {}
-
-
-def _all_rows() -> list[Row]:
-    return [row for same in _rows().values() for row in same]
 
 
 def _read_user() -> Sequence[Row]:
@@ -254,9 +255,9 @@ def _read_user() -> Sequence[Row]:
     return ()
 
 
-def _take(rows: Sequence[Row]) -> None:
+def _take() -> None:
     found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    for row in merged(_state.shipped, _state.own):
         found.setdefault((row.machine, row.call), []).append(row)
     _state.rows = found
     _state.generation += 1

@@ -58,6 +58,10 @@ class Trial(Contender):
             return [t.detach().clone() for t in self._call()]
 
 
+class NotTaken(Exception):
+    """The call went another way than the choice that was to be tried, with the reason: no fault of the choice."""
+
+
 @dataclass
 class Measured:
     """What came of one call. row: None where nothing could be measured. failures: of choices that are wrong or raised."""
@@ -108,6 +112,9 @@ def settle(
                 made = trial(name)
                 found = made.outputs()
                 errors[name] = _error(found, expected)
+            except NotTaken as error:
+                measured.failures[name] = str(error)
+                continue
             except torch.OutOfMemoryError:
                 measured.failures[name] = "no memory is left to try it"  # this time
                 continue
@@ -128,8 +135,8 @@ def settle(
             if why is not None:
                 del trials[name]
                 measured.failures.setdefault(name, why)
-        if not trials:
-            return measured
+        if not trials.keys() - {OWN}:
+            return measured  # nothing to compare the block's own forward with
         device = str(problem.device)
         first = measure(trials, device, seconds=0, min_repeats=1, warm_up=1, peaks=False)
         once = min(timing.median_ms for timing in first.values())

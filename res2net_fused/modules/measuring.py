@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..backends import choices
 from ..backends.choices_file import OWN
-from ..backends.measuring import SECONDS, Measured, Trial, candidates, settle
+from ..backends.measuring import SECONDS, Measured, NotTaken, Trial, candidates, settle
 from ..backends.selection import choose
 from ..chain.memory_format import memory_format
 from ..chain.problem import Chain1dProblem, ChainProblem
 from ..ops.packed_weights import one_operator
+from .block_state import STATE
 
 _SEED = 20190402
 _ATTEMPTS = 4  # images of other random numbers, where gradients miss the bound
@@ -52,15 +53,25 @@ def measure_block(
 def _measure(
     block: nn.Module, x: Tensor, passes: str, problem: ChainProblem | Chain1dProblem, seconds: float, seed: int, last: bool
 ) -> Measured | None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.inference_mode(False), torch.random.fork_rng(devices=_devices(x)):
-        images = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        images = torch.randn(x.shape, generator=generator, device="cpu").to(x.device, x.dtype)
         images = images.contiguous(memory_format=memory_format(x)) if x.dim() == 4 else images
         bare = bare_copy(block)
         _fill_zeros(bare, generator)
 
         def trial(choice: str) -> Trial:
-            return Trial(choice, call_of(copy.deepcopy(bare), images, passes))
+            made = copy.deepcopy(bare)
+            call = call_of(made, images, passes)
+
+            def taken() -> Sequence[Tensor]:
+                found = call()
+                refusal = vars(made)[STATE].last_refusal
+                if refusal is not None:
+                    raise NotTaken(f"the block's own forward ran: {refusal}")
+                return found
+
+            return Trial(choice, call if choice == OWN else taken)
 
         def exact() -> Sequence[Tensor]:
             wide = copy.deepcopy(bare).double()
@@ -116,9 +127,16 @@ def bare_copy(module: nn.Module, kept: object = None) -> nn.Module:
                 del hooks[key]
         if "drop" in type(m).__name__.lower():
             m.eval()
-        if type(m) is nn.SyncBatchNorm:
-            m.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+        if isinstance(m, nn.SyncBatchNorm):
+            m.__class__ = _OneProcessNorm  # type: ignore[assignment]
     return copied
+
+
+class _OneProcessNorm(nn.BatchNorm2d):
+    """What a SyncBatchNorm computes where there is one process, for inputs (N, C, ...)."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
 
 def _fill_zeros(module: nn.Module, generator: torch.Generator) -> None:
@@ -126,7 +144,7 @@ def _fill_zeros(module: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for p in module.parameters():
             if not p.is_meta and not p.any():
-                p.copy_(torch.randn(p.shape, generator=generator).mul_(0.1))
+                p.copy_(torch.randn(p.shape, generator=generator, device="cpu").mul_(0.1))
 
 
 def _devices(x: Tensor) -> list[torch.device]:

@@ -63,7 +63,7 @@ def why_not_trained(block: BlockParts, x: Tensor, problem: ChainProblem, backend
 
 def synchronises(bn: nn.Module) -> bool:
     """Whether this is a SyncBatchNorm that takes statistics over several processes; of one process it is a BatchNorm."""
-    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
         return False
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False

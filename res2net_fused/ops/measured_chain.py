@@ -66,7 +66,7 @@ def chain_call(
 
 def _images(problem: ChainProblem) -> Tensor:
     """x (N, s*w, H, W), the same at every call."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
     shape = problem.batch, problem.scale * problem.width, problem.height, problem.width_pixels
-    x = torch.randn(shape, generator=generator).to(problem.device, problem.dtype)
+    x = torch.randn(shape, generator=generator, device="cpu").to(problem.device, problem.dtype)
     return x.contiguous(memory_format=torch.channels_last) if problem.channels_last else x

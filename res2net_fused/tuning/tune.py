@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._timing import measure
 from ..backends import choices
@@ -86,6 +86,7 @@ def tune(
         raise ValueError(f"minutes is {minutes}; a positive number or None is needed")
     end = None if minutes is None else time.monotonic() + 60 * minutes
     with torch.inference_mode(False), torch.random.fork_rng(devices=_cuda_devices(model)):
+        example_inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs)  # a forward may write to them
         left_out, bare = _without_hooks(model, training)
         calls = _seen_calls(bare, example_inputs, training, left_out)
         converted = _in_channels_last(bare, calls)
@@ -169,7 +170,8 @@ def _watched(model: nn.Module, left_out: dict[str, str], training: bool, found: 
     handles = []
     for name, block in model.named_modules():
         if isinstance(block, FusedModule) and STATE in vars(block) and name not in left_out:
-            handles.append(block.register_forward_pre_hook(_noting(name, training, left_out, found)))
+            noting = _noting(name, training, left_out, found)
+            handles.append(block.register_forward_pre_hook(noting, with_kwargs=True))
     try:
         yield
     finally:
@@ -178,8 +180,8 @@ def _watched(model: nn.Module, left_out: dict[str, str], training: bool, found: 
 
 
 def _noting(name: str, training: bool, left_out: dict[str, str], found: list[_Call]) -> Callable[..., None]:
-    def note(block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0] if inputs else None
+    def note(block: nn.Module, inputs: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        x = next(iter((*inputs, *by_name.values())), None)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             left_out[name] = "it is not called with a tensor alone"
             return
@@ -216,9 +218,6 @@ def _tuned(same: list[_Call], late: bool) -> TunedCall:
             return TunedCall(names, what, row.choice, row.ms, row.errors, ("measured before",))
     if late:
         return TunedCall(names, what, notes=("no time was left",))
-    x = torch.empty(first.x.shape, dtype=first.x.dtype, device=first.device)
-    if x.dim() == 4 and first.x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
     notes: list[str] = []
     try:
         notes += tune_tiles(first.block, first.problem, first.passes)
@@ -226,17 +225,24 @@ def _tuned(same: list[_Call], late: bool) -> TunedCall:
         raise
     except Exception as error:  # another process measures into the same file, no memory
         notes.append(f"tiles cannot be measured: {type(error).__name__}: {error!s:.200}")
-    try:
-        _measure_chain_inside(first)
-        measured = measure_block(first.block, x, first.passes, first.problem)
-    except Exception as error:  # a module that cannot be copied or run by itself, no memory
-        notes.append(f"it cannot be measured: {type(error).__name__}: {error!s:.200}")
-        return TunedCall(names, what, notes=tuple(notes))
-    notes += [f"{name}: {why}" for name, why in measured.failures.items()]
-    row_found = measured.row
-    if row_found is None:
-        return TunedCall(names, what, notes=tuple(notes))
-    return TunedCall(names, what, row_found.choice, row_found.ms, row_found.errors, tuple(notes))
+    for call in same:  # one of them may run its own forward alone
+        try:
+            _measure_chain_inside(call)
+            measured = measure_block(call.block, _like(call), call.passes, call.problem)
+        except Exception as error:  # a module that cannot be copied or run by itself, no memory
+            notes.append(f"it cannot be measured: {type(error).__name__}: {error!s:.200}")
+            continue
+        notes += [f"{name}: {why}" for name, why in measured.failures.items()]
+        row_found = measured.row
+        if row_found is not None:
+            return TunedCall(names, what, row_found.choice, row_found.ms, row_found.errors, tuple(dict.fromkeys(notes)))
+    return TunedCall(names, what, notes=tuple(dict.fromkeys(notes)))
+
+
+def _like(call: _Call) -> Tensor:
+    x = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.device)
+    last = x.dim() == 4 and call.x.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
 def _measure_chain_inside(call: _Call) -> None:
