@@ -20,6 +20,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ class Watched:
         self.references = list(map(weakref.ref, tensors))
         self.pointers = list(map(Tensor.data_ptr, tensors))
         self.told = 0  # for so many calls to come, it is known already that something was written
-        memory, self.seen = _noticed()
+        with _lock:
+            memory, self.seen = _noticed()
         samples = sample_table(tensors, self.number).pin_memory().to(device, non_blocking=True)
         keep_samples(samples, memory)
         self.table = _Table([self.number], samples)
@@ -84,8 +86,11 @@ class Watched:
 
     def readable(self) -> bool:
         """Whether all tensors are alive and where they were."""
-        tensors = [reference() for reference in self.references]
-        return type(None) not in map(type, tensors) and list(map(Tensor.data_ptr, tensors)) == self.pointers  # type: ignore[arg-type]
+        tensors: list[Any] = [reference() for reference in self.references]
+        try:
+            return list(map(Tensor.data_ptr, tensors)) == self.pointers
+        except TypeError:  # of None
+            return False
 
 
 def watch(tensors: Sequence[Tensor]) -> Watched | None:
@@ -140,8 +145,7 @@ class Member:
         if watched.device in _failed:
             return
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                self._join_or_lead(watched.device, fresh)
+            self._join_or_lead(watched.device, fresh)
         except Exception as error:
             _give_up(watched.device, error)
 
@@ -194,7 +198,8 @@ class _Together:
         if table is None or table.numbers != numbers:
             for w in watched:
                 w.table.made.lend()
-            self.table = table = _Table(numbers, torch.cat([w.table.tensor for w in watched]))
+            with torch.inference_mode(False), torch.no_grad():
+                self.table = table = _Table(numbers, torch.cat([w.table.tensor for w in watched]))
         table.made.lend()
         compare_samples(table.tensor, _noticed()[0])
 

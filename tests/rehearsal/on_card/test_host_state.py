@@ -306,7 +306,7 @@ def test_a_stream_waits_and_is_recorded_once(kind, keep):
     assert costs(torch.cuda.current_stream()) == (0, 0)
     for stream in streams:
         waits, tensors = costs(stream)
-        assert waits == 1 and tensors >= 4
+        assert waits == (1 if keep is freeze else 2) and tensors >= 4  # weights, and samples of what they were made of
     assert [costs(stream) for stream in streams * 2] == [(0, 0)] * 6
     keep(block)  # other weights, of which the streams know nothing
     infer(block, x)

@@ -164,9 +164,9 @@ def _interpret(function: Any, grid: tuple[int, int, int], arguments: list[Any], 
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    own = JITFunction.__call__
-    JITFunction.__call__ = lambda self, *a, **k: InterpretedFunction(self.fn)(*a, **k)  # type: ignore[method-assign]
     with _interpreting:
+        own = JITFunction.__call__
+        JITFunction.__call__ = lambda self, *a, **k: InterpretedFunction(self.fn)(*a, **k)  # type: ignore[method-assign]
         try:
             InterpretedFunction(function.fn)[grid](*map(_interpretable, arguments, signature))
         finally:
