@@ -105,7 +105,7 @@ def watch(tensors: Sequence[Tensor]) -> Watched | None:
         return None
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return Watched([tensor for tensor in tensors if tensor.device == device], device)
+            return Watched([t for t in tensors if t.device == device and t.is_floating_point()], device)
     except Exception as error:
         _give_up(device, error)
         return None
