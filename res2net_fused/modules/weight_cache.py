@@ -23,6 +23,7 @@ from .made_on import MadeOn, tensors_of
 from .watched_weights import Member, Watched, watch
 from .weight_samples import WeightSamples, sample
 
+
 class Made(Protocol):
     """A dataclass of tensors, lists of them and more."""
 

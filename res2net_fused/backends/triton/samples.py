@@ -72,4 +72,5 @@ def _launch(table: Tensor, noticed: Tensor, keeps: bool) -> None:
 def _calls(tensors: Sequence[Tensor], keeps: bool) -> Iterator[KernelCall]:
     from .kernels.compare_samples import sample_calls
 
-    return sample_calls(*tensors, keeps)
+    table, noticed = tensors
+    return sample_calls(table, noticed, keeps)
