@@ -154,7 +154,7 @@ class Member:
         together = None if last is None else last[0]()
         if last is not None and together is not None:
             place = together.places.get(self.number, -1)
-            if place < 0 and self.leads is None and together.root() is _outermost():
+            if place < 0 and together.root is _outermost():
                 place = together.join(self)
                 if not fresh:
                     _Together(self).launch()
@@ -163,6 +163,7 @@ class Member:
                 return
         if self.leads is None:
             self.leads = _Together(self)
+        self.leads.root = _outermost()
         _turns.last[device] = weakref.ref(self.leads), 0
         self.leads.launch(self if fresh else None)
 
@@ -171,8 +172,7 @@ class _Together:
     """Blocks in the order in which they are called, which one launch watches."""
 
     def __init__(self, first: Member) -> None:
-        root = _outermost()
-        self.root = (lambda: None) if root is None else weakref.ref(root)
+        self.root: weakref.ref[nn.Module] | None = None  # of the call that the first one leads
         self.references = [weakref.ref(first)]
         self.places = {first.number: 0}
         self.table: _Table | None = None  # of those that the last launch was for
@@ -204,11 +204,11 @@ class _Together:
         compare_samples(table.tensor, _noticed()[0])
 
 
-def _outermost() -> nn.Module | None:
-    """The outermost module that is being called in this thread."""
+def _outermost() -> weakref.ref[nn.Module] | None:
+    """The outermost module that is being called in this thread; of one module always the same reference."""
     found, frame = None, sys._getframe()
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
-            found = frame.f_locals["self"]
+            found = frame
         frame = frame.f_back  # type: ignore[assignment]
-    return found
+    return None if found is None else weakref.ref(found.f_locals["self"])

@@ -199,8 +199,9 @@ def test_training_on_a_side_stream_gives_the_same_bits(backend):
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_write_that_pytorch_does_not_see_is_noticed_without_waiting():
-    block, x, expected = make("auto")
+@pytest.mark.parametrize("backend", ["auto"])
+def test_a_write_that_pytorch_does_not_see_is_noticed_without_waiting(backend):
+    block, x, expected = make(backend)
     for _ in range(3):
         infer(block, x)
     for parameter in block.parameters():
