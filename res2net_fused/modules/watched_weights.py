@@ -142,7 +142,7 @@ class Member:
     def called(self, watched: Watched, fresh: bool) -> None:
         """Has the block's tensors compared, unless this model's call has done so. fresh: whether the samples are of now."""
         self.watched = watched
-        if watched.device in _failed:
+        if _failed and watched.device in _failed:
             return
         try:
             self._join_or_lead(watched.device, fresh)
