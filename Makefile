@@ -84,9 +84,10 @@ versions: $(DEPENDENCIES)
 	$(MAKE) wheel ARGS=
 	$(BIN)/python tests/integration/versions/run.py $(ARGS)
 
-# timm's own tests of its Res2Net models, plain and accelerated; from timm's sdist, and not in CI.
+# timm's own tests of its Res2Net models, plain and accelerated, from timm's sdist, and mmpretrain's networks; not in CI.
 peers: $(INSTALLED)
 	$(BIN)/python tests/integration/timm_suite/run.py $(ARGS)
+	$(BIN)/python tests/integration/mmpretrain_models/run.py
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

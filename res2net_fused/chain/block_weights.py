@@ -27,7 +27,7 @@ class BlockWeights:
     projection_stride: int = 1
     packed: list[Tensor] | None = None
     layout: str = "plain"
-    made: Any = None  # a MadeOn of modules/weight_cache.py, where it is kept
+    made: Any = None  # a MadeOn of modules/made_on.py, where it is kept
     overflowed: bool = False  # of one that is kept, if float16 may be asked of it: what `overflows` said
 
     # The same in the layouts of other backends, by their names, as `packed_for` makes them.
@@ -70,7 +70,7 @@ class Chain1dWeights:
     scale: Sequence[Tensor] | None = None
     shift: Sequence[Tensor] | None = None
     packed: Sequence[Tensor] | None = None  # what `pack_1d` of backends/cpu/chain1d.py made of the weights
-    made: Any = None  # a MadeOn of modules/weight_cache.py, where it is kept
+    made: Any = None  # a MadeOn of modules/made_on.py, where it is kept
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Chain1dWeights:
         """The plain weights in `dtype`, all on `device`; what is added and scaled keeps its dtype."""

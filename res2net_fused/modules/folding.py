@@ -80,11 +80,16 @@ def projection_of(block: BlockParts) -> Projection | None:
 
 def adds_at_once(block: BlockParts) -> bool:
     """Whether nothing comes between conv3 and the addition of the shortcut, and the activation behind that."""
-    return is_identity(block.se) and is_identity(block.drop_path) and block.ending == "add_act"
+    return does_nothing(block.se) and does_nothing(block.drop_path) and block.ending == "add_act"
 
 
 def is_identity(module: nn.Module | None) -> bool:
     return module is None or type(module) is nn.Identity
+
+
+def does_nothing(part: nn.Module | None) -> bool:
+    """Whether a part need not be called: an Identity that nobody watches, or none."""
+    return part is None or (type(part) is nn.Identity and why_not_bypassed(part) is None)
 
 
 def is_frozen(bn: nn.Module) -> bool:

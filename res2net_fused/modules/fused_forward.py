@@ -39,7 +39,7 @@ from .eligibility import (
     why_not_fused,
     why_not_of_dtype,
 )
-from .folding import Projection, adds_at_once, block_tensors, fold_block, is_frozen, is_identity, projection_of
+from .folding import Projection, adds_at_once, block_tensors, does_nothing, fold_block, is_frozen, is_identity, projection_of
 from .reference_blocks import apply_optional, finish_bottle2neck
 from .snapshot import Known, Snapshot, take_snapshot
 from .switches import has_code
@@ -74,7 +74,7 @@ class FusedForward(FusedModule):
         if any(getattr(bn, "training", False) and not (is_frozen(bn) or is_identity(bn)) for bn in parts.norms):
             state.drop()  # running statistics change without a trace
         if not compiling:
-            foldable = refusal is None and is_identity(parts.drop_block) and not any(map(uses_batch_statistics, parts.bns))
+            foldable = refusal is None and does_nothing(parts.drop_block) and not any(map(uses_batch_statistics, parts.bns))
             if state.asked(foldable and cacheable(block_tensors(parts))) and snapshot is not None:
                 state.known = KnownBlock(snapshot, parts)
         if refusal is not None:
@@ -195,7 +195,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     differentiable = differentiates(block, x, given)
     if not torch.compiler.is_compiling():
         state.last_problem, state.last_trained = chain_problem(block, x, state), False
-    if differentiable or not is_identity(block.drop_block):
+    if differentiable or not does_nothing(block.drop_block):
         folded = fold_block(block, dtype)
         if dtype == torch.float16 and x.device.type == "cpu" and cacheable(block_tensors(block)) and folded.overflows():
             return OVERFLOWED

@@ -1,7 +1,7 @@
 """Folded weights that are kept from call to call: when they still hold, and who may read them.
 
-`CacheKey` and `KeepsWeights` say when they hold, `Frozen` keeps them until told otherwise, and `MadeOn` lends weights that one
-CUDA stream made to calls on others: PyTorch orders nothing between streams. Whoever calls a block on a second stream has
+`CacheKey` and `KeepsWeights` say when they hold, `Frozen` keeps them until told otherwise, and `made_on.py` lends weights that
+one CUDA stream made to calls on others: PyTorch orders nothing between streams. Whoever calls a block on a second stream has
 ordered it behind the writes to the block's parameters, but knows nothing of the kernels that fold and pack them, nor of the
 moment at which the result is freed.
 """
@@ -17,54 +17,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils import _pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .made_on import MadeOn, tensors_of
+from .watched_weights import Member, Watched, watch
 from .weight_samples import WeightSamples, sample
-
-_MANY_STREAMS = 256  # PyTorch's own are 32 of each priority a device; foreign ones may be made for ever
-
-
-class MadeOn:
-    """Tensors that a stream of a CUDA device has been told to make, the moment they are there, and the streams that read them.
-
-    A stream is lent to once, at its first call, and that covers all its later ones. It waits for the event: what it is given
-    afterwards runs behind that. And it is recorded with every tensor, which is no promise about the work of that moment: the
-    allocator keeps the streams with the memory and, when the memory is freed, on whatever stream and however late, gives it
-    out again behind all work "queued on `stream` at the time of deallocation" (Tensor.record_stream). A call holds its weights
-    until its launches are queued, so a drop comes behind the launches of every call that has read them.
-
-    Streams are known by their ids. PyTorch's own live as long as the process. A foreign one's id is its handle, by which the
-    allocator knows it too: what is recorded holds for the next stream with that handle, and CUDA releases the handle of a
-    destroyed stream when that has done its work, the wait for the event included.
-    """
-
-    def __init__(self, value: object, device: torch.device) -> None:
-        stream = torch.cuda.current_stream(device)
-        self.device = device
-        self.event = stream.record_event()
-        self.tensors = _tensors_of(value)
-        self.readers = {stream.stream_id}
-
-    def wait(self) -> None:
-        """Waits until the tensors are there, which lets every stream read them."""
-        self.event.synchronize()
-
-    def lend(self) -> None:
-        """Lets the current stream read the tensors: it waits for them, and they keep their memory until it is through."""
-        stream = torch.cuda.current_stream(self.device)
-        if stream.stream_id in self.readers:
-            return
-        # A graph must not wait for work outside it, and lives longer than any call: only frozen weights, which have been waited
-        # for, come here then, and whoever replays the graph keeps the model frozen.
-        if torch.cuda.is_current_stream_capturing():
-            return
-        stream.wait_event(self.event)
-        for tensor in self.tensors:
-            tensor.record_stream(stream)
-        if len(self.readers) >= _MANY_STREAMS:
-            self.readers = set()
-        self.readers.add(stream.stream_id)  # last: another thread on this stream may rely on it
 
 
 class Made(Protocol):
@@ -134,6 +91,7 @@ class CacheKey:
         self.references = [weakref.ref(tensor) for tensor in tensors]
         self.fingerprints = _fingerprints(tensors)
         self.samples: WeightSamples | None = sample(tensors)
+        self.watched: Watched | None = watch(tensors)
 
     def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
         if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.references):
@@ -161,10 +119,13 @@ class KeepsWeights:
     kept: tuple[CacheKey, Any] | None
     frozen: Frozen[Any] | None
     generation: object = None
+    member: Member | None = None  # where there are GPUs
 
     def drop(self, frozen: bool = True) -> None:
         if not torch.compiler.is_compiling():  # which would guard on it
             self.generation = object()  # first: what is being made now must not be kept
+            if self.member is not None:
+                self.member.watched = None
         self.kept = None
         if frozen:
             self.frozen = None
@@ -173,10 +134,19 @@ class KeepsWeights:
         """What is kept if nothing changed, else what `make` returns, which is kept from now on."""
         settings = (self.generation, *settings)
         kept = self.kept
-        if kept is None or not kept[0].matches(tensors, settings):
+        fresh = kept is None or not kept[0].matches(tensors, settings) or self._changed(kept[0].watched)
+        if kept is None or fresh:
             key = CacheKey(tensors, settings)  # before the work: a write meanwhile must show as a mismatch
             self.kept = kept = key, mark_made(make(), tensors[0].device)
+        watched = kept[0].watched
+        if watched is not None:
+            if self.member is None:
+                self.member = Member()
+            self.member.called(watched, fresh)
         return lend_to_current_stream(kept[1])
+
+    def _changed(self, watched: Watched | None) -> bool:
+        return watched is not None and self.member is not None and self.member.changed(watched)
 
     def unchanged(self, tensors: list[Tensor], settings: tuple[object, ...]) -> Any | None:
         """What is kept if nothing changed, to be asked but not read, else None."""
@@ -186,7 +156,7 @@ class KeepsWeights:
     def outdated(self, tensors: list[Tensor], settings: tuple[object, ...], make: Callable[[], Any]) -> bool:
         """Whether a call now would read what is kept although `make` returns something else: compares every element."""
         kept = self.unchanged(tensors, settings)
-        return kept is not None and not all(map(_same, _tensors_of(kept), _tensors_of(make())))
+        return kept is not None and not all(map(_same, tensors_of(kept), tensors_of(make())))
 
     def freeze(self, make: Callable[[], Frozen[Any]]) -> None:
         """Keeps what `make` returns until it is dropped."""
@@ -194,10 +164,6 @@ class KeepsWeights:
         self.frozen = make()
         if self.generation is not generation:
             self.frozen = None  # dropped meanwhile
-
-
-def _tensors_of(value: object) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(vars(value)) if isinstance(leaf, Tensor)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

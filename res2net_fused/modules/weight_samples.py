@@ -1,6 +1,6 @@
 """Writes that PyTorch does not see (`.data`, NumPy), noticed by a few elements of each tensor that are read again at each call.
 
-No address is kept, since a storage may be freed or resized at any time. On GPUs nothing is read: a call would have to wait.
+No address is kept, since a storage may be freed or resized at any time. On GPUs `watched_weights.py` does it, a call later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class WeightSamples:
 
 
 def sample(tensors: list[Tensor]) -> WeightSamples | None:
-    """Elements of a block's tensors by which writes to them are noticed, or None where nothing reads them."""
+    """Elements of a block's tensors by which writes are noticed, or None where none is on a CPU, or no library there."""
     if not library.cpu_library().loaded or all(tensor.device.type != "cpu" for tensor in tensors):
         return None
     with torch.inference_mode(False):

@@ -6,6 +6,7 @@ block's own forward stay. The subclass pickles as (mixin, original class) and is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -41,6 +42,9 @@ Model = TypeVar("Model", bound=nn.Module)
 REFUSAL = "_res2net_fused_refusal"  # why `accelerate` left a look-alike alone, for `explain`
 LOST = "it no longer has the parts of a Res2Net block"
 
+# Blocks are tried on copies, which fail where another thread swaps classes or puts hooks meanwhile.
+_swapping = threading.RLock()  # a class's own forward runs under it
+
 
 def accelerate(
     model: Model, backend: str = "auto", *, recompute: bool = False, memory_format: torch.memory_format | None = None
@@ -64,15 +68,16 @@ def accelerate(
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
     one_of("backend", backend, BACKENDS)
     one_of("memory_format", memory_format, channels_last.FORMATS)
-    for module in model.modules():
-        if type(module) in originals or not isinstance(module, FusedModule):
-            _take_over(module, backend, recompute)  # one that runs fused is looked at anew: it may have other parts by now
-        elif (state := module.__dict__.get(STATE)) is not None:  # fused by its own class, or under a class of others
-            state.backend = backend
-            if isinstance(state, BlockState):
-                state.recompute = recompute
-            state.drop()
-    channels_last.convert(model, memory_format)
+    with _swapping:
+        for module in model.modules():
+            if type(module) in originals or not isinstance(module, FusedModule):
+                _take_over(module, backend, recompute)  # one that runs fused is looked at anew: it may have other parts by now
+            elif (state := module.__dict__.get(STATE)) is not None:  # fused by its own class, or under a class of others
+                state.backend = backend
+                if isinstance(state, BlockState):
+                    state.recompute = recompute
+                state.drop()
+        channels_last.convert(model, memory_format)
     return model
 
 
@@ -118,17 +123,18 @@ def restore(model: Model) -> Model:
     Classes that others put on top later stay on top. A `Bottle2neck` is fused by its own class and stays so.
     Not while another thread calls the model: a call that has begun needs what this takes away.
     """
-    for module in model.modules():
-        for name in (REFUSAL, NOTE):
-            module.__dict__.pop(name, None)
-        generated = next((c for c in type(module).__mro__ if c in originals), None)
-        if generated is None:
-            continue  # never accelerated; a Bottle2neck is fused by its own class
-        own: Any = type(module)
-        with _generating:
-            module.__class__ = without(own, generated)
-        module.__dict__.pop(STATE, None)
-    channels_last.revert(model)
+    with _swapping:
+        for module in model.modules():
+            for name in (REFUSAL, NOTE):
+                module.__dict__.pop(name, None)
+            generated = next((c for c in type(module).__mro__ if c in originals), None)
+            if generated is None:
+                continue  # never accelerated; a Bottle2neck is fused by its own class
+            own: Any = type(module)
+            with _generating:
+                module.__class__ = without(own, generated)
+            module.__dict__.pop(STATE, None)
+        channels_last.revert(model)
     return model
 
 

@@ -197,3 +197,18 @@ def test_training_on_a_side_stream_gives_the_same_bits(backend):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("backend", ["auto"])
+def test_a_write_that_pytorch_does_not_see_is_noticed_without_waiting(backend):
+    block, x, expected = make(backend)
+    for _ in range(3):
+        infer(block, x)
+    for parameter in block.parameters():
+        parameter.data.mul_(1.25)
+    with pytest.warns(UserWarning, match="call refresh"):
+        infer(block, x)
+        torch.cuda.synchronize()
+        out = infer(block, x)
+        infer(block, x)
+    assert not torch.equal(out, expected) and torch.equal(out, infer(refresh(block), x))

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
-from res2net_fused import accelerate, explain, freeze
+from res2net_fused import Bottle2neck, accelerate, explain, freeze
 
 
 def fired_by(model, module, x=IMAGES):
@@ -35,6 +35,26 @@ def test_hooks_outside_the_chain_fire_and_keep_it_fused(where):
     assert count == 1
     assert_close(out, expected, 5e-6)
     assert all(r.fused for r in explain(model))
+
+
+@pytest.mark.parametrize("where", ["se", "drop_path", "drop_block"])
+@pytest.mark.parametrize("warm", [True, False])
+def test_hooks_on_parts_that_do_nothing_fire(where, warm):
+    block = randomize(Bottle2neck(32, 8, attn_layer=lambda channels: nn.Identity(), drop_path=nn.Identity())).eval()
+    block.drop_block = nn.Identity()
+    x = torch.randn(2, 32, 5, 6)
+    expected = run(block, x)
+    for _ in range(3 * warm):
+        run(block, x)
+    part = block.get_submodule(where)
+    for _ in range(3):
+        count, out = fired_by(block, part, x)
+        assert count == 1 and explain(block)[0].fused
+        assert_close(out, expected, 5e-6)
+    handle = part.register_forward_hook(lambda module, given, out: out * 2)
+    changed = run(block, x)
+    handle.remove()
+    assert not torch.equal(changed, expected) and torch.equal(run(block, x), expected)
 
 
 INNER = ["conv1", "bn1", "convs.0", "convs.2", "bns.1", "conv3", "bn3", "relu", "pool"]

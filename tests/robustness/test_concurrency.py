@@ -19,10 +19,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tree import ROOT
 
-from res2net_fused import Bottle2neck, accelerate, explain, freeze, hierarchical_conv2d, refresh
+from res2net_fused import Bottle2neck, accelerate, explain, freeze, hierarchical_conv2d, refresh, restore
 from res2net_fused._native import library
 from res2net_fused.modules import fused_forward, fused_forward1d, weight_cache
 from res2net_fused.modules.block_state import STATE
+from res2net_fused.patching import accelerate as taking_over
 from res2net_fused.patching.class_swap import fused_class
 
 ROUNDS = 12
@@ -111,6 +112,23 @@ def test_blocks_may_be_accelerated_beside_calls():
         for results in run_together(call, call, functools.partial(accelerate, model))[:2]:
             for result in results:
                 assert_close(result, expected, 1e-12)
+
+
+@pytest.mark.usefixtures("impatient_threads")
+def test_threads_that_accelerate_one_model_take_turns(monkeypatch):
+    """Blocks are tried on copies, which cannot be made while another thread changes them."""
+    model, own, inside, most = official(), taking_over._take_over, [], []
+
+    def counted(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        own(*arguments)
+        inside.pop()
+
+    monkeypatch.setattr(taking_over, "_take_over", counted)
+    run_together(*[functools.partial(accelerate, model), functools.partial(restore, model)] * 2)
+    assert max(most) == 1
+    assert all(r.fused is not False for r in explain(accelerate(model)))
 
 
 @pytest.mark.usefixtures("impatient_threads")

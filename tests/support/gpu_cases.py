@@ -151,6 +151,7 @@ def kernel_calls(todo: Iterable[Case], capability: tuple[int, int]) -> Iterator[
                 yield from triton_calls.calls(shape, dtype, tf32, capability, case.batch)
             elif case.workload == "block":
                 yield from triton_calls.calls_of_block(shape, dtype, capability, case.batch)
+                yield from triton_calls.calls_of_samples()
             else:
                 statistics = (case.workload in TRAINED,)
                 yield from triton_calls.calls_of_training(shape, dtype, tf32, capability, case.batch, statistics)

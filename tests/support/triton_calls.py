@@ -12,6 +12,7 @@ from res2net_fused.backends.triton.availability import precision_of
 from res2net_fused.backends.triton.backward import BatchNorms, ChainGradients
 from res2net_fused.backends.triton.block import block_calls, slot_pitch
 from res2net_fused.backends.triton.kernels.common import GroupView, pack_weights
+from res2net_fused.backends.triton.kernels.compare_samples import ROWS, sample_calls
 from res2net_fused.backends.triton.kernels.conv1d_fwd import chain_calls_1d
 from res2net_fused.backends.triton.kernels.conv3x3_bn_fwd import train_calls
 from res2net_fused.backends.triton.kernels.conv3x3_fwd import chain_calls
@@ -22,9 +23,10 @@ from res2net_fused.chain.config import (
     ChainConfig,
 )
 from res2net_fused.chain.problem import Chain1dProblem, ChainProblem
+from res2net_fused.modules import watched_weights
 
 SPEECHBRAIN = Chain1dConfig(dilation=2, passthrough="first", padding_mode="reflect")
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 SHARED_LIMIT = {
     (8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (12, 0): 99 * 1024,
 }  # fmt: skip
@@ -101,6 +103,13 @@ def calls(shape: Shape, dtype: torch.dtype, tf32: bool, capability: tuple[int, i
     for call in chain_calls(problem, plan, x, out, weights, bias):
         distinct.setdefault(triton_key(call), call)
     return list(distinct.values())
+
+
+def calls_of_samples() -> list[KernelCall]:
+    """What is launched beside a block in eval mode, to notice writes to its weights."""
+    table = torch.empty(1, 3, ROWS, dtype=torch.int64, device="meta")
+    noticed = torch.empty(watched_weights._SLOTS, dtype=torch.int64, device="meta")
+    return [call for keeps in (True, False) for call in sample_calls(table, noticed, keeps)]
 
 
 def calls_of_block(shape: Shape, dtype: torch.dtype, capability: tuple[int, int], batch: int) -> list[KernelCall]:
