@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..chain.activations import CLAMPS, leaky_relu
 from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
-from ..ops.recording import why_recorded
+from ..ops.recording import overrides, why_recorded
 from .block_parts import BlockParts, changed_surroundings, strangers, surroundings, wrappers
 from .block_state import BlockState, geometry_named
 from .choosing import why_own
@@ -22,6 +22,8 @@ from .confirmation import is_convolution
 from .folding import block_tensors, why_not_bypassed, why_not_folded
 from .switches import switches
 from .training import uses_batch_statistics, why_not_trained
+
+OVERRIDDEN = "x or a tensor of the block is of a class that has operators of its own (__torch_function__)"
 
 
 def chain_problem(block: BlockParts, x: Tensor, state: BlockState, trained: bool = False) -> ChainProblem:
@@ -74,6 +76,8 @@ def why_not_fused(
     reason = reason or why_not_read(block) or why_not_alike(block, state, surroundings(block, around, others))
     if reason is not None:
         return reason
+    if not torch.compiler.is_compiling() and any(map(overrides, block_tensors(block))):
+        return OVERRIDDEN
     if shortcut is not None and block.downsample is not None:
         return "called with a shortcut, beside a downsample of its own"
     reason = why_not_of_dtype(x, block.conv1.weight)
@@ -176,6 +180,8 @@ def why_not_called(
         return None, reason
     if not isinstance(x, Tensor) or not is_floating(x, dimensions):
         return None, f"x is not a {dimensions}-D floating-point tensor"
+    if not torch.compiler.is_compiling() and overrides(x):
+        return None, OVERRIDDEN
     if not torch.compiler.is_compiling() and transformed():
         return None, "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     return given, None

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..ops.recording import why_recorded
+from ..ops.recording import replaced, why_recorded
 from .block_state import STATE, FusedState
 from .switches import MODULE_ATTRIBUTES, Elsewhere, settled
 from .weight_cache import capturing
@@ -95,7 +96,13 @@ def take_snapshot(block: nn.Module, opaque: Collection[nn.Module]) -> Snapshot |
     plain = all(isinstance(vars(m).get(name), dict) for m in (block, *modules) for name in (*_CONTENTS, *_HOOKS))
     if not plain or any(isinstance(value, Tensor) for m in (block, *modules) for value in vars(m).values()):
         return None
+    if any(map(is_lazy, chain.from_iterable(map(_tensors_of, (block, *modules))))):  # which has no shape yet
+        return None
     return Snapshot(block, opaque)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[object]:
+    return chain(module._parameters.values(), module._buffers.values())
 
 
 def _inside(block: nn.Module, opaque: Collection[nn.Module]) -> Iterator[nn.Module]:
@@ -158,5 +165,6 @@ def needs_asking() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or nn.modules.module._has_any_global_hook()
+        or replaced()
         or (torch._C._len_torch_function_stack() > 0 and why_recorded() is not None)
     )

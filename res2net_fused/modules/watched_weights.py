@@ -20,7 +20,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +70,7 @@ class Watched:
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         self.device, self.number = device, next(_numbers)
-        self.references = list(map(weakref.ref, tensors))
+        self.tensors = list(tensors)
         self.pointers = list(map(Tensor.data_ptr, tensors))
         self.told = 0  # for so many calls to come, it is known already that something was written
         with _lock:
@@ -85,12 +84,8 @@ class Watched:
         return self.seen[self.number % _SLOTS] == self.number
 
     def readable(self) -> bool:
-        """Whether all tensors are alive and where they were."""
-        tensors: list[Any] = [reference() for reference in self.references]
-        try:
-            return list(map(Tensor.data_ptr, tensors)) == self.pointers
-        except TypeError:  # of None
-            return False
+        """Whether all tensors are where they were."""
+        return list(map(Tensor.data_ptr, self.tensors)) == self.pointers
 
 
 def watch(tensors: Sequence[Tensor]) -> Watched | None:

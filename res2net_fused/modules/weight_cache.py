@@ -9,7 +9,6 @@ moment at which the result is freed.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable
 from operator import attrgetter, is_
 from typing import Any, Generic, Protocol, TypeVar
@@ -88,15 +87,15 @@ class CacheKey:
         _watch_optimizers()
         self.settings = settings
         self.epoch = _epoch
-        self.references = [weakref.ref(tensor) for tensor in tensors]
+        self.tensors = list(tensors)  # no weak references: torch.utils.swap_tensors refuses tensors that have any
         self.fingerprints = _fingerprints(tensors)
         self.samples: WeightSamples | None = sample(tensors)
         self.watched: Watched | None = watch(tensors)
 
     def matches(self, tensors: list[Tensor], settings: tuple[object, ...]) -> bool:
-        if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.references):
+        if self.epoch is not _epoch or self.settings != settings or len(tensors) != len(self.tensors):
             return False
-        if not all(map(is_, tensors, [reference() for reference in self.references])):
+        if not all(map(is_, tensors, self.tensors)):
             return False
         return _fingerprints(tensors) == self.fingerprints and (self.samples is None or not self.samples.differ(tensors))
 

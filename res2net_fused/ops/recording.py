@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter, itemgetter
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 EXPORTED = "exported to ONNX, which knows PyTorch's own operators only"
 TRACED = "torch.jit.trace records PyTorch's own operators, so that the trace loads anywhere"
+
+# What counters and patches replace of PyTorch, as it was at the import.
+_functions = itemgetter("conv2d", "conv1d", "batch_norm", "relu")
+_methods = attrgetter("Conv2d._conv_forward", "Conv1d._conv_forward", "Conv2d.forward", "BatchNorm2d.forward", "ReLU.forward")
+_PRESENT = _functions(vars(F)), _methods(nn)
+_NAMES = ("F.conv2d", "F.conv1d", "F.batch_norm", "F.relu"), ("Conv2d._conv_forward", "Conv1d._conv_forward", "Conv2d.forward",
+          "BatchNorm2d.forward", "ReLU.forward")  # fmt: skip
+
+
+def replaced() -> bool:
+    """Whether a function of PyTorch that blocks call is another one than at the import."""
+    return (_functions(vars(F)), _methods(nn)) != _PRESENT
+
+
+def overrides(tensor: Tensor) -> bool:
+    """Whether the tensor's class has operators of its own, by `__torch_function__`."""
+    own = getattr(type(tensor).__torch_function__, "__func__", None)  # None where that is switched off
+    return own is not None and own is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 def why_recorded() -> str | None:
@@ -19,6 +40,10 @@ def why_recorded() -> str | None:
         mode = next(_watching_modes(), None)
         if mode is not None:
             return f"{type(mode).__name__} is active, and counts or changes PyTorch's own operators"
+    if replaced():
+        now = _functions(vars(F)), _methods(nn)
+        name = next(n for i in (0, 1) for n, a, b in zip(_NAMES[i], now[i], _PRESENT[i], strict=True) if a is not b)
+        return f"PyTorch's {name} is replaced, which counts or changes what blocks call"
     return None
 
 

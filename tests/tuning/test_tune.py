@@ -91,6 +91,55 @@ def test_a_model_in_nchw_is_measured_in_channels_last_too(network, clock):
     assert "0.90 times as fast" in str(rf.tune(network, x, progress=False)) and "converts it" not in str(report.notes)
 
 
+def test_no_row_is_written_where_nothing_ran_fused(network, choices_table):
+    with_hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        (call,) = rf.tune(network, images(), progress=False).calls
+    finally:
+        with_hook.remove()
+    assert not call.ms and any("the block's own forward ran: " in note for note in call.notes)
+    assert not choices_table.exists()
+
+
+def test_the_first_block_that_can_run_fused_is_measured(network):
+    network[1].relu = nn.Tanh()
+    (call,) = rf.tune(network, images(), progress=False).calls
+    assert call.choice == "cpu" and any("own forward ran" in note for note in call.notes)
+
+
+def test_inputs_and_the_default_device_are_left_alone(network):
+    class Normalises(nn.Module):
+        def forward(self, x):
+            return x.sub_(1.0)
+
+    x = images()
+    before = x.clone()
+    torch.set_default_device("meta")
+    try:
+        (call,) = rf.tune(nn.Sequential(Normalises(), network), x, progress=False).calls
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(x, before) and call.choice == "cpu"
+    y = images().requires_grad_()
+    rf.tune(network, y, training=True, progress=False)
+    assert y.grad is None
+
+
+def test_a_head_with_a_synchronised_norm_and_blocks_called_by_name(network):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm = network, nn.SyncBatchNorm(CHANNELS)
+
+        def forward(self, x):
+            for module in self.body[:3]:
+                x = module(x=x) if isinstance(module, rf.Bottle2neck) else module(x)
+            return self.norm(x.mean((2, 3)))
+
+    (call,) = rf.tune(Named().eval(), images(), progress=False).calls
+    assert call.blocks == ("body.1", "body.2") and call.choice == "cpu"
+
+
 def test_the_own_forward_is_taken_where_it_is_the_fastest(network, clock):
     x = images()
     before = run(network, x)
