@@ -135,20 +135,20 @@ std::string environment_or_auto(const char* name) {
   return value == nullptr || *value == '\0' ? "auto" : value;
 }
 
-std::string without_python(const std::string& backend, const char* own, bool runs) {
+bool own_without_python(const std::string& backend, const char* own, const char* why_not) {
   const std::string name = backend == "auto" ? environment_or_auto("RES2NET_FUSED_BACKEND") : backend;
-  if (name == "auto") return runs ? own : "reference";
-  if (name == "reference") return name;
+  if (name == "auto") return why_not == nullptr;
+  if (name == "reference") return false;
   STD_TORCH_CHECK(name == own, "backend '", name, "' cannot run here: without Python there are '", own, "' and 'reference'");
-  STD_TORCH_CHECK(runs, "backend '", name, "' cannot run: x is torch.float64; allowed are float32, float16 and bfloat16");
-  return name;
+  STD_TORCH_CHECK(why_not == nullptr, "backend '", name, "' cannot run: ", why_not);
+  return true;
 }
 
 Answer answer_of(StableIValue* stack, const char* operator_name, const char* own) {
   const std::string name = std::string("res2net_fused_python::") + operator_name;
   said = {};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
-  Answer answer{torch::stable::detail::to<std::vector<Tensor>>(stack[0]), {}};
+  Answer answer{torch::stable::detail::to<Tensors>(stack[0]), {}};
   if (!said.refusal.empty()) throw std::runtime_error(said.refusal);
   answer.decision.own = said.backend == own;
   auto& settings = answer.decision.settings;

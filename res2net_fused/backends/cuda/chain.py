@@ -11,7 +11,10 @@ from torch import Tensor
 from ..._native import library
 from ...chain.activations import CLAMPS
 from ...chain.problem import ChainProblem
+from ..triton import chain as triton_chain
 from ..triton.availability import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
+from ..triton.block import slot_pitch
+from ..verification import is_suspended
 from .packing import pack
 from .plan import describe, device_limits, plan_chain, plan_request, planned, unsupported
 
@@ -58,6 +61,23 @@ def why_not_auto(problem: ChainProblem) -> str | None:
 
 def plan(problem: ChainProblem) -> str:
     return describe(plan_chain(problem, device_limits(problem.device)), problem.dtype)
+
+
+def native_settings(problem: ChainProblem, x: Tensor, packed: bool) -> list[int] | None:
+    """[elements from one pixel of x to the next or 0 for a copy, of a block from one group to the next, *the launch].
+
+    The native body launches what has been compared with float64 and packs nothing. PyTorch's settings decide about float32 at
+    each call, and blocks around whose chain Triton computes are Python's.
+    """
+    if not packed or problem.dtype == torch.float32 or is_suspended():
+        return None
+    if problem.around is None:
+        pitch = pixel_pitch(x) or 0
+    elif triton_chain.why_not(problem) is None:
+        return None
+    else:
+        pitch = slot_pitch(problem.width, 1, x.dtype.itemsize)
+    return [pitch, *plan_chain(problem, device_limits(problem.device)).launch_arguments().values()]
 
 
 def forward(
