@@ -18,7 +18,10 @@ from .chain import why_not_device
 
 
 def why_not_1d(problem: Chain1dProblem) -> str | None:
-    return why_not_device(problem.device)
+    why = why_not_device(problem.device)
+    if why is None:
+        library.cpu_library()  # whose body takes later calls, where it can be loaded
+    return why
 
 
 def plan_1d(problem: Chain1dProblem) -> str:
