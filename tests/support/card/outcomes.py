@@ -90,7 +90,8 @@ def _use_library(native: Any, device: Device, card: Card, settings: Settings) ->
         runtime.execute(settings.launch == "interpreter")
         part = {**part, "built": True, "size": built.stat().st_size, "reason": ""}
         _link(folder / native.build_flags.CUDA_LIBRARY, built)
-    _link(folder / native.build_flags.CPU_LIBRARY, own._package_dir / native.build_flags.CPU_LIBRARY)
+    for name in (native.build_flags.CPU_LIBRARY, native.build_flags.OPS_LIBRARY):
+        _link(folder / name, own._package_dir / name)
     record["parts"]["cuda"] = part
     record["info"] = {**record["info"], "cuda_version": "13.0.88"}
     target = folder / native.build_flags.BUILD_RECORD
