@@ -59,7 +59,8 @@ for dtype, backend, length, first, mode, affine, keep in itertools.product(
     ("constant", "reflect"), (True, False), (True, False),
 ):
     x = (torch.randn(2, length, 20).transpose(1, 2) if length == 7 else torch.randn(2, 20, length)).to(dtype)
-    lists = [[torch.randn(5, 5, 3).to(dtype) / 3 for _ in range(3)], *([torch.randn(5).to(dtype) for _ in range(3)] for _ in range(3))]
+    vectors = ([torch.randn(5).to(dtype) for _ in range(3)] for _ in range(3))
+    lists = [[torch.randn(5, 5, 3).to(dtype) / 3 for _ in range(3)], *vectors]
     if not affine:
         lists[2:] = None, None
     padding = "zeros" if mode == "constant" else mode
@@ -70,7 +71,8 @@ for dtype, backend, length, first, mode, affine, keep in itertools.product(
     for a, b in zip(found, exact):
         error = (a.double() - b).norm() / b.norm()
         assert a.dtype == dtype and a.is_contiguous() and error < {4: 1e-5, 8: 1e-13, 2: 2e-2}[x.itemsize], (error, given[6:])
-for wrong in dict(dilation=7), dict(packed=[torch.ones(3)]), dict(x=x[:, :19]), dict(biases=lists[1][:2]), dict(mode="circular"):
+few = lists[1][:2]
+for wrong in dict(dilation=7), dict(packed=[torch.ones(3)]), dict(x=x[:, :19]), dict(biases=few), dict(mode="circular"):
     change = dict(x=x, biases=lists[1], packed=None, dilation=2, mode="reflect") | wrong
     chain = change["dilation"], "last", change["mode"], False, "auto"
     call = lambda: torch.ops.res2net_fused.hierarchical_conv1d.default(

@@ -33,7 +33,8 @@ def test_prepared_launches_compute():
 
 
 def test_native_bodies_compute():
-    found = re.search(r"(\d+) passed", rehearse("H100", str(TESTS / "rehearsal/on_card/test_rehearsed_bodies.py"), launch="interpreter"))
+    file = TESTS / "rehearsal" / "on_card" / "test_rehearsed_bodies.py"
+    found = re.search(r"(\d+) passed", rehearse("H100", str(file), launch="interpreter"))
     assert found and int(found[1]) >= 12
 
 

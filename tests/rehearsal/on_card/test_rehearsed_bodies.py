@@ -57,7 +57,7 @@ def decisions():
 
 
 def images(channels=24, size=(3, 4), dtype=HALF, room=0, offset=0):
-    """x (1, channels, *size) in channels-last. room: channels between its pixels. offset: elements behind an aligned address."""
+    """x (1, channels, *size) in channels-last. room: channels between pixels. offset: elements behind an aligned address."""
     pitch = channels + room
     values = torch.randn(size[0] * size[1] * pitch + offset).to("cuda", dtype)[offset:]
     return values.view(1, *size, pitch).permute(0, 3, 1, 2)[:, :channels]
@@ -201,5 +201,6 @@ assert "res2net_fused" not in sys.modules
 
 
 def test_without_python_pytorchs_operators_run():
-    done = subprocess.run([sys.executable, "-c", ALONE, library.cuda_library().path.resolve()], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", ALONE, library.cuda_library().path.resolve()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
