@@ -48,8 +48,6 @@ std::atomic<bool> python_answers{false};
 // The memory of a key that is done with, for the thread's next one.
 thread_local Words spare;
 
-void answer_by_python(bool answers) { python_answers = answers; }
-
 // What Python says beside the outputs, in the thread that it was asked in: of several results the dispatcher's C interface mixes
 // up the types (torch 2.13).
 struct Said {
@@ -68,6 +66,12 @@ int64_t known_decisions(bool forget) {
   const int64_t count = static_cast<int64_t>(all.known.size());
   if (forget) all.known.clear();
   return count;
+}
+
+// What was decided without Python holds no longer.
+void answer_by_python(bool answers) {
+  python_answers = answers;
+  known_decisions(true);
 }
 
 }  // namespace

@@ -141,6 +141,7 @@ def test_either_order_defines_each_operator_once(order):
         + first
         + BOTH_WAYS * (order == "library first")
         + second
+        + "assert torch.ops.res2net_fused_native.known_decisions(False) == 0\n"  # none that was made without Python
         + BOTH_WAYS
         + """
 assert torch.Tag.needs_exact_strides in torch.ops.res2net_fused.bottle2neck.default.tags
