@@ -32,13 +32,14 @@ from torch import Tensor, nn
 from res2net_fused import accelerate, hierarchical_conv2d, pack_weights
 from res2net_fused._tables import format_table
 from res2net_fused._timing import Contender, measure
-from res2net_fused.backends import policy
+from res2net_fused.backends import choices, policy
 from res2net_fused.backends.cpu import chain1d
 from res2net_fused.bench import networks, providers, results, runtimes
 from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.networks import NetworkRatios
 from res2net_fused.bench.record_file import Record
 from res2net_fused.chain import reference
+from res2net_fused.chain.block_weights import Chain1dWeights
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
 from res2net_fused.chain.tolerances import network_bound
 from res2net_fused.ops.hierarchical_conv1d import call_1d
@@ -239,8 +240,9 @@ def contenders_1d(x: Tensor, width: int, config: Chain1dConfig) -> tuple[Calls, 
 
     def ours(rows: int, x: Tensor) -> Tensor:
         own, policy.ROWS_FOR_PRODUCTS = policy.ROWS_FOR_PRODUCTS, rows
+        choices.forget_native()  # which costs some ten microseconds
         try:
-            return call_1d(x, weights, biases, scale, shift, packed, config, OURS)
+            return call_1d(x, Chain1dWeights(weights, biases, scale, shift, packed), config, OURS)
         finally:
             policy.ROWS_FOR_PRODUCTS = own
 

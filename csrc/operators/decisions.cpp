@@ -48,8 +48,6 @@ std::atomic<bool> python_answers{false};
 // The memory of a key that is done with, for the thread's next one.
 thread_local Words spare;
 
-void answer_by_python(bool answers) { python_answers = answers; }
-
 // What Python says beside the outputs, in the thread that it was asked in: of several results the dispatcher's C interface mixes
 // up the types (torch 2.13).
 struct Said {
@@ -68,6 +66,12 @@ int64_t known_decisions(bool forget) {
   const int64_t count = static_cast<int64_t>(all.known.size());
   if (forget) all.known.clear();
   return count;
+}
+
+// What was decided without Python holds no longer.
+void answer_by_python(bool answers) {
+  python_answers = answers;
+  known_decisions(true);
 }
 
 }  // namespace
@@ -135,20 +139,20 @@ std::string environment_or_auto(const char* name) {
   return value == nullptr || *value == '\0' ? "auto" : value;
 }
 
-std::string without_python(const std::string& backend, const char* own, bool runs) {
+bool own_without_python(const std::string& backend, const char* own, const char* why_not) {
   const std::string name = backend == "auto" ? environment_or_auto("RES2NET_FUSED_BACKEND") : backend;
-  if (name == "auto") return runs ? own : "reference";
-  if (name == "reference") return name;
+  if (name == "auto") return why_not == nullptr;
+  if (name == "reference") return false;
   STD_TORCH_CHECK(name == own, "backend '", name, "' cannot run here: without Python there are '", own, "' and 'reference'");
-  STD_TORCH_CHECK(runs, "backend '", name, "' cannot run: x is torch.float64; allowed are float32, float16 and bfloat16");
-  return name;
+  STD_TORCH_CHECK(why_not == nullptr, "backend '", name, "' cannot run: ", why_not);
+  return true;
 }
 
 Answer answer_of(StableIValue* stack, const char* operator_name, const char* own) {
   const std::string name = std::string("res2net_fused_python::") + operator_name;
   said = {};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
-  Answer answer{torch::stable::detail::to<std::vector<Tensor>>(stack[0]), {}};
+  Answer answer{torch::stable::detail::to<Tensors>(stack[0]), {}};
   if (!said.refusal.empty()) throw std::runtime_error(said.refusal);
   answer.decision.own = said.backend == own;
   auto& settings = answer.decision.settings;

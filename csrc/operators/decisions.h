@@ -17,12 +17,18 @@
 
 namespace res2net_fused {
 
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::optional<std::vector<Tensor>>;
+using OptionalString = std::optional<std::string>;
 
 // own: whether the native kernels of the library that asks run the call, with these settings, whose meaning is the backend's.
 struct Decision {
   bool own;
-  std::array<int64_t, 4> settings;
+  std::array<int64_t, 16> settings;
 };
 
 // Everything that a decision depends on: the operator and its arguments, of tensors dtype, device, sizes and strides, and
@@ -68,9 +74,9 @@ RES2NET_SHARED bool has_python();
 // The environment variable, or "auto" where it is not set or empty.
 RES2NET_SHARED std::string environment_or_auto(const char* name);
 
-// The backend that a call without Python runs on, `own` or "reference"; throws where another one is asked for.
-// runs: whether the kernels know such arguments.
-RES2NET_SHARED std::string without_python(const std::string& backend, const char* own, bool runs);
+// Whether a call without Python runs on the backend `own`, else it does on "reference"; throws where another one is asked for.
+// why_not: what speaks against the own kernels, or null.
+RES2NET_SHARED bool own_without_python(const std::string& backend, const char* own, const char* why_not);
 
 // Calls the operator `name` with `arguments`, which are all that its schema has, and returns what it returns first.
 template <class Result, class... T>
@@ -82,7 +88,7 @@ Result call_operator(const char* name, const char* overload, const T&... argumen
 
 // What Python makes of a call: `outputs` where it ran it, else the decision. Throws, with Python's message, where it refuses.
 struct Answer {
-  std::vector<Tensor> outputs;
+  Tensors outputs;
   Decision decision;
 };
 RES2NET_SHARED Answer answer_of(StableIValue* stack, const char* operator_name, const char* own);
@@ -91,6 +97,28 @@ template <class... T>
 Answer ask_python(const char* operator_name, const char* own, const T&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
   return answer_of(stack, operator_name, own);
+}
+
+// Python's outputs where it ran the call, else nothing, and then the decision. Where there is no Python `rule` makes it.
+// beside: what it depends on that `arguments` do not tell, which are all of the operator's.
+template <class Rule, class... T>
+Tensors decide(
+    Decision& decision, const char* operator_name, const char* own, const Rule& rule, int64_t beside, const T&... arguments) {
+  Key key(operator_name, beside, arguments...);
+  if (const auto known = key.find(); known.has_value()) {
+    decision = *known;
+    return {};
+  }
+  if (has_python()) {
+    Answer answer = ask_python(operator_name, own, arguments...);
+    if (!answer.outputs.empty()) return std::move(answer.outputs);
+    decision = answer.decision;
+    STD_TORCH_CHECK(decision.own, operator_name, ": Python neither ran the call nor left it to the kernels of ", own);
+  } else {
+    decision = rule();
+  }
+  key.keep(decision);
+  return {};
 }
 
 }  // namespace res2net_fused

@@ -63,8 +63,11 @@ class Backend(BatchNormPasses):
         """Return a new tensor (N, s*w, H/stride, W/stride) in the memory format that `memory_format(x)` names."""
         raise NotImplementedError
 
-    def native_settings(self, problem: ChainProblem) -> list[int] | None:
-        """Return what the operator's native body needs to run the call by itself; None where it has none for this backend."""
+    def native_settings(self, problem: Any, x: Tensor, packed: bool) -> Sequence[int] | None:
+        """Return what the operator's native body needs to run calls of this kind by itself; None where Python runs them.
+
+        It holds for all x of these strides and this alignment. packed: whether weights are given in this backend's layout.
+        """
         return None
 
     def pack_block(self, folded: BlockWeights, config: ChainConfig) -> list[Tensor]:

@@ -106,15 +106,16 @@ def pinned(choice: str) -> Iterator[None]:
     """
     before = _pinned.choice
     _pinned.choice = choice
-    _forget_native()
+    forget_native()
     try:
         yield
     finally:
         _pinned.choice = before
-        _forget_native()
+        forget_native()
 
 
-def _forget_native() -> None:
+def forget_native() -> None:
+    """Makes the native bodies of the operators ask again who runs a call."""
     native = torch.ops.res2net_fused_native
     if hasattr(native, "known_decisions"):
         native.known_decisions(True)
@@ -233,7 +234,7 @@ def forget() -> None:
         _state.rows, _state.own, _state.shipped, _state.tried = None, [], [], set()
         _state.generation += 1
         _nearest.cache_clear()
-        _forget_native()
+        forget_native()
 
 
 def _rows() -> dict[tuple[str, str], list[Row]]:
@@ -262,7 +263,7 @@ def _take() -> None:
     _state.rows = found
     _state.generation += 1
     _nearest.cache_clear()
-    _forget_native()
+    forget_native()
 
 
 # What a call is looked up by -------------------------------------------------------------------------------------------

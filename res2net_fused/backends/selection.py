@@ -183,7 +183,9 @@ def why_put_aside(backend: Backend, problem: Problem) -> str | None:
 
 def put_aside(backend: Backend, problem: Problem, reason: str) -> str:
     """Makes every later choice for calls of this kind another one, which has what this returns among its reasons."""
-    return _aside.setdefault((backend.name, backend.instance(problem)), f"put aside in this process: {reason}")
+    why = _aside.setdefault((backend.name, backend.instance(problem)), f"put aside in this process: {reason}")
+    choices.forget_native()
+    return why
 
 
 def plan(problem: Problem, name: str) -> str:

@@ -56,6 +56,10 @@ def suspended() -> Iterator[None]:
         _suspended = before
 
 
+def is_suspended() -> bool:
+    return _suspended
+
+
 def confirmed(
     operator: str, choose: Choose, problem: Problem, images: list[Any], weights: list[Any], run: Run, whole: bool = False
 ) -> Backend:

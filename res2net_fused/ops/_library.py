@@ -61,11 +61,12 @@ _refusal = _Refusal()
 _asked = torch.library.Library("res2net_fused_python", "DEF")  # what csrc/operators/decisions.cpp calls
 
 
-def register_kernel(name: str, chosen: Callable[..., tuple[Any, str]], run: Callable[..., Any]) -> None:
+def register_kernel(name: str, chosen: Callable[..., tuple[Any, str]], run: Callable[..., Any], layout: int = 0) -> None:
     """Makes Python the kernel of the operator `name` on every device, and the one whom its native bodies ask.
 
     chosen: (*arguments) -> the problem and the name of its backend, or raises. run: (problem, backend's name, *arguments) ->
-    what the operator returns.
+    what the operator returns. layout: the place among the arguments, of which x is the first, of the layout of the packed
+    weights that stand before it; 0 where there is none.
     """
 
     def kernel(*arguments: Any) -> Any:
@@ -75,7 +76,9 @@ def register_kernel(name: str, chosen: Callable[..., tuple[Any, str]], run: Call
         say = torch.ops.res2net_fused_native.say
         try:
             problem, backend = chosen(*arguments)
-            settings = get_backend(backend).native_settings(problem) if problem.batch else None
+            own = get_backend(backend)
+            packed = arguments[layout] == backend and bool(arguments[layout - 1]) if layout else False
+            settings = own.native_settings(problem, arguments[0], packed) if problem.batch else None
             if settings is not None:
                 say(backend, settings, "")
                 return []

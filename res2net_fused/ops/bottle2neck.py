@@ -119,7 +119,7 @@ def _run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
     return run_block(get_backend(backend), problem, x, shortcut, folded, relu)
 
 
-register_kernel("bottle2neck", _chosen, _run)
+register_kernel("bottle2neck", _chosen, _run, layout=12)
 
 
 @fake_of("bottle2neck")

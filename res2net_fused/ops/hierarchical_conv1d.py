@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import BACKENDS, Backend
-from ..backends.selection import choose
+from ..backends.selection import choose, get_backend
 from ..backends.verification import confirmed
 from ..chain import reference
 from ..chain.backward import chain_backward_1d
@@ -25,13 +25,12 @@ from ._library import (
     check_devices,
     fake_of,
     forward_mode,
-    kernel_of,
     library,
-    refuse_tangents,
     register_autocast,
     register_backward,
     register_decomposition,
     register_flops,
+    register_kernel,
     register_transforms,
 )
 from .recording import why_written
@@ -105,9 +104,7 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@kernel_of("hierarchical_conv1d")
-def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> list[Tensor]:
-    refuse_tangents("hierarchical_conv1d", x, weights, biases, affine_scale, affine_shift)
+def _chosen(x, weights, biases, affine_scale, affine_shift, packed, *settings) -> tuple[Chain1dProblem, str]:
     *chain, keep, backend = settings
     problem = check_arguments_1d(x, weights, biases, affine_scale, affine_shift, _cached_config(*chain))
     if packed:
@@ -119,8 +116,17 @@ def _forward(x, weights, biases, affine_scale, affine_shift, packed, *settings) 
         return [out, *rectified]
 
     chosen = confirmed("forward_1d", partial(choose, problem, backend, "plain"), problem, [x], list(tensors), run)
-    out, rectified = chosen.forward_1d(problem, x, Chain1dWeights(*tensors, packed), keep)
+    return problem, chosen.name
+
+
+def _run(problem: Chain1dProblem, backend: str, x, weights, biases, affine_scale, affine_shift, packed, *settings):
+    *_, keep, _ = settings
+    chain = Chain1dWeights(weights, biases, affine_scale, affine_shift, packed)
+    out, rectified = get_backend(backend).forward_1d(problem, x, chain, keep)
     return [out, *rectified]
+
+
+register_kernel("hierarchical_conv1d", _chosen, _run)
 
 
 @fake_of("hierarchical_conv1d")

@@ -146,7 +146,7 @@ def _run(problem: ChainProblem, backend: str, x, weights, biases, packed, layout
     return with_format(out, problem.channels_last)
 
 
-register_kernel("hierarchical_conv2d", _chosen, _run)
+register_kernel("hierarchical_conv2d", _chosen, _run, layout=4)
 
 
 @fake_of("hierarchical_conv2d")

@@ -5,10 +5,11 @@ import subprocess
 
 import pytest
 import torch
+from chain1d_cases import arguments
 from helpers import tool
 from tree import ROOT
 
-from res2net_fused import Bottle2neck, accelerate, freeze
+from res2net_fused import Bottle2neck, accelerate, freeze, hierarchical_conv1d
 from res2net_fused._native import library
 from res2net_fused.models.registry import create_model
 
@@ -57,6 +58,16 @@ def test_block(program, tmp_path, frozen):
     block = torch.nn.Sequential(Bottle2neck(64, 16, baseWidth=26, scale=4)).eval().to(memory_format=FORMAT)
     model = freeze(block) if frozen else block
     run(program, model, torch.randn(2, 64, 9, 9).to(memory_format=FORMAT), tmp_path)
+
+
+def test_rows(program, tmp_path):
+    settings, (x, *lists) = arguments("speechbrain", dtype=torch.float32)
+
+    class Chain(torch.nn.Module):
+        def forward(self, x):
+            return hierarchical_conv1d(x, *lists, **settings)
+
+    run(program, Chain(), x, tmp_path)
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "plain"])

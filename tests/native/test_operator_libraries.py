@@ -9,6 +9,7 @@ import torch
 from tree import ROOT
 
 from res2net_fused._native import build_flags, library
+from res2net_fused.backends import policy
 
 PACKAGE = ROOT / "res2net_fused"
 needs_cpu_library = pytest.mark.skipif(not library.cpu_library().loaded, reason="needs the CPU library")
@@ -41,6 +42,51 @@ def matches(dtype=torch.float32, pool=None, stride=1, backend="auto"):
 BOTH_WAYS = (
     "matches(); matches(torch.float64); matches(pool='avg3', stride=2); matches(pool='avg3', stride=2, backend='reference')\n"
 )
+
+ROWS = """
+import itertools
+def rows(x, weights, biases, scale, shift, first, mode, dilation=2):
+    outputs, kept, y = [x[:, :5]] if first else [], [], x[:, :5] if first == "first_added" else None
+    for k, (weight, bias) in enumerate(zip(weights, biases)):
+        group = x[:, 5 * (k + bool(first)):][:, :5]
+        u = torch.nn.functional.pad(group if y is None else group + y, (dilation, dilation), mode)
+        r = torch.nn.functional.conv1d(u, weight, bias, dilation=dilation).relu()
+        y = r if scale is None else r * scale[k][:, None] + shift[k][:, None]
+        outputs.append(y), kept.append(r)
+    return torch.cat(outputs + ([] if first else [x[:, 15:]]), 1), *kept
+for dtype, backend, length, first, mode, affine, keep in itertools.product(
+    (torch.float32, torch.float64, torch.bfloat16), ("auto", "reference"), (7, 700), ("", "first", "first_added"),
+    ("constant", "reflect"), (True, False), (True, False),
+):
+    x = (torch.randn(2, length, 20).transpose(1, 2) if length == 7 else torch.randn(2, 20, length)).to(dtype)
+    vectors = ([torch.randn(5).to(dtype) for _ in range(3)] for _ in range(3))
+    lists = [[torch.randn(5, 5, 3).to(dtype) / 3 for _ in range(3)], *vectors]
+    if not affine:
+        lists[2:] = None, None
+    padding = "zeros" if mode == "constant" else mode
+    given = x, *lists, None, 2, first or "last", padding, keep, backend
+    found = torch.ops.res2net_fused.hierarchical_conv1d.default(*given)
+    exact = rows(x.double(), *([t.double() for t in values] if values else None for values in lists), first, mode)
+    assert len(found) == 1 + 3 * keep
+    for a, b in zip(found, exact):
+        error = (a.double() - b).norm() / b.norm()
+        assert a.dtype == dtype and a.is_contiguous() and error < {4: 1e-5, 8: 1e-13, 2: 2e-2}[x.itemsize], (error, given[6:])
+few = lists[1][:2]
+for wrong in dict(dilation=7), dict(packed=[torch.ones(3)]), dict(x=x[:, :19]), dict(biases=few), dict(mode="circular"):
+    change = dict(x=x, biases=lists[1], packed=None, dilation=2, mode="reflect") | wrong
+    chain = change["dilation"], "last", change["mode"], False, "auto"
+    call = lambda: torch.ops.res2net_fused.hierarchical_conv1d.default(
+        change["x"][:, :, :7].float(), [w.float() for w in lists[0]], change["biases"], None, None, change["packed"], *chain)
+    if "packed" in wrong:
+        call()  # is packed anew, as where an older version packed it
+        continue
+    try:
+        call()
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError(wrong)
+"""
 
 
 def run(script, folder=ROOT, **environment):
@@ -77,6 +123,16 @@ assert "res2net_fused" not in sys.modules
 
 
 @needs_cpu_library
+def test_rows_without_python():
+    run("import torch\n" + loads("cpu") + ROWS)
+
+
+def test_the_threshold_of_rows_is_the_same_in_both_languages():
+    source = (ROOT / "csrc/cpu/ops/rows_ops.cpp").read_text()
+    assert f"kRowsForProducts = {policy.ROWS_FOR_PRODUCTS};" in source
+
+
+@needs_cpu_library
 @pytest.mark.parametrize("order", ["library first", "package first"])
 def test_either_order_defines_each_operator_once(order):
     first, second = [loads("cpu"), "import res2net_fused\n"][:: 1 if order == "library first" else -1]
@@ -85,6 +141,7 @@ def test_either_order_defines_each_operator_once(order):
         + first
         + BOTH_WAYS * (order == "library first")
         + second
+        + "assert torch.ops.res2net_fused_native.known_decisions(False) == 0\n"  # none that was made without Python
         + BOTH_WAYS
         + """
 assert torch.Tag.needs_exact_strides in torch.ops.res2net_fused.bottle2neck.default.tags

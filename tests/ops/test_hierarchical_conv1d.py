@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from res2net_fused import hierarchical_conv1d
-from res2net_fused.backends import policy
+from res2net_fused.backends import choices, policy
 from res2net_fused.backends.cpu import chain1d
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import Chain1dConfig
@@ -19,6 +19,14 @@ BACKWARD = torch.ops.res2net_fused.hierarchical_conv1d_backward.default
 chains = pytest.mark.parametrize("name", CHAINS)
 # The number of rows up to which the cpu backend multiplies tap by tap: always, and never.
 arrangements = pytest.mark.parametrize("rows", [10**9, 0], ids=["products", "convolutions"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_decided():
+    """Native bodies ask again how many rows are multiplied."""
+    choices.forget_native()
+    yield
+    choices.forget_native()
 
 
 def by_hand(x, weights, biases, scales, shifts, passthrough="last", padding_mode="zeros", dilation=1):

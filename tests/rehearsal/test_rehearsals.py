@@ -32,6 +32,12 @@ def test_prepared_launches_compute():
     assert "1 passed" in rehearse("H100", str(file), "-k", "numbers", launch="interpreter")
 
 
+def test_native_bodies_compute():
+    file = TESTS / "rehearsal" / "on_card" / "test_rehearsed_bodies.py"
+    found = re.search(r"(\d+) passed", rehearse("H100", str(file), launch="interpreter"))
+    assert found and int(found[1]) >= 12
+
+
 # The tests that a real card runs: with fewer launches and other refusals on the smaller card, and with Triton's kernels alone.
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "library", "least"), [("H100", True, 750), ("RTX4090", True, 600), ("H100", False, 180)])

@@ -203,7 +203,7 @@ def test_a_wrong_candidate_is_never_used(network, clock, monkeypatch, caplog):
     def wrong(*arguments):
         return own(*arguments) + 1e-3
 
-    monkeypatch.setattr(type(backend), "native_settings", staticmethod(lambda problem: None))
+    monkeypatch.setattr(type(backend), "native_settings", lambda *call: None)
     monkeypatch.setattr(type(backend), "prepared_block", staticmethod(lambda *_: None))
     monkeypatch.setattr(type(backend), "block_forward", staticmethod(wrong))
     with caplog.at_level(logging.WARNING, "res2net_fused"):
@@ -220,7 +220,7 @@ def test_a_wrong_candidate_is_never_used(network, clock, monkeypatch, caplog):
 def test_what_raises_is_put_aside_and_what_has_no_memory_is_not(network, clock, monkeypatch):
     backend = selection.get_backend("cpu")
     errors = [RuntimeError("a launcher's"), torch.OutOfMemoryError("none")]
-    monkeypatch.setattr(type(backend), "native_settings", staticmethod(lambda problem: None))
+    monkeypatch.setattr(type(backend), "native_settings", lambda *call: None)
     monkeypatch.setattr(type(backend), "prepared_block", staticmethod(lambda *_: None))
     for error in errors:
         selection._aside.clear()

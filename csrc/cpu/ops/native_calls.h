@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/ops/op_arguments.h"
+#include "operators/plain_operators.h"
 
 namespace res2net_fused {
 
@@ -26,5 +27,15 @@ Tensor block_forward(
     int64_t instruction_set);
 
 std::vector<Tensor> pack_pointwise(const Tensor& weight, const Tensor& bias, int64_t instruction_set);
+
+// Whether rows_forward has kernels for such rows; others are left to PyTorch's operators.
+bool knows_rows_of(const Tensor& x);
+
+// Whether products are predicted to be faster than convolutions for so many rows of all images together.
+bool multiplies_rows(int64_t rows);
+
+// The chain along rows. packed: of pack_1d in res2net_fused/backends/cpu/chain1d.py, or nothing. multiplies: by one product for
+// each convolution, else by PyTorch's convolutions of rows that are padded where they are summed.
+Tensors rows_forward(const RowsChain& chain, const OptionalTensors& packed, bool multiplies);
 
 }  // namespace res2net_fused

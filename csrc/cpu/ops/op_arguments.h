@@ -8,15 +8,10 @@
 #include <optional>
 #include <vector>
 
-#include "common/named_arguments.h"
-#include "cpu/chain/problem.h"
 #include "cpu/runtime/dispatch.h"
+#include "operators/chain_names.h"
 
 namespace res2net_fused {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline const Kernels& kernels_of(int64_t instruction_set) {
   const Kernels* kernels = find_kernels(static_cast<InstructionSet>(instruction_set));
@@ -24,43 +19,11 @@ inline const Kernels& kernels_of(int64_t instruction_set) {
   return *kernels;
 }
 
-// What describes a chain without its images, as chain_arguments in res2net_fused/backends/cpu/settings.py passes it. channels:
-// of a group. Enumerations come as their codes. slope: of the activation, where it has one.
-#define R2N_CHAIN(INT, BOOL, FLOAT)                                                                                    \
-  INT(channels), INT(steps), INT(stride), INT(dilation), INT(groups), BOOL(hierarchical), INT(passthrough), INT(pool), \
-      INT(activation), FLOAT(slope)
-
-inline Activation activation_of(int64_t code, double slope) {
-  STD_TORCH_CHECK(code >= 0 && code <= Activation::mish, "activation must be 0 to ", Activation::mish, ", not ", code);
-  return {static_cast<Activation::Kind>(code), static_cast<float>(slope)};
-}
-
 // For the kernels of a backward, which know an activation's derivative from its output.
 inline Activation activation_read_off(int64_t code, double slope) {
   const Activation activation = activation_of(code, slope);
   STD_TORCH_CHECK(activation.shows_slope(), "activation ", code, " has no derivative that its output shows");
   return activation;
-}
-
-inline ChainProblem problem_of(int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN)) {
-  STD_TORCH_CHECK(
-      channels >= 1 && steps >= 1 && stride >= 1 && dilation >= 1 && groups >= 1 && channels % groups == 0 && height >= 1 &&
-          width >= 1,
-      "no chain over images of ", height, " x ", width, " pixels: channels ", channels, ", steps ", steps, ", stride ", stride,
-      ", dilation ", dilation, ", groups ", groups);
-  return {
-      .batch = batch,
-      .height = height,
-      .width = width,
-      .channels = channels,
-      .steps = steps,
-      .stride = stride,
-      .dilation = dilation,
-      .groups = groups,
-      .hierarchical = hierarchical,
-      .passthrough = static_cast<Passthrough>(passthrough),
-      .pool = static_cast<Pool>(pool),
-      .activation = activation_of(activation, slope)};
 }
 
 // The floats of a tensor that cpu_pack or cpu_pack_pointwise returned; null if it is empty and may be.

@@ -10,8 +10,8 @@
 #include <iterator>
 #include <limits>
 
-#include "common/named_arguments.h"
 #include "cuda/chain/launchers.h"
+#include "cuda/chain/native_calls.h"
 #include "cuda/device.h"
 #include "cuda/plan/launch_plan.h"
 
@@ -45,18 +45,12 @@ int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// What `launch_chain` in res2net_fused/backends/cuda/chain.py passes: how a plan cuts the launch, then the chain, with the
-// group that passes or -1; pixel and slot: pitches of x and of out, in elements; fill_channels: of a slot of out, that are
-// written; add_passed: whether the passed group is added to the first convolved one.
-#define RES2NET_LAUNCH_ARGUMENTS(INT, BOOL, FLOAT)                                                                         \
-  INT(instance), INT(rows), INT(columns), INT(images), INT(whole), INT(warps_m), INT(warps_n), INT(slices), INT(stages),   \
-      INT(row_parts), INT(channel_parts), INT(warps_k), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), \
-      INT(first_group), INT(passed_group), INT(pool), INT(x_pixel), INT(x_slot), INT(out_pixel), INT(out_slot),            \
-      INT(fill_channels), BOOL(add_passed)
 #define RES2NET_NARROW(name) narrow(#name, name)  // named in the error
 
+}  // namespace
+
 // float32 is multiplied in TF32.
-void cuda_chain(
+void res2net_fused::cuda::cuda_chain(
     Tensor x, Tensor weight, Tensor bias, Tensor out, RES2NET_PARAMETERS(RES2NET_LAUNCH_ARGUMENTS), double lower,
     double upper) {
   STD_TORCH_CHECK(
@@ -150,8 +144,6 @@ void cuda_chain(
   const int error = LAUNCHERS[index](&a, type, stream);
   STD_TORCH_CHECK(error == 0, "the chain kernel could not be launched: ", res2net_fused_cuda_error(error));
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
   m.def(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...chain.problem import Chain1dProblem, ChainProblem
 from ..base import Backend
 from . import backward, batch_norm, block, chain, chain1d
 from .convolution import WinogradConvolver
@@ -18,7 +23,6 @@ class CpuBackend(WinogradConvolver, Backend):
     pack = staticmethod(chain.pack)
     forward = staticmethod(chain.forward)
     ways = staticmethod(chain.ways)
-    native_settings = staticmethod(chain.native_settings)
     pack_block = staticmethod(block.pack_block)
     block_forward = staticmethod(block.block_forward)
     prepared_block = staticmethod(block.prepared_block)
@@ -32,6 +36,9 @@ class CpuBackend(WinogradConvolver, Backend):
     # Methods: they are handed this backend, to convolve by.
     train_forward = batch_norm.train_forward
     train_backward = batch_norm.train_backward
+
+    def native_settings(self, problem: ChainProblem | Chain1dProblem, x: Tensor, packed: bool) -> Sequence[int] | None:
+        return chain1d.native_settings(problem) if isinstance(problem, Chain1dProblem) else chain.native_settings(problem)
 
 
 BACKEND = CpuBackend()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._native import library
 from ...chain.block_weights import Chain1dWeights
 from ...chain.problem import Chain1dProblem
 from ...chain.reference import bias_of
@@ -17,7 +18,10 @@ from .chain import why_not_device
 
 
 def why_not_1d(problem: Chain1dProblem) -> str | None:
-    return why_not_device(problem.device)
+    why = why_not_device(problem.device)
+    if why is None:
+        library.cpu_library()  # whose body takes later calls, where it can be loaded
+    return why
 
 
 def plan_1d(problem: Chain1dProblem) -> str:
@@ -28,9 +32,15 @@ def multiplies(problem: Chain1dProblem) -> bool:
     return 0 < problem.batch * problem.length <= policy.ROWS_FOR_PRODUCTS and problem.dtype in (torch.float32, torch.float64)
 
 
+def native_settings(problem: Chain1dProblem) -> list[int] | None:
+    """[whether it multiplies]; None for half types, whose kernels are PyTorch's."""
+    native = library.cpu_library().loaded and problem.dtype in (torch.float32, torch.float64)
+    return [multiplies(problem)] if native else None
+
+
 def pack_1d(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights of every tap as the right factor of a product, each (w, w), those of the first convolution first."""
-    return [tap.contiguous() for weight in weights for tap in weight.detach().permute(2, 1, 0)]
+    """Each weight as the right factor of a product, (k * w, w): one tap below the other."""
+    return [weight.detach().permute(2, 1, 0).flatten(0, 1).contiguous() for weight in weights]
 
 
 def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep: bool) -> tuple[Tensor, list[Tensor]]:
@@ -62,7 +72,8 @@ class Products(Convolutions):
 
     def __init__(self, problem: Chain1dProblem, chain: Chain1dWeights) -> None:
         super().__init__(problem, chain)
-        self.packed = chain.packed or pack_1d(chain.weights)
+        steps = len(chain.weights)  # 0.1.0 packed every tap by itself
+        self.packed = chain.packed if chain.packed and len(chain.packed) == steps else pack_1d(chain.weights)
         self.rows = _PaddedRows(problem, self.packed[0], last=False)
         rows = self.rows.padded.flatten(0, 1)  # (N * (L + 2p), w)
         count = rows.shape[0] - 2 * problem.padding  # those between images are computed too, and never read
@@ -74,8 +85,7 @@ class Products(Convolutions):
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         self.rows.fill(x, previous)
-        taps = self.problem.kernel_size
-        first, *others = self.packed[k * taps : (k + 1) * taps]
+        first, *others = self.packed[k].split(self.problem.width)
         bias = bias_of(self.biases, k, x)
         if bias is None:
             torch.mm(self.shifted[0], first, out=self.z)

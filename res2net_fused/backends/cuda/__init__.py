@@ -27,6 +27,7 @@ class CudaBackend(Backend):
     why_not = staticmethod(chain.why_not)
     why_not_auto = staticmethod(chain.why_not_auto)
     plan = staticmethod(chain.plan)
+    native_settings = staticmethod(chain.native_settings)
     forward = staticmethod(chain.forward)
     ways = staticmethod(chain.ways)
     pack = staticmethod(packing.pack)

@@ -12,7 +12,10 @@ from ..._native import library
 from ...chain.activations import CLAMPS
 from ...chain.problem import ChainProblem
 from .. import choices
+from ..triton import chain as triton_chain
 from ..triton.availability import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
+from ..triton.block import slot_pitch
+from ..verification import is_suspended
 from .packing import pack
 from .plan import Plan, describe, device_limits, plan_chain, plan_request, planned, unsupported
 
@@ -78,6 +81,23 @@ def why_not_auto(problem: ChainProblem) -> str | None:
 
 def plan(problem: ChainProblem) -> str:
     return describe(chosen_plan(problem), problem.dtype)
+
+
+def native_settings(problem: ChainProblem, x: Tensor, packed: bool) -> list[int] | None:
+    """[elements from one pixel of x to the next or 0 for a copy, of a block from one group to the next, *the launch].
+
+    The native body launches what has been compared with float64 and packs nothing. PyTorch's settings decide about float32 at
+    each call, and blocks around whose chain Triton computes are Python's.
+    """
+    if not packed or problem.dtype == torch.float32 or is_suspended():
+        return None
+    if problem.around is None:
+        pitch = pixel_pitch(x) or 0
+    elif triton_chain.why_not(problem) is None:
+        return None
+    else:
+        pitch = slot_pitch(problem.width, 1, x.dtype.itemsize)
+    return [pitch, *chosen_plan(problem).launch_arguments().values()]
 
 
 def forward(

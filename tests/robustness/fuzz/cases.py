@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fuzz.checks import Truth, check_against, check_kinds, each_path, hostile_memory, untouched
 from res2net_fused import Bottle2neck, hierarchical_conv1d, hierarchical_conv2d, pack_weights
-from res2net_fused.backends import policy
+from res2net_fused.backends import choices, policy
 from res2net_fused.chain import reference
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
 from res2net_fused.chain.memory_format import memory_format
@@ -202,6 +202,7 @@ class RowsCase:
             for rows in (10**9, 0) if backend == "cpu" else (policy.ROWS_FOR_PRODUCTS,):
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(policy, "ROWS_FOR_PRODUCTS", rows)
+                    choices.forget_native()
                     yield backend, f"{backend}, products up to {rows} rows"
 
     def _check_gradients(self, flat: Sequence[Tensor], lists, backend: str, where: str) -> None:

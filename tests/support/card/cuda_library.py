@@ -72,7 +72,8 @@ def build(folder: Path) -> Path:
 
     digest = hashlib.sha256((torch_root / "version.py").read_bytes())
     digest.update(repr((FLAGS, [f.replace(str(ROOT), "") for _, _, flags in units for f in flags])).encode())
-    used = [*ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/cuda/**/*.*")]
+    used = [*ROOT.glob("csrc/common/*"), *ROOT.glob("csrc/cuda/**/*.*"), *ROOT.glob("csrc/operators/*.h")]
+    used += [ROOT / "csrc/cpu/chain/problem.h", ROOT / "csrc/cpu/kernels/kernels.h"]  # which those include
     for path in sorted({*used, *EMULATOR.glob("*.h"), *emulator, *HERE.glob("*"), Path(__file__)}):
         digest.update(path.name.encode() + path.read_bytes())
     name = digest.hexdigest()[:16]
@@ -85,13 +86,14 @@ def build(folder: Path) -> Path:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda unit: _compile(*unit, work), [*beside, *units]))
     runtime_objects, library_objects = ([work / made for _, made, _ in part] for part in (beside, units))
-    rpath = f"-Wl,-rpath,{folder}:{torch_root / 'lib'}"
+    shared = ROOT / "res2net_fused" / build_flags.OPS_LIBRARY  # the real one, as the CPU library's
+    rpath = f"-Wl,-rpath,{folder}:{torch_root / 'lib'}:{shared.parent}"
     torch_library = f"-L{torch_root / 'lib'}"
     fresh = work / runtime_library.name
     _run("-shared", *runtime_objects, "-o", fresh, f"-Wl,-soname,{fresh.name}", torch_library, "-lc10", rpath)
     os.replace(fresh, runtime_library)
     fresh = work / library.name
-    _run("-shared", *library_objects, runtime_library, "-o", fresh, torch_library, "-ltorch_cpu", rpath)
+    _run("-shared", *library_objects, runtime_library, shared, "-o", fresh, torch_library, "-ltorch_cpu", rpath)
     os.replace(fresh, library)
     shutil.rmtree(work)
     return library

@@ -6,10 +6,51 @@
 #include <string>
 #include <utility>
 
-#include "cpu/ops/op_arguments.h"
-#include "cpu/ops/plain_operators.h"
+#include "common/named_arguments.h"
+#include "cpu/chain/problem.h"
+#include "operators/decisions.h"
 
 namespace res2net_fused {
+
+struct ChainNames {
+  int64_t stride, dilation, groups;
+  bool hierarchical;
+  const std::string& passthrough;
+  const std::optional<std::string>& pool;
+  const std::string& activation;
+};
+
+// What describes a chain without its images, as chain_arguments in res2net_fused/backends/cpu/settings.py passes it. channels:
+// of a group. Enumerations come as their codes. slope: of the activation, where it has one.
+#define R2N_CHAIN(INT, BOOL, FLOAT)                                                                                    \
+  INT(channels), INT(steps), INT(stride), INT(dilation), INT(groups), BOOL(hierarchical), INT(passthrough), INT(pool), \
+      INT(activation), FLOAT(slope)
+
+inline Activation activation_of(int64_t code, double slope) {
+  STD_TORCH_CHECK(code >= 0 && code <= Activation::mish, "activation must be 0 to ", Activation::mish, ", not ", code);
+  return {static_cast<Activation::Kind>(code), static_cast<float>(slope)};
+}
+
+inline ChainProblem problem_of(int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN)) {
+  STD_TORCH_CHECK(
+      channels >= 1 && steps >= 1 && stride >= 1 && dilation >= 1 && groups >= 1 && channels % groups == 0 && height >= 1 &&
+          width >= 1,
+      "no chain over images of ", height, " x ", width, " pixels: channels ", channels, ", steps ", steps, ", stride ", stride,
+      ", dilation ", dilation, ", groups ", groups);
+  return {
+      .batch = batch,
+      .height = height,
+      .width = width,
+      .channels = channels,
+      .steps = steps,
+      .stride = stride,
+      .dilation = dilation,
+      .groups = groups,
+      .hierarchical = hierarchical,
+      .passthrough = static_cast<Passthrough>(passthrough),
+      .pool = static_cast<Pool>(pool),
+      .activation = activation_of(activation, slope)};
+}
 
 template <size_t n>
 int64_t code_of(const char* argument, const std::string& name, const char* const (&names)[n]) {
