@@ -58,18 +58,22 @@ struct SharedPtr {
 
 DEVICE SharedPtr shared_memory() {
   extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
-  return {static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory))};
+  auto at = static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
+#if __CUDA_ARCH__ >= 900
+  asm("" : "+r"(at));  // not put together anew wherever it is used
+#endif
+  return {at};
 }
 
 // The same value, or pointer into global memory, which the compiler then keeps rather than compute it anew where it is used.
 DEVICE int kept(int value) {
-  asm("" : "+r"(value));
+  asm volatile("" : "+r"(value));
   return value;
 }
 template <class T>
 DEVICE T* kept(T* pointer) {
   size_t address = __cvta_generic_to_global(pointer);
-  asm("" : "+l"(address));
+  asm volatile("" : "+l"(address));
   return static_cast<T*>(__cvta_global_to_generic(address));
 }
 

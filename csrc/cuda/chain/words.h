@@ -52,10 +52,15 @@ struct Words {
     return matrix;
   }
 
-  // What is computed once; pairs of float32 leave no registers for it.
+  // What is computed once and kept in a register, where there is one: of 128 with pairs of float32 there is none on sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool HOLDS = BYTES == 2;
+#else
+  static constexpr bool HOLDS = true;
+#endif
   template <class T>
   static DEVICE T held(T value) {
-    if constexpr (BYTES == 2)
+    if constexpr (HOLDS)
       return kept(value);
     else
       return value;
