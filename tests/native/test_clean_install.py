@@ -153,6 +153,13 @@ def test_the_readme_names_what_a_build_needs():
     assert named["setuptools"].specifier == required["setuptools"].specifier
 
 
+def test_the_page_recommends_what_the_readme_says():
+    """The first indented block of each, without comments."""
+    first = [re.search(r"(?:^ {4}.+\n)+", (ROOT / page).read_text(), re.M)[0] for page in ("README.md", "docs/install.md")]
+    commands = [[line.partition("  #")[0].strip() for line in block.splitlines()] for block in first]
+    assert commands[0] == commands[1] and len(commands[0]) == 2
+
+
 @pytest.mark.slow  # builds everything once more, which `make setup` does too
 def test_from_source_without_make(tmp_path):
     """Pure Python, which compiles nothing; the whole way is a slow test."""

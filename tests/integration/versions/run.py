@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     outcome = {}
     for version in [options.into] if options.into else options.torch or (OLDEST, NEWEST):
-        folder = FOLDER / f"torch-{Path(version).name}"
+        folder = FOLDER / re.sub("[^a-z0-9.]+", "-", f"torch-{version}")
         facts = f"{platform.python_version()}|{version}|{options.triton or 'as torch asks'}|{platform.machine()}"
         try:
             python = made(folder, version, options, wheels[-1])
