@@ -20,6 +20,7 @@ PINS := $(VENV)/.pins
 DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
+RELEASE := $(VENV)/.release
 NATIVE := $(shell find csrc -type f) res2net_fused/_native/build_flags.py res2net_fused/_native/cuda_toolkit.py
 
 .PHONY: bench check record results docs test test-full test-gpu fuzz mutate sanitize wheel wheels versions peers lint types clean setup FORCE
@@ -76,7 +77,7 @@ wheel: $(INSTALLED)
 	RES2NET_FUSED_BUILD=require $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist $(ARGS) .
 
 # What is published, in dist/: the sdist, and wheels for manylinux_2_28 on x86_64 and aarch64; ARGS="--again" compares two builds.
-wheels: $(INSTALLED)
+wheels: $(RELEASE)
 	$(BIN)/python release/artefacts.py $(ARGS)
 
 # The wheel with the oldest and the newest torch, each in an environment of its own under build/: gigabytes, and not in CI.
@@ -109,6 +110,8 @@ $(DEPENDENCIES): Makefile $(PINS)
 # Editable, so that Python sources need no installing again. Native code is built behind it (by ninja, only what changed), when
 # PyPI's nvcc is there where it is the one that fits torch, and not by pip, which would hide for minutes that it compiles; pip
 # fetches what only tests and benchmarks need meanwhile.
+# EXTRAS adds others meanwhile: .ci/run has it install `release` too, without which the tests of the published wheel skip.
+EXTRAS ?= bench,test
 # timm and torchvision, whose 0.28 is torch's 2.13, come without their dependencies, which would change torch: timm's others come
 # first. The script behind them sees to it that torchvision loads also beside a torch of another build than PyPI's.
 TORCHVISION = $(BIN)/python -c 'import importlib.metadata as m; print(int(m.version("torch").split(".")[1]) + 15)'
@@ -116,7 +119,7 @@ $(INSTALLED): $(DEPENDENCIES) setup.py pyproject.toml $(NATIVE)
 	RES2NET_FUSED_BUILD=off $(BIN)/python -m pip install --no-build-isolation -e \
 		".$$($(BIN)/python -I res2net_fused/_native/cuda_toolkit.py)"
 	$(BIN)/python setup.py build_ext --inplace & built=$$!; \
-	$(BIN)/python -m pip install 'res2net-fused[bench,release,test]' safetensors pyyaml huggingface_hub && \
+	$(BIN)/python -m pip install 'res2net-fused[$(EXTRAS)]' safetensors pyyaml huggingface_hub && \
 	$(BIN)/python -m pip install --no-deps timm "torchvision==0.$$($(TORCHVISION)).*" && \
 	$(BIN)/python .ci/fit_torchvision.py; status=$$?; wait $$built && exit $$status
 	touch $@
@@ -126,7 +129,12 @@ $(DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install 'res2net-fused[docs]'
 	touch $@
 
+# zig and what checks wheels: half a gigabyte on disk, which nothing but wheels needs.
+$(RELEASE): $(INSTALLED)
+	$(BIN)/python -m pip install 'res2net-fused[release]'
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis $(INSTALLED) $(DOCS)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis $(INSTALLED) $(DOCS) $(RELEASE)
 	rm -f res2net_fused/*.so res2net_fused/lib/*.so res2net_fused/lib/*.json
 	find res2net_fused tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

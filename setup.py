@@ -306,6 +306,8 @@ class NativeParts:
             target, added, nvcc = plan(facts)
             tools, ninja = self.tools, find_ninja()
             cxx, linker = tools.compiler(), tools.linker()
+            if linker and nvcc:
+                linker += nvcc.library_folders()
             if ninja is None and self.needs_ninja:
                 raise Missing(f"ninja not found: `pip install ninja`, then run `{REBUILD}`")
             folder = tools.folder / name

@@ -11,7 +11,6 @@ PyTorch's libraries are needed when the library is loaded only: empty ones of th
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -53,7 +52,7 @@ def _translated(flags: Iterable[str]) -> list[str]:
     given = iter(flags)
     for flag in given:
         if flag == "-cudart":
-            next(given)  # the library itself is named by `main`
+            words += [f"-lcudart_{next(given)}", "-lrt", "-ldl"]
         elif flag == "-Xlinker":
             words += _for_linker(next(given))
         elif flag.startswith(("-Xlinker=", "-Wl,")):
@@ -81,23 +80,13 @@ def main(platform: str, compiler: str, *rest: str) -> None:
     subprocess.run(
         [compiler, "-O2", "-std=c++20", "-fPIC", "-c", str(HERE / "older_systems.cpp"), "-o", "older_systems.o"], check=True
     )
-    flags = _translated(rest)
-    if "-cudart" in rest:
-        flags += [_cudart(), "-lrt", "-ldl"]
-    # Before what `flags` name: a build for this very machine may have left libraries of the same names.
+    # Before what the flags name: a build for this very machine may have left libraries of the same names.
     first = ["-L../ops", _stand_ins(linker, Path("..", "stand_ins")), "-Wl,--no-as-needed"]  # the stand-ins define nothing
     # libgcc before zig's own, whose __builtin_cpu_supports knows no AVX2.
     last = ["older_systems.o", *map(runtime, ("libstdc++.so.6", "libgcc_s.so.1", "libgcc.a")), "-lm", "-lpthread"]
-    subprocess.run([*linker, "-s", f"-Wl,--version-script={HERE / 'symbols.map'}", *first, *flags, *last], check=True)
-
-
-def _cudart() -> str:
-    """CUDA's runtime as a static library, beside the nvcc that compiled."""
-    home = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc").resolve().parents[1]
-    found = [path for pattern in ("lib64", "lib", "targets/*/lib") for path in home.glob(f"{pattern}/libcudart_static.a")]
-    if not found:
-        raise SystemExit(f"{home} holds no libcudart_static.a")
-    return str(found[0])
+    subprocess.run(
+        [*linker, "-s", f"-Wl,--version-script={HERE / 'symbols.map'}", *first, *_translated(rest), *last], check=True
+    )
 
 
 if __name__ == "__main__":

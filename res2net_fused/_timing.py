@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
-
 Name = TypeVar("Name", bound=Hashable)  # of a contender
 
 _SPINNING_S = 0.01  # GCC's OpenMP threads spin for about half of this
@@ -203,6 +201,7 @@ def peak_mb(contender: Contender, device: str) -> float:
 
 
 def _cpu_peak_mb(contender: Contender) -> float:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.inference_mode():

@@ -293,7 +293,8 @@ def _info(options: argparse.Namespace) -> int:
     if options.kernels:
         from .backends.cuda.kernel_report import kernel_table, prediction_table
 
-        for title, (head, *rows) in (("CUDA kernels", kernel_table()), ("predicted, not measured", prediction_table())):
+        for title, table in (("predicted, not measured", prediction_table), ("CUDA kernels", kernel_table)):
+            head, *rows = table()  # the latter raises where there is no library
             print(f"\n{title}\n{format_table(head, rows, left=3)}")
     return 0
 

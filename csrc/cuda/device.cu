@@ -5,10 +5,15 @@
 #define RES2NET_FUSED_STRING_(x) #x
 #define RES2NET_FUSED_STRING(x) RES2NET_FUSED_STRING_(x)
 
-namespace {
+namespace res2net_fused {
 
-// Compiled for the same architectures as the kernels, so that it tells what they run as, and loaded in no time.
+// Compiled for the same architectures as the kernels, so that it tells what they run as, and loaded in no time. Not in an
+// anonymous namespace, whose name nvcc makes of the folder's: two builds would differ.
 __global__ void probe() {}
+
+}  // namespace res2net_fused
+
+namespace {
 
 cudaError_t query_code(int device, int* version) {
   int before = 0;
@@ -16,7 +21,7 @@ cudaError_t query_code(int device, int* version) {
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;
   cudaFuncAttributes attributes;
-  error = cudaFuncGetAttributes(&attributes, probe);
+  error = cudaFuncGetAttributes(&attributes, res2net_fused::probe);
   cudaSetDevice(before);
   const bool none = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
   *version = error == cudaSuccess ? attributes.ptxVersion : 0;

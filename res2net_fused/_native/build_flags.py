@@ -37,6 +37,8 @@ PYTHON_MODULE = "_build_info"
 CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall")
 NVCC_FLAGS = ("-O3", "-std=c++20", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
 TORCH_DEFINES = (f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000",)
+# A sixth of nvcc's default; older compilers do not know it.
+NVCC_FLAGS_13 = ("-compress-mode=size",)
 # Opens the stream and device-guard functions of torch's C interface.
 CUDA_DEFINES = ("-DUSE_CUDA",)
 
@@ -163,7 +165,8 @@ def instance_define(name: str) -> str:
 def cuda_target(root: Path, torch_root: Path, facts: BuildFacts) -> Target:
     """The CUDA operator library for `facts.cuda_architectures`. Needs nvcc, but neither a GPU nor a CUDA torch."""
     code, instance_source = gencode_flags(facts.cuda_architectures), root / "csrc" / INSTANCE_SOURCE
-    flags = (*NVCC_FLAGS, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
+    newer = NVCC_FLAGS_13 if int(facts.cuda_version.partition(".")[0] or 0) >= 13 else ()
+    flags = (*NVCC_FLAGS, *newer, "-Xcompiler", _short_paths(root), *CUDA_DEFINES, *TORCH_DEFINES, *_includes(root, torch_root))
     plans = [s for s in _sources(root, "cuda/plan/*.cpp") if not s.name.endswith("_ops.cpp")]
     own = ("cuda/*.cpp", "cuda/*.cu", "cuda/chain/*.cpp", "cuda/chain/*.cu")
     sources = [*_sources(root, "common/*.cpp"), *plans, *_sources(root, *own)]

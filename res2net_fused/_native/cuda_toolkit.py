@@ -12,6 +12,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,12 @@ class Nvcc(NamedTuple):
         # PyPI's libraries lie in lib, but its nvcc.profile names lib64: cudart would not be found.
         libraries = [f"-L{self.path.parent.parent / 'lib'}"] if _from_pypi(self.path) else []
         return [str(self.path), "-ccbin", host_compiler, *libraries]
+
+    def library_folders(self) -> list[str]:
+        """Options by which another linker finds the CUDA runtime; nvcc itself says where, which may be a script for another."""
+        command = self.command("c++")
+        said = subprocess.run([*command, "-dryrun", "-shared", "none.o"], capture_output=True, text=True).stderr
+        return [*command[3:], *(word for line in re.findall(r"^#\$ LIBRARIES=(.*)$", said, re.M) for word in shlex.split(line))]
 
 
 def find_nvcc(

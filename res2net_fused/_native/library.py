@@ -130,7 +130,7 @@ class NativeLibraries:
         # Opening a truncated file can end the process with a bus error instead of raising.
         if size != part["size"]:
             return f"{path} has {size} bytes where the build wrote {part['size']}; rebuild it: {REBUILD}"
-        if _release(torch.__version__) < build_flags.TORCH_TARGET:
+        if release(torch.__version__) < build_flags.TORCH_TARGET:
             need = ".".join(map(str, build_flags.TORCH_TARGET))
             return f"torch {torch.__version__} is older than {need}, which the libraries need: upgrade torch"
         if name == "cuda":
@@ -162,7 +162,8 @@ def _unfit_for_cuda(built_with: object) -> str:
     return ""
 
 
-def _release(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version of torch, comparable."""
     major, minor = re.findall(r"\d+", version)[:2]  # of "2.13.0+cpu", "2.14.0a0+git1a2b3c", "2.14rc1"
     return int(major), int(minor)
 

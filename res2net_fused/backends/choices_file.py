@@ -8,6 +8,7 @@ RES2NET_FUSED_CHOICES names another file than choices.json in the user's cache f
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -99,7 +100,7 @@ def update(path: Path, change: Callable[[Contents], Contents]) -> Contents:
             before = Contents()
         except ValueError:
             if not _is_older(path):
-                path.replace(path.with_name(path.name + ".unreadable"))
+                path.replace(unused(path, "unreadable"))
             before = Contents()
         after = change(before)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -118,6 +119,12 @@ def _is_older(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(data, dict) and "rows" in data and "version" not in data
+
+
+def unused(path: Path, ending: str) -> Path:
+    """A name beside the file, with this ending or a number more, that nothing has: what is put aside there loses nothing."""
+    names = (path.with_name(f"{path.name}.{ending}{i or ''}") for i in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:

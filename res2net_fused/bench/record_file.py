@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..backends.choices_file import unused
 from . import results
 from .supervise import Mark
 
@@ -52,7 +53,8 @@ class Record:
         if again:
             self._mark.clear()
             if path.exists():
-                os.replace(path, path.with_name(path.name + ".before"))
+                os.replace(path, before := unused(path, "before"))
+                print(f"{path}, of other code, another machine or other options, is kept as {before}", flush=True)
         self._absorb(self._mark.read())
 
     def _take(self, old: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .._timing import Contender, GraphedContender, use_device
+from ..backends.choices_file import unused
 from ..backends.triton.tiles import ENVIRONMENT_VARIABLE, Row, Shape, Tile, dtype_class, merge, read, user_path, write
 from ..chain.problem import ChainProblem
 from ..chain.tolerances import FORWARD
@@ -337,7 +338,7 @@ def run_tune(
         known = _known(table)
         write(table, known)  # fails before the measurements rather than after them
         if again and known:
-            shutil.copyfile(table, _unused(table))
+            shutil.copyfile(table, unused(table, "before"))
     except OSError as error:
         remedy = f"name another file by --out or {ENVIRONMENT_VARIABLE}"
         raise RuntimeError(f"{table} cannot be written ({error}): {remedy}") from None
@@ -401,13 +402,7 @@ def _known(table: Path) -> list[Row]:
     try:
         return read(table) if table.exists() else []
     except ValueError as error:
-        kept = _unused(table)
+        kept = unused(table, "before")
         table.replace(kept)
         print(f"tune: {error}. It is kept as {kept}, and a new one is begun", file=sys.stderr, flush=True)
         return []
-
-
-def _unused(table: Path) -> Path:
-    """A name beside the table that nothing has."""
-    names = (table.with_name(f"{table.name}.before{i or ''}") for i in itertools.count())
-    return next(path for path in names if not path.exists())

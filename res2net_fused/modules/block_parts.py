@@ -221,8 +221,8 @@ def wrappers(module: nn.Module, layout: BlockPaths) -> list[nn.Module]:
 
 def strangers(block: BlockParts, layout: BlockPaths, around: list[nn.Module]) -> dict[str, nn.Module]:
     """Modules of the block that are no parts and hold none: its own forward may call them, so they compute nothing yet."""
-    children = block.module._modules
-    found = {name: children[name] for name in children.keys() - layout.roots if children[name] is not None}
+    # Not a difference of sets: the compiler of torch 2.11 knows none between keys and a frozenset.
+    found = {name: m for name, m in block.module._modules.items() if m is not None and name not in layout.roots}
     if around:
         known = {id(part) for part in itertools.chain(block.modules(), around)}
         inside = {f"{i}.{k}": m for i, w in enumerate(around) for k, m in w._modules.items() if m is not None}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._native.library import release
 from ..chain.activations import CLAMPS, leaky_relu
 from ..chain.memory_format import hands_on
 from ..chain.problem import ChainProblem
@@ -63,6 +64,10 @@ def under_autocast(device_type: str) -> bool:
         return False
 
 
+# Before torch 2.13 its compiler fails on classes in a constant: a graph guards every value there.
+_ONE_GUARD = release(torch.__version__) >= (2, 13)
+
+
 # Eligibility: cheap, at every call, since users hook, replace and parametrize submodules at any time ------------------
 
 
@@ -98,7 +103,8 @@ def why_not_fused(
     if other is not block:
         return f"activation {type(other).__name__} is not fused beside {type(block.relu).__name__}"
     geometry = block_geometry(block)
-    then = geometry_named(state.shared.name) if torch.compiler.is_compiling() else state.geometry
+    named = _ONE_GUARD and torch.compiler.is_compiling()
+    then = geometry_named(state.shared.name) if named else state.geometry
     if geometry != then and _without_types(geometry) != _without_types(then):
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
     reason = why_not_convolutions(block)
@@ -195,7 +201,11 @@ def why_not_left_out(modules: Iterable[nn.Module | None]) -> str | None:
     """None if the calls of all these modules may be left out, else the reason."""
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
-    return next((reason for module in modules if module is not None and (reason := why_not_bypassed(module))), None)
+    for module in modules:  # not by `:=` in a generator, which the compiler of torch 2.11 does not take
+        reason = None if module is None else why_not_bypassed(module)
+        if reason is not None:
+            return reason
+    return None
 
 
 def given_shortcut(name: str | None, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor | None, str | None]:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 from res2net_fused import Bottle2neck, accelerate, explain, freeze
+from res2net_fused.modules import eligibility
 
 
 def fired_by(model, module, x=IMAGES):
@@ -230,3 +231,14 @@ def test_fake_tensors_of_any_device(device, of_x):
         x = torch.empty(2, block.conv1.in_channels, 7, 9, dtype=of_x, device=device)
         out = block(x)
     assert out.shape == (2, block.conv3.out_channels, 7, 9) and out.device.type == device
+
+
+def test_a_graph_that_guards_every_value(monkeypatch):
+    """What is traced before torch 2.13, whose compiler fails on classes in a constant."""
+    monkeypatch.setattr(eligibility, "_ONE_GUARD", False)
+    monkeypatch.setattr(eligibility, "geometry_named", None)
+    torch.compiler.reset()  # graphs of other tests count towards the limit of recompilations
+    block = accelerate(official()).layer1[1].eval()
+    compiled, x = torch.compile(block, fullgraph=True, backend="eager"), torch.randn(1, block.conv1.in_channels, 7, 9)
+    with torch.no_grad():
+        assert_close(compiled(x), block(x))

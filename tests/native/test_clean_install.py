@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pages import PREAMBLE, ROOT, fenced
@@ -152,6 +153,13 @@ def test_the_readme_names_what_a_build_needs():
     assert named["setuptools"].specifier == required["setuptools"].specifier
 
 
+def test_the_page_recommends_what_the_readme_says():
+    """The first indented block of each, without comments."""
+    first = [re.search(r"(?:^ {4}.+\n)+", (ROOT / page).read_text(), re.M)[0] for page in ("README.md", "docs/install.md")]
+    commands = [[line.partition("  #")[0].strip() for line in block.splitlines()] for block in first]
+    assert commands[0] == commands[1] and len(commands[0]) == 2
+
+
 @pytest.mark.slow  # builds everything once more, which `make setup` does too
 def test_from_source_without_make(tmp_path):
     """Pure Python, which compiles nothing; the whole way is a slow test."""
@@ -186,9 +194,10 @@ def test_the_whole_way(way, tmp_path):
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """What `make wheels` makes for this processor, without the CUDA library."""
-    missing = [name for name in ("auditwheel", "twine", "ziglang") if find_spec(name) is None]
-    if missing or platform.machine() != "x86_64":
-        pytest.skip(f"{', '.join(missing) or 'x86-64'} is needed: pip install 'res2net-fused[release]'")
+    if platform.machine() != "x86_64":
+        pytest.skip("the wheel of x86-64 is tried")
+    for name in ("auditwheel", "twine", "ziglang"):
+        tool(find_spec(name), name, "pip install 'res2net-fused[release]'")
     if not any(map(shutil.which, ("c++", "g++"))):
         pytest.skip("needs GCC")
     folder = tmp_path_factory.mktemp("published")

@@ -95,6 +95,15 @@ def test_pypis_libraries_are_named_to_its_linker(find, tmp_path):
     assert find(CUDA_HOME=str(toolkit.parents[1])).command("g++") == [str(toolkit), "-ccbin", "g++"]
 
 
+def test_another_linker_finds_the_runtime(find, tmp_path):
+    """Also where the nvcc on PATH is a script for one elsewhere: nvcc says where its libraries are."""
+    path = make_pypi(tmp_path)
+    with path.open("a") as script:
+        script.write("""echo '#$ LIBRARIES=  "-L/a toolkit/lib/stubs" "-L/a toolkit/lib"' >&2\n""")
+    own = f"-L{path.parents[1] / 'lib'}"
+    assert find().library_folders() == [own, "-L/a toolkit/lib/stubs", "-L/a toolkit/lib"]
+
+
 def test_the_extra_of_pyproject_holds_these_packages():
     extra = re.search(r"^nvcc = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
     names = re.findall(r'"(.+?)==(.+?)\.\*"', extra)

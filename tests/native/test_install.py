@@ -359,6 +359,14 @@ def test_make_installs_a_timm_that_can_be_used(make):
     assert calls.index(".ci/fit_torchvision.py") > timm > hub
 
 
+def test_make_installs_what_only_wheels_need_with_them(make):
+    assert not any("release" in call for call in make()), "zig takes half a gigabyte"
+    calls = make("wheels")
+    assert calls.index("-m pip install res2net-fused[release]") < calls.index("release/artefacts.py")
+    assert any("res2net-fused[bench,test,release] " in call for call in make("VENV=other", "EXTRAS=bench,test,release"))
+    assert "make setup EXTRAS=bench,test,release\n" in (ROOT / ".ci" / "run").read_text(), "a test there needs it"
+
+
 def test_make_leaves_the_torch_of_an_environment_that_it_did_not_create(make):
     for name in ("theirs", "empty"):
         (make.folder / name / "bin").mkdir(parents=True)

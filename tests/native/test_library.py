@@ -324,6 +324,12 @@ def test_every_cuda_instance_is_compiled_once_into_an_object_of_its_own(tmp_path
     assert all(name in Path(made).parts for made, name in compiled.items())
 
 
+@pytest.mark.parametrize("version, compressed", [("13.0.88", True), ("12.4.131", False), ("", False)])
+def test_device_code_is_compressed_where_nvcc_can(version, compressed, tmp_path):
+    target = build_flags.cuda_target(ROOT, tmp_path, build_flags.BuildFacts(cuda_version=version))
+    assert all(("-compress-mode=size" in unit.flags) == compressed for unit in target.units)
+
+
 def test_gencode_embeds_ptx_of_the_newest_plain_architecture():
     flags = build_flags.gencode_flags(("80", "100", "90a"))
     assert flags == (

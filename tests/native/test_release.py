@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -23,7 +25,8 @@ def test_flags_are_translated_for_zig():
     """Libraries leave the lists for the linker, and as-needed goes: of what stands for PyTorch nothing would seem needed."""
     given = ["a.o", "-shared", "-cudart", "static", "-gencode=arch=compute_90a,code=sm_90a", "-Xlinker=-rpath,$ORIGIN,-lops",
              "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu", "-Wl,-soname,liba.so", "-o", "a.so"]  # fmt: skip
-    expected = ["a.o", "-shared", "-Wl,-rpath,$ORIGIN", "-lops", "-ltorch", "-ltorch_cpu", "-Wl,-soname,liba.so", "-o", "a.so"]
+    expected = ["a.o", "-shared", "-lcudart_static", "-lrt", "-ldl", "-Wl,-rpath,$ORIGIN", "-lops", "-ltorch", "-ltorch_cpu",
+                "-Wl,-soname,liba.so", "-o", "a.so"]  # fmt: skip
     assert script("release/link")._translated(given) == expected
 
 
@@ -48,13 +51,68 @@ def test_what_is_missing_for_another_processor(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("system", ["Darwin", "Windows"])
-def test_elsewhere_than_on_linux_nothing_is_built(system, monkeypatch, tmp_path):
+# torch and filelock are this machine's; what the package itself asks of the system is another one's.
+ELSEWHERE = """
+import os, pathlib, platform, signal, sys
+import filelock, torch, torch.utils.data
+name, folder = sys.argv[1:]
+sys.path.insert(0, folder)
+absent = {"triton"} | ({"fcntl", "grp", "pwd", "resource", "termios"} if name == "Windows" else set())
+for module in [module for module in sys.modules if module.partition(".")[0] in absent]:
+    del sys.modules[module]
+class Absent:
+    @staticmethod
+    def find_spec(module, path=None, target=None):
+        if module.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+sys.meta_path.insert(0, Absent)
+del os.sched_getaffinity
+if name == "Windows":
+    del os.fork, os.killpg, signal.SIGKILL
+read = pathlib.Path.read_text
+def read_text(path, *args, **kwargs):
+    if path.parts[:2] in (("/", "proc"), ("/", "sys")):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    return read(path, *args, **kwargs)
+pathlib.Path.read_text = read_text
+sys.platform = {"Darwin": "darwin", "Windows": "win32", "Linux": "linux"}[name]
+platform.system = lambda: name
+
+import res2net_fused as rf
+from res2net_fused import cli
+assert rf.__file__.startswith(folder), rf.__file__
+from res2net_fused.models import create_model
+model = create_model("res2net50_26w_4s", fused=False, layers=(1, 1, 1, 1)).eval()
+x = torch.randn(1, 3, 32, 32)
+with torch.no_grad():
+    plain = model.double()(x.double())
+    accelerated = rf.accelerate(model.float())
+    error = (accelerated(x).double() - plain).norm() / plain.norm()
+assert error < 5e-6, error
+print(rf.explain(accelerated, x))
+accelerated.train()(x.repeat(2, 1, 1, 1)).sum().backward()
+sys.exit(cli.main(["info", "--device", "cpu"]))
+"""
+
+
+@pytest.mark.parametrize("system", [pytest.param(name, marks=pytest.mark.slow) for name in ("Darwin", "Linux")] + ["Windows"])
+def test_without_a_wheel_pure_python_runs_and_says_what_is_missing(system, monkeypatch, tmp_path):
+    """macOS, Windows, and a Linux without a compiler, such as one with musl: what setup.py leaves there, and what it runs."""
     setup = load_setup()
+    package = tmp_path / "res2net_fused"
+    shutil.copytree(ROOT / "res2net_fused", package, ignore=shutil.ignore_patterns("*.so", "build.json", "__pycache__"))
     monkeypatch.setattr(setup.platform, "system", lambda: system)
-    parts = setup.NativeParts(tmp_path, "auto", None, in_place=False, commit="c0ffee").build()
+    monkeypatch.setattr(setup.shutil, "which", lambda *_, **__: None)
+    monkeypatch.delenv("CXX", raising=False)
+    parts = setup.NativeParts(package, "auto", None, in_place=False, commit="c0ffee").build()
     assert not any(part["built"] for part in parts.values())
-    assert f"is built on Linux only, not on {system}" in parts["cpu"]["reason"]
+    why = "no C++ compiler found" if system == "Linux" else f"is built on Linux only, not on {system}"
+    assert why in parts["cpu"]["reason"]
+    command = [sys.executable, "-c", ELSEWHERE, system, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 blocks fused" in done.stdout and re.search(r"yes +reference ", done.stdout), done.stdout
+    assert re.search(rf"cpu library +not loaded: the cpu library was not built: .*{re.escape(why)}", done.stdout), done.stdout
 
 
 def test_the_table_of_versions_keeps_one_row_for_each():

@@ -193,7 +193,7 @@ def test_a_cuda_library_of_unknown_version(monkeypatch, version):
     "version, release", [("2.13.0+cpu", (2, 13)), ("2.14.0a0+git1a2b3c", (2, 14)), ("2.15rc1", (2, 15)), ("3.0", (3, 0))]
 )
 def test_versions_of_torch(version, release):
-    assert library._release(version) == release
+    assert library.release(version) == release
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"not a module"])

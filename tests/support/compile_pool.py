@@ -1,6 +1,6 @@
 """Triton's kernels of the GPU tests, compiled before the tests that launch them, all processors at once.
 
-They land in Triton's cache folder under the very keys that a launch looks up: tests/test_gpu_coverage.py tries it.
+They land in Triton's cache folder under the very keys that a launch looks up: tests/integration/test_gpu_coverage.py tries it.
 """
 
 from __future__ import annotations

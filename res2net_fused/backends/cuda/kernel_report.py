@@ -88,7 +88,7 @@ def kernel_table() -> list[tuple[str, ...]]:
     published models that it runs with the shared memory of a CTA at batch 32 on an H200. Raises RuntimeError where there is
     nothing to read.
     """
-    path = library.PACKAGE / build_flags.CUDA_LIBRARY
+    path = library.cuda_library().path
     if not path.is_file():
         raise RuntimeError("the CUDA library is not built; `res2net-fused info` says why")
     cuobjdump = find_cuobjdump()

@@ -9,7 +9,7 @@ What came of it is written to the table of docs/install.md, a row for each combi
     python tests/integration/versions/run.py --into /somewhere/bin/python       # an environment that has its torch and pytest
 
 Environments lie under build/versions, one at a time: PyPI's torch has CUDA and takes 5 GB. pip's own variables choose another
-index, such as one of CPU builds. Other arguments are pytest's. Exit status: 0 where everything passed.
+index, such as one of CPU builds. Other arguments are pytest's, and told in the row. Exit status: 0 where everything passed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,14 +62,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     outcome = {}
     for version in [options.into] if options.into else options.torch or (OLDEST, NEWEST):
-        folder = FOLDER / f"torch-{Path(version).name}"
+        folder = FOLDER / re.sub("[^a-z0-9.]+", "-", f"torch-{version}")
         facts = f"{platform.python_version()}|{version}|{options.triton or 'as torch asks'}|{platform.machine()}"
         try:
             python = made(folder, version, options, wheels[-1])
             facts = within(
                 folder, python, "-c", FACTS.format(folder=str(Path(python).parents[1])), stdout=subprocess.PIPE
             ).stdout.strip()
-            outcome[facts] = f"passed {PASSES}"
+            outcome[facts] = f"passed {PASSES}{f': `{shlex.join(for_pytest)}`' if for_pytest else ''}"
             within(folder, python, "-m", "res2net_fused", *CHECK)
             within(folder, python, *PYTEST, *(str(ROOT / "tests" / name) for name in CORE), *for_pytest)
         except subprocess.CalledProcessError as error:
