@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..._native import build_flags, library
+from ..._native import library
 from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from . import machine_code
