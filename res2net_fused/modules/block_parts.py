@@ -227,7 +227,7 @@ def strangers(block: BlockParts, layout: BlockPaths, around: list[nn.Module]) ->
         known = {id(part) for part in itertools.chain(block.modules(), around)}
         inside = {f"{i}.{k}": m for i, w in enumerate(around) for k, m in w._modules.items() if m is not None}
         found.update({name: m for name, m in inside.items() if id(m) not in known})
-    return found  # type: ignore[return-value]
+    return found
 
 
 def surroundings(block: BlockParts, around: list[nn.Module], others: dict[str, nn.Module]) -> tuple[object, ...]:
