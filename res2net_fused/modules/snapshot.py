@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from ..ops.recording import replaced, why_recorded
 from .block_state import STATE, FusedState
@@ -96,7 +96,9 @@ def take_snapshot(block: nn.Module, opaque: Collection[nn.Module]) -> Snapshot |
     plain = all(isinstance(vars(m).get(name), dict) for m in (block, *modules) for name in (*_CONTENTS, *_HOOKS))
     if not plain or any(isinstance(value, Tensor) for m in (block, *modules) for value in vars(m).values()):
         return None
-    if any(map(is_lazy, chain.from_iterable(map(_tensors_of, (block, *modules))))):  # which has no shape yet
+    if any(
+        isinstance(t, UninitializedTensorMixin) for m in (block, *modules) for t in _tensors_of(m)
+    ):  # which has no shape yet
         return None
     return Snapshot(block, opaque)
 

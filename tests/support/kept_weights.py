@@ -5,8 +5,8 @@ from helpers import assert_close, randomize
 
 from res2net_fused import Bottle2neck
 from res2net_fused.modules.block_state import STATE
-from res2net_fused.modules.weight_cache import CacheKey
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
+from res2net_fused.modules.weight_cache import CacheKey
 
 
 def make(stype="normal", **keywords):

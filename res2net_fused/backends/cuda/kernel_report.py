@@ -76,7 +76,8 @@ def compiled_kernels(file: Path, cuobjdump: str) -> list[CompiledKernel]:
             symbol = match[1]
         elif (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line)) and (name := instance_of(symbol)):
             counts = machine_code.counts(code[architecture, symbol], int(name[0].rpartition("t")[2]))
-            kernels.append(CompiledKernel(architecture, *name, *map(int, match.groups()), counts))
+            registers, stack, local = map(int, match.groups())
+            kernels.append(CompiledKernel(architecture, *name, registers, stack, local, counts))
     return sorted(kernels, key=lambda k: (int(re.findall(r"\d+", k.architecture)[0]), k.instance, k.dtype))
 
 
