@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..ops.recording import replaced, why_recorded
 from .block_state import STATE, FusedState
@@ -97,7 +97,7 @@ def take_snapshot(block: nn.Module, opaque: Collection[nn.Module]) -> Snapshot |
     if not plain or any(isinstance(value, Tensor) for m in (block, *modules) for value in vars(m).values()):
         return None
     if any(
-        isinstance(t, UninitializedTensorMixin) for m in (block, *modules) for t in _tensors_of(m)
+        isinstance(t, (UninitializedParameter, UninitializedBuffer)) for m in (block, *modules) for t in _tensors_of(m)
     ):  # which has no shape yet
         return None
     return Snapshot(block, opaque)
