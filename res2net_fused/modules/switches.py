@@ -5,10 +5,12 @@ A class with a forward of its own is tried once; that holds for the settings tha
 
 from __future__ import annotations
 
+import contextvars
 import dis
 import functools
 import itertools
 import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,6 +24,7 @@ _UNWATCHED = "<not watched by a compiled graph>"  # equal to no setting: the blo
 _ENTRIES = ("forward", "__call__", "__getattr__", "_conv_forward", "_check_input_dim")  # what a call of a module begins with
 FUSED = "_res2net_fused_class"  # in the body of a generated class: the class that it stands in front of
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # what every module has
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})  # that a norm writes in training
 _DEPTH = 3  # of objects in objects, such as a configuration in sections
 _FEW = 64  # items of a container that is compared at every call
 _OURS = frozenset({"torch", "res2net_fused"})
@@ -33,11 +36,17 @@ Shared = tuple[tuple[Any, str], ...]  # (namespace or cell, name) of settings ou
 Names = tuple[str, ...]
 
 
+def constant_in_a_trace(function: Any) -> Any:
+    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def switches(module: nn.Module) -> tuple[object, ...]:
     """The present settings that the module's class reads: of the module, its class and outside; () for PyTorch's own."""
     cls: Any = type(module)
     compiling = torch.compiler.is_compiling()
-    names, methods, shared = _constants_of(cls) if compiling else _read_by(cls)
+    names, methods, shared = _constants_of(cls) if compiling else _read_by(cls)[:3]
     if names is None:
         return ()
     own = module.__dict__
@@ -61,13 +70,13 @@ def _of_class(module: nn.Module, cls: Any, name: str) -> object:
 def named_switches(module: nn.Module) -> dict[str, object]:
     """The same by name, for messages."""
     cls: Any = type(module)
-    names, _, shared = _read_by(cls)
+    names, _, shared, _ = _read_by(cls)
     return dict(zip((*(names or ()), *(name for _, name in shared), "forward"), switches(module), strict=False))
 
 
 def may_read(cls: Any, name: str) -> bool:
     """Whether the code of a class reads an attribute of that name."""
-    names, methods, _ = _read_by(cls)
+    names, methods, *_ = _read_by(cls)
     return names is None or name in names or name in methods
 
 
@@ -117,12 +126,6 @@ def _described(value: Any, depth: int = _DEPTH) -> object:
     return kind, *((str(k), v if type(v) in _PLAIN else _described(v, depth - 1) if deeper else "") for k, v in inside)
 
 
-def constant_in_a_trace(function: Any) -> Any:
-    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
-    function._dynamo_marked_constant = True
-    return function
-
-
 def _in_a_trace(value: object) -> object:
     """What `_described` gives, for what cannot change in place; a graph does not watch the rest."""
     if isinstance(value, (nn.Module, Tensor)) or callable(value):
@@ -133,7 +136,7 @@ def _in_a_trace(value: object) -> object:
 @constant_in_a_trace
 def _constants_of(cls: Any) -> tuple[Names | None, Names, bool]:
     """The names that a class reads, which a trace guards as it reads them; whether there are settings that it cannot guard."""
-    names, methods, shared = _read_by(cls)
+    names, methods, shared, _ = _read_by(cls)
     return names, methods, bool(shared)
 
 
@@ -143,14 +146,31 @@ def _code_in_a_trace(cls: Any) -> object:
 
 
 @functools.cache
-def _read_by(cls: Any) -> tuple[Names | None, Names, Shared]:
+def unforeseeable(cls: Any) -> str | None:
+    """What the own code of a class does that no setting tells: state that its calls change, and what lies outside of it."""
+    for function in _read_by(cls)[3]:
+        written = set(_reads(function.__code__, "written")) - _STATISTICS
+        if written:
+            return f"writes {min(written)} at each call"
+        attributes = set(_reads(function.__code__, "attribute"))
+        if attributes & {"environ", "getenv"}:
+            return "reads the environment"
+        for place, name in _outside(function, attributes):
+            if isinstance(_read(place, name), (contextvars.ContextVar, threading.local)):
+                return f"reads {name}, which each thread has for itself"
+    return None
+
+
+@functools.cache
+def _read_by(cls: Any) -> tuple[Names | None, Names, Shared, tuple[types.FunctionType, ...]]:
     """Attributes that a call of a class reads, its methods, and settings among globals, closures and modules; None if known.
 
-    Nothing of PyTorch's classes and of this package's: what changes their results is compared elsewhere.
+    Last its functions. Nothing of PyTorch's classes and of this package's: what changes their results is compared elsewhere.
     """
     if all(map(_known, cls.__mro__)):
-        return None, (), ()
+        return None, (), (), ()
     names: set[str] = set()
+    functions: list[types.FunctionType] = []
     shared: dict[tuple[int, str], tuple[Any, str]] = {}
     bodies = [vars(c) for c in cls.__mro__ if not _known(c)]
     pending = [body[name] for body in bodies for name in _ENTRIES if name in body]
@@ -161,6 +181,7 @@ def _read_by(cls: Any) -> tuple[Names | None, Names, Shared]:
         if not isinstance(function, types.FunctionType) or id(function) in seen or _of_library(function.__module__):
             continue
         seen.add(id(function))
+        functions.append(function)
         attributes = set(_reads(function.__code__, "attribute"))
         names |= attributes
         pending += [body[name] for body in bodies for name in attributes & body.keys()]
@@ -170,12 +191,9 @@ def _read_by(cls: Any) -> tuple[Names | None, Names, Shared]:
                 pending.append(value)
             elif _may_hold_settings(value):
                 shared[id(place), name] = place, name
-    forward = getattr(getattr(cls, "forward", None), "__code__", None)
-    if forward is not None:  # what it writes itself is no setting: counters, the last shape
-        names -= set(_reads(forward, "written"))
     called = {name for name in names if callable(getattr(cls, name, None))}
     methods = sorted(name for name in called if any(name in body for body in bodies))
-    return tuple(sorted(names - called - MODULE_ATTRIBUTES)), tuple(methods), tuple(shared.values())
+    return tuple(sorted(names - called - MODULE_ATTRIBUTES)), tuple(methods), tuple(shared.values()), tuple(functions)
 
 
 def _outside(function: types.FunctionType, attributes: set[str]) -> Iterator[tuple[Any, str]]:
@@ -207,7 +225,7 @@ def _reads(code: types.CodeType, what: str) -> Iterator[str]:
             yield from _reads(step.argval, what)
         elif what == "global" and step.opname == "LOAD_GLOBAL":
             yield step.argval
-        elif what == "written" and step.opname == "STORE_ATTR":
+        elif what == "written" and step.opname in ("STORE_ATTR", "STORE_GLOBAL"):
             yield step.argval
         elif what == "attribute" and (step.opname in ("LOAD_ATTR", "LOAD_METHOD") or step.opname == "LOAD_CONST"):
             if isinstance(step.argval, str) and step.argval.isidentifier():
@@ -251,7 +269,7 @@ class Elsewhere:
         self.places: list[tuple[Any, str]] = []
         for module in (block, *modules):
             cls: Any = type(module)
-            names, methods, shared = _read_by(cls)
+            names, methods, shared, _ = _read_by(cls)
             if names is None:
                 continue
             own = getattr(cls, FUSED, cls)

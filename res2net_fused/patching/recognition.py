@@ -23,10 +23,20 @@ from ..chain.config import ChainConfig
 from ..modules.block_parts import ENDINGS, BlockParts, BlockPaths, find_layout, parts_of, wrappers
 from ..modules.block_state import STATE
 from ..modules.block_structure import find_by_structure
-from ..modules.confirmation import SEED, agree, equal_settings, is_convolution, of_memory, own_parts, random_twin, seeded
+from ..modules.confirmation import (
+    SEED,
+    agree,
+    agrees_in_float,
+    equal_settings,
+    is_convolution,
+    of_memory,
+    own_parts,
+    random_twin,
+    seeded,
+)
 from ..modules.eligibility import fused_activation
 from ..modules.reference_blocks import bottle2neck
-from ..modules.switches import MODULE_ATTRIBUTES, switches
+from ..modules.switches import MODULE_ATTRIBUTES, switches, unforeseeable
 from .class_swap import own_class
 
 _PROPOSALS = 6  # of a module's structure, that are tried
@@ -74,8 +84,9 @@ def confirmed_once(
 
     Tried once for each configuration, outside the modes of the caller; what failed, or was tried in a trace, is tried again.
     """
-    if refusal is not None:
-        return None, refusal
+    doubt = unforeseeable(own_class(block))
+    if refusal is not None or doubt is not None:
+        return None, refusal or f"its own code {doubt}"
     signature = own_signature(block), layout
     if signature not in _confirmed:
         try:
@@ -160,6 +171,8 @@ def _confirm(block: nn.Module, layout: BlockPaths) -> tuple[Recognised | None, s
         parts.ending = ending
         agreed = [call for call, results in own if _agrees(parts, config, call, results)]
         if agreed and (agreed[0] is plain_call or isinstance(plain_results, Exception)):
+            if agreed[0] is plain_call and not _agrees_elsewhere(own_class(block).forward, parts, config):
+                continue
             return Recognised(config, agreed[-1].name, dataclasses.replace(layout, ending=ending)), AGREED
     if isinstance(plain_results, Exception):
         raise plain_results
@@ -211,6 +224,17 @@ def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tenso
         return False
     results = _tried(functools.partial(call, ours), parts)  # sizes that do not fit raise: not this recurrence
     return not isinstance(results, Exception) and all(agree(a, b) for a, b in zip(results, own, strict=True))
+
+
+def _agrees_elsewhere(forward: Callable[..., Tensor], parts: BlockParts, config: ChainConfig) -> bool:
+    """In eval mode, for images of another size and type."""
+    parts.module.eval()
+    try:
+        return agrees_in_float(parts.module, lambda x: bottle2neck(parts, x, config), parts.conv1.in_channels, forward)
+    except Exception as error:
+        if of_memory(error):
+            raise
+        return False
 
 
 def _hidden_arithmetic(block: BlockParts) -> str | None:
