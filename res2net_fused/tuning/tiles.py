@@ -11,6 +11,7 @@ from ..backends.selection import get_backend, why_put_aside
 from ..backends.triton.availability import uses_tf32
 from ..backends.triton.tiles import user_path, write
 from ..bench.tune import Tuner, launches_of, open_record
+from ..bench.turns import ContextLost
 from ..chain.problem import Chain1dProblem, ChainProblem
 from ..chain.tolerances import first_use_bound
 from ..modules.block_parts import parts_of
@@ -26,12 +27,21 @@ Problem = ChainProblem | Chain1dProblem
 def tune_tiles(block: nn.Module, problem: Problem, passes: str) -> list[str]:
     """Measures the tiles that the user's table lacks for a block's call, and writes them there. Returns what to note.
 
-    Nothing is done where Triton's kernels do not run the call on a GPU, or are wrong as they are.
+    Nothing is done where Triton's kernels do not run the call, on a GPU, or are wrong as they are.
     """
-    if problem.device.type != "cuda" or isinstance(problem, Chain1dProblem) or passes != "inference":
+    if isinstance(problem, Chain1dProblem) or passes != "inference":
         return []
     if not (one_operator(problem.config) and "triton" in candidates(passes, problem)):
         return []
+    try:
+        return _tune_tiles(block, problem, passes)
+    except ContextLost:
+        raise
+    except Exception as error:  # another process measures into the same file, no memory
+        return [f"tiles cannot be measured: {type(error).__name__}: {error!s:.200}"]
+
+
+def _tune_tiles(block: nn.Module, problem: ChainProblem, passes: str) -> list[str]:
     parts, device = parts_of(block, vars(block)[STATE].layout), str(problem.device)
     shape = problem.batch, parts.conv1.in_channels, problem.height, problem.width_pixels
     x = torch.randn(shape, device=device, dtype=problem.dtype).contiguous(memory_format=torch.channels_last)

@@ -19,7 +19,6 @@ from ..backends.choices_file import OWN
 from ..backends.measuring import Trial
 from ..backends.selection import is_auto
 from ..bench.progress import progress as progress_bar
-from ..bench.turns import ContextLost
 from ..chain.problem import Chain1dProblem, ChainProblem
 from ..modules.block_parts import parts_of
 from ..modules.block_state import STATE, BlockState, FusedModule
@@ -32,7 +31,6 @@ from ..ops.packed_weights import one_operator
 from ..patching.channels_last import convert, hand_on
 from ..patching.explain import run_unnoticed
 from .report import IN_CHANNELS_LAST, TunedCall, TuneReport
-from .tiles import tune_tiles
 
 DETERMINISTIC = "torch.use_deterministic_algorithms is on: nothing is measured, since results of choices differ by rounding"
 _MODEL_SECONDS = 4.0  # for the whole model by all three choices
@@ -219,12 +217,10 @@ def _tuned(same: list[_Call], late: bool) -> TunedCall:
     if late:
         return TunedCall(names, what, notes=("no time was left",))
     notes: list[str] = []
-    try:
+    if first.device.type == "cuda":
+        from .tiles import tune_tiles  # by what does not exist on Windows
+
         notes += tune_tiles(first.block, first.problem, first.passes)
-    except ContextLost:
-        raise
-    except Exception as error:  # another process measures into the same file, no memory
-        notes.append(f"tiles cannot be measured: {type(error).__name__}: {error!s:.200}")
     for call in same:  # one of them may run its own forward alone
         try:
             _measure_chain_inside(call)

@@ -21,7 +21,7 @@ from tree import ROOT
 
 from res2net_fused import Bottle2neck, accelerate, explain, freeze, hierarchical_conv2d, refresh, restore
 from res2net_fused._native import library
-from res2net_fused.modules import fused_forward, fused_forward1d, weight_cache
+from res2net_fused.modules import fused_forward, fused_forward1d, made_on, weight_cache
 from res2net_fused.modules.block_state import STATE
 from res2net_fused.patching import accelerate as taking_over
 from res2net_fused.patching.class_swap import fused_class
@@ -251,7 +251,7 @@ def test_kept_weights_are_waited_for_and_held_on_other_streams(current):
 
 
 def test_streams_without_end_are_not_remembered_without_end(current, monkeypatch):
-    monkeypatch.setattr(weight_cache, "_MANY_STREAMS", 4)
+    monkeypatch.setattr(made_on, "_MANY_STREAMS", 4)
     block, x = block_2d()
     infer(block, x)
     folded = weight_cache.mark_made(getattr(block, STATE).kept[1], torch.device("cuda"))

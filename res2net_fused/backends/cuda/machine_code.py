@@ -50,7 +50,7 @@ def functions(file: Path, cuobjdump: str) -> dict[tuple[str, str], str]:
 def counts(code: str, tiles: int) -> Counts:
     """code: of a chain kernel. tiles: that a warp finishes one behind the other, of two half tiles each."""
     instructions = [(int(address, 16), what) for address, what in _INSTRUCTION.findall(code)]
-    products = [address for address, what in instructions if _PRODUCT.search(what)]
+    products = [address for address, what in instructions if _PRODUCT.search(what)] or [0]
     copies = [address for address, what in instructions if _COPY.search(what)]
     clamps = [address for address, what in instructions if address > products[-1] and _CLAMP.search(what)]
     loops = []
@@ -58,11 +58,12 @@ def counts(code: str, tiles: int) -> Counts:
         branch = _BRANCH.search(what)
         if branch is not None and int(branch[1], 16) <= address:
             loops.append((int(branch[1], 16), address))
-    firsts = clamps[:: len(clamps) // (2 * tiles)]
+    firsts = clamps[:: max(1, len(clamps) // (2 * tiles))]
     half_tiles = [(b - a) // _BYTES for a, b in zip(firsts, firsts[1:], strict=False)]
-    return Counts(round(statistics.median(half_tiles)), _around(loops, copies[-1]), _around(loops, products[-1]))
+    return Counts(round(statistics.median(half_tiles or [0])), _around(loops, copies), _around(loops, products))
 
 
-def _around(loops: list[tuple[int, int]], address: int) -> int:
-    """Instructions of the innermost loop around one of them."""
-    return min((last - first) // _BYTES + 1 for first, last in loops if first <= address <= last)
+def _around(loops: list[tuple[int, int]], addresses: list[int]) -> int:
+    """Instructions of the innermost loop around the last of them; 0 where there is none."""
+    sizes = [(last - first) // _BYTES + 1 for first, last in loops if addresses and first <= addresses[-1] <= last]
+    return min(sizes, default=0)
