@@ -103,9 +103,10 @@ def _once(part: nn.Module, settings: tuple[object, ...], trial: Callable[[Any], 
     if torch.compiler.is_compiling():  # nothing is tried in a trace: the part carries what was found before
         then, noted = vars(part).get(NOTE, (None, None))
         return noted if then == now else None
-    if unforeseeable(type(part)) is not None:
+    cls: Any = type(part)
+    if unforeseeable(cls) is not None:
         return None
-    key = type(part), tuple(_tensors(part)), now
+    key = cls, tuple(_tensors(part)), now
     if key not in _found:
         try:
             with _disable_current_modes(), seeded(), torch.autocast("cpu", enabled=False):

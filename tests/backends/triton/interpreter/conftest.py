@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
     here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]  # of a session there may be others
     for _, group in itertools.groupby(here, key=lambda item: (item.path, item.originalname)):
         cases = [item for item in group if not item.get_closest_marker("slow")]
-        for item in cases[1::2] if len(cases) > 7 else ():
+        for item in cases[1::2] if len(cases) > 4 else ():
             item.add_marker("slow")
 
 
