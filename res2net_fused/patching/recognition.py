@@ -227,7 +227,7 @@ def _agrees(parts: BlockParts, config: ChainConfig, call: _Call, own: list[Tenso
 
 
 def _agrees_elsewhere(forward: Callable[..., Tensor], parts: BlockParts, config: ChainConfig) -> bool:
-    """In eval mode, for images of another size and type."""
+    """Whether both agree in eval mode for images of another size and type."""
     parts.module.eval()
     try:
         return agrees_in_float(parts.module, lambda x: bottle2neck(parts, x, config), parts.conv1.in_channels, forward)
