@@ -336,12 +336,13 @@ def _check(options: argparse.Namespace) -> int:
     with progress("parity against float64", len(todo)) as bar:
         report = check_cases(todo, options.backend, bar.update)
     if not (options.no_network or no_photographs or report.lost):
-        print("Res2Net-50 on two photographs against float64", flush=True)
-        for dtype in dtypes:
-            try:
-                report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
-            except Exception as error:
-                report.failed(error, "network", DEFAULT_MODELS[0], "", 2, options.backend or "auto", dtype)
+        with progress("Res2Net-50 on two photographs against float64", len(dtypes), "dtypes") as bar:
+            for dtype in dtypes:
+                try:
+                    report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
+                except Exception as error:
+                    report.failed(error, "network", DEFAULT_MODELS[0], "", 2, options.backend or "auto", dtype)
+                bar.update()
     print(f"\n{report}\n")
     if options.backend is None:
         for name, reason in unavailable_backends(options.device).items():
