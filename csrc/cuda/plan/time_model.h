@@ -17,13 +17,13 @@ constexpr int MAX_POSITIONS = 1 << 15;  // keeps FastDivisor exact
 
 // Instructions of a thread, read off the machine code of nvcc 13.0 (`res2net-fused info --kernels`; a test compares them), of
 // which the model counts one per cycle and scheduler.
-constexpr double COPY_INSTRUCTIONS = 41;       // one cp.async with its index arithmetic
+constexpr double COPY_INSTRUCTIONS = 43;       // one cp.async with its index arithmetic
 constexpr double FINISH_PER_ROW = 41;          // of an epilogue's half tile
 constexpr double FINISH_PER_COLUMN = 11;       // and of each pair of channels in it
-constexpr double FINISH_PER_COLUMN_TF32 = 24;  // where a pair is two words
-constexpr double FINISH_PER_COLUMN_WIDE = 20;  // of more than 7, whose conditions outnumber the predicates
+constexpr double FINISH_PER_COLUMN_TF32 = 26;  // where a pair is two words
+constexpr double FINISH_PER_COLUMN_WIDE = 20;  // of more than 12, whose conditions outnumber the predicates
 inline double finish_instructions(int columns, DataType type) {
-  const double per_column = type == TF32 ? FINISH_PER_COLUMN_TF32 : columns > 7 ? FINISH_PER_COLUMN_WIDE : FINISH_PER_COLUMN;
+  const double per_column = type == TF32 ? FINISH_PER_COLUMN_TF32 : columns > 12 ? FINISH_PER_COLUMN_WIDE : FINISH_PER_COLUMN;
   return FINISH_PER_ROW + columns * per_column;
 }
 constexpr double BARRIER_CYCLES = 60;  // per chunk of weights

@@ -44,7 +44,7 @@ def compile_instance(instance, architecture, folder):
 def counted_half_tile(kernel):
     """What the launch plan counts with."""
     columns = int(re.search(r"c(\d+)t", kernel.instance)[1])
-    kind = "_TF32" if kernel.dtype == "tf32" else "_WIDE" if columns > 7 else ""
+    kind = "_TF32" if kernel.dtype == "tf32" else "_WIDE" if columns > 12 else ""
     return MODEL["FINISH_PER_ROW"] + columns * MODEL[f"FINISH_PER_COLUMN{kind}"]
 
 
@@ -78,7 +78,7 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
         # The plan's numbers are those of sm_80 and sm_90a; for sm_100 the compiler loads more constants.
         if architecture != "100" and not instance.startswith("cluster"):
             assert kernel.counts.half_tile == pytest.approx(counted_half_tile(kernel), rel=0.12)
-        assert kernel.counts.copy == pytest.approx(MODEL["COPY_INSTRUCTIONS"], rel=0.15)
+        assert kernel.counts.copy == pytest.approx(MODEL["COPY_INSTRUCTIONS"], rel=0.2)
     functions = {symbol: text for (_, symbol), text in machine_code.functions(binary, cuobjdump).items()}
     columns, tiles = map(int, re.fullmatch(r"(?:d\d+|cluster_|wgmma_)c(\d+)t(\d+)", instance).groups())
     for symbol, text in functions.items():
