@@ -92,6 +92,7 @@ peers: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 # Settings are in pyproject.toml.
 types: $(INSTALLED)
