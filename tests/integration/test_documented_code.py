@@ -77,7 +77,8 @@ def test_blocks_run(page, tmp_path):
         # compile: what goes wrong is told with the page's own line.
         small = block.text.replace("3, 224, 224)", "3, 64, 64)")
         script.append(f"exec(compile({chr(10) * (block.line - 1) + small!r}, {block.page!r}, 'exec'))")
-    done = run(sys.executable, "-c", "\n".join(script), cwd=tmp_path)
+    choices = str(tmp_path / "choices.json")  # not the user's
+    done = run(sys.executable, "-c", "\n".join(script), cwd=tmp_path, RES2NET_FUSED_CHOICES=choices)
     assert done.returncode == 0, done.stderr
 
 
