@@ -22,6 +22,7 @@ from ..chain.activations import shows_slope
 from ..chain.problem import Chain1dProblem, ChainProblem
 from . import choices, policy
 from .base import BACKENDS, Backend
+from .choices import Problem
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_BACKEND"
 
@@ -31,7 +32,6 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "reference"
 
 AUTO_ORDER_1D: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}  # Triton's 1-D kernel was never timed on a GPU
 
-Problem = ChainProblem | Chain1dProblem
 Kind = TypeVar("Kind", ChainProblem, Chain1dProblem)
 
 NOTHING: Mapping[str, str] = MappingProxyType({})

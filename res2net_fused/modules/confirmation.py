@@ -38,10 +38,7 @@ def agrees_in_float(module: nn.Module, expected: Callable[[Tensor], Tensor], cha
     expected: in float64, of images (1, channels, 18, 6). forward: the module's, by default its own.
     """
     x = 100 * torch.randn(1, channels, 18, 6, dtype=torch.float64, device="cpu")
-    groups: dict[int, Any] = {
-        id(m.process_group): m.process_group for m in module.modules() if isinstance(m, nn.SyncBatchNorm)
-    }  # which cannot be copied
-    narrow: Any = copy.deepcopy(module, groups).float()
+    narrow: Any = copy.deepcopy(module, _process_groups(module)).float()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         own = narrow(x.float()) if forward is None else forward(narrow, x.float())
     ours = expected(x)
@@ -138,12 +135,17 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in own if isinstance(value, Tensor)}
 
 
+def _process_groups(module: nn.Module) -> dict[int, Any]:
+    """What deepcopy is told to share, by id, since it cannot be copied."""
+    return {id(m.process_group): m.process_group for m in module.modules() if isinstance(m, nn.SyncBatchNorm)}
+
+
 def random_twin(part: nn.Module, least: float = 0.5) -> nn.Module:
     """A float64 copy on the CPU, without hooks, of which no tensor is the part's: that may be large, on a GPU, meta or fake.
 
     Its parameters are random, since zeros would hide a difference. least: the smallest variance.
     """
-    fresh: dict[int, Any] = {}
+    fresh = _process_groups(part)
     for module in part.modules():
         for name, tensor in _tensors(module).items():
             shape = tuple(tensor.shape)
@@ -156,8 +158,6 @@ def random_twin(part: nn.Module, least: float = 0.5) -> nn.Module:
             elif not (tensor.is_meta or isinstance(tensor, FakeTensor)):
                 value = tensor.detach().cpu().clone()
             fresh[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-        if isinstance(module, nn.SyncBatchNorm):
-            fresh[id(module.process_group)] = module.process_group  # cannot be copied
     twin = copy.deepcopy(part, fresh)
     for module in twin.modules():
         if type(module) is nn.SyncBatchNorm:

@@ -14,16 +14,15 @@ EXPORTED = "exported to ONNX, which knows PyTorch's own operators only"
 TRACED = "torch.jit.trace records PyTorch's own operators, so that the trace loads anywhere"
 
 # What counters and patches replace of PyTorch, as it was at the import.
-_functions = itemgetter("conv2d", "conv1d", "batch_norm", "relu")
-_methods = attrgetter("Conv2d._conv_forward", "Conv1d._conv_forward", "Conv2d.forward", "BatchNorm2d.forward", "ReLU.forward")
-_PRESENT = _functions(vars(F)), _methods(nn)
-_NAMES = ("F.conv2d", "F.conv1d", "F.batch_norm", "F.relu"), ("Conv2d._conv_forward", "Conv1d._conv_forward", "Conv2d.forward",
-          "BatchNorm2d.forward", "ReLU.forward")  # fmt: skip
+_FUNCTIONS = "conv2d", "conv1d", "batch_norm", "relu"
+_METHODS = "Conv2d._conv_forward", "Conv1d._conv_forward", "Conv2d.forward", "BatchNorm2d.forward", "ReLU.forward"
+_functions, _methods = itemgetter(*_FUNCTIONS), attrgetter(*_METHODS)
+_PRESENT = *_functions(vars(F)), *_methods(nn)
 
 
 def replaced() -> bool:
     """Whether a function of PyTorch that blocks call is another one than at the import."""
-    return (_functions(vars(F)), _methods(nn)) != _PRESENT
+    return (*_functions(vars(F)), *_methods(nn)) != _PRESENT
 
 
 def overrides(tensor: Tensor) -> bool:
@@ -41,8 +40,9 @@ def why_recorded() -> str | None:
         if mode is not None:
             return f"{type(mode).__name__} is active, and counts or changes PyTorch's own operators"
     if replaced():
-        now = _functions(vars(F)), _methods(nn)
-        name = next(n for i in (0, 1) for n, a, b in zip(_NAMES[i], now[i], _PRESENT[i], strict=True) if a is not b)
+        names = *(f"F.{name}" for name in _FUNCTIONS), *_METHODS
+        now = *_functions(vars(F)), *_methods(nn)
+        name = next(name for name, a, b in zip(names, now, _PRESENT, strict=True) if a is not b)
         return f"PyTorch's {name} is replaced, which counts or changes what blocks call"
     return None
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..backends import choices
+from ..backends.choices import Problem
 from ..backends.measuring import candidates
 from ..backends.selection import get_backend, why_put_aside
 from ..backends.triton.availability import uses_tf32
@@ -20,8 +21,6 @@ from ..modules.measuring import call_of
 from ..ops.packed_weights import one_operator
 
 _LIMIT_S = 20.0  # for one tile
-
-Problem = ChainProblem | Chain1dProblem
 
 
 def tune_tiles(block: nn.Module, problem: Problem, passes: str) -> list[str]:

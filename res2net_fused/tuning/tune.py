@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._timing import measure
 from ..backends import choices
+from ..backends.choices import Problem
 from ..backends.choices_file import OWN
 from ..backends.measuring import Trial
 from ..backends.selection import is_auto
@@ -34,8 +35,6 @@ from .report import IN_CHANNELS_LAST, TunedCall, TuneReport
 
 DETERMINISTIC = "torch.use_deterministic_algorithms is on: nothing is measured, since results of choices differ by rounding"
 _MODEL_SECONDS = 4.0  # for the whole model by all three choices
-
-Problem = ChainProblem | Chain1dProblem
 
 
 @dataclass

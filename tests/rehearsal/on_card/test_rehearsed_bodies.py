@@ -30,11 +30,7 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch):
-    for name in ("_known", "_agreed"):
-        monkeypatch.setattr(verification, name, set())
-    monkeypatch.setattr(verification, "_suspended", False)
-    monkeypatch.setattr(selection, "_aside", {})
+def nothing_known(as_in_a_new_process):
     choices.forget_native()
     with torch.no_grad():
         yield

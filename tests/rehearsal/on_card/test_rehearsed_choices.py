@@ -8,7 +8,7 @@ from helpers import randomize, relative_error
 
 from res2net_fused import Bottle2neck, accelerate, explain, tune
 from res2net_fused._timing import Timing
-from res2net_fused.backends import choices, measuring, selection, verification
+from res2net_fused.backends import choices, measuring
 from res2net_fused.backends.cuda import chain as cuda_chain
 from res2net_fused.backends.cuda.plan import device_limits, plan_chain
 from res2net_fused.backends.selection import get_backend
@@ -21,12 +21,8 @@ MS = {"own": 5.0, "reference": 4.0, "triton": 1.0, "cuda": 2.0}
 
 
 @pytest.fixture(autouse=True)
-def planted(monkeypatch, choices_table):
+def planted(monkeypatch, choices_table, as_in_a_new_process):
     """Milliseconds by choice, in a process that has tried no kernel."""
-    for name in ("_known", "_agreed"):
-        monkeypatch.setattr(verification, name, set())
-    monkeypatch.setattr(verification, "_suspended", False)
-    monkeypatch.setattr(selection, "_aside", {})
     times = dict(MS)
 
     def measure(trials, device, **options):
@@ -93,14 +89,13 @@ def test_a_kernel_with_wrong_numbers_is_never_used(how, monkeypatch, caplog):
     assert explain(b)[0].backend == "cuda"
 
 
-def test_a_table_of_another_process_replaces_no_comparison(monkeypatch):
+def test_a_table_of_another_process_replaces_no_comparison(monkeypatch, as_in_a_new_process):
     torch.manual_seed(1)
     b, x = block(), images()
     right = run(b, x)
     tune(b, x, progress=False)
     choices.forget()  # a later process, with another compiler or driver
-    for name in ("_known", "_agreed"):
-        monkeypatch.setattr(verification, name, set())
+    as_in_a_new_process()
     spoil(monkeypatch, "triton", lambda out: out.mul_(1.1))
     assert choices.lookup("inference", b._res2net_fused.last_problem).backend == "triton"
     fresh = block()

@@ -9,7 +9,7 @@ from helpers import randomize, relative_error
 from on_card import capture
 
 from res2net_fused import Bottle2neck, accelerate, explain, hierarchical_conv2d
-from res2net_fused.backends import selection, verification
+from res2net_fused.backends import verification
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.chain.tolerances import FORWARD
 from res2net_fused.ops.hierarchical_conv_bn import hierarchical_conv_bn
@@ -18,12 +18,8 @@ WIDTH, SCALE = 16, 4
 
 
 @pytest.fixture(autouse=True)
-def trials(monkeypatch):
+def trials(monkeypatch, as_in_a_new_process):
     """The backends that were tried, in a process that has tried none before."""
-    for name in ("_known", "_agreed"):
-        monkeypatch.setattr(verification, name, set())
-    monkeypatch.setattr(verification, "_suspended", False)
-    monkeypatch.setattr(selection, "_aside", {})
     found, own = [], verification._trial
 
     def counted(backend, *arguments):
