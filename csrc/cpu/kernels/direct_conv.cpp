@@ -39,9 +39,9 @@ __attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
   for (int ty = 0; ty < 3; ty++) {
     for (int tx = 0; tx < 3; tx++) {
       const int64_t tap = ty * 3 + tx;
-      accumulate<false>(
+      accumulate(
           sums, source + ty * run.tap_row + tx * run.tap_column, run.source_pixel, weights + tap * run.depth * kPanel,
-          weights + Panels * panel_pitch + tap * run.depth * kUnit, panel_pitch, run.depth, nullptr);
+          weights + Panels * panel_pitch + tap * run.depth * kUnit, panel_pitch, run.depth, kAskNothing);
     }
   }
   const Epilogue activate = Epilogue::of(run.activation);
@@ -49,7 +49,7 @@ __attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
   for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
     for (int f = 0; f < sums.kFull; f++) finish(run, activate, sums.full[p][f], first + p, f * kLanes<Full>);
-    if constexpr (sums.kHalf) finish(run, activate, sums.half[p][0], first + p, Panels * kPanel);
+    if constexpr (sums.kHalf) finish(run, activate, sums.half(p), first + p, Panels * kPanel);
   }
 }
 

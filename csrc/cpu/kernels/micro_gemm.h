@@ -36,7 +36,9 @@ struct Sums {
   static constexpr int kFull = Panels * kPerPanel + (HalfPanel ? kPerHalf : 0);
   static constexpr int kHalf = HalfPanel && kHalfVectors ? 1 : 0;
   Full full[P][kFull ? kFull : 1];
-  Half half[P][kHalf ? kHalf : 1];
+  Full wide_half[P][kHalf ? kHalf : 1];
+
+  R2N_INLINE_MEMBER Half half(int row) const { return first_half(wide_half[row][0]); }
 };
 
 template <int P, int Panels, bool HalfPanel>
@@ -46,16 +48,16 @@ R2N_INLINE void clear(Sums<P, Panels, HalfPanel>& sums) {
   for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
     for (int f = 0; f < S::kFull; f++) sums.full[p][f] = Full{};
-    if constexpr (S::kHalf > 0) sums.half[p][0] = Half{};
+    if constexpr (S::kHalf > 0) sums.wide_half[p][0] = Full{};
   }
 }
 
 // sums += A (P rows, `row_pitch` floats apart) * B (depth rows; full panels at b, `panel_pitch` floats apart; half one at
-// half). With Prefetch, asks for as many floats at `soon` as the panels at b hold.
-template <bool Prefetch, int P, int Panels, bool HalfPanel>
+// half). Calls ask(k) at each row of B, for prefetches that would be too many at once.
+template <int P, int Panels, bool HalfPanel, class Ask>
 R2N_INLINE void accumulate(
     Sums<P, Panels, HalfPanel>& sums, const float* a, int64_t row_pitch, const float* b, const float* half, int64_t panel_pitch,
-    int64_t depth, const float* soon) {
+    int64_t depth, const Ask& ask) {
   constexpr int kFull = Sums<P, Panels, HalfPanel>::kFull;
   const float* rows[(P + 2) / 3];  // every third row: the two behind it are reached by the addressing mode
 #pragma GCC unroll 8
@@ -63,7 +65,7 @@ R2N_INLINE void accumulate(
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k++) {
     Full row[kFull ? kFull : 1];
-    Half row_half{};
+    Full row_half{};
 #pragma GCC unroll 8
     for (int f = 0; f < kFull; f++) {
       const bool in_half = f >= Panels * kPerPanel;
@@ -71,27 +73,25 @@ R2N_INLINE void accumulate(
                                   : b + (f / kPerPanel) * panel_pitch + (f % kPerPanel) * kLanes<Full>;
       row[f] = load<Full>(from);
     }
-    if constexpr (Sums<P, Panels, HalfPanel>::kHalf) row_half = load<Half>(half);
+    if constexpr (Sums<P, Panels, HalfPanel>::kHalf) row_half = load_half(half);
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++) {
       const float x = rows[p / 3][(p % 3) * row_pitch];
 #pragma GCC unroll 8
       for (int f = 0; f < kFull; f++) sums.full[p][f] = multiply_add(broadcast<Full>(x), row[f], sums.full[p][f]);
       if constexpr (Sums<P, Panels, HalfPanel>::kHalf) {
-        sums.half[p][0] = multiply_add(broadcast<Half>(x), row_half, sums.half[p][0]);
+        sums.wide_half[p][0] = multiply_add(broadcast<Full>(x), row_half, sums.wide_half[p][0]);
       }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < (P + 2) / 3; i++) rows[i]++;
-    if constexpr (Prefetch) {
-#pragma GCC unroll 4
-      for (int i = 0; i < Panels; i++) __builtin_prefetch(soon + i * panel_pitch, 0, 2);
-      soon += kPanel;
-    }
+    ask(k);
     b += kPanel;
     half += kUnit;
   }
 }
+
+constexpr auto kAskNothing = [](int64_t) R2N_LAMBDA_INLINE {};
 
 // sums += A^T * B over `depth` rows of both: P floats side by side at a, a few panels at b.
 template <int P, int Panels, bool HalfPanel>
@@ -100,16 +100,16 @@ R2N_INLINE void accumulate_transposed(
   constexpr int kFull = Sums<P, Panels, HalfPanel>::kFull;
   for (int64_t k = 0; k < depth; k++) {
     Full row[kFull ? kFull : 1];
-    Half row_half{};
+    Full row_half{};
 #pragma GCC unroll 8
     for (int f = 0; f < kFull; f++) row[f] = load<Full>(b + f * kLanes<Full>);
-    if constexpr (Sums<P, Panels, HalfPanel>::kHalf) row_half = load<Half>(b + kFull * kLanes<Full>);
+    if constexpr (Sums<P, Panels, HalfPanel>::kHalf) row_half = load_half(b + kFull * kLanes<Full>);
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
       for (int f = 0; f < kFull; f++) sums.full[p][f] = multiply_add(broadcast<Full>(a[p]), row[f], sums.full[p][f]);
       if constexpr (Sums<P, Panels, HalfPanel>::kHalf) {
-        sums.half[p][0] = multiply_add(broadcast<Half>(a[p]), row_half, sums.half[p][0]);
+        sums.wide_half[p][0] = multiply_add(broadcast<Full>(a[p]), row_half, sums.wide_half[p][0]);
       }
     }
     a += a_pitch;

@@ -211,12 +211,18 @@ __attribute__((noinline)) void multiply_rows(
     const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch, const float* soon) {
   Sums<P, Panels, HalfPanel> sums;
   clear(sums);
-  accumulate<Prefetch>(sums, a, a_pitch, b, b + Panels * depth * kPanel, depth * kPanel, depth, soon);
+  const int64_t panel_pitch = depth * kPanel;
+  accumulate(sums, a, a_pitch, b, b + Panels * panel_pitch, panel_pitch, depth, [&](int64_t k) R2N_LAMBDA_INLINE {
+    if constexpr (Prefetch) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Panels; i++) __builtin_prefetch(soon + i * panel_pitch + k * kPanel, 0, 2);
+    }
+  });
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
     for (int f = 0; f < sums.kFull; f++) store(c + p * c_pitch + f * kLanes<Full>, sums.full[p][f]);
-    if constexpr (sums.kHalf) store(c + p * c_pitch + Panels * kPanel, sums.half[p][0]);
+    if constexpr (sums.kHalf) store(c + p * c_pitch + Panels * kPanel, sums.half(p));
   }
 }
 

@@ -41,7 +41,7 @@ __attribute__((noinline)) void multiply_tiles(const float* z, const float* v, in
   for (int p = 0; p < P; p++) {
 #pragma GCC unroll 8
     for (int f = 0; f < sums.kFull; f++) store(c + p * c_pitch + f * kLanes<Full>, sums.full[p][f]);
-    if constexpr (sums.kHalf) store(c + p * c_pitch, sums.half[p][0]);
+    if constexpr (sums.kHalf) store(c + p * c_pitch, sums.half(p));
   }
 }
 
