@@ -137,7 +137,7 @@ class SoonWeights {
 void pointwise_rows(const Pointwise& p, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   alignas(64) float waiting[kRows * kWidest];
   const PointwiseSource& first_source = p.sources[0];
-  const bool shallow = first_source.depth <= kDepth && p.sources[1].depth == 0;
+  const bool shallow = first_source.depth + p.sources[1].depth <= kDepth;
   const Passes blocks = Passes::of(last - first, shallow ? kShallowRows : kRows);
   for (int64_t b = 0, block = first; b < blocks.count; block += blocks.rows(b), b++) {
     const int64_t rows = blocks.rows(b), next = block + rows, next_rows = b + 1 < blocks.count ? blocks.rows(b + 1) : 0;
