@@ -206,17 +206,19 @@ void copy_passed(const Step& step, const Tile& tile) {
   }
 }
 
-// With Soon floats of each panel at `soon` asked for at each row of b.
+// With Soon floats of each panel at `soon_b`, and what a later call reads at `soon_a`, asked for at each row of b.
 template <int Soon, int P, int Panels, bool HalfPanel>
 __attribute__((noinline)) void multiply_rows(
-    const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch, const float* soon) {
+    const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch, const float* soon_a,
+    const float* soon_b) {
   Sums<P, Panels, HalfPanel> sums;
   clear(sums);
   const int64_t panel_pitch = depth * kPanel;
   accumulate(sums, a, a_pitch, b, b + Panels * panel_pitch, panel_pitch, depth, [&](int64_t k) R2N_LAMBDA_INLINE {
+    __builtin_prefetch(soon_a + k * kUnit);
     if constexpr (Soon > 0) {
 #pragma GCC unroll 4
-      for (int i = 0; i < Panels; i++) __builtin_prefetch(soon + i * panel_pitch + k * Soon, 0, 2);
+      for (int i = 0; i < Panels; i++) __builtin_prefetch(soon_b + i * panel_pitch + k * Soon, 0, 2);
     }
   });
 #pragma GCC unroll 16
@@ -250,14 +252,16 @@ R2N_INLINE void multiply_points(
     int64_t tile = range.first;
     for (int64_t i = 0; i < passes.count; i++) {
       const float* a = v + point * v_point + tile * padded;
+      // V of the next point, of which another thread may have written a part.
+      const float* soon_a = next < kPoints ? a + (next - point) * v_point : a;
       const float* b = weights + point * step.winograd_point;
       float* c = m + point * m_point + tile * width;
       with_rows<kMost>(passes.rows(i), [&]<int P>() R2N_LAMBDA_INLINE {
         // Half of them by each of two calls: more at a time than arrive would make the products wait.
         const float* const half = soon + i * (w / 2) * kPanel;
-        passes.count == 1 ? multiply_rows<kPanel, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon)
-        : i < 2           ? multiply_rows<kPanel / 2, P, Panels, HalfPanel>(a, padded, b, w, c, width, half)
-                          : multiply_rows<0, P, Panels, HalfPanel>(a, padded, b, w, c, width, nullptr);
+        passes.count == 1 ? multiply_rows<kPanel, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon_a, soon)
+        : i < 2           ? multiply_rows<kPanel / 2, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon_a, half)
+                          : multiply_rows<0, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon_a, nullptr);
       });
       tile += passes.rows(i);
     }
