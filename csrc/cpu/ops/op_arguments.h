@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/scratch.h"
 #include "operators/chain_names.h"
 
 namespace res2net_fused {
@@ -60,10 +61,16 @@ inline Tensor as_nhwc_floats(const Tensor& x) {
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
+// Memory of many MB comes fresh from the system at each call, and is filled with zeros page by page as it is written: with small
+// pages that takes as long as a 1x1 convolution.
 inline Tensor empty_nhwc(int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  constexpr int64_t kFresh = int64_t{8} << 20;
   const int64_t sizes[4] = {batch, channels, height, width};
-  return torch::stable::empty(
+  Tensor out = torch::stable::empty(
       {sizes, 4}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  const int64_t bytes = out.numel() * static_cast<int64_t>(sizeof(float));
+  if (bytes >= kFresh) ask_for_huge_pages(out.mutable_data_ptr(), bytes);
+  return out;
 }
 
 inline Tensor new_floats(int64_t rows, int64_t floats) {
