@@ -50,13 +50,13 @@ struct Bodies {
   static Tensors hierarchical_conv1d(
       const Tensor& x, const Tensors& weights, const OptionalTensors& biases, const OptionalTensors& scale,
       const OptionalTensors& shift, const OptionalTensors& packed, int64_t dilation, const std::string& passthrough,
-      const std::string& padding_mode, bool keep, const std::string& backend) {
+      const std::string& padding_mode, bool keep, const std::string& backend, const std::string& activation) {
     Decision decision;
     Tensors outputs = decide(
         decision, "hierarchical_conv1d", Library::kOwn, [&] { return Library::rule_1d(backend, x); }, Library::beside(x, {}), x,
-        weights, biases, scale, shift, packed, dilation, passthrough, padding_mode, keep, backend);
+        weights, biases, scale, shift, packed, dilation, passthrough, padding_mode, keep, backend, activation);
     if (!outputs.empty()) return outputs;
-    const RowsChain chain{x, weights, biases, scale, shift, dilation, passthrough, padding_mode, keep};
+    const RowsChain chain{x, weights, biases, scale, shift, dilation, passthrough, padding_mode, activation, keep};
     return decision.own ? Library::rows(decision, chain, packed) : plain_hierarchical_conv1d(chain);
   }
 

@@ -15,33 +15,6 @@ Tensor clamp(const Tensor& z, double high) {
       "aten::clamp", "Tensor", z, std::optional(one_value(z, 0, {})), std::optional(one_value(z, high, {})));
 }
 
-Tensor activate(const Tensor& z, const std::string& activation) {
-  const auto [code, slope] = activation_named(activation);
-  switch (static_cast<Activation::Kind>(code)) {
-    case Activation::relu:
-      return plain_relu(z);
-    case Activation::none:
-      return z;
-    case Activation::hardtanh20:
-      return clamp(z, 20);
-    case Activation::relu6:
-      return clamp(z, 6);
-    case Activation::leaky_relu:
-      return call_operator<Tensor>("aten::prelu", "", z, one_value(z, slope, {1}));
-    case Activation::hardswish:
-      return call_operator<Tensor>("aten::hardswish", "", z);
-    case Activation::silu:
-      return call_operator<Tensor>("aten::silu", "", z);
-    case Activation::gelu:
-      return call_operator<Tensor>("aten::gelu", "", z, std::string("none"));
-    case Activation::gelu_tanh:
-      return call_operator<Tensor>("aten::gelu", "", z, std::string("tanh"));
-    case Activation::mish:
-      return call_operator<Tensor>("aten::mish", "", z);
-  }
-  return z;
-}
-
 Tensors split(const Tensor& x, int64_t count, int64_t width) {
   Tensors groups;
   Tensor whole = x;
@@ -67,7 +40,7 @@ Tensor plain_chain(const Tensor& x, const Tensors& weights, const OptionalTensor
     if (biases.has_value()) bias = biases->at(step);
     const int64_t dilation = problem.dilation;
     const Tensor z = plain_convolution(u, weights[step], bias, problem.stride, dilation, dilation, problem.groups);
-    outputs[i] = activate(z, names.activation);
+    outputs[i] = plain_activation(z, names.activation);
   }
   return concatenated(outputs);
 }
@@ -96,6 +69,33 @@ Tensor plain_convolution(
 }
 
 Tensor plain_relu(const Tensor& x) { return call_operator<Tensor>("aten::relu", "", x); }
+
+Tensor plain_activation(const Tensor& z, const std::string& activation) {
+  const auto [code, slope] = activation_named(activation);
+  switch (static_cast<Activation::Kind>(code)) {
+    case Activation::relu:
+      return plain_relu(z);
+    case Activation::none:
+      return z;
+    case Activation::hardtanh20:
+      return clamp(z, 20);
+    case Activation::relu6:
+      return clamp(z, 6);
+    case Activation::leaky_relu:
+      return call_operator<Tensor>("aten::prelu", "", z, one_value(z, slope, {1}));
+    case Activation::hardswish:
+      return call_operator<Tensor>("aten::hardswish", "", z);
+    case Activation::silu:
+      return call_operator<Tensor>("aten::silu", "", z);
+    case Activation::gelu:
+      return call_operator<Tensor>("aten::gelu", "", z, std::string("none"));
+    case Activation::gelu_tanh:
+      return call_operator<Tensor>("aten::gelu", "", z, std::string("tanh"));
+    case Activation::mish:
+      return call_operator<Tensor>("aten::mish", "", z);
+  }
+  return z;
+}
 
 Tensor plain_sum(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
@@ -141,6 +141,8 @@ RowsGeometry geometry_of(const RowsChain& chain) {
   g.dilation = std::min(chain.dilation, g.length);  // beyond the row zeros are read however far it is
   g.padding = g.dilation * (g.taps / 2);
   g.reflects = code_of("padding_mode", chain.padding_mode, kPaddingModes) == 1;
+  const auto [activation, slope] = activation_named(chain.activation);
+  g.keeps_input = !activation_of(activation, slope).shows_slope();
   g.first = passthrough == Passthrough::first || passthrough == Passthrough::first_added;
   g.passed = passthrough == Passthrough::none ? -1 : g.first ? 0 : g.steps;
   g.added = passthrough == Passthrough::first_added ? 0 : -1;
@@ -175,8 +177,8 @@ Tensors plain_hierarchical_conv1d(const RowsChain& chain) {
     std::optional<Tensor> bias;
     if (chain.biases.has_value()) bias = chain.biases->at(step);
     const Tensor z = plain_convolution(u, chain.weights[step], bias, 1, g.reflects ? 0 : g.padding, g.dilation, 1);
-    const Tensor r = torch::stable::contiguous(plain_relu(z));
-    if (chain.keep) kept.push_back(r);
+    const Tensor r = torch::stable::contiguous(plain_activation(z, chain.activation));
+    if (chain.keep) kept.push_back(g.keeps_input ? torch::stable::contiguous(z) : r);
     outputs[i] = chain.scale.has_value() ? affine(r, chain.scale->at(step), chain.shift->at(step)) : r;
   }
   Tensors results{torch::stable::contiguous(concatenated(outputs))};

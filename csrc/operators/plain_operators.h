@@ -28,7 +28,7 @@ struct RowsChain {
   const Tensors& weights;
   const OptionalTensors &biases, &scale, &shift;
   int64_t dilation;
-  const std::string &passthrough, &padding_mode;
+  const std::string &passthrough, &padding_mode, &activation;
   bool keep;
 };
 
@@ -37,6 +37,7 @@ struct RowsGeometry {
   int64_t batch, length, width, steps, taps, dilation, padding;
   int64_t first, passed, added;  // groups: the first convolved one, the one without a convolution, and that, if added, or -1
   bool reflects;
+  bool keeps_input;  // for the backward: that of the activations, whose outputs do not show the derivatives
 };
 
 RES2NET_SHARED RowsGeometry geometry_of(const RowsChain& chain);
@@ -59,6 +60,9 @@ RES2NET_SHARED Tensor plain_pointwise(const Tensor& x, const Tensor& weight, con
 RES2NET_SHARED Tensor plain_sum(const Tensor& a, const Tensor& b);
 
 RES2NET_SHARED Tensor plain_relu(const Tensor& x);
+
+// By the name of the activation.
+RES2NET_SHARED Tensor plain_activation(const Tensor& z, const std::string& activation);
 
 inline Tensor in_type_of(const Tensor& x, const Tensor& value) {
   return value.scalar_type() == x.scalar_type() ? value : torch::stable::to(value, x.scalar_type());

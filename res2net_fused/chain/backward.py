@@ -17,15 +17,14 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import activation_backward, activation_backward_from_input, shows_slope
+from .activations import activate, activation_backward, activation_backward_from_input, shows_slope
 from .config import Chain1dConfig, ChainConfig
 from .convolver import ATEN, Convolver
 from .memory_format import memory_format
 from .problem import ChainProblem
-from .reference import bias_of, padded_1d
+from .reference import bias_of, convolved_1d, padded_1d
 
 
 def chain_backward(
@@ -61,7 +60,7 @@ def chain_backward_1d(
     grad: Tensor,
     x: Tensor,
     out: Tensor,
-    rectified: Sequence[Tensor],
+    kept: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
     affine_scale: Sequence[Tensor] | None,
@@ -72,36 +71,37 @@ def chain_backward_1d(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of (x, weights, biases, affine_scale, affine_shift), of these only what `needed` names.
 
-    Here y_i = a_i r_i + c_i with r_i = relu(K_i * u_i + b_i), which is kept, so that before the walk goes on
+    Here y_i = a_i r_i + c_i with r_i = act(z_i) and z_i = K_i * u_i + b_i, of which `reference.kept_1d` is kept, so that
+    before the walk goes on
 
-        da_i = sum dy_i r_i,   dc_i = sum dy_i,   dz_i = dy_i a_i [r_i > 0]
+        da_i = sum dy_i r_i,   dc_i = sum dy_i,   dz_i = dy_i a_i act'(z_i)
 
-    grad, out, x: (N, s*w, L), any strides; rectified: each r_i (N, w, L). in_place: False where these gradients are
-    differentiated again, or vmapped; r_i is then convolved again, under the mask of what is kept.
+    grad, out, x: (N, s*w, L), any strides; kept: for each convolution (N, w, L). in_place: False where these gradients are
+    differentiated again, or vmapped; z_i is then convolved again.
     """
     need_x, need_weights, need_biases, need_scale, need_shift = needed
     grad_scale, grad_shift = ([grad] * len(weights) for _ in range(2))
+    shows = shows_slope(config.activation)
+
+    def z(k: int, u: Tensor) -> Tensor:
+        return kept[k] if in_place and not shows else convolved_1d(u, weights[k], bias_of(biases, k, u), config)
 
     def output_backward(k: int, dy: Tensor, y: Tensor, u: Tensor) -> Tensor:
         if affine_scale is not None and affine_shift is not None:
             if need_scale:
-                r = rectified[k] if in_place else rectified_1d(u, rectified[k], weights[k], bias_of(biases, k, u), config)
+                r = kept[k] if in_place and shows else activate(z(k, u), config.activation)
                 grad_scale[k] = (dy.to(affine_scale[k].dtype) * r).sum((0, 2))
             if need_shift:
                 grad_shift[k] = dy.sum((0, 2), dtype=affine_shift[k].dtype)
             dy = (dy * affine_scale[k][:, None]).to(dy.dtype)
-        return torch.ops.aten.threshold_backward(dy, rectified[k], 0).contiguous()
+        if shows:
+            return activation_backward(dy, kept[k], config.activation).contiguous()
+        return activation_backward_from_input(dy, z(k, u), config.activation, again=not in_place).contiguous()
 
     by_aten = functools.partial(convolution_backward_1d, config=config)
     needed = need_x, need_weights, need_biases and biases is not None
     found = walk_back(grad, x, out, weights, config.chain, output_backward, by_aten, needed, in_place)
     return *found, grad_scale, grad_shift
-
-
-def rectified_1d(u: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, config: Chain1dConfig) -> Tensor:
-    """relu(K u + b), (N, w, L), as a function of u, weight and bias; it is zero where `kept`, the same without them, is."""
-    z = F.conv1d(padded_1d(u, weight, config), weight, bias, dilation=config.dilation)
-    return torch.ops.aten.threshold_backward(z, kept, 0)
 
 
 def walk_back(

@@ -169,18 +169,20 @@ class Chain1dConfig:
     """Settings of `hierarchical_conv1d`, without the tensors.
 
     dilation: of every convolution. passthrough: the group that skips its convolution, as in `ChainConfig`.
-    padding_mode: what stands beyond both ends of a row, "zeros" or "reflect".
+    padding_mode: what stands beyond both ends of a row, "zeros" or "reflect". activation: as in `ChainConfig`.
     Raises ValueError or TypeError, naming the argument, for a value that there is not.
     """
 
     dilation: int = 1
     passthrough: str = "last"
     padding_mode: str = "zeros"
+    activation: str = "relu"
 
     def __post_init__(self) -> None:
         at_least_one("dilation", self.dilation)
         one_of("passthrough", self.passthrough, PASSTHROUGHS)
         one_of("padding_mode", self.padding_mode, PADDING_MODES)
+        check_activation(self.activation)
 
     @functools.cached_property
     def chain(self) -> ChainConfig:
@@ -197,5 +199,10 @@ class Chain1dConfig:
         return replace(self, dilation=length) if far else self
 
     def as_kwargs(self) -> dict[str, object]:
-        """The keyword arguments of `hierarchical_conv1d`, in the order of the operator's schema."""
-        return {"dilation": self.dilation, "passthrough": self.passthrough, "padding_mode": self.padding_mode}
+        """The keyword arguments of `hierarchical_conv1d`, in the order of its backward's schema."""
+        return {
+            "dilation": self.dilation,
+            "passthrough": self.passthrough,
+            "padding_mode": self.padding_mode,
+            "activation": self.activation,
+        }

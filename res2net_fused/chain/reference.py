@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, shows_slope
 from .config import Chain1dConfig, ChainConfig
 
 
@@ -92,17 +92,18 @@ def hierarchical_conv1d(
     config: Chain1dConfig,
     kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """The chain along rows, y_i = scale_i * relu(K_i * u_i + b_i) + shift_i: BatchNorm's affine map comes after ReLU.
+    """The chain along rows, y_i = scale_i * act(K_i * u_i + b_i) + shift_i: BatchNorm's affine map comes after the activation.
 
     weights: (w, w, k); biases, affine_scale, affine_shift: (w,), or None; x: (N, s*w, L).
-    kept: where each relu(K_i * u_i + b_i), (N, w, L), is appended, or None.
+    kept: where for each convolution `kept_1d`, (N, w, L), is appended, or None.
     """
 
     def convolution(k: int, u: Tensor) -> Tensor:
-        z = F.conv1d(padded_1d(u, weights[k], config), weights[k], bias_of(biases, k, u), dilation=config.dilation).relu()
+        z = convolved_1d(u, weights[k], bias_of(biases, k, u), config)
+        r = activate(z, config.activation)
         if kept is not None:
-            kept.append(z)
-        return affine_1d(z, affine_scale, affine_shift, k)
+            kept.append(kept_1d(z, r, config))
+        return affine_1d(r, affine_scale, affine_shift, k)
 
     return torch.cat(hierarchical_chain(x.split(weights[0].shape[0], 1), convolution, config.chain), 1)
 
@@ -111,6 +112,16 @@ def padded_1d(u: Tensor, weight: Tensor, config: Chain1dConfig) -> Tensor:
     """u (N, w, L) with what stands beyond its ends, (N, w, L + 2p), so that the convolution by `weight` is (N, w, L)."""
     padding = config.padding(weight.shape[2])
     return F.pad(u, (padding, padding), mode="constant" if config.padding_mode == "zeros" else "reflect")
+
+
+def convolved_1d(u: Tensor, weight: Tensor, bias: Tensor | None, config: Chain1dConfig) -> Tensor:
+    """K u + b of one convolution, (N, w, L)."""
+    return F.conv1d(padded_1d(u, weight, config), weight, bias, dilation=config.dilation)
+
+
+def kept_1d(z: Tensor, r: Tensor, config: Chain1dConfig) -> Tensor:
+    """What the backward needs of z_i = K_i * u_i + b_i and r_i = act(z_i): r_i if that shows the derivative, else z_i."""
+    return r if shows_slope(config.activation) else z
 
 
 def bias_of(biases: Sequence[Tensor] | None, k: int, u: Tensor) -> Tensor | None:

@@ -63,7 +63,7 @@ def seeded() -> Iterator[None]:
 
 def eps_of(norm: nn.Module) -> float | None:
     """The eps of a norm that is, in the mode it is in, y = (x - mean) * weight / sqrt(var + eps) + bias; None of any other."""
-    if type(norm) in PLAIN_NORMS:
+    if type(norm) in PLAIN_NORMS or type(norm) is _OneProcessNorm:
         eps: float = norm.eps  # type: ignore[assignment]
         return eps
     if not isinstance(norm, nn.Module) or norm._modules:

@@ -27,6 +27,7 @@ from .block_state import FusedModule, FusedState
 from .choosing import why_own
 from .eligibility import (
     compute_dtype,
+    fused_activation,
     is_floating,
     under_autocast,
     why_not_called,
@@ -39,6 +40,7 @@ from .switches import switches
 from .tracing import leaf_call
 from .weight_cache import Frozen, cacheable
 
+NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)  # in eval mode one is what the other is
 ADDITION: Path = ("+",)  # the step at which the shortcut is added
 
 
@@ -318,12 +320,12 @@ def why_not_alike_1d(block: nn.Module, state: BlockState1d, modules: Sequence[nn
 def _changed_1d(block: nn.Module, geometry: list[object], state: BlockState1d) -> str:
     """The name of a module that is not as it was, as far as it can be told."""
     parts = {
-        "convs": (nn.Conv1d, list(resolve(block, state.layout.convs))),
-        "bns": (nn.BatchNorm1d, list(resolve(block, state.layout.bns))),
+        "convs": ((nn.Conv1d,), list(resolve(block, state.layout.convs))),
+        "bns": (NORMS, list(resolve(block, state.layout.bns)) if state.layout.bns else []),
     }
-    for name, (kind, found) in parts.items():
+    for name, (kinds, found) in parts.items():
         for i, part in enumerate(found):
-            if type(part) is not kind:
+            if type(part) not in kinds:
                 return f"{name}[{i}] (now {'missing' if part is None else type(part).__name__})"
     names = {id(module): name for name, module in block.named_modules()}
     pairs = zip(descendants(block), geometry, state.geometry, strict=False)
@@ -345,8 +347,13 @@ def descendants(block: nn.Module) -> list[nn.Module]:
 
 
 def geometry_1d(modules: Sequence[nn.Module]) -> list[object]:
-    """The kinds of all modules, and what changes a convolution's result beyond its tensors."""
+    """The kinds of all modules, and what changes the result of a convolution beyond its tensors, or of an activation."""
     return [
-        (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode) if type(m) is nn.Conv1d else type(m)
+        (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode) if type(m) is nn.Conv1d else _kind(m)
         for m in modules
     ]
+
+
+def _kind(module: nn.Module) -> object:
+    name = fused_activation(module)
+    return type(module) if name is None or name == "relu" else (type(module), name)

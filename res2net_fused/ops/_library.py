@@ -198,7 +198,7 @@ def register_backward(
 
     def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         tensors, ctx.settings = kept(inputs, output)
-        ctx.arguments, ctx.lengths = len(inputs), [None if t is None else len(t) for t in inputs[1 : len(like)]]
+        ctx.lengths = [None if t is None else len(t) for t in inputs[1 : len(like)]]
         ctx.sizes = [None if t is None else -1 if isinstance(t, Tensor) else len(t) for t in tensors]
         if not isinstance(output, Tensor):
             ctx.mark_non_differentiable(*output[1:])
@@ -225,7 +225,8 @@ def register_backward(
             for i, length in enumerate(ctx.lengths, start=1):
                 if needed[i]:
                     results[i] = list(itertools.islice(found, length))
-        return *results, *[None] * (ctx.arguments - len(results))
+        given = len(ctx.needs_input_grad)  # of the operator's arguments: without those that are their defaults
+        return *results, *[None] * (given - len(results))
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise no_derivative(name, "has no second derivative")

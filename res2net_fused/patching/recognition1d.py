@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
 from ..modules.block_structure import Structure, ends_of, find_rows, norms_of
+from ..modules.called_activations import CalledActivations
 from ..modules.confirmation import agree, of_memory, random_twin
 from ..modules.folding import is_identity
-from ..modules.fused_forward1d import ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
+from ..modules.fused_forward1d import NORMS, ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
 from .class_swap import own_class
 from .recognition import AGREED, DISAGREED, confirmed_once
 
@@ -66,7 +67,7 @@ def _structure(chain: ChainParts) -> str | None:
     for i, (conv, bn) in enumerate(zip(chain.convs, chain.bns, strict=True)):
         if type(conv) is not nn.Conv1d:
             return f"the chain's convolution {i} is a {type(conv).__name__}, not a plain Conv1d"
-        if type(bn) is not nn.BatchNorm1d and not without:
+        if type(bn) not in NORMS and not without:
             return f"the chain's norm {i} is a {type(bn).__name__}, not a BatchNorm1d"
         if conv.stride != (1,) or conv.groups != 1 or conv.kernel_size[0] % 2 == 0:
             return f"the chain's convolution {i} has a stride, groups or an even kernel"
@@ -75,10 +76,11 @@ def _structure(chain: ChainParts) -> str | None:
     return None
 
 
-def _candidates(dilation: int) -> Iterator[Chain1dConfig]:
+def _candidates(dilation: int, activations: Sequence[str]) -> Iterator[Chain1dConfig]:
     """Settings the chain may have; a wrapper may pad where the convolution inside does not."""
-    for padding_mode, passthrough in itertools.product(PADDING_MODES, ("last", "first", "none", "first_added")):
-        yield Chain1dConfig(dilation, passthrough, padding_mode)
+    passthroughs = "last", "first", "none", "first_added"
+    for activation, padding_mode, passthrough in itertools.product(activations, PADDING_MODES, passthroughs):
+        yield Chain1dConfig(dilation, passthrough, padding_mode, activation)
 
 
 def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, Layout1d] | None, str]:
@@ -93,7 +95,8 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, L
     for given in (channels, len(convs) * width):  # with a group that passes, and without
         x = torch.randn(2, given, dilation * taps + 5, dtype=torch.float64, device="cpu")
         try:
-            own = forward(twin, x.clone())
+            with CalledActivations() as called:
+                own = forward(twin, x.clone())
         except Exception as error:
             if of_memory(error):
                 raise
@@ -102,7 +105,7 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, L
         inside: dict[object, list[tuple[Chain1dConfig, Tensor]]] = {}  # what the chain gives, by what comes before it
         for candidate in itertools.chain([layout], _with_ends(layout, structure)):
             if candidate.before not in inside:
-                inside[candidate.before] = list(_chains(twin, candidate, x, dilation))
+                inside[candidate.before] = list(_chains(twin, candidate, x, dilation, called.names))
             for config, out in inside[candidate.before]:
                 if _ends_as(twin, candidate, out, x, own):
                     return (config, candidate), AGREED
@@ -127,15 +130,20 @@ def _takes(forward: Callable[..., object], twin: nn.Module, channels: int, lengt
     return True
 
 
-def _chains(block: nn.Module, layout: Layout1d, x: Tensor, dilation: int) -> Iterator[tuple[Chain1dConfig, Tensor]]:
-    """What the module's chain would give, in eval mode, with each of the settings that fit; nothing where none does."""
+def _chains(
+    block: nn.Module, layout: Layout1d, x: Tensor, dilation: int, activations: Sequence[str]
+) -> Iterator[tuple[Chain1dConfig, Tensor]]:
+    """What the module's chain would give, in eval mode, with each of the settings that fit; nothing where none does.
+
+    activations: those that its own forward was seen to call.
+    """
     chain = parts_1d(block, layout)
     try:
         inner = enter_block_1d(block, x, layout) if layout.outer else x
     except (RuntimeError, ValueError, TypeError):  # an order of calls that does not fit
         return
     w = resolve_weights(chain)
-    for config in _candidates(dilation):
+    for config in _candidates(dilation, activations):
         if inner.shape[1] == config.chain.scale(len(chain.convs)) * chain.convs[0].in_channels:
             yield config, hierarchical_conv1d(inner, w.weights, w.biases, w.scale, w.shift, config)
 

@@ -45,18 +45,20 @@ BOTH_WAYS = (
 
 ROWS = """
 import itertools
-def rows(x, weights, biases, scale, shift, first, mode, dilation=2):
+def rows(x, weights, biases, scale, shift, first, mode, dilation=2, activation=torch.relu):
     outputs, kept, y = [x[:, :5]] if first else [], [], x[:, :5] if first == "first_added" else None
     for k, (weight, bias) in enumerate(zip(weights, biases)):
         group = x[:, 5 * (k + bool(first)):][:, :5]
         u = torch.nn.functional.pad(group if y is None else group + y, (dilation, dilation), mode)
-        r = torch.nn.functional.conv1d(u, weight, bias, dilation=dilation).relu()
+        z = torch.nn.functional.conv1d(u, weight, bias, dilation=dilation)
+        r = activation(z)
         y = r if scale is None else r * scale[k][:, None] + shift[k][:, None]
-        outputs.append(y), kept.append(r)
+        outputs.append(y), kept.append(z if activation is torch.nn.functional.silu else r)
     return torch.cat(outputs + ([] if first else [x[:, 15:]]), 1), *kept
-for dtype, backend, length, first, mode, affine, keep in itertools.product(
+activations = {"relu": torch.relu, "silu": torch.nn.functional.silu, "relu6": torch.nn.functional.relu6}
+for dtype, backend, length, first, mode, affine, keep, activation in itertools.product(
     (torch.float32, torch.float64, torch.bfloat16), ("auto", "reference"), (7, 700), ("", "first", "first_added"),
-    ("constant", "reflect"), (True, False), (True, False),
+    ("constant", "reflect"), (True, False), (True, False), activations,
 ):
     x = (torch.randn(2, length, 20).transpose(1, 2) if length == 7 else torch.randn(2, 20, length)).to(dtype)
     vectors = ([torch.randn(5).to(dtype) for _ in range(3)] for _ in range(3))
@@ -64,9 +66,10 @@ for dtype, backend, length, first, mode, affine, keep in itertools.product(
     if not affine:
         lists[2:] = None, None
     padding = "zeros" if mode == "constant" else mode
-    given = x, *lists, None, 2, first or "last", padding, keep, backend
+    given = x, *lists, None, 2, first or "last", padding, keep, backend, activation
     found = torch.ops.res2net_fused.hierarchical_conv1d.default(*given)
-    exact = rows(x.double(), *([t.double() for t in values] if values else None for values in lists), first, mode)
+    wide = ([t.double() for t in values] if values else None for values in lists)
+    exact = rows(x.double(), *wide, first, mode, 2, activations[activation])
     assert len(found) == 1 + 3 * keep
     for a, b in zip(found, exact):
         error = (a.double() - b).norm() / b.norm()

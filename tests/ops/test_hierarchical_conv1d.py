@@ -12,6 +12,7 @@ from res2net_fused import hierarchical_conv1d
 from res2net_fused.backends import choices, policy
 from res2net_fused.backends.cpu import chain1d
 from res2net_fused.chain import reference
+from res2net_fused.chain.activations import ACTIVATIONS
 from res2net_fused.chain.config import Chain1dConfig
 
 OPERATOR = torch.ops.res2net_fused.hierarchical_conv1d.default
@@ -29,7 +30,22 @@ def nothing_decided():
     choices.forget_native()
 
 
-def by_hand(x, weights, biases, scales, shifts, passthrough="last", padding_mode="zeros", dilation=1):
+PYTORCHS = {
+    "relu": F.relu,
+    "none": lambda z: z,
+    "hardtanh20": lambda z: z.clamp(0, 20),
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "leaky_relu:0.3": lambda z: F.leaky_relu(z, 0.3),
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "mish": F.mish,
+}
+
+
+def by_hand(x, weights, biases, scales, shifts, passthrough="last", padding_mode="zeros", dilation=1, activation="relu"):
     """Equation by equation, value by value: an index beyond an end is nothing, or is mirrored at the last value."""
     w, length, reach = weights[0].shape[0], x.shape[2], weights[0].shape[2] // 2
     groups = list(x.split(w, 1))
@@ -50,7 +66,7 @@ def by_hand(x, weights, biases, scales, shifts, passthrough="last", padding_mode
                     source = 2 * (length - 1) - source if source >= length else source
                 if 0 <= source < length:
                     z[:, :, at] += u[:, :, source] @ weights[k][:, :, tap + reach].T
-        outputs.append(scales[k][:, None] * z.clamp_min(0) + shifts[k][:, None])
+        outputs.append(scales[k][:, None] * PYTORCHS[activation](z) + shifts[k][:, None])
     return torch.cat(outputs, 1)
 
 
@@ -155,6 +171,31 @@ def test_gradients(name, kind, rows, monkeypatch):
         assert_close(a, b, 1e-12)
 
 
+@arrangements
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "leaky_relu:0.3", "leaky_relu:-0.5"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_activation(activation, backend, rows, monkeypatch):
+    """Forward, gradients and, as a gradient penalty needs them, second derivatives, in float64 and float32."""
+    monkeypatch.setattr(policy, "ROWS_FOR_PRODUCTS", rows)
+    for name in ("speechbrain_dilated", "espnet"):
+        settings, tensors = arguments(name, extras=name == "espnet")
+        settings, config = {**settings, "activation": activation}, Chain1dConfig(**settings, activation=activation)
+        tensors[0] *= 12  # beyond the bounds of what clamps
+        narrow = [t if t is None else t.float() if isinstance(t, torch.Tensor) else [v.float() for v in t] for t in tensors]
+        assert_close(hierarchical_conv1d(*narrow, **settings, backend=backend), reference.hierarchical_conv1d(*tensors, config))
+        parameters = [t.requires_grad_() for t in leaves(tensors)]
+        results = []
+        for out in (
+            hierarchical_conv1d(*tensors, **settings, backend=backend),
+            reference.hierarchical_conv1d(*tensors, config),
+        ):
+            first = torch.autograd.grad(out.square().sum(), parameters, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+            results.append([out, *first, *second])
+        for ours, expected in zip(*results, strict=True):
+            assert_close(ours, expected, 1e-12)
+
+
 def test_a_scale_of_zero_loses_no_gradient():
     settings, tensors = arguments("espnet")
     tensors[3][2].zero_()
@@ -194,7 +235,8 @@ def operator_arguments(name, extras=True, keep=True, packed=None):
     settings, tensors = arguments(name, extras=extras)
     for tensor in leaves(tensors):
         tensor.requires_grad_(keep)
-    return *tensors, packed, *Chain1dConfig(**settings).as_kwargs().values(), keep, "auto"
+    *chain, activation = Chain1dConfig(**settings).as_kwargs().values()
+    return *tensors, packed, *chain, keep, "auto", activation
 
 
 @pytest.mark.parametrize("extras", [True, False])
@@ -213,10 +255,16 @@ def test_opcheck_of_packed_weights():
 
 @pytest.mark.parametrize("needed", [[True] * 5, [False, True, False, True, False], [True, False, True, False, True]], ids=str)
 def test_opcheck_of_the_backward_operator(needed):
-    x, weights, biases, scale, shift, _, *settings, _, _ = operator_arguments("speechbrain_dilated", keep=False)
-    out, *rectified = OPERATOR(x, weights, biases, scale, shift, None, *settings, True, "auto")
-    given = torch.randn_like(out), x, out, rectified, weights, biases, scale, shift, *settings, needed
-    torch.library.opcheck(BACKWARD, given)
+    x, weights, biases, scale, shift, _, *settings, _, _, _ = operator_arguments("speechbrain_dilated", keep=False)
+    for activation in ("relu", "gelu"):
+        out, *kept = OPERATOR(x, weights, biases, scale, shift, None, *settings, True, "auto", activation)
+        given = torch.randn_like(out), x, out, kept, weights, biases, scale, shift, *settings, activation, needed
+        torch.library.opcheck(BACKWARD, given)
+
+
+def test_a_call_of_an_older_program_rectifies():
+    given = operator_arguments("espnet", keep=False)
+    assert torch.equal(OPERATOR(*given[:-1])[0], OPERATOR(*given)[0])
 
 
 def test_compile_export_and_fake_tensors():
@@ -287,6 +335,7 @@ def test_bad_tensors(change, error, words):
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
+        ({"activation": "tanh"}, ValueError, "activation is 'tanh'; allowed are 'relu'"),
         ({"padding_mode": "same"}, ValueError, "padding_mode is 'same'; allowed are 'zeros', 'reflect'"),
         ({"passthrough": "middle"}, ValueError, "passthrough is 'middle'"),
         ({"dilation": 0}, ValueError, "dilation is 0"),

@@ -39,6 +39,23 @@ def speechbrain_block(**keywords):
     return Res2NetBlock(32, 32, scale=8, kernel_size=3, **keywords)
 
 
+def with_relu(block, activation):
+    block.relu = activation
+    return block
+
+
+class ByFunction(WeSpeakerChain):
+    """Mish as a function, which no module tells of."""
+
+    def forward(self, x):
+        pieces = torch.split(x, self.width, 1)
+        out, sp = [], pieces[0]
+        for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
+            sp = bn(nn.functional.mish(conv(sp if i == 0 else sp + pieces[i])))
+            out.append(sp)
+        return torch.cat([*out, pieces[-1]], 1)
+
+
 BLOCKS = {
     # name: (a block, the group that passes, its padding)
     "speechbrain": (lambda: speechbrain_block(dilation=2), "first", "reflect"),
@@ -48,6 +65,17 @@ BLOCKS = {
     "wespeaker": (WeSpeakerChain, "last", "zeros"),
     "wespeaker_no_bias": (lambda: WeSpeakerChain(bias=False), "last", "zeros"),
     "espnet": (ESPnetBlock, "last", "zeros"),
+    "silu": (lambda: SpeechBrainChain(scale=4, activation=nn.SiLU), "first", "reflect"),
+    "gelu_dropout": (lambda: SpeechBrainChain(scale=4, activation=lambda: nn.GELU("tanh"), dropout=0.2), "first", "reflect"),
+    "leaky_relu": (lambda: with_relu(ESPnetBlock(), nn.LeakyReLU(0.2)), "last", "zeros"),
+    "functional_mish": (lambda: ByFunction(bias=False), "last", "zeros"),
+    "synchronised": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(WeSpeakerChain()), "last", "zeros"),
+    "synchronised_silu": (
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(SpeechBrainChain(scale=4, activation=nn.SiLU)),
+        "first",
+        "reflect",
+    ),
+    "synchronised_block": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(ESPnetBlock()), "last", "zeros"),
 }
 blocks = pytest.mark.parametrize("name", BLOCKS)
 X = torch.randn(2, 32, 23, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -225,6 +253,14 @@ def test_a_replaced_module_is_noticed():
 # Left alone -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_slope_that_changes_is_noticed():
+    block = accelerate(make("leaky_relu"))
+    run(block), run(block)
+    block.relu.negative_slope = 0.7
+    assert_close(run(block), run(restore(copy.deepcopy(block))), 1e-12)
+    assert not explain(block)[0].fused
+
+
 class NormFirst(WeSpeakerChain):
     """The usual order: convolution, norm, ReLU."""
 
@@ -253,11 +289,11 @@ def normalised_otherwise():
     ("block", "words"),
     [
         (NormFirst(), "no known recurrence agrees"),
-        (SpeechBrainChain(activation=nn.GELU), "no known recurrence agrees"),
+        (SpeechBrainChain(activation=nn.Tanh), "no known recurrence agrees"),
         (strided(), "has a stride"),
         (normalised_otherwise(), "InstanceNorm1d"),
     ],
-    ids=["norm_first", "gelu", "strided", "instance_norm"],
+    ids=["norm_first", "tanh", "strided", "instance_norm"],
 )
 def test_left_alone(block, words):
     own = type(block)

@@ -14,6 +14,9 @@ CHAINS = {
     "one_convolution": ({"passthrough": "none"}, 1, 6, 3),
     "wide_kernel": ({"padding_mode": "reflect", "dilation": 2}, 2, 3, 5),
     "pointwise": ({"padding_mode": "reflect"}, 2, 3, 1),
+    "silu": ({"activation": "silu", "dilation": 2}, 3, 4, 3),
+    "leaky_relu": ({"activation": "leaky_relu:0.3", "passthrough": "first", "padding_mode": "reflect"}, 2, 3, 3),
+    "relu6": ({"activation": "relu6", "passthrough": "first_added"}, 2, 4, 5),
 }
 
 

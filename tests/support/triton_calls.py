@@ -182,9 +182,9 @@ def calls_of_rows(
     x = torch.empty(32, 8 * width, length, dtype=dtype, device="meta")
     weights = torch.empty(7, 3, width, padded_channels(width), dtype=dtype, device="meta")
     vectors = torch.empty(7, width, device="meta")
-    rectified = [x[:, :width].contiguous()] * 7 if keep else []
+    kept = [x[:, :width].contiguous()] * 7 if keep else []
     distinct = {}
-    for call in chain_calls_1d(problem, x, x, weights, vectors, (vectors, vectors), rectified, dot_precision(dtype, tf32)):
+    for call in chain_calls_1d(problem, x, x, weights, vectors, (vectors, vectors), kept, dot_precision(dtype, tf32)):
         distinct.setdefault(triton_key(call), call)
     return list(distinct.values())
 

@@ -1,5 +1,5 @@
 // The chain along rows: products or PyTorch's convolutions, and between two of them one pass over memory: ReLU, the affine map,
-// the group's place in the output, and what the next convolution reads. The twin of res2net_fused/backends/cpu/chain1d.py.
+// the group's place in the output, and what the next convolution reads. Other activations are a pass of PyTorch's before it. The twin of res2net_fused/backends/cpu/chain1d.py.
 #include <algorithm>
 #include <type_traits>
 
@@ -47,7 +47,7 @@ template <class T>
 class Rows {
  public:
   Rows(const RowsChain& chain, bool products)
-      : chain_(chain), g_(geometry_of(chain)), products_(products),
+      : chain_(chain), g_(geometry_of(chain)), products_(products), rectifies_(chain.activation == "relu"),
         x_strides_{chain.x.stride(0), chain.x.stride(1), chain.x.stride(2)} {
     STD_TORCH_CHECK(chain.x.is_cpu(), "x must be on the CPU");
     x_ = static_cast<const T*>(chain.x.const_data_ptr());
@@ -73,9 +73,11 @@ class Rows {
       const Tensor z =
           products_ ? product(factors[step], bias) : plain_convolution(u_, chain_.weights[step], bias, 1, 0, g_.dilation, 1);
       const Tensor dense = z.is_contiguous() ? z : torch::stable::contiguous(z);
-      Tensor kept = dense;
+      const Tensor r = rectifies_ ? dense : plain_activation(dense, chain_.activation);
+      const Tensor& left = g_.keeps_input ? dense : r;
+      Tensor kept = left;
       if (chain_.keep && products_) kept = empty({g_.batch, g_.width, g_.length});
-      finish(k, dense, kept);
+      finish(k, r, left, kept);
       if (chain_.keep) results.push_back(kept);
     }
     return results;
@@ -162,19 +164,23 @@ class Rows {
     });
   }
 
-  // z: in lines, and after it relu(z). kept: z or where that goes as (N, w, L).
-  void finish(int64_t k, const Tensor& z, const Tensor& kept) const {
+  // activated: in lines, and rectified here where that is the activation. left: what is kept, in lines, and kept: that or where
+  // it goes as (N, w, L).
+  void finish(int64_t k, const Tensor& activated, const Tensor& left, const Tensor& kept) const {
     const int64_t group = g_.first + k, length = size();
     const Lines<T> out = output(group), u = next(), copy = contiguous(kept, g_.width, 0);
-    const bool copies = kept.get() != z.get(), continues = k + 1 < g_.steps, maps = scale_.has_value();
+    const bool copies = kept.get() != left.get(), continues = k + 1 < g_.steps, maps = scale_.has_value();
     const Lines<const T> x = continues ? input(group + 1) : Lines<const T>{};
-    T* const values = static_cast<T*>(z.mutable_data_ptr());
+    T* const values = static_cast<T*>(activated.mutable_data_ptr());
+    const T* const source = static_cast<const T*>(left.const_data_ptr());
     const T* const scale = maps ? static_cast<const T*>(scale_->const_data_ptr()) + k * g_.width : nullptr;
     const T* const shift = maps ? static_cast<const T*>(shift_->const_data_ptr()) + k * g_.width : nullptr;
     for_lines(g_.batch, lines(), length, [&](int64_t n, int64_t i) {
       T* const r = values + (n * lines() + i) * length;
-      for (int64_t j = 0; j < length; j++) r[j] = r[j] < 0 ? T{0} : r[j];
-      if (copies) add<T>(r, 1, nullptr, 0, copy.at(n, i), copy.step, length);
+      if (rectifies_) {
+        for (int64_t j = 0; j < length; j++) r[j] = r[j] < 0 ? T{0} : r[j];
+      }
+      if (copies) add<T>(source + (n * lines() + i) * length, 1, nullptr, 0, copy.at(n, i), copy.step, length);
       T* const y = out.at(n, i);
       if (!maps) {
         add<T>(r, 1, nullptr, 0, y, out.step, length);
@@ -213,7 +219,7 @@ class Rows {
 
   const RowsChain& chain_;
   const RowsGeometry g_;
-  const bool products_;
+  const bool products_, rectifies_;
   const std::array<int64_t, 3> x_strides_;
   const T* x_;
   Tensor out_, u_, taps_;

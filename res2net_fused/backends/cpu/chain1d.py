@@ -62,7 +62,7 @@ class ReflectedConvolutions(Convolutions):
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         bias, dilation = bias_of(self.biases, k, x), self.problem.config.dilation
-        return F.conv1d(self.rows.fill(x, previous), self.weights[k], bias, dilation=dilation).relu_()
+        return F.conv1d(self.rows.fill(x, previous), self.weights[k], bias, dilation=dilation)
 
 
 class Products(Convolutions):
@@ -81,7 +81,7 @@ class Products(Convolutions):
         self.shifted = [rows[tap * dilation : tap * dilation + count] for tap in range(problem.kernel_size)]
         result = torch.empty_like(self.rows.padded)  # (N, L + 2p, w)
         self.z = result.flatten(0, 1)[:count]
-        self.rectified = result[:, : problem.length].transpose(1, 2)  # (N, w, L)
+        self.result = result[:, : problem.length].transpose(1, 2)  # (N, w, L)
 
     def __call__(self, k: int, x: Tensor, previous: Tensor | None) -> Tensor:
         self.rows.fill(x, previous)
@@ -93,7 +93,7 @@ class Products(Convolutions):
             torch.addmm(bias, self.shifted[0], first, out=self.z)
         for shifted, factor in zip(self.shifted[1:], others, strict=True):
             self.z.addmm_(shifted, factor)
-        return self.rectified.relu_()
+        return self.result
 
 
 class _PaddedRows:

@@ -51,10 +51,10 @@ def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape = problem.batch, problem.width, problem.length
-    rectified = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(problem.steps if keep else 0)]
+    kept = [torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(problem.steps if keep else 0)]
     pass_through(x.split(problem.width, 1), out.split(problem.width, 1), problem.config.chain)
     if out.numel() == 0:
-        return out, rectified
+        return out, kept
     if weights.biases is None:
         bias = torch.zeros(problem.steps, problem.width, dtype=torch.float32, device=x.device)
     else:
@@ -62,20 +62,20 @@ def forward_1d(problem: Chain1dProblem, x: Tensor, weights: Chain1dWeights, keep
     scale, shift = weights.scale, weights.shift
     affine = (None, None) if scale is None or shift is None else (_stacked(scale), _stacked(shift))
     precision = precision_of(problem)
-    tensors = x, out, for_precision(pack_weights_1d(weights.weights), precision), bias, *affine, *rectified
+    tensors = x, out, for_precision(pack_weights_1d(weights.weights), precision), bias, *affine, *kept
     if problem.config.chain.adds_passed:  # which PyTorch's operators do in between
         launch_all(_calls(tensors, problem, precision), x.device)
     else:
         launch(_calls, (problem, precision), tensors)
-    return out, rectified
+    return out, kept
 
 
 def _calls(tensors: Sequence[Tensor | None], problem: Chain1dProblem, precision: str) -> Iterator[KernelCall]:
     from .kernels.conv1d_fwd import chain_calls_1d
 
-    x, out, factors, bias, scale, shift, *rectified = tensors
+    x, out, factors, bias, scale, shift, *kept = tensors
     affine = None if scale is None else (scale, shift)
-    return chain_calls_1d(problem, x, out, factors, bias, affine, rectified, precision)  # type: ignore[arg-type]
+    return chain_calls_1d(problem, x, out, factors, bias, affine, kept, precision)  # type: ignore[arg-type]
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:

@@ -227,8 +227,8 @@ def _copy_needed(result: Any, other: Any, needed: Any) -> None:
 def _rows(result: Any, problem: Any, x: Any, weights: Any, biases: Any, scale: Any, shift: Any, keep: bool) -> None:
     from res2net_fused.chain import reference
 
-    out, rectified = result
-    _copy((out, rectified), reference.hierarchical_conv1d(x, weights, biases, scale, shift, problem.config, keep))
+    out, kept = result
+    _copy((out, kept), reference.hierarchical_conv1d(x, weights, biases, scale, shift, problem.config, keep))
 
 
 _ANSWERS: dict[str, Any] = {

@@ -4,8 +4,9 @@ A program computes a tile of one convolution's output as a matrix product, chann
 
     out (block_c, block_l) = weights of a tap (block_c, block_k) . u (block_k, block_l), shifted by the tap; summed over taps
 
-and its epilogue adds the bias, applies ReLU and then the affine map, writes y_i into out's slot and u_{i+1} = y_i + x_{i+1},
-where the next convolution reads it, into scratch. Neighbouring tiles read each other's ends of u, so scratch has two turns.
+and its epilogue adds the bias, applies the activation and then the affine map, writes y_i into the slot of out and
+u_{i+1} = y_i + x_{i+1}, where the next convolution reads it, into scratch. Neighbouring tiles read each other's ends of u, so
+scratch has two turns.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....chain.activations import shows_slope
 from ....chain.problem import Chain1dProblem
 from ..launch import KernelCall
 from ..step_plan import padded_channels
-from .common import rounded_factor
+from .common import activate, activation_arguments, rounded_factor
 
 _INTEGERS = [
     "length", "source_image", "source_channel", "source_slot", "x_image", "x_channel", "x_slot", "out_image", "out_channel",
@@ -30,14 +32,16 @@ _INTEGERS = [
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def conv1d_fwd(
-    source, x, out, scratch, rectified, weights, bias, scale, shift,
+    source, x, out, scratch, kept, weights, bias, scale, shift,
     length, source_image, source_channel, source_slot, x_image, x_channel, x_slot, out_image, out_channel, out_slot,
     WIDTH: tl.constexpr, WEIGHT_PADDED: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, REFLECTS: tl.constexpr,
-    AFFINE: tl.constexpr, FORMS_NEXT: tl.constexpr, KEEPS: tl.constexpr, ROUNDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+    AFFINE: tl.constexpr, FORMS_NEXT: tl.constexpr, KEEPS: tl.constexpr, KEEPS_INPUT: tl.constexpr, ROUNDS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """scratch and rectified: (N, w, L) without a gap; weights: (taps, w, padded) of this convolution; bias, scale, shift: (w,)
-    in fp32; *_slot: where the group begins in its image, in elements. ROUNDS: as of `multiply_taps`.
+    """scratch and kept: (N, w, L) without a gap; weights: (taps, w, padded) of this convolution; bias, scale, shift: (w,)
+    in fp32; *_slot: where the group begins in its image, in elements. ROUNDS: as of `multiply_taps`. KEEPS: whether
+    what the activation gives is kept, KEEPS_INPUT: whether its input is.
     """
     k_blocks: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     c_tiles: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
@@ -78,9 +82,11 @@ def conv1d_fwd(
     written = column_ok[:, None] & exists[None, :]
     dense = (image * WIDTH + columns[:, None]) * length + positions[None, :]
     total += tl.load(bias + columns, mask=column_ok, other=0.0)[:, None]
-    r = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu: NaN stays NaN
+    if KEEPS_INPUT:
+        tl.store(kept + dense, total.to(kept.dtype.element_ty), mask=written)
+    r = activate(total, ACTIVATION, SLOPE)
     if KEEPS:
-        tl.store(rectified + dense, r.to(rectified.dtype.element_ty), mask=written)
+        tl.store(kept + dense, r.to(kept.dtype.element_ty), mask=written)
     if AFFINE:
         own_scale = tl.load(scale + columns, mask=column_ok, other=0.0)
         own_shift = tl.load(shift + columns, mask=column_ok, other=0.0)
@@ -117,12 +123,12 @@ def chain_calls_1d(
     weights: Tensor,  # from `pack_weights_1d`, rounded for this precision
     bias: Tensor,  # (steps, w) in fp32, as the affine map
     affine: tuple[Tensor, Tensor] | None,
-    rectified: Sequence[Tensor],  # each (N, w, L), where they are kept; else empty
+    kept: Sequence[Tensor],  # what is kept of each convolution (N, w, L), where that is asked for; else empty
     precision: str,
 ) -> Iterator[KernelCall]:
     """Every launch of the chain but for the group that passes through, in order."""
     width, convolutions = problem.width, problem.config.chain.convolutions(problem.steps)
-    tile = tile_1d(problem)
+    tile, shows = tile_1d(problem), shows_slope(problem.config.activation)
     programs = problem.batch * triton.cdiv(problem.length, tile["BLOCK_L"]) * triton.cdiv(width, tile["BLOCK_C"])
     shape = problem.batch, width, problem.length
     sums = sum(step.adds for step in convolutions)
@@ -135,7 +141,7 @@ def chain_calls_1d(
         arguments = {
             "source": x if source is None else source, "x": x, "out": out,
             # Where nothing is kept, formed or mapped, another tensor stands in for a pointer that is never followed.
-            "scratch": scratch[k % 2] if forms_next else out, "rectified": rectified[k] if rectified else out,
+            "scratch": scratch[k % 2] if forms_next else out, "kept": kept[k] if kept else out,
             "weights": weights[k], "bias": bias[k],
             "scale": bias[k] if affine is None else affine[0][k], "shift": bias[k] if affine is None else affine[1][k],
             "length": problem.length,
@@ -146,7 +152,8 @@ def chain_calls_1d(
             "out_image": out.stride(0), "out_channel": out.stride(1), "out_slot": group * width * out.stride(1),
             "WIDTH": width, "WEIGHT_PADDED": weights.shape[-1], "TAPS": problem.kernel_size,
             "DILATION": problem.config.dilation, "REFLECTS": problem.config.padding_mode == "reflect",
-            "AFFINE": affine is not None, "FORMS_NEXT": forms_next, "KEEPS": bool(rectified),
+            "AFFINE": affine is not None, "FORMS_NEXT": forms_next, "KEEPS": bool(kept) and shows,
+            "KEEPS_INPUT": bool(kept) and not shows, **activation_arguments(problem.config.activation),
             "ROUNDS": precision == "tf32" and (source is None or source is first), "PRECISION": precision, **tile,
         }  # fmt: skip
         yield KernelCall(conv1d_fwd, programs, arguments, {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True})

@@ -59,7 +59,7 @@ def test_layouts(kind, monkeypatch):
     check(settings, [x, *others], monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["speechbrain", "first_added"])
+@pytest.mark.parametrize("name", ["speechbrain", "first_added", "silu", "relu6"])
 def test_gradients(name):
     settings, tensors = arguments(name, (2, 13), torch.float32)
     doubles = to_float64(tensors)

@@ -1,0 +1,46 @@
+"""Which activations the code of a block calls, as modules or as functions: seen while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..chain.activations import CLAMPS, SLOPE, leaky_relu
+
+_PLAIN = frozenset({"relu", "hardswish", "silu", "mish"})
+_BOUNDS = {bounds: name for name, bounds in CLAMPS.items()}
+
+
+class CalledActivations(TorchDispatchMode):
+    """Counts the activations that are called inside, by the names that a chain has for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Counter[str] = Counter()
+
+    @property
+    def names(self) -> list[str]:
+        """The most called first, and last of all none."""
+        return [name for name, _ in self._calls.most_common()] + ["none"]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        name = _name_of(func.overloadpacket.__name__.rstrip("_"), args[1:], kwargs or {})
+        if name is not None:
+            self._calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _name_of(operator: str, settings: Sequence[Any], named: dict[str, Any]) -> str | None:
+    if operator in _PLAIN:
+        return operator
+    if operator == "leaky_relu":
+        return leaky_relu(float(settings[0] if settings else named.get("negative_slope", SLOPE)))
+    if operator == "gelu":
+        return "gelu_tanh" if named.get("approximate") == "tanh" else "gelu"
+    if operator in ("hardtanh", "clamp", "clamp_min"):
+        low, high = (*settings, *named.values(), None, None)[:2]
+        return _BOUNDS.get((low, float("inf") if high is None else high))
+    return None
