@@ -89,6 +89,7 @@ versions: $(DEPENDENCIES)
 peers: $(INSTALLED)
 	$(BIN)/python tests/integration/timm_suite/run.py $(ARGS)
 	$(BIN)/python tests/integration/mmpretrain_models/run.py
+	$(BIN)/python tests/integration/speechbrain_models/run.py
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -8,16 +8,14 @@ wheel holds no tests. Exit status: 0 where all agree, 1 where one does not, 2 wh
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
-FOLDER = ROOT / "build" / "mmpretrain"
-# Without their dependencies, which name older versions of what is there; mmpretrain refuses mmcv from 2.2 on.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from peer_environment import run_in
+
+# mmpretrain refuses mmcv from 2.2 on.
 PACKAGES = (
     "mmpretrain==1.2.0", "mmengine==0.10.7", "mmcv-lite==2.1.0", "addict", "yapf", "platformdirs", "termcolor", "rich",
     "einops",
@@ -29,19 +27,7 @@ SETTINGS = ({"depth": 50}, {"depth": 101, "scales": 4, "base_width": 26}, {"dept
 
 
 def main() -> int:
-    if "--compare" in sys.argv:
-        return compare()
-    python = FOLDER / "bin" / "python"
-    if not (FOLDER / "installed").exists():
-        venv.create(FOLDER, with_pip=True, clear=True)
-        own = Path(sysconfig.get_paths(vars={"base": str(FOLDER), "platbase": str(FOLDER)})["purelib"])
-        (own / "outer.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
-        if subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES]).returncode:
-            print("peers: mmpretrain cannot be installed", file=sys.stderr)
-            return 2
-        (FOLDER / "installed").touch()
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([python, __file__, "--compare"], env={**os.environ, "PYTHONPATH": paths}).returncode
+    return compare() if "--compare" in sys.argv else run_in("mmpretrain", PACKAGES, __file__, "--compare")
 
 
 def compare() -> int:
