@@ -72,7 +72,7 @@ inline std::pair<int64_t, double> activation_named(const std::string& name) {
 // The chain on x (N, s*w, H, W) or, for a block, on what has x's size. No farther than the image reaches, as Python has it.
 inline ChainProblem problem_named(const Tensor& x, const std::vector<Tensor>& weights, const ChainNames& names) {
   constexpr const char* kPassthroughs[] = {"last", "none", "first", "first_added"};
-  constexpr const char* kPools[] = {"none", "avg3", "avg3_nopad"};
+  constexpr const char* kPools[] = {"none", "avg3", "avg3_nopad", "max3"};
   STD_TORCH_CHECK(x.dim() == 4, "x must be four-dimensional, not of ", x.dim(), " dimensions");
   STD_TORCH_CHECK(!weights.empty() && weights[0].dim() == 4, "weights must be tensors (w, w/groups, 3, 3), at least one");
   const int64_t passthrough = code_of("passthrough", names.passthrough, kPassthroughs);

@@ -30,8 +30,11 @@ Tensor plain_chain(const Tensor& x, const Tensors& weights, const OptionalTensor
   if (const int64_t passed = problem.passed_group(); passed >= 0 && problem.pool != Pool::none) {
     const Ints size{3, 3}, stride{problem.stride, problem.stride}, padding{1, 1};
     Tensor& group = outputs[static_cast<size_t>(passed)];
-    group = call_operator<Tensor>(
-        "aten::avg_pool2d", "", group, size, stride, padding, false, *names.pool == "avg3", std::optional<int64_t>());
+    group = problem.pool == Pool::max3
+                ? call_operator<Tensor>("aten::max_pool2d", "", group, size, stride, padding, Ints{1, 1}, false)
+                : call_operator<Tensor>(
+                      "aten::avg_pool2d", "", group, size, stride, padding, false, *names.pool == "avg3",
+                      std::optional<int64_t>());
   }
   for (int64_t k = 0; k < problem.steps; k++) {
     const size_t step = static_cast<size_t>(k), i = static_cast<size_t>(k + problem.first_convolved());

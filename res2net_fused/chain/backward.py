@@ -253,4 +253,8 @@ def convolution_backward_1d(
 def pool_backward(dy: Tensor, x: Tensor, config: ChainConfig) -> Tensor:
     if config.pool is None:
         return dy
+    if config.pool == "max3":
+        window = [3, 3], [config.stride] * 2, [1, 1], [1, 1], False  # with the dilation, and not rounded up
+        places = torch.ops.aten.max_pool2d_with_indices(x, *window)[1]
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, places)
     return torch.ops.aten.avg_pool2d_backward(dy, x, [3, 3], [config.stride] * 2, [1, 1], False, config.pool == "avg3", None)

@@ -13,7 +13,7 @@ from .activations import check_activation
 
 PASSTHROUGHS = ("last", "none", "first", "first_added")
 
-POOLS = (None, "avg3", "avg3_nopad")
+POOLS = (None, "avg3", "avg3_nopad", "max3")  # the order is that of Pool in csrc/cpu/kernels/kernels.h
 
 LARGEST = 2**31 - 1  # of stride, dilation and groups, which ATen's pools take as a C int
 
@@ -68,7 +68,8 @@ class ChainConfig:
     hierarchical: whether y_{i-1} is added to x_i (False in a 'stage' block).
     passthrough: which group skips its convolution: "last", "none", "first", or "first_added" (the first skips and is
         also added to the second).
-    pool: what the pass-through applies: None, "avg3" (AvgPool2d(3, stride, 1)) or "avg3_nopad" (padding not counted).
+    pool: what the pass-through applies: None, "avg3" (AvgPool2d(3, stride, 1)), "avg3_nopad" (padding not counted) or
+        "max3" (MaxPool2d(3, stride, 1)).
     activation: behind each convolution: "relu", "none", "hardtanh20" (clamp to 0 ... 20), "relu6", "leaky_relu" (of slope 0.01,
         or "leaky_relu:0.1" of another), "hardswish", "silu", "gelu", "gelu_tanh" (its approximation) or "mish".
 
@@ -101,7 +102,7 @@ class ChainConfig:
         if self.stride > 1 and self.pool is None and self.passthrough != "none":
             raise ValueError(
                 f"stride is {self.stride} but pool is None: the passed-through group would keep its size; "
-                "use pool='avg3' or 'avg3_nopad', or passthrough='none'"
+                "use pool='avg3', 'avg3_nopad' or 'max3', or passthrough='none'"
             )
 
     def as_kwargs(self) -> ChainSettings:

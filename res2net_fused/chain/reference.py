@@ -40,6 +40,8 @@ def pool_passthrough(x: Tensor, config: ChainConfig) -> Tensor:
     """What the group without a convolution goes through; (N, w, H, W) -> (N, w, H/stride, W/stride)."""
     if config.pool is None:
         return x
+    if config.pool == "max3":
+        return F.max_pool2d(x, 3, config.stride, padding=1)
     return F.avg_pool2d(x, 3, config.stride, padding=1, count_include_pad=config.pool == "avg3")
 
 

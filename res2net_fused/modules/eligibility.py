@@ -113,7 +113,7 @@ def why_not_fused(
     # In training they are called as modules.
     outer: tuple[nn.Module, ...] = () if training else (block.conv1, block.bn1, block.conv3, block.bn3)
     outer += tuple(m for child in others.values() for m in child.modules()) if others else ()
-    reason = why_not_left_out((*outer, *around, *block.convs, *block.bns, block.relu, *block.acts, block.pool))
+    reason = why_not_left_out((*outer, *block.convs, *block.bns, block.relu, *block.acts, block.pool), around)
     if reason is not None or training:
         return reason
     passes = "gradients" if differentiates(block, x, shortcut) else "inference"
@@ -197,12 +197,16 @@ def is_floating(x: Tensor, dimensions: int) -> bool:
     return x.dim() == dimensions and x.is_floating_point()
 
 
-def why_not_left_out(modules: Iterable[nn.Module | None]) -> str | None:
-    """None if the calls of all these modules may be left out, else the reason."""
+def why_not_left_out(modules: Iterable[nn.Module | None], around: Iterable[nn.Module] = ()) -> str | None:
+    """None if the calls of all these modules, and of those around them, may be left out, else the reason."""
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks must see every submodule's call"
     for module in modules:  # not by `:=` in a generator, which the compiler of torch 2.11 does not take
         reason = None if module is None else why_not_bypassed(module)
+        if reason is not None:
+            return reason
+    for module in around:
+        reason = why_not_bypassed(module, wraps=True)
         if reason is not None:
             return reason
     return None
@@ -267,7 +271,8 @@ _POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_includ
 def block_geometry(block: BlockParts) -> tuple[object, ...]:
     """All of the block's convolutions and pool that changes the result beyond their tensors, comparable at every call."""
     pool = block.pool
-    settings = () if pool is None else (*[getattr(pool, name, None) for name in _POOL_SETTINGS], *switches(pool))
+    names = (*_POOL_SETTINGS, "dilation", "return_indices") if isinstance(pool, nn.MaxPool2d) else _POOL_SETTINGS
+    settings = () if pool is None else (*[getattr(pool, name, None) for name in names], *switches(pool))
     pool_settings = None if pool is None else (type(pool), *settings)
     return pool_settings, *(
         (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..chain.block_weights import BlockWeights
 from .block_parts import BlockParts
 from .confirmation import eps_of
+from .switches import stand_in
 
 
 def fold(conv: nn.Conv2d, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,11 +112,15 @@ def why_not_folded(bn: nn.Module) -> str | None:
     return f"norm layer {type(bn).__name__} cannot be folded" if eps_of(bn) is None else None
 
 
-def why_not_bypassed(module: nn.Module) -> str | None:
-    """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`."""
+def why_not_bypassed(module: nn.Module, wraps: bool = False) -> str | None:
+    """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`.
+
+    wraps: whether it is a wrapper around parts, of which `switches` tells another method of its own in forward's place.
+    """
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on a {type(module).__name__} inside the block must see its call"
-    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:  # as tiling puts it into convolutions
+    patched = "forward" in module.__dict__ and not (wraps and stand_in(module) is not None)
+    if patched or "_conv_forward" in module.__dict__:  # as tiling puts it into convolutions
         return f"a {type(module).__name__} inside the block has a forward of its own"
     return None
 

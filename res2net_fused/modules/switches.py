@@ -51,6 +51,9 @@ def switches(module: nn.Module) -> tuple[object, ...]:
         return ()
     own = module.__dict__
     replaced = [name for name in methods if name in own]
+    standing = stand_in(module) if "forward" in own else None
+    if standing is not None:
+        replaced.append(standing)
     parts = own["_modules"]  # looked at by themselves; on the class they would be searched for in vain
     values: list[Any] = [
         own[name] if name in own else _ABSENT if name in parts else _of_class(module, cls, name) for name in names
@@ -60,6 +63,28 @@ def switches(module: nn.Module) -> tuple[object, ...]:
         return (*plain, _UNWATCHED) if shared else (*plain, _code_in_a_trace(cls), *replaced)
     values += [_read(*place) for place in shared]
     return *[value if type(value) in _PLAIN else _described(value) for value in values], _code(cls, methods), *replaced
+
+
+def stand_in(module: nn.Module) -> str | None:
+    """The name of a method of the module's own class that is put in its forward's place, as YOLO's `fuse` does; else None.
+
+    None too of one that reads what forward does not: changes of that would go unnoticed.
+    """
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, types.MethodType) or forward.__self__ is not module:
+        return None
+    name = forward.__func__.__name__
+    return name if getattr(type(module), name, None) is forward.__func__ and _reads_no_more(type(module), name) else None
+
+
+@constant_in_a_trace
+def _reads_no_more(cls: Any, name: str) -> bool:
+    code, own = (getattr(getattr(cls, method, None), "__code__", None) for method in (name, "forward"))
+    if _read_by(cls)[0] is None or code is None or own is None:
+        return False
+    if code.co_freevars or any(isinstance(constant, types.CodeType) for constant in code.co_consts):
+        return False
+    return set(code.co_names) <= set(own.co_names)
 
 
 def _of_class(module: nn.Module, cls: Any, name: str) -> object:

@@ -75,7 +75,8 @@ def hierarchical_conv2d(
     stride, dilation, groups: of the 3x3 convolutions, whose padding is `dilation`.
     hierarchical: whether y_{i-1} is added to x_i; False in a 'stage' block, which alone may have a stride.
     passthrough: the group without a convolution: "last", "none", "first", or "first_added" (added to the next as well).
-    pool: on the pass-through: None, "avg3" (AvgPool2d(3, stride, padding=1)) or "avg3_nopad" (padding not counted).
+    pool: on the pass-through: None, "avg3" (AvgPool2d(3, stride, padding=1)), "avg3_nopad" (padding not counted) or
+        "max3" (MaxPool2d(3, stride, padding=1)).
     activation: behind each convolution: "relu", "none", "hardtanh20" (clamp to 0 ... 20), "relu6", "leaky_relu" (of slope 0.01,
         or "leaky_relu:0.1" of another), "hardswish", "silu", "gelu", "gelu_tanh" (its approximation) or "mish".
     backend: "auto", "reference", "triton", "cpu" or "cuda"; with "auto" the variable RES2NET_FUSED_BACKEND decides.

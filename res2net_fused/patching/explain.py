@@ -21,6 +21,7 @@ from ..modules.fused_forward import reads_old_weights
 from ..modules.fused_forward1d import BlockState1d, parts_1d, reads_old_weights_1d, why_not_alike_1d
 from ..modules.training import synchronises
 from .accelerate import LOST, REFUSAL
+from .bare_chains import BARE_CHAIN, is_bare_chain
 from .recognition import layout_of
 from .recognition1d import looks_like_1d
 
@@ -84,11 +85,15 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
     """
     if example_inputs:
         run_unnoticed(model, example_inputs)
-    return BlockReports(
-        _with_status(_report(name, module))
-        for name, module in model.named_modules()
-        if isinstance(module, FusedModule) or vars(module).get(REFUSAL) == LOST or looks_like_1d(module) or layout_of(module)
-    )
+    reports, listed = BlockReports(), list[str]()
+    for name, module in model.named_modules():
+        inside = any(name.startswith(other) for other in listed)
+        if isinstance(module, FusedModule) or vars(module).get(REFUSAL) == LOST or looks_like_1d(module) or layout_of(module):
+            reports.append(_with_status(_report(name, module)))
+            listed.append(f"{name}." if name else "")
+        elif not inside and is_bare_chain(module):
+            reports.append(BlockReport(name, False, "", BARE_CHAIN))
+    return reports
 
 
 def _with_status(report: BlockReport) -> BlockReport:

@@ -148,7 +148,7 @@ def _candidates(block: BlockParts) -> Iterator[ChainConfig]:
     scale = block.conv1.out_channels // conv.in_channels
     stage = getattr(block.module, "stype", None) == "stage" or bool(getattr(block.module, "is_first", False))
     passthroughs = ("none",) if len(block.convs) == scale else ("last", "first", "first_added")
-    pools = ("avg3", "avg3_nopad", None) if stage or conv.stride[0] > 1 else (None, "avg3", "avg3_nopad")
+    pools = ("avg3", "avg3_nopad", "max3", None) if stage or conv.stride[0] > 1 else (None, "avg3", "avg3_nopad", "max3")
     activation = fused_activation(block.relu) or "relu"  # of another one each call says that it is not fused
     for hierarchical, passthrough, pool in itertools.product((not stage, stage), passthroughs, pools):
         try:
@@ -255,7 +255,7 @@ def _unknown_parts(block: nn.Module, layout: BlockPaths) -> str:
     known = {id(m) for m in parts_of(block, layout).modules()} | {id(m) for m in wrappers(block, layout)}
     pool = parts_of(block, layout).pool
     if isinstance(pool, nn.MaxPool2d):
-        return ", which has a MaxPool2d: only its absence or an AvgPool2d(3, padding=1) on the passed group is fused"
+        return ", which has a MaxPool2d: only its absence or one over 3x3 pixels, padded by 1, on the passed group is fused"
     unknown = []
     for name, child in block.named_children():
         members = list(child) if isinstance(child, nn.ModuleList) else [child]

@@ -86,6 +86,9 @@ def published(x, weights, biases, *, stride=1, dilation=1, groups=1, hierarchica
         None: lambda t: t,
         "avg3": lambda t: average(t, stride, True),
         "avg3_nopad": lambda t: average(t, stride, False),
+        "max3": lambda t: (
+            nn.functional.pad(t, (1, 1, 1, 1), value=-torch.inf).unfold(2, 3, stride).unfold(3, 3, stride).amax((4, 5))
+        ),
     }
     convolutions = [convolution(w, None if biases is None else biases[i]) for i, w in enumerate(weights)]
     return published_chain(x, convolutions, passthrough, hierarchical, pools[pool])

@@ -30,6 +30,7 @@ SETTINGS = {
     "silu": {"activation": "silu"},
     "stage": {"hierarchical": False, "pool": "avg3"},
     "strided": {"hierarchical": False, "pool": "avg3_nopad", "stride": 2},
+    "max_pooled": {"pool": "max3"},
     "dilated": {"dilation": 2, "groups": 2},
 }
 settings = pytest.mark.parametrize("name", SETTINGS)

@@ -156,6 +156,8 @@ CHAINS = {
     "pooled": Chain({"pool": "avg3"}),
     "pooled_nopad": Chain({"pool": "avg3_nopad"}),
     "first_added_pooled": Chain({"passthrough": "first_added", "pool": "avg3"}),
+    "max_pooled": Chain({"pool": "max3"}),
+    "stage_stride2_max": Chain({"hierarchical": False, "stride": 2, "pool": "max3"}),
     "dilated": Chain({"dilation": 2}),
     "dilated3_groups": Chain({"dilation": 3, "groups": 2}),
     "groups": Chain({"groups": 2}),

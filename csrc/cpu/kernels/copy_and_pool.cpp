@@ -5,7 +5,13 @@
 namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {
 
-void average_row(
+// As in ATen's pool: NaN stays.
+Full larger_or_nan(Full most, Full v) {
+  most = v > most ? v : most;
+  return v != v ? v : most;
+}
+
+void pool_row(
     ConstView source, int64_t in_height, int64_t in_width, View target, int64_t n, int64_t y, int64_t width, int64_t channels,
     int64_t stride, Pool pool) {
   const int64_t top = y * stride - 1, first_row = top < 0 ? 0 : top, last_row = smaller(top + 3, in_height);
@@ -15,11 +21,15 @@ void average_row(
     const float divisor = static_cast<float>(pool == Pool::avg3 ? 9 : counted);
     float* to = target.at(n, y, x);
     for_channels(channels, [&]<bool Part>(int64_t c, int64_t lanes) {
-      Full sum{};
+      const bool averages = pool != Pool::max3;
+      Full found = averages ? Full{} : broadcast<Full>(-__builtin_inff());
       for (int64_t i = first_row; i < last_row; i++) {
-        for (int64_t j = first_column; j < last_column; j++) sum += load_some<Part, Full>(source.at(n, i, j) + c, lanes);
+        for (int64_t j = first_column; j < last_column; j++) {
+          const Full v = load_some<Part, Full>(source.at(n, i, j) + c, lanes);
+          found = averages ? found + v : larger_or_nan(found, v);
+        }
       }
-      store_some<Part>(to + c, sum / broadcast<Full>(divisor), lanes);
+      store_some<Part>(to + c, averages ? found / broadcast<Full>(divisor) : found, lanes);
     });
   }
 }
@@ -49,7 +59,7 @@ void pass_rows(
     int64_t stride, Pool pool, int64_t first, int64_t last) {
   if (pool == Pool::none) return copy_rows(source, ConstView{}, target, height, width, channels, first, last);
   for (int64_t row = first; row < last; row++) {
-    average_row(source, in_height, in_width, target, row / height, row % height, width, channels, stride, pool);
+    pool_row(source, in_height, in_width, target, row / height, row % height, width, channels, stride, pool);
   }
 }
 

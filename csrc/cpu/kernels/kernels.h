@@ -25,7 +25,7 @@ struct Activation {
   R2N_INLINE_MEMBER bool shows_slope() const { return kind < leaky_relu || (kind == leaky_relu && slope >= 0); }
 };
 
-enum class Pool : int64_t { none = 0, avg3 = 1, avg3_nopad = 2 };
+enum class Pool : int64_t { none = 0, avg3 = 1, avg3_nopad = 2, max3 = 3 };
 
 // Pixels with their channels side by side; strides in floats.
 struct ConstView {

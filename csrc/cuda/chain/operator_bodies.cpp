@@ -50,7 +50,9 @@ struct Cuda {
       const Tensor& x, int64_t x_pixel, const Tensor& out, int64_t slot) {
     const auto& [_, s] = decision;
     const Activation::Kind kind = p.activation.kind;
-    STD_TORCH_CHECK(p.activation.clamps() && p.groups == 1, "activation and groups are none that this kernel has");
+    STD_TORCH_CHECK(
+        p.activation.clamps() && p.groups == 1 && p.pool != Pool::max3,
+        "activation, groups or pool are none that this kernel has");
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const double lower = kind == Activation::none ? -kInfinity : 0;
     const double upper = kind == Activation::hardtanh20 ? 20 : kind == Activation::relu6 ? 6 : kInfinity;

@@ -88,6 +88,8 @@ def unsupported(problem: ChainProblem) -> str | None:
         return f"x is {problem.dtype}; this backend runs {', '.join(map(str, TYPES))}"
     if config.groups != 1:
         return f"groups is {config.groups}; this backend runs groups=1"
+    if config.pool == "max3":
+        return "pool is 'max3'; this backend averages, or passes the group as it is"
     if config.activation not in CLAMPS:
         return f"activation is {config.activation!r}; this backend runs {', '.join(map(repr, CLAMPS))}"
     return None

@@ -8,6 +8,7 @@ from memory_layouts import LAYOUTS
 
 from fuzz.cases import BlockCase, CallCase, ChainCase, RowsCase
 from fuzz.odd import ODD
+from res2net_fused.chain.config import POOLS
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MAX_PRODUCTS = 1e6  # of one call, which is made over and over: forward and backward, plain and packed, by every kernel
@@ -45,7 +46,7 @@ def chain_settings(draw) -> dict[str, object]:
     hierarchical = stride == 1 and (passthrough == "first_added" or draw(st.booleans()))
     if passthrough == "first_added" and not hierarchical:
         passthrough = "first"
-    pools = [None] if passthrough == "none" else ["avg3", "avg3_nopad"] if stride > 1 else [None, None, "avg3", "avg3_nopad"]
+    pools = [None] if passthrough == "none" else list(POOLS[1:]) if stride > 1 else [None, *POOLS]
     return {
         "stride": stride, "dilation": draw(st.sampled_from([1, 1, 1, 2, 3, 17, FAR])), "hierarchical": hierarchical,
         "passthrough": passthrough, "pool": draw(st.sampled_from(pools)),

@@ -20,14 +20,39 @@ class Conv(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
 
-class YoloBlock(nn.Module):
+class FoldableConv(Conv):
+    """The same with YOLO's way to fold the norm: the norm is gone, and another method takes forward's place."""
+
+    def fuse(self):
+        norm, conv = self.bn, self.conv
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        folded.weight = nn.Parameter((conv.weight * scale[:, None, None, None]).detach())
+        folded.bias = nn.Parameter((norm.bias - norm.running_mean * scale).detach())
+        self.conv = folded
+        delattr(self, "bn")
+        self.forward = self.forward_fuse
+
+    def forward_fuse(self, x):
+        return self.act(self.conv(x))
+
+
+class Foldable(nn.Module):
+    def fuse(self):
+        for module in self.modules():
+            if isinstance(module, FoldableConv) and hasattr(module, "bn"):
+                module.fuse()
+        return self
+
+
+class YoloBlock(Foldable):
     """cv1, cv2 and the list m, registered in that order; cv2 activates before the addition."""
 
-    def __init__(self, c1=32, c2=32, width=8, scale=4, shortcut=True, act=True):
+    def __init__(self, c1=32, c2=32, width=8, scale=4, shortcut=True, act=True, unit=Conv):
         super().__init__()
-        self.cv1 = Conv(c1, width * scale, act=act)
-        self.cv2 = Conv(width * scale, c2, act=act)
-        self.m = nn.ModuleList(Conv(width, width, 3, act=act) for _ in range(scale - 1))
+        self.cv1 = unit(c1, width * scale, act=act)
+        self.cv2 = unit(width * scale, c2, act=act)
+        self.m = nn.ModuleList(unit(width, width, 3, act=act) for _ in range(scale - 1))
         self.add, self.scale = shortcut and c1 == c2, scale
 
     def forward(self, x):
@@ -38,14 +63,14 @@ class YoloBlock(nn.Module):
         return x + out if self.add else out
 
 
-class YoloBottle2neck(nn.Module):
+class YoloBottle2neck(Foldable):
     """The published names around wrappers: the last activation is the block's own, behind the addition."""
 
-    def __init__(self, inplanes=32, planes=32, width=8, scale=4, shortcut=True):
+    def __init__(self, inplanes=32, planes=32, width=8, scale=4, shortcut=True, unit=Conv):
         super().__init__()
-        self.conv1 = Conv(inplanes, width * scale)
-        self.convs = nn.ModuleList(Conv(width, width, 3) for _ in range(scale - 1))
-        self.conv3 = Conv(width * scale, planes, act=False)
+        self.conv1 = unit(inplanes, width * scale)
+        self.convs = nn.ModuleList(unit(width, width, 3) for _ in range(scale - 1))
+        self.conv3 = unit(width * scale, planes, act=False)
         self.last = nn.ReLU(inplace=True)
         self.width, self.shortcut = width, shortcut
 
@@ -104,6 +129,10 @@ class SequentialBlock(nn.Module):
         return self.final(self.expand(torch.cat(out, 1)) + self.skip(x))
 
 
+def max_of_nine(x):
+    return F.max_pool2d(x, 3, 1, 1)
+
+
 class NumberedBlock(nn.Module):
     """Attributes with numbers in place of lists, norms registered beside their convolutions; the passed group may be pooled."""
 
@@ -125,6 +154,26 @@ class NumberedBlock(nn.Module):
         d = d if self.pooling is None else self.pooling(d)
         out = self.exit_norm(self.exit(torch.cat((a, b, c, d), 1)))
         return self.nonlinear(out + x if self.adds else out)
+
+
+class StridedMaxPool(nn.Module):
+    """The first block of a stage: nothing is added, the convolutions stride, and the passed group is pooled to their size."""
+
+    def __init__(self, inplanes=24, planes=32, width=6, scale=4):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, width * scale, 1, bias=False), nn.BatchNorm2d(width * scale)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, 2, 1, bias=False) for _ in range(scale - 1))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(scale - 1))
+        self.conv3, self.bn3 = nn.Conv2d(width * scale, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = unit(inplanes, planes, 1, 2, act=False)
+
+    def forward(self, x):
+        *pieces, last = self.relu(self.bn1(self.conv1(x))).chunk(len(self.convs) + 1, 1)
+        out = [self.relu(bn(conv(p))) for conv, bn, p in zip(self.convs, self.bns, pieces, strict=True)]
+        out = self.bn3(self.conv3(torch.cat([*out, self.pool(last)], 1)))
+        return self.relu(out + self.downsample(x))
 
 
 class ChainInside(nn.Module):
@@ -281,7 +330,14 @@ BLOCKS = {
     "sequential_strided": (lambda: SequentialBlock(stride=2), (2, 24, 7, 10), True),
     "numbered": (NumberedBlock, IMAGES, True),
     "numbered_no_shortcut": (lambda: NumberedBlock(adds=False), IMAGES, True),
-    "numbered_max_pool": (lambda: NumberedBlock(pool=nn.MaxPool2d(3, 1, 1)), IMAGES, False),
+    "numbered_max_pool": (lambda: NumberedBlock(pool=nn.MaxPool2d(3, 1, 1)), IMAGES, True),
+    "numbered_max_pool_no_shortcut": (lambda: NumberedBlock(24, 6, nn.MaxPool2d(3, 1, 1), False), (2, 24, 7, 10), True),
+    "max_pool_by_function": (lambda: NumberedBlock(pool=max_of_nine), IMAGES, True),
+    "max_pool_strided": (StridedMaxPool, (2, 24, 7, 10), True),
+    "max_pool_of_five": (lambda: NumberedBlock(pool=nn.MaxPool2d(5, 1, 2)), IMAGES, False),
+    "yolo_folded": (lambda: YoloBlock(unit=FoldableConv).fuse(), IMAGES, True),
+    "yolo_folded_5": (lambda: YoloBlock(32, 48, 6, 5, unit=FoldableConv).fuse(), IMAGES, True),
+    "yolo_bottle2neck_folded": (lambda: YoloBottle2neck(unit=FoldableConv).fuse(), IMAGES, True),
     "chain_inside": (ChainInside, IMAGES, True),
     "codec": (CodecChain, ROWS, True),
     "codec_8": (lambda: CodecChain(32, 8, 3), ROWS, True),

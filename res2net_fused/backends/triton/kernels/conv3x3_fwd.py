@@ -54,11 +54,21 @@ def _pass_through(
     x_base, row_stride, pixel_stride, exists, row, column, columns, height, width,
     COUT: tl.constexpr, STRIDE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """x of the group without a convolution, as it is or averaged over 3x3 pixels, in fp32: (BLOCK_M, BLOCK_N)."""
+    """x of the group without a convolution, as it is or pooled over 3x3 pixels, in fp32: (BLOCK_M, BLOCK_N)."""
     channel_ok = (columns < COUT)[None, :]
     if POOL == "none":
         pointers = x_base + row.to(tl.int64) * row_stride + column.to(tl.int64) * pixel_stride
         value = tl.load(pointers[:, None] + columns[None, :], mask=exists[:, None] & channel_ok, other=0.0).to(tl.float32)
+    elif POOL == "max3":
+        value = tl.full((row.shape[0], columns.shape[0]), float("-inf"), tl.float32)
+        for tap in tl.range(9, num_stages=1):  # as below
+            in_row = row * STRIDE + tap // 3 - 1
+            in_column = column * STRIDE + tap % 3 - 1
+            inside = exists & (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
+            pointers = x_base + in_row.to(tl.int64) * row_stride + in_column.to(tl.int64) * pixel_stride
+            pixel = tl.load(pointers[:, None] + columns[None, :], mask=inside[:, None] & channel_ok, other=float("-inf"))
+            value = tl.maximum(value, pixel.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+        value = tl.where(channel_ok, value, 0.0)  # what pads the channels is stored too
     else:
         value = tl.zeros((row.shape[0], columns.shape[0]), tl.float32)
         count = tl.zeros((row.shape[0],), tl.float32)
