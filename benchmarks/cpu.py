@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py chains [--batch 1 8] [--backward] [--threads N] [--seconds S] [--bar RATIO]
     python benchmarks/cpu.py chains1d [--repeats 25]
-    python benchmarks/cpu.py plain [--size 224x224 800x1333] [--batch 1 8] [--threads N] [--compile | --train]
+    python benchmarks/cpu.py plain [--size 224x224 800x1333 | --blocks] [--batch 1 8] [--threads N] [--compile | --train]
     python benchmarks/cpu.py networks --batch 1 --repeats 20 --out results/network.json
     python benchmarks/cpu.py networks --bar-pytorch 1.1 --bar-peer 1 --bar-resnet 0.9
 
@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ from res2net_fused.chain import reference
 from res2net_fused.chain.block_weights import Chain1dWeights
 from res2net_fused.chain.config import Chain1dConfig, ChainConfig
 from res2net_fused.chain.tolerances import network_bound
+from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 from res2net_fused.ops.hierarchical_conv1d import call_1d
 
 CHAINS = """The 2-D chain against PyTorch: twelve shapes of Res2Net-50, packed weights, the public operator.
@@ -57,8 +58,10 @@ both arrangements of the `cpu` chain1d, with packed weights; the one that it wou
 """
 PLAIN = """The plain call, `accelerate(model)` and nothing else in NCHW, beside eager in NCHW and everything in channels-last.
 
---compile puts torch.compile around each of the three; --train times SGD steps in training mode. Ratios are of medians: eager
-over plain (above 1: the plain call gains), and plain over converted (above 1: converting would gain more).
+--compile puts torch.compile around each of the three; --train times SGD steps in training mode. --blocks: single blocks in
+place of a network, one for each stage and kind, which in --train pass the gradient on to their input as inside a network.
+Ratios are of medians: eager over plain (above 1: the plain call gains), and plain over converted (above 1: converting would
+gain more).
 """
 NETWORKS = """Whole networks: Res2Net-50 26w4s and 14w8s against PyTorch, ONNX Runtime, OpenVINO and ResNet-50.
 
@@ -116,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     chains_1d.add_argument("--repeats", type=int, default=25, help="of each contender (default: 25)")
     chains_1d.set_defaults(threads=1)
     calls.add_argument("--size", nargs="+", type=_size, default=["224x224"], metavar="HxW", help="default: 224x224")
+    calls.add_argument(
+        "--blocks", action="store_true", help="single blocks of Res2Net-50 26w4s, in place of --model and --size"
+    )
     calls.add_argument("--model", default="res2net50_26w4s", help="default: res2net50_26w4s")
     calls.add_argument("--repeats", type=int, default=10, help="of each form (default: 10)")
     mode = calls.add_mutually_exclusive_group()
@@ -280,9 +286,30 @@ def _size(text: str) -> str:
     return text
 
 
-def plain_forms(model: str) -> dict[str, nn.Module]:
+BLOCKS = {  # of Res2Net-50, behind the first one of a stage and that one: channels in, planes, stride, size of the images
+    **{f"{planes} planes": (4 * planes, planes, 1, 56 * 64 // planes) for planes in (64, 128, 256, 512)},
+    **{f"{planes} planes, first": (2 * planes, planes, 2, 112 * 64 // planes) for planes in (128, 256, 512)},
+}
+
+
+def plain_cases(options: argparse.Namespace) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """(name, images in NCHW, network or block) of each that is timed."""
+    for name, batch in itertools.product(BLOCKS if options.blocks else options.size, options.batch):
+        if not options.blocks:
+            images = torch.randn(batch, 3, *map(int, name.split("x")))
+            yield name, images, networks.plain_network(options.model, "float32", "cpu").network
+            continue
+        channels, planes, stride, size = BLOCKS[name]
+        shortcut = None
+        if stride > 1:
+            pointwise = nn.Conv2d(channels, 4 * planes, 1, stride, bias=False)
+            shortcut = nn.Sequential(pointwise, nn.BatchNorm2d(4 * planes))
+        block = ReferenceBottle2neck(channels, planes, stride, shortcut, stype="stage" if stride > 1 else "normal")
+        yield name, torch.randn(batch, channels, size, size).relu_().requires_grad_(options.train), block.eval()
+
+
+def plain_forms(network: nn.Module) -> dict[str, nn.Module]:
     """By name; the last one takes channels-last images, the others NCHW."""
-    network = networks.plain_network(model, "float32", "cpu").network
     ours = [accelerate(copy.deepcopy(network)) for _ in range(2)]
     return {"eager": network, "plain": ours[0], "converted": ours[1].to(memory_format=torch.channels_last)}
 
@@ -295,6 +322,7 @@ def step_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
     def step(images: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             optimizer.zero_grad()
+            images.grad = None
             loss = network(images).logsumexp(1).mean()
             loss.backward()
             optimizer.step()
@@ -306,29 +334,43 @@ def step_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
 def run_plain(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     rows = []
-    for size, batch in itertools.product(options.size, options.batch):
-        images = torch.randn(batch, 3, *map(int, size.split("x")))
-        converted = images.contiguous(memory_format=torch.channels_last)
+    for name, images, network in plain_cases(options):
+        converted = images.detach().contiguous(memory_format=torch.channels_last).requires_grad_(images.requires_grad)
         inputs = {"eager": images, "plain": images, "converted": converted}
-        forms = plain_forms(options.model)
+        forms = plain_forms(network)
         with torch.no_grad():
-            calls: Calls = {name: torch.compile(form) for name, form in forms.items()} if options.compile else forms
-            outs = {name: call(inputs[name]) for name, call in calls.items()}
+            calls: Calls = {form: torch.compile(own) for form, own in forms.items()} if options.compile else forms
+            outs = {form: call(inputs[form]) for form, call in calls.items()}
             exact = copy.deepcopy(forms["eager"]).double()(images[:4].double())
-        errors = {name: float((out[:4] - exact).norm() / exact.norm()) for name, out in outs.items()}
+        errors = {form: float((out[:4] - exact).norm() / exact.norm()) for form, out in outs.items()}
         worst = max(errors.values())
         if not worst <= max(1e-5, network_bound(errors["eager"])):
-            print(f"{size}, batch {batch}: relative errors {errors}; nothing is timed", file=sys.stderr)
+            print(f"{name}, batch {len(images)}: relative errors {errors}; nothing is timed", file=sys.stderr)
             return 1
         if options.train:
-            calls = {name: step_of(form) for name, form in forms.items()}
+            calls = {form: step_of(own) for form, own in forms.items()}
         ms = medians(calls, inputs, seconds=0, min_repeats=options.repeats, max_repeats=options.repeats)
         ratios = [f"{ms['eager'] / ms['plain']:.2f}", f"{ms['plain'] / ms['converted']:.3f}"]
-        rows.append((size, str(batch), *(f"{value:.1f}" for value in ms.values()), *ratios, f"{worst:.1e}"))
+        rows.append((name, str(len(images)), *(f"{value:.1f}" for value in ms.values()), *ratios, f"{worst:.1e}"))
     mode = "SGD steps" if options.train else "torch.compile" if options.compile else "inference"
-    print(f"{options.model}, {mode}: {results.environment('cpu', options.typed)['device']}, {torch.get_num_threads()} threads, "
+    what = "blocks of Res2Net-50 26w4s" if options.blocks else options.model
+    print(f"{what}, {mode}: {results.environment('cpu', options.typed)['device']}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, fp32, medians of {options.repeats} in ms")  # fmt: skip
-    print(format_table(("images", "batch", "eager", "plain", "converted", "eager / plain", "plain / converted", "error"), rows))
+    print(
+        format_table(
+            (
+                "images" if not options.blocks else "block",
+                "batch",
+                "eager",
+                "plain",
+                "converted",
+                "eager / plain",
+                "plain / converted",
+                "error",
+            ),
+            rows,
+        )
+    )
     return 0
 
 
