@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .switches import may_read, named_switches, switches
+from .switches import constant_in_a_trace, may_read, named_switches, switches
 
 Path = tuple[str, ...]  # of attribute names; "*" stands for every module of a ModuleList
 Paths = Path | tuple[Path, ...]  # of several parts: with a "*", or each by itself
@@ -125,6 +125,12 @@ PUBLISHED = BlockPaths()
 _NAMES = tuple(field.name for field in fields(BlockPaths) if field.name not in ("acts", "ending"))
 
 
+@constant_in_a_trace
+def _names() -> tuple[str, ...]:
+    """_NAMES, of which a graph would guard each."""
+    return _NAMES
+
+
 def find_layout(module: nn.Module) -> BlockPaths | None:
     """The layout of a module that has the parts of a Res2Net bottleneck, whatever it computes."""
     found: dict[str, Any] = {}
@@ -179,7 +185,7 @@ def resolve(module: nn.Module | None, path: tuple[Any, ...]) -> Iterator[nn.Modu
 def parts_of(module: nn.Module, layout: BlockPaths = PUBLISHED) -> BlockParts:
     """The block's parts now. Dictionaries, not attributes: nn.Module.__getattr__ would be most of a cached call's cost."""
     parts: list[Any] = []
-    for name in _NAMES:
+    for name in _names():
         path = getattr(layout, name)
         if not path:
             parts.append(_without(name, parts))

@@ -20,14 +20,14 @@ from .block_parts import BlockParts, changed_surroundings, strangers, surroundin
 from .block_state import BlockState, geometry_named
 from .choosing import why_own
 from .confirmation import is_convolution
-from .folding import block_tensors, why_not_bypassed, why_not_folded
+from .folding import block_tensors, why_not_bypassed, why_not_folded, why_not_unwrapped
 from .switches import switches
 from .training import uses_batch_statistics, why_not_trained
 
 OVERRIDDEN = "x or a tensor of the block is of a class that has operators of its own (__torch_function__)"
 
 
-def chain_problem(block: BlockParts, x: Tensor, state: BlockState, trained: bool = False) -> ChainProblem:
+def chain_problem(block: BlockParts, x: Tensor, state: BlockState, trained: bool) -> ChainProblem:
     """The call of the chain inside, for the block's x. trained: whether that is by itself, with the batch's statistics."""
     rows, columns = block.conv1.stride
     around = None if trained else (block.conv1.in_channels, block.conv3.out_channels)
@@ -117,7 +117,7 @@ def why_not_fused(
     if reason is not None or training:
         return reason
     passes = "gradients" if differentiates(block, x, shortcut) else "inference"
-    return why_own(passes, chain_problem(block, x, state), state.backend, (block.module, x))
+    return why_own(passes, chain_problem(block, x, state, trained=False), state.backend, (block.module, x))
 
 
 def why_not_of_dtype(x: Tensor, weight: Tensor) -> str | None:
@@ -206,7 +206,7 @@ def why_not_left_out(modules: Iterable[nn.Module | None], around: Iterable[nn.Mo
         if reason is not None:
             return reason
     for module in around:
-        reason = why_not_bypassed(module, wraps=True)
+        reason = why_not_unwrapped(module)
         if reason is not None:
             return reason
     return None
@@ -271,14 +271,16 @@ _POOL_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_includ
 def block_geometry(block: BlockParts) -> tuple[object, ...]:
     """All of the block's convolutions and pool that changes the result beyond their tensors, comparable at every call."""
     pool = block.pool
-    names = (*_POOL_SETTINGS, "dilation", "return_indices") if isinstance(pool, nn.MaxPool2d) else _POOL_SETTINGS
-    settings = () if pool is None else (*[getattr(pool, name, None) for name in names], *switches(pool))
-    pool_settings = None if pool is None else (type(pool), *settings)
-    return pool_settings, *(
+    return None if pool is None else _pool_settings(pool), *(
         (type(conv), conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
          conv.groups, conv.padding_mode)
         for conv in (block.conv1, *block.convs, block.conv3)
     )  # fmt: skip
+
+
+def _pool_settings(pool: nn.Module) -> tuple[object, ...]:
+    names = (*_POOL_SETTINGS, "dilation", "return_indices") if isinstance(pool, nn.MaxPool2d) else _POOL_SETTINGS
+    return type(pool), *[getattr(pool, name, None) for name in names], *switches(pool)
 
 
 def _without_types(geometry: tuple[Any, ...]) -> tuple[object, ...]:

@@ -112,16 +112,24 @@ def why_not_folded(bn: nn.Module) -> str | None:
     return f"norm layer {type(bn).__name__} cannot be folded" if eps_of(bn) is None else None
 
 
-def why_not_bypassed(module: nn.Module, wraps: bool = False) -> str | None:
-    """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`.
+def why_not_bypassed(module: nn.Module) -> str | None:
+    """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`."""
+    hooked = _why_hooked(module)
+    if hooked is None and ("forward" in module.__dict__ or "_conv_forward" in module.__dict__):  # as tiling puts it there
+        return f"a {type(module).__name__} inside the block has a forward of its own"
+    return hooked
 
-    wraps: whether it is a wrapper around parts, of which `switches` tells another method of its own in forward's place.
-    """
+
+def why_not_unwrapped(module: nn.Module) -> str | None:
+    """The same of a wrapper around parts: of these `switches` tells which method of theirs is in forward's place."""
+    if "forward" not in module.__dict__ or stand_in(module) is None:
+        return why_not_bypassed(module)
+    return _why_hooked(module)
+
+
+def _why_hooked(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on a {type(module).__name__} inside the block must see its call"
-    patched = "forward" in module.__dict__ and not (wraps and stand_in(module) is not None)
-    if patched or "_conv_forward" in module.__dict__:  # as tiling puts it into convolutions
-        return f"a {type(module).__name__} inside the block has a forward of its own"
     return None
 
 

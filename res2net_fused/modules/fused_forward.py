@@ -165,7 +165,7 @@ class _Seen:
         weight = block.conv1.weight
         self.dtype = compute_dtype(weight)
         self.converts = handed_on(weight, x) is not x
-        self.problem = chain_problem(block, x, state)
+        self.problem = chain_problem(block, x, state, trained=False)
         self.why_own = why_own("inference", self.problem, state.backend)
         self.measured = choices.lookup("inference", self.problem)
         self.prepared: tuple[BlockWeights, PreparedBlock | None] | None = None
@@ -194,7 +194,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     x_in = x.to(dtype)
     differentiable = differentiates(block, x, given)
     if not torch.compiler.is_compiling():
-        state.last_problem, state.last_trained = chain_problem(block, x, state), False
+        state.last_problem, state.last_trained = chain_problem(block, x, state, trained=False), False
     if differentiable or not does_nothing(block.drop_block):
         folded = fold_block(block, dtype)
         if dtype == torch.float16 and x.device.type == "cpu" and cacheable(block_tensors(block)) and folded.overflows():
@@ -203,7 +203,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     kept = folded_weights(block, dtype, weight.device, state)
     if kept is None:
         return UNSEEN
-    return _run_folded(block, x, x_in, given, kept, state, adds_at_once(block), projection_of(block))
+    return _run_folded(block, x, x_in, given, kept, state, adds_at_once(block), projection_of(block), None)
 
 
 def _run_folded(
@@ -215,7 +215,7 @@ def _run_folded(
     state: BlockState,
     whole: bool,
     projection: Projection | None,
-    seen: _Seen | None = None,
+    seen: _Seen | None,
 ) -> Tensor | str:
     """The same with the weights that it has now. x_in: x in their dtype. whole: `adds_at_once`. projection: `projection_of`.
 

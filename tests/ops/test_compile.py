@@ -370,6 +370,25 @@ def test_a_graph_guards_the_geometry_of_the_modules_alone():
     assert any(name.endswith(".padding") for name in names) and not any(".geometry[" in name for name in names)
 
 
+def guards_of_a_frozen_block(x):
+    """What a graph of a frozen block compares before each call: places, as far as they are named."""
+    names = []
+    watch = {"guard_filter_fn": lambda guards: [names.append(f"{g.guard_type} {g.name}") or True for g in guards]}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(freeze(make()), backend="eager", options=watch)(x)
+    return names
+
+
+def test_a_graph_guards_no_more_than_it_did():
+    """Each guard is compared at each call; most of the host's time of a compiled frozen block is theirs."""
+    names = guards_of_a_frozen_block(sample(2, 7, 9))
+    assert 50 < len(names) <= 510, len(names)
+    assert not any("_NAMES[" in name for name in names)
+    of_the_package = [name for name in names if "__import_res2net_fused" in name]
+    assert len(of_the_package) <= 140, len(of_the_package)
+
+
 def test_frozen_block_folds_nothing_in_the_graph():
     graphs, backend = counting()
     with torch.no_grad():
