@@ -28,7 +28,7 @@ from .progress import progress
 from .providers import candidates, select, unavailable
 from .record_file import Record, different_fields
 from .sample_images import sample_images
-from .supervise import AGAIN, supervise
+from .supervise import supervise
 from .timed_case import BASELINE, TARGET_CONFIGS, TimedCase, network_name
 from .turns import ContextLost, Outcome
 from .work import l2_bytes
@@ -134,7 +134,7 @@ def run_bench(
             status = supervise(child, path)
             record = Record(path, environment)
         else:
-            status = _measure(options, record, limit_s)
+            _measure(options, record, limit_s)  # a CPU has no context that could be lost
         record.save()
     finally:
         record.close()
@@ -145,8 +145,8 @@ def run_bench(
     return status or int(bool(record.failures))
 
 
-def measure(options: BenchOptions, out: Path, command: str, limit_s: float) -> int:
-    """The child process of `run_bench`; returns its exit status for `supervise`."""
+def measure(options: BenchOptions, out: Path, command: str, limit_s: float) -> bool:
+    """The child process of `run_bench`; returns whether a new process has to go on."""
     use_device(options.device)
     record = Record(out / f"{options.name}.json", _environment(options, command))
     try:
@@ -200,7 +200,8 @@ class _BarRunner(NetworkRunner):
             yield
 
 
-def _measure(options: BenchOptions, record: Record, limit_s: float) -> int:
+def _measure(options: BenchOptions, record: Record, limit_s: float) -> bool:
+    """Whether the device is lost to this process."""
     quick, l2 = options.quick, l2_bytes(options.device)
     if quick and l2 is not None:
         l2 = 0  # one input, and no minute to make the others
@@ -224,10 +225,10 @@ def _measure(options: BenchOptions, record: Record, limit_s: float) -> int:
         _time_networks(runner, options, {(case.config_name, case.batch) for case in left if case.workload == "network"})
     except ContextLost as error:
         print(f"the CUDA context is lost: {error}", flush=True)
-        return AGAIN
+        return True
     finally:
         record.unmark()
-    return 0
+    return False
 
 
 def _each(runner: _BarRunner, what: str, cases: Sequence[TimedCase], time: Callable[[Any], Outcome]) -> None:

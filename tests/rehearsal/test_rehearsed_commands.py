@@ -1,6 +1,7 @@
 """The commands of the GPU program on stand-in cards, from their command lines to the files that they leave."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -51,6 +52,35 @@ def test_rehearsed_info_names_the_card_and_what_can_run(name):
 def test_rehearsed_check_is_green(name):
     text = run(name, *RF, "check", "--quick", "--configs", "26w4s", "--device", "cuda:1", "--dtype", "bfloat16,tf32")
     assert " 0 misses" in text and "triton" in text and "MISS" not in text
+
+
+CHECK_FAULTS = [
+    {"kind": "hang", "backend": "triton", "call": "forward", "width": 52, "height": 12},
+    {"kind": "kill", "backend": "triton", "call": "forward", "width": 104, "height": 9},
+    {"kind": "triton_cuda_error", "backend": "cuda", "call": "forward", "width": 208, "height": 7},
+]
+
+
+def test_rehearsed_check_goes_on_behind_every_fault():
+    """Each costs its own row: what was compared before it and what comes behind it is in the one table."""
+    arguments = ["check", "--quick", "--configs", "26w4s", "--dtype", "bfloat16", "--no-network", "--limit", "15"]
+    text = run("H100", *RF, *arguments, faults=CHECK_FAULTS, expected=1)
+    rows = [line.split() for line in text.splitlines() if re.match(r"(chain|block) +26w4s ", line)]
+    rows = {(workload, f"{stage} {variant}", backend): rest[-1] for workload, _, stage, variant, backend, *rest in rows}
+    backends = {backend for *_, backend in rows}
+    assert backends == {"reference", "triton", "cuda"}
+    places = [(workload, f"{stage} {variant}") for workload in ("chain", "block") for stage in "1234"
+              for variant in ("normal", "stage")]  # fmt: skip
+    failed = {
+        ("chain", "2 normal", "triton"): r"hung for \d+ s; its process was killed",
+        ("chain", "3 normal", "triton"): r"its process was killed by signal 9 \(SIGKILL\)",
+        ("chain", "4 normal", "cuda"): r"RuntimeError: .*Triton Error \[CUDA\]: an illegal memory access",
+    }
+    assert {key for key, outcome in rows.items() if outcome == "FAILED"} == set(failed), text
+    assert set(rows) == {(*place, backend) for place in places for backend in backends}, text
+    for (workload, stage, backend), words in failed.items():
+        assert re.search(rf"^failed, {workload} 26w4s stage {stage} bfloat16, backend {backend}: {words}", text, re.M), text
+    assert f"{len(rows)} comparisons, 3 misses" in text and "ended before" not in text
 
 
 # Benchmarks -----------------------------------------------------------------------------------------------------------
