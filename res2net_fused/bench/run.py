@@ -18,6 +18,7 @@ import torch
 
 from .._native import library as native
 from .._timing import use_device
+from ..backends import choices
 from ..testing.cases import TRAINED, Case, WidthScale, cases
 from ..testing.parity import why_not
 from . import results, runtimes
@@ -116,6 +117,11 @@ def run_bench(
     limit_s: for building and checking one contender on a GPU. child: the command that calls `measure` there.
     Raises RuntimeError for a backend that can run none of it, ImportError where there are no photographs for the networks.
     """
+    with choices.as_published():
+        return _run_bench(options, out, command, again, limit_s, child)
+
+
+def _run_bench(options: BenchOptions, out: Path, command: str, again: bool, limit_s: float, child: Sequence[str]) -> int:
     use_device(options.device)
     none_can = None if options.backend == "auto" else why_not(options.cases(), options.backend)
     if none_can is not None:
@@ -147,12 +153,13 @@ def run_bench(
 
 def measure(options: BenchOptions, out: Path, command: str, limit_s: float) -> bool:
     """The child process of `run_bench`; returns whether a new process has to go on."""
-    use_device(options.device)
-    record = Record(out / f"{options.name}.json", _environment(options, command))
-    try:
-        return _measure(options, record, limit_s)
-    finally:
-        record.close()
+    with choices.as_published():
+        use_device(options.device)
+        record = Record(out / f"{options.name}.json", _environment(options, command))
+        try:
+            return _measure(options, record, limit_s)
+        finally:
+            record.close()
 
 
 def _environment(options: BenchOptions, command: str) -> dict[str, Any]:
@@ -161,6 +168,7 @@ def _environment(options: BenchOptions, command: str) -> dict[str, Any]:
         "peers": runtimes.versions(options.device),
         "native": {library.name: library.loaded for library in libraries},
         "quick": options.quick,
+        "choice": choices.mode(),
         "settings": json.loads(json.dumps(asdict(options) | {"configs": [str(config) for config in options.configs]})),
     }
 

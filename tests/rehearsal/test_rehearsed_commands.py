@@ -206,6 +206,35 @@ def test_rehearsed_tuning_writes_a_table_that_is_used(name, tmp_path):
     assert rows and all(row["capability"] == "{}.{}".format(*card.CARDS[name].capability) for row in rows), text
 
 
+def _of_tile(kind, stage, block_m, block_n, block_k, warps, stages, **constants):
+    """A fault of one tile, and how the record names it."""
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    fault = {"kind": kind, "stage": stage, "constants": constants, "warps": warps, "stages": stages}
+    return fault, f"{block_m}x{block_n}x{block_k}, {warps} warps, {stages} stages"
+
+
+TILE_FAULTS = {  # by what is said; all in the first block and at the start of the second
+    "CompilationError": _of_tile("compile_error", "compile", 16, 16, 16, 1, 3, IN_CHANNELS=256, OUT_CHANNELS=128),
+    "out of resource": _of_tile("out_of_resources", "launch", 16, 16, 32, 1, 2, IN_CHANNELS=256, OUT_CHANNELS=128),
+    "Triton Error": _of_tile("triton_cuda_error", "launch", 32, 32, 32, 4, 4, CHANNELS=26),
+    "hung": _of_tile("hang", "launch", 64, 16, 32, 4, 4, CHANNELS=26),
+    "signal 9": _of_tile("kill", "launch", 16, 16, 16, 1, 3, IN_CHANNELS=128, OUT_CHANNELS=256),
+    "(SIGKILL)": _of_tile("kill", "compile", 16, 16, 16, 1, 3, IN_CHANNELS=64, OUT_CHANNELS=128),
+}
+
+
+@pytest.mark.slow  # a minute; the same faults without a card: tests/bench/test_tune.py
+def test_rehearsed_tuning_goes_on_behind_every_fault(tmp_path):
+    table = tmp_path / "tiles.json"
+    arguments = ["tune", "--configs", "26w4s", "--batch", "1", "--minutes", "4", "--limit", "10", "--out", table]
+    text = run("H100", *RF, *arguments, faults=[fault for fault, _ in TILE_FAULTS.values()], expected=1)
+    assert "20 of 20 shapes are in" in text
+    environment = results.read(tmp_path / "tiles.tuning.json")["environment"]
+    said = environment["failures"] | environment["absent"]
+    for words, (_, name) in TILE_FAULTS.items():
+        assert any(tile.endswith(f": {name}") and words in why for tile, why in said.items()), (words, said)
+
+
 # What people do -------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
