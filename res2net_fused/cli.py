@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -400,25 +402,56 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _tune_models(options: argparse.Namespace) -> int:
     """Measures every choice for the blocks of models by name, in each dtype, as `tune` does for anybody's model."""
-    import torch
-
     from .backends.choices_file import user_path
-    from .bench.networks import DEFAULT_MODELS, random_network
-    from .patching.accelerate import accelerate
-    from .testing.cases import TORCH_DTYPES
-    from .tuning.tune import tune
+    from .bench.networks import DEFAULT_MODELS
 
-    failures = 0
-    for name in options.model or DEFAULT_MODELS[:1]:
-        for dtype in options.dtype:
-            model = accelerate(random_network(name).to(options.device, TORCH_DTYPES[dtype]))
-            for batch in options.batches:
-                x = torch.randn(batch, 3, options.size, options.size, device=options.device, dtype=TORCH_DTYPES[dtype])
-                print(
-                    f"{name}, batch {batch}, {options.size}x{options.size}, {dtype}{', training' * options.train}", flush=True
-                )
-                report = tune(model.train(options.train), x, training=options.train, minutes=options.minutes)
-                failures += sum(bool(call.notes) and not call.ms for call in report.calls)
-                print(f"{report}\n", flush=True)
+    calls = list(itertools.product(options.model or DEFAULT_MODELS[:1], options.dtype, options.batches))
+    supervised = options.kind == "cuda" and os.name == "posix"
+    if options.child is not None:
+        return _tune_model_in_child(options, *calls[0])
+    failures = [_tune_model_supervised(options, *call) if supervised else _tune_model(options, *call) for call in calls]
     print(f"kept in {user_path()}")
-    return int(failures > 0)
+    return int(any(failures))
+
+
+def _tune_model_supervised(options: argparse.Namespace, name: str, dtype: str, batch: int) -> bool:
+    """Measures in child processes; returns whether something failed."""
+    from .bench.supervise import supervise
+    from .bench.tune import GRACE
+    from .tuning.marked import record_beside_table
+
+    record = record_beside_table(options.device)
+    if options.again:
+        record.retry()
+    record.save()
+    record.close()
+    end = time.time() + 60 * options.minutes
+    chosen = ["--model", name, "--dtype", dtype, "--batch", str(batch), "--child", str(end)]
+    command = [sys.executable, "-m", "res2net_fused", *options.arguments, *chosen]
+    return supervise(command, record.path, deadline=end + GRACE) != 0
+
+
+def _tune_model_in_child(options: argparse.Namespace, name: str, dtype: str, batch: int) -> int:
+    from .bench.supervise import FAILED
+    from .bench.turns import ContextLost
+
+    try:
+        return FAILED if _tune_model(options, name, dtype, batch) else 0
+    except ContextLost as error:
+        print(f"the CUDA context is lost: {error}", flush=True)
+        return _ended(True)
+
+
+def _tune_model(options: argparse.Namespace, name: str, dtype: str, batch: int) -> bool:
+    """Measures in this process; returns whether something could not be measured."""
+    from .bench.networks import random_network
+    from .patching.accelerate import accelerate
+    from .tuning.tune import tune_within
+
+    minutes = options.minutes if options.child is None else max(0.01, (options.child - time.time()) / 60)
+    model = accelerate(random_network(name).to(options.device, TORCH_DTYPES[dtype]))
+    x = torch.randn(batch, 3, options.size, options.size, device=options.device, dtype=TORCH_DTYPES[dtype])
+    print(f"{name}, batch {batch}, {options.size}x{options.size}, {dtype}{', training' * options.train}", flush=True)
+    report = tune_within(options.limit, model.train(options.train), x, training=options.train, minutes=minutes, progress=True)
+    print(f"{report}\n", flush=True)
+    return any(call.notes and not call.ms for call in report.calls)

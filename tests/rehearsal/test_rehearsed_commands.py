@@ -235,6 +235,24 @@ def test_rehearsed_tuning_goes_on_behind_every_fault(tmp_path):
         assert any(tile.endswith(f": {name}") and words in why for tile, why in said.items()), (words, said)
 
 
+CALL_FAULTS = [
+    {"kind": "hang", "backend": "cuda", "call": "block_forward", "width": 52, "height": 4},
+    {"kind": "kill", "backend": "triton", "call": "block_forward", "width": 104, "height": 2},
+    {"kind": "triton_cuda_error", "backend": "triton", "call": "block_forward", "width": 208, "height": 1},
+]
+
+
+@pytest.mark.slow  # minutes
+def test_rehearsed_tuning_of_a_model_goes_on_behind_every_fault(tmp_path, monkeypatch):
+    monkeypatch.setenv("RES2NET_FUSED_CHOICES", str(tmp_path / "choices.json"))
+    arguments = ["tune", "--model", "res2net50_26w4s", "--size", "32", "--batch", "1", "--minutes", "5", "--limit", "25"]
+    text = run("H100", *RF, *arguments, faults=CALL_FAULTS, expected=1)
+    left_out = {"4x52, 4, 4": "hung for", "4x104, 2, 2": "signal 9", "4x208, 1, 1": "illegal memory", "the whole model": "hung"}
+    for what, words in left_out.items():
+        assert any(what in line and words in line for line in text.splitlines()), (what, text)
+    assert len(json.loads((tmp_path / "choices.json").read_text())["choices"]) == 8 - 3
+
+
 # What people do -------------------------------------------------------------------------------------------------------
 
 SCRIPT = """

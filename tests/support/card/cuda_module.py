@@ -49,7 +49,10 @@ class Device:
         return True
 
     def host_waits(self, what: str) -> None:
-        """What every call does that waits for the device; raises in a capture, as the real one."""
+        """What every call does that waits for the device; raises in a capture and on a dead card, as the real one."""
+        from . import faults
+
+        faults.raise_if_dead()
         if self.c.card_host_waits(1):
             raise accelerator_error(f"CUDA error: operation not permitted when stream is capturing ({what})")
 

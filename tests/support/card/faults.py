@@ -42,6 +42,12 @@ def read() -> Faults:
     return Faults(planted)
 
 
+def raise_if_dead() -> None:
+    """What every later call meets once a fault has poisoned the context."""
+    if _dead:
+        raise _error(_dead[0])
+
+
 class Faults:
     def __init__(self, planted: list[dict[str, Any]]) -> None:
         self.planted = planted
@@ -49,8 +55,7 @@ class Faults:
     @contextlib.contextmanager
     def around(self, backend: str, call: str, problem: Any) -> Iterator[bool]:
         """Around one call of a backend: whether its result is to be wrong."""
-        if _dead:
-            raise _error(_dead[0])
+        raise_if_dead()
         fault = next((f for f in self.planted if _meets(f, backend, call, problem)), None)
         if fault is None:
             yield False
@@ -66,8 +71,7 @@ class Faults:
 
     def at_kernel(self, stage: str, constants: dict[str, Any], warps: int, stages: int) -> None:
         """Where a kernel of Triton's is compiled or launched."""
-        if _dead:
-            raise _error(_dead[0])
+        raise_if_dead()
         found = {**constants, "warps": warps, "stages": stages}
         for fault in self.planted:
             wanted = {**fault.get("constants", {}), **{name: fault[name] for name in ("warps", "stages") if name in fault}}
