@@ -21,7 +21,7 @@ from typing import Any
 
 REFUSED = 2  # exit status of a child that cannot do what it was asked for
 
-FAILED = 3  # of one that did all of it, some of which failed
+FAILED = 76  # of one that did all of it, some of which failed
 
 AGAIN = 75  # of one that has written down a fault and asks for a process with a fresh CUDA context
 
