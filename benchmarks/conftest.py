@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from res2net_fused.backends import choices
 from res2net_fused.bench import providers
 from res2net_fused.bench.networks import DEFAULT_MODELS, prepare_network
 from res2net_fused.testing import parity
@@ -12,6 +13,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
 BATCH = 32 if DEVICE == "cuda" else 8
 BACKEND = "auto"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_published():
+    with choices.as_published():
+        yield
 
 
 @pytest.fixture

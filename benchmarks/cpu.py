@@ -93,7 +93,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.typed = shlex.join(["python", "benchmarks/cpu.py", *arguments])
-    return options.run(options)
+    with choices.as_published():
+        return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from res2net_fused import accelerate, freeze, hierarchical_conv2d, pack_weights
 from res2net_fused._tables import format_table
 from res2net_fused._timing import Contender, measure
+from res2net_fused.backends import choices
 from res2net_fused.backends.selection import get_backend
 from res2net_fused.bench import results
 from res2net_fused.chain import reference
@@ -72,6 +73,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=200, help=f"of {CALLS} calls of each contender (default: 200)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute to compile")
     options = parser.parse_args(arguments)
+    with choices.as_published():
+        return run(options, arguments)
+
+
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if os.environ.get(ON_CARD):
         return on_card(options)
     torch.set_num_threads(1)

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32, channels-last", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[PATH_VARIABLE] = str(Path(folder, "choices.json"))
+        os.environ[choices.MODE_VARIABLE] = "tuned"
         choices.forget()
         for part in options.parts:
             rows_of = {"chains": chains, "blocks": blocks, "networks": whole}[part]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--backend", choices=BACKENDS, help="check this one (default: every one that can run here)")
     check.add_argument("--quick", action="store_true", help="batch 2, and 26w4s and 14w8s only")
     check.add_argument("--no-network", action="store_true", help="leave out Res2Net-50 on two photographs")
+    _add_limit(check, 420, "to compile and compare one backend at one shape, or a network")
+    check.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the process that compares on a GPU: its journal
 
     bench = _command(
         commands,
@@ -122,12 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "was cut short or had failures goes on behind them, any other begins anew and keeps the old file as <name>.before",
     )
     bench.add_argument("--again", action="store_true", help="begin anew in any case, and try again what failed")
-    bench.add_argument(
-        "--limit",
-        type=_positive,
-        default=420,
-        help="seconds on a GPU for compiling and checking one contender, after which it counts as hanging (default: 420)",
-    )
+    _add_limit(bench, 420, "to compile and check one contender")
     bench.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # the process that measures on a GPU
 
     tune = _command(
@@ -152,9 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", type=Path, help="table of tiles (default: RES2NET_FUSED_TILES, else the table of choices)")
     tune.add_argument("--minutes", type=_positive, default=20, help="after which no block is begun; a later call goes on (20)")
     tune.add_argument("--again", action="store_true", help="measure shapes anew that the table has, and what failed")
-    tune.add_argument(
-        "--limit", type=_positive, default=120, help="seconds for one tile, after which it counts as hanging (default: 120)"
-    )
+    _add_limit(tune, 120, "for one tile")
     tune.add_argument("--child", type=float, help=argparse.SUPPRESS)  # the process that measures: when it is to end
     return parser
 
@@ -176,6 +173,11 @@ def _command(
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, help="such as cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=_positive, help="CPU threads of PyTorch (default: PyTorch's own choice)")
+
+
+def _add_limit(parser: argparse.ArgumentParser, seconds: int, what: str) -> None:
+    text = f"seconds on a GPU {what}, after which it counts as hanging (default: {seconds})"
+    parser.add_argument("--limit", type=_positive, default=seconds, help=text)
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
@@ -309,14 +311,9 @@ def _section(title: str, facts: dict[str, object]) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from ._timing import use_device
-    from .bench.networks import DEFAULT_MODELS, prepare_network
-    from .bench.progress import progress
-    from .bench.sample_images import sample_images
-    from .testing.parity import check_cases, unavailable_backends, why_not
+    from .bench.check import CheckOptions, compare_in_child, run_check
 
     _resolve(options)
-    use_device(options.device)
     dtypes = options.dtype or {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32", "tf32")}[options.kind]
     todo = []
     for dtype in dtypes:
@@ -324,38 +321,21 @@ def _check(options: argparse.Namespace) -> int:
         slow = options.kind == "cpu" and dtype != "float32" and options.batch is None
         batches = (_SMALL_BATCH,) if slow else options.batches
         todo += cases(("chain", "block"), options.configs, batches, dtype, options.device, VARIANTS)
-    none_can = None if options.backend is None else why_not(todo, options.backend)
-    if none_can is not None:
-        raise RuntimeError(none_can)
-    no_photographs = ""
-    if not options.no_network:
-        try:
-            sample_images()
-        except ImportError as error:  # the rest of the check needs nothing but what the package depends on
-            no_photographs = str(error)
-    with progress("parity against float64", len(todo)) as bar:
-        report = check_cases(todo, options.backend, bar.update)
-    if not (options.no_network or no_photographs or report.lost):
-        with progress("Res2Net-50 on two photographs against float64", len(dtypes), "dtypes") as bar:
-            for dtype in dtypes:
-                try:
-                    report += prepare_network(DEFAULT_MODELS[0], dtype, options.device, options.backend or "auto").parity
-                except Exception as error:
-                    report.failed(error, "network", DEFAULT_MODELS[0], "", 2, options.backend or "auto", dtype)
-                bar.update()
-    print(f"\n{report}\n")
-    if options.backend is None:
-        for name, reason in unavailable_backends(options.device).items():
-            print(f"not checked, backend {name}: {reason}")
-    if no_photographs:
-        print(f"not checked, whole networks: {no_photographs}")
-    for what, reason in report.unchecked.items():
-        print(f"not checked, {what}: {reason}")
-    for row in report:
-        if row.failure:
-            print(f"failed, {row.workload} {row.config} stage {row.stage} {row.dtype}, backend {row.backend}: {row.failure}")
-    print(f"{len(report)} comparisons, {len(report.misses)} misses")
-    return 0 if report.ok else 1
+    of_networks = () if options.no_network else dtypes
+    chosen = CheckOptions(tuple(todo), of_networks, options.device, options.backend, options.limit)
+    if options.child is None:
+        return run_check(chosen, [sys.executable, "-m", "res2net_fused", *options.arguments, "--child"])
+    return _ended(compare_in_child(chosen, options.child))
+
+
+def _ended(lost: bool) -> int:
+    """The end of a child process. lost: whether it can use its device no more."""
+    from .bench.supervise import AGAIN
+
+    if lost:
+        sys.stdout.flush()
+        os._exit(AGAIN)  # what unloads a lost CUDA context may hang
+    return 0
 
 
 _BENCH_EXTRA = {"tqdm": "tqdm", "matplotlib": "matplotlib"}  # by what is imported
@@ -374,7 +354,6 @@ def _need_bench_extra(networks: bool) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from .bench.networks import DEFAULT_MODELS
     from .bench.run import BenchOptions, command_line, measure, run_bench
-    from .bench.supervise import AGAIN
 
     _need_bench_extra(networks=not options.no_network)
     _resolve(options)
@@ -401,16 +380,11 @@ def _bench(options: argparse.Namespace) -> int:
         child = [sys.executable, "-m", "res2net_fused", *options.arguments, "--child"]
         command = command_line(options.arguments)
         return run_bench(chosen, options.out, command, again=options.again, limit_s=options.limit, child=child)
-    status = measure(chosen, options.out, command_line(options.arguments[:-1]), options.limit)
-    if status == AGAIN:
-        sys.stdout.flush()
-        os._exit(status)  # what unloads a lost CUDA context may hang
-    return status
+    return _ended(measure(chosen, options.out, command_line(options.arguments[:-1]), options.limit))
 
 
 def _tune(options: argparse.Namespace) -> int:
     from .bench.run import command_line
-    from .bench.supervise import AGAIN
     from .bench.tune import measure_tiles, run_tune, tuned_blocks
 
     _resolve(options)
@@ -423,33 +397,61 @@ def _tune(options: argparse.Namespace) -> int:
         command = command_line(options.arguments)
         return run_tune(blocks, options.device, options.out, command, child, options.minutes, options.again)
     command = command_line(options.arguments[:-4])  # without what `run_tune` adds for a child
-    if measure_tiles(blocks, options.device, options.out, command, options.limit, options.child):
-        sys.stdout.flush()
-        os._exit(AGAIN)  # what unloads a lost CUDA context may hang
-    return 0
+    return _ended(measure_tiles(blocks, options.device, options.out, command, options.limit, options.child))
 
 
 def _tune_models(options: argparse.Namespace) -> int:
     """Measures every choice for the blocks of models by name, in each dtype, as `tune` does for anybody's model."""
-    import torch
-
     from .backends.choices_file import user_path
-    from .bench.networks import DEFAULT_MODELS, random_network
-    from .patching.accelerate import accelerate
-    from .testing.cases import TORCH_DTYPES
-    from .tuning.tune import tune
+    from .bench.networks import DEFAULT_MODELS
 
-    failures = 0
-    for name in options.model or DEFAULT_MODELS[:1]:
-        for dtype in options.dtype:
-            model = accelerate(random_network(name).to(options.device, TORCH_DTYPES[dtype]))
-            for batch in options.batches:
-                x = torch.randn(batch, 3, options.size, options.size, device=options.device, dtype=TORCH_DTYPES[dtype])
-                print(
-                    f"{name}, batch {batch}, {options.size}x{options.size}, {dtype}{', training' * options.train}", flush=True
-                )
-                report = tune(model.train(options.train), x, training=options.train, minutes=options.minutes)
-                failures += sum(bool(call.notes) and not call.ms for call in report.calls)
-                print(f"{report}\n", flush=True)
+    calls = list(itertools.product(options.model or DEFAULT_MODELS[:1], options.dtype, options.batches))
+    supervised = options.kind == "cuda" and os.name == "posix"
+    if options.child is not None:
+        return _tune_model_in_child(options, *calls[0])
+    failures = [_tune_model_supervised(options, *call) if supervised else _tune_model(options, *call) for call in calls]
     print(f"kept in {user_path()}")
-    return int(failures > 0)
+    return int(any(failures))
+
+
+def _tune_model_supervised(options: argparse.Namespace, name: str, dtype: str, batch: int) -> bool:
+    """Measures in child processes; returns whether something failed."""
+    from .bench.supervise import supervise
+    from .bench.tune import GRACE
+    from .tuning.marked import record_beside_table
+
+    record = record_beside_table(options.device)
+    if options.again:
+        record.retry()
+    record.save()
+    record.close()
+    end = time.time() + 60 * options.minutes
+    chosen = ["--model", name, "--dtype", dtype, "--batch", str(batch), "--child", str(end)]
+    command = [sys.executable, "-m", "res2net_fused", *options.arguments, *chosen]
+    return supervise(command, record.path, deadline=end + GRACE) != 0
+
+
+def _tune_model_in_child(options: argparse.Namespace, name: str, dtype: str, batch: int) -> int:
+    from .bench.supervise import FAILED
+    from .bench.turns import ContextLost
+
+    try:
+        return FAILED if _tune_model(options, name, dtype, batch) else 0
+    except ContextLost as error:
+        print(f"the CUDA context is lost: {error}", flush=True)
+        return _ended(True)
+
+
+def _tune_model(options: argparse.Namespace, name: str, dtype: str, batch: int) -> bool:
+    """Measures in this process; returns whether something could not be measured."""
+    from .bench.networks import random_network
+    from .patching.accelerate import accelerate
+    from .tuning.tune import tune_within
+
+    minutes = options.minutes if options.child is None else max(0.01, (options.child - time.time()) / 60)
+    model = accelerate(random_network(name).to(options.device, TORCH_DTYPES[dtype]))
+    x = torch.randn(batch, 3, options.size, options.size, device=options.device, dtype=TORCH_DTYPES[dtype])
+    print(f"{name}, batch {batch}, {options.size}x{options.size}, {dtype}{', training' * options.train}", flush=True)
+    report = tune_within(options.limit, model.train(options.train), x, training=options.train, minutes=minutes, progress=True)
+    print(f"{report}\n", flush=True)
+    return any(call.notes and not call.ms for call in report.calls)

@@ -151,7 +151,7 @@ def test_check_goes_without_photographs(monkeypatch, capsys):
     arguments = ["--configs", "14w4s", "--backend", "reference", "--dtype", "float32", "--batch", "1", "--device", "cpu"]
     assert cli.main(["check", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^not checked, whole networks: .*pip install 'res2net-fused\[bench\]'", printed, re.M)
+    assert re.search(r"^not checked, network \S+ float32: .*pip install 'res2net-fused\[bench\]'", printed, re.M)
     assert "two photographs against" not in printed and re.search(r"^\d\d comparisons, 0 misses$", printed, re.M)
 
 

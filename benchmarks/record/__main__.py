@@ -34,6 +34,7 @@ from record.schedule import Budget  # noqa: E402
 from record.targets import target_table, targets  # noqa: E402
 from res2net_fused._native import library, machine  # noqa: E402
 from res2net_fused._timing import use_device  # noqa: E402
+from res2net_fused.backends import choices  # noqa: E402
 from res2net_fused.backends.base import BACKENDS  # noqa: E402
 from res2net_fused.backends.triton.compile_progress import compile_progress  # noqa: E402
 from res2net_fused.bench import results  # noqa: E402
@@ -51,6 +52,11 @@ RATES = "the rates of the roofline"  # as a failure is named
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 where the record holds a failure, or 2 for a request that cannot be met; of a child AGAIN, too."""
+    with choices.as_published():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.device is None or not options.list:
@@ -153,7 +159,7 @@ def _environment(options: argparse.Namespace, arguments: list[str]) -> dict[str,
     if environment["commit"] == "unknown" and not options.quick:
         raise ValueError("there is no .git here: name the commit with --commit")
     environment["native"] = {name: status.loaded for name, status in libraries.items()}
-    environment["quick"] = options.quick
+    environment["quick"], environment["choice"] = options.quick, choices.mode()
     return environment
 
 

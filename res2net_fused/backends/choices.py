@@ -91,6 +91,24 @@ def mode() -> str:
     return found
 
 
+@contextmanager
+def as_published() -> Iterator[None]:
+    """Goes by what is predicted, as published figures do, where RES2NET_FUSED_CHOICE does not ask for anything else.
+
+    Processes that are started inside do so too.
+    """
+    if os.environ.get(MODE_VARIABLE):
+        yield
+        return
+    os.environ[MODE_VARIABLE] = "predicted"
+    forget_native()
+    try:
+        yield
+    finally:
+        del os.environ[MODE_VARIABLE]
+        forget_native()
+
+
 class _Pinned(threading.local):
     choice: str | None = None
 

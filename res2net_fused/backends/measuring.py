@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._timing import Contender, measure
 from ..chain.problem import Chain1dProblem, ChainProblem
-from ..chain.tolerances import TRAINED_OVER_EAGER, first_use_bound
+from ..chain.tolerances import OTHER_RELUS, TRAINED_OVER_EAGER, first_use_bound
 from . import choices
 from .base import BACKENDS
 from .choices import Problem
@@ -29,8 +29,6 @@ from .triton.availability import uses_tf32
 SECONDS = 0.4  # for all choices of one call together
 _TURN_MS = 3.0  # of calls in a row: what a change of choice costs the first of them weighs little beside it
 _MIN_REPEATS, _MAX_REPEATS = 7, 60
-# Error of gradients up to which ReLUs whose input rounding takes across zero may explain it; 0.006 was seen.
-_OTHER_RELUS = 0.05
 
 _log = logging.getLogger("res2net_fused")
 _lock = threading.RLock()  # two measurements at once would measure each other
@@ -97,8 +95,8 @@ def settle(
 
     passes, problem: as for `choices.lookup`. names: of choices, where the block has one its own forward first. trial: makes the
     contender of a choice. exact: what all of them should compute, in float64, the output first. seconds: for all timings.
-    last: whether these are the last images: before, None is returned where gradients alone miss the bound, as they do where
-    rounding decides a ReLU otherwise. Then such a choice is left out, and put aside where that cannot explain it.
+    last: whether these are the last images: before, None is returned where other ones are to tell (`on_other_images`). On the
+    last ones such a choice is left out, and put aside where rounding cannot explain it.
     """
     with _lock, torch.inference_mode(False):
         expected = [t.detach().double() for t in exact()]
@@ -124,7 +122,7 @@ def settle(
             limit = _limit(passes, problem, errors.get(OWN, 0.0))
             if name != OWN and not errors[name] <= limit:
                 wrong = f"it differs from float64 by {errors[name]:.2g} in the norm; at most {limit:.2g} is allowed"
-                by_rounding = _error(found[:1], expected[:1]) <= limit and errors.pop(name) <= _OTHER_RELUS
+                by_rounding = _error(found[:1], expected[:1]) <= limit and errors.pop(name) <= OTHER_RELUS
                 if by_rounding and not last:
                     return None
                 measured.failures[name] = wrong if by_rounding else _put_aside(name, problem, wrong)

@@ -12,7 +12,7 @@ from . import results
 from .supervise import Mark
 
 # What must not change within one record. Threads matter to a CPU only; `native` says which libraries were loaded.
-_SAME = ("device", "torch", "triton", "cuda", "commit", "native", "quick")
+_SAME = ("device", "torch", "triton", "cuda", "commit", "native", "quick", "choice")
 _KEY = ("workload", "config", "stage", "variant", "batch", "dtype", "device", "provider", "graph")
 _DEFAULTS = {"variant": "normal", "graph": False}  # of rows that `res2net-fused bench` wrote
 

@@ -18,6 +18,7 @@ import torch
 
 from .._native import library as native
 from .._timing import use_device
+from ..backends import choices
 from ..testing.cases import TRAINED, Case, WidthScale, cases
 from ..testing.parity import why_not
 from . import results, runtimes
@@ -28,7 +29,7 @@ from .progress import progress
 from .providers import candidates, select, unavailable
 from .record_file import Record, different_fields
 from .sample_images import sample_images
-from .supervise import AGAIN, supervise
+from .supervise import supervise
 from .timed_case import BASELINE, TARGET_CONFIGS, TimedCase, network_name
 from .turns import ContextLost, Outcome
 from .work import l2_bytes
@@ -116,6 +117,11 @@ def run_bench(
     limit_s: for building and checking one contender on a GPU. child: the command that calls `measure` there.
     Raises RuntimeError for a backend that can run none of it, ImportError where there are no photographs for the networks.
     """
+    with choices.as_published():
+        return _run_bench(options, out, command, again, limit_s, child)
+
+
+def _run_bench(options: BenchOptions, out: Path, command: str, again: bool, limit_s: float, child: Sequence[str]) -> int:
     use_device(options.device)
     none_can = None if options.backend == "auto" else why_not(options.cases(), options.backend)
     if none_can is not None:
@@ -134,7 +140,7 @@ def run_bench(
             status = supervise(child, path)
             record = Record(path, environment)
         else:
-            status = _measure(options, record, limit_s)
+            _measure(options, record, limit_s)  # a CPU has no context that could be lost
         record.save()
     finally:
         record.close()
@@ -145,14 +151,15 @@ def run_bench(
     return status or int(bool(record.failures))
 
 
-def measure(options: BenchOptions, out: Path, command: str, limit_s: float) -> int:
-    """The child process of `run_bench`; returns its exit status for `supervise`."""
-    use_device(options.device)
-    record = Record(out / f"{options.name}.json", _environment(options, command))
-    try:
-        return _measure(options, record, limit_s)
-    finally:
-        record.close()
+def measure(options: BenchOptions, out: Path, command: str, limit_s: float) -> bool:
+    """The child process of `run_bench`; returns whether a new process has to go on."""
+    with choices.as_published():
+        use_device(options.device)
+        record = Record(out / f"{options.name}.json", _environment(options, command))
+        try:
+            return _measure(options, record, limit_s)
+        finally:
+            record.close()
 
 
 def _environment(options: BenchOptions, command: str) -> dict[str, Any]:
@@ -161,6 +168,7 @@ def _environment(options: BenchOptions, command: str) -> dict[str, Any]:
         "peers": runtimes.versions(options.device),
         "native": {library.name: library.loaded for library in libraries},
         "quick": options.quick,
+        "choice": choices.mode(),
         "settings": json.loads(json.dumps(asdict(options) | {"configs": [str(config) for config in options.configs]})),
     }
 
@@ -200,7 +208,8 @@ class _BarRunner(NetworkRunner):
             yield
 
 
-def _measure(options: BenchOptions, record: Record, limit_s: float) -> int:
+def _measure(options: BenchOptions, record: Record, limit_s: float) -> bool:
+    """Whether the device is lost to this process."""
     quick, l2 = options.quick, l2_bytes(options.device)
     if quick and l2 is not None:
         l2 = 0  # one input, and no minute to make the others
@@ -224,10 +233,10 @@ def _measure(options: BenchOptions, record: Record, limit_s: float) -> int:
         _time_networks(runner, options, {(case.config_name, case.batch) for case in left if case.workload == "network"})
     except ContextLost as error:
         print(f"the CUDA context is lost: {error}", flush=True)
-        return AGAIN
+        return True
     finally:
         record.unmark()
-    return 0
+    return False
 
 
 def _each(runner: _BarRunner, what: str, cases: Sequence[TimedCase], time: Callable[[Any], Outcome]) -> None:

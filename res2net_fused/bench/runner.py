@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -31,7 +32,16 @@ from .exact import CHECKED_IMAGES, Miss, Truth, allowed
 from .providers import PROVIDERS, forget_compiled
 from .record_file import Record, Row, failure_name
 from .timed_case import Candidate, TimedCase
-from .training import SgdStep, SgdTruth, TrainingStep, TrainingTruth, check_training_case, plain, with_inner_chains
+from .training import (
+    SgdStep,
+    SgdTruth,
+    TrainingStep,
+    TrainingTruth,
+    check_step,
+    check_training_case,
+    plain,
+    with_inner_chains,
+)
 from .turns import Outcome, noted, take_turns
 from .work import Work, least_work, rotation_count
 
@@ -95,14 +105,14 @@ class Runner:
     def _time_training_case(self, case: TimedCase, inner: Case, outcome: Outcome) -> None:
         shape = case.batch, plain(inner).channels, inner.input_size, inner.input_size
         inputs = random_tensors(shape, 2, "float32", self.conditions.device)
-        truth = TrainingTruth(inner)
+        truth = functools.cache(lambda number: TrainingTruth(inner, number))
 
         def check(name: str, contender: Contender, model: Model) -> ParityRow:
             assert isinstance(contender.model, TrainingStep)
-            report = truth.check(contender.model, name)
+            report = check_step(truth, contender.model, name, lambda bound: allowed(bound, name))
             for chain in with_inner_chains([inner])[:-1] if is_ours(name) else []:
                 report += check_training_case(chain, name, self.conditions.backend)
-            return judged(report, name)
+            return judged(report)
 
         built = self.build(case, training_case_builders(inner, self.conditions), inputs, 1, check, outcome)
         self._measure(case, built, outcome)
@@ -115,7 +125,7 @@ class Runner:
 
         def check(name: str, contender: Contender, model: Model) -> ParityRow:
             assert isinstance(contender.model, SgdStep)
-            return judged(truth.check(contender.model, name), name)
+            return judged([replace(row, bound=allowed(row.bound, name)) for row in truth.check(contender.model, name)])
 
         return self.build(case, training_builders(network, case, self.conditions), images, 1, check, outcome)
 
@@ -160,9 +170,8 @@ class Runner:
         return make_row(case, candidate, timing, self.conditions, least) | built.facts | {"calls": built.contender.calls}
 
 
-def judged(report: Sequence[ParityRow], name: str) -> ParityRow:
+def judged(rows: Sequence[ParityRow]) -> ParityRow:
     """The row nearest to its bound; Miss where one missed it."""
-    rows = [replace(row, bound=allowed(row.bound, name)) for row in report]
     for row in rows:
         if not row.ok:
             raise Miss(row)

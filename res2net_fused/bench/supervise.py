@@ -21,6 +21,8 @@ from typing import Any
 
 REFUSED = 2  # exit status of a child that cannot do what it was asked for
 
+FAILED = 76  # of one that did all of it, some of which failed
+
 AGAIN = 75  # of one that has written down a fault and asks for a process with a fresh CUDA context
 
 START_LIMIT_S = 600.0  # for what a child does while nobody is marked, such as importing torch
@@ -92,8 +94,8 @@ def supervise(command: Sequence[str], path: Path, *, deadline: float = float("in
     """Runs `command`, which measures into the record at `path`, again after every fault; returns an exit status.
 
     deadline: of time.time(), when a child that still runs is killed. 0: a child found nothing left to start, or time is up;
-    failures are in the record, or in the mark that it absorbs when it is opened. REFUSED: as the child said. 1: two children
-    in a row ended before they marked anything.
+    failures are in the record, or in the mark that it absorbs when it is opened. FAILED, REFUSED: as the child said.
+    1: two children in a row ended before they marked anything.
     """
     mark, fruitless = Mark(path), 0
     while True:
@@ -102,7 +104,7 @@ def supervise(command: Sequence[str], path: Path, *, deadline: float = float("in
             how = _watch(child, mark, deadline)
         mark.end(**how)
         left = mark.read()
-        if "cut_s" in how or (how["status"] in (0, REFUSED) and not left.get("names")):
+        if "cut_s" in how or (how["status"] in (0, FAILED, REFUSED) and not left.get("names")):
             return how.get("status", 0)
         print(f"measuring goes on in a new process: {how['reason']}", flush=True)
         fruitless = 0 if _progress(mark, path) != before else fruitless + 1

@@ -253,6 +253,7 @@ class Tuner:
                 if not difference <= _OVER_BOUND * limit:
                     raise Wrong(f"it computes something else than the present tile: an element differs by {difference:.2g}")
                 contenders[tile] = contender
+        self.record.add(absent=outcome.absent)
         timings = take_turns(contenders, names, self.record, outcome, self.device, self.limit_s, _TURNS)
         _restore(written, before)
         if not timings:

@@ -22,7 +22,7 @@ class Wrong(Exception):
     """A result missed its bound: its candidate may not be timed."""
 
 
-class ContextLost(Exception):
+class ContextLost(RuntimeError):
     """Nothing that this process does on its device can be trusted any more; the fault is in the record."""
 
 

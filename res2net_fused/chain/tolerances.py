@@ -6,7 +6,11 @@ weights. Gradients have the same bounds, against a float64 backward that uses th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,24 @@ NETWORK_OVER_EAGER = 4.0
 # In training Winograd's rounding adds up: one convolution's error is 4.5 to 6 times that of ATen's, which the 1x1 convolutions,
 # norms and shortcuts around it thin out. Eager means the same memory format: in channels-last it is up to 7 times as far off.
 TRAINED_OVER_EAGER = Bound(4.0, 3.0, "cpu, training forward of a speaker network, 8 blocks with s = 8, NCHW")
+
+# Error of gradients up to which ReLUs whose input rounding takes across zero may explain it; 0.006 was seen.
+OTHER_RELUS = 0.05
+_SETS_OF_IMAGES = 6  # one image has flipped ReLUs in a third to a half of all draws
+
+
+def on_other_images(compared: Callable[[int, bool], Found | None]) -> Found:
+    """What `compared` finds on the first images by which it can tell.
+
+    compared: called with the number of a set of random images, and whether it is the last. It returns None to be called with
+    others: where gradients alone miss their bound by at most OTHER_RELUS, as they do where rounding decides a ReLU otherwise.
+    What is wrong misses it on all images.
+    """
+    for number in range(_SETS_OF_IMAGES):
+        found = compared(number, number == _SETS_OF_IMAGES - 1)
+        if found is not None:
+            return found
+    raise AssertionError("None is no answer for the last images")
 
 
 def first_use_bound(dtype: object, tf32: bool) -> float:

@@ -16,11 +16,11 @@ from ..backends.measuring import SECONDS, Measured, NotTaken, Trial, candidates,
 from ..backends.selection import choose
 from ..chain.memory_format import memory_format
 from ..chain.problem import Chain1dProblem, ChainProblem
+from ..chain.tolerances import on_other_images
 from ..ops.packed_weights import one_operator
 from .block_state import STATE
 
 _SEED = 20190402
-_ATTEMPTS = 4  # images of other random numbers, where gradients miss the bound
 _log = logging.getLogger("res2net_fused")
 
 
@@ -41,13 +41,11 @@ def measure_block(
     passes, problem: as for `choices.lookup`. seconds: for all timings. The block, its statistics, gradients and hooks, and the
     random state are left as they are: copies without hooks compute, and no dropout.
     """
-    for attempt in range(_ATTEMPTS):
-        last = attempt == _ATTEMPTS - 1
-        measured = _measure(block, x, passes, problem, seconds, _SEED + attempt, last)
-        if measured is not None:
-            break
-    assert measured is not None
-    return measured
+
+    def measured(number: int, last: bool) -> Measured | None:
+        return _measure(block, x, passes, problem, seconds, _SEED + number, last)
+
+    return on_other_images(measured)
 
 
 def _measure(

@@ -28,6 +28,7 @@ from .cases import Case, fused
 from .cuda_errors import poisons_context
 
 NAMED_BACKENDS = tuple(name for name in BACKENDS if name != "auto")
+Compared = tuple[str, str, str, int, str, str]  # what a row compares: workload, config, stage, batch, backend, dtype
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,33 @@ class ParityRow:
         return not self.failure and self.error <= self.bound  # False for NaN
 
     @property
+    def compared(self) -> Compared:
+        return self.workload, self.config, self.stage, self.batch, self.backend, self.dtype
+
+    @property
     def outcome(self) -> str:
         return "FAILED" if self.failure else "ok" if self.ok else "MISS"
+
+
+class Watch:
+    """Who is told of every comparison before and after it; this one lets all be made.
+
+    advance: called after each case or network.
+    """
+
+    def __init__(self) -> None:
+        self.advance: Callable[[], object] = lambda: None
+
+    def begins(self, what: Compared) -> bool:
+        """Whether this comparison, which is next, is to be made."""
+        return True
+
+    def found(self, rows: Sequence[ParityRow]) -> None:
+        """Rows that have just been made."""
+
+    def done(self, what: str, unchecked: str = "") -> None:
+        """A case or network is at its end. unchecked: why it was not compared."""
+        self.advance()
 
 
 class ParityReport(list[ParityRow]):
@@ -68,10 +94,9 @@ class ParityReport(list[ParityRow]):
         self.unchecked: dict[str, str] = {}
         self.lost = False
 
-    def failed(self, error: Exception, workload: str, config: str, stage: str, batch: int, backend: str, dtype: str) -> None:
+    def failed(self, error: Exception, what: Compared) -> None:
         """Adds a row of what could not be compared."""
-        nan = float("nan")
-        self.append(ParityRow(workload, config, stage, batch, backend, dtype, nan, nan, nan, words(error)))
+        self.append(failed_row(what, words(error)))
         self.lost = poisons_context(error)
 
     @property
@@ -99,6 +124,11 @@ class ParityReport(list[ParityRow]):
             for r in self
         ]  # fmt: skip
         return format_table(head, rows, left=5)
+
+
+def failed_row(what: Compared, failure: str) -> ParityRow:
+    nan = float("nan")
+    return ParityRow(*what, nan, nan, nan, failure)
 
 
 def _badness(row: ParityRow) -> float:
@@ -182,7 +212,7 @@ def unavailable_backends(device: str) -> dict[str, str]:
     return {name: why for name in NAMED_BACKENDS if (why := get_backend(name).why_not(problem)) is not None}
 
 
-def check_case(case: Case, backend: str | None = None, keep_going: bool = False) -> ParityReport:
+def check_case(case: Case, backend: str | None = None, keep_going: bool = False, watch: Watch | None = None) -> ParityReport:
     """Compares one chain or block in channels-last with float64.
 
     backend: as for `accelerate`; None for each backend that can run the case. RuntimeError where a backend that was asked
@@ -191,23 +221,31 @@ def check_case(case: Case, backend: str | None = None, keep_going: bool = False)
     module = case.module()
     (x,) = case.inputs()
     x = x.contiguous(memory_format=torch.channels_last)
-    rows = ParityReport()
+    rows, watch = ParityReport(), watch or Watch()
     with torch.inference_mode(), convolution_precision(case.dtype, case.device):
         chosen = _backends(case, module, backend)  # which may depend on the precision
         expected = copy.deepcopy(module).double()(x.double())
         eager_error = relative_error(module(x), expected)
         bound = forward_bound(case.dtype, eager_error)
         for name in chosen:
-            what = case.workload, str(case.config), f"{case.stage} {case.variant}", case.batch, name, case.dtype
+            what = compared(case, name)
+            if not watch.begins(what):
+                continue
             try:
                 rows.append(ParityRow(*what, _error_of(case, module, name, x, expected), eager_error, bound))
             except Exception as error:
                 if not keep_going:
                     raise
-                rows.failed(error, *what)
-                if rows.lost:
-                    break
+                rows.failed(error, what)
+            watch.found(rows[-1:])
+            if rows.lost:
+                break
     return rows
+
+
+def compared(case: Case, backend: str | None) -> Compared:
+    """backend: None where the fault is nobody's, such as one of eager PyTorch."""
+    return case.workload, str(case.config), f"{case.stage} {case.variant}", case.batch, backend or "any", case.dtype
 
 
 def _backends(case: Case, module: nn.Module, backend: str | None) -> list[str]:
@@ -249,26 +287,28 @@ def why_not(cases: Iterable[Case], backend: str) -> str | None:
     return reasons[0] if reasons else None
 
 
-def check_cases(
-    cases: Sequence[Case], backend: str | None = None, advance: Callable[[], object] = lambda: None
-) -> ParityReport:
-    """The gate over many cases; `advance` is called after each of them. What goes wrong with one is a failure in its row."""
-    report = ParityReport()
-    for i, case in enumerate(cases):
-        try:
-            found = check_case(case, backend, keep_going=True)
-        except CannotRun as error:
-            report.unchecked[str(case)] = str(error)
-        except Exception as error:
-            stage = f"{case.stage} {case.variant}"
-            report.failed(error, case.workload, str(case.config), stage, case.batch, backend or "any", case.dtype)
-        else:
-            report += found
-            report.lost = found.lost
-        if report.lost:
-            report.unchecked |= {str(other): "the device was lost before" for other in cases[i + 1 :]}
-            break
-        advance()
+def check_cases(cases: Sequence[Case], backend: str | None = None, watch: Watch | None = None) -> ParityReport:
+    """The gate over many cases. What goes wrong with one is a failure in its row.
+
+    It ends behind a fault that leaves the device unusable to this process (`lost`).
+    """
+    report, watch = ParityReport(), watch or Watch()
+    for case in cases:
+        why, everything = "", compared(case, None)
+        if watch.begins(everything):
+            try:
+                found = check_case(case, backend, keep_going=True, watch=watch)
+            except CannotRun as error:
+                why = report.unchecked[str(case)] = str(error)
+            except Exception as error:
+                report.failed(error, everything)
+                watch.found(report[-1:])
+            else:
+                report += found
+                report.lost = found.lost
+            if report.lost:
+                break
+        watch.done(str(case), why)
     return report
 
 

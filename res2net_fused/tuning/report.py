@@ -10,6 +10,10 @@ from .._tables import format_table
 IN_CHANNELS_LAST = "in channels-last"
 
 
+class Settled(Exception):
+    """Why something is not measured now: it ended an earlier process, or another process measures."""
+
+
 @dataclass(frozen=True)
 class TunedCall:
     """One kind of call that blocks of the model had.

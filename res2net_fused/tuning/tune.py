@@ -31,9 +31,10 @@ from ..ops.measured_chain import measure_chain
 from ..ops.packed_weights import one_operator
 from ..patching.channels_last import convert, hand_on
 from ..patching.explain import run_unnoticed
-from .report import IN_CHANNELS_LAST, TunedCall, TuneReport
+from .report import IN_CHANNELS_LAST, Settled, TunedCall, TuneReport
 
 DETERMINISTIC = "torch.use_deterministic_algorithms is on: nothing is measured, since results of choices differ by rounding"
+_LIMIT_S = 420.0  # for compiling, checking and timing one call on a GPU, or the whole model
 _MODEL_SECONDS = 4.0  # for the whole model by all three choices
 
 
@@ -69,7 +70,18 @@ def tune(
     what converting them gains.
 
     Returns a TuneReport, which prints as a table. Raises TypeError for what is no module, ValueError for a model without blocks
-    that can run fused, and whatever the model's own forward raises.
+    that can run fused, and whatever the model's own forward raises. On a GPU, RuntimeError where a kernel leaves it unusable to
+    this process: another process goes on behind that call.
+    """
+    return tune_within(_LIMIT_S, model, *example_inputs, training=training, minutes=minutes, progress=progress)
+
+
+def tune_within(
+    limit_s: float, model: nn.Module, *example_inputs: Any, training: bool, minutes: float | None, progress: bool
+) -> TuneReport:
+    """See `tune`. limit_s: seconds for one call on a GPU, after which a process that is supervised counts as hanging.
+
+    Raises `turns.ContextLost` where the GPU is lost to this process.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
@@ -96,16 +108,20 @@ def tune(
         with progress_bar("tune", len(kinds), "kinds of calls") if progress else nullcontext() as bar:
             for same in kinds.values():
                 late = end is not None and time.monotonic() > end
-                found.append(_tuned(same, late))
+                found.append(_tuned(same, late, limit_s))
                 if bar is not None:
                     bar.update()
         notes = [f"{name or '(model)'}: left as it is: {reason}" for name, reason in left_out.items()]
         model_ms = {}
         if end is None or time.monotonic() < end:
             try:
-                model_ms = _model_ms(bare, converted, example_inputs, training)
-            except torch.OutOfMemoryError:
-                notes.append("no memory is left to time the whole model")
+                with _marked(f"the whole model of {', '.join(call.call for call in found)}", calls[0].device, limit_s):
+                    try:
+                        model_ms = _model_ms(bare, converted, example_inputs, training)
+                    except torch.OutOfMemoryError:
+                        notes.append("no memory is left to time the whole model")
+            except Settled as error:
+                notes.append(f"the whole model is not timed: {error}")
     return TuneReport(tuple(found), model_ms, tuple(notes))
 
 
@@ -204,7 +220,19 @@ def _noting(name: str, training: bool, left_out: dict[str, str], found: list[_Ca
 # Measuring ---------------------------------------------------------------------------------------------------------------
 
 
-def _tuned(same: list[_Call], late: bool) -> TunedCall:
+@contextmanager
+def _marked(what: str, device: torch.device, limit_s: float) -> Iterator[Any]:
+    """On a GPU the record in which it is marked; else None. Raises Settled."""
+    if device.type != "cuda":
+        yield None
+        return
+    from .marked import marked  # by what does not exist on Windows
+
+    with marked(what, device, limit_s) as record:
+        yield record
+
+
+def _tuned(same: list[_Call], late: bool, limit_s: float) -> TunedCall:
     first = same[0]
     names = tuple(dict.fromkeys(call.name for call in same))
     what = f"{first.passes} {first.problem}"
@@ -215,11 +243,23 @@ def _tuned(same: list[_Call], late: bool) -> TunedCall:
             return TunedCall(names, what, row.choice, row.ms, row.errors, ("measured before",))
     if late:
         return TunedCall(names, what, notes=("no time was left",))
-    notes: list[str] = []
-    if first.device.type == "cuda":
-        from .tiles import tune_tiles  # by what does not exist on Windows
+    found = TunedCall(names, what)
+    try:
+        with _marked(f"a call of {what}", first.device, limit_s) as record:
+            found = _measured(same, found, record, limit_s)
+    except Settled as error:
+        return TunedCall(names, what, notes=(str(error),))
+    return found
 
-        notes += tune_tiles(first.block, first.problem, first.passes)
+
+def _measured(same: list[_Call], found: TunedCall, record: Any, limit_s: float) -> TunedCall:
+    """record: of `marked.py` on a GPU."""
+    first, notes = same[0], list[str]()
+    if record is not None:
+        from .tiles import tune_tiles
+
+        notes += tune_tiles(first.block, first.problem, first.passes, record)
+        record.mark(*record.running, limit_s=limit_s)
     for call in same:  # one of them may run its own forward alone
         try:
             _measure_chain_inside(call)
@@ -228,10 +268,10 @@ def _tuned(same: list[_Call], late: bool) -> TunedCall:
             notes.append(f"it cannot be measured: {type(error).__name__}: {error!s:.200}")
             continue
         notes += [f"{name}: {why}" for name, why in measured.failures.items()]
-        row_found = measured.row
-        if row_found is not None:
-            return TunedCall(names, what, row_found.choice, row_found.ms, row_found.errors, tuple(dict.fromkeys(notes)))
-    return TunedCall(names, what, notes=tuple(dict.fromkeys(notes)))
+        row = measured.row
+        if row is not None:
+            return replace(found, choice=row.choice, ms=row.ms, errors=row.errors, notes=tuple(dict.fromkeys(notes)))
+    return replace(found, notes=tuple(dict.fromkeys(notes)))
 
 
 def _like(call: _Call) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from res2net_fused import cli
+from res2net_fused.backends import choices
+from res2net_fused.backends.choices_file import Row
 from res2net_fused.backends.reference import BACKEND as reference_backend
 from res2net_fused.bench import candidates, providers, results, run, runner, supervise
 from res2net_fused.bench.supervise import AGAIN
@@ -49,6 +52,24 @@ def timed(monkeypatch):
 
 def cells(data):
     return {(row["workload"], row["provider"]) for row in data["rows"]}
+
+
+@pytest.mark.parametrize(("mode", "backend"), [(None, "cpu"), ("tuned", "reference")])
+def test_what_was_measured_here_decides_no_published_figure(bench, choices_table, monkeypatch, mode, backend):
+    """But where RES2NET_FUSED_CHOICE asks for it, and then the file says so."""
+    case = cases.Case("chain", cases.WidthScale(14, 8), 4, 1, "float32", "cpu")
+    problem = case.problem(case.module())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    machine = choices.machine(torch.device("cpu"))
+    torch.set_num_threads(threads)
+    ms = {"reference": 1.0, "cpu": 2.0}
+    choices.record([Row(machine, choices.kind_of("inference", problem), choices.size_of(problem), "reference", ms, {})])
+    if mode is not None:
+        monkeypatch.setenv(choices.MODE_VARIABLE, mode)
+    _, _, data = bench()
+    assert {row["backend"] for row in data["rows"] if (row["workload"], row["provider"]) == ("chain", "ours")} == {backend}
+    assert data["environment"]["choice"] == (mode or "predicted") and choices.mode() == "tuned"
 
 
 def replaced(monkeypatch, name, wrap):
@@ -210,14 +231,20 @@ def supervised(monkeypatch):
 
     def supervised(command, path, **_):
         commands.append(command)
-        while (status := cli.main(command[3:])) == AGAIN:
+        while (status := ended(command[3:])) == AGAIN:
             pass
         return status
+
+    def ended(arguments):
+        try:
+            return cli.main(arguments)
+        except SystemExit as left:
+            return left.code
 
     monkeypatch.setattr(run.BenchOptions, "cuda", property(lambda self: True))
     monkeypatch.setattr(run, "supervise", supervised)
     monkeypatch.setattr(run.native, "cuda_library", run.native.cpu_library)
-    monkeypatch.setattr(cli.os, "_exit", lambda status: None)
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
     return commands
 
 

@@ -140,6 +140,37 @@ def test_training_is_checked_at_its_own_batch(timed, record, monkeypatch):
     assert seen == {3, 6}  # float64 and eager's error are taken of the different ones
 
 
+@pytest.mark.parametrize("always", [False, True], ids=["flipped ReLU", "wrong kernel"])
+def test_gradients_that_a_flipped_relu_explains_are_compared_on_other_images(timed, record, monkeypatch, always):
+    """A block's are off by a hundredth on the first images, as where rounding decides a ReLU otherwise, or on all."""
+    own, make, compared, modules = training.TrainingStep.gradients, candidates.training_module, [], []
+
+    def planted(step, x, grad=None):
+        out, *gradients = own(step, x, grad)
+        if grad is not None and modules and step.forward is modules[0]:
+            compared.append(x)
+            if always or len(compared) == 1:
+                gradients[3] *= 1.01
+        return out, *gradients
+
+    def noted(case, name, backend):
+        module = make(case, name, backend)
+        if name == "ours":
+            modules.append(module)
+        return module
+
+    monkeypatch.setattr(training.TrainingStep, "gradients", planted)
+    monkeypatch.setattr(candidates, "training_module", noted)
+    case = quick_case("train_block")
+    outcome = record_runner(record).time(case)
+    if always:
+        assert timed == [{"eager_channels_last"}] and len(compared) == 6
+        assert "wrong 4 normal, gradients" in outcome.failures[f"{case}, ours"]
+    else:
+        assert timed == [{"eager_channels_last", "ours"}] and not outcome.failures and len(compared) >= 2
+    assert not torch.equal(compared[0], compared[1])
+
+
 def test_copies_of_images_train_as_a_whole_batch():
     """What the checks rest on: float64 of the few images is float64 of the batch."""
     case = replace(candidates.module_case(quick_case("train_chain"), conditions()), batch=8)

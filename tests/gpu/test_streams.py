@@ -201,6 +201,8 @@ def test_training_on_a_side_stream_gives_the_same_bits(backend):
 
 @pytest.mark.parametrize("backend", ["auto"])
 def test_a_write_that_pytorch_does_not_see_is_noticed_without_waiting(backend):
+    if (why := refusal("triton")) is not None:
+        pytest.skip(f"on a GPU a kernel of Triton's compares the samples: {why}")
     block, x, expected = make(backend)
     for _ in range(3):
         infer(block, x)

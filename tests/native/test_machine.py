@@ -9,7 +9,7 @@ import torch
 from res2net_fused import cli
 from res2net_fused._native import machine
 from res2net_fused.backends import triton as triton_backend
-from res2net_fused.bench import run
+from res2net_fused.bench import check, run
 from res2net_fused.testing import parity
 
 CUDA_13 = machine.TorchBuild("2.13.0+cu130", "13.0", error="No CUDA GPUs are available")
@@ -173,7 +173,7 @@ def test_commands_say_it_before_they_start(command, unseen, capsys, monkeypatch,
     def stop(*arguments, **keywords):
         raise Stopped
 
-    for module, name in ((parity, "check_cases"), (parity, "unavailable_backends"), (run, "run_bench")):
+    for module, name in ((check, "run_check"), (parity, "unavailable_backends"), (run, "run_bench")):
         monkeypatch.setattr(module, name, stop)
     out = ["--out", str(tmp_path)] if command == "bench" else []
     with pytest.raises(Stopped):

@@ -1,6 +1,7 @@
 """The commands of the GPU program on stand-in cards, from their command lines to the files that they leave."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -51,6 +52,35 @@ def test_rehearsed_info_names_the_card_and_what_can_run(name):
 def test_rehearsed_check_is_green(name):
     text = run(name, *RF, "check", "--quick", "--configs", "26w4s", "--device", "cuda:1", "--dtype", "bfloat16,tf32")
     assert " 0 misses" in text and "triton" in text and "MISS" not in text
+
+
+CHECK_FAULTS = [
+    {"kind": "hang", "backend": "triton", "call": "forward", "width": 52, "height": 12},
+    {"kind": "kill", "backend": "triton", "call": "forward", "width": 104, "height": 9},
+    {"kind": "triton_cuda_error", "backend": "cuda", "call": "forward", "width": 208, "height": 7},
+]
+
+
+def test_rehearsed_check_goes_on_behind_every_fault():
+    """Each costs its own row: what was compared before it and what comes behind it is in the one table."""
+    arguments = ["check", "--quick", "--configs", "26w4s", "--dtype", "bfloat16", "--no-network", "--limit", "15"]
+    text = run("H100", *RF, *arguments, faults=CHECK_FAULTS, expected=1)
+    rows = [line.split() for line in text.splitlines() if re.match(r"(chain|block) +26w4s ", line)]
+    rows = {(workload, f"{stage} {variant}", backend): rest[-1] for workload, _, stage, variant, backend, *rest in rows}
+    backends = {backend for *_, backend in rows}
+    assert backends == {"reference", "triton", "cuda"}
+    places = [(workload, f"{stage} {variant}") for workload in ("chain", "block") for stage in "1234"
+              for variant in ("normal", "stage")]  # fmt: skip
+    failed = {
+        ("chain", "2 normal", "triton"): r"hung for \d+ s; its process was killed",
+        ("chain", "3 normal", "triton"): r"its process was killed by signal 9 \(SIGKILL\)",
+        ("chain", "4 normal", "cuda"): r"RuntimeError: .*Triton Error \[CUDA\]: an illegal memory access",
+    }
+    assert {key for key, outcome in rows.items() if outcome == "FAILED"} == set(failed), text
+    assert set(rows) == {(*place, backend) for place in places for backend in backends}, text
+    for (workload, stage, backend), words in failed.items():
+        assert re.search(rf"^failed, {workload} 26w4s stage {stage} bfloat16, backend {backend}: {words}", text, re.M), text
+    assert f"{len(rows)} comparisons, 3 misses" in text and "ended before" not in text
 
 
 # Benchmarks -----------------------------------------------------------------------------------------------------------
@@ -174,6 +204,53 @@ def test_rehearsed_tuning_writes_a_table_that_is_used(name, tmp_path):
     text = run(name, *RF, "tune", "--configs", "26w4s", "--batch", "1", "--minutes", "1", "--out", table)
     rows = json.loads(table.read_text())["tiles"]
     assert rows and all(row["capability"] == "{}.{}".format(*card.CARDS[name].capability) for row in rows), text
+
+
+def _of_tile(kind, stage, block_m, block_n, block_k, warps, stages, **constants):
+    """A fault of one tile, and how the record names it."""
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    fault = {"kind": kind, "stage": stage, "constants": constants, "warps": warps, "stages": stages}
+    return fault, f"{block_m}x{block_n}x{block_k}, {warps} warps, {stages} stages"
+
+
+TILE_FAULTS = {  # by what is said; all in the first block and at the start of the second
+    "CompilationError": _of_tile("compile_error", "compile", 16, 16, 16, 1, 3, IN_CHANNELS=256, OUT_CHANNELS=128),
+    "out of resource": _of_tile("out_of_resources", "launch", 16, 16, 32, 1, 2, IN_CHANNELS=256, OUT_CHANNELS=128),
+    "Triton Error": _of_tile("triton_cuda_error", "launch", 32, 32, 32, 4, 4, CHANNELS=26),
+    "hung": _of_tile("hang", "launch", 64, 16, 32, 4, 4, CHANNELS=26),
+    "signal 9": _of_tile("kill", "launch", 16, 16, 16, 1, 3, IN_CHANNELS=128, OUT_CHANNELS=256),
+    "(SIGKILL)": _of_tile("kill", "compile", 16, 16, 16, 1, 3, IN_CHANNELS=64, OUT_CHANNELS=128),
+}
+
+
+@pytest.mark.slow  # a minute; the same faults without a card: tests/bench/test_tune.py
+def test_rehearsed_tuning_goes_on_behind_every_fault(tmp_path):
+    table = tmp_path / "tiles.json"
+    arguments = ["tune", "--configs", "26w4s", "--batch", "1", "--minutes", "4", "--limit", "10", "--out", table]
+    text = run("H100", *RF, *arguments, faults=[fault for fault, _ in TILE_FAULTS.values()], expected=1)
+    assert "20 of 20 shapes are in" in text
+    environment = results.read(tmp_path / "tiles.tuning.json")["environment"]
+    said = environment["failures"] | environment["absent"]
+    for words, (_, name) in TILE_FAULTS.items():
+        assert any(tile.endswith(f": {name}") and words in why for tile, why in said.items()), (words, said)
+
+
+CALL_FAULTS = [
+    {"kind": "hang", "backend": "cuda", "call": "block_forward", "width": 52, "height": 4},
+    {"kind": "kill", "backend": "triton", "call": "block_forward", "width": 104, "height": 2},
+    {"kind": "triton_cuda_error", "backend": "triton", "call": "block_forward", "width": 208, "height": 1},
+]
+
+
+@pytest.mark.slow  # minutes
+def test_rehearsed_tuning_of_a_model_goes_on_behind_every_fault(tmp_path, monkeypatch):
+    monkeypatch.setenv("RES2NET_FUSED_CHOICES", str(tmp_path / "choices.json"))
+    arguments = ["tune", "--model", "res2net50_26w4s", "--size", "32", "--batch", "1", "--minutes", "5", "--limit", "25"]
+    text = run("H100", *RF, *arguments, faults=CALL_FAULTS, expected=1)
+    left_out = {"4x52, 4, 4": "hung for", "4x104, 2, 2": "signal 9", "4x208, 1, 1": "illegal memory", "the whole model": "hung"}
+    for what, words in left_out.items():
+        assert any(what in line and words in line for line in text.splitlines()), (what, text)
+    assert len(json.loads((tmp_path / "choices.json").read_text())["choices"]) == 8 - 3
 
 
 # What people do -------------------------------------------------------------------------------------------------------

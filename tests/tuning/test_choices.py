@@ -186,13 +186,18 @@ def test_a_shipped_table_is_loaded_and_the_users_own_stands(choices_table, tmp_p
         rf.load_choices(shipped)
 
 
-def test_tiles_and_choices_share_the_file(choices_table):
+def test_tiles_and_choices_share_the_file(choices_table, monkeypatch):
     tiles = pytest.importorskip("res2net_fused.backends.triton.tiles")
     tile = tiles.Row(tiles.Shape("step", (9, 0), "half", 26, 26, 900), tiles.Tile(64, 32, 32, 4, 3))
     choices.record([row_of(PROBLEM)])
     tiles.write(tiles.user_path(), [tile])
     choices.record([row_of(replace(PROBLEM, batch=1))])
     assert tiles.user_path() == choices_table and tiles.read(choices_table) == [tile] and tiles.lookup(tile.shape) == tile.tile
+    monkeypatch.setenv(choices.MODE_VARIABLE, "predicted")
+    assert tiles.lookup(tile.shape) is None
+    monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, str(choices_table))  # which somebody asked for
+    tiles.forget()
+    assert tiles.lookup(tile.shape) == tile.tile
     assert len(read(choices_table).choices) == 2
     tiles.forget()
 

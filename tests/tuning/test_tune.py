@@ -1,6 +1,5 @@
-"""`rf.tune`, and calls that are measured when they first come. Times are planted: nothing depends on the machine's speed."""
+"""`rf.tune`. Times are planted: nothing depends on the machine's speed."""
 
-import contextlib
 import copy
 import logging
 import os
@@ -11,55 +10,17 @@ import threading
 import pytest
 import torch
 from torch import nn
+from tuned_network import CHANNELS, SIZE, images, run
 
 import res2net_fused as rf
 from res2net_fused import cli
-from res2net_fused._timing import Timing
-from res2net_fused.backends import choices, measuring, policy, selection
+from res2net_fused.backends import choices, policy, selection
 from res2net_fused.backends.choices_file import read
 from res2net_fused.backends.policy import why_left_to_pytorch
 from res2net_fused.modules import measuring as block_measuring
-from res2net_fused.modules.block_state import STATE
 from res2net_fused.tuning import tune as tuning
 
-pytestmark = pytest.mark.usefixtures("choices_table")
-SIZE, CHANNELS = 6, 128
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    """Milliseconds by choice that every measurement finds; every trial runs once all the same."""
-    planted = {"own": 5.0, "reference": 4.0, "cpu": 2.0, "cpu:direct": 3.0, "cpu:winograd": 3.0}
-    measured = []
-
-    def measure(trials, device, **options):
-        for trial in trials.values():
-            trial.run()
-        measured.append(list(trials))
-        return {name: Timing(planted.get(name, 9.0), 1, 1, 1, 0) for name in trials}
-
-    monkeypatch.setattr(measuring, "measure", measure)
-    monkeypatch.setattr(tuning, "measure", measure)
-    planted["calls"] = measured
-    yield planted
-    selection._aside.clear()
-
-
-@pytest.fixture
-def network():
-    torch.manual_seed(3)
-    blocks = [rf.Bottle2neck(CHANNELS, CHANNELS // 4, base_width=24, scale=4) for _ in range(2)]
-    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), *blocks, nn.AdaptiveAvgPool2d(1)).eval()
-    return model.to(memory_format=torch.channels_last)
-
-
-def images(batch=2, size=SIZE):
-    return torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-
-
-def run(model, x):
-    with torch.no_grad():
-        return model(x)
+pytestmark = pytest.mark.usefixtures("choices_table", "clock")
 
 
 def test_the_fastest_is_taken_kept_and_shown(network, clock, choices_table):
@@ -304,18 +265,6 @@ def test_gradients_of_relus_that_rounding_decides_are_no_fault(network, monkeypa
     assert any("differs from float64" in note for note in call.notes) == (fails > 4)
 
 
-def test_deterministic_algorithms_measure_nothing(network, clock):
-    torch.use_deterministic_algorithms(True)
-    try:
-        report = rf.tune(network, images())
-        assert not report.calls and "nothing is measured" in str(report) and not clock["calls"]
-        with mode("measured"):
-            run(network, images())
-        assert not clock["calls"]
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def test_minutes_end_it_and_another_call_goes_on(network, monkeypatch):
     network[2] = rf.Bottle2neck(CHANNELS, CHANNELS // 4, base_width=40, scale=4).eval().to(memory_format=torch.channels_last)
     ticks = iter([0.0, 1.0, *[1e9] * 50])
@@ -335,68 +284,6 @@ def test_bad_arguments(network, bad, error):
         rf.tune(nn.Conv2d(3, 3, 1), images())
     with pytest.raises(TypeError, match="model is a function"):
         rf.tune(run, images())
-
-
-@contextlib.contextmanager
-def mode(name):
-    os.environ[choices.MODE_VARIABLE] = name
-    try:
-        yield
-    finally:
-        del os.environ[choices.MODE_VARIABLE]
-
-
-def test_measured_at_the_first_call(network, clock):
-    with mode("measured"):
-        x = images()
-        for _ in range(5):
-            run(network, x)
-        assert len(clock["calls"]) == 2, "one measurement: how long a call takes, then all"
-        assert all(vars(block)[STATE].known.seen is not None for block in network[1:3]), "later calls go by what is known"
-        run(network, images(5))
-        assert len(clock["calls"]) == 4
-    assert rf.explain(network)[0].backend == "cpu"
-
-
-def test_measured_calls_are_bounded(network, clock, monkeypatch):
-    monkeypatch.setattr(choices, "MEASURED_UNASKED", 2)
-    with mode("measured"):
-        for batch in range(1, 7):
-            run(network, images(batch))
-    assert len(clock["calls"]) == 4 and "the nearest" in rf.explain(network)[0].reason
-
-
-def test_what_cannot_be_measured_is_tried_once(network, monkeypatch, caplog):
-    monkeypatch.setattr(block_measuring, "bare_copy", lambda *_: 1 / 0)
-    with mode("measured"), caplog.at_level(logging.WARNING, "res2net_fused"):
-        for _ in range(4):
-            run(network, images())
-    assert sum("cannot be measured: ZeroDivisionError" in record.message for record in caplog.records) == 1
-
-
-def test_a_chain_is_measured_at_its_first_call(clock):
-    x = torch.randn(2, 4 * 24, 8, 8).contiguous(memory_format=torch.channels_last)
-    weights = [torch.randn(24, 24, 3, 3) * 0.1 for _ in range(3)]
-    packed = rf.pack_weights(weights)
-    expected = rf.hierarchical_conv2d(x.double(), [w.double() for w in weights], backend="reference")
-    clock["cpu:direct"] = 0.1
-    with mode("measured"):
-        for _ in range(3):
-            out = rf.hierarchical_conv2d(x, packed)
-    assert len(clock["calls"]) == 2
-    assert float((out.double() - expected).norm() / expected.norm()) < 5e-6
-
-
-def test_own_unless_measured(network, clock):
-    with mode("own"):
-        run(network, images())
-        assert "RES2NET_FUSED_CHOICE=own, and nothing is measured" in rf.explain(network)[0].reason
-        rf.tune(network, images(), progress=False)
-        run(network, images())
-        assert rf.explain(network)[0].backend == "cpu"
-    with mode("predicted"):
-        run(network, images())
-        assert "measured" not in rf.explain(network)[0].reason
 
 
 def test_a_choice_does_not_hide_what_is_asked_for(network, clock, monkeypatch):

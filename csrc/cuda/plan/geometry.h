@@ -100,7 +100,7 @@ struct ChainGeometry {
   int part_columns;                  // those that a CTA computes
   int strips, slot_bytes, plane_bytes, strip_bytes, stage_bytes, shared_bytes;
 
-  FastDivisor by_pitch, by_period, by_stored, by_depths, by_work_pitch, by_stride;
+  FastDivisor by_period, by_stored, by_depths, by_work_pitch, by_stride;
   int period;
 
   // The cluster kernel's alone: see cluster_geometry.h.
@@ -170,7 +170,7 @@ inline ChainGeometry make_geometry(
   g.row_parts = tile.row_parts, g.channel_parts = tile.channel_parts, g.warps_k = tile.warps_k;
   g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes;
 
-  g.by_pitch = FastDivisor(g.pitch), g.by_period = FastDivisor(g.period), g.by_stored = FastDivisor(g.stored);
+  g.by_period = FastDivisor(g.period), g.by_stored = FastDivisor(g.stored);
   g.by_depths = FastDivisor(g.depths), g.by_work_pitch = FastDivisor(g.work_pitch), g.by_stride = FastDivisor(g.stride);
   return g;
 }

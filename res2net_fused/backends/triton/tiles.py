@@ -5,6 +5,7 @@ kind or of the older one, {"rows": [...]}. A row holds a kernel ("step", "pointw
 class of dtypes ("half", "tf32", "ieee"), the shape (width: output channels, inputs: input channels, pixels: of one launch,
 times its independent convolutions) and the tile ([block_m, block_n, block_k, warps, stages]). The row nearest in shape
 answers; where no row is near, the rule in `step_plan` or `pointwise` decides. No table ships, since none was measured.
+Where RES2NET_FUSED_CHOICE asks for what is predicted, only a file that RES2NET_FUSED_TILES names is looked at.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import choices_file
+from .. import choices, choices_file
 
 ENVIRONMENT_VARIABLE = "RES2NET_FUSED_TILES"
 KERNELS = ("step", "pointwise")
@@ -97,10 +98,14 @@ def dtype_class(itemsize: int, precision: str) -> str:
     return "half" if itemsize == 2 else precision
 
 
-@functools.lru_cache(maxsize=4096)
 def lookup(shape: Shape) -> Tile | None:
     """Return the tile of the nearest row, or None where no row is near."""
-    nearest = min(table().rows, key=lambda row: shape.distance(row.shape), default=None)
+    return _nearest(table(), shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(table: Table, shape: Shape) -> Tile | None:
+    nearest = min(table.rows, key=lambda row: shape.distance(row.shape), default=None)
     return None if nearest is None or shape.distance(nearest.shape) == math.inf else nearest.tile
 
 
@@ -143,8 +148,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 def forget() -> None:
     """Reads the user's table again at the next look-up."""
-    table.cache_clear()
-    lookup.cache_clear()
+    _users_table.cache_clear()
+    _nearest.cache_clear()
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
@@ -173,9 +178,17 @@ def _parse(row: object, i: int) -> Row:
         raise ValueError(f"rows[{i}]: {error}") from None
 
 
-@functools.cache
+_NOTHING = Table(())
+
+
 def table() -> Table:
-    """The user's table, read once; another object once it was read again."""
+    """What answers: the user's table, read once, or nothing; another object once it was read again."""
+    predicted = choices.mode() == "predicted" and not os.environ.get(ENVIRONMENT_VARIABLE)
+    return _NOTHING if predicted else _users_table()
+
+
+@functools.cache
+def _users_table() -> Table:
     try:
         return Table(tuple(read(user_path())))
     except FileNotFoundError:

@@ -43,11 +43,13 @@ INTERPRETED = sorted((TESTS / "backends/triton/interpreter").glob("test_*.py"))
 
 @pytest.mark.parametrize("files", [INTERPRETED[::2], INTERPRETED[1::2]], ids=["first_half", "second_half"])
 def test_interpreter(files: list[Path], request: pytest.FixtureRequest) -> None:
-    """A process for each of two workers; each more would import everything again."""
+    """A process for each of two workers; each more would import everything again. It sees no GPU, whose settings of TF32 would
+    count."""
     pytest.importorskip("triton")
     chosen = ["-m", request.config.getoption("-m"), *map(str, files)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("STAND_IN_CARD", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

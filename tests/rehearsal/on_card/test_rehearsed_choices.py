@@ -15,7 +15,9 @@ from res2net_fused.backends.selection import get_backend
 from res2net_fused.backends.triton import tiles
 from res2net_fused.bench import tune as bench_tune
 from res2net_fused.chain.tolerances import FORWARD
+from res2net_fused.tuning import marked
 from res2net_fused.tuning import tune as tuning
+from res2net_fused.tuning.marked import record_beside_table
 
 MS = {"own": 5.0, "reference": 4.0, "triton": 1.0, "cuda": 2.0}
 
@@ -114,6 +116,32 @@ def test_tiles_are_measured_before_the_block(monkeypatch):
     assert len(tiles.read(tiles.user_path())) == 2
     run(b, x)
     assert "(tuned)" in explain(b)[0].plan
+
+
+def test_a_call_that_ended_an_earlier_process_is_left_out():
+    b = block()
+    (call,) = tune(b, images(4), progress=False).calls
+    name = f"a call of {call.call}".replace("(4, ", "(3, ")
+    record = record_beside_table("cuda")
+    record.mark(name, limit_s=1)  # as a process that was killed leaves it
+    record.close()
+    (call,) = tune(b, images(3), progress=False).calls
+    assert not call.ms and name.endswith(call.call) and call.notes[0].startswith("its process ended while it ran; ")
+    (call,) = tune(b, images(2), progress=False).calls
+    assert call.choice == "triton"
+
+
+def test_a_lost_context_ends_tuning_and_is_kept(monkeypatch):
+    b = block()
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(marked.torch.cuda, "synchronize", lost)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            tune(b, images(4), progress=False)
+    assert "illegal memory access" in str(record_beside_table("cuda").failures)
 
 
 def test_other_plans_of_the_cuda_kernel_are_tried(planted):

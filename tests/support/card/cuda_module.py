@@ -49,7 +49,10 @@ class Device:
         return True
 
     def host_waits(self, what: str) -> None:
-        """What every call does that waits for the device; raises in a capture, as the real one."""
+        """What every call does that waits for the device; raises in a capture and on a dead card, as the real one."""
+        from . import faults
+
+        faults.raise_if_dead()
         if self.c.card_host_waits(1):
             raise accelerator_error(f"CUDA error: operation not permitted when stream is capturing ({what})")
 
@@ -250,13 +253,15 @@ def _index(device: Any) -> int:
 
 
 def _compile_by_tracing_alone() -> None:
-    """torch.compile traces as ever, and runs what it traced with PyTorch's own operators: no compiler knows the stand-in."""
+    """torch.compile traces as ever. What Inductor was to compile, which has no code for the stand-in, runs as it was traced."""
     own = torch.compile
 
     @functools.wraps(own)
-    def traced(model: Any = None, **options: Any) -> Any:
-        for name in ("mode", "options", "backend"):
-            options.pop(name, None)
-        return own(model, backend="eager", **options)
+    def traced(model: Any = None, *, backend: Any = "inductor", **options: Any) -> Any:
+        if backend == "inductor":
+            backend = "eager"
+            for name in ("mode", "options"):
+                options.pop(name, None)
+        return own(model, backend=backend, **options)
 
     torch.compile = traced  # type: ignore[assignment]

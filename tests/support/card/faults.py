@@ -1,8 +1,9 @@
 """Faults planted into a run on the stand-in card, each where a backend runs a chosen problem.
 
 STAND_IN_FAULTS is JSON, a list of objects: `kind` (of KINDS), and what a call must be to meet it: `backend` ("triton", "cuda"),
-`call` ("forward", "block_forward", "train_forward", ...), `width`, `batch`, `height`; `captured`: only inside a capture. The
-same fault meets every such call, in every child process.
+`call` ("forward", "block_forward", "train_forward", ...), `width`, `batch`, `height`; `captured`: only inside a capture. With
+`stage` ("compile" or "launch") it meets a kernel of Triton's instead, by its `constants`, `warps` and `stages`, such as a tile
+of `tune`. The same fault meets every such call, in every child process.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def read() -> Faults:
     return Faults(planted)
 
 
+def raise_if_dead() -> None:
+    """What every later call meets once a fault has poisoned the context."""
+    if _dead:
+        raise _error(_dead[0])
+
+
 class Faults:
     def __init__(self, planted: list[dict[str, Any]]) -> None:
         self.planted = planted
@@ -48,36 +55,54 @@ class Faults:
     @contextlib.contextmanager
     def around(self, backend: str, call: str, problem: Any) -> Iterator[bool]:
         """Around one call of a backend: whether its result is to be wrong."""
-        if _dead:
-            raise _error(_dead[0])
+        raise_if_dead()
         fault = next((f for f in self.planted if _meets(f, backend, call, problem)), None)
         if fault is None:
             yield False
             return
         kind = fault["kind"]
-        print(f"stand-in card: planted {kind} in {backend} {call}, width {problem.width}", file=sys.stderr, flush=True)
-        if kind == "hang":
-            time.sleep(10_000)
-        if kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "out_of_memory":
-            import torch
-
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        if kind in ("cuda_error", "triton_cuda_error"):
-            _dead.append(("CUDA error: " if kind == "cuda_error" else "Triton Error [CUDA]: ") + _ILLEGAL)
-            raise _error(_dead[0])
+        _tell(kind, f"{backend} {call}, width {problem.width}")
         if kind in ("compile_error", "out_of_resources"):
             with _at_the_launch(kind):
                 yield False
             return
+        _happen(kind)
         yield kind == "wrong"
+
+    def at_kernel(self, stage: str, constants: dict[str, Any], warps: int, stages: int) -> None:
+        """Where a kernel of Triton's is compiled or launched."""
+        raise_if_dead()
+        found = {**constants, "warps": warps, "stages": stages}
+        for fault in self.planted:
+            wanted = {**fault.get("constants", {}), **{name: fault[name] for name in ("warps", "stages") if name in fault}}
+            if fault.get("stage") == stage and all(found.get(name) == value for name, value in wanted.items()):
+                _tell(fault["kind"], f"a kernel's {stage}, {wanted}")
+                _fail(fault["kind"])
+                _happen(fault["kind"])
+
+
+def _tell(kind: str, where: str) -> None:
+    print(f"stand-in card: planted {kind} in {where}", file=sys.stderr, flush=True)
+
+
+def _happen(kind: str) -> None:
+    if kind == "hang":
+        time.sleep(10_000)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "out_of_memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    if kind in ("cuda_error", "triton_cuda_error"):
+        _dead.append(("CUDA error: " if kind == "cuda_error" else "Triton Error [CUDA]: ") + _ILLEGAL)
+        raise _error(_dead[0])
 
 
 def _meets(fault: dict[str, Any], backend: str, call: str, problem: Any) -> bool:
     import torch
 
-    if fault.get("captured") and not torch.cuda.is_current_stream_capturing():
+    if "stage" in fault or (fault.get("captured") and not torch.cuda.is_current_stream_capturing()):
         return False
     named = {"backend": backend, "call": call, **{name: getattr(problem, name) for name in _MATCHED}}
     return fault["kind"] != "empty_graph" and all(fault.get(name, value) == value for name, value in named.items())
@@ -89,20 +114,23 @@ def _error(text: str) -> RuntimeError:
     return accelerator_error(text) if text.startswith("CUDA") else RuntimeError(text)
 
 
-@contextlib.contextmanager
-def _at_the_launch(kind: str) -> Iterator[None]:
-    """The next launch raises, where Triton itself would, so that what the package makes of it is tried as well."""
+def _fail(kind: str) -> None:
+    """As Triton itself would raise it."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
-    from .triton_driver import LAUNCHES
-
-    def fail(stage: str) -> None:
-        if kind == "out_of_resources":
-            raise OutOfResources(300_000, 232_448, "shared memory")
+    if kind == "out_of_resources":
+        raise OutOfResources(300_000, 232_448, "shared memory")
+    if kind == "compile_error":
         raise CompilationError("", None, "planted")
 
-    LAUNCHES.hook = fail
+
+@contextlib.contextmanager
+def _at_the_launch(kind: str) -> Iterator[None]:
+    """The next launch raises, where Triton itself would, so that what the package makes of it is tried as well."""
+    from .triton_driver import LAUNCHES
+
+    LAUNCHES.hook = lambda stage: _fail(kind)
     try:
         yield
     finally:

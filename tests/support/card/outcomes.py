@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from . import faults
 from .cards import Card
 from .cuda_module import Device
+from .triton_driver import LAUNCHES
 
 if TYPE_CHECKING:
     from . import Settings
@@ -30,6 +31,7 @@ PACKAGE = "res2net_fused"
 def insert(device: Device, card: Card, settings: Settings) -> None:
     """Prepares what happens to modules of the package when they are imported."""
     planted = faults.read()
+    LAUNCHES.planted = planted.at_kernel
     changes: dict[str, Callable[[Any], None]] = {
         f"{PACKAGE}._native.library": lambda m: _use_library(m, device, card, settings)
     }

@@ -44,6 +44,8 @@ class Launches:
         self.count = 0
         self.compiled = 0
         self.hook: Callable[[str], None] = lambda stage: None  # "compile" or "launch"; may raise in its place
+        # The same of one kernel: its constexprs by name, and its options.
+        self.planted: Callable[[str, dict[str, Any], int, int], None] = lambda stage, constants, warps, stages: None
         self._listeners: list[list[Launch]] = []
 
     @contextlib.contextmanager
@@ -100,14 +102,14 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
     class Launcher:
         def __init__(self, src: Any, metadata: Any) -> None:
             self.function = src.fn
-            names = src.fn.arg_names
-            self.constants = {names[path[0]]: value for path, value in src.constants.items()}
+            self.constants = _constants(src)
             self.metadata = metadata
             self.signature = list(src.signature.values())
             self.aligned = [path[0] for path, promises in src.attrs.items() if ["tt.divisibility", 16] in promises]
 
         def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             LAUNCHES.hook("launch")
+            LAUNCHES.planted("launch", self.constants, self.metadata.num_warps, self.metadata.num_stages)
             _, launch_metadata, enter, leave, *arguments = rest
             if enter is not None:
                 enter(launch_metadata)
@@ -138,6 +140,7 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
 
     def compile_or_bind(src: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
         LAUNCHES.hook("compile")
+        LAUNCHES.planted("compile", _constants(src), options["num_warps"], options["num_stages"])
         LAUNCHES.compiled += 1
         if compiles:
             return own_compile(src, target=target, options=options, **more)
@@ -150,6 +153,11 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
 
     triton.compiler.compile = compile_or_bind
     driver._default = driver._active = Driver()  # type: ignore[attr-defined]
+
+
+def _constants(src: Any) -> dict[str, Any]:
+    """A kernel's constexprs by name."""
+    return {src.fn.arg_names[path[0]]: value for path, value in src.constants.items()}
 
 
 def _address(argument: Any) -> Any:
