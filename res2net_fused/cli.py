@@ -109,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         help="forward and backward. default: chains of 26w4s and 14w8s and blocks of 26w4s; all: chains and blocks of every "
         "config and batch, and the networks' steps of SGD; none: with --quick, unless asked for",
     )
+    bench.add_argument(
+        "--busy",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="beside N processes that keep a processor busy each, as data loaders do: bench-<device>-busyN.json",
+    )
     networks = bench.add_mutually_exclusive_group()
     networks.add_argument(
         "--model",
@@ -375,6 +382,7 @@ def _bench(options: argparse.Namespace) -> int:
         models=() if options.no_network else models,
         train=options.train or ("none" if options.quick else "default"),
         model_batches=options.model_batch or options.batch or ((_SMALL_BATCH,) if options.quick else (1, 8)),
+        busy=options.busy,
     )
     if not options.child:
         child = [sys.executable, "-m", "res2net_fused", *options.arguments, "--child"]

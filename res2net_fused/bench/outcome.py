@@ -17,8 +17,10 @@ _NETWORK_HEAD = ("network", "", "fused", "backend", "difference", "error of ours
 def print_outcome(data: Mapping[str, Any], unavailable: Mapping[str, str]) -> None:
     """unavailable: of providers that were not among the contenders, the reason."""
     environment, rows = data["environment"], data["rows"]
+    busy = environment.get("settings", {}).get("busy", 0)
+    beside = f", beside {busy} busy process{'es' if busy > 1 else ''}" if busy else ""
     print(
-        f"\nMedian milliseconds of interleaved runs on {environment['device']}, {environment['threads']} threads, "
+        f"\nMedian milliseconds of interleaved runs on {environment['device']}, {environment['threads']} threads{beside}, "
         f"torch {environment['torch']}, commit {environment['commit']}."
     )
     print("Chains are compared with BatchNorms folded on all sides; a peer's block or network runs as PyTorch runs it, or,")

@@ -22,6 +22,7 @@ from ..backends import choices
 from ..testing.cases import TRAINED, Case, WidthScale, cases
 from ..testing.parity import why_not
 from . import results, runtimes
+from .neighbours import busy_neighbours
 from .network_runner import NetworkRunner, TurnConditions, timed_network
 from .networks import NetworkCase, plain_network, random_network
 from .outcome import print_outcome
@@ -54,6 +55,7 @@ class BenchOptions:
     models: tuple[str, ...] = ()
     model_batches: tuple[int, ...] = ()
     train: str = "none"  # of TRAIN
+    busy: int = 0  # processes that keep a processor busy each meanwhile
 
     @property
     def cuda(self) -> bool:
@@ -62,7 +64,7 @@ class BenchOptions:
     @property
     def name(self) -> str:
         """The stem of the files' names."""
-        return f"bench-{torch.device(self.device).type}"
+        return f"bench-{torch.device(self.device).type}" + (f"-busy{self.busy}" if self.busy else "")
 
     def cases(self) -> list[Case]:
         return cases(WORKLOADS, self.configs, self.batches, self.dtype, self.device)
@@ -222,15 +224,16 @@ def _measure(options: BenchOptions, record: Record, limit_s: float) -> bool:
         runner.conditions = replace(conditions, seconds=0.2 if quick else seconds, rounds=rounds)
 
     try:
-        begin(1.5, (5, 200))
-        _each(runner, "chains and blocks", [case for case in left if case.workload in WORKLOADS], runner.time)
-        begin(1.0, (3, 200))
-        _each(runner, "forward and backward", [case for case in left if case.workload in TRAINED], runner.time)
-        begin(1.5, (3, 200))
-        steps = [case for case in left if case.workload == "train_step"]
-        _each(runner, "steps of SGD", steps, lambda case: _time_steps(runner, case))
-        runner.conditions = replace(conditions, seconds=0, rounds=(3, 3) if quick else (10, 10))
-        _time_networks(runner, options, {(case.config_name, case.batch) for case in left if case.workload == "network"})
+        with busy_neighbours(options.busy):
+            begin(1.5, (5, 200))
+            _each(runner, "chains and blocks", [case for case in left if case.workload in WORKLOADS], runner.time)
+            begin(1.0, (3, 200))
+            _each(runner, "forward and backward", [case for case in left if case.workload in TRAINED], runner.time)
+            begin(1.5, (3, 200))
+            steps = [case for case in left if case.workload == "train_step"]
+            _each(runner, "steps of SGD", steps, lambda case: _time_steps(runner, case))
+            runner.conditions = replace(conditions, seconds=0, rounds=(3, 3) if quick else (10, 10))
+            _time_networks(runner, options, {(case.config_name, case.batch) for case in left if case.workload == "network"})
     except ContextLost as error:
         print(f"the CUDA context is lost: {error}", flush=True)
         return True

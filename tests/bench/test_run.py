@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from res2net_fused import cli
 from res2net_fused.backends import choices
 from res2net_fused.backends.choices_file import Row
 from res2net_fused.backends.reference import BACKEND as reference_backend
-from res2net_fused.bench import candidates, providers, results, run, runner, supervise
+from res2net_fused.bench import candidates, neighbours, providers, results, run, runner, supervise
 from res2net_fused.bench.supervise import AGAIN
 from res2net_fused.testing import cases
 
@@ -70,6 +71,31 @@ def test_what_was_measured_here_decides_no_published_figure(bench, choices_table
     _, _, data = bench()
     assert {row["backend"] for row in data["rows"] if (row["workload"], row["provider"]) == ("chain", "ours")} == {backend}
     assert data["environment"]["choice"] == (mode or "predicted") and choices.mode() == "tuned"
+
+
+def test_neighbours_keep_a_processor_busy_each_while_cases_are_timed(bench, monkeypatch, tmp_path):
+    """And no longer, also where timing raises; the file has a name of its own, and says how many there were."""
+    alive, time = [], runner.Runner.time
+    started, popen = [], subprocess.Popen
+
+    def noted(self, case):
+        alive.append([one.poll() for one in started])
+        return time(self, case)
+
+    def start(command, **options):
+        process = popen(command, **options)
+        if neighbours._SPIN in command:
+            started.append(process)
+        return process
+
+    monkeypatch.setattr(runner.Runner, "time", noted)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(run, "_time_networks", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench("--busy", "2")
+    assert alive == [[None, None]] * 2 and [one.poll() for one in started] == [0, 0]
+    data = results.read(tmp_path / "bench-cpu-busy2.json")
+    assert data["environment"]["settings"]["busy"] == 2 and data["rows"]
 
 
 def replaced(monkeypatch, name, wrap):
