@@ -7,62 +7,49 @@ namespace res2net_fused::cuda {
 namespace {
 
 // None of these was measured by us; those for remote stores and for the cluster's barrier are guesses on the slow side.
-constexpr int PROCESSOR_GROUP = 16;       // multiprocessors of which a cluster takes some; some groups have more
-constexpr double MMA_LATENCY = 33;        // cycles from an mma to one that needs its sums
-constexpr double TURN_LATENCY = 60;       // cycles of the loads before RES2NET_CHAIN_UNROLL slices
-constexpr double WEIGHT_RATE = 64;        // bytes per cycle from L2 into one multiprocessor
-constexpr double WEIGHT_LATENCY = 900;    // cycles from L2, under load
-constexpr double REMOTE_RATE = 16;        // bytes per cycle to other multiprocessors of a cluster
-constexpr double SEND_INSTRUCTIONS = 40;  // for 16 bytes, and as many for every
-constexpr double SEND_PER_RECEIVER = 5;   // receiver
+constexpr int PROCESSOR_GROUP = 16;     // multiprocessors of which a cluster takes some; some groups have more
+constexpr double MMA_LATENCY = 33;      // cycles from an mma to one that needs its sums
+constexpr double TURN_LATENCY = 60;     // cycles of the loads before RES2NET_CHAIN_UNROLL slices
+constexpr double WEIGHT_RATE = 64;      // bytes per cycle from L2 into one multiprocessor
+constexpr double WEIGHT_LATENCY = 900;  // cycles from L2, under load
+constexpr double REMOTE_RATE = 16;      // bytes per cycle to other multiprocessors of a cluster
 // Its release is compiled to a memory barrier of the whole GPU, which waits for the stores to `out` as well, and its acquire
 // empties the L1 cache.
 constexpr double CLUSTER_BARRIER_CYCLES = 1000;
 
 double cycles_of_cta(
-    const ChainProblem& problem, const ChainGeometry& g, const ChainTile& tile, const Instance& instance,
-    const DeviceRates& rates, int resident) {
+    const ChainProblem& problem, const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int resident) {
   const int warps = g.threads() / 32;
   const int per_scheduler = divide_up(resident * warps, 4);
   const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
   const double turns = divide_up(3 * g.depths, g.warps_k);      // of RES2NET_CHAIN_UNROLL slices, of the busiest warp
   const double mma_per_turn = double(RES2NET_CHAIN_UNROLL) * instance.tiles * instance.columns;
   const double mma_cycles = 4 * rates.mma_cycles;  // of one scheduler
-  const bool sends = exchanges(problem, tile);
   double cycles = START_CYCLES;
   for (int step = 0; step < g.steps; step++) {
-    const int tiles = divide_up(g.positions(step), 16 * instance.tiles);  // of a warp's size
-    const int passes = divide_up(tiles, g.warps_m);
-    const double outputs = double(tiles) * g.warps_n;  // warp tiles
+    const StepWork work = work_of_step(problem, g, instance, step);
+    const double outputs = double(work.tiles) * g.warps_n;  // warp tiles
+    const int passes = divide_up(work.tiles, g.warps_m);
     const double alone = passes * per_scheduler * turns * mma_per_turn * mma_cycles;
-    const double shared = resident * outputs * 9 * g.depths * (instance.columns * 256.0 + instance.tiles * 512.0) / 128;
+    const double shared = resident * work.read_bytes / SHARED_RATE;
     // A warp's next product to the same sums waits for the last one, and each turn for its loads.
     const double turn = std::max(RES2NET_CHAIN_UNROLL * MMA_LATENCY, mma_per_turn * mma_cycles) + TURN_LATENCY;
     const double chain = passes * turns * turn;
     const double weights = double(g.chunks) * g.stage_bytes * (g.chunks > 1 ? passes : 1);
     const double rate = std::min(WEIGHT_RATE / resident, (g.stages - 1) * g.stage_bytes / WEIGHT_LATENCY);
-    const double main_loop = std::max({std::max(alone, shared) / overlap(per_scheduler), chain, weights / rate});
+    const double issue = resident * work.main_loop / busy;
+    const double main_loop = std::max({std::max(alone, shared) / overlap(per_scheduler), chain, weights / rate, issue});
     cycles += main_loop + STEP_CYCLES + BARRIER_CYCLES * g.chunks * (g.chunks > 1 ? passes : 1);
 
     // All warps finish at once: nothing to hide behind.
-    cycles += resident * outputs * instance.tiles * 2 * finish_instructions(instance.columns, problem.type) / busy;
+    cycles += resident * work.finish / busy;
     if (g.warps_k > 1) {  // written, then read, but for each warp's own part
       const double sums = outputs * instance.tiles * instance.columns * 512 * (g.warps_k - 1);
-      cycles += resident * 2 * sums / 128 + 2 * passes * BARRIER_CYCLES;
+      cycles += resident * 2 * sums / SHARED_RATE + 2 * passes * BARRIER_CYCLES;
     }
-    if (step + 1 == g.steps) break;
-    const double lines = g.lines - 2 * g.work_line(step);
-    const double pixels = lines * g.stored;
-    const double copies = sends ? pixels * copies_of(std::min(2 * problem.channels, 16 * g.part_columns))
-                                : double(g.lines) * g.stored * copies_of(2 * problem.channels);
-    cycles += resident * copies / 32 * COPY_INSTRUCTIONS / busy;
-    if (!sends) continue;
-    const int halos = g.row_parts == 1 ? 0 : std::min(2, g.row_parts - 1);
-    const double halo_pixels = double(halos) * g.dilation * g.stored;
-    const double stores = (pixels * (g.channel_parts - 1) + halo_pixels * g.channel_parts) * g.part_columns;  // of 16 bytes
-    const double instructions =
-        ((pixels + halo_pixels) * g.part_columns * SEND_INSTRUCTIONS + stores * SEND_PER_RECEIVER) / 32 / busy;
-    cycles += resident * std::max(stores * 16 / REMOTE_RATE, instructions) + BARRIER_CYCLES + CLUSTER_BARRIER_CYCLES;
+    cycles += resident * work.copies / busy;
+    if (work.stores == 0) continue;
+    cycles += resident * std::max(work.stores * 16 / REMOTE_RATE, work.sends / busy) + BARRIER_CYCLES + CLUSTER_BARRIER_CYCLES;
   }
   return cycles;
 }
@@ -77,8 +64,8 @@ bool evaluate(
   const int resident = resident_ctas(g, instance, device);
   if (resident < 1) return false;
   set_launch(problem, passes, g, index, tile, resident, plan);
-
   const DeviceRates rates = rates_of(device.major, device.minor);
+  set_bounds(problem, passes, g, device, rates, plan);
   const int size = exchanges(problem, tile) ? tile.row_parts * tile.channel_parts : 1;
   const int group = std::min(PROCESSOR_GROUP, device.multiprocessors), groups = device.multiprocessors / group;
   const auto concurrent = [&](int per_multiprocessor) {  // CTAs
@@ -86,10 +73,10 @@ bool evaluate(
   };
   if (concurrent(resident) < size) return false;
   const int full = plan.ctas / concurrent(resident), rest = plan.ctas % concurrent(resident);
-  double cycles = full * cycles_of_cta(problem, g, tile, instance, rates, resident);
+  double cycles = full * cycles_of_cta(problem, g, instance, rates, resident);
   int sharing = 1;
   while (rest > concurrent(sharing)) sharing++;
-  if (rest > 0) cycles += cycles_of_cta(problem, g, tile, instance, rates, sharing);
+  if (rest > 0) cycles += cycles_of_cta(problem, g, instance, rates, sharing);
   plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory_seconds(problem, passes, plan, rates)));
   return true;
 }

@@ -50,7 +50,9 @@ struct ChainProblem {
   int stride = 1, dilation = 1;
   bool adds = true;  // u_i = x_i + y_{i-1}; stride is 1 then
   DataType type = BF16;
+  int slot = 0;  // channels from one group of a pixel to the next; 0: dense groups
 
+  int slot_bytes() const { return (slot > 0 ? slot : channels) * bytes_of(type); }
   int out_height() const { return (height - 1) / stride + 1; }
   int out_width() const { return (width - 1) / stride + 1; }
   int depths() const { return divide_up(channels, depth_channels(type)); }

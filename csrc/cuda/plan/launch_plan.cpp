@@ -9,36 +9,26 @@ namespace res2net_fused::cuda {
 namespace {
 
 double cycles_of_cta(
-    const ChainGeometry& g, const Instance& instance, DataType type, const DeviceRates& rates, int copies_per_pixel,
-    int resident) {
+    const ChainProblem& problem, const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int resident) {
   const int warps = g.warps_m * g.warps_n;
   const int per_scheduler = divide_up(resident * warps, 4);
   const bool wgmma = instance.is_wgmma();
-  const int together_rows = 16 * instance.warps_together();
-  const double slices = 9.0 * g.depths;
-  const double mma_per_slice = double(instance.tiles) * instance.columns;
-  const double mma_cycles = wgmma ? rates.wgmma_cycles : rates.mma_cycles;
+  const double mma_cycles = cycles_of_mma(instance, rates);
+  const double reached = wgmma ? overlap_async(per_scheduler) : overlap(per_scheduler);
+  const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
+  // Part of the epilogue and of the loads hides behind other warps' products.
+  const double exposed = per_scheduler >= 3 ? 0.4 : per_scheduler == 2 ? 0.6 : 1;
   double cycles = START_CYCLES;
   for (int step = 0; step < g.steps; step++) {
-    // of a warp's size
-    const int tiles = divide_up(g.positions(step), together_rows * instance.tiles) * instance.warps_together();
-    const int passes = divide_up(tiles, g.warps_m);
-    const double all = double(tiles) * g.warps_n;  // warp tiles that are computed
+    const StepWork work = work_of_step(problem, g, instance, step);
+    const int passes = divide_up(work.tiles, g.warps_m);
     // One CTA alone is bound by its busiest tensor core; several share all four.
-    const double alone = double(passes) * divide_up(warps, 4) * slices * mma_per_slice * 4 * mma_cycles;
-    const double together = resident * all * slices * mma_per_slice * mma_cycles;
-    // A warpgroup reads its weights once, but for every tile; a warp for all its tiles.
-    const double weight_bytes = instance.columns * (wgmma ? 256.0 / 4 * instance.tiles : 256.0);
-    const double shared = resident * all * slices * (weight_bytes + instance.tiles * 512.0) / 128;
-    const double reached = wgmma ? overlap_async(per_scheduler) : overlap(per_scheduler);
+    const double alone = double(passes) * divide_up(warps, 4) * work.products_of_tile * 4 * mma_cycles;
+    const double together = resident * work.products * mma_cycles;
+    const double shared = resident * work.read_bytes / SHARED_RATE;
     const double main_loop = std::max({alone, together, shared}) / reached;
-    const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
-    const double finish = resident * all * instance.tiles * 2 * finish_instructions(instance.columns, type) / busy;
-    const bool more = step + 1 < g.steps;
-    const double loads = more ? resident * double(g.lines) * g.stored * copies_per_pixel / 32 * COPY_INSTRUCTIONS / busy : 0;
-    // Part of the epilogue and of the loads hides behind other warps' products.
-    const double exposed = per_scheduler >= 3 ? 0.4 : per_scheduler == 2 ? 0.6 : 1;
-    cycles += main_loop + exposed * (finish + loads) + STEP_CYCLES +
+    const double rest = resident * (work.finish + work.copies) / busy;
+    cycles += std::max(main_loop + exposed * rest, resident * work.instructions() / busy) + STEP_CYCLES +
               (wgmma ? DRAIN_CYCLES : BARRIER_CYCLES) * g.chunks * (g.chunks > 1 ? passes : 1);
   }
   return cycles;
@@ -58,9 +48,9 @@ bool evaluate(
   set_launch(problem, passes, g, index, tile, resident, plan);
   const int concurrent = resident * device.multiprocessors;
   const int full = plan.ctas / concurrent, rest = plan.ctas % concurrent;
-  const int copies = copies_of(problem.channels * bytes_of(problem.type));
-  double cycles = full * cycles_of_cta(g, instance, problem.type, rates, copies, resident);
-  if (rest > 0) cycles += cycles_of_cta(g, instance, problem.type, rates, copies, divide_up(rest, device.multiprocessors));
+  double cycles = full * cycles_of_cta(problem, g, instance, rates, resident);
+  if (rest > 0) cycles += cycles_of_cta(problem, g, instance, rates, divide_up(rest, device.multiprocessors));
+  set_bounds(problem, passes, g, device, rates, plan);
   plan.microseconds = 1e6 * (rates.launch + std::max(cycles / rates.clock, memory_seconds(problem, passes, plan, rates)));
   return true;
 }
@@ -240,7 +230,7 @@ double predict_steps(const ChainProblem& problem, bool passes, const DeviceLimit
   const double products = pixels * 9 * double(padded) * padded;
   const double tensor =
       2 * products / mma_flops(problem.type) * rates.mma_cycles / (0.75 * rates.clock * device.multiprocessors);
-  const double group = double(problem.images) * problem.height * problem.width * problem.channels * bytes;
+  const double group = double(problem.images) * problem.height * problem.width * problem.slot_bytes();
   const double dram = (problem.adds ? 4 : 2) * group / rates.dram;
   const double latency = 3.0e-6;  // of a small launch: loads, products, stores one after the other
   const double step = std::max({l2, tensor, dram});
@@ -259,7 +249,9 @@ std::vector<int64_t> plan_as_numbers(
           t.row_parts, t.channel_parts, t.warps_k, plan.ctas, plan.threads, plan.shared_bytes,
           plan.ctas_per_multiprocessor, plan.packed_columns, plan.dram_bytes, plan.loaded_bytes, plan.flops, plan.mma_flops,
           int64_t(1000 * plan.microseconds), int64_t(1000 * predict_steps(problem, passes, device)),
-          capability_of(device.major, device.minor), rates_of(device.major, device.minor).capability};
+          capability_of(device.major, device.minor), rates_of(device.major, device.minor).capability,
+          int64_t(1000 * plan.bounds.issue), int64_t(1000 * plan.bounds.tensor), int64_t(1000 * plan.bounds.shared),
+          int64_t(1000 * plan.bounds.memory)};
   // clang-format on
 }
 

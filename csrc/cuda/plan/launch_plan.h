@@ -17,7 +17,7 @@ struct DeviceLimits {
 
 struct LaunchPlan {
   int instance = 0;
-  ChainTile tile;
+  ChainTile tile{};
   int ctas = 0, threads = 0, shared_bytes = 0;
   int ctas_per_multiprocessor = 0;
   int packed_columns = 0;
@@ -26,6 +26,10 @@ struct LaunchPlan {
   int64_t flops = 0;         // of the convolutions themselves
   int64_t mma_flops = 0;     // with halos and padding to the shapes of mma
   double microseconds = 0;   // predicted
+  // What the busiest multiprocessor needs at the least, and memory, in microseconds, without start and launch.
+  struct {
+    double issue = 0, tensor = 0, shared = 0, memory = 0;
+  } bounds{};
 };
 
 // What a search for launches has met.

@@ -16,9 +16,9 @@ using namespace res2net_fused::cuda;
 
 // The fields of PlanRequest in res2net_fused/backends/cuda/plan.py, then those of DeviceLimits in
 // res2net_fused/_native/library.py, then how many plans are faster than the one asked for.
-#define RES2NET_PLAN_ARGUMENTS(INT, BOOL, FLOAT)                                                                         \
-  INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes), \
-      INT(type), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin),        \
+#define RES2NET_PLAN_ARGUMENTS(INT, BOOL, FLOAT)                                                                             \
+  INT(images), INT(height), INT(width), INT(channels), INT(steps), INT(stride), INT(dilation), BOOL(adds), BOOL(passes),     \
+      INT(type), INT(slot), INT(capability_major), INT(capability_minor), INT(multiprocessors), INT(shared_per_block_optin), \
       INT(shared_per_multiprocessor), INT(registers_per_multiprocessor), INT(l2_bytes), INT(wgmma), INT(code), INT(rank)
 
 std::vector<int64_t> plan(std::string& reason, RES2NET_PARAMETERS(RES2NET_PLAN_ARGUMENTS)) {
@@ -39,7 +39,8 @@ std::vector<int64_t> plan(std::string& reason, RES2NET_PARAMETERS(RES2NET_PLAN_A
       .stride = narrow("stride", stride),
       .dilation = narrow("dilation", dilation),
       .adds = adds,
-      .type = DataType(type)};
+      .type = DataType(type),
+      .slot = narrow("slot", slot)};
   const DeviceLimits device{
       .major = int(capability_major),
       .minor = int(capability_minor),

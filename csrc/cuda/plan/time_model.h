@@ -18,14 +18,27 @@ constexpr int MAX_POSITIONS = 1 << 15;  // keeps FastDivisor exact
 // Instructions of a thread, read off the machine code of nvcc 13.0 (`res2net-fused info --kernels`; a test compares them), of
 // which the model counts one per cycle and scheduler.
 constexpr double COPY_INSTRUCTIONS = 43;       // one cp.async with its index arithmetic
+constexpr double SEND_INSTRUCTIONS = 40;       // a guess, as the next: of 16 bytes to other CTAs, and as many for every
+constexpr double SEND_PER_RECEIVER = 5;        // receiver
 constexpr double FINISH_PER_ROW = 41;          // of an epilogue's half tile
 constexpr double FINISH_PER_COLUMN = 11;       // and of each pair of channels in it
 constexpr double FINISH_PER_COLUMN_TF32 = 26;  // where a pair is two words
 constexpr double FINISH_PER_COLUMN_WIDE = 20;  // of more than 12, whose conditions outnumber the predicates
+// of a turn of the main loop, RES2NET_CHAIN_UNROLL slices, beside the products themselves:
+constexpr double TURN_INSTRUCTIONS = 30;
+constexpr double TURN_PER_LOAD = 7;             // of one matrix of A,
+constexpr double TURN_PER_LOAD_TF32 = 13;       // where it is rounded
+constexpr double TURN_INSTRUCTIONS_WGMMA = 83;  // products included
 inline double finish_instructions(int columns, DataType type) {
   const double per_column = type == TF32 ? FINISH_PER_COLUMN_TF32 : columns > 12 ? FINISH_PER_COLUMN_WIDE : FINISH_PER_COLUMN;
   return FINISH_PER_ROW + columns * per_column;
 }
+inline double turn_instructions(const Instance& instance, DataType type) {
+  if (instance.is_wgmma()) return TURN_INSTRUCTIONS_WGMMA;
+  const double per_load = type == TF32 ? TURN_PER_LOAD_TF32 : TURN_PER_LOAD;
+  return TURN_INSTRUCTIONS + RES2NET_CHAIN_UNROLL * instance.tiles * (per_load + instance.columns);
+}
+constexpr double SHARED_RATE = 128;    // bytes per cycle of one multiprocessor
 constexpr double BARRIER_CYCLES = 60;  // per chunk of weights
 constexpr double DRAIN_CYCLES = 250;   // of wgmma: the last products of a chunk end, and the first of the next begin
 constexpr double STEP_CYCLES = 900;    // filling and draining the pipelines around a convolution
@@ -70,7 +83,7 @@ inline void set_launch(
   plan.shared_bytes = g.shared_bytes;
   plan.ctas_per_multiprocessor = resident;
   plan.packed_columns = g.packed_columns;
-  const int group_bytes = problem.channels * bytes_of(problem.type);  // of a pixel
+  const int group_bytes = problem.slot_bytes();  // of a pixel
   const int64_t in = problem.images * problem.height * problem.width * group_bytes;
   const int64_t out = problem.images * problem.out_height() * problem.out_width() * group_bytes;
   plan.dram_bytes = (problem.steps + passes) * (in + out) + int64_t(problem.steps) * problem.slices() * g.packed_columns * 256;
@@ -90,13 +103,73 @@ inline void set_launch(
   }
 }
 
-// Copies into shared memory per pixel of `bytes`. Groups are dense in memory in the usual call: this is then the widest copy.
-inline int copies_of(int bytes) { return divide_up(bytes, bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4); }
+// Copies into shared memory of `bytes` of a pixel, the widest that the slots' alignment allows.
+inline int copies_of(const ChainProblem& problem, int bytes) {
+  const int slot = problem.slot_bytes();
+  return divide_up(bytes, slot % 16 == 0 ? 16 : slot % 8 == 0 ? 8 : 4);
+}
+
+inline double cycles_of_mma(const Instance& instance, const DeviceRates& rates) {
+  return instance.is_wgmma() ? rates.wgmma_cycles : rates.mma_cycles;
+}
+
+// What one CTA does in one step.
+struct StepWork {
+  int tiles;                                // of a warp, along the positions
+  double products_of_tile, products;        // mma
+  double read_bytes;                        // of shared memory, by the main loop
+  double main_loop, finish, copies, sends;  // instructions of all warps; copies: of x of the next step
+  double stores;                            // of 16 bytes, to other CTAs
+  double instructions() const { return main_loop + finish + copies + sends; }
+};
+inline StepWork work_of_step(const ChainProblem& problem, const ChainGeometry& g, const Instance& instance, int step) {
+  const bool wgmma = instance.is_wgmma(), more = step + 1 < g.steps;
+  const double slices = 9.0 * g.depths;
+  StepWork work{};
+  work.tiles = divide_up(g.positions(step), 16 * instance.warps_together() * instance.tiles) * instance.warps_together();
+  const double outputs = double(work.tiles) * g.warps_n;  // tiles of a warp that are computed
+  work.products_of_tile = slices * instance.tiles * instance.columns;
+  work.products = outputs * work.products_of_tile;
+  // A warpgroup reads its weights once, but for every tile; a warp for all its tiles.
+  const double weight_bytes = instance.columns * (wgmma ? 256.0 / 4 * instance.tiles : 256.0);
+  work.read_bytes = outputs * slices * (weight_bytes + instance.tiles * 512.0);
+  work.main_loop = outputs * slices / RES2NET_CHAIN_UNROLL * turn_instructions(instance, problem.type);
+  work.finish = outputs * instance.tiles * 2 * finish_instructions(instance.columns, problem.type);
+  const int group_bytes = problem.channels * bytes_of(problem.type);
+  double copies = more ? double(g.lines) * g.stored * copies_of(problem, group_bytes) : 0;
+  if (more && g.sends) {  // of the rest, u arrives
+    const double pixels = (g.lines - 2.0 * g.work_line(step)) * g.stored;
+    const int halos = g.row_parts == 1 ? 0 : std::min(2, g.row_parts - 1);
+    const double halo_pixels = double(halos) * g.dilation * g.stored;
+    copies = pixels * copies_of(problem, std::min(group_bytes, 16 * g.part_columns));
+    work.stores = (pixels * (g.channel_parts - 1) + halo_pixels * g.channel_parts) * g.part_columns;
+    work.sends = ((pixels + halo_pixels) * g.part_columns * SEND_INSTRUCTIONS + work.stores * SEND_PER_RECEIVER) / 32;
+  }
+  work.copies = copies / 32 * COPY_INSTRUCTIONS;
+  return work;
+}
 
 // What memory takes at the least, in seconds.
 inline double memory_seconds(const ChainProblem& problem, bool passes, const LaunchPlan& plan, const DeviceRates& rates) {
-  const int64_t out = problem.images * problem.out_height() * problem.out_width() * problem.channels * bytes_of(problem.type);
+  const int64_t out = problem.images * problem.out_height() * problem.out_width() * problem.slot_bytes();
   return std::max(plan.dram_bytes / rates.dram, (plan.loaded_bytes + (problem.steps + passes) * out) / rates.l2);
+}
+
+// Of the busiest multiprocessor, whatever hides behind what.
+inline void set_bounds(
+    const ChainProblem& problem, bool passes, const ChainGeometry& g, const DeviceLimits& device, const DeviceRates& rates,
+    LaunchPlan& plan) {
+  const Instance& instance = INSTANCE_TABLE[plan.instance];
+  double instructions = 0, products = 0, bytes = 0;
+  for (int step = 0; step < g.steps; step++) {
+    const StepWork work = work_of_step(problem, g, instance, step);
+    instructions += work.instructions(), products += work.products, bytes += work.read_bytes;
+  }
+  const double microseconds = 1e6 * divide_up(plan.ctas, device.multiprocessors) / rates.clock;  // of a cycle of every CTA
+  plan.bounds.issue = microseconds * instructions / 4;
+  plan.bounds.tensor = microseconds * products * cycles_of_mma(instance, rates);
+  plan.bounds.shared = microseconds * (bytes + double(plan.loaded_bytes) / plan.ctas) / SHARED_RATE;
+  plan.bounds.memory = 1e6 * memory_seconds(problem, passes, plan, rates);
 }
 
 // size, halved, a third, ... rounded up, each once

@@ -109,11 +109,13 @@ def kernel_table() -> list[tuple[str, ...]]:
 def prediction_table(device: str = "sm_90", batches: tuple[int, ...] = (1, 32, 256)) -> list[tuple[str, ...]]:
     """Rows, the first of them the head: what the plan's model predicts for the published chains in bf16. None is measured.
 
-    MB: of x, weights and out, each once. device: a key of `launch_plan.LIMITS`.
+    The chains are those of a block, which lays its groups out. MB: of x, weights and out, each once. issue, tensor, shared and
+    memory: us that the busiest multiprocessor's instructions, products and shared memory, and the device's memory take at the
+    least. device: a key of `launch_plan.LIMITS`.
     """
     rows: list[tuple[str, ...]] = [
-        ("chain", "rows", "instance", "batch", "CTAs", "CTA's part", "parts", "warps", "shared KiB", "us", "per step us", "MB",
-         "GFLOP")
+        ("chain", "rows", "instance", "batch", "CTAs", "CTA's part", "parts", "warps", "shared KiB", "us", "issue", "tensor",
+         "shared", "memory", "per step us", "MB", "GFLOP")
     ]  # fmt: skip
     for width, scale, stage, size in _published():
         for batch in batches:
@@ -122,8 +124,8 @@ def prediction_table(device: str = "sm_90", batches: tuple[int, ...] = (1, 32, 2
             rows.append(
                 (f"{width}w{scale}s", f"{size}", launch_plan.INSTANCE_NAMES[plan.instance], f"{batch}", f"{plan.ctas}", part,
                  f"{plan.row_parts}x{plan.channel_parts}", launch_plan.warps(plan), f"{plan.shared_bytes / 1024:.0f}",
-                 f"{plan.nanoseconds / 1000:.0f}",
-                 f"{plan.steps_nanoseconds / 1000:.0f}", f"{plan.dram_bytes / 1e6:.1f}", f"{plan.flops / 1e9:.2f}")
+                 *(f"{nanoseconds / 1000:.0f}" for nanoseconds in (plan.nanoseconds, *plan.bounds(), plan.steps_nanoseconds)),
+                 f"{plan.dram_bytes / 1e6:.1f}", f"{plan.flops / 1e9:.2f}")
             )  # fmt: skip
     return rows
 
@@ -134,7 +136,8 @@ def _published() -> list[tuple[int, int, int, int]]:
 
 
 def _problem(batch: int, width: int, scale: int, size: int, dtype: torch.dtype = torch.bfloat16) -> ChainProblem:
-    return ChainProblem(ChainConfig(), torch.device("cuda"), dtype, batch, size, size, width, scale - 1, True)
+    around = 64 * 4 * 56 // size, 64 * 4 * 56 // size
+    return ChainProblem(ChainConfig(), torch.device("cuda"), dtype, batch, size, size, width, scale - 1, True, around)
 
 
 def _shared_bytes_by_kernel() -> dict[tuple[str, str], dict[int, int]]:

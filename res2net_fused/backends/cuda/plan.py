@@ -10,6 +10,7 @@ import torch
 from ..._native import library
 from ...chain.activations import CLAMPS
 from ...chain.problem import ChainProblem
+from ..triton.block import slot_pitch
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum DataType in csrc/cuda/plan/data_type.h
 
@@ -45,6 +46,7 @@ class PlanRequest(NamedTuple):
     adds: bool
     passes: bool  # whether a group has no convolution
     type: int  # of TYPES
+    slot: int  # channels from one group of a pixel to the next
 
 
 class Plan(NamedTuple):
@@ -75,10 +77,18 @@ class Plan(NamedTuple):
     steps_nanoseconds: int  # predicted for one launch per convolution
     capability: int  # of the device, such as 90
     rates: int  # the capability whose rates the two times are counted with
+    issue_nanoseconds: int  # at the least: instructions of the busiest multiprocessor,
+    tensor_nanoseconds: int  # its products,
+    shared_nanoseconds: int  # its shared memory,
+    memory_nanoseconds: int  # and the device's; all without start and launch
 
     def launch_arguments(self) -> dict[str, int]:
         """Return those fields, by name, that the kernel's launch is told."""
         return dict(zip(self._fields[: self._fields.index("ctas")], self, strict=False))
+
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Return the nanoseconds that issue slots, tensor cores, shared memory and memory need at the least."""
+        return self.issue_nanoseconds, self.tensor_nanoseconds, self.shared_nanoseconds, self.memory_nanoseconds
 
 
 def unsupported(problem: ChainProblem) -> str | None:
@@ -120,11 +130,16 @@ def plan_chain(problem: ChainProblem, limits: library.DeviceLimits, rank: int = 
     return found
 
 
+def slot_of(problem: ChainProblem) -> int:
+    """Channels from one group of a pixel to the next: dense, but for a block, which lays them out itself."""
+    return problem.width if problem.around is None else slot_pitch(problem.width, 1, problem.dtype.itemsize)
+
+
 def plan_request(problem: ChainProblem) -> PlanRequest:
     c = problem.config
     return PlanRequest(
         max(1, problem.batch), problem.height, problem.width_pixels, problem.width, problem.steps, c.stride, c.dilation,
-        c.hierarchical, c.passthrough != "none", TYPES[problem.dtype],
+        c.hierarchical, c.passthrough != "none", TYPES[problem.dtype], slot_of(problem),
     )  # fmt: skip
 
 

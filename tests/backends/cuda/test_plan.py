@@ -1,6 +1,7 @@
 """The launch plan of the native CUDA backend and the choice it leads to; no GPU needed."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +210,35 @@ def test_bytes_and_flops_are_those_of_the_tensors():
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("device", LIMITS)
+def test_no_prediction_is_shorter_than_what_bounds_it(device, dtype):
+    for p in published(dtype=dtype):
+        if dtype == torch.bfloat16 or p.width not in WIDE_FOR_100_KIB:
+            plan = plan_chain(p, LIMITS[device])
+            assert plan.nanoseconds > max(plan.bounds()) and min(plan.bounds()) > 0
+
+
+@needs_library
+def test_the_bound_of_the_tensor_cores_is_that_of_the_busiest_multiprocessor():
+    for p in published():
+        plan = plan_chain(p, LIMITS["sm_90"])
+        cycles = 1.05 if launch_plan.INSTANCE_NAMES[plan.instance] in launch_plan.WGMMA_INSTANCES else 1.55
+        products = -(-plan.ctas // 132) * plan.mma_flops / plan.ctas / (2 * 16 * 8 * 16)
+        assert plan.tensor_nanoseconds == pytest.approx(products * cycles / 1.7, abs=1)
+
+
+@needs_library
+def test_a_block_is_planned_with_its_padded_groups():
+    chain = problem(32, 14, 8, 56, 56)
+    block = replace(chain, around=(256, 256))
+    dense, padded = (plan_chain(p, LIMITS["sm_90"]) for p in (chain, block))
+    weights = 7 * 9 * 2 * 256
+    assert (padded.dram_bytes - weights) * 14 == (dense.dram_bytes - weights) * 16
+    assert padded.issue_nanoseconds < 0.8 * dense.issue_nanoseconds  # copies of 16 bytes instead of 4
+
+
+@needs_library
 def test_float32_moves_twice_the_bytes_for_the_same_flops():
     half, single = (plan_chain(problem(32, 26, 4, 56, 56, dtype), LIMITS["sm_90"]) for dtype in (torch.float16, torch.float32))
     assert single.flops == half.flops
@@ -334,7 +364,9 @@ def test_python_names_the_instances_of_the_table():
 
 
 def test_the_line_for_explain_names_the_cut_and_the_prediction():
-    plan = launch_plan.Plan(1, 14, 56, 1, 0, 4, 1, 18, 2, 1, 1, 1, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000, 90, 90)
+    plan = launch_plan.Plan(
+        1, 14, 56, 1, 0, 4, 1, 18, 2, 1, 1, 1, 128, 128, 182784, 1, 4, 1, 1, 1, 1, 27123, 63000, 90, 90, 1, 1, 1, 1
+    )
     assert ", tf32, 128 CTAs" in launch_plan.describe(plan, torch.float32)
     line = launch_plan.describe(plan, torch.bfloat16)
     assert "parts" not in line and "4x1 warps" in line

@@ -175,7 +175,7 @@ def _problem_numbers(case: Case) -> ctypes.Array:
     c = case.config
     request = launch_plan.PlanRequest(
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
-        c.passthrough != "none", launch_plan.TYPES[case.dtype],
+        c.passthrough != "none", launch_plan.TYPES[case.dtype], case.width + case.pad,
     )  # fmt: skip
     return (ctypes.c_int64 * len(request))(*request)
 

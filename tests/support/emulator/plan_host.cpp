@@ -10,7 +10,7 @@ namespace {
 // Numbers in the order of PlanRequest in res2net_fused/backends/cuda/plan.py; numbers[8] is read by plan_call.
 ChainProblem problem_of(const int64_t* numbers) {
   const auto p = [&](int i) { return int(numbers[i]); };
-  return {numbers[0], p(1), p(2), p(3), p(4), p(5), p(6), p(7) != 0, DataType(p(9))};
+  return {numbers[0], p(1), p(2), p(3), p(4), p(5), p(6), p(7) != 0, DataType(p(9)), p(10)};
 }
 }  // namespace
 
