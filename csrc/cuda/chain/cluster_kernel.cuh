@@ -32,7 +32,6 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   using Base = StripCta<Element, 0, COLUMNS, TILES>;
   using Base::a, Base::g, Base::lane, Base::strip, Base::thread, Base::threads, Base::warp_m, Base::warp_n;
   using typename Base::ChunkCursor;
-  using typename Base::Pixel;
   int row_part, channel_part, warp_k;
 
   DEVICE ClusterCta(const ChainArguments& arguments, int block) : Base(arguments, block / arguments.geometry.channel_parts) {
@@ -85,8 +84,7 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
     const int turns = g.chunk_slices / RES2NET_CHAIN_UNROLL;
     int turn = (warp_k - chunk * turns) % g.warps_k;
     if (turn < 0) turn += g.warps_k;
-    this->multiply_slices(
-        sums, base, step, weights, chunk * g.chunk_slices, turn * RES2NET_CHAIN_UNROLL, g.warps_k * RES2NET_CHAIN_UNROLL);
+    this->multiply_turns(sums, base, step, weights, chunk, turn, g.warps_k);
   }
 
   // Where a warp leaves its sums of half a tile for the one that finishes it.
@@ -166,10 +164,10 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
       const int stored = g.by_part_columns.divide(i);
       const int chunk = first_chunk + i - stored * g.part_columns;
       const int down = g.by_stored.divide(stored);
-      const Pixel p = this->pixel_at(line + down, stored - down * g.stored);
-      if (!p.valid || chunk * 8 >= g.channels) continue;
-      const auto u = shared_load<Bytes16>(next + this->chunk_offset(this->slot_of(p.line, p.column), chunk));
-      const SharedPtr to = next + this->chunk_offset(this->slot_of(line_there + down, p.column), chunk);
+      const int column = stored - down * g.stored;
+      if (!this->is_pixel(line + down, column) || chunk * 8 >= g.channels) continue;
+      const auto u = shared_load<Bytes16>(next + this->chunk_offset(this->slot_of(line + down, column), chunk));
+      const SharedPtr to = next + this->chunk_offset(this->slot_of(line_there + down, column), chunk);
       int receiver = channel_part;  // this CTA is the last of its own row part
       for (int j = 0; j < receivers; j++) {
         if (++receiver == g.channel_parts) receiver = 0;

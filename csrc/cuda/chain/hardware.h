@@ -52,6 +52,8 @@ struct SharedPtr {
   uint32_t at;
   DEVICE SharedPtr operator+(int offset) const { return {at + uint32_t(offset)}; }
   DEVICE SharedPtr operator^(int bits) const { return {at ^ uint32_t(bits)}; }
+  // Its bits 4 and up, of which `mask` has those that change, combined with those from 7 on: the banks' swizzle.
+  DEVICE SharedPtr swizzled(int mask) const { return {at ^ (at >> 3 & uint32_t(mask))}; }
   DEVICE SharedPtr part(int offset, int /*size*/, const char* /*name*/) const { return {at + uint32_t(offset)}; }
   DEVICE uint32_t address() const { return at; }
 };
@@ -70,10 +72,20 @@ DEVICE int kept(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+DEVICE SharedPtr kept(SharedPtr place) { return {uint32_t(kept(int(place.at)))}; }
 template <class T>
 DEVICE T* kept(T* pointer) {
   size_t address = __cvta_generic_to_global(pointer);
   asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
+// `count` times `bytes` further on, both without a sign, in one instruction.
+template <class T>
+DEVICE T* stepped(T* pointer, int count, int bytes) {
+  static_assert(sizeof(T) == 1);
+  size_t address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(count), "r"(bytes), "l"(__cvta_generic_to_global(pointer)));
   return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
@@ -162,6 +174,21 @@ DEVICE void copy_async(SharedPtr to, const void* from, int valid = BYTES) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(global), "n"(BYTES), "r"(valid)
                  : "memory");
+}
+// The same of all bytes, or of none: these are not looked for then, and `from` may be anywhere.
+template <int BYTES>
+DEVICE void copy_async_or_zero(bool copies, SharedPtr to, const void* from) {
+  const auto global = __cvta_generic_to_global(from);
+  if constexpr (BYTES == 16)
+    asm volatile(
+        "{.reg .pred none; setp.eq.b32 none, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, none;}" ::"r"(to.address()),
+        "l"(global), "r"(int(copies))
+        : "memory");
+  else
+    asm volatile(
+        "{.reg .pred none; setp.eq.b32 none, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, none;}" ::"r"(to.address()),
+        "l"(global), "r"(int(copies)), "n"(BYTES)
+        : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's committed groups are unfinished. The instruction takes a constant; beyond 3

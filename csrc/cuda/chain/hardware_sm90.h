@@ -20,7 +20,10 @@ struct SharedMatrix {
   DEVICE SharedMatrix(SharedPtr start, int leading, int stride)
       : descriptor(matrix_descriptor(start.address(), leading, stride)) {}
   DEVICE explicit SharedMatrix(uint64_t moved) : descriptor(moved) {}
-  DEVICE SharedMatrix operator+(int bytes) const { return SharedMatrix(descriptor + uint64_t(int64_t(bytes >> 4))); }
+  // That many times 16 bytes further on, or back: the address lies in the lower word, and ends up in shared memory.
+  DEVICE SharedMatrix moved(int units) const {
+    return SharedMatrix((descriptor & ~uint64_t(0xffffffff)) | (uint32_t(descriptor) + uint32_t(units)));
+  }
 };
 
 // A value that all lanes of a warp agree on, so that the compiler knows.

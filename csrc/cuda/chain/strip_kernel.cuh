@@ -3,119 +3,28 @@
 // A CTA owns a part of the output (see cuda/plan/geometry.h) and keeps u_i of that part and its halo in shared memory: step i
 // reads strip i % 2. Meanwhile x_{i+1} arrives in the other strip, where the step's end adds y_i to it.
 #pragma once
-#include "cuda/chain/words.h"
-#include "cuda/plan/arguments.h"
-#include "cuda/plan/instances.h"
+#include "cuda/chain/strip_layout.cuh"
 
 namespace res2net_fused::cuda {
 
 // DEPTHS, COLUMNS and TILES as in cuda/plan/instances.h.
 template <class Element, int DEPTHS, int COLUMNS, int TILES>
-struct StripCta : Words<Element> {
-  using Own = Words<Element>;
-  using Own::BYTES, Own::PER_WORD, Own::add_word, Own::held, Own::pack_word, Own::rounded, Own::unpack_word;
-  using typename Own::Pair;
+struct StripCta : StripLayout<Element, DEPTHS> {
+  using Base = StripLayout<Element, DEPTHS>;
+  using Base::a, Base::g, Base::x, Base::out, Base::thread, Base::threads, Base::lane, Base::warp_m, Base::warp_n;
+  using Base::Base;
+  using Base::BYTES, Base::PER_WORD, Base::add_word, Base::held, Base::pack_word, Base::rounded, Base::unpack_word;
+  using Base::chunk_offset, Base::channel_offset, Base::swizzled_place, Base::slot_of, Base::slot_of_position, Base::strip;
+  using Base::first_channel, Base::lower, Base::upper, Base::stage, Base::tables, Base::line_at, Base::raster_line_at;
+  using Base::in_image, Base::is_pixel, Base::turn_at, Base::NONE;
+  using typename Base::Line, typename Base::Outputs, typename Base::Owned, typename Base::Pair;
   static constexpr int COLUMN_BYTES = 256;  // of 8 output channels of a K slice of the weights
-
-  const ChainArguments& a;
-  const ChainGeometry& g;
-  const unsigned char* x;  // of the first image of this CTA
-  unsigned char* out;
-  SharedPtr shared;
-  int thread, lane, warp_m, warp_n, threads;
-  int first_channel = 0;                     // that this CTA computes
-  uint32_t lower, upper;                     // in half precision: the bounds of y, twice each
-  int first_image, first_row, first_column;  // image, row and column that line 0 and column 0 of the strip stand for
-  int first_out_row, first_out_column;       // of `out`, that the raster of output positions begins with at step 0
-
-  // block: counts the parts of the images, see ChainGeometry.
-  DEVICE StripCta(const ChainArguments& arguments, int block)
-      : a(arguments), g(arguments.geometry), shared(shared_memory()), thread(thread_index()), lane(thread % 32),
-        lower(pack_word(a.lower, a.lower)), upper(pack_word(a.upper, a.upper)) {
-    warp_n = thread / 32 % g.warps_n;
-    warp_m = thread / 32 / g.warps_n;
-    threads = 32 * g.warps_m * g.warps_n;
-    const int column_block = block % g.column_blocks;
-    const int row_block = block / g.column_blocks % g.row_blocks;
-    first_image = block / g.column_blocks / g.row_blocks * g.tile_images;
-    first_row = row_block * g.rows * g.stride - g.lead;
-    first_column = column_block * g.columns * g.stride - g.halo_columns;
-    first_out_row = g.stride == 1 ? first_row + g.work_line(0) : row_block * g.rows;
-    first_out_column = g.stride == 1 ? first_column : column_block * g.columns;
-    const int64_t pixels = int64_t(first_image) * g.height * g.width;
-    const int64_t out_pixels = int64_t(first_image) * g.out_height * g.out_width;
-    x = held(static_cast<const unsigned char*>(a.x) + pixels * a.x_slots.pixel * BYTES);
-    out = held(static_cast<unsigned char*>(a.out) + out_pixels * a.out_slots.pixel * BYTES);
-  }
-
-  // ---- where things are ----
-
-  DEVICE int depths() const {
-    if constexpr (DEPTHS > 0)
-      return DEPTHS;
-    else
-      return g.depths;
-  }
-  DEVICE int depths_divide(int slice) const {
-    if constexpr (DEPTHS > 0)
-      return slice / DEPTHS;
-    else
-      return g.by_depths.divide(slice);
-  }
-  DEVICE int slot_bytes() const {
-    if constexpr (DEPTHS > 0)
-      return slot_bytes_of(DEPTHS, DEPTHS);
-    else
-      return g.slot_bytes;
-  }
-  DEVICE SharedPtr strip(int step) const {
-    return shared.part(step % 2 * g.strip_bytes, g.strip_bytes, step % 2 ? "strip 1" : "strip 0");
-  }
-  DEVICE SharedPtr stage(int index) const {
-    return shared.part(g.strips * g.strip_bytes + index * g.stage_bytes, g.stage_bytes, "weights");
-  }
-  DEVICE int slot_of(int line, int column) const { return g.dilation + line * g.pitch + column; }
-  static DEVICE int swizzle(int slot) { return unsigned(slot) / (8 / (2 * DEPTHS)) % (2 * DEPTHS); }
-  DEVICE int chunk_offset(int slot, int chunk) const {
-    if constexpr (DEPTHS == PLANES) return chunk * g.plane_bytes + slot * 16;
-    if constexpr (swizzled(DEPTHS)) chunk ^= swizzle(slot);
-    return slot * slot_bytes() + chunk * 16;
-  }
-  DEVICE int channel_offset(int slot, int channel) const {
-    constexpr int PER_CHUNK = 16 / BYTES;
-    return chunk_offset(slot, channel / PER_CHUNK) + channel % PER_CHUNK * BYTES;
-  }
-
-  // A pixel of the strip: its slot, and the pixel of x it stands for.
-  struct Pixel {
-    int line, column;              // of the strip
-    int image, row, image_column;  // image: counted from the CTA's first
-    bool valid;                    // inside an image
-  };
-  DEVICE Pixel pixel_at(int line, int column) const {
-    Pixel p{line, column, g.by_period.divide(line), 0, first_column + column, false};
-    p.row = first_row + line - p.image * g.period;
-    // A zero slot of a full line is column `width`; beside a column part it is outside the halo, where nothing matters.
-    p.valid = (unsigned(p.row) < unsigned(g.height)) & (unsigned(p.image_column) < unsigned(g.width)) &
-              (first_image + p.image < g.images);
-    return p;
-  }
-  DEVICE int out_offset(const Pixel& p) const {
-    const int row = g.by_stride.divide(p.row), column = g.by_stride.divide(p.image_column);
-    return ((p.image * g.out_height + row) * g.out_width + column) * a.out_slots.pixel * BYTES;
-  }
-  // The slot in the middle of the window of an output position.
-  DEVICE int slot_of_position(int step, int position) const {
-    if (g.stride == 1) return slot_of(g.work_line(step), position);
-    const int line = g.by_work_pitch.divide(position), column = position - line * g.work_pitch;
-    return slot_of(g.work_line(step) + line * g.stride, g.work_column + column * g.stride);
-  }
 
   // ---- data into shared memory ----
 
   DEVICE void clear_strips() const {
     for (int chunk = thread; chunk < g.strips * g.strip_bytes / 16; chunk += threads)
-      shared_store(shared + chunk * 16, Bytes16{});
+      shared_store(this->shared + chunk * 16, Bytes16{});
   }
 
   // Starts copying x of the group that step `step` convolves: all lines of which that step reads anything.
@@ -135,24 +44,23 @@ struct StripCta : Words<Element> {
     const int pieces = int(by_pieces.divisor);
     const bool many = pieces > threads;
     const int together = kept(many ? 1 : by_pieces.divide(threads)), first = many ? 0 : by_pieces.divide(thread);
-    const int end = first < together ? kept((g.lines - 2 * first_line) * g.stored) : 0;
-    const FastDivisor by_stored = held(g.by_stored), by_period = held(g.by_period);
-    const int first_image_row = kept(first_row), image_column = kept(first_column), pixel_bytes = kept(a.x_slots.pixel * BYTES);
+    const FastDivisor by_line = shared_load<FastDivisor>(tables());
+    const int per_line = int(by_line.divisor);
+    const int end = first < together ? kept((g.lines - first_line) * per_line) : 0;
+    const int pixel_bytes = kept(a.x_slots.pixel * BYTES), pixel_step = kept(chunk_offset(together, 0));
+    const SharedPtr lines = line_at(0) + 2 * int(sizeof(int));
     for (int piece = thread - first * pieces; piece < pieces; piece += many ? threads : pieces) {
-      const int byte = first_byte + piece * MOVE, left = BYTES * g.channels - byte;
-      if (left <= 0) break;
+      const int byte = first_byte + piece * MOVE;
+      if (byte >= a.load_width) break;
       const unsigned char* const from = kept(x + (a.first_group + step) * a.x_slots.slot * BYTES + byte);
-      const SharedPtr to = strip(step) + channel_offset(0, byte / BYTES);
-      const int valid = kept(left < MOVE ? left : MOVE);
-      for (int stored = first; stored < end; stored += together) {
-        int line = by_stored.divide(stored);
-        const int column = stored - line * int(by_stored.divisor);
-        line += first_line;
-        const int image = by_period.divide(line);
-        const int row = first_image_row + line - image * int(by_period.divisor), x_column = image_column + column;
-        if ((unsigned(row) < unsigned(g.height)) & (unsigned(x_column) < unsigned(g.width)) & (first_image + image < g.images))
-          copy_async<MOVE>(
-              moved(to, slot_of(line, column)), from + ((image * g.height + row) * g.width + x_column) * pixel_bytes, valid);
+      int pixel = first_line * per_line + first;
+      SharedPtr to = strip(step) + (channel_offset(0, byte / BYTES) + chunk_offset(pixel, 0));
+      for (; pixel < end; pixel += together, to = to + pixel_step) {
+        const auto line = shared_load<Bytes8>(lines + by_line.divide(pixel) * int(sizeof(Line)));
+        copy_async_or_zero<MOVE>(  // zeros into lines that stay zero
+           
+            int(line.word[0]) != NONE, swizzled_place(to + int(line.word[1])),
+            stepped(from, int(line.word[0]) + pixel, pixel_bytes));
       }
     }
   }
@@ -192,52 +100,55 @@ struct StripCta : Words<Element> {
     else
       copy_group<4>(first, sharers);
   }
-  DEVICE int owned_pixels() const { return g.tile_images * g.rows * g.columns; }
-  // The pixel of x at the middle of the window of an owned output pixel, all of which are numbered image by image.
-  DEVICE Pixel owned_pixel(int index) const {
-    const int row = index / g.columns;
-    const int image = row / g.rows;
-    const int line = g.lead + image * g.period + (row - image * g.rows) * g.stride;
-    return pixel_at(line, g.owned_column + (index - row * g.columns) * g.stride);
+  // An output position of those of the lines that this CTA owns.
+  struct Passed {
+    int line, column;  // of the strip, in the middle of the window
+    int out;           // pixel of `out`, or NONE
+  };
+  DEVICE int owned_positions() const { return g.owned_lines * g.work_pitch; }
+  DEVICE Passed owned_position(int position) const {
+    const int down = g.by_work_pitch.divide(position), right = position - down * g.work_pitch;
+    const auto line = shared_load<Line>(raster_line_at(g.stride == 1 ? g.lead + down : down));
+    const auto outputs = shared_load<Outputs>(tables() + 16);
+    const bool owned = (line.owned != NONE) & (unsigned(right - outputs.first) < unsigned(outputs.count)) &
+                       (unsigned(right - g.first_owned_column()) < unsigned(g.owned_columns));
+    return {g.lead + down * g.stride, g.work_column + right * g.stride, owned ? line.owned + right : NONE};
   }
   template <int MOVE>
   DEVICE void copy_group(int first, int sharers) const {
     using Vector = typename VectorOf<MOVE>::type;
     const int pieces = int(a.by_copy_pieces.divisor);
-    for (int i = first; i < owned_pixels() * pieces; i += sharers) {
-      const int index = a.by_copy_pieces.divide(i);
-      const Pixel p = owned_pixel(index);
-      if (!p.valid) continue;
-      const int channel_bytes = (i - index * pieces) * MOVE;
-      global_store(
-          out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes,
-          global_load<Vector>(passed_x(p) + channel_bytes));
+    for (int i = first; i < owned_positions() * pieces; i += sharers) {
+      const int index = a.by_copy_pieces.divide(i), channel_bytes = (i - index * pieces) * MOVE;
+      const Passed p = owned_position(index);
+      if (p.out == NONE) continue;
+      global_store(passed_out(p) + channel_bytes, global_load<Vector>(passed_x(p.line, p.column) + channel_bytes));
     }
   }
-  DEVICE const unsigned char* passed_x(const Pixel& p) const {
-    const int pixel = (p.image * g.height + p.row) * g.width + p.image_column;
+  DEVICE unsigned char* passed_out(const Passed& p) const {
+    return out + (p.out * a.out_slots.pixel + a.passed_group * a.out_slots.slot) * BYTES;
+  }
+  // A pixel of the strip that lies in an image.
+  DEVICE const unsigned char* passed_x(int line, int column) const {
+    const int pixel = shared_load<Line>(line_at(line)).pixel + column;
     return x + (pixel * a.x_slots.pixel + a.passed_group * a.x_slots.slot) * BYTES;
   }
   DEVICE void pool_group(int first, int sharers) const {  // 3x3 average, padding 1
     const int pieces = int(a.by_copy_pieces.divisor);
-    for (int i = first; i < owned_pixels() * pieces; i += sharers) {
-      const int index = a.by_copy_pieces.divide(i);
-      const Pixel p = owned_pixel(index);
-      if (!p.valid) continue;
-      const int channel_bytes = (i - index * pieces) * 4;
-      global_store(
-          out + out_offset(p) + a.passed_group * a.out_slots.slot * BYTES + channel_bytes, pooled_word(p, channel_bytes));
+    for (int i = first; i < owned_positions() * pieces; i += sharers) {
+      const int index = a.by_copy_pieces.divide(i), channel_bytes = (i - index * pieces) * 4;
+      const Passed p = owned_position(index);
+      if (p.out != NONE) global_store(passed_out(p) + channel_bytes, pooled_word(p.line, p.column, channel_bytes));
     }
   }
-  DEVICE uint32_t pooled_word(const Pixel& p, int channel_bytes) const {
+  DEVICE uint32_t pooled_word(int line, int column, int channel_bytes) const {
     Float2 sum{0, 0};
     int count = 0;
     for (int dy = -1; dy <= 1; dy++) {
+      if (shared_load<Line>(line_at(line + dy)).pixel == NONE) continue;
       for (int dx = -1; dx <= 1; dx++) {
-        const int row = p.row + dy, column = p.image_column + dx;
-        if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
-        const int offset = (dy * g.width + dx) * a.x_slots.pixel * BYTES + channel_bytes;
-        const Float2 values = unpack_word(global_load<uint32_t>(passed_x(p) + offset));
+        if (!in_image(column + dx)) continue;
+        const Float2 values = unpack_word(global_load<uint32_t>(passed_x(line + dy, column + dx) + channel_bytes));
         sum.x += values.x, sum.y += values.y, count++;
       }
     }
@@ -251,31 +162,34 @@ struct StripCta : Words<Element> {
       const int stored = i / pieces;
       const int channel = (i - stored * pieces) * PER_WORD;
       const int line = g.by_stored.divide(stored);
-      const Pixel p = pixel_at(line, stored - line * g.stored);
-      if (!p.valid) continue;
-      const uint32_t passed =
-          a.pool == NO_POOL ? global_load<uint32_t>(passed_x(p) + channel * BYTES) : pooled_word(p, channel * BYTES);
-      const SharedPtr u = strip(0) + channel_offset(slot_of(line, p.column), channel);
+      const int column = stored - line * g.stored;
+      if (!is_pixel(line, column)) continue;
+      const uint32_t passed = a.pool == NO_POOL ? global_load<uint32_t>(passed_x(line, column) + channel * BYTES)
+                                                : pooled_word(line, column, channel * BYTES);
+      const SharedPtr u = swizzled_place(strip(0) + channel_offset(slot_of(line, column), channel));
       shared_store(u, add_word(passed, shared_load<uint32_t>(u)));
     }
   }
 
   // ---- one pass: 16 * TILES positions of a warp, all K slices ----
 
-  // sums += the products of one chunk of K slices; base: the slots of this lane's rows of the mma's A.
+  // sums += the products of one chunk of K slices; base: from the begin of the strip to this lane's rows of the mma's A.
   DEVICE void multiply_chunk(
       Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
-    multiply_slices(sums, base, step, weights, chunk * g.chunk_slices, 0, RES2NET_CHAIN_UNROLL);
+    multiply_turns(sums, base, step, weights, chunk, 0, 1);
   }
-  // RES2NET_CHAIN_UNROLL slices of every `stride` in a chunk, from the `begin`th on.
-  DEVICE void multiply_slices(
-      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int first_slice, int begin,
+  // Of RES2NET_CHAIN_UNROLL slices each: every `stride`th turn of a chunk, from the `begin`th on.
+  DEVICE void multiply_turns(
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk, int begin,
       int stride) const {
-    const int slice_bytes = g.part_columns * COLUMN_BYTES;
+    const int turns = g.chunk_slices / RES2NET_CHAIN_UNROLL, slice_bytes = g.part_columns * COLUMN_BYTES;
     const SharedPtr source = strip(step);
-    SharedPtr weight = weights + begin * slice_bytes + warp_n * COLUMNS * COLUMN_BYTES + lane * 16;
+    const SharedPtr shifts_of = turn_at(chunk * turns);
+    SharedPtr weight = weights + begin * RES2NET_CHAIN_UNROLL * slice_bytes + warp_n * COLUMNS * COLUMN_BYTES + lane * 16;
 #pragma unroll 1
-    for (int slice = first_slice + begin; slice < first_slice + g.chunk_slices; slice += stride) {
+    for (int turn = begin; turn < turns; turn += stride) {
+      const SharedPtr shift = shifts_of + turn * int(sizeof(Bytes16));
+      const Bytes16 shifts = DEPTHS > 0 ? shared_load<Bytes16>(shift) : Bytes16{};  // else there may be no registers left
 #pragma unroll
       for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
         FragmentB b[COLUMNS];
@@ -286,16 +200,14 @@ struct StripCta : Words<Element> {
         }
         if constexpr (COLUMNS % 2) b[COLUMNS - 1] = load_columns(weight + (COLUMNS - 1) * COLUMN_BYTES);
         weight = weight + slice_bytes;
-        const int tap = depths_divide(slice + k);
-        const int depth = slice + k - tap * depths();
-        const int shift = ((tap / 3 - 1) * g.pitch + tap % 3 - 1) * g.dilation;
+        const int moved = int(DEPTHS > 0 ? shifts.word[k] : shared_load<Bytes4>(shift + k * 4).word[0]);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-          const FragmentA matrix = rounded(load_matrix(source + chunk_offset(base[tile] + shift, 2 * depth + lane / 16)));
+          const FragmentA matrix = rounded(load_matrix(swizzled_place(source + (base[tile] + moved))));
           multiply<Element>(sums[tile], matrix, b);
         }
       }
-      weight = weight + (stride - RES2NET_CHAIN_UNROLL) * slice_bytes;
+      weight = weight + (stride - 1) * RES2NET_CHAIN_UNROLL * slice_bytes;
     }
   }
 
@@ -311,12 +223,6 @@ struct StripCta : Words<Element> {
       for (int tile = 0; tile < TILES; tile++) sums[tile][j] = {{start.x, start.y, start.x, start.y}};
     }
   }
-  // Where slot 0's channel is in another slot: beside it by whole slots, in another order of its chunks if that is swizzled.
-  DEVICE SharedPtr moved(SharedPtr first, int slot) const {
-    if constexpr (DEPTHS == PLANES) return first + slot * 16;
-    if constexpr (swizzled(DEPTHS)) return (first + slot * slot_bytes()) ^ swizzle(slot) * 16;
-    return first + slot * slot_bytes();
-  }
   // Where a thread's channel of column j is, beside that of column 0. An instance that swizzles has one warp along them.
   DEVICE SharedPtr column_of(SharedPtr first, int j) const {
     if constexpr (DEPTHS == PLANES) return first + j * g.plane_bytes;
@@ -326,54 +232,53 @@ struct StripCta : Words<Element> {
 
   // What all output positions of a step have in common, for one thread.
   struct Raster {
-    int line, row, owned_line, slot;  // of the strip, of `out`, the first owned one of the raster, and the slot it begins with
-    int out_pixel;                    // bytes
-    int real, filled, added;          // channels from this thread's first one on: of the group, written, added to x
-    FastDivisor by_pitch, by_period;
+    int out_pixel;     // bytes
+    int real, filled;  // channels from this thread's first one on: of the group, written
+    bool adds;         // to x of the next group
+    Outputs outputs;
+    Owned owned;
     unsigned char* to;
-    SharedPtr u;  // of slot 0
+    SharedPtr lines, u;  // of the first line and position
   };
   DEVICE Raster raster_of(int step) const {
     const int channel = lane_channel();
-    const bool adds = g.adds && step + 1 < g.steps;  // with stride 1
     Raster r;
-    r.line = held(g.work_line(step));
-    r.row = held(first_out_row + step * g.shrink);
-    r.owned_line = held(g.first_owned_line(step));
-    r.slot = held(slot_of(g.work_line(step), 0));
     r.out_pixel = held(a.out_slots.pixel * BYTES);
     r.real = held(g.channels - channel);
     r.filled = held(a.fill_channels - channel);
-    r.added = held(adds ? g.channels - channel : 0);
+    r.adds = g.adds && step + 1 < g.steps;  // with stride 1
+    r.outputs = shared_load<Outputs>(tables() + 16);
+    r.owned = shared_load<Owned>(tables() + 32);
     r.to = held(out + ((a.first_group + step) * a.out_slots.slot + channel) * BYTES);
-    r.u = strip(step + 1) + channel_offset(0, channel);
-    r.by_pitch = held(g.by_work_pitch), r.by_period = held(g.by_period);
+    r.lines = raster_line_at(g.stride == 1 ? g.work_line(step) : 0);
+    if constexpr (DEPTHS != 0) r.lines = held(r.lines);  // else there may be no register left
+    r.u = strip(step + 1) + channel_offset(slot_of(g.work_line(step), 0), channel);
     return r;
   }
 
   // One position, this thread's channels: y to `out`, and y + x to where x of the next group is.
   DEVICE void finish(const Accumulator (&sums)[COLUMNS], int half, const Raster& r, int position) const {
-    const int line = r.by_pitch.divide(position), column = position - line * int(r.by_pitch.divisor);
-    const int image = r.by_period.divide(r.line + line);
-    const int row = r.row + line - image * int(r.by_period.divisor), out_column = first_out_column + column;
-    const bool valid = (unsigned(row) < unsigned(g.out_height)) & (unsigned(out_column) < unsigned(g.out_width)) &
-                       (first_image + image < g.images);
+    const int down = FastDivisor::divide(position, r.outputs.magic), column = position + down * r.outputs.up;
+    const auto line = shared_load<Bytes8>(r.lines + down * int(sizeof(Line)));  // its pixel, and that which is owned
+    const bool valid = (int(line.word[0]) != NONE) & (unsigned(column - r.outputs.first) < unsigned(r.outputs.count));
     if (!valid) return;  // a slot that stays zero, as padding of the next convolution
-    const bool owned = (unsigned(line - r.owned_line) < unsigned(g.owned_lines)) &
-                       (unsigned(column - g.first_owned_column()) < unsigned(g.owned_columns));
-    const int filled = owned ? r.filled : 0;
-    unsigned char* const to = held(r.to + ((image * g.out_height + row) * g.out_width + out_column) * r.out_pixel);
-    const SharedPtr u = moved(r.u, r.slot + position);
+    const bool owned = (int(line.word[1]) != NONE) & (unsigned(column - r.owned.first) < unsigned(r.owned.count));
+    unsigned char* const to = stepped(r.to, int(line.word[0]) + column, r.out_pixel);
+    const SharedPtr u = swizzled_place(r.u + chunk_offset(position, 0));
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) {
       Pair y = clamped(sums[j].value[2 * half], sums[j].value[2 * half + 1]);
-      // Zero weights give a zero sum, but for Inf and NaN. In half precision the number of channels is even.
-      if (r.real <= j * 8) y = Pair{};
-      if constexpr (BYTES == 4) {
-        if (r.real <= j * 8 + 1) y.word[1] = 0;
+      constexpr int SURE = sure_columns(DEPTHS);
+      if (j >= SURE) {
+        // Zero weights give a zero sum, but for Inf and NaN. In half precision the number of channels is even.
+        if (r.real <= j * 8) y = Pair{};
+        if constexpr (BYTES == 4) {
+          if (r.real <= j * 8 + 1) y.word[1] = 0;
+        }
       }
-      if (filled > j * 8) store_pair(to + j * 8 * BYTES, filled - j * 8, y);
-      if (r.added > j * 8) {
+      if (owned && (j < SURE || r.filled > j * 8)) store_pair(to + j * 8 * BYTES, r.filled - j * 8, y);
+      // Where a slot has room for all columns, zeros are added to zeros behind the group.
+      if (r.adds && (DEPTHS > 0 || r.real > j * 8)) {
         const SharedPtr next = column_of(u, j);
         Pair sum = shared_load<Pair>(next);
         for (int i = 0; i < 2 / PER_WORD; i++) sum.word[i] = add_word(y.word[i], sum.word[i]);
@@ -402,11 +307,11 @@ struct StripCta : Words<Element> {
   // ---- what the other kernels do in ways of their own ----
   // The first position of this warp in a pass.
   DEVICE int first_position(int pass) const { return (pass * g.warps_m + warp_m) * 16 * TILES; }
-  // The slot of this lane's row of the mma's A.
-  DEVICE int slot_of_row(int step, int first, int tile) const {
+  // From the begin of the strip to this lane's row of the mma's A.
+  DEVICE int place_of_row(int step, int first, int tile) const {
     // Rows beyond the last position repeat it: their sums are dropped.
     const int position = first + tile * 16 + lane % 16, end = g.positions(step);
-    return slot_of_position(step, position < end ? position : end - 1);
+    return chunk_offset(slot_of_position(step, position < end ? position : end - 1), lane / 16);
   }
   DEVICE bool adds_bias() const { return true; }  // to this warp's sums
   // Before a barrier: what this thread wrote to shared memory is going to be multiplied.
@@ -437,6 +342,7 @@ struct StripCta : Words<Element> {
     ChunkCursor fetch;                     // the next chunk of weights to start copying
     cta.start_weights(fetch);
     clear_strips();
+    this->make_tables();
     sync_cta();  // cleared before the copies land
     cta.strips_are_clear();
     cta.start_group(0);
@@ -466,7 +372,7 @@ struct StripCta : Words<Element> {
         cta.start_sums(sums, step, cta.adds_bias());
         int base[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) base[tile] = cta.slot_of_row(step, first, tile);
+        for (int tile = 0; tile < TILES; tile++) base[tile] = cta.place_of_row(step, first, tile);
 #pragma unroll 1
         for (int chunk = 0; chunk < g.chunks; chunk++) {
           if (g.chunks > 1 || pass == 0) {

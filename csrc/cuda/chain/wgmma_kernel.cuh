@@ -14,6 +14,7 @@ template <class Element, int COLUMNS, int TILES>
 struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   using Base = StripCta<Element, PLANES, COLUMNS, TILES>;
   using Base::g, Base::lane, Base::warp_m, Base::warp_n;
+  static constexpr int COLUMN_UNITS = Base::COLUMN_BYTES / 16;
   int warp;  // of the warpgroup
 
   DEVICE WgmmaCta(const ChainArguments& arguments, int block) : Base(arguments, block), warp(uniform(this->thread / 32) % 4) {
@@ -24,7 +25,7 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
 
   DEVICE int first_position(int pass) const { return (pass * g.warps_m + warp_m - warp) * 16 * TILES; }
   // The slot of the first of a tile's rows. A tile without any position repeats the first one.
-  DEVICE int slot_of_row(int step, int first, int tile) const {
+  DEVICE int place_of_row(int step, int first, int tile) const {
     const int position = first + tile * PLANE_ROWS;
     return this->slot_of(g.work_line(step), 0) + (position < g.positions(step) ? position : first);
   }
@@ -36,25 +37,26 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   DEVICE void multiply_chunk(
       Accumulator (&sums)[TILES][COLUMNS], const int (&slot)[TILES], int step, SharedPtr weights, int chunk) const {
     const SharedMatrix strip(this->strip(step), g.plane_bytes, 128);
-    SharedMatrix weight = SharedMatrix(weights, 128, Base::COLUMN_BYTES) + warp_n * COLUMNS * Base::COLUMN_BYTES;
+    SharedMatrix weight = SharedMatrix(weights, 128, Base::COLUMN_BYTES).moved(warp_n * COLUMNS * COLUMN_UNITS);
     // Slices go through the depths of a tap, then through the taps of a row. No division in the loop: too slow for few warps.
     int tap = g.by_depths.divide(chunk * g.chunk_slices), depth = chunk * g.chunk_slices - tap * g.depths;
     int tap_column = tap % 3;
-    int shift = this->chunk_offset(((tap / 3 - 1) * g.pitch + tap_column - 1) * g.dilation, 2 * depth);
-    const int next_tap_bytes = g.dilation * 16 - 2 * g.depths * g.plane_bytes;
-    const int next_row_bytes = next_tap_bytes + (g.pitch - 3) * g.dilation * 16;
+    const int next_planes = 2 * g.plane_bytes / 16;  // in units of 16 bytes, as all shifts here: of a slot in its plane
+    int shift = ((tap / 3 - 1) * g.pitch + tap_column - 1) * g.dilation + depth * next_planes;
+    const int next_tap = g.dilation - g.depths * next_planes;
+    const int next_row = next_tap + (g.pitch - 3) * g.dilation;
 #pragma unroll 1
     for (int slice = 0; slice < g.chunk_slices; slice += RES2NET_CHAIN_UNROLL) {
       products_begin(sums);
 #pragma unroll
       for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) multiply_async<Element>(sums[tile], strip + (shift + slot[tile] * 16), weight);
-        weight = weight + g.packed_columns * Base::COLUMN_BYTES;
-        const bool next_tap = ++depth == g.depths, next_row = next_tap && tap_column == 2;
-        shift += 2 * g.plane_bytes + (next_row ? next_row_bytes : next_tap ? next_tap_bytes : 0);
-        depth = next_tap ? 0 : depth;
-        tap_column = next_row ? 0 : next_tap ? tap_column + 1 : tap_column;
+        for (int tile = 0; tile < TILES; tile++) multiply_async<Element>(sums[tile], strip.moved(shift + slot[tile]), weight);
+        weight = weight.moved(g.packed_columns * COLUMN_UNITS);
+        const bool tap_ends = ++depth == g.depths, row_ends = tap_ends && tap_column == 2;
+        shift += next_planes + (row_ends ? next_row : tap_ends ? next_tap : 0);
+        depth = tap_ends ? 0 : depth;
+        tap_column = row_ends ? 0 : tap_ends ? tap_column + 1 : tap_column;
       }
       products_commit();
     }

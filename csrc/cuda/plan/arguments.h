@@ -25,6 +25,7 @@ struct ChainArguments {
   int pool;            // on the passed group
   float lower, upper;  // y is clamped to this range: 0 and infinity for ReLU
   int load_bytes;      // of one copy into shared memory: 16, 8 or 4
+  int load_width;      // bytes of a group that are copied: its channels, and zeros behind them where there are any
   int copy_bytes;      // of one move of the passed group
   bool whole_pairs;    // whether two channels of y are stored at once, in every pair
   FastDivisor by_load_pieces, by_part_pieces, by_copy_pieces;  // of a whole group, of a CTA's part of its channels
@@ -52,11 +53,13 @@ inline void set_moves(ChainArguments& a, DataType type) {
   };
   const uint64_t x = alignments(a.x, a.x_slots), out = alignments(a.out, a.out_slots);
   const int group_bytes = bytes * a.geometry.channels, filled_bytes = bytes * a.fill_channels;
-  // A load may be cut short (the rest becomes zero), so only the slots' alignment counts.
-  a.load_bytes = widest_move(x);
+  // What is written as zeros lies in x as zeros.
+  a.load_width = a.fill_channels > a.geometry.channels ? divide_up(group_bytes, 16) * 16 : group_bytes;
+  if (a.load_width > filled_bytes) a.load_width = filled_bytes;
+  a.load_bytes = widest_move(x | uint64_t(a.load_width));
   a.copy_bytes = a.pool == NO_POOL ? widest_move(x | out | uint64_t(filled_bytes)) : 4;
   a.whole_pairs = widest_move(out | uint64_t(filled_bytes)) >= 2 * bytes;
-  a.by_load_pieces = FastDivisor(divide_up(group_bytes, a.load_bytes));
+  a.by_load_pieces = FastDivisor(a.load_width / a.load_bytes);
   a.by_part_pieces = FastDivisor(8 * bytes * a.geometry.part_columns / a.load_bytes);
   a.by_copy_pieces = FastDivisor(filled_bytes / a.copy_bytes);
 }

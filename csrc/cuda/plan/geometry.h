@@ -30,7 +30,8 @@ struct FastDivisor {
   RES2NET_HOST_DEVICE explicit FastDivisor(int value)
       : divisor(uint32_t(value)), magic((1u << 31) / divisor + ((1u << 31) % divisor != 0)) {}
 
-  RES2NET_HOST_DEVICE int divide(int numerator) const {
+  RES2NET_HOST_DEVICE int divide(int numerator) const { return divide(numerator, magic); }
+  static RES2NET_HOST_DEVICE int divide(int numerator, uint32_t magic) {
 #if defined(__CUDA_ARCH__)
     return int(__umulhi(uint32_t(numerator) << 1, magic));
 #else
@@ -80,6 +81,11 @@ RES2NET_HOST_DEVICE constexpr int slot_bytes_of(int instance_depths, int depths)
   return 16 * (swizzled(instance_depths) ? 2 * depths : 2 * depths | 1);
 }
 
+// Units of 8 channels that every group of an instance fills: of the last depth there may be one channel.
+RES2NET_HOST_DEVICE constexpr int sure_columns(int instance_depths) {
+  return instance_depths > 0 ? 2 * (instance_depths - 1) : 0;
+}
+
 constexpr int PLANE_ROWS = 64;  // slots of a product's A in wgmma's layout, PLANES
 
 // All that follows from the problem and the tile; plain numbers, handed to the kernel by value.
@@ -100,9 +106,10 @@ struct ChainGeometry {
   int chunk_slices, chunks, stages;  // of the weights: slices of a chunk, chunks of a step, chunks in flight or in use
   int packed_columns;                // output channels in units of 8, padded to whole warps
   int part_columns;                  // those that a CTA computes
-  int strips, slot_bytes, plane_bytes, strip_bytes, stage_bytes, shared_bytes;
+  int strips, slot_bytes, plane_bytes, strip_bytes, stage_bytes, tables_bytes, shared_bytes;
+  int table_lines, turns;  // in the tables behind the weights: lines, and turns of the main loop
 
-  FastDivisor by_period, by_stored, by_depths, by_work_pitch, by_stride;
+  FastDivisor by_period, by_stored, by_depths, by_work_pitch;
   int period;
 
   // The cluster kernel's alone: see cluster_geometry.h.
@@ -149,7 +156,7 @@ inline ChainGeometry make_geometry(
   const int input_rows = (g.rows - 1) * problem.stride + 1;
   const int input_columns = (g.columns - 1) * problem.stride + 1;
   g.lines = tile.whole ? tile.images * (problem.height + problem.dilation) + problem.dilation : input_rows + 2 * reach;
-  g.period = tile.whole ? problem.height + problem.dilation : g.lines;
+  g.period = tile.whole ? problem.height + problem.dilation : g.lines + 1;  // a strip and the line below it are of one image
   g.stored = g.column_blocks == 1 ? problem.width : input_columns + 2 * g.halo_columns;
   g.pitch = g.stored + problem.dilation;
   g.owned_column = g.halo_columns;
@@ -170,10 +177,14 @@ inline ChainGeometry make_geometry(
   g.strip_bytes = instance_depths == PLANES ? 2 * g.depths * g.plane_bytes + (PLANE_ROWS - 1) * 16 : slots * g.slot_bytes;
   g.stage_bytes = g.chunk_slices * g.part_columns * 256;
   g.row_parts = tile.row_parts, g.channel_parts = tile.channel_parts, g.warps_k = tile.warps_k;
-  g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes;
+  // The strip's lines, one above and one below, and with a stride those of the output.
+  g.table_lines = g.lines + 2 + (problem.stride > 1 ? g.rows : 0);
+  g.turns = instance_depths == PLANES ? 0 : problem.slices() / RES2NET_CHAIN_UNROLL;
+  g.tables_bytes = 16 * (3 + g.table_lines + g.turns);
+  g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes + g.tables_bytes;
 
   g.by_period = FastDivisor(g.period), g.by_stored = FastDivisor(g.stored);
-  g.by_depths = FastDivisor(g.depths), g.by_work_pitch = FastDivisor(g.work_pitch), g.by_stride = FastDivisor(g.stride);
+  g.by_depths = FastDivisor(g.depths), g.by_work_pitch = FastDivisor(g.work_pitch);
   return g;
 }
 

@@ -17,26 +17,35 @@ constexpr int MAX_POSITIONS = 1 << 15;  // keeps FastDivisor exact
 
 // Instructions of a thread, read off the machine code of nvcc 13.0 (`res2net-fused info --kernels`; a test compares them), of
 // which the model counts one per cycle and scheduler.
-constexpr double COPY_INSTRUCTIONS = 43;       // one cp.async with its index arithmetic
-constexpr double SEND_INSTRUCTIONS = 40;       // a guess, as the next: of 16 bytes to other CTAs, and as many for every
-constexpr double SEND_PER_RECEIVER = 5;        // receiver
-constexpr double FINISH_PER_ROW = 41;          // of an epilogue's half tile
-constexpr double FINISH_PER_COLUMN = 11;       // and of each pair of channels in it
-constexpr double FINISH_PER_COLUMN_TF32 = 26;  // where a pair is two words
-constexpr double FINISH_PER_COLUMN_WIDE = 20;  // of more than 12, whose conditions outnumber the predicates
-// of a turn of the main loop, RES2NET_CHAIN_UNROLL slices, beside the products themselves:
-constexpr double TURN_INSTRUCTIONS = 30;
-constexpr double TURN_PER_LOAD = 7;             // of one matrix of A,
-constexpr double TURN_PER_LOAD_TF32 = 13;       // where it is rounded
-constexpr double TURN_INSTRUCTIONS_WGMMA = 83;  // products included
-inline double finish_instructions(int columns, DataType type) {
-  const double per_column = type == TF32 ? FINISH_PER_COLUMN_TF32 : columns > 12 ? FINISH_PER_COLUMN_WIDE : FINISH_PER_COLUMN;
-  return FINISH_PER_ROW + columns * per_column;
+constexpr double COPY_INSTRUCTIONS = 19;        // one cp.async with its index arithmetic
+constexpr double SEND_INSTRUCTIONS = 40;        // a guess, as the next: of 16 bytes to other CTAs, and as many for every
+constexpr double SEND_PER_RECEIVER = 5;         // receiver
+constexpr double FINISH_PER_ROW = 22;           // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 11;        // and of each pair of channels in it,
+constexpr double FINISH_PER_COLUMN_SURE = 8;    // that every group of the instance fills,
+constexpr double FINISH_PER_COLUMN_TF32 = 27;   // where it is two words,
+constexpr double FINISH_PER_COLUMN_WGMMA = 12;  // of wgmma's sums,
+constexpr double FINISH_PER_COLUMN_WIDE = 20;   // of more than 7, whose conditions outnumber the predicates
+constexpr double TURN_INSTRUCTIONS = 14;        // of a turn of the main loop, RES2NET_CHAIN_UNROLL slices;
+constexpr double TURN_PER_LOAD = 2;             // of each matrix of A in it,
+constexpr double TURN_PER_LOAD_SWIZZLED = 4;    // if it is swizzled,
+constexpr double TURN_PER_LOAD_TF32 = 11;       // or rounded
+constexpr double TURN_INSTRUCTIONS_WGMMA = 68;  // products included
+inline double finish_instructions(const Instance& instance, DataType type) {
+  const double per_column = type == TF32           ? FINISH_PER_COLUMN_TF32
+                            : instance.columns > 7 ? FINISH_PER_COLUMN_WIDE
+                            : instance.is_wgmma()  ? FINISH_PER_COLUMN_WGMMA
+                                                   : FINISH_PER_COLUMN;
+  const int sure = sure_columns(instance.depths);
+  return FINISH_PER_ROW + sure * FINISH_PER_COLUMN_SURE + (instance.columns - sure) * per_column;
 }
 inline double turn_instructions(const Instance& instance, DataType type) {
   if (instance.is_wgmma()) return TURN_INSTRUCTIONS_WGMMA;
-  const double per_load = type == TF32 ? TURN_PER_LOAD_TF32 : TURN_PER_LOAD;
-  return TURN_INSTRUCTIONS + RES2NET_CHAIN_UNROLL * instance.tiles * (per_load + instance.columns);
+  const double per_load = type == TF32                ? TURN_PER_LOAD_TF32
+                          : swizzled(instance.depths) ? TURN_PER_LOAD_SWIZZLED
+                                                      : TURN_PER_LOAD;
+  const double per_slice = instance.tiles * (per_load + instance.columns) + divide_up(instance.columns, 2);
+  return TURN_INSTRUCTIONS + RES2NET_CHAIN_UNROLL * per_slice;
 }
 constexpr double SHARED_RATE = 128;    // bytes per cycle of one multiprocessor
 constexpr double BARRIER_CYCLES = 60;  // per chunk of weights
@@ -134,7 +143,7 @@ inline StepWork work_of_step(const ChainProblem& problem, const ChainGeometry& g
   const double weight_bytes = instance.columns * (wgmma ? 256.0 / 4 * instance.tiles : 256.0);
   work.read_bytes = outputs * slices * (weight_bytes + instance.tiles * 512.0);
   work.main_loop = outputs * slices / RES2NET_CHAIN_UNROLL * turn_instructions(instance, problem.type);
-  work.finish = outputs * instance.tiles * 2 * finish_instructions(instance.columns, problem.type);
+  work.finish = outputs * instance.tiles * 2 * finish_instructions(instance, problem.type);
   const int group_bytes = problem.channels * bytes_of(problem.type);
   double copies = more ? double(g.lines) * g.stored * copies_of(problem, group_bytes) : 0;
   if (more && g.sends) {  // of the rest, u arrives

@@ -1,7 +1,7 @@
 """Instructions of the CUDA chain kernels, counted in their machine code: what a step's end, a copy and a product cost a warp.
 
     ... HMMA ... HMMA               the main loop: from its first instruction to the branch back, one turn
-    ... LDGSTS (a copy) ... BRA     the loop around a copy into shared memory
+    ... LDGSTS (a copy) ... BRA     the loop around a copy into shared memory: that of 8 bytes, of which weights have none
     HMNMX2 ... HMNMX2               clamps: those of a half tile of 8 positions come together; from its first one to that of the
     STG ... LDS ... STS             next half tile lie the instructions of one
 
@@ -19,7 +19,7 @@ from pathlib import Path
 _FUNCTION = re.compile(r"Function : (\S+)(.*?)(?=Function :|\Z)", re.S)
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _PRODUCT, _CLAMP = re.compile(r"\bHG?MMA\."), re.compile(r"\b(FMNMX|HMNMX2)\b")
-_COPY = re.compile(r"\bLDGSTS\.E\.BYPASS\.128\.ZFILL\b")  # 16 bytes of x; weights are not filled up with zeros
+_COPY = re.compile(r"\bLDGSTS\.E\.64\b")  # of x: weights are copied by 16
 _BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 _BYTES = 16  # of an instruction
 
@@ -29,7 +29,8 @@ class Counts:
     """Instructions of one function.
 
     half_tile: of the end of a step for 8 positions and all columns of a warp, in the cluster kernel without what adds up sums.
-    copy: of one copy of 16 bytes of x, in the loop of a step. turn: of one turn of the main loop.
+    copy: of one copy of x, in the loop of a step; the loops of 4, 8 and 16 bytes differ in nothing else.
+    turn: of one turn of the main loop.
     """
 
     half_tile: int

@@ -18,6 +18,7 @@ struct SharedPtr {
   const char* region;
   SharedPtr operator+(int bytes) const { return {offset + bytes, begin, end, region}; }
   SharedPtr operator^(int bits) const { return {offset ^ bits, begin, end, region}; }
+  SharedPtr swizzled(int mask) const { return *this ^ (offset >> 3 & mask); }
   SharedPtr part(int from, int size, const char* name) const {
     return {offset + from, offset + from, offset + from + size, name};
   }
@@ -83,6 +84,11 @@ template <class T>
 T kept(T value) {
   return value;
 }
+template <class T>
+T* stepped(T* pointer, int count, int bytes) {
+  static_assert(sizeof(T) == 1);
+  return pointer + size_t(uint32_t(count)) * uint32_t(bytes);
+}
 inline int thread_index() { return emulator::thread_index(); }
 inline int block_index() { return emulator::block_index(); }
 
@@ -120,6 +126,10 @@ template <int BYTES>
 void copy_async(SharedPtr to, const void* from, int valid = BYTES, Where where = Where::current()) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
   emulator::start_copy(to, from, BYTES, valid, where);
+}
+template <int BYTES>
+void copy_async_or_zero(bool copies, SharedPtr to, const void* from, Where where = Where::current()) {
+  copy_async<BYTES>(to, from, copies ? BYTES : 0, where);
 }
 inline void copy_async_commit() { emulator::commit_copies(); }
 inline void copy_async_wait(int pending) { emulator::wait_copies(pending); }

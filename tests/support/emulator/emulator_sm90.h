@@ -6,10 +6,10 @@ struct SharedMatrix {
   SharedPtr region;  // its bounds alone count: the place is in the descriptor
   SharedMatrix(SharedPtr start, int leading, int stride)
       : descriptor(matrix_descriptor(uint32_t(start.offset), leading, stride)), region(start) {}
-  SharedMatrix operator+(int bytes) const {
-    SharedMatrix moved = *this;
-    moved.descriptor += uint64_t(int64_t(bytes >> 4));
-    return moved;
+  SharedMatrix moved(int units) const {
+    SharedMatrix there = *this;
+    there.descriptor = (descriptor & ~uint64_t(0xffffffff)) | (uint32_t(descriptor) + uint32_t(units));
+    return there;
   }
 };
 

@@ -261,7 +261,7 @@ void product(Fault fault) {
   if (fault == Fault::WARP_MISSING && thread >= 96) return;
   if (fault != Fault::NO_BEGIN) products_begin(sums);
   if (fault == Fault::SUMS_CHANGED && thread == 7) sums[0][2].value[1] = 0.25f;
-  const SharedMatrix a = SharedMatrix(left, 1024, 128) + (fault == Fault::BEYOND ? 16 : fault == Fault::NEGATIVE ? -16 : 0);
+  const SharedMatrix a = SharedMatrix(left, 1024, 128).moved(fault == Fault::BEYOND ? 1 : fault == Fault::NEGATIVE ? -1 : 0);
   const SharedMatrix b(right, 128, 256);
   if (fault == Fault::OTHER_STATEMENT && thread >= 64)
     multiply_async<Element>(sums[0], a, b);

@@ -214,7 +214,11 @@ void write_global(void* to, const void* from, int bytes, const Where& where) {
 void start_copy(SharedPtr to, const void* from, int bytes, int valid, const Where& where) {
   Copy copy{to.offset, bytes, {}};
   if (launch.checks) {
-    if (!in_region(to, bytes, "copy", where) || find_buffer(from, valid, bytes, "copy", where) < 0) return;
+    if (!in_region(to, bytes, "copy", where)) return;
+    // Where nothing is read, the address may be any that is aligned.
+    if (valid > 0 && find_buffer(from, valid, bytes, "copy", where) < 0) return;
+    if (reinterpret_cast<uintptr_t>(from) % bytes)
+      return finding(MISALIGNED, where, "copy of %d bytes of global memory", bytes);
     check_write(ctas[current->rank], to, bytes, where);
     std::vector<Granule>& granules = ctas[current->rank].granules;
     for (int at = to.offset; at < to.offset + bytes; at += GRANULE) granules[at / GRANULE].in_flight = true;

@@ -4,14 +4,15 @@ import pytest
 from emulator import breaks, harness, mutate
 
 WGMMA = "cuda/chain/wgmma_kernel.cuh"
-STRIP, GEOMETRY = "cuda/chain/strip_kernel.cuh", "cuda/plan/geometry.h"
+STRIP, LAYOUT, GEOMETRY = "cuda/chain/strip_kernel.cuh", "cuda/chain/strip_layout.cuh", "cuda/plan/geometry.h"
+ARGUMENTS, WORDS = "cuda/plan/arguments.h", "cuda/chain/words.h"
 CLUSTER = "cuda/chain/cluster_kernel.cuh"
 # name, case, file, its text, the replacement, checks that must turn red
 BREAKS = [
     ("nothing broken", "strips", STRIP, "// cleared before", "// cleared before", ""),
     ("waits for one group too few", "strips", STRIP, "wait(g.stages - 2 +", "wait(g.stages - 1 +", "in-flight wrong"),
     ("waits too little for x", "strips", STRIP, "wait(g.chunks - 1)", "wait(g.chunks)", "in-flight wrong"),
-    ("one stage for all weights", "strips", STRIP, "index * g.stage_bytes", "0 * index * g.stage_bytes", "in-flight wrong"),
+    ("one stage for all weights", "strips", LAYOUT, "index * g.stage_bytes", "0 * index * g.stage_bytes", "in-flight wrong"),
     ("weights not advanced", "stream", STRIP, "advance(fetch);\n            if", "if", "wrong"),
     ("barrier in one warp only", "strips", STRIP, "    cta.pass_group();\n", "if (thread < 32) sync_cta();\n", "divergence"),
     (
@@ -24,11 +25,13 @@ BREAKS = [
     ),
     ("strips not cleared", "strips", STRIP, "    clear_strips();\n", "\n", "uninitialised wrong"),
     ("sums not cleared", "strips", STRIP, "        cta.start_sums(sums, step, cta.adds_bias());\n", "\n", "wrong"),
-    ("tap one column off", "strips", STRIP, "tap % 3 - 1) * g", "tap % 3) * g", "wrong"),
+    ("tap one column off", "strips", LAYOUT, "tap % 3 - 1) * g", "tap % 3) * g", "wrong"),
+    ("shifts of another turn", "stream", STRIP, "turn_at(chunk * turns)", "turn_at(0)", "wrong"),
+    ("tables not made", "strips", STRIP, "    this->make_tables();\n", "\n", "uninitialised"),
     (
         "no slot for the left padding",
         "strips",
-        STRIP,
+        LAYOUT,
         "return g.dilation + line * g.pitch",
         "return line * g.pitch",
         "out-of-bounds",
@@ -38,7 +41,7 @@ BREAKS = [
         "columns right of the image get values",
         "strips",
         STRIP,
-        " & (unsigned(out_column) < unsigned(g.out_width))",
+        " & (unsigned(column - r.outputs.first) < unsigned(r.outputs.count))",
         "",
         "wrong",
     ),
@@ -46,26 +49,41 @@ BREAKS = [
         "rows outside the image get values",
         "strips",
         STRIP,
-        "(unsigned(row) < unsigned(g.out_height)) &",
-        "",
-        "out-of-bounds wrong",
+        "(int(line.word[0]) != NONE) & (unsigned(column - r.outputs",
+        "(unsigned(column - r.outputs",
+        "wrong",
     ),
-    ("rows outside the image are read", "strips", STRIP, "(unsigned(row) < unsigned(g.height)) &", "", "out-of-bounds"),
-    ("images behind the last are read", "images", STRIP, "& (first_image + image < g.images))", ")", "out-of-bounds"),
-    ("one row too many owned", "strips", STRIP, "< unsigned(g.owned_lines)", "<= unsigned(g.owned_lines)", "race"),
-    ("one column too many owned", "stream", STRIP, "< unsigned(g.owned_columns)", "<= unsigned(g.owned_columns)", "race"),
+    ("rows outside the image are read", "strips", LAYOUT, "(unsigned(row) < unsigned(g.height)) &", "", "out-of-bounds"),
+    ("images behind the last are read", "images", LAYOUT, " & (first_image + image < g.images)", "", "out-of-bounds"),
+    ("one row too many owned", "strips", LAYOUT, "< unsigned(g.owned_lines)", "<= unsigned(g.owned_lines)", "race"),
+    ("one column too many owned", "stream", STRIP, "< unsigned(r.owned.count)", "<= unsigned(r.owned.count)", "race"),
+    (
+        "columns of the whole line are loaded",
+        "stream",
+        LAYOUT,
+        "g.stored : to_right) - left",
+        "g.stored : to_right)",
+        "out-of-bounds",
+    ),
     ("slot pitch not a multiple of 16", "strips", GEOMETRY, "return 16 * (swizzled", "return 8 + 16 * (swizzled", "misaligned"),
-    ("swizzle that leaves its pixel", "w14", STRIP, "% (2 * DEPTHS);", "% 8;", "wrong race"),
-    ("no swizzle", "strips", STRIP, "return unsigned(slot) /", "return 0 * unsigned(slot) /", "conflicts"),
+    ("swizzle that leaves its pixel", "w14", LAYOUT, "(2 * DEPTHS - 1) * 16", "7 * 16", "conflicts"),
+    ("no swizzle", "strips", LAYOUT, "(2 * DEPTHS - 1) * 16", "0", "conflicts"),
     ("passed group left out", "strips", STRIP, "    cta.pass_group();\n", "\n", "wrong"),
     ("bias of another step", "strips", STRIP, "a.bias + (step * g.packed_columns * 8 +", "a.bias + (", "wrong"),
-    ("channels between the groups are read", "padded", STRIP, "left < MOVE ? left : MOVE", "(void(left), MOVE)", "wrong"),
+    (
+        "channels between the groups are read",
+        "padded",
+        ARGUMENTS,
+        "> filled_bytes) a.load_width = filled",
+        "> 0) a.load_width += 4; //",
+        "wrong",
+    ),
     (
         "channels between the groups are written",
         "padded",
         STRIP,
-        "if (filled > j * 8) store_pair",
-        "if (owned) store_pair",
+        "(j < SURE || r.filled > j * 8)",
+        "(j < COLUMNS)",
         "padding",
     ),
     ("halo too small", "strips", GEOMETRY, "(recomputes ? problem.steps : 1)", "(recomputes ? problem.steps - 1 : 1)", "wrong"),
@@ -79,7 +97,7 @@ BREAKS = [
     ),
     ("passed group not added", "added", STRIP, "      add_passed_group();\n", "\n", "wrong"),
     ("passed group added before x is there", "added", STRIP, "wait(g.stages - 2);", "wait(g.stages - 1);", "in-flight wrong"),
-    ("a depth of half as many channels", "odd", STRIP, "PER_CHUNK = 16 / BYTES", "PER_CHUNK = 8", "wrong"),
+    ("a depth of half as many channels", "odd", LAYOUT, "PER_CHUNK = 16 / BYTES", "PER_CHUNK = 8", "wrong"),
     ("pairs of channels at odd places", "odd", STRIP, "if (!a.whole_pairs) {", "if (false) {", "misaligned"),
     ("sends to the wrong part", "parts", CLUSTER, "part * g.channel_parts + receiver, u", "part * g.channel_parts, u", "wrong"),
     ("sends to a part that does not exist", "parts", CLUSTER, "part >= 0 && part <", "part <", "out-of-bounds"),
@@ -120,8 +138,8 @@ BREAKS = [
     ),
     ("sums of the wrong rows", "wgmma", WGMMA, "+ warp * 16 + lane / 4, PLANE_ROWS", "+ warp * 32 + lane / 4, 16", "wrong"),
     ("next tap row one off", "wgmma_images", WGMMA, "(g.pitch - 3)", "(g.pitch - 2)", "wrong"),
-    ("depths not reset", "wgmma", WGMMA, "depth = next_tap ? 0 : depth;", "", "wrong"),
-    ("weights of one slice for all", "wgmma", WGMMA, "weight = weight + g.packed", "weight = weight + 0 * g.packed", "wrong"),
+    ("depths not reset", "wgmma", WGMMA, "depth = tap_ends ? 0 : depth;", "", "wrong"),
+    ("weights of one slice for all", "wgmma", WGMMA, "weight.moved(g.packed", "weight.moved(0 * g.packed", "wrong"),
     (
         "halves of K swapped in the weights",
         "wgmma",
@@ -131,7 +149,7 @@ BREAKS = [
         "wrong",
     ),
     ("one lane leaves products out", "wgmma", WGMMA, "multiply_async<", "if (lane != 9) multiply_async<", "divergence"),
-    ("pool reads a column too far", "stage", STRIP, "column >= g.width) continue", "column > g.width) continue", "wrong"),
+    ("pool reads a column too far", "stage", STRIP, "if (!in_image(column + dx)) continue;", "", "wrong"),
 ]
 
 
@@ -158,7 +176,7 @@ def test_emulated_truncation_to_tf32_is_noticed(tmp_path):
         assert text.count("word = round_to_tf32(word)") == 1
         return text.replace("word = round_to_tf32(word)", "word = word")
 
-    csrc = breaks.broken_copy(tmp_path, STRIP, edit)
+    csrc = breaks.broken_copy(tmp_path, WORDS, edit)
     assert "wrong" in harness.check(breaks.CASES["odd"], integers=False, csrc=csrc, flags=breaks.FLAGS)
 
 
