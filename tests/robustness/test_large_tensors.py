@@ -173,7 +173,8 @@ def test_cuda_offsets_between_images(case):
     groups_of(case, far_x).copy_(x.unflatten(3, (case.scale, case.width)))
     groups_of(case, far_out).fill_(torch.nan)
     plan = harness.plan_of(case)._replace(images=1, **case.tile)
-    findings, _ = harness.launch(case, plan, far_x, far_out, cuda_packing.pack(weights, biases, c), case.width, 0)
+    packed, passed = cuda_packing.pack(weights, biases, c), c.passed_group(case.scale)
+    findings, _ = harness.launch(case, plan, far_x, far_out, packed, case.width, passed, 0)
     assert findings == {}
     found = groups_of(case, far_out).flatten(3)
     assert torch.equal(found.double(), harness.expected_of(case, x, weights, biases))
@@ -184,7 +185,7 @@ def test_cuda_images_too_large_to_count_in_are_not_launched():
     slots = cuda_chain.Slots(torch.empty(0, dtype=case.dtype), 2**26, 32)
     packed = cuda_packing.pack(*harness.make_tensors(case, True, 1)[1:], case.config)
     with pytest.raises(AssertionError, match="does not fit together"):
-        harness.launch(case, harness.plan_of(case), slots, slots, packed, case.width, 0)
+        harness.launch(case, harness.plan_of(case), slots, slots, packed, case.width, case.scale - 1, 0)
 
 
 def test_cuda_copies_slices_whose_images_are_too_large_to_count_in():

@@ -47,7 +47,7 @@ struct Cuda {
   // x's pixels lie apart, of a block how far the groups in it.
   static void launch(
       const Decision& decision, const ChainNames& names, const ChainProblem& p, const Tensor& weight, const Tensor& bias,
-      const Tensor& x, int64_t x_pixel, const Tensor& out, int64_t slot) {
+      const Tensor& x, int64_t x_pixel, const Tensor& out, int64_t slot, int64_t passed) {
     const auto& [_, s] = decision;
     const Activation::Kind kind = p.activation.kind;
     STD_TORCH_CHECK(
@@ -58,8 +58,8 @@ struct Cuda {
     const double upper = kind == Activation::hardtanh20 ? 20 : kind == Activation::relu6 ? 6 : kInfinity;
     cuda::cuda_chain(
         x, weight, bias, out, s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], p.channels, p.steps,
-        p.stride, p.dilation, p.hierarchical, p.first_convolved(), p.passed_group(), static_cast<int64_t>(p.pool), x_pixel,
-        slot, out.size(1), slot, slot, p.passthrough == Passthrough::first_added, lower, upper);
+        p.stride, p.dilation, p.hierarchical, p.first_convolved(), passed, static_cast<int64_t>(p.pool), x_pixel, slot,
+        out.size(1), slot, slot, p.passthrough == Passthrough::first_added, lower, upper);
   }
 
   static Tensor chain(
@@ -71,7 +71,9 @@ struct Cuda {
     const Tensor source =
         pitch > 0 ? x : call_operator<Tensor>("aten::clone", "", x, std::optional(MemoryFormat::ChannelsLast));
     const Tensor out = empty_nhwc(x, x.size(1), p.out_height(), p.out_width());
-    launch(decision, names, p, (*packed)[0], (*packed)[1], source, pitch > 0 ? pitch : x.size(1), out, p.channels);
+    launch(
+        decision, names, p, (*packed)[0], (*packed)[1], source, pitch > 0 ? pitch : x.size(1), out, p.channels,
+        p.passed_group());
     return last ? out : torch::stable::contiguous(out);
   }
 
@@ -94,7 +96,16 @@ struct Cuda {
       torch::stable::zero_(padding);
     }
     const Tensor y = empty_nhwc(u, channels, p.out_height(), p.out_width());
-    launch(decision, names, p, own[4], own[5], u, channels, y, slot);
+    // A group that passes as it is is the first of conv1's: the chain does not see it.
+    const bool beside = p.passthrough == Passthrough::last && p.pool == Pool::none;
+    const int64_t pixels = p.batch * p.height * p.width, row = p.width * channels;
+    if (beside) {
+      Tensor passed = reinterpreted(y, {pixels, slot}, {channels, 1}, channels - slot);
+      torch::stable::copy_(passed, reinterpreted(u, {pixels, slot}, {channels, 1}, 0));
+    }
+    const Tensor source =
+        beside ? reinterpreted(u, {p.batch, channels - slot, p.height, p.width}, {p.height * row, 1, row, channels}, slot) : u;
+    launch(decision, names, p, own[4], own[5], source, channels, y, slot, beside ? -1 : p.passed_group());
     const Tensor out = plain_end(pointwise(y, own[2], own[3]), block, relu);
     return torch::stable::contiguous(out, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   }

@@ -16,7 +16,7 @@ struct ChainArguments {
   const void* x;       // (N, height, width, x_slots.pixel), group g at channel g * x_slots.slot
   const void* weight;  // (steps, 9 * depths, packed_columns, 2, 8, 16 bytes): see `pack` in backends/cuda/packing.py
   const float* bias;   // (steps, packed_columns * 8)
-  void* out;           // (N, out_height, out_width, out_slots.pixel); shares no memory with x
+  void* out;           // (N, out_height, out_width, out_slots.pixel); shares no element with x
   Slots x_slots, out_slots;
   int fill_channels;   // of a slot of out that are written; those beyond the group become zero, if they are zero in x
   int first_group;     // what the first convolution reads and writes

@@ -146,7 +146,8 @@ LaunchPlan plan_launch(
     return {};
   }
   const int64_t slot_bytes = 16 * int64_t(divide_up(problem.channels * bytes_of(problem.type), 16));
-  const int64_t image_bytes = problem.height * int64_t(problem.width) * slot_bytes * (problem.steps + passes);  // below 2^56
+  // Of a block's pixel with the groups of x and of y beside each other these are more than half. Below 2^56.
+  const int64_t image_bytes = problem.height * int64_t(problem.width) * slot_bytes * (problem.steps + 1);
   if (image_bytes > MAX_IMAGE_BYTES || image_bytes * problem.images > MAX_BATCH_BYTES) {
     const bool one = image_bytes > MAX_IMAGE_BYTES;
     reason =

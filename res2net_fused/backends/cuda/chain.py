@@ -17,7 +17,7 @@ from ..triton.availability import OVERRIDE, convolution_precision, convolutions_
 from ..triton.block import slot_pitch
 from ..verification import is_suspended
 from .packing import pack
-from .plan import Plan, describe, device_limits, plan_chain, plan_request, planned, unsupported
+from .plan import Plan, copied_group, describe, device_limits, plan_chain, plan_request, planned, unsupported
 
 POOLS = {None: 0, "avg3": 1, "avg3_nopad": 2}  # enum Pool in csrc/cuda/plan/arguments.h
 
@@ -133,7 +133,7 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
     fill: channels of each slot of `out` that are written; beyond the group's they become zero, provided they are zero in x.
     """
     c = problem.config
-    passed = c.passed_group(problem.scale)
+    passed = copied_group(problem)
     lower, upper = CLAMPS[c.activation]
     torch.ops.res2net_fused_native.cuda_chain(
         x.data, *packed, out.data, **chosen_plan(problem).launch_arguments(),

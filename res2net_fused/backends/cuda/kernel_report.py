@@ -109,9 +109,9 @@ def kernel_table() -> list[tuple[str, ...]]:
 def prediction_table(device: str = "sm_90", batches: tuple[int, ...] = (1, 32, 256)) -> list[tuple[str, ...]]:
     """Rows, the first of them the head: what the plan's model predicts for the published chains in bf16. None is measured.
 
-    The chains are those of a block, which lays its groups out. MB: of x, weights and out, each once. issue, tensor, shared and
-    memory: us that the busiest multiprocessor's instructions, products and shared memory, and the device's memory take at the
-    least. device: a key of `launch_plan.LIMITS`.
+    The chains are those of a block, which lays its groups out and whose conv1 writes the one that passes. MB: of x, weights and
+    out, each once. issue, tensor, shared and memory: us that the busiest multiprocessor's instructions, products and shared
+    memory, and the device's memory take at the least. device: a key of `launch_plan.LIMITS`.
     """
     rows: list[tuple[str, ...]] = [
         ("chain", "rows", "instance", "batch", "CTAs", "CTA's part", "parts", "warps", "shared KiB", "us", "issue", "tensor",

@@ -9,6 +9,7 @@ import torch
 
 from ..._native import library
 from ...chain.activations import CLAMPS
+from ...chain.config import ChainConfig
 from ...chain.problem import ChainProblem
 from ..triton.block import slot_pitch
 
@@ -44,7 +45,7 @@ class PlanRequest(NamedTuple):
     stride: int
     dilation: int
     adds: bool
-    passes: bool  # whether a group has no convolution
+    passes: bool  # whether the launch copies or pools a group that has no convolution
     type: int  # of TYPES
     slot: int  # channels from one group of a pixel to the next
 
@@ -135,11 +136,23 @@ def slot_of(problem: ChainProblem) -> int:
     return problem.width if problem.around is None else slot_pitch(problem.width, 1, problem.dtype.itemsize)
 
 
+def passes_beside(config: ChainConfig) -> bool:
+    """Whether a block's conv1 writes the group that passes straight to its place in y: where it is the last, as it is."""
+    return config.passthrough == "last" and config.pool is None
+
+
+def copied_group(problem: ChainProblem) -> int | None:
+    """The group that the chain's launch passes on itself, or None."""
+    if problem.around is not None and passes_beside(problem.config):
+        return None
+    return problem.config.passed_group(problem.scale)
+
+
 def plan_request(problem: ChainProblem) -> PlanRequest:
     c = problem.config
     return PlanRequest(
         max(1, problem.batch), problem.height, problem.width_pixels, problem.width, problem.steps, c.stride, c.dilation,
-        c.hierarchical, c.passthrough != "none", TYPES[problem.dtype], slot_of(problem),
+        c.hierarchical, copied_group(problem) is not None, TYPES[problem.dtype], slot_of(problem),
     )  # fmt: skip
 
 

@@ -232,9 +232,15 @@ def test_the_bound_of_the_tensor_cores_is_that_of_the_busiest_multiprocessor():
 def test_a_block_is_planned_with_its_padded_groups():
     chain = problem(32, 14, 8, 56, 56)
     block = replace(chain, around=(256, 256))
-    dense, padded = (plan_chain(p, LIMITS["sm_90"]) for p in (chain, block))
-    weights = 7 * 9 * 2 * 256
-    assert (padded.dram_bytes - weights) * 14 == (dense.dram_bytes - weights) * 16
+    first = replace(block, config=ChainConfig(passthrough="first"))
+    dense, padded, copied = (plan_chain(p, LIMITS["sm_90"]) for p in (chain, block, first))
+    weights, pixels = 7 * 9 * 2 * 256, 32 * 56 * 56
+    # In and out, in half precision; conv1 writes the group that passes, unless it is the first.
+    assert dense.dram_bytes == weights + 2 * 2 * 8 * 14 * pixels
+    assert padded.dram_bytes == weights + 2 * 2 * 7 * 16 * pixels
+    assert copied.dram_bytes == weights + 2 * 2 * 8 * 16 * pixels
+    groups = [launch_plan.copied_group(p) for p in (chain, block, first)]
+    assert groups == [7, None, 0]
     assert padded.issue_nanoseconds < 0.8 * dense.issue_nanoseconds  # copies of 16 bytes instead of 4
 
 

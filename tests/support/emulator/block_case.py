@@ -9,6 +9,7 @@ from torch import nn
 
 from res2net_fused import Bottle2neck
 from res2net_fused.backends.cuda import block as cuda_block
+from res2net_fused.backends.cuda import plan as cuda_plan
 from res2net_fused.chain.problem import ChainProblem
 from res2net_fused.modules.block_parts import parts_of
 from res2net_fused.modules.folding import fold_block
@@ -32,7 +33,8 @@ def emulated_launch(problem: ChainProblem, x, out, packed, fill) -> None:
         problem.width, problem.scale, problem.batch, problem.height, problem.width_pixels, problem.dtype,
         problem.config.as_kwargs(), clusters=True,
     )  # fmt: skip
-    findings, *_ = harness.launch(case, harness.plan_of(case), x, out, packed, fill, seed=1)
+    passed = cuda_plan.copied_group(problem)
+    findings, *_ = harness.launch(case, harness.plan_of(case), x, out, packed, fill, passed, seed=1)
     assert findings == {}
 
 
@@ -51,7 +53,9 @@ def relative_error_of_block(name: str, dtype: torch.dtype, monkeypatch) -> float
     x = torch.randn(2, arguments["inplanes"], 5, 7, dtype=dtype)
     with torch.no_grad():
         config = block.chain_config
-        problem = ChainProblem(config, x.device, dtype, 2, 5, 7, block.width, len(block.convs), False)
+        problem = ChainProblem(
+            config, x.device, dtype, 2, 5, 7, block.width, len(block.convs), False, (arguments["inplanes"], planes)
+        )
         out = cuda_block.block_forward(problem, x, block.downsample(x), fold_block(parts_of(block), dtype), True)
         expected = ReferenceBottle2neck.forward(copy.deepcopy(block).double(), x.double())
     assert out.is_contiguous() and out.dtype == dtype

@@ -1,5 +1,6 @@
 // The host build of one instance, RES2NET_FUSED_INSTANCE: the kernel's own source, run by the emulator, with a C interface for
 // ctypes.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -67,16 +68,21 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
   const ChainGeometry& g = a.geometry;
   const size_t pixels = size_t(problem.images) * problem.height * problem.width;
   const size_t out_pixels = size_t(problem.images) * problem.out_height() * problem.out_width();
+  // Up to the last group's end: what lies behind it may be another tensor's.
+  const int groups = std::max(a.first_group + g.steps, a.passed_group + 1);
+  const auto bytes_in = [&](size_t count, const Slots& slots) {
+    return ((count - 1) * slots.pixel + std::min(slots.pixel, groups * slots.slot)) * bytes_of(type);
+  };
   const emulator::Launch launch{
       g.ctas(),
       g.threads(),
       g.shared_bytes,
       call->seed,
       call->checks != 0,
-      {{"x", a.x, pixels * a.x_slots.pixel * bytes_of(type), false},
+      {{"x", a.x, bytes_in(pixels, a.x_slots), false},
        {"weight", a.weight, size_t(g.steps) * problem.slices() * g.packed_columns * 256, false},
        {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false},
-       {"out", a.out, out_pixels * a.out_slots.pixel * bytes_of(type), true}},
+       {"out", a.out, bytes_in(out_pixels, a.out_slots), true}},
       exchanges(problem, tile) ? tile.row_parts * tile.channel_parts : 1};
   const emulator::Report report = emulator::run(launch, [&] { kernel(a); });
   int used = 0;

@@ -232,13 +232,16 @@ def launch(
     out: cuda_chain.Slots,
     packed: list[Tensor],
     fill: int,
+    passed: int | None,
     seed: int,
     csrc: pathlib.Path = ROOT / "csrc",
     flags: tuple[str, ...] = KERNEL_FLAGS,
 ) -> tuple[dict[str, tuple[int, str]], list[int]]:
-    """Runs the kernel once, as `cuda_chain.launch_chain` would; what the emulator found, and its statistics as in `Run`."""
+    """Runs the kernel once, as `cuda_chain.launch_chain` would; what the emulator found, and its statistics as in `Run`.
+
+    passed: the group that the launch copies or pools, or None.
+    """
     c, instance = case.config, INSTANCES[plan.instance]
-    passed = c.passed_group(case.scale)
     call = Call(
         x.data.data_ptr(), packed[0].data_ptr(), packed[1].data_ptr(), out.data.data_ptr(),
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
@@ -274,7 +277,9 @@ def emulate(
     slots = [cuda_chain.Slots(t, case.scale * pitch, pitch) for t in (padded, out)]
     fill = pitch if case.fill else case.width
     plan = plan_of(case)._replace(**case.tile)
-    findings, statistics = launch(case, plan, *slots, cuda_packing.pack(weights, biases, c), fill, seed, **build)
+    findings, statistics = launch(
+        case, plan, *slots, cuda_packing.pack(weights, biases, c), fill, c.passed_group(case.scale), seed, **build
+    )
     rest = out[..., case.width :]
     padding_right = bool((rest == 0).all() if case.fill else rest.isnan().all())
     return Run(out[..., : case.width].flatten(3), padding_right, findings, *statistics)

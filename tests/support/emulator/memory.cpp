@@ -72,17 +72,22 @@ void check_write(Cta& cta, SharedPtr to, int bytes, const Where& where) {
   }
 }
 
-// The index of the buffer that holds these bytes, or -1.
-int find_buffer(const void* address, int bytes, int alignment, const char* what, const Where& where) {
+// The index of the buffer that holds these bytes, or -1. Where x and out lie between each other's elements, both do: writes
+// go to the one that may be written.
+int find_buffer(const void* address, int bytes, int alignment, const char* what, const Where& where, bool writes = false) {
   const auto place = reinterpret_cast<uintptr_t>(address);
   if (place % alignment) {
     finding(MISALIGNED, where, "%s of %d bytes of global memory", what, alignment);
     return -1;
   }
+  int read_only = -1;
   for (size_t i = 0; i < launch.buffers.size(); i++) {
     const auto begin = reinterpret_cast<uintptr_t>(launch.buffers[i].begin);
-    if (place >= begin && place + bytes <= begin + launch.buffers[i].bytes) return int(i);
+    if (place < begin || place + bytes > begin + launch.buffers[i].bytes) continue;
+    if (!writes || launch.buffers[i].writable) return int(i);
+    read_only = int(i);
   }
+  if (read_only >= 0) return read_only;
   const Buffer* nearest = nullptr;
   int64_t nearest_offset = 0;
   for (const Buffer& buffer : launch.buffers) {
@@ -190,7 +195,7 @@ void read_global(const void* from, void* to, int bytes, const Where& where) {
 
 void write_global(void* to, const void* from, int bytes, const Where& where) {
   if (launch.checks) {
-    const int index = find_buffer(to, bytes, bytes, "store", where);
+    const int index = find_buffer(to, bytes, bytes, "store", where, true);
     if (index < 0) return;
     const Buffer& buffer = launch.buffers[index];
     if (!buffer.writable) {
