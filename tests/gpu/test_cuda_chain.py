@@ -7,6 +7,7 @@ from emulator.harness import expected_of, make_tensors, replace, tolerance
 from gpu_cases import (
     CUT,
     FULL,
+    IN_BLOCKS,
     ODD,
     PLANNED,
     PLANNED_TF32,
@@ -132,9 +133,23 @@ def run_in_slots(case, tensors):
 
 @pytest.mark.parametrize("case", TIMED, ids=str)
 def test_the_calls_that_are_timed(case, poisoned_memory):
-    """The published chains at the record's batches: the launches that `info --kernels` predicts."""
+    """The published chains at the record's batches."""
+    skip_where_refused(affordable(case))
+    assert_close_at_full_size(affordable(case))
+
+
+@pytest.mark.parametrize("case", IN_BLOCKS, ids=str)
+def test_the_launches_of_blocks_that_are_timed(case, poisoned_memory, monkeypatch):
+    """Those that `info --kernels` predicts, where a block's chain is cut otherwise than the chain alone."""
     case = affordable(case)
-    skip_where_refused(case)
+    plan, alone = (skip_where_refused(one) for one in (case, replace(case, fill=False)))
+    if plan.launch_arguments() == alone.launch_arguments():
+        pytest.skip("launched as the chain alone")
+    monkeypatch.setattr(cuda_chain, "plan_chain", lambda *_: plan)
+    assert_close_at_full_size(case)
+
+
+def assert_close_at_full_size(case):
     generator = torch.Generator("cuda").manual_seed(1)
     shape = case.images, case.scale * case.width, case.height, case.columns
     x = torch.randn(shape, generator=generator, device="cuda", dtype=case.dtype).relu_()

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def in_halves(todo):
 
 
 # What tests/gpu/test_cuda_chain.py launches.
-CHAINS = [*in_halves(gpu_cases.PLANNED), *gpu_cases.PLANNED_TF32, *gpu_cases.TIMED, *gpu_cases.CUT]
+CHAINS = [*in_halves(gpu_cases.PLANNED), *gpu_cases.PLANNED_TF32, *gpu_cases.TIMED, *gpu_cases.IN_BLOCKS, *gpu_cases.CUT]
 
 
 def launch(plan, dtype):
@@ -70,11 +71,13 @@ def test_every_launch_of_the_published_chains_is_tried(device):
     launches, refused = launched(device)
     wanted = {}
     for (width, scale, stage, size), batch, dtype in itertools.product(_published(), BATCHES, launch_plan.TYPES):
-        try:
-            plan = launch_plan.plan_chain(_problem(batch, width << stage, scale, size, dtype), launch_plan.LIMITS[device])
-        except ValueError:
-            continue  # a card without the shared memory for it: Triton's or PyTorch's then
-        wanted[launch(plan, dtype)] = f"{width}w{scale}s {size} batch {batch} {dtype}"
+        block = _problem(batch, width << stage, scale, size, dtype)
+        for problem in (block, replace(block, around=None)):
+            try:
+                plan = launch_plan.plan_chain(problem, launch_plan.LIMITS[device])
+            except ValueError:
+                continue  # a card without the shared memory for it: Triton's or PyTorch's then
+            wanted[launch(plan, dtype)] = f"{width}w{scale}s {size} batch {batch} {dtype}"
     rows = [(f"{launch_plan.INSTANCE_NAMES[key[0][0]]}", case, launches.get(key, "nobody")) for key, case in wanted.items()]
     assert set(wanted) <= set(launches), format_table(("instance", "chain", "launched by"), rows, left=3)
     assert len(PUBLISHED) == 3 and len(wanted) >= 60

@@ -55,6 +55,8 @@ TIMED = [
     for batch in (1, 32, 256)
     for w, s, size in SIZES
 ]
+# The same as a block launches them, which lays its groups out itself: by `fill` without a pad they are known.
+IN_BLOCKS = [replace(case, fill=True) for case in TIMED]
 # What the emulator cuts by hand, and what it runs in padded slots, of all three kernels.
 _BY_HAND = TILES + SETTINGS + CUTS + CUT_SETTINGS + SHARED + SHARED_SETTINGS
 CUT = [replace(case, dtype=dtype) for case in _BY_HAND if case.tile or case.pad for dtype in HALVES]
@@ -69,7 +71,9 @@ def problem_of(case: Chain) -> ChainProblem:
 def launch_of(case: Chain, limits: DeviceLimits) -> launch_plan.Plan:
     """How the call is launched on a device with these limits. ValueError, with the reason, where it cannot be."""
     if not case.tile:
-        return launch_plan.plan_chain(problem_of(case), limits)
+        problem = problem_of(case)
+        in_block = case.fill and not case.pad
+        return launch_plan.plan_chain(replace(problem, around=(1, 1)) if in_block else problem, limits)
     if case.wgmma and not limits.wgmma:
         raise ValueError("the device has no wgmma")
     sends = case.clusters and case.steps > 1 and case.config.hierarchical
