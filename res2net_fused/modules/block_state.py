@@ -145,11 +145,9 @@ else:
 
 
 class FusedCall(_Mixin):
-    """Mixin of all modules whose forward is taken over, with a FusedState that drops what it keeps where their tensors change."""
+    """Mixin of all modules that are taken over, with a FusedState that drops what it keeps where their tensors change."""
 
-    def _res2net_fused_forward(
-        self, state: Any, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Any:
+    def _res2net_fused_forward(self, state: Any, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Return the output, or the reason, a str, why the class's own forward has to run."""
         raise NotImplementedError
 

@@ -36,7 +36,7 @@ from . import channels_last
 from .class_swap import _generating, fused_class, originals, own_class, without
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
-from .stem import STEM_REFUSAL, FusedStem, freeze_stem, fused_stems, take_over_stem
+from .stem import STEM_REFUSAL, FusedStem, freeze_stem, fused_stems, take_over_stems
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,8 +80,7 @@ def accelerate(
                 if isinstance(state, BlockState):
                     state.recompute = recompute
                 state.drop()
-        for module in list(model.modules()):
-            take_over_stem(module, backend)
+        take_over_stems(model, backend)
         channels_last.convert(model, memory_format)
     return model
 

@@ -1,8 +1,8 @@
 """The stem of a network that has been accelerated, as one native call: its convolutions, norms, ReLUs and the max pooling.
 
 A network's own forward calls them one by one, so it is the network whose class is swapped. Its forward runs on a stand-in that
-shares everything with the network but the stem's modules: in their places are functions, of which the first computes all and the
-others hand it on. The modules themselves stay as they are, and whoever calls them without the network's forward gets theirs.
+shares all with the network but the stem's modules: what is in their places computes everything at its first call and then
+hands it on. The modules themselves stay as they are, and whoever calls them without the network's forward gets theirs.
 Which they are is found by `stem_sequence.py`, again whenever anything has changed that it may depend on.
 """
 
@@ -20,7 +20,7 @@ from ..backends.cpu import stem as kernels
 from ..backends.cpu.stem import StemWeights
 from ..backends.selection import requested
 from ..chain.memory_format import hands_on, memory_format
-from ..modules.block_state import STATE, FusedCall, FusedState
+from ..modules.block_state import STATE, FusedCall, FusedModule, FusedState
 from ..modules.confirmation import eps_of
 from ..modules.eligibility import fused_activation, why_not_called, why_not_left_out
 from ..modules.folding import fold, why_not_bypassed, why_not_folded
@@ -29,19 +29,34 @@ from ..modules.snapshot import Snapshot, needs_asking, take_snapshot
 from ..modules.weight_cache import Frozen, cacheable
 from .channels_last import hand_on
 from .class_swap import fused_class, originals, own_class
-from .stem_sequence import kinds_of, stem_sequence, stand_in_of
+from .stem_sequence import kinds_of, stand_in_of, stem_sequence
 
 STEM_REFUSAL = "_res2net_fused_stem_refusal"  # on a network: why its stem was left alone, for `explain`
+_PATIENCE = 8  # after so many looks in vain, calls go by before the next one
 COMPILED = "a compiled or exported graph holds the network's own operators"
 CHANGED = "its modules are called otherwise than when it was recognised: the next call looks again"
 
 
 @dataclass
 class StemState(FusedState):
-    """What a network knows about its stem. config: the names of its modules, in the order in which they are called."""
+    """What a network knows about its stem.
+
+    config: the names of its modules, in the order in which they are called. last_problem: the shape of what was last convolved.
+    """
 
     config: tuple[str, ...]
-    last_weights: StemWeights | None = field(default=None, init=False, repr=False)  # of the last fused call; last_problem: its x
+    last_weights: StemWeights | None = field(default=None, init=False, repr=False)  # of the last fused call
+    in_vain: int = field(default=0, init=False)  # so many times in turn it was looked at for one call only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pause = 0
+
+    def forget(self, was_used: bool) -> None:
+        super().forget(was_used)
+        self.in_vain = 0 if was_used else self.in_vain + 1
+        if self.in_vain < _PATIENCE:
+            self.pause = 0
 
     def drop(self, frozen: bool = True) -> None:
         super().drop(frozen)
@@ -139,6 +154,7 @@ class KnownStem:
 
     def __init__(self, snapshot: Snapshot, bodies: list[tuple[Any, dict[str, Any]]], network: nn.Module, names: Any) -> None:
         self.snapshot, self.bodies = snapshot, bodies
+        self.used = False  # by a later call than the one that looked
         found, self.reason = stem_sequence(network)
         if not self.reason and found != names:
             self.reason = CHANGED
@@ -158,14 +174,18 @@ class KnownStem:
 
 def _look(network: nn.Module, state: StemState) -> KnownStem | None:
     """Look at everything anew; None where changes could not be noticed."""
-    names = state.config
-    bodies = [(cls, dict(vars(cls))) for cls in own_class(network).__mro__ if cls not in (object, nn.Module)]
-    others = [child for name, child in network._modules.items() if child is not None and name not in names]
-    snapshot = take_snapshot(network, others)  # before anything is asked: another thread may change it meanwhile
-    if snapshot is None or not all(name in network._modules for name in names):
-        return None
-    known = KnownStem(snapshot, bodies, network, names)
-    state.config = known.names
+    known = None
+    for _ in range(2):  # again where other modules are called than before, of which no snapshot was taken
+        names = state.config
+        bodies = [(cls, dict(vars(cls))) for cls in own_class(network).__mro__ if cls not in (object, nn.Module)]
+        others = [child for name, child in network._modules.items() if child is not None and name not in names]
+        snapshot = take_snapshot(network, others)  # before anything is asked: another thread may change it meanwhile
+        if snapshot is None or not all(isinstance(network._modules.get(name), nn.Module) for name in names):
+            return None
+        known = KnownStem(snapshot, bodies, network, names)
+        state.config = known.names
+        if known.reason != CHANGED:
+            break
     return known
 
 
@@ -197,8 +217,16 @@ class FusedStem(FusedCall):
         if reason is not None or self.training:
             return reason or "the network is in training mode"
         known: KnownStem | None = state.known
-        if known is None or not known.alike(self):
+        if known is not None and not known.alike(self):
+            state.forget(known.used)
+            known = None
+        if known is None:
+            if not state.is_due():
+                state.asked(True)
+                return "something of the network was changed at every call of late: it is looked at again some calls later"
             state.known = known = _look(self, state)
+        else:
+            known.used = True
         if known is None:
             return "changes of the network's settings could not be noticed"
         parts = known.parts
@@ -210,7 +238,7 @@ class FusedStem(FusedCall):
         passage = _Passage(state, known, parts)
         steps = {name: _Step(passage, i, self._modules[name]) for i, name in enumerate(known.names)}
         stand_in = stand_in_of(self, steps)
-        del stand_in.__dict__[STATE]
+        stand_in.__dict__.pop(STATE, None)
         try:
             out = originals[generated].forward(stand_in, x)  # type: ignore[attr-defined]
         except _Broken:
@@ -290,7 +318,7 @@ class _Step:
     def __init__(self, passage: _Passage, i: int, module: Any) -> None:
         self._passage, self._i, self._module = passage, i, module
 
-    __class__ = property(lambda self: type(self._module))  # type: ignore[assignment]  # for isinstance
+    __class__ = property(lambda self: type(self._module))  # for isinstance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._passage.step(self._i, self._module, args, kwargs)
@@ -299,26 +327,38 @@ class _Step:
 # What `accelerate`, `freeze` and `explain` do with it ----------------------------------------------------------------------
 
 
-def take_over_stem(network: nn.Module, backend: str) -> None:
-    """Makes a network's stem run fused if it has fused blocks and calls a stem; notes why not if it looks like one that does."""
-    network.__dict__.pop(STEM_REFUSAL, None)
-    original = own_class(network)
-    if isinstance(network, FusedStem):
-        del network.__dict__[STATE]
+def take_over_stems(model: nn.Module, backend: str) -> None:
+    """Makes the stems of the model's networks run fused; notes why not where there seems to be one."""
+    inside: set[nn.Module] = set()  # of networks whose stem was taken over
+    for module in list(model.modules()):
+        module.__dict__.pop(STEM_REFUSAL, None)
+        if module not in inside and _take_over(module, backend):
+            inside.update(module.modules())
+
+
+def _take_over(network: nn.Module, backend: str) -> bool:
+    original, taken = own_class(network), isinstance(network, FusedStem)
+    names, reason = stem_sequence(network) if _may_have_stem(network) else ((), "")
+    state: StemState | None = vars(network).get(STATE) if taken else None
+    if names and state is not None:
+        state.config, state.backend = names, backend
+        state.drop()
+        return True
+    if names:
+        network.__dict__[STATE] = StemState(names, backend, ())
+        network.__class__ = fused_class(original, FusedStem)
+        return True
+    if taken and type(network) is not original:
         network.__class__ = original
-    if not _may_have_stem(network):
-        return
-    names, reason = stem_sequence(network)
+        del network.__dict__[STATE]
     if reason:
         network.__dict__[STEM_REFUSAL] = reason
-        return
-    network.__dict__[STATE] = StemState(names, backend, ())
-    network.__class__ = fused_class(original, FusedStem)
+    return False
 
 
 def _may_have_stem(network: nn.Module) -> bool:
     """Whether blocks that run fused stand behind a convolution among the network's own children."""
-    if isinstance(network, (FusedCall, torch.jit.ScriptModule, torch.fx.GraphModule)) or type(network) is nn.Sequential:
+    if isinstance(network, (FusedModule, torch.jit.ScriptModule, torch.fx.GraphModule)) or type(network) is nn.Sequential:
         return False
     children = [child for child in network.children()]
     first = next((i for i, child in enumerate(children) if kinds_of(child)[:1] == ["conv"]), len(children))

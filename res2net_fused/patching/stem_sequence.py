@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Proxy
 from torch.fx.proxy import GraphAppendingTracer
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from ..modules.eligibility import fused_activation
 from ..modules.switches import unforeseeable
 from .class_swap import own_class
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
+_CONTENTS = ("_modules", "_parameters", "_buffers")
 _PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, torch.device)
 
 
@@ -64,6 +65,9 @@ def stem_sequence(network: nn.Module) -> tuple[tuple[str, ...], str]:
     doubt = unforeseeable(cls)
     if doubt is not None:
         return (), f"the network's own code {doubt}"
+    other = next((name for name, value in vars(network).items() if callable(value) and hasattr(cls, name)), None)
+    if other is not None:
+        return (), f"its {other} was replaced"  # by what may be bound to the network itself
     try:
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             names = _first_called(network, cls)
@@ -92,7 +96,7 @@ def _first_called(network: nn.Module, cls: Any) -> tuple[str, ...]:
     if _is_whole(kinds):
         return tuple(names)
     called = ", ".join(path for path, *_ in run.calls[: len(names) + 1]) or "none"
-    raise _Unforeseen(f"the modules that it calls first ({called}) are not convolutions with BatchNorm and ReLU each, called in turn")
+    raise _Unforeseen(f"what it calls first ({called}) is not a row of convolutions with BatchNorm and ReLU, called in turn")
 
 
 class _Run:
@@ -116,11 +120,15 @@ class _Run:
                 state[name] = self.value()
             elif isinstance(value, (list, dict, set)) and name != "_modules":
                 state[name] = copy.copy(value)
-        for kind in ("_parameters", "_buffers"):
+        for kind in _CONTENTS[1:]:
             state[kind] = {name: None if tensor is None else self.value() for name, tensor in state[kind].items()}
         state["training"] = False
+        before = [dict(held) for held in (state, *(state[kind] for kind in _CONTENTS))]
         result = cls.forward(stand_in, self.value())
-        stand_in = state = None  # type: ignore[assignment]
+        for held, then in zip((state, *(state[kind] for kind in _CONTENTS)), before, strict=True):
+            written = [name for name in held.keys() | then.keys() if held.get(name, held) is not then.get(name, then)]
+            if written:
+                raise _Unforeseen(f"its forward writes {min(written)}, which would be lost")
         if self.done != len(self.names):
             raise _Unforeseen(f"its forward does not always call {self.names[self.done]}")
         if any(reference() is not None for reference in self.alive):
@@ -167,7 +175,7 @@ class _Recorder:
     def __init__(self, run: _Run, module: nn.Module, path: str) -> None:
         vars(self).update(_run=run, _module=module, _path=path)
 
-    __class__ = property(lambda self: type(vars(self)["_module"]))  # type: ignore[assignment]  # for isinstance
+    __class__ = property(lambda self: type(vars(self)["_module"]))  # for isinstance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run.called(self._path, args, kwargs)
@@ -196,7 +204,7 @@ def _children(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in network._modules.items() if child is not None]
 
 
-def stand_in_of(network: nn.Module, modules: dict[str, Callable[..., Any]]) -> Any:
+def stand_in_of(network: nn.Module, modules: dict[str, Any]) -> Any:
     """An object of the network's class with all that the network has, but others in the places of some modules."""
     cls: Any = type(network)
     stand_in = object.__new__(cls)

@@ -119,7 +119,8 @@ def _compare(x: Tensor, weights: StemWeights) -> str | None:
     found, expected = stem_forward(images, twin, True).double(), in_float64(images, twin)
     error = float((found - expected).norm() / expected.norm()) if found.shape == expected.shape else math.nan
     limit = first_use_bound(x.dtype, False)
-    return None if error <= limit else f"its result differs from float64 by {error:.2g} in the norm; at most {limit:.2g} is allowed"
+    why = f"its result differs from float64 by {error:.2g} in the norm; at most {limit:.2g} is allowed"
+    return None if error <= limit else why
 
 
 def in_float64(x: Tensor, weights: StemWeights) -> Tensor:
