@@ -144,16 +144,14 @@ else:
     _Mixin = object
 
 
-class FusedModule(_Mixin):
-    """Mixin of all modules that run fused, with a FusedState that drops what it keeps where PyTorch changes their tensors."""
+class FusedCall(_Mixin):
+    """Mixin of all modules that are taken over, with a FusedState that drops what it keeps where their tensors change."""
 
-    def _res2net_fused_forward(
-        self, state: Any, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Tensor | str:
-        """Return the output, or the reason why the class's own forward has to run."""
+    def _res2net_fused_forward(self, state: Any, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        """Return the output, or the reason, a str, why the class's own forward has to run."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, /, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor, /, *args: object, **kwargs: object) -> Any:
         state: FusedState | None = self.__dict__.get(STATE)
         if state is None:  # of a class derived from a fused one, or given back meanwhile
             return super().forward(x, *args, **kwargs)
@@ -178,3 +176,7 @@ class FusedModule(_Mixin):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         _drop(self)
         return super()._load_from_state_dict(*args, **kwargs)
+
+
+class FusedModule(FusedCall):
+    """Mixin of all blocks that run fused."""

@@ -112,9 +112,12 @@ def why_not_folded(bn: nn.Module) -> str | None:
     return f"norm layer {type(bn).__name__} cannot be folded" if eps_of(bn) is None else None
 
 
-def why_not_bypassed(module: nn.Module) -> str | None:
-    """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`."""
-    hooked = _why_hooked(module)
+def why_not_bypassed(module: nn.Module, ours: object = None) -> str | None:
+    """None if this module's own call may be left out, else why not: it has hooks or a patched `forward`.
+
+    ours: a hook before the call that is of no use without it.
+    """
+    hooked = _why_hooked(module, ours)
     if hooked is None and ("forward" in module.__dict__ or "_conv_forward" in module.__dict__):  # as tiling puts it there
         return f"a {type(module).__name__} inside the block has a forward of its own"
     return hooked
@@ -127,8 +130,9 @@ def why_not_unwrapped(module: nn.Module) -> str | None:
     return _why_hooked(module)
 
 
-def _why_hooked(module: nn.Module) -> str | None:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+def _why_hooked(module: nn.Module, ours: object = None) -> str | None:
+    before = any(hook is not ours for hook in module._forward_pre_hooks.values())
+    if module._forward_hooks or before or module._backward_hooks or module._backward_pre_hooks:
         return f"a hook on a {type(module).__name__} inside the block must see its call"
     return None
 

@@ -36,6 +36,7 @@ from . import channels_last
 from .class_swap import _generating, fused_class, originals, own_class, without
 from .recognition import layout_of, recognise
 from .recognition1d import layout_1d_of, recognise_1d
+from .stem import STEM_REFUSAL, FusedStem, freeze_stem, fused_stems, take_over_stems
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,6 +71,8 @@ def accelerate(
     one_of("memory_format", memory_format, channels_last.FORMATS)
     with _swapping:
         for module in model.modules():
+            if isinstance(module, FusedStem):
+                continue  # a network
             if type(module) in originals or not isinstance(module, FusedModule):
                 _take_over(module, backend, recompute)  # one that runs fused is looked at anew: it may have other parts by now
             elif (state := module.__dict__.get(STATE)) is not None:  # fused by its own class, or under a class of others
@@ -77,6 +80,7 @@ def accelerate(
                 if isinstance(state, BlockState):
                     state.recompute = recompute
                 state.drop()
+        take_over_stems(model, backend)
         channels_last.convert(model, memory_format)
     return model
 
@@ -125,7 +129,7 @@ def restore(model: Model) -> Model:
     """
     with _swapping:
         for module in model.modules():
-            for name in (REFUSAL, NOTE):
+            for name in (REFUSAL, STEM_REFUSAL, NOTE):
                 module.__dict__.pop(name, None)
             generated = next((c for c in type(module).__mro__ if c in originals), None)
             if generated is None:
@@ -169,6 +173,8 @@ def freeze(model: Model) -> Model:
         parts = parts_of(block, state.layout)
         if why_not_read(parts) is None and why_not_convolutions(parts) is None and why_not_foldable(parts) is None:
             freeze_block(parts, state)  # any other runs its class's own forward; `explain` tells
+    for _, network in fused_stems(model):
+        freeze_stem(network)
     return model
 
 
@@ -186,6 +192,8 @@ def refresh(model: Model) -> Model:
     """
     for _, block in fused_blocks(model):
         getattr(block, STATE).drop()
+    for _, network in fused_stems(model):
+        getattr(network, STATE).drop()
     return model
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Tuple  # noqa: UP035  # TorchScript compiles the hook and knows this one only
 
 import torch
@@ -38,9 +38,10 @@ def convert(model: nn.Module, wanted: torch.memory_format | None) -> None:
         return  # something traces or watches: that is no time to change tensors
     if wanted is torch.preserve_format or (wanted is None and not _gains(model)):
         return
-    _unhook(model)
-    if wanted is None:
-        for conv in _stem(model):
+    stem = list(_stem(model)) if wanted is None else []
+    _unhook(model, stem)
+    for conv in stem:
+        if hand_on not in conv._forward_pre_hooks.values():
             conv.register_forward_pre_hook(hand_on)
     shared = None if wanted is None else _memory_users(model)
     for conv in _convolutions(model):
@@ -72,8 +73,10 @@ def hand_on(self: nn.Module, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
     return (x,)
 
 
-def _unhook(model: nn.Module) -> None:
+def _unhook(model: nn.Module, but: Sequence[nn.Module] = ()) -> None:
     for module in model.modules():
+        if module in but:
+            continue
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is hand_on]:
             del module._forward_pre_hooks[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from .._tables import format_table
 from ..backends import policy
 from ..backends.base import Backend
+from ..backends.cpu.stem import plan as stem_plan
 from ..backends.selection import choose, choose_for_training, get_backend, plan
 from ..chain.batch_norm import wide_dtype
 from ..chain.block_weights import BlockWeights
@@ -24,6 +26,7 @@ from .accelerate import LOST, REFUSAL
 from .bare_chains import BARE_CHAIN, is_bare_chain
 from .recognition import layout_of
 from .recognition1d import looks_like_1d
+from .stem import STEM_REFUSAL, FusedStem, StemState, reads_old_stem
 
 OUTDATED = "its kept weights are not its parameters' any more: call refresh(model) after writes that PyTorch does not see"
 
@@ -65,12 +68,19 @@ class BlockReport:
 
 
 class BlockReports(list[BlockReport]):
-    """A list of BlockReport that prints as a table."""
+    """A list of BlockReport that prints as a table.
+
+    stems: reports on what stands in front of the blocks of a network, which are printed above the blocks' and not counted.
+    """
+
+    def __init__(self, blocks: Iterable[BlockReport] = (), stems: Iterable[BlockReport] = ()) -> None:
+        super().__init__(blocks)
+        self.stems = list(stems)
 
     def __str__(self) -> str:
         head = ("block", "fused", "backend", "plan", "reason")
         words = {True: "yes", False: "no", None: "?"}
-        rows = [(r.name or "(model)", words[r.fused], r.backend, r.plan, r.reason) for r in self]
+        rows = [(r.name or "(model)", words[r.fused], r.backend, r.plan, r.reason) for r in (*self.stems, *self)]
         fused = sum(r.fused is True for r in self)
         return format_table(head, rows, left=len(head)) + f"\n{fused} of {len(self)} blocks fused"
 
@@ -78,14 +88,14 @@ class BlockReports(list[BlockReport]):
 
 
 def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
-    """Reports on every Res2Net block of `model`: a list of BlockReport that prints as a table.
+    """Reports on every Res2Net block of `model`, and on the stems in front: a list of BlockReport that prints as a table.
 
     With example_inputs the model is run on them once, without gradients; its buffers, mode and the random state are left as
     they were; what its forward raises is raised. Without, the report is about each block's last call.
     """
     if example_inputs:
         run_unnoticed(model, example_inputs)
-    reports, listed = BlockReports(), list[str]()
+    reports, listed = BlockReports(stems=_stems(model)), list[str]()
     for name, module in model.named_modules():
         inside = any(name.startswith(other) for other in listed)
         if isinstance(module, FusedModule) or vars(module).get(REFUSAL) == LOST or looks_like_1d(module) or layout_of(module):
@@ -94,6 +104,26 @@ def explain(model: nn.Module, *example_inputs: object) -> BlockReports:
         elif not inside and is_bare_chain(module):
             reports.append(BlockReport(name, False, "", BARE_CHAIN))
     return reports
+
+
+def _stems(model: nn.Module) -> Iterator[BlockReport]:
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        state: StemState | None = vars(module).get(STATE) if isinstance(module, FusedStem) else None
+        if state is None:
+            if STEM_REFUSAL in vars(module):
+                yield BlockReport(f"{prefix}(stem)", False, "", vars(module)[STEM_REFUSAL])
+            continue
+        called = prefix + ", ".join(state.config)
+        weights = state.last_weights
+        if state.last_refusal is not None:
+            yield BlockReport(called, False, "", state.last_refusal)
+        elif weights is None:
+            yield BlockReport(called, None, "", "not run yet")
+        else:
+            reason = "called in turn by its forward, and nothing looks between"
+            outdated = f"; {OUTDATED}" if reads_old_stem(module) else ""
+            yield BlockReport(called, True, "cpu", reason + outdated, stem_plan(weights, state.last_problem))
 
 
 def _with_status(report: BlockReport) -> BlockReport:

@@ -24,6 +24,8 @@ void norm_backward_apply(const NormBackward&, int64_t, int64_t);
 void pack_winograd(const WeightView&, int64_t, float*, int64_t, int64_t, int64_t);
 void pack_direct(const float*, int64_t, int64_t, float*, int64_t, int64_t);
 void pack_pointwise(const float*, int64_t, int64_t, float*, int64_t, int64_t);
+void convolve_row(const RowConvolution&, const float* const*, float*, int64_t);
+void pool_row(const float* const*, int64_t, int64_t, float*);
 
 const Kernels kernels = {
     R2N_NAME(RES2NET_FUSED_ISA),
@@ -44,6 +46,8 @@ const Kernels kernels = {
     norm_backward_sums,
     norm_backward_apply,
     pack_pointwise,
+    convolve_row,
+    pool_row,
 };
 
 }  // namespace res2net_fused::RES2NET_FUSED_ISA

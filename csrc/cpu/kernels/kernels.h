@@ -100,6 +100,16 @@ struct Pointwise {
   bool relu;
 };
 
+// A convolution of a stem, for one row of its output, whose pixels have no gap between them, nor have those of its source.
+struct RowConvolution {
+  int64_t taps;  // rows of the kernel
+  int64_t run;   // floats under one of them: its columns times the input channels
+  int64_t step;  // floats from where one pixel's run begins to the next one's: stride times the input channels
+  const float* weights;  // [panel][taps * run][16], the last panel [taps * run][8] where at most 8 output channels are left
+  const float* bias;     // bias_floats(columns)
+  int64_t columns;       // output channels
+};
+
 // One BatchNorm in training mode with the activation behind it. z, next, dz and du hold pixels of `channels` floats without a
 // gap; pitches are floats from one pixel to the next.
 struct NormForward {
@@ -218,6 +228,10 @@ struct Kernels {
   // weights (columns, depth) into the layout of Pointwise.
   void (*pack_pointwise)(
       const float* weights, int64_t columns, int64_t depth, float* packed, int64_t first_panel, int64_t last_panel);
+  // relu(convolution + bias) of `pixels`. rows: of the source, one for each of the kernel's, where the first pixel's run begins.
+  void (*convolve_row)(const RowConvolution&, const float* const* rows, float* out, int64_t pixels);
+  // The largest of 3x3 pixels at every second one, from three rows of `in_pixels`; those beyond the image are not there.
+  void (*pool_row)(const float* const* rows, int64_t in_pixels, int64_t channels, float* out);
 };
 
 static constexpr int64_t panel_count(int64_t channels) { return (round_up(channels, kUnit) + kPanel - 1) / kPanel; }

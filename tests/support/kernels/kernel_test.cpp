@@ -154,6 +154,52 @@ void test_pointwise(const Kernels& kernels, Report& report, int64_t rows, int64_
       "1x1 convolution, " + std::to_string(depth) + " to " + std::to_string(columns), out.data(), expected, kRounding * 2);
 }
 
+// A stem's convolution, 2 rows by 3 columns of `channels` at every second pixel, and the pooling of three such rows.
+void test_stem(const Kernels& kernels, Report& report, int64_t channels, int64_t columns) {
+  constexpr int64_t kPixels = 27, kTaps = 2;
+  Random random(as_size(columns));
+  const RowConvolution shape{kTaps, 3 * channels, 2 * channels, nullptr, nullptr, columns};
+  const int64_t depth = kTaps * shape.run, row = (kPixels - 1) * shape.step + shape.run;
+  const Floats source = random.values(4 * row), plain_bias = random.values(columns),
+               weights = random.values(columns * depth, 1.0f / std::sqrt(static_cast<float>(depth)));
+  Floats packed(as_size(pointwise_floats(columns, depth))), bias(as_size(bias_floats(columns)));
+  kernels.pack_pointwise(weights.data(), columns, depth, packed.data(), 0, panel_count(columns));
+  std::copy(plain_bias.begin(), plain_bias.end(), bias.begin());
+  RowConvolution c = shape;
+  c.weights = packed.data();
+  c.bias = bias.data();
+  const int64_t floats = kPixels * columns, pooled_pixels = (kPixels + 1) / 2;
+  Floats out(as_size(3 * floats)), pooled(as_size(pooled_pixels * columns));
+  for (int64_t y = 0; y < 3; y++) {
+    const float* const rows[kTaps] = {source.data() + y * row, source.data() + (y + 1) * row};
+    kernels.convolve_row(c, rows, out.data() + y * floats, kPixels);
+  }
+  Doubles expected(out.size()), largest(pooled.size());
+  for (int64_t i = 0; i < 3 * floats; i++) {
+    const int64_t y = i / floats, x = i % floats / columns, o = i % columns;
+    double sum = static_cast<double>(plain_bias[as_size(o)]);
+    for (int64_t k = 0; k < depth; k++) {
+      const float value = source[as_size((y + k / shape.run) * row + x * shape.step + k % shape.run)];
+      sum += static_cast<double>(value) * static_cast<double>(weights[as_size(o * depth + k)]);
+    }
+    expected[as_size(i)] = std::max(sum, 0.0);
+  }
+  const std::string name = "stem, " + std::to_string(channels) + " to " + std::to_string(columns);
+  report.compare(name, out.data(), expected, kRounding * 2);
+  const float* const rows[3] = {out.data(), out.data() + floats, out.data() + 2 * floats};
+  kernels.pool_row(rows, kPixels, columns, pooled.data());
+  for (int64_t i = 0; i < pooled_pixels * columns; i++) {
+    const int64_t x = 2 * (i / columns);
+    for (int64_t at = std::max<int64_t>(x - 1, 0); at <= std::min(x + 1, kPixels - 1); at++) {
+      for (int64_t y = 0; y < 3; y++) {
+        const double value = static_cast<double>(out[as_size(y * floats + at * columns + i % columns)]);
+        largest[as_size(i)] = std::max(largest[as_size(i)], value);
+      }
+    }
+  }
+  report.compare(name + ", pooled", pooled.data(), largest, kRounding);
+}
+
 // The gradient of a convolution's weights from V of u and Z of dz.
 void test_weight_gradient(const Kernels& kernels, Report& report, int64_t w, int64_t height, int64_t width) {
   Random random(as_size(w));
@@ -262,6 +308,7 @@ void test_batch_norm(const Kernels& kernels, Report& report, int64_t w, Activati
 void test_all(const Kernels& kernels, Report& report) {
   test_chains(kernels, report);
   for (const int64_t columns : {5, 16, 24, 56}) test_pointwise(kernels, report, 19, columns == 24 ? 1030 : 37, columns);
+  for (const int64_t columns : {5, 16, 24, 64}) test_stem(kernels, report, columns == 16 ? 32 : 3, columns);
   for (const int64_t channels : {3, 16, 26}) test_weight_gradient(kernels, report, channels, 7, 10);
   for (const int64_t channels : {5, 32}) {
     test_batch_norm(kernels, report, channels, {Activation::relu});
