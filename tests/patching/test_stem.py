@@ -794,6 +794,16 @@ def test_writes_are_noticed_at_the_next_call(write, calls):
     assert relative_error(run(model), before) > 1e-3
 
 
+def test_parameters_that_are_given_for_one_call(calls):
+    model = accelerated(published, calls)
+    before, own = run(model), plain(model)
+    with torch.no_grad():
+        given = {name: value * 1.5 for name, value in model.named_parameters()}
+        for _ in range(2):
+            assert_close(torch.func.functional_call(model, given, X), torch.func.functional_call(own, given, X), 1e-5)
+    assert_close(run(model), before)
+
+
 def test_an_optimizer_s_steps_are_noticed(calls):
     model = accelerated(published, calls)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
