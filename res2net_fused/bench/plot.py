@@ -14,7 +14,7 @@ from .providers import label
 
 _PANEL = (3.4, 2.9)  # inches
 _LEGEND_ENTRY = (2.1, 0.22)
-_LETTERS = 10  # of the title to an inch
+_LETTERS = 9  # of the title to an inch
 _COLOURS = {  # in the order of the legend
     "eager": "#8c8c8c",
     "eager_channels_last": "#4c72b0",

@@ -39,7 +39,7 @@ FIRST_USE = 4.0
 NETWORK_OVER_EAGER = 4.0
 # In training Winograd's rounding adds up: one convolution's error is 4.5 to 6 times that of ATen's, which the 1x1 convolutions,
 # norms and shortcuts around it thin out. Eager means the same memory format: in channels-last it is up to 7 times as far off.
-TRAINED_OVER_EAGER = Bound(4.0, 3.0, "cpu, training forward of a speaker network, 8 blocks with s = 8, NCHW")
+TRAINED_OVER_EAGER = Bound(5.0, 4.1, "cpu with AVX-512, training forward of a speaker network, 8 blocks with s = 8, NCHW")
 
 # Error of gradients up to which ReLUs whose input rounding takes across zero may explain it; 0.006 was seen.
 OTHER_RELUS = 0.05

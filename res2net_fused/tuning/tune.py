@@ -113,9 +113,10 @@ def tune_within(
                     bar.update()
         notes = [f"{name or '(model)'}: left as it is: {reason}" for name, reason in left_out.items()]
         model_ms = {}
+        device = calls[0].device if calls else torch.device("cpu")  # without calls nothing of ours runs that could hang
         if end is None or time.monotonic() < end:
             try:
-                with _marked(f"the whole model of {', '.join(call.call for call in found)}", calls[0].device, limit_s):
+                with _marked(f"the whole model of {', '.join(call.call for call in found)}", device, limit_s):
                     try:
                         model_ms = _model_ms(bare, converted, example_inputs, training)
                     except torch.OutOfMemoryError:

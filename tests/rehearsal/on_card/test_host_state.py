@@ -240,12 +240,14 @@ def row_call():
     block, x = make("1d")
     infer(block, x)
     chain, config = getattr(block, STATE).kept[1], getattr(block, STATE).config
-    return x, chain.weights, chain.biases, chain.scale, chain.shift, chain.weights, *config.as_kwargs().values(), False, "auto"
+    *settings, activation = config.as_kwargs().values()
+    tensors = x, chain.weights, chain.biases, chain.scale, chain.shift, chain.weights
+    return *tensors, *settings, False, "auto", activation
 
 
 def row_backward_call():
-    x, weights, biases, scale, shift, _, *settings = row_call()
-    return x, x, x, [x, x], weights, biases, scale, shift, *settings[:-2], [True] * 5
+    x, weights, biases, scale, shift, _, *settings, _, _, activation = row_call()
+    return x, x, x, [x, x], weights, biases, scale, shift, *settings, activation, [True] * 5
 
 
 OPERATORS = {
