@@ -379,6 +379,8 @@ def freeze_stem(network: nn.Module) -> None:
     if known is None or known.parts is None or known.reason:
         return  # its own modules run; `explain` tells
     parts, device = known.parts, known.parts.tensors[0].device
+    if kernels.why_not(device, parts.convs[0].weight.dtype) is not None:
+        return
     state.freeze(lambda: Frozen(parts.folded(), device, lambda weights: weights, torch.float32))
 
 

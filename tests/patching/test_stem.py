@@ -842,6 +842,13 @@ def test_freeze_keeps_them_until_refresh(calls, folds):
         assert_right(model)
 
 
+def test_without_the_native_library(monkeypatch, folds):
+    monkeypatch.setattr(kernels, "why_not", lambda device, dtype: "the native extension is not built")
+    model = freeze(accelerate(published()))
+    assert_right(model)
+    assert not folds and "not built" in explain(model).stems[0].reason
+
+
 def test_explain_tells_of_writes_that_no_sample_shows(calls):
     model = accelerated(published, calls)
     model.conv1.weight.detach().numpy().reshape(-1)[1] += 1000
