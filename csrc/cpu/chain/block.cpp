@@ -5,9 +5,12 @@
 #include <algorithm>
 
 #include "cpu/runtime/scratch.h"
+#include "cpu/runtime/work_split.h"
 
 namespace res2net_fused {
 namespace {
+
+constexpr int64_t kRowsOfPass = 100;  // of pixels that a thread takes at a time by one pass of channels, at most
 
 // u = relu(conv1(x)) and y = chain(u) of some images: (images, H, W, room), a pixel's channels padded to whole panels so that
 // nothing that is stored there needs a mask. Also the pixels that a strided projection reads, side by side.
@@ -61,8 +64,9 @@ class BlockRun {
   int64_t pixels(int64_t images) const { return images * problem_.height * problem_.width; }
   int64_t out_pixels(int64_t images) const { return images * problem_.out_height() * problem_.out_width(); }
 
-  Pointwise conv1(const Middle& middle, int64_t first_image) const {
+  Pointwise conv1(const Middle& middle, int64_t first_image, int64_t images) const {
     Pointwise p{};
+    p.rows = pixels(images);
     p.sources[0] = {data_.x + pixels(first_image) * data_.inplanes, data_.inplanes, data_.inplanes, data_.conv1};
     p.bias = data_.conv1_bias;
     p.out = middle.u();
@@ -72,8 +76,9 @@ class BlockRun {
     return p;
   }
 
-  Pointwise conv3(const Middle& middle, int64_t first_image) const {
+  Pointwise conv3(const Middle& middle, int64_t first_image, int64_t images) const {
     Pointwise p{};
+    p.rows = out_pixels(images);
     p.sources[0] = {middle.y(), middle.room(), problem_.scale() * problem_.channels, data_.conv3};
     p.bias = data_.conv3_bias;
     p.columns = p.out_pitch = p.shortcut_pitch = data_.outplanes;
@@ -101,22 +106,26 @@ class BlockRun {
         {middle.picked(), height * width * planes, width * planes, planes}, height, width, planes, first_row, last_row);
   }
 
-  // Calls f(first, last) for parts of `units`, one for each thread.
-  template <class F>
-  static void share_out(int64_t units, const F& f) {
-    const int64_t parts = std::min(std::max<int64_t>(torch::stable::get_num_threads(), 1), units);
-    torch::stable::parallel_for(
-        0, parts, 1, [&](int64_t first, int64_t last) { f(units * first / parts, units * last / parts); });
-  }
+  static int64_t threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
 
   // All rows, by all threads: the larger of the two operands is shared out.
-  void pointwise(const Pointwise& p, int64_t rows) const {
+  void pointwise(const Pointwise& p) const {
     const int64_t panels = panel_count(p.columns);
-    if (rows >= p.columns) {
-      share_out(rows, [&](int64_t first, int64_t last) { kernels_.pointwise_rows(p, first, last, 0, panels); });
-    } else {
-      share_out(panels, [&](int64_t first, int64_t last) { kernels_.pointwise_rows(p, 0, rows, first, last); });
+    if (p.rows >= p.columns) {
+      const WorkSplit rows{divide_up(p.rows, pointwise_block(p))};
+      share_out(rows.count, threads(), [&](int64_t, int64_t unit) {
+        kernels_.pointwise_rows(p, rows.share(p.rows, unit), rows.share(p.rows, unit + 1), 0, panels);
+      });
+      return;
     }
+    // A pass of panels, and not all rows where there are many: else the last units would take too long.
+    const WorkSplit passes{std::max<int64_t>(divide_up(p.columns / kPanel, kernels_.panels_per_pass), 1)};
+    const WorkSplit rows{divide_up(p.rows, kRowsOfPass)};
+    share_out(passes.count * rows.count, threads(), [&](int64_t, int64_t unit) {
+      const int64_t pass = unit / rows.count, part = unit % rows.count;
+      kernels_.pointwise_rows(
+          p, rows.share(p.rows, part), rows.share(p.rows, part + 1), passes.share(panels, pass), passes.share(panels, pass + 1));
+    });
   }
 
   const ChainProblem& problem_;
@@ -125,28 +134,27 @@ class BlockRun {
   const Kernels& kernels_;
 };
 
-// Each thread takes its images through the whole block, plan.images at a time.
+// Each thread takes images through the whole block, plan.images at a time.
 void BlockRun::images() const {
   const Middle shape(problem_, data_, plan_.images);
   const int64_t chain_floats = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const int64_t each = chain_floats + round_up(shape.floats(), 1024);
   const Scratch scratch(each * plan_.parts);
-  torch::stable::parallel_for(0, plan_.parts, 1, [&](int64_t first_part, int64_t last_part) {
-    for (int64_t part = first_part; part < last_part; part++) {
-      float* const memory = scratch.data() + part * each;
-      const ImageChain chain(problem_, plan_, kernels_, memory);
-      Middle middle(problem_, data_, plan_.images);
-      middle.place(memory + chain_floats);
-      const int64_t last = problem_.batch * (part + 1) / plan_.parts;
-      for (int64_t n = problem_.batch * part / plan_.parts; n < last; n += plan_.images) {
-        const int64_t images = std::min(plan_.images, last - n);
-        const Pointwise before = conv1(middle, n), behind = conv3(middle, n);
-        kernels_.pointwise_rows(before, 0, pixels(images), 0, panel_count(before.columns));
-        chain.run(middle.chain(data_), images);
-        if (picks()) pick(middle, n, 0, images * problem_.out_height());
-        kernels_.pointwise_rows(behind, 0, out_pixels(images), 0, panel_count(behind.columns));
-      }
-    }
+  const WorkSplit groups{plan_.image_groups(problem_.batch)};
+  WorkStealing work(groups.count, plan_.parts);
+  WorkSplit{plan_.parts}.for_each([&](int64_t part) {
+    float* const memory = scratch.data() + part * each;
+    const ImageChain chain(problem_, plan_, kernels_, memory);
+    Middle middle(problem_, data_, plan_.images);
+    middle.place(memory + chain_floats);
+    work.work(part, [&](int64_t group) {
+      const int64_t n = groups.share(problem_.batch, group), images = groups.share(problem_.batch, group + 1) - n;
+      const Pointwise before = conv1(middle, n, images), behind = conv3(middle, n, images);
+      kernels_.pointwise_rows(before, 0, before.rows, 0, panel_count(before.columns));
+      chain.run(middle.chain(data_), images);
+      if (picks()) pick(middle, n, 0, images * problem_.out_height());
+      kernels_.pointwise_rows(behind, 0, behind.rows, 0, panel_count(behind.columns));
+    });
   });
 }
 
@@ -155,13 +163,13 @@ void BlockRun::together() const {
   Middle middle(problem_, data_, problem_.batch);
   const Scratch scratch(middle.floats());
   middle.place(scratch.data());
-  pointwise(conv1(middle, 0), pixels(problem_.batch));
+  pointwise(conv1(middle, 0, problem_.batch));
   run_chain(problem_, plan_, middle.chain(data_), kernels_);
   if (picks()) {
     const int64_t rows = problem_.batch * problem_.out_height();
-    share_out(rows, [&](int64_t first, int64_t last) { pick(middle, 0, first, last); });
+    share_out(rows, threads(), [&](int64_t, int64_t row) { pick(middle, 0, row, row + 1); });
   }
-  pointwise(conv3(middle, 0), out_pixels(problem_.batch));
+  pointwise(conv3(middle, 0, problem_.batch));
 }
 
 }  // namespace

@@ -23,6 +23,8 @@ void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, i
   }
 }
 
+constexpr int64_t kUnitsOfPart = 4;  // of direct convolution: each reads all weights
+
 // Scratch of one thread for Winograd blocks.
 struct BlockScratch {
   float *v, *m, *patch;
@@ -68,6 +70,7 @@ class Run {
   Step step(int64_t i, const PaddedImages& sources, int64_t first_image) const;
   void copy_source(int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
   void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
+  void winograd_block(const Step& step, Block block, const BlockScratch& scratch) const;
   void winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const;
 
   ConstView x_group(int64_t group, int64_t first_image) const {
@@ -140,14 +143,16 @@ void Run::pass(int64_t first_image, int64_t first_row, int64_t last_row) const {
       problem_.out_width(), problem_.channels, problem_.stride, problem_.pool, first_row, last_row);
 }
 
+void Run::winograd_block(const Step& step, Block block, const BlockScratch& scratch) const {
+  kernels_.winograd_input(
+      step, plan_.grid, block, scratch.v, PointLayout::tiles_first(block.count, problem_.channels), 0, problem_.padded());
+  note(kernels_.winograd_output(
+      step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels)));
+}
+
 // Tiles first ... last of the step's images.
 void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const {
-  for_each_block(first, last, plan_.block_tiles, [&](Block block, int64_t) {
-    kernels_.winograd_input(
-        step, plan_.grid, block, scratch.v, PointLayout::tiles_first(block.count, problem_.channels), 0, problem_.padded());
-    note(kernels_.winograd_output(
-        step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels)));
-  });
+  for_each_block(first, last, plan_.block_tiles, [&](Block block, int64_t) { winograd_block(step, block, scratch); });
 }
 
 void Run::image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const {
@@ -173,28 +178,31 @@ void Run::image_group(const PaddedImages& sources, int64_t images, const BlockSc
 void Run::images() const {
   const int64_t each = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const Scratch scratch(each * plan_.parts);
+  const WorkSplit groups{plan_.image_groups(problem_.batch)};
+  WorkStealing work(groups.count, plan_.parts);
   split_.for_each([&](int64_t part) {
     const ImageChain chain(problem_, plan_, kernels_, scratch.data() + part * each);
-    const int64_t last = split_.share(problem_.batch, part + 1);
-    for (int64_t n = split_.share(problem_.batch, part); n < last; n += plan_.images) {
+    work.work(part, [&](int64_t group) {
+      const int64_t n = groups.share(problem_.batch, group);
       ChainData data = data_;
       data.x.data += n * data.x.image;
       data.out.data += n * data.out.image;
-      note(chain.run(data, std::min(plan_.images, last - n)));
-    }
+      note(chain.run(data, groups.share(problem_.batch, group + 1) - n));
+    });
   });
 }
 
 void Run::tiles() const {
   PaddedImages sources(problem_, problem_.batch);
   const int64_t all_tiles = plan_.winograd ? problem_.batch * plan_.grid.per_image() : 0;
-  const int64_t block_tiles = plan_.winograd ? std::min(plan_.block_tiles, all_tiles / plan_.parts + 1) : 0;
+  const WorkSplit blocks{plan_.winograd ? plan_.parts * divide_up(divide_up(all_tiles, plan_.parts), plan_.block_tiles) : 1};
+  const int64_t block_tiles = divide_up(all_tiles, blocks.count);
   const int64_t v = plan_.winograd ? v_floats(block_tiles) : 0, m = plan_.winograd ? m_floats(block_tiles) : 0;
   const int64_t each = round_up(v + m + patch_floats(), 1024) + kAlignment;
   const Scratch scratch(sources.floats() + each * plan_.parts);
   sources.place(scratch.data());
   sources.zero_borders();
-  float* const blocks = scratch.data() + sources.floats();
+  float* const own = scratch.data() + sources.floats();
 
   const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
   const auto pass_all = [&] {
@@ -207,19 +215,21 @@ void Run::tiles() const {
           [&](int64_t part) { copy_source(i, sources, 0, split_.share(rows, part), split_.share(rows, part + 1)); });
     }
     const Step step = this->step(i, sources, 0);
-    split_.for_each([&](int64_t part) {
-      if (plan_.winograd) {
-        float* memory = blocks + part * each;
-        const BlockScratch own{memory, memory + v, memory + v + m};
-        winograd_tiles(step, split_.share(all_tiles, part), split_.share(all_tiles, part + 1), own);
-        return;
-      }
-      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
-      if (out_rows >= 4 * plan_.parts) {
-        kernels_.direct_rows(step, split_.share(out_rows, part), split_.share(out_rows, part + 1), 0, panels);
-      } else {
-        kernels_.direct_rows(step, 0, out_rows, split_.share(panels, part), split_.share(panels, part + 1));
-      }
+    if (plan_.winograd) {
+      share_out(blocks.count, plan_.parts, [&](int64_t part, int64_t block) {
+        float* const memory = own + part * each;
+        winograd_block(step, blocks.block(all_tiles, block), {memory, memory + v, memory + v + m});
+      });
+      continue;
+    }
+    // Rows or, of few of them, channels: several units for each thread.
+    const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+    const bool by_rows = out_rows >= 4 * plan_.parts;
+    const int64_t units = by_rows ? out_rows : panels;
+    const WorkSplit split{std::min(units, kUnitsOfPart * plan_.parts)};
+    share_out(split.count, plan_.parts, [&](int64_t, int64_t unit) {
+      const int64_t first = split.share(units, unit), last = split.share(units, unit + 1);
+      by_rows ? kernels_.direct_rows(step, first, last, 0, panels) : kernels_.direct_rows(step, 0, out_rows, first, last);
     });
   }
   if (passes_last()) pass_all();

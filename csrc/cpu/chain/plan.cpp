@@ -12,8 +12,6 @@ constexpr int64_t kMatrixCost = 8;
 // Floats of x and out together that may well lie in cache when a call begins: 4 MB.
 constexpr int64_t kCachedFloats = 1 << 20;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // `length` (at least 2) as fours and threes, or as 3 + 2 or a single tile where it is too short for that.
 Split split_fours(int64_t length) {
   if (length < 4) return {length, length, 1, 0, 0};

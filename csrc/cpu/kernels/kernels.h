@@ -12,7 +12,8 @@ constexpr int64_t kUnit = 8;     // channels of a group are padded to multiples 
 constexpr int64_t kPanel = 16;   // output channels that packed weights keep side by side
 constexpr int64_t kPoints = 36;  // of F(4x4, 3x3)
 
-static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+static constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+static constexpr int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
 
 // Kinds have the order of ACTIVATIONS in res2net_fused/chain/activations.py.
 struct Activation {
@@ -90,6 +91,7 @@ struct PointwiseSource {
 // A 1x1 convolution, or the sum of two, over rows of pixels: out = relu(sources * weights + bias + shortcut).
 struct Pointwise {
   PointwiseSource sources[2];
+  int64_t rows;           // pixels; those behind the ones that a call works on are asked for ahead
   const float* bias;      // bias_floats(columns)
   const float* shortcut;  // or null
   int64_t shortcut_pitch;
@@ -99,6 +101,15 @@ struct Pointwise {
   bool full_vectors;  // behind a pixel of `out` there is room up to a multiple of kPanel; without a shortcut only
   bool relu;
 };
+
+constexpr int64_t kPointwiseDepth = 512;  // of source and weights: with the rows of one micro-kernel call, half of L1
+
+// Rows of pixels that share one reading of the weights: their block of source stays in L2. Where all weights stay there too,
+// fewer, so that rows which follow each other are written soon.
+constexpr int64_t pointwise_block(const Pointwise& p) {
+  return p.sources[0].depth + p.sources[1].depth <= kPointwiseDepth ? 36 : 200;
+}
+constexpr int64_t kPointwiseBlock = 200;  // at most
 
 // A convolution of a stem, for one row of its output, whose pixels have no gap between them, nor have those of its source.
 struct RowConvolution {

@@ -1,9 +1,9 @@
 // 1x1 convolutions: rows of pixels times packed weights, with bias, shortcut and ReLU while the sums are in registers.
 //
 //             depth                    one pass of panels                     out
-//   source  +-------+  kRows rows      +-----+                +-----+
-//           |#######|  at a time,      |#####| kDepth rows    |#####|   relu(sums + bias + shortcut)
-//           |#######|  for all passes  |#####| at a time,     |#####|
+//   source  +-------+  a block's rows      +-----+                +-----+
+//           |#######|  for all passes  |#####| so many rows   |#####|   relu(sums + bias + shortcut)
+//           |#######|                  |#####| at a time,     |#####|
 //           |.......|                  |.....| in L2          |.....|   .: asked for while # is worked on, some bytes at
 //           +-------+                  +-----+                +-----+      each row of weights
 //
@@ -16,9 +16,6 @@
 namespace res2net_fused::RES2NET_FUSED_ISA {
 namespace {
 
-constexpr int64_t kRows = 200;      // of pixels that share one reading of the weights: their block of source stays in L2
-constexpr int64_t kShallowRows = 36;  // where all weights stay there too: rows that follow each other are written soon
-constexpr int64_t kDepth = 512;     // of source and weights: with the rows of one micro-kernel call, half of L1
 constexpr int64_t kSoonBytes = 32;  // asked for at each row of weights: a cache line every 27 or more multiplications
 
 // What is asked for during one call, kSoonBytes of each at a time.
@@ -135,12 +132,11 @@ class SoonWeights {
 }  // namespace
 
 void pointwise_rows(const Pointwise& p, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
-  alignas(64) float waiting[kRows * kWidest];
+  alignas(64) float waiting[kPointwiseBlock * kWidest];
   const PointwiseSource& first_source = p.sources[0];
-  const bool shallow = first_source.depth + p.sources[1].depth <= kDepth;
-  const Passes blocks = Passes::of(last - first, shallow ? kShallowRows : kRows);
+  const Passes blocks = Passes::of(last - first, pointwise_block(p));
   for (int64_t b = 0, block = first; b < blocks.count; block += blocks.rows(b), b++) {
-    const int64_t rows = blocks.rows(b), next = block + rows, next_rows = b + 1 < blocks.count ? blocks.rows(b + 1) : 0;
+    const int64_t rows = blocks.rows(b), next = block + rows, next_rows = smaller(rows, p.rows - next);
     Region sources(first_source.data + next * first_source.pitch, next_rows * first_source.pitch);
     Region outs(p.out + next * p.out_pitch, next_rows * p.out_pitch), shortcuts;
     if (p.shortcut != nullptr) shortcuts = Region(p.shortcut + next * p.shortcut_pitch, next_rows * p.shortcut_pitch);
@@ -153,7 +149,7 @@ void pointwise_rows(const Pointwise& p, int64_t first, int64_t last, int64_t fir
           const bool last_source = s == 1 || p.sources[1].depth == 0;
           const int64_t panel_pitch = source.depth * kPanel;
           const float* weights = source.weights + pass.first * panel_pitch;
-          const Passes depths = Passes::of(source.depth, kDepth);
+          const Passes depths = Passes::of(source.depth, kPointwiseDepth);
           for (int64_t d = 0, k = 0; d < depths.count; k += depths.rows(d), d++) {
             const bool last_depth = d + 1 == depths.count;
             DepthBlock from{};

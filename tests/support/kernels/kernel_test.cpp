@@ -134,6 +134,7 @@ void test_pointwise(const Kernels& kernels, Report& report, int64_t rows, int64_
   std::copy(plain_bias.begin(), plain_bias.end(), bias.begin());
   Pointwise p{};
   p.sources[0] = {source.data(), depth, depth, packed.data()};
+  p.rows = rows;
   p.bias = bias.data();
   p.shortcut = shortcut.data();
   p.shortcut_pitch = p.out_pitch = p.columns = columns;
