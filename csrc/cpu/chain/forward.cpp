@@ -23,8 +23,6 @@ void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, i
   }
 }
 
-constexpr int64_t kUnitsOfPart = 4;  // of direct convolution: each reads all weights
-
 // Scratch of one thread for Winograd blocks.
 struct BlockScratch {
   float *v, *m, *patch;
@@ -222,14 +220,13 @@ void Run::tiles() const {
       });
       continue;
     }
-    // Rows or, of few of them, channels: several units for each thread.
-    const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
-    const bool by_rows = out_rows >= 4 * plan_.parts;
-    const int64_t units = by_rows ? out_rows : panels;
-    const WorkSplit split{std::min(units, kUnitsOfPart * plan_.parts)};
-    share_out(split.count, plan_.parts, [&](int64_t, int64_t unit) {
-      const int64_t first = split.share(units, unit), last = split.share(units, unit + 1);
-      by_rows ? kernels_.direct_rows(step, first, last, 0, panels) : kernels_.direct_rows(step, 0, out_rows, first, last);
+    split_.for_each([&](int64_t part) {
+      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+      if (out_rows >= 4 * plan_.parts) {
+        kernels_.direct_rows(step, split_.share(out_rows, part), split_.share(out_rows, part + 1), 0, panels);
+      } else {
+        kernels_.direct_rows(step, 0, out_rows, split_.share(panels, part), split_.share(panels, part + 1));
+      }
     });
   }
   if (passes_last()) pass_all();

@@ -71,7 +71,7 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
   plan.block_tiles = problem.channels <= 64 ? 24 : 16;
   int64_t together = std::min(plan.block_tiles, all_tiles);  // tiles that share one reading of the weights
   if (plan.schedule == Schedule::images) {
-    plan.images = std::min(divide_up(plan.block_tiles, per_image), rounds);
+    plan.images = std::max<int64_t>(std::min(divide_up(plan.block_tiles, per_image), rounds), 1);
     together = std::min(together, plan.images * per_image);
   } else if (all_tiles <= 32 && problem.channels >= 96) {
     plan.schedule = Schedule::channels;

@@ -52,6 +52,29 @@ R2N_INLINE void clear(Sums<P, Panels, HalfPanel>& sums) {
   }
 }
 
+// Sums that wait in memory, (P, pass's width), for more to be added to them.
+template <int P, int Panels, bool HalfPanel>
+R2N_INLINE void resume(Sums<P, Panels, HalfPanel>& sums, const float* waiting) {
+  constexpr int64_t kWidth = Panels * kPanel + (HalfPanel ? kUnit : 0);
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++) {
+#pragma GCC unroll 8
+    for (int f = 0; f < sums.kFull; f++) sums.full[p][f] = load<Full>(waiting + p * kWidth + f * kLanes<Full>);
+    if constexpr (sums.kHalf) sums.wide_half[p][0] = load_half(waiting + p * kWidth + Panels * kPanel);
+  }
+}
+
+template <int P, int Panels, bool HalfPanel>
+R2N_INLINE void suspend(const Sums<P, Panels, HalfPanel>& sums, float* waiting) {
+  constexpr int64_t kWidth = Panels * kPanel + (HalfPanel ? kUnit : 0);
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++) {
+#pragma GCC unroll 8
+    for (int f = 0; f < sums.kFull; f++) store(waiting + p * kWidth + f * kLanes<Full>, sums.full[p][f]);
+    if constexpr (sums.kHalf) store(waiting + p * kWidth + Panels * kPanel, sums.half(p));
+  }
+}
+
 // sums += A (P rows, `row_pitch` floats apart) * B (depth rows; full panels at b, `panel_pitch` floats apart; half one at
 // half). Calls ask(k) at each row of B, for prefetches that would be too many at once.
 template <int P, int Panels, bool HalfPanel, class Ask>

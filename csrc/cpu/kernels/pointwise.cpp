@@ -69,16 +69,7 @@ template <int P, int Panels, bool HalfPanel>
 __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBlock& from, int64_t row, int64_t channel) {
   constexpr int64_t kWidth = Panels * kPanel + (HalfPanel ? kUnit : 0);
   Sums<P, Panels, HalfPanel> sums;
-  if (from.first) {
-    clear(sums);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < P; i++) {
-#pragma GCC unroll 8
-      for (int f = 0; f < sums.kFull; f++) sums.full[i][f] = load<Full>(from.waiting + i * kWidth + f * kLanes<Full>);
-      if constexpr (sums.kHalf) sums.wide_half[i][0] = load_half(from.waiting + i * kWidth + Panels * kPanel);
-    }
-  }
+  from.first ? clear(sums) : resume(sums, from.waiting);
   const float* bias = p.bias + channel;
   const float* shortcut = p.shortcut == nullptr ? nullptr : p.shortcut + row * p.shortcut_pitch + channel;
   float* out = p.out + row * p.out_pitch + channel;
@@ -89,15 +80,7 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBloc
         __builtin_prefetch(from.soon.weights + k * kSoonBytes, 0, 2);
         __builtin_prefetch(from.soon.outputs + k * kSoonBytes, 0, 2);
       });
-  if (!from.last) {
-#pragma GCC unroll 16
-    for (int i = 0; i < P; i++) {
-#pragma GCC unroll 8
-      for (int f = 0; f < sums.kFull; f++) store(from.waiting + i * kWidth + f * kLanes<Full>, sums.full[i][f]);
-      if constexpr (sums.kHalf) store(from.waiting + i * kWidth + Panels * kPanel, sums.half(i));
-    }
-    return;
-  }
+  if (!from.last) return suspend(sums, from.waiting);
   const int64_t present = p.full_vectors ? kWidth : p.columns - channel;
 #pragma GCC unroll 16
   for (int i = 0; i < P; i++) {
