@@ -93,10 +93,10 @@ ChainPlan plan_chain(const ChainProblem& problem, ArithmeticChoice arithmetic, i
   }
   if (plan.schedule == Schedule::channels) plan.block_tiles = kMaxBlockTiles;
   plan.copies_source = plan.schedule == Schedule::images && problem.height * problem.width <= 14 * 14;
-  plan.parts = std::min(
-      plan.parts, plan.schedule == Schedule::images  ? problem.batch
-                  : plan.schedule == Schedule::tiles ? all_tiles
-                                                     : panel_count(problem.channels));
+  const int64_t most = plan.schedule == Schedule::images  ? problem.batch
+                       : plan.schedule == Schedule::tiles ? all_tiles
+                                                          : panel_count(problem.channels);
+  plan.parts = std::clamp<int64_t>(most, 1, plan.parts);
   return plan;
 }
 

@@ -27,8 +27,10 @@ struct ChainPlan {
   bool brings_near;     // Schedule::images: x and out are read through once before they are worked on
   bool copies_source;   // Winograd only: groups that nothing is added to are copied between zero borders first
 
-  // Schedule::images: how many groups of at most `images` there are, as many for each part.
-  int64_t image_groups(int64_t batch) const { return parts * divide_up(divide_up(batch, parts), images); }
+  // Schedule::images: how many groups of at most `images` there are, as many for each part where there are enough.
+  int64_t image_groups(int64_t batch) const {
+    return std::min(batch, parts * divide_up(divide_up(batch, parts), images));
+  }
 };
 
 // Whether Winograd can run the problem at all.
