@@ -37,13 +37,6 @@ def hands_on(weight: Tensor) -> bool:
     return memory_format(weight) == torch.channels_last
 
 
-def handed_on(weight: Tensor, x: Tensor) -> Tensor:
-    """Return x (N, C, H, W) in the memory format that a convolution with this weight computes in."""
-    if x.is_contiguous(memory_format=torch.channels_last) or not hands_on(weight):
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def in_format_of(gradient: Tensor, weight: Tensor) -> Tensor:
     """The `gradient` of a tensor in the memory format of that `weight`, of any shape: it is accumulated without a copy."""
     if weight.dim() != 4:

@@ -104,6 +104,7 @@ class BlockState(FusedState):
     layout: BlockPaths = PUBLISHED  # where the block keeps its parts
     frozen_norms: Any = field(default=None, init=False, repr=False)  # their classes when the block was frozen
     surroundings: Any = None  # what its own code reads besides the parts, when it was recognised
+    hands_on: bool = False  # whether fused calls give channels-last whatever they are given, as with weights in that format
     shared: Any = field(default=None, init=False, repr=False)  # the geometry again, with a name
 
     def __post_init__(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..chain.activations import CLAMPS, SLOPE, leaky_relu
+from .confirmation import of_memory
 
 _PLAIN = frozenset({"relu", "hardswish", "silu", "mish"})
 _BOUNDS = {bounds: name for name, bounds in CLAMPS.items()}
@@ -31,6 +33,19 @@ class CalledActivations(TorchDispatchMode):
         if name is not None:
             self._calls[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def seen_activations(
+    forward: Callable[[nn.Module, Tensor], Any], twin: nn.Module, x: Tensor
+) -> tuple[Any, list[str]] | Exception:
+    """What a class's own forward gives for a copy of x, and the activations that it calls; what it raises, but for memory."""
+    try:
+        with CalledActivations() as called:
+            return forward(twin, x.clone()), called.names
+    except Exception as error:
+        if of_memory(error):
+            raise
+        return error
 
 
 def _name_of(operator: str, settings: Sequence[Any], named: dict[str, Any]) -> str | None:

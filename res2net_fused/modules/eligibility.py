@@ -33,12 +33,24 @@ def chain_problem(block: BlockParts, x: Tensor, state: BlockState, trained: bool
     around = None if trained else (block.conv1.in_channels, block.conv3.out_channels)
     problem = ChainProblem.from_tensor(x, block.convs[0].in_channels, len(block.convs), state.config, around)
     dtype = compute_dtype(block.conv1.weight)
-    if not problem.channels_last and hands_on(block.conv1.weight):
+    if not problem.channels_last and computes_in_channels_last(block.conv1.weight, state):
         problem = replace(problem, channels_last=True)
     if rows == columns == 1 and dtype == x.dtype:
         return problem
     height, width = (problem.height - 1) // rows + 1, (problem.width_pixels - 1) // columns + 1
     return replace(problem, dtype=dtype, height=height, width_pixels=width)
+
+
+def computes_in_channels_last(weight: Tensor, state: BlockState) -> bool:
+    """Whether a block with this weight of conv1 turns an x in NCHW into channels-last where it runs fused."""
+    return hands_on(weight) or state.hands_on
+
+
+def handed_on(weight: Tensor, x: Tensor, state: BlockState) -> Tensor:
+    """Return x (N, inplanes, H, W) in the memory format in which such a block computes."""
+    if x.is_contiguous(memory_format=torch.channels_last) or not computes_in_channels_last(weight, state):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def differentiates(block: BlockParts, x: Tensor, given: Tensor | None) -> bool:

@@ -21,7 +21,7 @@ from ..backends.selection import is_auto, requested
 from ..chain.activations import activate
 from ..chain.block_weights import BlockWeights
 from ..chain.config import ChainConfig
-from ..chain.memory_format import handed_on, memory_format
+from ..chain.memory_format import memory_format
 from ..ops.bottle2neck import fused_bottle2neck, prepared_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
 from ..ops.packed_weights import PackedWeights, one_operator, pack_block
@@ -34,6 +34,7 @@ from .eligibility import (
     compute_dtype,
     differentiates,
     given_shortcut,
+    handed_on,
     is_floating,
     under_autocast,
     why_not_fused,
@@ -83,7 +84,9 @@ class FusedForward(FusedModule):
         if any(map(uses_batch_statistics, parts.bns)):
             if not torch.compiler.is_compiling():
                 state.last_problem, state.last_trained = chain_problem(parts, x, state, trained=True), True
-            return run_trained(parts, x, shortcut, state.config, state.recompute, state.backend)
+            return run_trained(
+                parts, handed_on(parts.conv1.weight, x, state), shortcut, state.config, state.recompute, state.backend
+            )
         return run_fused(parts, x, shortcut, state)
 
     def _snapshot(self, state: BlockState) -> Snapshot | None:
@@ -164,7 +167,7 @@ class _Seen:
     def __init__(self, block: BlockParts, x: Tensor, state: BlockState) -> None:
         weight = block.conv1.weight
         self.dtype = compute_dtype(weight)
-        self.converts = handed_on(weight, x) is not x
+        self.converts = handed_on(weight, x, state) is not x
         self.problem = chain_problem(block, x, state, trained=False)
         self.why_own = why_own("inference", self.problem, state.backend)
         self.measured = choices.lookup("inference", self.problem)
@@ -190,7 +193,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     """
     weight = block.conv1.weight
     dtype = compute_dtype(weight)
-    x = handed_on(weight, x)
+    x = handed_on(weight, x, state)
     x_in = x.to(dtype)
     differentiable = differentiates(block, x, given)
     if not torch.compiler.is_compiling():

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import policy
 from ..backends.selection import choose_for_training, is_auto
 from ..chain.activations import shows_slope
 from ..chain.batch_norm import Statistics
 from ..chain.config import ChainConfig
+from ..chain.memory_format import memory_format
 from ..chain.problem import ChainProblem
 from ..ops.hierarchical_conv_bn import hierarchical_conv_bn
 from .block_parts import BlockParts
-from .choosing import why_own
+from .choosing import NOT_TRAINING_FASTER, why_own
 from .reference_blocks import Parts, apply_optional, finish_bottle2neck, normalized
 
 
@@ -50,6 +52,9 @@ def why_not_trained(block: BlockParts, x: Tensor, problem: ChainProblem, backend
     if problem.batch == 0:
         return "the batch is empty"
     reason = None if recompute else why_own("training", problem, backend, (block.module, x))
+    if reason is NOT_TRAINING_FASTER and not torch.compiler.is_compiling():
+        gains = x.device.type == "cpu" and policy.channels_last_pays(x.device, problem.dtype)
+        return f"{reason}; {policy.NCHW_IN_TRAINING}" if gains and memory_format(x) != torch.channels_last else reason
     if reason is not None:
         return reason
     if torch.compiler.is_compiling():

@@ -12,8 +12,8 @@ from ..chain.activations import activate
 from ..chain.config import PASSTHROUGHS, POOLS, ChainConfig
 from ..chain.reference import hierarchical_chain
 from ..modules.block_structure import Unit, chain_alone
-from ..modules.called_activations import CalledActivations
-from ..modules.confirmation import agree, of_memory, random_twin
+from ..modules.called_activations import seen_activations
+from ..modules.confirmation import agree, random_twin
 from .class_swap import own_class
 from .recognition import AGREED, DISAGREED, confirmed_once
 
@@ -38,14 +38,11 @@ def _confirm(module: nn.Module, layout: object) -> tuple[None, str]:
     width, forward = units[0].conv.in_channels, own_class(module).forward
     for scale in (len(units) + 1, len(units)):
         x = torch.randn(2, scale * width, 9, 12, dtype=torch.float64, device="cpu")
-        try:
-            with CalledActivations() as called:
-                own = forward(twin, x.clone())
-        except Exception as error:
-            if of_memory(error):
-                raise
+        seen = seen_activations(forward, twin, x)
+        if isinstance(seen, Exception):
             continue
-        for steps, config in itertools.product(_steps(twin, units, called.names), _candidates(units[0].conv.stride[0])):
+        own, activations = seen
+        for steps, config in itertools.product(_steps(twin, units, activations), _candidates(units[0].conv.stride[0])):
             if config.scale(len(units)) == scale and _agrees(steps, config, x.split(width, 1), own):
                 return None, AGREED
     return None, DISAGREED

@@ -5,6 +5,9 @@ is. By default only weights change whose memory is the same in both formats, tho
 get other strides and not a byte moves. So `view(-1)` of a weight (pruning, parameters_to_vector, LBFGS) and an optimizer that
 walks through memory beside an older state, as PyTorch's fused ones on CPUs, stay right. The other convolutions in front of the
 first fused block, the stem, convert their images in a hook.
+
+Blocks with nothing in front, which people put into networks and loops of their own, keep the strides of all weights: they
+convert x themselves where they run fused, and their own forward trains in the format that it is given.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from ..backends import policy
 from ..chain.memory_format import strides_of
-from ..modules.block_state import STATE
+from ..modules.block_state import STATE, BlockState
 from ..modules.fused_forward import FusedForward
 from ..modules.weight_cache import cacheable
 
@@ -32,11 +35,16 @@ def convert(model: nn.Module, wanted: torch.memory_format | None) -> None:
     """Bring a model into a format, in place: its Parameters, their values, keys and sharing stay.
 
     wanted: of the weights of all 2-D convolutions; None for channels-last where no byte moves, and in the stem by a hook, if
-    the model has 2-D blocks whose kernels gain by it; preserve_format for no change.
+    the model has 2-D blocks whose kernels gain by it, of which bare ones convert by themselves; preserve_format for no change.
     """
     if not cacheable(()):
         return  # something traces or watches: that is no time to change tensors
     if wanted is torch.preserve_format or (wanted is None and not _gains(model)):
+        return
+    bare = wanted is None and not any(module._parameters for module in _front(model))
+    for _, state in _blocks(model):
+        state.hands_on = bare
+    if bare:
         return
     stem = list(_stem(model)) if wanted is None else []
     _unhook(model, stem)
@@ -83,19 +91,26 @@ def _unhook(model: nn.Module, but: Sequence[nn.Module] = ()) -> None:
 
 def _stem(model: nn.Module) -> Iterator[nn.Conv2d]:
     """The convolutions in front of the first fused block, by their order in the model, whose weights keep their strides."""
-    front = itertools.takewhile(lambda module: not isinstance(module, FusedForward), model.modules())
-    plain = [module for module in front if type(module) is nn.Conv2d]
+    plain = [module for module in _front(model) if type(module) is nn.Conv2d]
     fitting = {id(conv) for conv in _convolutions(model)}
     return (conv for conv in plain if id(conv) in fitting and not _same_memory(conv.weight))
 
 
+def _front(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules in front of the first fused block, by their order in the model, and those around it."""
+    return itertools.takewhile(lambda module: not isinstance(module, FusedForward), model.modules())
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, BlockState]]:
+    for module in model.modules():
+        if isinstance(module, FusedForward) and STATE in vars(module):
+            yield module, vars(module)[STATE]
+
+
 def _gains(model: nn.Module) -> bool:
     return any(
-        isinstance(module, FusedForward)
-        and (state := vars(module).get(STATE)) is not None
-        and state.backend != "reference"
-        and any(policy.channels_last_pays(p.device, p.dtype) for p in module.parameters())
-        for module in model.modules()
+        state.backend != "reference" and any(policy.channels_last_pays(p.device, p.dtype) for p in block.parameters())
+        for block, state in _blocks(model)
     )
 
 

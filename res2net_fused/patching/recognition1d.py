@@ -14,8 +14,8 @@ from ..chain.config import PADDING_MODES, Chain1dConfig
 from ..chain.reference import hierarchical_conv1d
 from ..modules.block_parts import resolve
 from ..modules.block_structure import Structure, ends_of, find_rows, norms_of
-from ..modules.called_activations import CalledActivations
-from ..modules.confirmation import agree, of_memory, random_twin
+from ..modules.called_activations import seen_activations
+from ..modules.confirmation import agree, random_twin
 from ..modules.folding import is_identity
 from ..modules.fused_forward1d import NORMS, ChainParts, Layout1d, enter_block_1d, finish_block_1d, parts_1d, resolve_weights
 from .class_swap import own_class
@@ -94,18 +94,15 @@ def _confirm(block: nn.Module, layout: Layout1d) -> tuple[tuple[Chain1dConfig, L
     errors = []
     for given in (channels, len(convs) * width):  # with a group that passes, and without
         x = torch.randn(2, given, dilation * taps + 5, dtype=torch.float64, device="cpu")
-        try:
-            with CalledActivations() as called:
-                own = forward(twin, x.clone())
-        except Exception as error:
-            if of_memory(error):
-                raise
-            errors.append(error)
+        seen = seen_activations(forward, twin, x)
+        if isinstance(seen, Exception):
+            errors.append(seen)
             continue
+        own, activations = seen
         inside: dict[object, list[tuple[Chain1dConfig, Tensor]]] = {}  # what the chain gives, by what comes before it
         for candidate in itertools.chain([layout], _with_ends(layout, structure)):
             if candidate.before not in inside:
-                inside[candidate.before] = list(_chains(twin, candidate, x, dilation, called.names))
+                inside[candidate.before] = list(_chains(twin, candidate, x, dilation, activations))
             for config, out in inside[candidate.before]:
                 if _ends_as(twin, candidate, out, x, own):
                     return (config, candidate), AGREED

@@ -360,7 +360,7 @@ def _may_have_stem(network: nn.Module) -> bool:
     """Whether blocks that run fused stand behind a convolution among the network's own children."""
     if isinstance(network, (FusedModule, torch.jit.ScriptModule, torch.fx.GraphModule)) or type(network) is nn.Sequential:
         return False
-    children = [child for child in network.children()]
+    children = list(network.children())
     first = next((i for i, child in enumerate(children) if kinds_of(child)[:1] == ["conv"]), len(children))
     return any(isinstance(module, FusedForward) for child in children[first + 1 :] for module in child.modules())
 

@@ -244,13 +244,11 @@ def _tuned(same: list[_Call], late: bool, limit_s: float) -> TunedCall:
             return TunedCall(names, what, row.choice, row.ms, row.errors, ("measured before",))
     if late:
         return TunedCall(names, what, notes=("no time was left",))
-    found = TunedCall(names, what)
     try:
         with _marked(f"a call of {what}", first.device, limit_s) as record:
-            found = _measured(same, found, record, limit_s)
+            return _measured(same, TunedCall(names, what), record, limit_s)
     except Settled as error:
         return TunedCall(names, what, notes=(str(error),))
-    return found
 
 
 def _measured(same: list[_Call], found: TunedCall, record: Any, limit_s: float) -> TunedCall:

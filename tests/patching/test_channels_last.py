@@ -97,6 +97,69 @@ def test_a_bare_block_gives_what_eager_gives_with_such_weights(stride):
     assert out.stride() == eager.stride() and explain(block)[0].fused
 
 
+def bare_blocks():
+    first = Bottle2neck(32, 16, 2, nn.Sequential(nn.Conv2d(32, 64, 1, 2, bias=False), nn.BatchNorm2d(64)), stype="stage")
+    return randomize(nn.Sequential(first, nn.Identity(), Bottle2neck(64, 16)))
+
+
+def test_bare_blocks_keep_the_format_where_their_own_forward_trains(training_pays, monkeypatch):
+    """Converted by every other of their convolutions they would lose to eager NCHW."""
+    monkeypatch.setattr(policy, "training_pays", training_pays)
+    eager = bare_blocks()
+    blocks = accelerate(copy.deepcopy(eager))
+    assert strides(blocks) == strides(eager)
+    outs, gradients = [], []
+    for network in (eager, blocks):
+        x = torch.randn(2, 32, 9, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        outs.append(network(x))
+        gradients.append(torch.autograd.grad(outs[-1].square().mean(), [x, *network.parameters()]))
+    assert outs[1].is_contiguous() and torch.equal(outs[0], outs[1])
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*gradients, strict=True))
+    for report in explain(blocks):
+        assert not report.fused and "x.contiguous(memory_format=torch.channels_last)" in report.reason
+    blocks(x.contiguous(memory_format=torch.channels_last))
+    assert not any("x is NCHW" in report.reason for report in explain(blocks))
+
+
+def test_bare_blocks_convert_where_the_operator_trains():
+    eager = bare_blocks().double()
+    blocks = accelerate(copy.deepcopy(eager).float())
+    assert strides(blocks) == strides(eager)
+    x = torch.randn(2, 32, 9, 7)
+    out, expected = blocks(x), eager(x.double())
+    assert out.is_contiguous(memory_format=torch.channels_last) and all(report.fused for report in explain(blocks))
+    assert_close(out, expected, 1e-5)
+    gradients = (
+        torch.autograd.grad(y.square().mean(), list(network.parameters())) for y, network in ((out, blocks), (expected, eager))
+    )
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda blocks: pickle.loads(pickle.dumps(blocks))], ids=["copied", "pickled"]
+)
+def test_bare_blocks_convert_in_eval_mode(through):
+    blocks = through(accelerate(bare_blocks().eval()))
+    x = torch.randn(2, 32, 9, 7)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            out = blocks(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert all(report.fused and "channels_last" in report.plan for report in explain(blocks))
+    assert run(accelerate(blocks, memory_format=torch.contiguous_format), x).is_contiguous()
+    assert run(accelerate(blocks, memory_format=torch.preserve_format), x).is_contiguous()
+
+
+def test_blocks_of_a_network_are_not_bare():
+    """Even where their own call came first: what stands in front of them converts then, and their weights."""
+    block = accelerate(bare_blocks())
+    network = nn.Sequential(nn.Conv2d(3, 32, 3), block)
+    accelerate(network)
+    assert hooked(network) == ["0"] and in_channels_last(block)
+    assert network(torch.randn(2, 3, 9, 7)).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_restore_gives_the_strides_back(model):
     before = strides(model)
     accelerate(accelerate(model), memory_format=torch.channels_last)
