@@ -308,6 +308,61 @@ void test_clusters() {
     expect("passed around the cluster", std::memcmp(&out[block * 256], &in[(block + 1) % 5 * 256], 1024) == 0);
 }
 
+// A kernel that takes long to write what the next one reads, which begins meanwhile.
+__global__ void late(const uint32_t* in, uint32_t* out) {
+  predecessor_wait();
+  successor_begin();
+#if defined(__CUDACC__)
+  for (const long long begin = clock64(); clock64() - begin < 2000000;) {
+  }
+#endif
+  global_store(out + thread_index(), global_load<uint32_t>(in + thread_index()));
+}
+__global__ void after(const uint32_t* in, uint32_t* out) {
+  predecessor_wait();
+  successor_begin();
+  global_store(out + thread_index(), global_load<uint32_t>(in + thread_index()) + 1);
+}
+
+void test_overlap() {
+  constexpr int WORDS = 64;
+  std::vector<uint32_t> in(WORDS), out(WORDS);
+  for (int i = 0; i < WORDS; i++) in[i] = uint32_t(i * 2654435761u);
+#if defined(__CUDACC__)
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major < 9) return;
+  uint32_t* words = nullptr;  // in, what lies between the kernels, out
+  cudaMalloc(&words, 3 * WORDS * 4);
+  cudaMemset(words, 0, 3 * WORDS * 4);
+  cudaMemcpy(words, in.data(), WORDS * 4, cudaMemcpyHostToDevice);
+  cudaLaunchAttribute overlaps;
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1), config.blockDim = dim3(WORDS), config.attrs = &overlaps, config.numAttrs = 1;
+  const uint32_t *first = words, *second = words + WORDS;
+  cudaLaunchKernelEx(&config, late, first, words + WORDS);
+  const cudaError_t launched = cudaLaunchKernelEx(&config, after, second, words + 2 * WORDS);
+  expect(cudaGetErrorString(launched), launched == cudaSuccess);
+  const cudaError_t error = cudaMemcpy(out.data(), words + 2 * WORDS, WORDS * 4, cudaMemcpyDeviceToHost);
+  expect(cudaGetErrorString(error), error == cudaSuccess);
+  cudaFree(words);
+#else
+  std::vector<uint32_t> between(WORDS);
+  const auto overlapping = [](auto kernel, std::vector<uint32_t>& from, std::vector<uint32_t>& to) {
+    const emulator::Launch launch{
+        1, WORDS, 0, 1, true, {{"in", from.data(), WORDS * 4, false, true}, {"out", to.data(), WORDS * 4, true, true}},
+        1, true};
+    const emulator::Report report = emulator::run(launch, [&] { kernel(from.data(), to.data()); });
+    for (const std::string& found : report.first) expect(found.c_str(), found.empty());
+  };
+  overlapping(late, in, between);
+  overlapping(after, between, out);
+#endif
+  for (int i = 0; i < WORDS; i++) expect("read behind the kernel before", out[i] == in[i] + 1);
+}
+
 // in: pairs of floats; out: packed, unpacked again, sum of the pair with itself, clamped
 template <class Element>
 __global__ void arithmetic(const uint32_t* in, uint32_t* out) {
@@ -354,6 +409,7 @@ int main() {
   test_async_products<fp16>(pack_fp16, "wgmma, fp16");
   test_copies();
   test_clusters();
+  test_overlap();
   test_arithmetic<bf16>(0x1p-7f, "arithmetic, bf16");
   test_arithmetic<fp16>(0x1p-10f, "arithmetic, fp16");
   std::printf("%d failures\n", failures);

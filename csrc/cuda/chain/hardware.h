@@ -95,6 +95,22 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
+// Programmatic dependent launch, from sm_90 on: a kernel launched so may begin while the one before it ends. Whatever that one
+// writes, and whatever it may still read, is touched only behind this wait, by every thread for itself. A kernel that is launched
+// as ever begins when the other has ended, and waits for nothing.
+DEVICE void predecessor_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel begin, once all CTAs have come here. Only behind the wait: the next one then knows that all kernels before
+// its own predecessor have ended.
+DEVICE void successor_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Thread-block clusters, from sm_90 on. Code for older devices holds the calls too, and must never come to them: it may run on
 // a newer device, compiled there from PTX, where numbers without barriers would be wrong in silence.
 // Every thread of the cluster arrives and then waits: what one did before it arrived is visible to all after they waited.

@@ -340,9 +340,14 @@ struct StripCta : StripLayout<Element, DEPTHS> {
   template <class Cta>
   DEVICE void run(const Cta& cta) const {  // cta: this object, as its own type
     ChunkCursor fetch;                     // the next chunk of weights to start copying
+    if (!a.weights_stand) {
+      predecessor_wait();  // which may write them
+    }
     cta.start_weights(fetch);
     clear_strips();
     this->make_tables();
+    predecessor_wait();  // x is there, and nobody needs what lies in out
+    successor_begin();
     sync_cta();  // cleared before the copies land
     cta.strips_are_clear();
     cta.start_group(0);

@@ -68,6 +68,11 @@ void enter() {
     finding(DIVERGENCE, current->where, "ends without waiting for the cluster's barrier (last seen here)");
   if (in_flight) finding(IN_FLIGHT, current->where, "ends with copies in flight (last seen here)");
   if (products_pending()) finding(IN_FLIGHT, current->where, "ends with products in flight (last seen here)");
+  // Else this kernel could end before the one before it, and the next one would take both for ended.
+  if (launch.overlaps && !current->awaited)
+    finding(PREDECESSOR, current->where, "ends without waiting for the kernel before (last seen here)");
+  if (launch.overlaps && !current->let_begin)
+    finding(PREDECESSOR, current->where, "ends without letting the next kernel begin (last seen here)");
   current->done = true;
   ctas[current->rank].done++;
   _longjmp(scheduler, 1);
@@ -135,6 +140,7 @@ void run_cluster(int first_block) {
     fiber.started = fiber.done = false;
     fiber.arrivals = fiber.waits = 0;
     fiber.shown = 0;
+    fiber.awaited = !launch.overlaps, fiber.let_begin = false;
     fiber.open_copies.clear();
     fiber.copy_groups.clear();
     getcontext(&fiber.entry);
@@ -346,6 +352,17 @@ void cluster_wait(const Where& where) {
     block("a barrier of the cluster", where);
   }
   current->waits++;
+}
+
+void predecessor_wait(const Where& where) {
+  current->where = where;
+  current->awaited = true;
+}
+
+void successor_begin(const Where& where) {
+  if (!current->awaited) finding(PREDECESSOR, where, "lets the next kernel begin before the one before it has ended");
+  current->where = where;
+  current->let_begin = true;
 }
 
 void sync_warp(const Where& where) { meet(arrive(Operation::SYNC_WARP, where), "a warp barrier", where); }

@@ -25,15 +25,16 @@ struct SharedPtr {
 };
 
 namespace emulator {
-enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, PROXY, KINDS };
-inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",
-                                                  "in-flight",     "divergence", "lifetime",      "proxy"};
+enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, PROXY, PREDECESSOR, KINDS };
+inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",       "in-flight",
+                                                  "divergence",    "lifetime",   "proxy",         "predecessor"};
 
 struct Buffer {
   const char* name;
   const void* begin;
   size_t bytes;
   bool writable;
+  bool predecessors = false;  // the kernel before may still write it, or need what is in it
 };
 
 struct Launch {
@@ -41,7 +42,8 @@ struct Launch {
   uint64_t seed;
   bool checks;  // false: only compute, for speed
   std::vector<Buffer> buffers;
-  int cluster = 1;  // blocks that run together and reach each other's shared memory
+  int cluster = 1;        // blocks that run together and reach each other's shared memory
+  bool overlaps = false;  // it may begin while the kernel before it ends, whose writes each thread sees behind its own wait
 };
 
 struct Report {
@@ -66,6 +68,8 @@ void commit_copies();
 void wait_copies(int pending);
 void sync_cta(const Where& where);
 void sync_warp(const Where& where);
+void predecessor_wait(const Where& where);
+void successor_begin(const Where& where);
 void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
 void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where);
@@ -94,6 +98,8 @@ inline int block_index() { return emulator::block_index(); }
 
 inline void sync_cta(Where where = Where::current()) { emulator::sync_cta(where); }
 inline void sync_warp(Where where = Where::current()) { emulator::sync_warp(where); }
+inline void predecessor_wait(Where where = Where::current()) { emulator::predecessor_wait(where); }
+inline void successor_begin(Where where = Where::current()) { emulator::successor_begin(where); }
 
 inline void cluster_arrive(Where where = Where::current()) { emulator::cluster_arrive(where); }
 inline void cluster_wait(Where where = Where::current()) { emulator::cluster_wait(where); }

@@ -9,20 +9,24 @@ namespace {
 int failures = 0;
 alignas(16) uint32_t global_words[64];
 
-// Runs a kernel of one cluster in six orders; `verdict` is the name of the only kind of finding, "" or "any".
+// Runs a kernel in six orders; `verdict` is the name of the only kind of finding, "" or "any".
 template <class Kernel>
-void expect(const char* title, const char* verdict, int threads, Kernel kernel, int ctas = 1, int bytes = 1024) {
-  for (uint64_t seed = 0; seed < 6; seed++) {
-    const emulator::Report report =
-        emulator::run({ctas, threads, bytes, seed, true, {{"words", global_words, sizeof global_words, true}}, ctas}, kernel);
+void expect(const char* title, const char* verdict, emulator::Launch launch, Kernel kernel) {
+  for (launch.seed = 0; launch.seed < 6; launch.seed++) {
+    const emulator::Report report = emulator::run(launch, kernel);
     std::string kinds;
     for (int kind = 0; kind < emulator::KINDS; kind++)
       if (report.count[kind]) kinds += emulator::KIND_NAMES[kind];
     if (verdict == std::string("any") ? kinds.empty() : kinds != verdict) {
-      std::printf("%s, seed %d: found '%s', expected '%s'\n", title, int(seed), kinds.c_str(), verdict);
+      std::printf("%s, seed %d: found '%s', expected '%s'\n", title, int(launch.seed), kinds.c_str(), verdict);
       failures++;
     }
   }
+}
+// A kernel of one cluster.
+template <class Kernel>
+void expect(const char* title, const char* verdict, int threads, Kernel kernel, int ctas = 1, int bytes = 1024) {
+  expect(title, verdict, {ctas, threads, bytes, 0, true, {{"words", global_words, sizeof global_words, true}}, ctas}, kernel);
 }
 
 SharedPtr word(int index) { return shared_memory() + index * 4; }
@@ -218,6 +222,52 @@ void cluster_kernels() {
   });
 }
 
+// Kernels that may begin while the one before them ends, which writes the first 32 words.
+void overlapping_kernels() {
+  using enum emulator::Kind;
+  const auto verdict = [](const char* title, const char* kind, auto kernel) {
+    const emulator::Buffer written{"written before", global_words, 128, true, true};
+    const emulator::Buffer own{"own", global_words + 32, 128, true};
+    expect(title, kind, emulator::Launch{1, 32, 1024, 0, true, {written, own}, 1, true}, kernel);
+  };
+  const char* const found = emulator::KIND_NAMES[PREDECESSOR];
+  static const auto from_before = [] { return global_load<uint32_t>(global_words + thread_index()); };
+  static const auto wait = [] { predecessor_wait(), successor_begin(); };
+  verdict("read behind the wait for the kernel before", "", [] {
+    global_load<uint32_t>(global_words + 32 + thread_index());
+    wait();
+    if (from_before() != global_words[thread_index()]) failures++;
+  });
+  verdict("read before the wait", found, [] {
+    if (from_before() != ~0u) failures++;  // not there yet
+    wait();
+  });
+  verdict("copied before the wait", found, [] {
+    copy_async<4>(word(thread_index()), global_words + thread_index());
+    wait();
+  });
+  verdict("written before the wait", found, [] {
+    global_store(global_words + thread_index(), 0u);
+    wait();
+  });
+  verdict("waited for by another thread", found, [] {
+    if (thread_index() == 0) wait();
+    sync_cta();
+    from_before();
+    wait();
+  });
+  verdict("never waited for", found, [] { successor_begin(); });
+  verdict("the next kernel begins before the wait", found, [] {
+    successor_begin();
+    predecessor_wait();
+  });
+  verdict("the next kernel is not let begin", found, [] { predecessor_wait(); });
+  verdict("waited for twice", "", [] {
+    predecessor_wait();
+    wait();
+  });
+}
+
 enum class Fault {
   NONE,
   NO_PROXY_FENCE,
@@ -368,6 +418,7 @@ int main() {
   });
   expect("past a buffer", name(OUT_OF_BOUNDS), 96, [] { global_store(global_words + thread_index(), 0u); });
   expect("two threads store one word", name(RACE), 64, [] { global_store(global_words + thread_index() / 2, 0u); });
+  for (uint32_t i = 0; i < 64; i++) global_words[i] = 1000 + i;  // no zeros, which would look like what is not copied
   expect("copy, wait", "", 32, [] {
     copy_async<4>(word(thread_index()), global_words + thread_index());
     copy_async_commit();
@@ -419,7 +470,47 @@ int main() {
     copy_async_commit();
     copy_async_wait(0);
   });
+  expect("copy or zeros", "", 32, [] {
+    const int thread = thread_index();
+    const bool copies = thread % 3 > 0;
+    // Of those that copy nothing the address may be anywhere.
+    copy_async_or_zero<8>(copies, word(thread * 2), copies ? global_words + thread * 2 : global_words + 64 + thread * 2);
+    copy_async_commit();
+    copy_async_wait(0);
+    const auto found = shared_load<Bytes8>(word(thread * 2));
+    if (found.word[1] != (copies ? global_words[thread * 2 + 1] : 0)) failures++;
+  });
+  expect("copy or zeros, not waited for", name(IN_FLIGHT), 32, [] {
+    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
+    copy_async_commit();
+    shared_load<uint32_t>(word(thread_index()));  // zeros come as late as what is copied
+    copy_async_wait(0);
+  });
+  expect("copy or zeros, past a buffer", name(OUT_OF_BOUNDS), 32, [] {
+    copy_async_or_zero<8>(thread_index() > 4, word(thread_index() * 2), global_words + 64);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
+  expect("zeros past a region", name(OUT_OF_BOUNDS), 32, [] {
+    copy_async_or_zero<4>(false, shared_memory().part(0, 64, "part") + thread_index() * 4, nullptr);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
+  expect("zeros over what others still read", name(RACE), 64, [] {
+    store(thread_index());
+    sync_cta();
+    shared_load<uint32_t>(word(63 - thread_index()));
+    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
+  expect("zeros at 4 where 8 are copied", name(MISALIGNED), 32, [] {
+    if (thread_index() == 3) copy_async_or_zero<8>(false, word(7), nullptr);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
   cluster_kernels();
+  overlapping_kernels();
   expect("matrix product, bf16", "", 32, matrix_product<bf16>);
   expect("matrix product, fp16", "", 32, matrix_product<fp16>);
   expect("matrix product, tf32", "", 32, matrix_product_tf32);

@@ -72,7 +72,15 @@ void check_write(Cta& cta, SharedPtr to, int bytes, const Where& where) {
   }
 }
 
-// The index of the buffer that holds these bytes, or -1. Where x and out lie between each other's elements, both do: writes
+// The index of a buffer that this thread may touch, else -1.
+int ours(int buffer, const char* what, const Where& where) {
+  const Buffer& touched = launch.buffers[buffer];
+  if (!touched.predecessors || current->awaited) return buffer;
+  finding(PREDECESSOR, where, "%s of %s before the kernel before has ended", what, touched.name);
+  return -1;
+}
+
+// The index of the buffer that holds these bytes, or -1, as also where the kernel before is still at it. Where x and out lie between each other's elements, both do: writes
 // go to the one that may be written.
 int find_buffer(const void* address, int bytes, int alignment, const char* what, const Where& where, bool writes = false) {
   const auto place = reinterpret_cast<uintptr_t>(address);
@@ -84,10 +92,10 @@ int find_buffer(const void* address, int bytes, int alignment, const char* what,
   for (size_t i = 0; i < launch.buffers.size(); i++) {
     const auto begin = reinterpret_cast<uintptr_t>(launch.buffers[i].begin);
     if (place < begin || place + bytes > begin + launch.buffers[i].bytes) continue;
-    if (!writes || launch.buffers[i].writable) return int(i);
+    if (!writes || launch.buffers[i].writable) return ours(int(i), what, where);
     read_only = int(i);
   }
-  if (read_only >= 0) return read_only;
+  if (read_only >= 0) return ours(read_only, what, where);
   const Buffer* nearest = nullptr;
   int64_t nearest_offset = 0;
   for (const Buffer& buffer : launch.buffers) {

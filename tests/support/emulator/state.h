@@ -52,6 +52,8 @@ struct Fiber {
   bool started = false, done = false;
   uint64_t shown = 0;           // write_number at its last proxy fence
   int arrivals = 0, waits = 0;  // at and for barriers of the cluster
+  bool awaited = false;         // the kernel before
+  bool let_begin = false;       // the next kernel
   const char* waits_for = nullptr;
   Where where;
   std::vector<Copy> open_copies;              // not committed

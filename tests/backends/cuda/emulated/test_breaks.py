@@ -23,6 +23,23 @@ BREAKS = [
         "if (lane == 5) continue;\nconst FragmentA matrix = rounded",
         "divergence",
     ),
+    ("weights read although they may be written", "strips", STRIP, "if (!a.weights_stand) {", "if (false) {", "predecessor"),
+    (
+        "the passed group copied before the wait",
+        "strips",
+        STRIP,
+        "    clear_strips();\n",
+        "    clear_strips();\n    this->make_tables();\n    sync_cta();\n    cta.pass_group();\n",
+        "predecessor",
+    ),
+    (
+        "the next kernel begins too early",
+        "strips",
+        STRIP,
+        "    predecessor_wait();  // x is there",
+        "    // x is there",
+        "predecessor",
+    ),
     ("strips not cleared", "strips", STRIP, "    clear_strips();\n", "\n", "uninitialised wrong"),
     ("sums not cleared", "strips", STRIP, "        cta.start_sums(sums, step, cta.adds_bias());\n", "\n", "wrong"),
     ("tap one column off", "strips", LAYOUT, "tap % 3 - 1) * g", "tap % 3) * g", "wrong"),
@@ -184,6 +201,7 @@ def test_emulated_breaks_cover_every_ordering_statement():
     found = [removal.statement.partition("(")[0] for removal in breaks.removals()]
     assert found.count("cluster_arrive") == found.count("cluster_wait") == 2 and found.count("sync_cta") >= 6
     assert found.count("copy_async_wait") >= 2 and found.count("copy_async_commit") >= 3
+    assert found.count("predecessor_wait") == 2 and found.count("successor_begin") == 1
     assert found.count("proxy_fence") >= 1 and {"products_begin", "products_commit", "products_wait"} <= set(found)
     seen = {item for start in range(len(found)) for item in mutate.rotated(list(range(len(found))), start)}
     assert seen == set(range(len(found)))
