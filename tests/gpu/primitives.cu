@@ -279,6 +279,43 @@ void test_copies() {
   }
 }
 
+// Two stages of 512 bytes in turn, each filled three times by two copies of one thread, while the other threads read.
+__global__ void bulk_copies(const uint32_t* in, uint32_t* out) {
+  const SharedPtr shared = shared_memory();
+  const int thread = thread_index();
+  const auto arrival = [&](int stage) { return shared + (1024 + 8 * stage); };
+  const auto start = [&](int turn) {
+    if (thread > 0 || turn >= 6) return;
+    const int stage = turn % 2;
+    arrival_expect(arrival(stage), 512);
+    for (int half = 0; half < 2; half++)
+      copy_bulk(shared + (stage * 512 + half * 256), in + turn * 128 + half * 64, 256, arrival(stage));
+  };
+  if (thread == 0) {
+    for (int stage = 0; stage < 2; stage++) arrival_init(arrival(stage));
+    proxy_fence();
+  }
+  start(0);
+  sync_cta();
+  for (int turn = 0; turn < 6; turn++) {
+    start(turn + 1);
+    arrival_wait(arrival(turn % 2), turn / 2 & 1);
+    out[turn * 128 + 127 - thread] = shared_load<uint32_t>(shared + (turn % 2 * 512 + (127 - thread) * 4));
+    sync_cta();
+  }
+}
+
+void test_bulk_copies() {
+#if defined(__CUDACC__)
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major < 9) return;
+#endif
+  std::vector<uint32_t> in(6 * 128);
+  for (size_t i = 0; i < in.size(); i++) in[i] = uint32_t(i * 2654435761u);
+  expect("bulk copies", run(bulk_copies, 128, in, int(in.size())) == in);
+}
+
 // Five CTAs pass 16 bytes a thread on to the next, four times: each then has what the one before it had, and so on around.
 __global__ void pass_around(const uint32_t* in, uint32_t* out) {
   const SharedPtr shared = shared_memory();
@@ -408,6 +445,7 @@ int main() {
   test_async_products<bf16>(pack_bf16, "wgmma, bf16");
   test_async_products<fp16>(pack_fp16, "wgmma, fp16");
   test_copies();
+  test_bulk_copies();
   test_clusters();
   test_overlap();
   test_arithmetic<bf16>(0x1p-7f, "arithmetic, bf16");

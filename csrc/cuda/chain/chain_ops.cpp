@@ -94,6 +94,7 @@ void res2net_fused::cuda::cuda_chain(
       .row_parts = RES2NET_NARROW(row_parts),
       .channel_parts = RES2NET_NARROW(channel_parts),
       .warps_k = RES2NET_NARROW(warps_k)};
+  STD_TORCH_CHECK(tile.stages >= 2 && tile.stages <= MAX_STAGES, "stages: ", tile.stages, "; expected 2 to ", MAX_STAGES);
   const Instance& row = INSTANCE_TABLE[index];
   STD_TORCH_CHECK(
       row.cluster ? parts_fit(problem, tile, row.columns) : tile.row_parts * tile.channel_parts * tile.warps_k == 1,

@@ -46,17 +46,46 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
 
   // ---- data into shared memory ----
 
+  DEVICE int first_column() const { return channel_part * g.part_columns; }
+  DEVICE int columns_there() const {  // the last part may have columns of zeros behind them
+    const int left = g.packed_columns - first_column();
+    return left < g.part_columns ? left : g.part_columns;
+  }
+  DEVICE void prepare_weights() const {
+    Base::prepare_weights();
+    if constexpr (BULK_COPIES) {
+      sync_cta();                                                   // every warp copies
+      const int missing = (g.part_columns - columns_there()) * 16;  // pieces of 16 bytes in a row, which no copy ever fills
+      for (int i = thread; i < g.stages * g.chunk_slices * missing; i += threads) {
+        const int row = i / missing, piece = (columns_there() * 16 + i - row * missing);
+        const int stage = row / g.chunk_slices;
+        shared_store(this->stage(stage) + (row - stage * g.chunk_slices) * g.part_columns * 256 + piece * 16, Bytes16{});
+      }
+    }
+  }
   DEVICE void start_weights(const ChunkCursor& cursor) const {
     if (cursor.step >= g.steps) return;
     const SharedPtr to = this->stage(cursor.stage);
     const int64_t slice = (int64_t(cursor.step) * g.chunks + cursor.chunk) * g.chunk_slices;
-    const int first_column = channel_part * g.part_columns;
-    const auto from = static_cast<const unsigned char*>(a.weight) + (slice * g.packed_columns + first_column) * 256;
-    for (int i = thread; i < g.stage_bytes / 16; i += threads) {
-      const int row = g.by_part_columns.divide(i / 16);
-      const int byte = i * 16 - row * g.part_columns * 256;
-      const bool there = byte < (g.packed_columns - first_column) * 256;  // the last part may have columns of zeros
-      copy_async<16>(to + i * 16, from + (there ? row * g.packed_columns * 256 + byte : 0), there ? 16 : 0);
+    const auto from = static_cast<const unsigned char*>(a.weight) + (slice * g.packed_columns + first_column()) * 256;
+    if constexpr (BULK_COPIES) {
+      // A row each, by one thread of every warp: the instruction is one for a warp.
+      if (lane > 0) return;
+      const SharedPtr arrival = this->arrival_of(cursor.stage);
+      const int row_bytes = columns_there() * 256;
+      if (thread == 0) {
+        arrival_expect(arrival, g.chunk_slices * row_bytes);
+      }
+#pragma unroll 1
+      for (int row = thread / 32; row < g.chunk_slices; row += threads / 32)
+        copy_bulk(to + row * g.part_columns * 256, from + row * g.packed_columns * 256, row_bytes, arrival);
+    } else {
+      for (int i = thread; i < g.stage_bytes / 16; i += threads) {
+        const int row = g.by_part_columns.divide(i / 16);
+        const int byte = i * 16 - row * g.part_columns * 256;
+        const bool there = byte < columns_there() * 256;
+        copy_async<16>(to + i * 16, from + (there ? row * g.packed_columns * 256 + byte : 0), there ? 16 : 0);
+      }
     }
   }
 

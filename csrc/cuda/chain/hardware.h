@@ -225,6 +225,51 @@ DEVICE void copy_async_wait(int pending) {
   }
 }
 
+// From sm_90 on one thread copies a whole piece of global memory, which is on its way until its bytes have arrived at a barrier in
+// shared memory (an mbarrier, 8 bytes). Such copies write through the "async proxy", as products of wgmma read.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool BULK_COPIES = true;
+#else
+constexpr bool BULK_COPIES = false;
+#endif
+// What this thread wrote to shared memory, its finished copies included, is visible to that proxy behind the next barrier.
+DEVICE void proxy_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// For one thread that arrives in each phase. Behind it a proxy fence and a barrier.
+DEVICE void arrival_init(SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival.address()) : "memory");
+#endif
+}
+// Arrives: the phase ends when so many bytes have been copied.
+DEVICE void arrival_expect(SharedPtr arrival, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival.address()), "r"(bytes) : "memory");
+#endif
+}
+// Waits for the end of the phase of this parity: 0 for the first one, 1 for the second, and so on in turn. What was copied in it is
+// visible to this thread then.
+DEVICE void arrival_wait(SharedPtr arrival, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@!ended bra again;}" ::"r"(
+          arrival.address()),
+      "r"(parity)
+      : "memory");
+#endif
+}
+// Both places and `bytes` are multiples of 16.
+DEVICE void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to.address()),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(arrival.address())
+               : "memory");
+#endif
+}
+
 // ldmatrix.x4: lane i names bytes 16 * (i / 16) onwards of row i % 16, of a matrix of 16 rows of 32 bytes, and gets word i % 4
 // of rows i / 4 and i / 4 + 8, then word i % 4 + 4 of both: the A of m16n8k16 for elements of 2 bytes, of m16n8k8 for 4.
 DEVICE FragmentA load_matrix(SharedPtr row) {

@@ -27,7 +27,7 @@ double cycles_of_cta(
   const double mma_cycles = 4 * rates.mma_cycles;  // of one scheduler
   double cycles = START_CYCLES;
   for (int step = 0; step < g.steps; step++) {
-    const StepWork work = work_of_step(problem, g, instance, step);
+    const StepWork work = work_of_step(problem, g, instance, rates, step);
     const double outputs = double(work.tiles) * g.warps_n;  // warp tiles
     const int passes = divide_up(work.tiles, g.warps_m);
     const double alone = passes * per_scheduler * turns * mma_per_turn * mma_cycles;

@@ -129,6 +129,7 @@ void run_cluster(int first_block) {
     cta.block = first_block++;
     cta.epoch = ++epoch;
     cta.arrived = cta.done = 0;
+    cta.arrivals.clear();
     std::fill(cta.memory.begin(), cta.memory.end(), 0xff);  // NaN as bf16 and as float
     for (Granule& granule : cta.granules) granule.in_flight = false;
   }
@@ -140,6 +141,7 @@ void run_cluster(int first_block) {
     fiber.started = fiber.done = false;
     fiber.arrivals = fiber.waits = 0;
     fiber.shown = 0;
+    fiber.phases.clear();
     fiber.awaited = !launch.overlaps, fiber.let_begin = false;
     fiber.open_copies.clear();
     fiber.copy_groups.clear();
@@ -152,7 +154,7 @@ void run_cluster(int first_block) {
   }
   if (_setjmp(scheduler) == 2) return;
   if (Fiber* next = pick()) resume(*next);
-  if (done_count() == int(fibers.size())) return check_lifetimes();
+  if (done_count() == int(fibers.size())) return check_end();
   for (Fiber& fiber : fibers) {
     if (fiber.done) continue;
     current = &fiber;

@@ -25,9 +25,21 @@ struct SharedPtr {
 };
 
 namespace emulator {
-enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, PROXY, PREDECESSOR, KINDS };
-inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",       "in-flight",
-                                                  "divergence",    "lifetime",   "proxy",         "predecessor"};
+enum Kind {
+  OUT_OF_BOUNDS,
+  MISALIGNED,
+  UNINITIALISED,
+  RACE,
+  IN_FLIGHT,
+  DIVERGENCE,
+  LIFETIME,
+  PROXY,
+  PREDECESSOR,
+  ARRIVAL,
+  KINDS
+};
+inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",        "in-flight",
+                                                  "divergence",    "lifetime",   "proxy",         "predecessor", "arrival"};
 
 struct Buffer {
   const char* name;
@@ -64,6 +76,11 @@ void write_shared(SharedPtr to, const void* from, int bytes, const Where& where)
 void read_global(const void* from, void* to, int bytes, const Where& where);
 void write_global(void* to, const void* from, int bytes, const Where& where);
 void start_copy(SharedPtr to, const void* from, int bytes, int valid, const Where& where);
+void proxy_fence();
+void arrival_init(SharedPtr arrival, const Where& where);
+void arrival_expect(SharedPtr arrival, int bytes, const Where& where);
+void arrival_wait(SharedPtr arrival, int parity, const Where& where);
+void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival, const Where& where);
 void commit_copies();
 void wait_copies(int pending);
 void sync_cta(const Where& where);
@@ -138,6 +155,23 @@ void copy_async_or_zero(bool copies, SharedPtr to, const void* from, Where where
   copy_async<BYTES>(to, from, copies ? BYTES : 0, where);
 }
 inline void copy_async_commit() { emulator::commit_copies(); }
+
+// As in the code of sm_90, or, of a build that says so, of an older one.
+#ifndef RES2NET_EMULATED_CODE
+#define RES2NET_EMULATED_CODE 90
+#endif
+constexpr bool BULK_COPIES = RES2NET_EMULATED_CODE >= 90;
+inline void proxy_fence() { emulator::proxy_fence(); }
+inline void arrival_init(SharedPtr arrival, Where where = Where::current()) { emulator::arrival_init(arrival, where); }
+inline void arrival_expect(SharedPtr arrival, int bytes, Where where = Where::current()) {
+  emulator::arrival_expect(arrival, bytes, where);
+}
+inline void arrival_wait(SharedPtr arrival, int parity, Where where = Where::current()) {
+  emulator::arrival_wait(arrival, parity, where);
+}
+inline void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival, Where where = Where::current()) {
+  emulator::copy_bulk(to, from, bytes, arrival, where);
+}
 inline void copy_async_wait(int pending) { emulator::wait_copies(pending); }
 
 inline FragmentA load_matrix(SharedPtr row, Where where = Where::current()) {

@@ -222,6 +222,88 @@ void cluster_kernels() {
   });
 }
 
+// One thread copies 128 bytes in bulk; all wait for them, and read.
+enum class Bulk {
+  NONE,
+  NO_INIT,
+  NO_FENCE,
+  NO_BARRIER,
+  NO_EXPECT,
+  TOO_FEW,
+  TOO_MANY,
+  EXPECTED_TWICE,
+  NO_WAIT,
+  OTHER_PARITY,
+  WAITED_BY_ANOTHER,
+  WAITED_BY_ANOTHER_BARRIER,
+  STORED_BEFORE,
+  STORED_BEFORE_FENCED,
+  READ_BEFORE,
+  MISALIGNED_SIZE,
+  MISALIGNED_PLACE,
+  PAST_BUFFER,
+  PAST_REGION
+};
+void bulk_copy(Bulk fault) {
+  const int thread = thread_index();
+  const SharedPtr to = shared_memory().part(0, 256, "to"), arrival = shared_memory().part(256, 8, "arrival");
+  const bool stored = fault == Bulk::STORED_BEFORE || fault == Bulk::STORED_BEFORE_FENCED || fault == Bulk::READ_BEFORE;
+  if (stored && thread < 32) {
+    shared_store(to + thread * 4, 7u);
+    if (fault != Bulk::STORED_BEFORE) proxy_fence();
+  }
+  if (thread == 5 && fault != Bulk::NO_INIT) {
+    arrival_init(arrival);
+    if (fault != Bulk::NO_FENCE) proxy_fence();
+  }
+  if (fault != Bulk::NO_BARRIER) sync_cta();
+  if (fault == Bulk::READ_BEFORE) shared_load<uint32_t>(to + thread % 32 * 4);
+  for (int phase = 0; phase < 3; phase++) {
+    if (thread == 0) {
+      if (fault != Bulk::NO_EXPECT) arrival_expect(arrival, fault == Bulk::TOO_FEW ? 64 : fault == Bulk::TOO_MANY ? 256 : 128);
+      if (fault == Bulk::EXPECTED_TWICE) arrival_expect(arrival, 0);
+      const uint32_t* const from = global_words + (fault == Bulk::PAST_BUFFER ? 48 : phase * 16);
+      const int place = fault == Bulk::MISALIGNED_PLACE ? 8 : fault == Bulk::PAST_REGION ? 144 : 0;
+      copy_bulk(to + place, from, fault == Bulk::MISALIGNED_SIZE ? 120 : 128, arrival);
+    }
+    const bool by_another = fault == Bulk::WAITED_BY_ANOTHER || fault == Bulk::WAITED_BY_ANOTHER_BARRIER;
+    if (fault != Bulk::NO_WAIT && (!by_another || thread == 40))
+      arrival_wait(arrival, fault == Bulk::OTHER_PARITY ? 1 : phase & 1);
+    if (fault == Bulk::WAITED_BY_ANOTHER_BARRIER) sync_cta();
+    const uint32_t found = shared_load<uint32_t>(to + thread % 32 * 4);
+    if (fault == Bulk::NONE && found != global_words[phase * 16 + thread % 32]) failures++;
+    if (fault != Bulk::NONE && fault != Bulk::WAITED_BY_ANOTHER_BARRIER) return;
+    sync_cta();  // read before the next copy overwrites it
+  }
+}
+
+void bulk_copies() {
+  using enum emulator::Kind;
+  const auto name = [](emulator::Kind kind) { return emulator::KIND_NAMES[kind]; };
+  const auto verdict = [](const char* title, const char* kind, Bulk fault) {
+    expect(title, kind, 64, [fault] { bulk_copy(fault); });
+  };
+  verdict("bulk copies, three phases", "", Bulk::NONE);
+  verdict("bulk copy, arrival not initialised", "any", Bulk::NO_INIT);
+  verdict("bulk copy, initialised without a proxy fence", name(PROXY), Bulk::NO_FENCE);
+  verdict("bulk copy, initialised without a barrier", "any", Bulk::NO_BARRIER);
+  verdict("bulk copy, not expected", "any", Bulk::NO_EXPECT);  // nobody ever gets it
+  verdict("bulk copy, more than expected", name(ARRIVAL), Bulk::TOO_FEW);
+  verdict("bulk copy, less than expected", "any", Bulk::TOO_MANY);
+  verdict("bulk copy, expected twice", name(ARRIVAL), Bulk::EXPECTED_TWICE);
+  verdict("bulk copy, not waited for", "any", Bulk::NO_WAIT);
+  verdict("bulk copy, the other parity waited for", "any", Bulk::OTHER_PARITY);
+  verdict("bulk copy, waited for by another thread", "any", Bulk::WAITED_BY_ANOTHER);
+  verdict("bulk copy, waited for by another thread and a barrier", "", Bulk::WAITED_BY_ANOTHER_BARRIER);
+  verdict("bulk copy over a store", name(PROXY), Bulk::STORED_BEFORE);
+  verdict("bulk copy over a store that was shown", "", Bulk::STORED_BEFORE_FENCED);
+  verdict("bulk copy over what others still read", name(RACE), Bulk::READ_BEFORE);
+  verdict("bulk copy of 120 bytes", "any", Bulk::MISALIGNED_SIZE);
+  verdict("bulk copy to byte 8", "any", Bulk::MISALIGNED_PLACE);
+  verdict("bulk copy past a buffer", "any", Bulk::PAST_BUFFER);
+  verdict("bulk copy past a region", "any", Bulk::PAST_REGION);
+}
+
 // Kernels that may begin while the one before them ends, which writes the first 32 words.
 void overlapping_kernels() {
   using enum emulator::Kind;
@@ -262,6 +344,18 @@ void overlapping_kernels() {
     predecessor_wait();
   });
   verdict("the next kernel is not let begin", found, [] { predecessor_wait(); });
+  verdict("copied in bulk before the wait", "any", [] {
+    const SharedPtr arrival = shared_memory() + 512;
+    if (thread_index() == 0) {
+      arrival_init(arrival);
+      proxy_fence();
+      arrival_expect(arrival, 64);
+      copy_bulk(shared_memory(), global_words, 64, arrival);
+    }
+    wait();
+    sync_cta();
+    arrival_wait(arrival, 0);
+  });
   verdict("waited for twice", "", [] {
     predecessor_wait();
     wait();
@@ -511,6 +605,7 @@ int main() {
   });
   cluster_kernels();
   overlapping_kernels();
+  bulk_copies();
   expect("matrix product, bf16", "", 32, matrix_product<bf16>);
   expect("matrix product, fp16", "", 32, matrix_product<fp16>);
   expect("matrix product, tf32", "", 32, matrix_product_tf32);

@@ -33,6 +33,7 @@ FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas".split()
 # Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster. What they leave
 # uninitialised holds a pattern.
 KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern")
+OLDER_CODE = (*KERNEL_FLAGS, "-DRES2NET_EMULATED_CODE=80")  # as compiled for devices without bulk copies
 INSTANCES = build_flags.cuda_instances(ROOT)
 
 

@@ -38,6 +38,14 @@ void record_write(Granule& granule) {
   granule.write_phase = current->arrivals;
   granule.writer = int16_t(current->number);
   granule.write_number = ++write_number;
+  granule.phase_number = 0;
+}
+
+// Whether the current thread has itself waited for the bulk copy that wrote this.
+bool arrived(const Granule& granule) {
+  if (granule.phase_number == 0) return false;
+  const auto seen = current->phases.find(granule.arrival);
+  return seen != current->phases.end() && seen->second >= granule.phase_number;
 }
 
 bool after_all_reads(const Granule& granule, const Cta& cta) {
@@ -57,7 +65,7 @@ void check_write(Cta& cta, SharedPtr to, int bytes, const Where& where) {
           IN_FLIGHT, where, "writes byte %d of %s before the copy of line %u was waited for", place, to.region,
           granule.write_line);
     else if (
-        granule.write_epoch >= first_epoch &&
+        granule.write_epoch >= first_epoch && !arrived(granule) &&
         !ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
       finding(
           RACE, where, "writes byte %d of %s of block %d, written by thread %d of block %d in line %u with no barrier between",
@@ -132,7 +140,7 @@ void check_read(SharedPtr from, int bytes, const Where& where) {
           granule.write_line);
     else if (granule.write_epoch < first_epoch)
       finding(UNINITIALISED, where, "reads byte %d of %s, which nobody wrote", place, from.region);
-    else if (!ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
+    else if (!arrived(granule) && !ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
       finding(
           RACE, where, "reads byte %d of %s, written by thread %d of block %d in line %u with no barrier between", place,
           from.region, fibers[granule.writer].thread, ctas[fibers[granule.writer].rank].block, granule.write_line);
@@ -150,9 +158,19 @@ void check_read(SharedPtr from, int bytes, const Where& where) {
   }
 }
 
+bool shown(const Granule& granule) {
+  return granule.write_epoch < first_epoch || granule.phase_number > 0 || granule.write_number <= fibers[granule.writer].shown;
+}
+
 // A CTA may end as soon as all its threads have waited for their last barrier of the cluster: what others stored there has to
 // come before it.
-void check_lifetimes() {
+void check_end() {
+  for (size_t rank = 0; rank < ctas.size(); rank++)
+    for (const auto& [place, arrival] : ctas[rank].arrivals) {
+      if (arrival.copies.empty()) continue;
+      current = &fibers[rank * launch.threads];
+      finding(IN_FLIGHT, current->where, "ends with bulk copies in flight (last seen here)");
+    }
   for (size_t rank = 0; rank < ctas.size() && ctas.size() > 1; rank++) {
     int waits = 0;
     for (const Fiber& fiber : fibers)
@@ -251,6 +269,96 @@ void wait_copies(int pending) {
     finish_copies(current->copy_groups.front());
     current->copy_groups.pop_front();
   }
+}
+
+void proxy_fence() { current->shown = write_number; }
+
+namespace {
+// The barrier there, which somebody has made, or nullptr.
+Arrival* arrival_at(SharedPtr place, const Where& where) {
+  Cta& cta = ctas[current->rank];
+  const auto found = cta.arrivals.find(place.offset);
+  if (found == cta.arrivals.end()) {
+    finding(UNINITIALISED, where, "no arrival was initialised at byte %d of %s", place.offset - place.begin, place.region);
+    return nullptr;
+  }
+  if (launch.checks && in_region(place, 8, "arrival", where)) check_read(place, 8, where);
+  return &found->second;
+}
+
+// Ends the phase if all that it expects is there; true if it did.
+bool end_phase(Arrival& arrival, int place, const Where& where) {
+  if (!arrival.arrived || arrival.issued < arrival.expected) return false;
+  if (arrival.issued > arrival.expected)
+    finding(ARRIVAL, where, "%d bytes arrive where %d are expected", arrival.issued, arrival.expected);
+  static uint64_t phases;
+  arrival.number = ++phases;
+  Cta& cta = ctas[current->rank];
+  for (const Arrival::Copy& copy : arrival.copies) {
+    std::memcpy(&cta.memory[copy.offset], copy.data.data(), copy.data.size());
+    for (int at = copy.offset; launch.checks && at < copy.offset + int(copy.data.size()); at += GRANULE) {
+      Granule& granule = cta.granules[at / GRANULE];
+      granule.in_flight = false;
+      record_write(granule);
+      granule.phase_number = arrival.number, granule.arrival = place;
+    }
+  }
+  arrival.copies.clear();
+  arrival.arrived = false, arrival.expected = arrival.issued = 0, arrival.phase++;
+  for (const Fiber* fiber : arrival.waiting) wake(*fiber);
+  arrival.waiting.clear();
+  return true;
+}
+}  // namespace
+
+void arrival_init(SharedPtr place, const Where& where) {
+  const uint64_t bits = 0;
+  write_shared(place, &bits, 8, where);
+  ctas[current->rank].arrivals[place.offset] = {};
+}
+
+void arrival_expect(SharedPtr place, int bytes, const Where& where) {
+  Arrival* const arrival = arrival_at(place, where);
+  if (!arrival) return;
+  if (arrival->arrived) finding(ARRIVAL, where, "arrives a second time in one phase");
+  arrival->arrived = true, arrival->expected += bytes;
+  if (!arrival->waiting.empty()) end_phase(*arrival, place.offset, where);
+}
+
+void arrival_wait(SharedPtr place, int parity, const Where& where) {
+  Arrival* const arrival = arrival_at(place, where);
+  if (!arrival) return;
+  if (arrival->phase % 2 == parity && !end_phase(*arrival, place.offset, where)) {
+    arrival->waiting.push_back(current);
+    suspend("an arrival", where);
+  }
+  current->phases[place.offset] = arrival->number;
+}
+
+void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr place, const Where& where) {
+  Arrival* const arrival = arrival_at(place, where);
+  if (!arrival) return;
+  Cta& cta = ctas[current->rank];
+  if (launch.checks) {
+    if (bytes <= 0 || bytes % 16) return finding(MISALIGNED, where, "bulk copy of %d bytes", bytes);
+    SharedPtr last = to + (bytes - 16);
+    if (!in_region(to, 16, "bulk copy", where) || !in_region(last, 16, "bulk copy", where)) return;
+    if (find_buffer(from, bytes, 16, "bulk copy", where) < 0) return;
+    if (!shown(cta.granules[place.offset / GRANULE]))
+      finding(PROXY, where, "copies to an arrival that was initialised with no proxy fence behind");
+    for (int at = to.offset; at < to.offset + bytes; at += GRANULE)
+      if (!shown(cta.granules[at / GRANULE]))
+        finding(
+            PROXY, where, "copies over byte %d of %s, written in line %u with no proxy fence behind", at - to.begin, to.region,
+            cta.granules[at / GRANULE].write_line);
+    check_write(cta, to, bytes, where);
+    for (int at = to.offset; at < to.offset + bytes; at += GRANULE) cta.granules[at / GRANULE].in_flight = true;
+  }
+  const auto* const data = static_cast<const unsigned char*>(from);
+  arrival->copies.push_back({to.offset, {data, data + bytes}});
+  std::memset(&cta.memory[to.offset], 0xff, bytes);
+  arrival->issued += bytes;
+  if (!arrival->waiting.empty()) end_phase(*arrival, place.offset, where);
 }
 
 void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where) {

@@ -141,7 +141,7 @@ BREAKS = [
         "thread, threads",
         "race",
     ),
-    ("weights of the first part for all", "shared", CLUSTER, "g.packed_columns + first_column)", "g.packed_columns)", "wrong"),
+    ("weights of the first part for all", "shared", CLUSTER, "_columns + first_column())", "_columns)", "wrong"),
     ("no room behind the last plane", "wgmma", GEOMETRY, " + (PLANE_ROWS - 1) * 16", "", "out-of-bounds"),
     ("an even number of slots in a plane", "wgmma_images", GEOMETRY, "(slots | 1) * 16", "(slots + slots % 2) * 16", ""),
     ("planes that overlap", "wgmma", GEOMETRY, "(slots | 1) * 16", "slots / 2 * 16", "race wrong"),
