@@ -320,14 +320,18 @@ void test_bulk_copies() {
 __global__ void pass_around(const uint32_t* in, uint32_t* out) {
   const SharedPtr shared = shared_memory();
   const int thread = thread_index(), block = block_index();
+  const auto arrival = [&](int turn) { return shared + (4096 + turn * 8); };
+  if (thread == 0)
+    for (int turn = 0; turn < 4; turn++) arrival_init(arrival(turn));
   Bytes16 mine = global_load<Bytes16>(in + (block * 64 + thread) * 4);
+  sync_cta();
   cluster_arrive();
-  cluster_wait();  // all run
+  cluster_wait();  // all run, and have their barriers
   for (int turn = 0; turn < 4; turn++) {
-    remote_store(shared + turn % 2 * 1024 + (63 - thread) * 16, (block + 1) % 5, mine);
-    cluster_arrive();
-    cluster_wait();
-    mine = shared_load<Bytes16>(shared + turn % 2 * 1024 + thread * 16);
+    if (thread == 0) arrival_expect(arrival(turn), 1024);
+    remote_store(shared + turn * 1024 + (63 - thread) * 16, (block + 1) % 5, mine, arrival(turn));
+    arrival_wait_remote(arrival(turn), 0);
+    mine = shared_load<Bytes16>(shared + turn * 1024 + thread * 16);
   }
   for (int i = 0; i < 4; i++) out[(block * 64 + thread) * 4 + i] = mine.word[i];
 }

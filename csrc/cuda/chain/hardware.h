@@ -128,19 +128,6 @@ DEVICE void cluster_wait() {
   __trap();
 #endif
 }
-// Stores to the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
-DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.v4.b32 [there], {%2, %3, %4, %5};}" ::"r"(
-          to.address()),
-      "r"(rank), "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
-      : "memory");
-#else
-  __trap();
-#endif
-}
-
 template <class T>
 DEVICE T shared_load(SharedPtr from) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -267,6 +254,32 @@ DEVICE void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arriv
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to.address()),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(arrival.address())
                : "memory");
+#endif
+}
+
+// Stores to the same place in the shared memory of another CTA of the cluster, where the 16 bytes arrive at that CTA's barrier.
+// rank: blockIdx.x modulo the cluster's size.
+DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .b32 there, at; mapa.shared::cluster.u32 there, %0, %6; mapa.shared::cluster.u32 at, %1, %6; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%2, %3, %4, %5}, [at];}" ::"r"(to.address()),
+      "r"(arrival.address()), "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3]), "r"(rank)
+      : "memory");
+#else
+  __trap();
+#endif
+}
+// As arrival_wait, for what other CTAs stored.
+DEVICE void arrival_wait_remote(SharedPtr arrival, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
+      "@!ended bra again;}" ::"r"(arrival.address()),
+      "r"(parity)
+      : "memory");
+#else
+  __trap();
 #endif
 }
 

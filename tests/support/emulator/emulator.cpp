@@ -142,6 +142,7 @@ void run_cluster(int first_block) {
     fiber.arrivals = fiber.waits = 0;
     fiber.shown = 0;
     fiber.phases.clear();
+    fiber.known.assign(ctas.size(), 0);
     fiber.awaited = !launch.overlaps, fiber.let_begin = false;
     fiber.open_copies.clear();
     fiber.copy_groups.clear();

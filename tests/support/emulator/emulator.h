@@ -89,7 +89,7 @@ void predecessor_wait(const Where& where);
 void successor_begin(const Where& where);
 void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
-void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where);
+void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr arrival, const Where& where);
 void load_matrices(SharedPtr row, uint32_t* words, int matrices, const Where& where);
 void multiply(
     Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::cuda::DataType type,
@@ -120,8 +120,8 @@ inline void successor_begin(Where where = Where::current()) { emulator::successo
 
 inline void cluster_arrive(Where where = Where::current()) { emulator::cluster_arrive(where); }
 inline void cluster_wait(Where where = Where::current()) { emulator::cluster_wait(where); }
-inline void remote_store(SharedPtr to, int rank, Bytes16 value, Where where = Where::current()) {
-  emulator::remote_store(to, rank, value, where);
+inline void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr arrival, Where where = Where::current()) {
+  emulator::remote_store(to, rank, value, arrival, where);
 }
 
 template <class T>
@@ -167,6 +167,9 @@ inline void arrival_expect(SharedPtr arrival, int bytes, Where where = Where::cu
   emulator::arrival_expect(arrival, bytes, where);
 }
 inline void arrival_wait(SharedPtr arrival, int parity, Where where = Where::current()) {
+  emulator::arrival_wait(arrival, parity, where);
+}
+inline void arrival_wait_remote(SharedPtr arrival, int parity, Where where = Where::current()) {
   emulator::arrival_wait(arrival, parity, where);
 }
 inline void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival, Where where = Where::current()) {

@@ -113,15 +113,43 @@ void clamping() {
   const float nan = clamp(std::nanf(""), 0, 20);
   if (nan == nan) failures++;
 }
-// 16 bytes of the next CTA, once the cluster runs and the bytes are free
-void send(int thread, uint32_t value) {
-  remote_store(shared_memory() + thread * 16, (block_index() + 1) % 3, Bytes16{{value, value, value, value}});
-}
 void cluster_barrier() {
   cluster_arrive();
   cluster_wait();
 }
-uint32_t received() { return shared_load<Bytes16>(shared_memory() + thread_index() * 16).word[3]; }
+// Of what others send: two, in turn.
+SharedPtr exchange(int turn) { return shared_memory() + (1008 + turn % 2 * 8); }
+void exchanges_begin() {
+  if (thread_index() == 0) {
+    arrival_init(exchange(0));
+    arrival_init(exchange(1));
+  }
+  sync_cta();
+  cluster_barrier();  // all run, and have their barriers
+}
+// 16 bytes a thread to another CTA, `ahead` of this one, into a place for those of its sender; turns take two of these in turn.
+SharedPtr place_of(int turn, int sender) { return shared_memory() + (turn % 2 * 3 + sender) * 160; }
+void send(int turn, int ahead, uint32_t value, int lanes = 10) {
+  if (thread_index() >= lanes) return;
+  const SharedPtr to = place_of(turn, block_index()) + thread_index() * 16;
+  remote_store(to, (block_index() + ahead) % 3, Bytes16{{value, value, value, value}}, exchange(turn));
+}
+void expect_from(int turn, int bytes) {
+  if (thread_index() == 0) arrival_expect(exchange(turn), bytes);
+}
+uint32_t received(int turn, int sender) {
+  return shared_load<Bytes16>(place_of(turn, sender) + thread_index() % 10 * 16).word[3];
+}
+// One turn: to both others, and from them.
+void turn_around(int turn) {
+  expect_from(turn, 320);
+  send(turn, 1, uint32_t(turn));
+  send(turn, 2, uint32_t(turn));
+  arrival_wait_remote(exchange(turn), turn / 2 % 2);
+  for (int ahead = 1; ahead <= 2; ahead++)
+    if (received(turn, (block_index() + ahead) % 3) != uint32_t(turn)) failures++;
+  sync_cta();  // read, before the next turn tells others so
+}
 
 // Kernels of three CTAs of one warp each.
 void cluster_kernels() {
@@ -129,80 +157,94 @@ void cluster_kernels() {
   const auto verdict = [](const char* title, const char* kind, auto kernel) { expect(title, kind, 32, kernel, 3); };
   const auto name = [](emulator::Kind kind) { return emulator::KIND_NAMES[kind]; };
   verdict("sent to the next CTA", "", [] {
-    cluster_barrier();
-    send(thread_index(), uint32_t(block_index()));
-    cluster_barrier();
-    if (received() != uint32_t((block_index() + 2) % 3)) failures++;
+    exchanges_begin();
+    expect_from(0, 160);
+    send(0, 1, uint32_t(block_index()));
+    arrival_wait_remote(exchange(0), 0);
+    if (received(0, (block_index() + 2) % 3) != uint32_t((block_index() + 2) % 3)) failures++;
   });
-  verdict("read between arriving and waiting", "any", [] {  // which finding depends on the order
-    cluster_barrier();
-    send(thread_index(), 1);
-    cluster_arrive();
-    received();
-    cluster_wait();
+  verdict("read before it has arrived", "any", [] {
+    exchanges_begin();
+    expect_from(0, 160);
+    send(0, 1, 1);
+    received(0, (block_index() + 2) % 3);
+    arrival_wait_remote(exchange(0), 0);
   });
-  verdict("sent between arriving and waiting", "any", [] {
+  verdict("a barrier of the cluster instead of the wait", "any", [] {
+    exchanges_begin();
+    expect_from(0, 160);
+    send(0, 1, 1);
     cluster_barrier();
-    cluster_arrive();
-    send(thread_index(), 1);
-    cluster_wait();
-    received();
+    received(0, (block_index() + 2) % 3);
   });
-  verdict("a barrier of the CTA instead of the cluster's", "any", [] {
-    cluster_barrier();
-    send(thread_index(), 1);
-    sync_cta();
-    received();
-    cluster_barrier();
-  });
-  verdict("sent over what the other still reads", "any", [] {
-    cluster_barrier();
-    send(thread_index(), 1);
-    cluster_barrier();
-    received();
-    send(thread_index(), 2);
-    cluster_barrier();
-  });
-  verdict("sent in turns", "", [] {
-    cluster_barrier();
-    for (uint32_t i = 0; i < 3; i++) {
-      send(thread_index(), i);
-      cluster_barrier();
-      if (received() != i) failures++;
-      cluster_barrier();
+  verdict("sent to one that has not said that it has read", "any", [] {
+    exchanges_begin();
+    for (int turn = 0; turn < 4; turn++) {
+      expect_from(turn, 160);
+      send(turn, 1, uint32_t(turn));  // in a circle: the next one is not heard of
+      arrival_wait_remote(exchange(turn), turn / 2 % 2);
+      received(turn, (block_index() + 2) % 3);
+      sync_cta();
     }
   });
-  verdict("two CTAs send to one place", name(RACE), [] {
-    cluster_barrier();
-    if (block_index() > 0) remote_store(shared_memory() + thread_index() * 16, 0, Bytes16{});
-    cluster_barrier();
+  verdict("sent in turns", "", [] {
+    exchanges_begin();
+    for (int turn = 0; turn < 6; turn++) turn_around(turn);
   });
-  verdict("sent before the other is known to run", name(LIFETIME), [] {
-    send(thread_index(), 1);
-    cluster_barrier();
+  verdict("sent in turns, read without a barrier before the next", "any", [] {
+    exchanges_begin();
+    for (int turn = 0; turn < 6; turn++) {
+      expect_from(turn, 320);
+      send(turn, 1, 1), send(turn, 2, 1);
+      arrival_wait_remote(exchange(turn), turn / 2 % 2);
+      received(turn, (block_index() + 1) % 3);
+    }
   });
-  verdict("sent when the other may have ended", name(LIFETIME), [] {
+  verdict("more is sent than expected", name(ARRIVAL), [] {
+    exchanges_begin();
+    expect_from(0, 144);
+    send(0, 1, 1);
     cluster_barrier();
-    send(thread_index(), 1);
+    arrival_wait_remote(exchange(0), 0);
+  });
+  verdict("less is sent than expected", "any", [] {  // it is waited for in vain, and what has come stays on its way
+    exchanges_begin();
+    expect_from(0, 160);
+    send(0, 1, 1, 9);
+    arrival_wait_remote(exchange(0), 0);
+  });
+  verdict("two CTAs send to one place", "any", [] {
+    exchanges_begin();
+    if (block_index() == 0) expect_from(0, 64);
+    if (block_index() > 0 && thread_index() < 2) remote_store(shared_memory() + thread_index() * 16, 0, Bytes16{}, exchange(0));
+    if (block_index() == 0) arrival_wait_remote(exchange(0), 0);
+  });
+  verdict("sent before the other is known to run", "any", [] {  // it may have no barrier yet either
+    if (thread_index() == 0) arrival_init(exchange(0));
+    expect_from(0, 160);
+    send(0, 1, 1);
+    arrival_wait_remote(exchange(0), 0);
+  });
+  verdict("sent when the other may have ended", "any", [] {
+    exchanges_begin();
+    send(0, 1, 1);
   });
   verdict("beyond the cluster", name(OUT_OF_BOUNDS), [] {
-    cluster_barrier();
-    remote_store(shared_memory() + thread_index() * 16, 3, Bytes16{});
-    cluster_barrier();
+    exchanges_begin();
+    remote_store(shared_memory() + thread_index() * 16, 3, Bytes16{}, exchange(0));
   });
   verdict("beyond the other's region", name(OUT_OF_BOUNDS), [] {
-    cluster_barrier();
-    remote_store(shared_memory().part(0, 256, "part") + thread_index() * 16, block_index(), Bytes16{});
-    cluster_barrier();
+    exchanges_begin();
+    if (thread_index() == 31)
+      remote_store(shared_memory().part(0, 256, "part") + thread_index() * 16, block_index(), Bytes16{}, exchange(0));
   });
   verdict("16 bytes at 8", name(MISALIGNED), [] {
-    cluster_barrier();
-    if (thread_index() == 3) remote_store(shared_memory() + 8, block_index(), Bytes16{});
-    cluster_barrier();
+    exchanges_begin();
+    if (thread_index() == 3) remote_store(shared_memory() + 8, block_index(), Bytes16{}, exchange(0));
   });
-  verdict("never sent", name(UNINITIALISED), [] {
-    cluster_barrier();
-    received();
+  verdict("to a barrier that is none", name(UNINITIALISED), [] {
+    exchanges_begin();
+    if (thread_index() == 3) remote_store(shared_memory(), block_index(), Bytes16{}, shared_memory() + 512);
   });
   verdict("one CTA leaves the barrier out", name(DIVERGENCE), [] {
     if (block_index() != 1) cluster_barrier();

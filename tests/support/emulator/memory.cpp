@@ -29,6 +29,7 @@ bool ordered(int other, uint32_t other_epoch, uint32_t other_warp_epoch, int oth
   const Fiber& left = fibers[other];
   if (left.number == current->number || other_phase < current->waits) return true;
   if (left.rank == current->rank && other_epoch < ctas[left.rank].epoch) return true;
+  if (left.rank != current->rank && other_epoch < current->known[left.rank]) return true;
   return left.warp == current->warp && other_warp_epoch < warp_epoch[left.warp];
 }
 
@@ -50,7 +51,7 @@ bool arrived(const Granule& granule) {
 
 bool after_all_reads(const Granule& granule, const Cta& cta) {
   if (granule.read_epoch < first_epoch || granule.read_phase < current->waits) return true;
-  if (&cta != &ctas[current->rank]) return false;
+  if (&cta != &ctas[current->rank]) return granule.read_epoch < current->known[&cta - ctas.data()];
   if (granule.read_epoch < cta.epoch) return true;
   return !granule.several_warps && ordered(granule.reader, granule.read_epoch, granule.read_warp_epoch, granule.read_phase) &&
          !(granule.several_lanes && granule.read_warp_epoch >= warp_epoch[current->warp]);
@@ -293,8 +294,10 @@ bool end_phase(Arrival& arrival, int place, const Where& where) {
     finding(ARRIVAL, where, "%d bytes arrive where %d are expected", arrival.issued, arrival.expected);
   static uint64_t phases;
   arrival.number = ++phases;
+  arrival.known.resize(ctas.size());
   Cta& cta = ctas[current->rank];
   for (const Arrival::Copy& copy : arrival.copies) {
+    arrival.known[copy.sender] = std::max(arrival.known[copy.sender], copy.epoch);
     std::memcpy(&cta.memory[copy.offset], copy.data.data(), copy.data.size());
     for (int at = copy.offset; launch.checks && at < copy.offset + int(copy.data.size()); at += GRANULE) {
       Granule& granule = cta.granules[at / GRANULE];
@@ -333,6 +336,8 @@ void arrival_wait(SharedPtr place, int parity, const Where& where) {
     suspend("an arrival", where);
   }
   current->phases[place.offset] = arrival->number;
+  for (size_t rank = 0; rank < arrival->known.size(); rank++)
+    current->known[rank] = std::max(current->known[rank], arrival->known[rank]);
 }
 
 void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr place, const Where& where) {
@@ -355,13 +360,13 @@ void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr place, const
     for (int at = to.offset; at < to.offset + bytes; at += GRANULE) cta.granules[at / GRANULE].in_flight = true;
   }
   const auto* const data = static_cast<const unsigned char*>(from);
-  arrival->copies.push_back({to.offset, {data, data + bytes}});
+  arrival->copies.push_back({to.offset, {data, data + bytes}, current->rank, cta.epoch});
   std::memset(&cta.memory[to.offset], 0xff, bytes);
   arrival->issued += bytes;
   if (!arrival->waiting.empty()) end_phase(*arrival, place.offset, where);
 }
 
-void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where) {
+void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr place, const Where& where) {
   if (rank < 0 || rank >= launch.cluster) {
     finding(OUT_OF_BOUNDS, where, "store to CTA %d of a cluster of %d", rank, launch.cluster);
     return;
@@ -372,8 +377,26 @@ void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where) {
     if (rank != current->rank && current->waits == 0)
       finding(LIFETIME, where, "stores to block %d before a barrier of the cluster shows that it runs", cta.block);
     if (cta.done == launch.threads) finding(LIFETIME, where, "stores to block %d, which has ended", cta.block);
-    check_write(cta, to, sizeof value, where);
   }
-  std::memcpy(&cta.memory[to.offset], &value, sizeof value);
+  const auto found = cta.arrivals.find(place.offset);
+  if (found == cta.arrivals.end()) {
+    finding(
+        UNINITIALISED, where, "block %d has no arrival at byte %d of %s", cta.block, place.offset - place.begin, place.region);
+    return;
+  }
+  if (launch.checks) {
+    check_write(cta, to, sizeof value, where);
+    for (int at = to.offset; at < to.offset + int(sizeof value); at += GRANULE) cta.granules[at / GRANULE].in_flight = true;
+  }
+  Arrival& arrival = found->second;
+  const auto* const data = reinterpret_cast<const unsigned char*>(&value);
+  arrival.copies.push_back({to.offset, {data, data + sizeof value}, current->rank, ctas[current->rank].epoch});
+  std::memset(&cta.memory[to.offset], 0xff, sizeof value);
+  arrival.issued += sizeof value;
+  if (arrival.waiting.empty()) return;
+  Fiber* const self = current;
+  current = arrival.waiting.front();  // for whom it ends
+  end_phase(arrival, place.offset, where);
+  current = self;
 }
 }  // namespace emulator

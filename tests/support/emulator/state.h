@@ -22,16 +22,20 @@ struct Copy {
   unsigned char data[16];
 };
 
-// A barrier in shared memory at which bulk copies arrive. They land as late as they may: when somebody waits for them.
+// A barrier in shared memory at which bulk copies and stores of other CTAs arrive. They land as late as they may: when somebody
+// waits for them.
 struct Arrival {
   struct Copy {
     int offset;
     std::vector<unsigned char> data;
+    int sender;      // CTA of the cluster
+    uint32_t epoch;  // of the sender then
   };
   bool arrived = false;          // its one thread, in the present phase
   int expected = 0, issued = 0;  // bytes
   int phase = 0;
-  uint64_t number = 0;  // of the last phase that ended, counted over the whole launch
+  uint64_t number = 0;          // of the last phase that ended, counted over the whole launch
+  std::vector<uint32_t> known;  // of that phase, by CTA
   std::vector<Copy> copies;
   std::vector<struct Fiber*> waiting;
 };
@@ -74,6 +78,7 @@ struct Fiber {
   bool awaited = false;            // the kernel before
   bool let_begin = false;          // the next kernel
   std::map<int, uint64_t> phases;  // by arrival: the last one waited for
+  std::vector<uint32_t> known;     // by CTA: what it did before this epoch of its own came before what arrived from it
   const char* waits_for = nullptr;
   Where where;
   std::vector<Copy> open_copies;              // not committed
