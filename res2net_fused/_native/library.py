@@ -29,7 +29,7 @@ _OPERATORS = {
         "cpu_samples": 1, "cpu_samples_differ": 2, "cpu_stem_forward": 6,
         "cpu_scratch_bytes": 1, "cpu_sum": 3, "cpu_weight_gradient": 4, "cuda_chain_plan": 21, "cuda_chain_refusal": 21,
     },
-    "cuda": {"cuda_build_info": 0, "cuda_chain": 32, "device_limits": 1},
+    "cuda": {"cuda_build_info": 0, "cuda_chain": 34, "device_limits": 1},
     "ops": {"answer_by_python": 1, "known_decisions": 1, "say": 3},
 }  # fmt: skip
 _FILES = {"cpu": build_flags.CPU_LIBRARY, "cuda": build_flags.CUDA_LIBRARY, "ops": build_flags.OPS_LIBRARY}

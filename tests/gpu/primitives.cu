@@ -279,18 +279,59 @@ void test_copies() {
   }
 }
 
+// Two stages of 512 bytes in turn, each filled three times by two copies of one thread, while the other threads read.
+__global__ void bulk_copies(const uint32_t* in, uint32_t* out) {
+  const SharedPtr shared = shared_memory();
+  const int thread = thread_index();
+  const auto arrival = [&](int stage) { return shared + (1024 + 8 * stage); };
+  const auto start = [&](int turn) {
+    if (thread > 0 || turn >= 6) return;
+    const int stage = turn % 2;
+    arrival_expect(arrival(stage), 512);
+    for (int half = 0; half < 2; half++)
+      copy_bulk(shared + (stage * 512 + half * 256), in + turn * 128 + half * 64, 256, arrival(stage));
+  };
+  if (thread == 0) {
+    for (int stage = 0; stage < 2; stage++) arrival_init(arrival(stage));
+    proxy_fence();
+  }
+  start(0);
+  sync_cta();
+  for (int turn = 0; turn < 6; turn++) {
+    start(turn + 1);
+    arrival_wait(arrival(turn % 2), turn / 2 & 1);
+    out[turn * 128 + 127 - thread] = shared_load<uint32_t>(shared + (turn % 2 * 512 + (127 - thread) * 4));
+    sync_cta();
+  }
+}
+
+void test_bulk_copies() {
+#if defined(__CUDACC__)
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major < 9) return;
+#endif
+  std::vector<uint32_t> in(6 * 128);
+  for (size_t i = 0; i < in.size(); i++) in[i] = uint32_t(i * 2654435761u);
+  expect("bulk copies", run(bulk_copies, 128, in, int(in.size())) == in);
+}
+
 // Five CTAs pass 16 bytes a thread on to the next, four times: each then has what the one before it had, and so on around.
 __global__ void pass_around(const uint32_t* in, uint32_t* out) {
   const SharedPtr shared = shared_memory();
   const int thread = thread_index(), block = block_index();
+  const auto arrival = [&](int turn) { return shared + (4096 + turn * 8); };
+  if (thread == 0)
+    for (int turn = 0; turn < 4; turn++) arrival_init(arrival(turn));
   Bytes16 mine = global_load<Bytes16>(in + (block * 64 + thread) * 4);
+  sync_cta();
   cluster_arrive();
-  cluster_wait();  // all run
+  cluster_wait();  // all run, and have their barriers
   for (int turn = 0; turn < 4; turn++) {
-    remote_store(shared + turn % 2 * 1024 + (63 - thread) * 16, (block + 1) % 5, mine);
-    cluster_arrive();
-    cluster_wait();
-    mine = shared_load<Bytes16>(shared + turn % 2 * 1024 + thread * 16);
+    if (thread == 0) arrival_expect(arrival(turn), 1024);
+    remote_store(shared + turn * 1024 + (63 - thread) * 16, (block + 1) % 5, mine, arrival(turn));
+    arrival_wait_remote(arrival(turn), 0);
+    mine = shared_load<Bytes16>(shared + turn * 1024 + thread * 16);
   }
   for (int i = 0; i < 4; i++) out[(block * 64 + thread) * 4 + i] = mine.word[i];
 }
@@ -306,6 +347,61 @@ void test_clusters() {
   const auto out = run(pass_around, 64, in, int(in.size()), 5);
   for (int block = 0; block < 5; block++)  // four turns in five CTAs: from the next one; reversed four times: as it was
     expect("passed around the cluster", std::memcmp(&out[block * 256], &in[(block + 1) % 5 * 256], 1024) == 0);
+}
+
+// A kernel that takes long to write what the next one reads, which begins meanwhile.
+__global__ void late(const uint32_t* in, uint32_t* out) {
+  predecessor_wait();
+  successor_begin();
+#if defined(__CUDACC__)
+  for (const long long begin = clock64(); clock64() - begin < 2000000;) {
+  }
+#endif
+  global_store(out + thread_index(), global_load<uint32_t>(in + thread_index()));
+}
+__global__ void after(const uint32_t* in, uint32_t* out) {
+  predecessor_wait();
+  successor_begin();
+  global_store(out + thread_index(), global_load<uint32_t>(in + thread_index()) + 1);
+}
+
+void test_overlap() {
+  constexpr int WORDS = 64;
+  std::vector<uint32_t> in(WORDS), out(WORDS);
+  for (int i = 0; i < WORDS; i++) in[i] = uint32_t(i * 2654435761u);
+#if defined(__CUDACC__)
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major < 9) return;
+  uint32_t* words = nullptr;  // in, what lies between the kernels, out
+  cudaMalloc(&words, 3 * WORDS * 4);
+  cudaMemset(words, 0, 3 * WORDS * 4);
+  cudaMemcpy(words, in.data(), WORDS * 4, cudaMemcpyHostToDevice);
+  cudaLaunchAttribute overlaps;
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1), config.blockDim = dim3(WORDS), config.attrs = &overlaps, config.numAttrs = 1;
+  const uint32_t *first = words, *second = words + WORDS;
+  cudaLaunchKernelEx(&config, late, first, words + WORDS);
+  const cudaError_t launched = cudaLaunchKernelEx(&config, after, second, words + 2 * WORDS);
+  expect(cudaGetErrorString(launched), launched == cudaSuccess);
+  const cudaError_t error = cudaMemcpy(out.data(), words + 2 * WORDS, WORDS * 4, cudaMemcpyDeviceToHost);
+  expect(cudaGetErrorString(error), error == cudaSuccess);
+  cudaFree(words);
+#else
+  std::vector<uint32_t> between(WORDS);
+  const auto overlapping = [](auto kernel, std::vector<uint32_t>& from, std::vector<uint32_t>& to) {
+    const emulator::Launch launch{
+        1, WORDS, 0, 1, true, {{"in", from.data(), WORDS * 4, false, true}, {"out", to.data(), WORDS * 4, true, true}},
+        1, true};
+    const emulator::Report report = emulator::run(launch, [&] { kernel(from.data(), to.data()); });
+    for (const std::string& found : report.first) expect(found.c_str(), found.empty());
+  };
+  overlapping(late, in, between);
+  overlapping(after, between, out);
+#endif
+  for (int i = 0; i < WORDS; i++) expect("read behind the kernel before", out[i] == in[i] + 1);
 }
 
 // in: pairs of floats; out: packed, unpacked again, sum of the pair with itself, clamped
@@ -353,7 +449,9 @@ int main() {
   test_async_products<bf16>(pack_bf16, "wgmma, bf16");
   test_async_products<fp16>(pack_fp16, "wgmma, fp16");
   test_copies();
+  test_bulk_copies();
   test_clusters();
+  test_overlap();
   test_arithmetic<bf16>(0x1p-7f, "arithmetic, bf16");
   test_arithmetic<fp16>(0x1p-10f, "arithmetic, fp16");
   std::printf("%d failures\n", failures);

@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 
 #define RES2NET_LAUNCHER_ROW(name, ...) RES2NET_LAUNCHER(name),
 // clang-format off
-int (*const LAUNCHERS[])(const ChainArguments*, int, void*) = {
+int (*const LAUNCHERS[])(const ChainArguments*, int, bool, void*) = {
     RES2NET_STRIP_INSTANCES(RES2NET_LAUNCHER_ROW)
     RES2NET_CLUSTER_INSTANCES(RES2NET_LAUNCHER_ROW)
 #ifdef RES2NET_FUSED_HAVE_WGMMA
@@ -94,6 +94,7 @@ void res2net_fused::cuda::cuda_chain(
       .row_parts = RES2NET_NARROW(row_parts),
       .channel_parts = RES2NET_NARROW(channel_parts),
       .warps_k = RES2NET_NARROW(warps_k)};
+  STD_TORCH_CHECK(tile.stages >= 2 && tile.stages <= MAX_STAGES, "stages: ", tile.stages, "; expected 2 to ", MAX_STAGES);
   const Instance& row = INSTANCE_TABLE[index];
   STD_TORCH_CHECK(
       row.cluster ? parts_fit(problem, tile, row.columns) : tile.row_parts * tile.channel_parts * tile.warps_k == 1,
@@ -126,6 +127,7 @@ void res2net_fused::cuda::cuda_chain(
           a.fill_channels <= a.geometry.part_columns * a.geometry.channel_parts * 8,
       "fill_channels: ", a.fill_channels, " channels of a slot cannot be written");
   a.add_passed = add_passed;
+  a.weights_stand = weights_stand;
   STD_TORCH_CHECK(!a.add_passed || a.passed_group >= 0, "add_passed: no group passes that could be added");
   a.lower = float(lower), a.upper = float(upper);
   STD_TORCH_CHECK(
@@ -141,7 +143,7 @@ void res2net_fused::cuda::cuda_chain(
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
   STD_TORCH_CHECK(size_t(index) < std::size(LAUNCHERS), "instance: ", index, " is not in this build");
-  const int error = LAUNCHERS[index](&a, type, stream);
+  const int error = LAUNCHERS[index](&a, type, overlaps, stream);
   STD_TORCH_CHECK(error == 0, "the chain kernel could not be launched: ", res2net_fused_cuda_error(error));
 }
 

@@ -11,11 +11,13 @@
 //                                            u_{i+1} of its channels
 //                                              | distributed shared memory
 //                                            strips (i + 1) % 2 of CTAs 0 and 2, and the last rows as halo to CTAs 3, 4 and 5
-//     one barrier of the cluster
+//     until all bytes of u_{i+1} have arrived that others send
 //
-// Two strips make this one barrier a step enough: nobody writes to a strip that a CTA still reads, since that CTA arrives at
-// the barrier after its last read. Before the first step's results are sent, a barrier makes sure that all strips are clear.
-// The last step sends nothing, so no CTA ends while others may still write to it.
+// Nobody waits for all: each CTA counts the bytes that arrive. Two strips make that enough: a CTA sends u_{i+2} into the strip
+// that another one read in step i only after that one's u_{i+1} has come, which was sent behind its last read. It may be one step
+// ahead of another that sends to the same CTA, so that the bytes of two steps on end are counted apart. Before the first step's
+// results are sent, a barrier of the cluster makes sure that all strips are clear. The last step sends nothing, so no CTA ends
+// while others may still write to it.
 //
 // The output of a CTA is small, and its sums long: `warps_k` warps share out the K slices of the same output. Each then has
 // enough independent products to hide their latency, and enough outputs for every byte that it loads from shared memory.
@@ -46,17 +48,52 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
 
   // ---- data into shared memory ----
 
+  // Where what other CTAs send at the end of a step arrives.
+  DEVICE SharedPtr exchange_of(int step) const { return this->arrival_of(MAX_STAGES + step % 2); }
+  DEVICE int first_column() const { return channel_part * g.part_columns; }
+  DEVICE int columns_there() const {  // the last part may have columns of zeros behind them
+    const int left = g.packed_columns - first_column();
+    return left < g.part_columns ? left : g.part_columns;
+  }
+  DEVICE void prepare_weights() const {
+    Base::prepare_weights();
+    if (thread == 0 && g.sends) {
+      arrival_init(exchange_of(0));
+      arrival_init(exchange_of(1));
+    }
+    if constexpr (BULK_COPIES) {
+      sync_cta();                                                   // every warp copies
+      const int missing = (g.part_columns - columns_there()) * 16;  // pieces of 16 bytes in a row, which no copy ever fills
+      for (int i = thread; i < g.stages * g.chunk_slices * missing; i += threads) {
+        const int row = i / missing, piece = (columns_there() * 16 + i - row * missing);
+        const int stage = row / g.chunk_slices;
+        shared_store(this->stage(stage) + (row - stage * g.chunk_slices) * g.part_columns * 256 + piece * 16, Bytes16{});
+      }
+    }
+  }
   DEVICE void start_weights(const ChunkCursor& cursor) const {
     if (cursor.step >= g.steps) return;
     const SharedPtr to = this->stage(cursor.stage);
     const int64_t slice = (int64_t(cursor.step) * g.chunks + cursor.chunk) * g.chunk_slices;
-    const int first_column = channel_part * g.part_columns;
-    const auto from = static_cast<const unsigned char*>(a.weight) + (slice * g.packed_columns + first_column) * 256;
-    for (int i = thread; i < g.stage_bytes / 16; i += threads) {
-      const int row = g.by_part_columns.divide(i / 16);
-      const int byte = i * 16 - row * g.part_columns * 256;
-      const bool there = byte < (g.packed_columns - first_column) * 256;  // the last part may have columns of zeros
-      copy_async<16>(to + i * 16, from + (there ? row * g.packed_columns * 256 + byte : 0), there ? 16 : 0);
+    const auto from = static_cast<const unsigned char*>(a.weight) + (slice * g.packed_columns + first_column()) * 256;
+    if constexpr (BULK_COPIES) {
+      // A row each, by one thread of every warp: the instruction is one for a warp.
+      if (lane > 0) return;
+      const SharedPtr arrival = this->arrival_of(cursor.stage);
+      const int row_bytes = columns_there() * 256;
+      if (thread == 0) {
+        arrival_expect(arrival, g.chunk_slices * row_bytes);
+      }
+#pragma unroll 1
+      for (int row = thread / 32; row < g.chunk_slices; row += threads / 32)
+        copy_bulk(to + row * g.part_columns * 256, from + row * g.packed_columns * 256, row_bytes, arrival);
+    } else {
+      for (int i = thread; i < g.stage_bytes / 16; i += threads) {
+        const int row = g.by_part_columns.divide(i / 16);
+        const int byte = i * 16 - row * g.part_columns * 256;
+        const bool there = byte < columns_there() * 256;
+        copy_async<16>(to + i * 16, from + (there ? row * g.packed_columns * 256 + byte : 0), there ? 16 : 0);
+      }
     }
   }
 
@@ -144,10 +181,32 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
     if (step == 0) {
       cluster_wait();  // every CTA runs, and its strips are cleared
     }
+    if (thread == 0) {
+      arrival_expect(exchange_of(step), bytes_sent_here(step));
+    }
     for (int part = row_part - 1; part <= row_part + 1; part++)
       if (part >= 0 && part < g.row_parts) send(step, part);
-    cluster_arrive();
-    cluster_wait();  // all parts of u have arrived
+    arrival_wait_remote(exchange_of(step), step / 2 % 2);  // all parts of u have arrived
+  }
+
+  // What `send` of all others brings here: of the lines that this CTA computes the other channels, of its halo all.
+  DEVICE int bytes_sent_here(int step) const {
+    const int first = g.work_line(step), end = g.lines - first;
+    int own = rows_in_image(first, end), halo = rows_in_image(0, g.lines) - own;
+    if (g.row_parts == 1) halo = 0;  // computed here
+    if (g.period <= g.lines) {       // whole images
+      const int images = g.images - this->first_image;
+      own = (images < g.tile_images ? images : g.tile_images) * g.height;
+    }
+    const int chunks = divide_up(g.channels, 8), left = chunks - this->first_channel / 8;
+    const int others = chunks - (left < g.part_columns ? left : g.part_columns);
+    const int columns = shared_load<Bytes4>(this->tables()).word[0];  // of a line, that lie in the image
+    return (own * others + halo * chunks) * columns * 16;
+  }
+  DEVICE int rows_in_image(int first_line, int end_line) const {  // of one image
+    const int first = this->first_row + first_line, end = this->first_row + end_line;
+    const int rows = (end < g.height ? end : g.height) - (first > 0 ? first : 0);
+    return rows > 0 ? rows : 0;
   }
 
   // Sends this CTA's channels of u_{step+1} to the CTAs of a row part: all lines to its own, the outermost to another as halo.
@@ -171,7 +230,7 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
       int receiver = channel_part;  // this CTA is the last of its own row part
       for (int j = 0; j < receivers; j++) {
         if (++receiver == g.channel_parts) receiver = 0;
-        remote_store(to, part * g.channel_parts + receiver, u);
+        remote_store(to, part * g.channel_parts + receiver, u, exchange_of(step));
       }
     }
   }

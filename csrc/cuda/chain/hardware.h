@@ -95,6 +95,22 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
+// Programmatic dependent launch, from sm_90 on: a kernel launched so may begin while the one before it ends. Whatever that one
+// writes, and whatever it may still read, is touched only behind this wait, by every thread for itself. A kernel that is launched
+// as ever begins when the other has ended, and waits for nothing.
+DEVICE void predecessor_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel begin, once all CTAs have come here. Only behind the wait: the next one then knows that all kernels before
+// its own predecessor have ended.
+DEVICE void successor_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Thread-block clusters, from sm_90 on. Code for older devices holds the calls too, and must never come to them: it may run on
 // a newer device, compiled there from PTX, where numbers without barriers would be wrong in silence.
 // Every thread of the cluster arrives and then waits: what one did before it arrived is visible to all after they waited.
@@ -112,19 +128,6 @@ DEVICE void cluster_wait() {
   __trap();
 #endif
 }
-// Stores to the same place in the shared memory of another CTA of the cluster. rank: blockIdx.x modulo the cluster's size.
-DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.v4.b32 [there], {%2, %3, %4, %5};}" ::"r"(
-          to.address()),
-      "r"(rank), "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
-      : "memory");
-#else
-  __trap();
-#endif
-}
-
 template <class T>
 DEVICE T shared_load(SharedPtr from) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -207,6 +210,77 @@ DEVICE void copy_async_wait(int pending) {
     default:
       asm volatile("cp.async.wait_group 3;" ::: "memory");
   }
+}
+
+// From sm_90 on one thread copies a whole piece of global memory, which is on its way until its bytes have arrived at a barrier in
+// shared memory (an mbarrier, 8 bytes). Such copies write through the "async proxy", as products of wgmma read.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool BULK_COPIES = true;
+#else
+constexpr bool BULK_COPIES = false;
+#endif
+// What this thread wrote to shared memory, its finished copies included, is visible to that proxy behind the next barrier.
+DEVICE void proxy_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// For one thread that arrives in each phase. Behind it a proxy fence and a barrier.
+DEVICE void arrival_init(SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival.address()) : "memory");
+#endif
+}
+// Arrives: the phase ends when so many bytes have been copied.
+DEVICE void arrival_expect(SharedPtr arrival, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival.address()), "r"(bytes) : "memory");
+#endif
+}
+// Waits for the end of the phase of this parity: 0 for the first one, 1 for the second, and so on in turn. What was copied in it is
+// visible to this thread then.
+DEVICE void arrival_wait(SharedPtr arrival, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@!ended bra again;}" ::"r"(
+          arrival.address()),
+      "r"(parity)
+      : "memory");
+#endif
+}
+// Both places and `bytes` are multiples of 16.
+DEVICE void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to.address()),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(arrival.address())
+               : "memory");
+#endif
+}
+
+// Stores to the same place in the shared memory of another CTA of the cluster, where the 16 bytes arrive at that CTA's barrier.
+// rank: blockIdx.x modulo the cluster's size.
+DEVICE void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .b32 there, at; mapa.shared::cluster.u32 there, %0, %6; mapa.shared::cluster.u32 at, %1, %6; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%2, %3, %4, %5}, [at];}" ::"r"(to.address()),
+      "r"(arrival.address()), "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3]), "r"(rank)
+      : "memory");
+#else
+  __trap();
+#endif
+}
+// As arrival_wait, for what other CTAs stored.
+DEVICE void arrival_wait_remote(SharedPtr arrival, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
+      "@!ended bra again;}" ::"r"(arrival.address()),
+      "r"(parity)
+      : "memory");
+#else
+  __trap();
+#endif
 }
 
 // ldmatrix.x4: lane i names bytes 16 * (i / 16) onwards of row i % 16, of a matrix of 16 rows of 32 bytes, and gets word i % 4

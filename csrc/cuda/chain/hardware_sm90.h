@@ -29,9 +29,6 @@ struct SharedMatrix {
 // A value that all lanes of a warp agree on, so that the compiler knows.
 DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-// What this thread wrote to shared memory, its finished copies included, is visible to products behind the next barrier.
-DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // The compiler may move nothing that touches the sums across this.
 template <int TILES, int COLUMNS>
 DEVICE void pin(Accumulator (&sums)[TILES][COLUMNS]) {

@@ -4,7 +4,7 @@
 #include "cuda/chain/launchers.h"
 
 extern "C" int RES2NET_LAUNCHER(RES2NET_FUSED_INSTANCE)(
-    const res2net_fused::cuda::ChainArguments* arguments, int type, void* stream) {
+    const res2net_fused::cuda::ChainArguments* arguments, int type, bool overlaps, void* stream) {
   using namespace res2net_fused::cuda;
-  return launch_instance<int(InstanceIndex::RES2NET_FUSED_INSTANCE)>(*arguments, type, stream);
+  return launch_instance<int(InstanceIndex::RES2NET_FUSED_INSTANCE)>(*arguments, type, overlaps, stream);
 }

@@ -38,11 +38,19 @@ cudaError_t prepare(int* version) {
   return cudaSuccess;
 }
 
+// Whether the driver takes launches that overlap, in captures too: it does from CUDA 12.3 on.
+inline bool driver_overlaps() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) == cudaSuccess) return version >= 12030;
+  cudaGetLastError();
+  return false;
+}
+
 // On the current device; cluster: CTAs that reach each other's shared memory. The error is this launch's own, and taken out of
 // the runtime's slot, where the next caller would find it. Errors of others are neither reported nor removed, unless ours
 // has overwritten them.
 template <auto KERNEL, int WARPS>
-cudaError_t launch(const ChainArguments& arguments, void* stream, int cluster) {
+cudaError_t launch(const ChainArguments& arguments, bool overlaps, void* stream, int cluster) {
   const ChainGeometry& g = arguments.geometry;
   if (g.threads() > 32 * WARPS) return cudaErrorInvalidConfiguration;
   int version = 0;
@@ -50,34 +58,45 @@ cudaError_t launch(const ChainArguments& arguments, void* stream, int cluster) {
   // Code for older devices, compiled by the driver for this one, traps at the first barrier of a cluster.
   if (error == cudaSuccess && cluster > 1 && version < CLUSTER_CODE) return cudaErrorInvalidDeviceFunction;
   if (error == cudaSuccess) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[2];
+    unsigned count = 0;  // none: an ordinary grid, on any device
+    if (cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[count++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+    // Code for older devices does not wait for the kernel before it.
+    if (overlaps && version >= CLUSTER_CODE && driver_overlaps()) {
+      cudaLaunchAttribute& attribute = attributes[count++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(g.ctas());
     config.blockDim = dim3(g.threads());
     config.dynamicSmemBytes = g.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;  // else an ordinary grid, on any device
+    config.attrs = attributes;
+    config.numAttrs = count;
     error = cudaLaunchKernelEx(&config, KERNEL, arguments);
   }
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
 
-// INDEX: into INSTANCE_TABLE; type: an enum DataType.
+// INDEX: into INSTANCE_TABLE; the rest as in launchers.h.
 template <int INDEX>
-cudaError_t launch_instance(const ChainArguments& arguments, int type, void* stream) {
+cudaError_t launch_instance(const ChainArguments& arguments, int type, bool overlaps, void* stream) {
   constexpr Instance ROW = INSTANCE_TABLE[INDEX];
   const ChainGeometry& g = arguments.geometry;
   // Parts that send nothing are an ordinary grid, on any device.
   const int cluster = ROW.cluster && g.sends ? g.row_parts * g.channel_parts : 1;
-  if (type == FP16) return launch<chain_kernel<CtaOf<INDEX, fp16>, ROW.warps>, ROW.warps>(arguments, stream, cluster);
-  if (type == BF16) return launch<chain_kernel<CtaOf<INDEX, bf16>, ROW.warps>, ROW.warps>(arguments, stream, cluster);
+  if (type == FP16) return launch<chain_kernel<CtaOf<INDEX, fp16>, ROW.warps>, ROW.warps>(arguments, overlaps, stream, cluster);
+  if (type == BF16) return launch<chain_kernel<CtaOf<INDEX, bf16>, ROW.warps>, ROW.warps>(arguments, overlaps, stream, cluster);
   if constexpr (ROW.runs(TF32)) {
-    if (type == TF32) return launch<chain_kernel<CtaOf<INDEX, tf32>, ROW.warps>, ROW.warps>(arguments, stream, cluster);
+    if (type == TF32)
+      return launch<chain_kernel<CtaOf<INDEX, tf32>, ROW.warps>, ROW.warps>(arguments, overlaps, stream, cluster);
   }
   return cudaErrorInvalidValue;
 }

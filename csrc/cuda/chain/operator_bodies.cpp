@@ -44,10 +44,10 @@ struct Cuda {
   static Decision rule_1d(const std::string& backend, const Tensor& x) { return rule(backend, x); }
 
   // The settings of a decision: `native_settings` in res2net_fused/backends/cuda/chain.py has the same order. The first is how far
-  // x's pixels lie apart, of a block how far the groups in it.
+  // x's pixels lie apart, of a block how far the groups in it; the last, whether the launch may overlap the one before.
   static void launch(
       const Decision& decision, const ChainNames& names, const ChainProblem& p, const Tensor& weight, const Tensor& bias,
-      const Tensor& x, int64_t x_pixel, const Tensor& out, int64_t slot, int64_t passed) {
+      const Tensor& x, int64_t x_pixel, const Tensor& out, int64_t slot, int64_t passed, bool weights_stand) {
     const auto& [_, s] = decision;
     const Activation::Kind kind = p.activation.kind;
     STD_TORCH_CHECK(
@@ -59,7 +59,7 @@ struct Cuda {
     cuda::cuda_chain(
         x, weight, bias, out, s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], p.channels, p.steps,
         p.stride, p.dilation, p.hierarchical, p.first_convolved(), passed, static_cast<int64_t>(p.pool), x_pixel, slot,
-        out.size(1), slot, slot, p.passthrough == Passthrough::first_added, lower, upper);
+        out.size(1), slot, slot, p.passthrough == Passthrough::first_added, s[13] != 0, weights_stand, lower, upper);
   }
 
   static Tensor chain(
@@ -73,7 +73,7 @@ struct Cuda {
     const Tensor out = empty_nhwc(x, x.size(1), p.out_height(), p.out_width());
     launch(
         decision, names, p, (*packed)[0], (*packed)[1], source, pitch > 0 ? pitch : x.size(1), out, p.channels,
-        p.passed_group());
+        p.passed_group(), false);
     return last ? out : torch::stable::contiguous(out);
   }
 
@@ -105,7 +105,7 @@ struct Cuda {
     }
     const Tensor source =
         beside ? reinterpreted(u, {p.batch, channels - slot, p.height, p.width}, {p.height * row, 1, row, channels}, slot) : u;
-    launch(decision, names, p, own[4], own[5], source, channels, y, slot, beside ? -1 : p.passed_group());
+    launch(decision, names, p, own[4], own[5], source, channels, y, slot, beside ? -1 : p.passed_group(), true);
     const Tensor out = plain_end(pointwise(y, own[2], own[3]), block, relu);
     return torch::stable::contiguous(out, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   }

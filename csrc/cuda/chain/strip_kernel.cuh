@@ -12,11 +12,11 @@ template <class Element, int DEPTHS, int COLUMNS, int TILES>
 struct StripCta : StripLayout<Element, DEPTHS> {
   using Base = StripLayout<Element, DEPTHS>;
   using Base::a, Base::g, Base::x, Base::out, Base::thread, Base::threads, Base::lane, Base::warp_m, Base::warp_n;
+  using Base::arrival_of, Base::in_image, Base::is_pixel, Base::turn_at, Base::NONE;
   using Base::Base;
   using Base::BYTES, Base::PER_WORD, Base::add_word, Base::held, Base::pack_word, Base::rounded, Base::unpack_word;
   using Base::chunk_offset, Base::channel_offset, Base::swizzled_place, Base::slot_of, Base::slot_of_position, Base::strip;
   using Base::first_channel, Base::lower, Base::upper, Base::stage, Base::tables, Base::line_at, Base::raster_line_at;
-  using Base::in_image, Base::is_pixel, Base::turn_at, Base::NONE;
   using typename Base::Line, typename Base::Outputs, typename Base::Owned, typename Base::Pair;
   static constexpr int COLUMN_BYTES = 256;  // of 8 output channels of a K slice of the weights
 
@@ -78,12 +78,35 @@ struct StripCta : StripLayout<Element, DEPTHS> {
     cursor.pass = 0;
     cursor.step++;
   }
+  // Before the first of them.
+  DEVICE void prepare_weights() const {
+    if constexpr (BULK_COPIES) {
+      if (thread > 0) return;
+#pragma unroll 1
+      for (int i = 0; i < g.stages; i++) {
+        arrival_init(arrival_of(i));
+      }
+      proxy_fence();  // copies find them there
+    }
+  }
   DEVICE void start_weights(const ChunkCursor& cursor) const {
     if (cursor.step >= g.steps) return;
     const SharedPtr to = stage(cursor.stage);
     const auto from =
         static_cast<const unsigned char*>(a.weight) + (int64_t(cursor.step) * g.chunks + cursor.chunk) * g.stage_bytes;
-    for (int chunk = thread; chunk < g.stage_bytes / 16; chunk += threads) copy_async<16>(to + chunk * 16, from + chunk * 16);
+    if constexpr (BULK_COPIES) {
+      if (thread > 0) return;
+      arrival_expect(arrival_of(cursor.stage), g.stage_bytes);
+      copy_bulk(to, from, g.stage_bytes, arrival_of(cursor.stage));
+    } else {
+      for (int chunk = thread; chunk < g.stage_bytes / 16; chunk += threads) copy_async<16>(to + chunk * 16, from + chunk * 16);
+    }
+  }
+  // Behind the barrier that shows copies of each thread's own. parity: of the number of times that the stage was filled before.
+  DEVICE void await_weights(int stage, int parity) const {
+    if constexpr (BULK_COPIES) {
+      arrival_wait(arrival_of(stage), parity);
+    }
   }
 
   // ---- the group that passes through ----
@@ -340,12 +363,19 @@ struct StripCta : StripLayout<Element, DEPTHS> {
   template <class Cta>
   DEVICE void run(const Cta& cta) const {  // cta: this object, as its own type
     ChunkCursor fetch;                     // the next chunk of weights to start copying
+    if (!a.weights_stand) {
+      predecessor_wait();  // which may write them
+    }
+    cta.prepare_weights();
     cta.start_weights(fetch);
     clear_strips();
     this->make_tables();
+    predecessor_wait();  // x is there, and nobody needs what lies in out
+    successor_begin();
     sync_cta();  // cleared before the copies land
     cta.strips_are_clear();
     cta.start_group(0);
+#pragma unroll 1
     for (int ahead = 1; ahead < g.stages; ahead++) {
       copy_async_commit();
       advance(fetch);
@@ -359,6 +389,7 @@ struct StripCta : StripLayout<Element, DEPTHS> {
     }
 
     int stage_in_use = g.stages - 1;  // advanced before its first use
+    int round = -1;                   // through the stages
     int since_group = g.stages;       // chunks taken into use since a copy of x was committed
 #pragma unroll 1
     for (int step = 0; step < g.steps; step++) {
@@ -378,17 +409,18 @@ struct StripCta : StripLayout<Element, DEPTHS> {
           if (g.chunks > 1 || pass == 0) {
             copy_async_wait(g.stages - 2 + (since_group < g.stages ? 1 : 0));
             cta.show_writes();
-            sync_cta();  // this chunk and this step's strip are there; nobody reads the chunk before, or the other strip
+            sync_cta();  // this step's strip and copies of this chunk are there; nobody reads the chunk before, or the other strip
             cta.start_weights(fetch);
             copy_async_commit();
             advance(fetch);
-            if (++stage_in_use >= g.stages) stage_in_use = 0;
+            if (++stage_in_use >= g.stages) stage_in_use = 0, round++;
             since_group++;
             if (more && pass == 0 && chunk == 0) {
               cta.start_group(step + 1);
               copy_async_commit();
               since_group = 1;
             }
+            cta.await_weights(stage_in_use, round & 1);
           }
           if (first < end) cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk);
         }

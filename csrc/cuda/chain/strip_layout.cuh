@@ -105,11 +105,12 @@ struct StripLayout : Words<Element> {
   struct alignas(8) Owned {
     int first, count;  // columns of the raster
   };
-  static constexpr int TABLE_HEAD = 48;
   static constexpr int NONE = INT32_MIN;
   DEVICE SharedPtr tables() const {
     return shared.part(g.strips * g.strip_bytes + g.stages * g.stage_bytes, g.tables_bytes, "tables");
   }
+  // Where the weights of a stage arrive.
+  DEVICE SharedPtr arrival_of(int stage) const { return tables() + (48 + 8 * stage); }
   // From the line above the strip to the one below it.
   DEVICE SharedPtr line_at(int line) const { return tables() + (TABLE_HEAD + (line + 1) * int(sizeof(Line))); }
   // The lines of the raster: the strip's own, or with a stride those of `out`.

@@ -31,7 +31,7 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   }
 
   DEVICE void show_writes() const {
-    proxy_fence();  // on a line of its own: a test removes it
+    proxy_fence();  // of the strips
   }
 
   DEVICE void multiply_chunk(

@@ -22,6 +22,7 @@ struct ChainArguments {
   int first_group;     // what the first convolution reads and writes
   int passed_group;    // the group without a convolution, or -1
   bool add_passed;     // whether u_0 = x_0 + the passed group
+  bool weights_stand;  // whether the kernel before this one in the stream writes neither weights nor biases
   int pool;            // on the passed group
   float lower, upper;  // y is clamped to this range: 0 and infinity for ReLU
   int load_bytes;      // of one copy into shared memory: 16, 8 or 4

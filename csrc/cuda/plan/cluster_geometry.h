@@ -13,8 +13,9 @@
 
 namespace res2net_fused::cuda {
 
-constexpr int MAX_CLUSTER = 8;    // CTAs; what every device with clusters runs
-constexpr int CLUSTER_CODE = 90;  // version of the PTX from which on code has the instructions of a cluster
+constexpr int MAX_CLUSTER = 8;  // CTAs; what every device with clusters runs
+// Version of the PTX from which on code has the instructions of a cluster, and the waits of launches that overlap.
+constexpr int CLUSTER_CODE = 90;
 
 inline bool exchanges(const ChainProblem& problem, const ChainTile& tile) {
   return problem.adds && problem.steps > 1 && tile.row_parts * tile.channel_parts > 1;

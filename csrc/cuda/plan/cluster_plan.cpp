@@ -6,16 +6,14 @@
 namespace res2net_fused::cuda {
 namespace {
 
-// None of these was measured by us; those for remote stores and for the cluster's barrier are guesses on the slow side.
+// None of these was measured by us; those for remote stores and their arrival are guesses on the slow side.
 constexpr int PROCESSOR_GROUP = 16;     // multiprocessors of which a cluster takes some; some groups have more
 constexpr double MMA_LATENCY = 33;      // cycles from an mma to one that needs its sums
 constexpr double TURN_LATENCY = 60;     // cycles of the loads before RES2NET_CHAIN_UNROLL slices
 constexpr double WEIGHT_RATE = 64;      // bytes per cycle from L2 into one multiprocessor
 constexpr double WEIGHT_LATENCY = 900;  // cycles from L2, under load
 constexpr double REMOTE_RATE = 16;      // bytes per cycle to other multiprocessors of a cluster
-// Its release is compiled to a memory barrier of the whole GPU, which waits for the stores to `out` as well, and its acquire
-// empties the L1 cache.
-constexpr double CLUSTER_BARRIER_CYCLES = 1000;
+constexpr double ARRIVAL_CYCLES = 500;  // from the last of them until all threads of the other CTA go on
 
 double cycles_of_cta(
     const ChainProblem& problem, const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int resident) {
@@ -27,7 +25,7 @@ double cycles_of_cta(
   const double mma_cycles = 4 * rates.mma_cycles;  // of one scheduler
   double cycles = START_CYCLES;
   for (int step = 0; step < g.steps; step++) {
-    const StepWork work = work_of_step(problem, g, instance, step);
+    const StepWork work = work_of_step(problem, g, instance, rates, step);
     const double outputs = double(work.tiles) * g.warps_n;  // warp tiles
     const int passes = divide_up(work.tiles, g.warps_m);
     const double alone = passes * per_scheduler * turns * mma_per_turn * mma_cycles;
@@ -49,7 +47,7 @@ double cycles_of_cta(
     }
     cycles += resident * work.copies / busy;
     if (work.stores == 0) continue;
-    cycles += resident * std::max(work.stores * 16 / REMOTE_RATE, work.sends / busy) + BARRIER_CYCLES + CLUSTER_BARRIER_CYCLES;
+    cycles += resident * std::max(work.stores * 16 / REMOTE_RATE, work.sends / busy) + BARRIER_CYCLES + ARRIVAL_CYCLES;
   }
   return cycles;
 }

@@ -86,6 +86,11 @@ RES2NET_HOST_DEVICE constexpr int sure_columns(int instance_depths) {
   return instance_depths > 0 ? 2 * (instance_depths - 1) : 0;
 }
 
+constexpr int MAX_STAGES = 4;  // of the weights
+// Bytes in front of the tables: three structs of 16, a barrier for each stage at which its copy arrives, and two at which u does
+// that other CTAs of a cluster send.
+constexpr int TABLE_HEAD = 48 + 8 * (MAX_STAGES + 2);
+
 constexpr int PLANE_ROWS = 64;  // slots of a product's A in wgmma's layout, PLANES
 
 // All that follows from the problem and the tile; plain numbers, handed to the kernel by value.
@@ -180,7 +185,7 @@ inline ChainGeometry make_geometry(
   // The strip's lines, one above and one below, and with a stride those of the output.
   g.table_lines = g.lines + 2 + (problem.stride > 1 ? g.rows : 0);
   g.turns = instance_depths == PLANES ? 0 : problem.slices() / RES2NET_CHAIN_UNROLL;
-  g.tables_bytes = 16 * (3 + g.table_lines + g.turns);
+  g.tables_bytes = TABLE_HEAD + 16 * (g.table_lines + g.turns);
   g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes + g.tables_bytes;
 
   g.by_period = FastDivisor(g.period), g.by_stored = FastDivisor(g.stored);

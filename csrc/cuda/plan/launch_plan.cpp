@@ -20,7 +20,7 @@ double cycles_of_cta(
   const double exposed = per_scheduler >= 3 ? 0.4 : per_scheduler == 2 ? 0.6 : 1;
   double cycles = START_CYCLES;
   for (int step = 0; step < g.steps; step++) {
-    const StepWork work = work_of_step(problem, g, instance, step);
+    const StepWork work = work_of_step(problem, g, instance, rates, step);
     const int passes = divide_up(work.tiles, g.warps_m);
     // One CTA alone is bound by its busiest tensor core; several share all four.
     const double alone = double(passes) * divide_up(warps, 4) * work.products_of_tile * 4 * mma_cycles;

@@ -15,22 +15,27 @@ constexpr int64_t MAX_IMAGES = int64_t(1) << 30;
 constexpr int MAX_ROWS = 1 << 15, MAX_COLUMNS = 1 << 20;
 constexpr int MAX_POSITIONS = 1 << 15;  // keeps FastDivisor exact
 
+constexpr int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
+
 // Instructions of a thread, read off the machine code of nvcc 13.0 (`res2net-fused info --kernels`; a test compares them), of
 // which the model counts one per cycle and scheduler.
-constexpr double COPY_INSTRUCTIONS = 19;        // one cp.async with its index arithmetic
-constexpr double SEND_INSTRUCTIONS = 40;        // a guess, as the next: of 16 bytes to other CTAs, and as many for every
-constexpr double SEND_PER_RECEIVER = 5;         // receiver
-constexpr double FINISH_PER_ROW = 22;           // of an epilogue's half tile
-constexpr double FINISH_PER_COLUMN = 11;        // and of each pair of channels in it,
-constexpr double FINISH_PER_COLUMN_SURE = 8;    // that every group of the instance fills,
-constexpr double FINISH_PER_COLUMN_TF32 = 27;   // where it is two words,
-constexpr double FINISH_PER_COLUMN_WGMMA = 12;  // of wgmma's sums,
-constexpr double FINISH_PER_COLUMN_WIDE = 20;   // of more than 7, whose conditions outnumber the predicates
-constexpr double TURN_INSTRUCTIONS = 14;        // of a turn of the main loop, RES2NET_CHAIN_UNROLL slices;
-constexpr double TURN_PER_LOAD = 2;             // of each matrix of A in it,
-constexpr double TURN_PER_LOAD_SWIZZLED = 4;    // if it is swizzled,
-constexpr double TURN_PER_LOAD_TF32 = 11;       // or rounded
-constexpr double TURN_INSTRUCTIONS_WGMMA = 68;  // products included
+constexpr double COPY_INSTRUCTIONS = 19;         // one cp.async with its index arithmetic
+constexpr double WEIGHT_INSTRUCTIONS = 12;       // the same of weights, where the code has no bulk copies,
+constexpr double WEIGHT_INSTRUCTIONS_PART = 24;  // and of a part of their columns
+constexpr double SEND_INSTRUCTIONS = 40;         // a guess, as the next: of 16 bytes to other CTAs, and as many for every
+constexpr double SEND_PER_RECEIVER = 5;          // receiver
+constexpr double FINISH_PER_ROW = 22;            // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 11;         // and of each pair of channels in it,
+constexpr double FINISH_PER_COLUMN_SURE = 7;     // that every group of the instance fills,
+constexpr double FINISH_PER_COLUMN_TF32 = 27;    // where it is two words,
+constexpr double FINISH_PER_COLUMN_WGMMA = 12;   // of wgmma's sums,
+constexpr double FINISH_PER_COLUMN_WIDE = 20;    // of more than 7, whose conditions outnumber the predicates
+constexpr double TURN_INSTRUCTIONS = 14;         // of a turn of the main loop, RES2NET_CHAIN_UNROLL slices;
+constexpr double TURN_PER_LOAD = 2;              // of each matrix of A in it,
+constexpr double TURN_PER_LOAD_SWIZZLED = 4;     // if it is swizzled,
+constexpr double TURN_PER_LOAD_TF32 = 11;        // or rounded;
+constexpr double TURN_MOVES_TF32 = 22;           // of sums from register to register, where 128 hardly hold 6 columns of them
+constexpr double TURN_INSTRUCTIONS_WGMMA = 68;   // products included
 inline double finish_instructions(const Instance& instance, DataType type) {
   const double per_column = type == TF32           ? FINISH_PER_COLUMN_TF32
                             : instance.columns > 7 ? FINISH_PER_COLUMN_WIDE
@@ -45,7 +50,8 @@ inline double turn_instructions(const Instance& instance, DataType type) {
                           : swizzled(instance.depths) ? TURN_PER_LOAD_SWIZZLED
                                                       : TURN_PER_LOAD;
   const double per_slice = instance.tiles * (per_load + instance.columns) + divide_up(instance.columns, 2);
-  return TURN_INSTRUCTIONS + RES2NET_CHAIN_UNROLL * per_slice;
+  const bool crowded = type == TF32 && instance.columns >= 6 && registers_of(instance) <= 128;
+  return TURN_INSTRUCTIONS + RES2NET_CHAIN_UNROLL * per_slice + (crowded ? TURN_MOVES_TF32 : 0);
 }
 constexpr double SHARED_RATE = 128;    // bytes per cycle of one multiprocessor
 constexpr double BARRIER_CYCLES = 60;  // per chunk of weights
@@ -60,8 +66,6 @@ inline double overlap(int warps_per_scheduler) {
 
 // The same of wgmma, whose products run while their warps go on: a guess, as is DRAIN_CYCLES.
 inline double overlap_async(int warps_per_scheduler) { return warps_per_scheduler >= 2 ? 0.85 : 0.7; }
-
-constexpr int registers_of(const Instance& instance) { return std::min(255, 65536 / (32 * instance.warps) / 8 * 8); }
 
 // Threads are no limit of their own: registers allow 512 of them at most, and every multiprocessor has 1536 or more.
 constexpr bool registers_bound_the_threads() {
@@ -127,11 +131,12 @@ struct StepWork {
   int tiles;                                // of a warp, along the positions
   double products_of_tile, products;        // mma
   double read_bytes;                        // of shared memory, by the main loop
-  double main_loop, finish, copies, sends;  // instructions of all warps; copies: of x of the next step
+  double main_loop, finish, copies, sends;  // instructions of all warps; copies: of x of the next step, and of weights
   double stores;                            // of 16 bytes, to other CTAs
   double instructions() const { return main_loop + finish + copies + sends; }
 };
-inline StepWork work_of_step(const ChainProblem& problem, const ChainGeometry& g, const Instance& instance, int step) {
+inline StepWork work_of_step(
+    const ChainProblem& problem, const ChainGeometry& g, const Instance& instance, const DeviceRates& rates, int step) {
   const bool wgmma = instance.is_wgmma(), more = step + 1 < g.steps;
   const double slices = 9.0 * g.depths;
   StepWork work{};
@@ -155,6 +160,10 @@ inline StepWork work_of_step(const ChainProblem& problem, const ChainGeometry& g
     work.sends = ((pixels + halo_pixels) * g.part_columns * SEND_INSTRUCTIONS + work.stores * SEND_PER_RECEIVER) / 32;
   }
   work.copies = copies / 32 * COPY_INSTRUCTIONS;
+  if (rates.capability < 90) {  // else one thread copies them in bulk
+    const double pieces = double(g.chunks) * g.stage_bytes / 16 * (g.chunks > 1 ? divide_up(work.tiles, g.warps_m) : 1);
+    work.copies += pieces / 32 * (instance.cluster ? WEIGHT_INSTRUCTIONS_PART : WEIGHT_INSTRUCTIONS);
+  }
   return work;
 }
 
@@ -171,7 +180,7 @@ inline void set_bounds(
   const Instance& instance = INSTANCE_TABLE[plan.instance];
   double instructions = 0, products = 0, bytes = 0;
   for (int step = 0; step < g.steps; step++) {
-    const StepWork work = work_of_step(problem, g, instance, step);
+    const StepWork work = work_of_step(problem, g, instance, rates, step);
     instructions += work.instructions(), products += work.products, bytes += work.read_bytes;
   }
   const double microseconds = 1e6 * divide_up(plan.ctas, device.multiprocessors) / rates.clock;  // of a cycle of every CTA

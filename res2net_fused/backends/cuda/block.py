@@ -124,11 +124,13 @@ def _pitch(images: Tensor) -> int:
 def _pointwise_calls(
     tensors: Sequence[Tensor], problem: ChainProblem, precision: str, slots: tuple[int, int], relu: bool
 ) -> Iterator[KernelCall]:
+    from ..triton.kernels.common import overlaps
     from ..triton.kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
     x, weight, bias, shortcut, out = tensors
     channels, pixels = out.shape[1], x.numel() // x.shape[1]
-    tile = pointwise_tile(pixels, channels, x.shape[1], x.dtype.itemsize, precision, capability(problem.device))
+    own = capability(problem.device)
+    tile = pointwise_tile(pixels, channels, x.shape[1], x.dtype.itemsize, precision, own)
     added = None if shortcut is None else Pixels(shortcut, channels, channels)
     source, target = (Pixels(t, t.shape[1], _pitch(t)) for t in (x, out))
-    yield pointwise_call(source, weight, bias, added, target, pixels, slots, relu, precision, tile)
+    yield pointwise_call(source, weight, bias, added, target, pixels, slots, relu, precision, tile, overlaps(own))

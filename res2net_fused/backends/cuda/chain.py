@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._native import library
 from ...chain.activations import CLAMPS
 from ...chain.problem import ChainProblem
-from .. import choices
+from .. import choices, overlap
 from ..triton import chain as triton_chain
 from ..triton.availability import OVERRIDE, convolution_precision, convolutions_use_tf32, tf32_is_overridden
 from ..triton.block import slot_pitch
@@ -84,7 +84,7 @@ def plan(problem: ChainProblem) -> str:
 
 
 def native_settings(problem: ChainProblem, x: Tensor, packed: bool) -> list[int] | None:
-    """[elements from one pixel of x to the next or 0 for a copy, of a block from one group to the next, *the launch].
+    """[elements from one pixel of x to the next or 0 for a copy, of a block from one group to the next, *the launch, overlaps].
 
     The native body launches what has been compared with float64 and packs nothing. PyTorch's settings decide about float32 at
     each call, and blocks around whose chain Triton computes are Python's.
@@ -97,7 +97,12 @@ def native_settings(problem: ChainProblem, x: Tensor, packed: bool) -> list[int]
         return None
     else:
         pitch = slot_pitch(problem.width, 1, x.dtype.itemsize)
-    return [pitch, *chosen_plan(problem).launch_arguments().values()]
+    return [pitch, *chosen_plan(problem).launch_arguments().values(), int(overlaps(problem))]
+
+
+def overlaps(problem: ChainProblem) -> bool:
+    """Whether the launch may begin while the one before it ends."""
+    return overlap.allowed(device_limits(problem.device)[:2])
 
 
 def forward(
@@ -131,6 +136,7 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
     """The one launch, on the current stream of x's device. packed: from `pack`.
 
     fill: channels of each slot of `out` that are written; beyond the group's they become zero, provided they are zero in x.
+    A block launches conv1 between whoever packs weights and the chain, which may then read them before its predecessor ends.
     """
     c = problem.config
     passed = copied_group(problem)
@@ -140,7 +146,8 @@ def launch_chain(problem: ChainProblem, x: Slots, out: Slots, packed: Sequence[T
         channels=problem.width, steps=problem.steps, stride=c.stride, dilation=c.dilation, adds=c.hierarchical,
         first_group=c.first_convolved, passed_group=-1 if passed is None else passed, pool=POOLS[c.pool],
         x_pixel=x.pixel, x_slot=x.slot, out_pixel=out.pixel, out_slot=out.slot, fill_channels=fill,
-        add_passed=c.adds_passed, lower=lower, upper=upper,
+        add_passed=c.adds_passed, overlaps=overlaps(problem), weights_stand=problem.around is not None,
+        lower=lower, upper=upper,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Read from compiled code with `cuobjdump`, so neither a GPU nor a CUDA torch is n
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -95,13 +96,13 @@ def kernel_table() -> list[tuple[str, ...]]:
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         raise RuntimeError("cuobjdump was found neither on PATH nor in Triton's wheel: install triton or the CUDA toolkit")
-    head = ("architecture", "instance", "dtype", "registers", "stack", "local", "half tile", "copy", "turn",
+    head = ("architecture", "instance", "dtype", "registers", "stack", "local", "half tile", "copy", "weights", "turn",
             "width: shared KiB of a CTA")  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
     shared = _shared_bytes_by_kernel() if library.cpu_library().loaded else {}
     for k in compiled_kernels(path, cuobjdump):
         widths = ", ".join(f"{w}: {n / 1024:.0f}" for w, n in sorted(shared.get((k.instance, k.dtype), {}).items()))
-        figures = (k.registers, k.stack, k.local, k.counts.half_tile, k.counts.copy, k.counts.turn)
+        figures = (k.registers, k.stack, k.local, *dataclasses.astuple(k.counts))
         rows.append((k.architecture, k.instance, k.dtype, *map(str, figures), widths))
     return rows
 

@@ -1,7 +1,8 @@
 """Instructions of the CUDA chain kernels, counted in their machine code: what a step's end, a copy and a product cost a warp.
 
     ... HMMA ... HMMA               the main loop: from its first instruction to the branch back, one turn
-    ... LDGSTS (a copy) ... BRA     the loop around a copy into shared memory: that of 8 bytes, of which weights have none
+    ... LDGSTS (a copy) ... BRA     the loop around a copy into shared memory: that of 8 bytes, of which weights have none; the
+                                    first one in the code is of weights, unless they are copied in bulk (UBLKCP)
     HMNMX2 ... HMNMX2               clamps: those of a half tile of 8 positions come together; from its first one to that of the
     STG ... LDS ... STS             next half tile lie the instructions of one
 
@@ -20,6 +21,7 @@ _FUNCTION = re.compile(r"Function : (\S+)(.*?)(?=Function :|\Z)", re.S)
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _PRODUCT, _CLAMP = re.compile(r"\bHG?MMA\."), re.compile(r"\b(FMNMX|HMNMX2)\b")
 _COPY = re.compile(r"\bLDGSTS\.E\.64\b")  # of x: weights are copied by 16
+_ANY_COPY, _BULK_COPY = re.compile(r"\bLDGSTS\b"), re.compile(r"\bUBLKCP\b")
 _BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 _BYTES = 16  # of an instruction
 
@@ -30,11 +32,13 @@ class Counts:
 
     half_tile: of the end of a step for 8 positions and all columns of a warp, in the cluster kernel without what adds up sums.
     copy: of one copy of x, in the loop of a step; the loops of 4, 8 and 16 bytes differ in nothing else.
+    weights: of one copy of 16 bytes of weights; 0 where one thread copies them in bulk.
     turn: of one turn of the main loop.
     """
 
     half_tile: int
     copy: int
+    weights: int
     turn: int
 
 
@@ -53,6 +57,8 @@ def counts(code: str, tiles: int) -> Counts:
     instructions = [(int(address, 16), what) for address, what in _INSTRUCTION.findall(code)]
     products = [address for address, what in instructions if _PRODUCT.search(what)] or [0]
     copies = [address for address, what in instructions if _COPY.search(what)]
+    bulk = any(_BULK_COPY.search(what) for _, what in instructions)
+    weights = [] if bulk else [address for address, what in instructions if _ANY_COPY.search(what)][:1]
     clamps = [address for address, what in instructions if address > products[-1] and _CLAMP.search(what)]
     loops = []
     for address, what in instructions:
@@ -61,7 +67,8 @@ def counts(code: str, tiles: int) -> Counts:
             loops.append((int(branch[1], 16), address))
     firsts = clamps[:: max(1, len(clamps) // (2 * tiles))]
     half_tiles = [(b - a) // _BYTES for a, b in zip(firsts, firsts[1:], strict=False)]
-    return Counts(round(statistics.median(half_tiles or [0])), _around(loops, copies), _around(loops, products))
+    half_tile = round(statistics.median(half_tiles or [0]))
+    return Counts(half_tile, *(_around(loops, addresses) for addresses in (copies, weights, products)))
 
 
 def _around(loops: list[tuple[int, int]], addresses: list[int]) -> int:

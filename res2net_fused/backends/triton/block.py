@@ -96,7 +96,7 @@ def block_calls(
     precision: str,  # of the products, as `precision_of` names it
 ) -> Iterator[KernelCall]:
     """Every launch of the block, in order."""
-    from .kernels.common import GroupView
+    from .kernels.common import GroupView, overlaps
     from .kernels.conv3x3_fwd import chain_calls
     from .kernels.pointwise import Pixels, pointwise_call, pointwise_tile
 
@@ -117,16 +117,17 @@ def block_calls(
     def tile(pixels: int, out_channels: int, in_channels: int) -> Tile:
         return pointwise_tile(pixels, out_channels, in_channels, x.dtype.itemsize, precision, compute_capability)
 
+    overlapping = overlaps(compute_capability)
     u = buffer(scale + shared, problem.height, problem.width_pixels)
     inplanes = x.shape[1]
     yield pointwise_call(
         Pixels(x, inplanes, inplanes), conv1, conv1_bias, None, Pixels(u, channels, u.shape[1], pitch * shared),
-        inner, (pitch, width), True, precision, tile(inner, channels, inplanes),
+        inner, (pitch, width), True, precision, tile(inner, channels, inplanes), overlapping,
     )  # fmt: skip
     y = u if shared else buffer(scale, problem.output_height, problem.output_width)
     x_slots = GroupView(u, pitch, pitch, scale * shared)
     yield from chain_calls(problem, plan, x_slots, GroupView(y, pitch, pitch), chain, biases)
     yield pointwise_call(
         Pixels(y, channels, y.shape[1]), conv3, conv3_bias, Pixels(shortcut, planes, planes) if shortcut is not None else None,
-        Pixels(out, planes, planes), outer, (planes, planes), relu, precision, tile(outer, planes, channels),
+        Pixels(out, planes, planes), outer, (planes, planes), relu, precision, tile(outer, planes, channels), overlapping,
     )  # fmt: skip

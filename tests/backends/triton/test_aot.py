@@ -68,10 +68,22 @@ def check_compiled(call: KernelCall, capability: tuple[int, int], folder: Path) 
     assert stack_bytes(compiled.asm["cubin"], folder) == 0, "registers are spilled"
     masks = re.findall(r"and\.b32 .*, -8192;", compiled.asm["ptx"])  # that leave the bits of TF32
     assert bool(masks) == rounds(call), masks
+    check_waits(call, compiled.asm["ptx"], capability)
     if "BLOCK_K" in call.arguments:
         check_tensor_cores(call, compiled.asm["ptx"], capability)
     if call.kernel in (conv3x3_fwd, conv3x3_bn_fwd, conv3x3_dgrad):
         check_wide_copies(call, compiled.asm["ptx"])
+
+
+def check_waits(call: KernelCall, ptx: str, capability: tuple[int, int]) -> None:
+    """What overlaps the launch before it waits ahead of all accesses to memory, and only then lets the next one begin."""
+    overlaps = call.options.get("launch_pdl", False)
+    assert overlaps == call.arguments.get("OVERLAPS", False)
+    assert overlaps == (capability >= (9, 0) and "OVERLAPS" in call.arguments)
+    waits = [ptx.find(f"griddepcontrol.{what};") for what in ("wait", "launch_dependents")]
+    touches = re.search(r"\b(ld|st|atom|red)\.(volatile\.)?global|\bcp\.(async|reduce)", ptx)
+    assert touches is not None
+    assert 0 <= waits[0] < waits[1] < touches.start() if overlaps else max(waits) < 0
 
 
 def rounds(call: KernelCall) -> bool:

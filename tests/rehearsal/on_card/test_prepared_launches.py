@@ -19,6 +19,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from res2net_fused import Bottle2neck, freeze, hierarchical_conv1d, hierarchical_conv2d
+from res2net_fused.backends import overlap
 from res2net_fused.backends.triton import BACKEND, prepared, step_plan, tiles
 from res2net_fused.backends.triton.kernels.conv3x3_fwd import conv3x3_fwd
 from res2net_fused.testing.parity import convolution_precision
@@ -325,6 +326,20 @@ def test_devices_and_streams_are_those_of_the_call():
         models[1][0](models[1][1])
     assert {(launch.card, launch.stream) for launch in launches} == {(1, side.cuda_stream)} and len(launches) == 5
     assert torch.cuda.current_device() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_launches_overlap_unless_they_are_told_not_to(setting, monkeypatch):
+    monkeypatch.setenv(overlap.VARIABLE, setting)
+    overlap.allowed.cache_clear()
+    model, x = block()
+    for run in (lambda: model(x), lambda: model(x), lambda: capture(lambda: model(x))):  # the first one prepares
+        with LAUNCHES.recorded() as launches:
+            run()
+        expected = setting == "on" and torch.cuda.get_device_capability() >= (9, 0)
+        assert [(launch.overlaps, launch.constants["OVERLAPS"]) for launch in launches] == [(expected, expected)] * 5
+    overlap.allowed.cache_clear()
 
 
 @torch.no_grad()

@@ -47,14 +47,16 @@ def runtime(cards):
 
 @pytest.fixture
 def launch(runtime):
-    """launch(device, instance, shared bytes, parts=1): the error of that launch in bf16, of blocks of one warp(group)."""
+    """launch(device, instance, shared bytes, parts=1, overlaps=False): the error of that launch in bf16, of blocks of one
+    warp(group).
+    """
     library = ctypes.CDLL(str(runtime.path))
 
-    def by_hand(device, instance, shared_bytes, parts=1):
+    def by_hand(device, instance, shared_bytes, parts=1, overlaps=False):
         runtime.set_device(device)
         warps = 4 if instance.startswith("wgmma") else 1
         bf16 = launch_plan.TYPES[torch.bfloat16]
-        return library.stand_in_launch_by_hand(instance.encode(), bf16, 16, warps, shared_bytes, parts, None)
+        return library.stand_in_launch_by_hand(instance.encode(), bf16, 16, warps, shared_bytes, parts, overlaps, None)
 
     return by_hand
 
@@ -107,6 +109,18 @@ def test_clusters_run_where_the_code_has_their_instructions(instance, runtime, l
         assert launch(device, instance, 50000, parts=4) == INVALID_FUNCTION and runtime.last_error() == 0
         assert launch(device, instance, 50000) == 0  # parts that send nothing
     assert [(launch.device, launch.cluster) for launch in runtime.launches()] == [(SHARED, 4), (JIT, 1), (A100, 1)]
+
+
+@pytest.mark.parametrize("instance", ["d2c4t4", "cluster_c4t2", "wgmma_c7t2"])
+def test_launches_overlap_where_code_and_driver_can_do_so(instance, runtime, launch):
+    parts = 4 if "cluster" in instance else 1
+    assert launch(SHARED, instance, 50000, parts, overlaps=True) == launch(SHARED, instance, 50000, parts) == 0
+    for device in (JIT, A100):  # whose code does not wait for what the kernel before it writes
+        assert launch(device, instance, 50000, overlaps=True) == 0
+    runtime.driver(12020)
+    assert launch(SHARED, instance, 50000, parts, overlaps=True) == 0
+    expected = [(SHARED, True), (SHARED, False), (JIT, False), (A100, False), (SHARED, False)]
+    assert [(launch.device, launch.overlaps) for launch in runtime.launches()] == expected
 
 
 # What a plan is told of a device
@@ -212,6 +226,7 @@ def test_the_operator_runs_the_kernel_that_it_launches(name, runtime):
     [launch] = runtime.launches()
     plan = launch_plan.plan_chain(p, native.device_limits(0))
     assert launch[:5] == (launch_plan.INSTANCE_NAMES[plan.instance], launch.dtype, plan.ctas, plan.threads, plan.shared_bytes)
+    assert launch.overlaps == (OWN.card == "H100")
     assert launch.dtype == {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}[p.dtype]
     # Measured worst: 3e-3 in bf16, 4e-4 in fp16, 6e-4 in TF32: each y is rounded, and read by the next convolution.
     assert relative_error(out, expected) <= {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-3}[p.dtype]

@@ -46,12 +46,13 @@ class Launch(NamedTuple):
     shared_bytes: int
     cluster: int  # blocks of a cluster; 1: an ordinary grid
     device: int
+    overlaps: bool  # whether it may begin while the launch before it ends
     stream: int
 
 
 class _Record(ctypes.Structure):  # as in runtime.cpp
     _fields_ = [("symbol", ctypes.c_char * 256)] + [
-        (name, ctypes.c_int) for name in ("grid", "block", "shared_bytes", "cluster", "device")
+        (name, ctypes.c_int) for name in ("grid", "block", "shared_bytes", "cluster", "device", "overlaps")
     ] + [("stream", ctypes.c_int64)]  # fmt: skip
 
 
@@ -125,8 +126,8 @@ class Runtime:
 
     As with CUDA: a call that fails returns its error and leaves it as the thread's last error, which successful calls keep and
     `take_last_error` clears; a launch fails where it has more shared memory than its kernel was allowed on this device, more
-    than 1024 threads, no blocks, a cluster on a card before compute capability 9 or with code for such cards, or where the
-    library has no code for the card.
+    than 1024 threads, no blocks, a cluster or an overlap on a card before compute capability 9 or with code for such cards, or
+    where the library has no code for the card.
     """
 
     def __init__(self, library: Path) -> None:
@@ -154,6 +155,10 @@ class Runtime:
         0: there is no code. Without a call that of a default build: 80, 90 and 100 on cards of these generations and later.
         """
         self._c.stand_in_load_code(device, version)
+
+    def driver(self, version: int) -> None:
+        """The driver's, such as 12020 for CUDA 12.2, until `clear`."""
+        self._c.stand_in_driver(version)
 
     def launches(self) -> list[Launch]:
         """Since `clear`, in order; a launch that failed is not among them."""

@@ -20,7 +20,8 @@ from .cuda_module import Device
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a Triton kernel. constants: its constexprs by name. warps, stages: of its options.
+    """One launch of a Triton kernel. constants: its constexprs by name. warps, stages: of its options. overlaps: whether it may
+    begin while the launch before it ends.
 
     arguments: what the launcher was given, a pointer as its address. aligned: those that the kernel relies on being multiples
     of 16.
@@ -31,6 +32,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    overlaps: bool
     card: int
     stream: int
     arguments: tuple[Any, ...]
@@ -116,7 +118,7 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
             LAUNCHES.note(
                 lambda: Launch(
                     self.function.fn.__name__, (x, y, z), self.constants, self.metadata.num_warps,
-                    getattr(self.metadata, "num_stages", 0), device.c.card_current(), stream,
+                    getattr(self.metadata, "num_stages", 0), bool(self.metadata.launch_pdl), device.c.card_current(), stream,
                     tuple(map(_address, arguments)), tuple(_address(arguments[i]) for i in self.aligned),
                 )
             )  # fmt: skip
@@ -145,7 +147,7 @@ def insert(device: Device, card: Card, *, launch: str, compiles: bool) -> None:
         if compiles:
             return own_compile(src, target=target, options=options, **more)
         chosen = types.SimpleNamespace(shared=0, num_warps=options["num_warps"], num_stages=options["num_stages"],
-                                       name=src.fn.fn.__name__)  # fmt: skip
+                                       launch_pdl=options["launch_pdl"], name=src.fn.fn.__name__)  # fmt: skip
         return types.SimpleNamespace(
             src=src, metadata=chosen, packed_metadata=(), function=1, name=chosen.name, asm={}, n_regs=64, n_spills=0,
             launch_metadata=lambda *_: None, run=Launcher(src, chosen),
@@ -172,6 +174,8 @@ def _interpret(function: Any, grid: tuple[int, int, int], arguments: list[Any], 
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    # It runs launches one by one, and knows no waits for others.
+    arguments = [False if n == "OVERLAPS" else a for n, a in zip(function.arg_names, arguments, strict=True)]
     with _interpreting:
         own = JITFunction.__call__
         JITFunction.__call__ = lambda self, *a, **k: InterpretedFunction(self.fn)(*a, **k)  # type: ignore[method-assign]

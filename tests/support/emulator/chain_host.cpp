@@ -17,7 +17,7 @@ struct Call {
   const float* bias;
   void* out;
   int images, height, width, channels, steps, stride, dilation, adds;
-  int x_pixel, x_slot, out_pixel, out_slot, fill_channels, first_group, passed_group, pool, add_passed;
+  int x_pixel, x_slot, out_pixel, out_slot, fill_channels, first_group, passed_group, pool, add_passed, weights_stand;
   float lower, upper;
   int instance, type;
   int rows, columns, tile_images, whole, warps_m, warps_n, slices, stages;
@@ -60,7 +60,7 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
   a.x_slots = {call->x_pixel, call->x_slot}, a.out_slots = {call->out_pixel, call->out_slot};
   a.fill_channels = call->fill_channels;
   a.first_group = call->first_group, a.passed_group = call->passed_group, a.pool = call->pool,
-  a.add_passed = call->add_passed != 0;
+  a.add_passed = call->add_passed != 0, a.weights_stand = call->weights_stand != 0;
   a.lower = call->lower, a.upper = call->upper;
   a.geometry = geometry_of(problem, tile, call->instance);
   if (!offsets_fit(a, type) || !grid_fits(a.geometry)) return -2;
@@ -79,11 +79,12 @@ int run_call(const Call* call, char* text, int size, int64_t* statistics) {
       g.shared_bytes,
       call->seed,
       call->checks != 0,
-      {{"x", a.x, bytes_in(pixels, a.x_slots), false},
-       {"weight", a.weight, size_t(g.steps) * problem.slices() * g.packed_columns * 256, false},
-       {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false},
-       {"out", a.out, bytes_in(out_pixels, a.out_slots), true}},
-      exchanges(problem, tile) ? tile.row_parts * tile.channel_parts : 1};
+      {{"x", a.x, bytes_in(pixels, a.x_slots), false, true},
+       {"weight", a.weight, size_t(g.steps) * problem.slices() * g.packed_columns * 256, false, !a.weights_stand},
+       {"bias", a.bias, size_t(g.steps) * g.packed_columns * 8 * sizeof(float), false, !a.weights_stand},
+       {"out", a.out, bytes_in(out_pixels, a.out_slots), true, true}},
+      exchanges(problem, tile) ? tile.row_parts * tile.channel_parts : 1,
+      true};
   const emulator::Report report = emulator::run(launch, [&] { kernel(a); });
   int used = 0;
   text[0] = 0;

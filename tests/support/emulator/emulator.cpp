@@ -68,6 +68,11 @@ void enter() {
     finding(DIVERGENCE, current->where, "ends without waiting for the cluster's barrier (last seen here)");
   if (in_flight) finding(IN_FLIGHT, current->where, "ends with copies in flight (last seen here)");
   if (products_pending()) finding(IN_FLIGHT, current->where, "ends with products in flight (last seen here)");
+  // Else this kernel could end before the one before it, and the next one would take both for ended.
+  if (launch.overlaps && !current->awaited)
+    finding(PREDECESSOR, current->where, "ends without waiting for the kernel before (last seen here)");
+  if (launch.overlaps && !current->let_begin)
+    finding(PREDECESSOR, current->where, "ends without letting the next kernel begin (last seen here)");
   current->done = true;
   ctas[current->rank].done++;
   _longjmp(scheduler, 1);
@@ -124,6 +129,7 @@ void run_cluster(int first_block) {
     cta.block = first_block++;
     cta.epoch = ++epoch;
     cta.arrived = cta.done = 0;
+    cta.arrivals.clear();
     std::fill(cta.memory.begin(), cta.memory.end(), 0xff);  // NaN as bf16 and as float
     for (Granule& granule : cta.granules) granule.in_flight = false;
   }
@@ -135,6 +141,9 @@ void run_cluster(int first_block) {
     fiber.started = fiber.done = false;
     fiber.arrivals = fiber.waits = 0;
     fiber.shown = 0;
+    fiber.phases.clear();
+    fiber.known.assign(ctas.size(), 0);
+    fiber.awaited = !launch.overlaps, fiber.let_begin = false;
     fiber.open_copies.clear();
     fiber.copy_groups.clear();
     getcontext(&fiber.entry);
@@ -146,7 +155,7 @@ void run_cluster(int first_block) {
   }
   if (_setjmp(scheduler) == 2) return;
   if (Fiber* next = pick()) resume(*next);
-  if (done_count() == int(fibers.size())) return check_lifetimes();
+  if (done_count() == int(fibers.size())) return check_end();
   for (Fiber& fiber : fibers) {
     if (fiber.done) continue;
     current = &fiber;
@@ -346,6 +355,17 @@ void cluster_wait(const Where& where) {
     block("a barrier of the cluster", where);
   }
   current->waits++;
+}
+
+void predecessor_wait(const Where& where) {
+  current->where = where;
+  current->awaited = true;
+}
+
+void successor_begin(const Where& where) {
+  if (!current->awaited) finding(PREDECESSOR, where, "lets the next kernel begin before the one before it has ended");
+  current->where = where;
+  current->let_begin = true;
 }
 
 void sync_warp(const Where& where) { meet(arrive(Operation::SYNC_WARP, where), "a warp barrier", where); }

@@ -25,15 +25,28 @@ struct SharedPtr {
 };
 
 namespace emulator {
-enum Kind { OUT_OF_BOUNDS, MISALIGNED, UNINITIALISED, RACE, IN_FLIGHT, DIVERGENCE, LIFETIME, PROXY, KINDS };
-inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",
-                                                  "in-flight",     "divergence", "lifetime",      "proxy"};
+enum Kind {
+  OUT_OF_BOUNDS,
+  MISALIGNED,
+  UNINITIALISED,
+  RACE,
+  IN_FLIGHT,
+  DIVERGENCE,
+  LIFETIME,
+  PROXY,
+  PREDECESSOR,
+  ARRIVAL,
+  KINDS
+};
+inline constexpr const char* KIND_NAMES[KINDS] = {"out-of-bounds", "misaligned", "uninitialised", "race",        "in-flight",
+                                                  "divergence",    "lifetime",   "proxy",         "predecessor", "arrival"};
 
 struct Buffer {
   const char* name;
   const void* begin;
   size_t bytes;
   bool writable;
+  bool predecessors = false;  // the kernel before may still write it, or need what is in it
 };
 
 struct Launch {
@@ -41,7 +54,8 @@ struct Launch {
   uint64_t seed;
   bool checks;  // false: only compute, for speed
   std::vector<Buffer> buffers;
-  int cluster = 1;  // blocks that run together and reach each other's shared memory
+  int cluster = 1;        // blocks that run together and reach each other's shared memory
+  bool overlaps = false;  // it may begin while the kernel before it ends, whose writes each thread sees behind its own wait
 };
 
 struct Report {
@@ -62,13 +76,20 @@ void write_shared(SharedPtr to, const void* from, int bytes, const Where& where)
 void read_global(const void* from, void* to, int bytes, const Where& where);
 void write_global(void* to, const void* from, int bytes, const Where& where);
 void start_copy(SharedPtr to, const void* from, int bytes, int valid, const Where& where);
+void proxy_fence();
+void arrival_init(SharedPtr arrival, const Where& where);
+void arrival_expect(SharedPtr arrival, int bytes, const Where& where);
+void arrival_wait(SharedPtr arrival, int parity, const Where& where);
+void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival, const Where& where);
 void commit_copies();
 void wait_copies(int pending);
 void sync_cta(const Where& where);
 void sync_warp(const Where& where);
+void predecessor_wait(const Where& where);
+void successor_begin(const Where& where);
 void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
-void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where);
+void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr arrival, const Where& where);
 void load_matrices(SharedPtr row, uint32_t* words, int matrices, const Where& where);
 void multiply(
     Accumulator* c, const FragmentA* a, const FragmentB* b, int columns, res2net_fused::cuda::DataType type,
@@ -94,11 +115,13 @@ inline int block_index() { return emulator::block_index(); }
 
 inline void sync_cta(Where where = Where::current()) { emulator::sync_cta(where); }
 inline void sync_warp(Where where = Where::current()) { emulator::sync_warp(where); }
+inline void predecessor_wait(Where where = Where::current()) { emulator::predecessor_wait(where); }
+inline void successor_begin(Where where = Where::current()) { emulator::successor_begin(where); }
 
 inline void cluster_arrive(Where where = Where::current()) { emulator::cluster_arrive(where); }
 inline void cluster_wait(Where where = Where::current()) { emulator::cluster_wait(where); }
-inline void remote_store(SharedPtr to, int rank, Bytes16 value, Where where = Where::current()) {
-  emulator::remote_store(to, rank, value, where);
+inline void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr arrival, Where where = Where::current()) {
+  emulator::remote_store(to, rank, value, arrival, where);
 }
 
 template <class T>
@@ -132,6 +155,26 @@ void copy_async_or_zero(bool copies, SharedPtr to, const void* from, Where where
   copy_async<BYTES>(to, from, copies ? BYTES : 0, where);
 }
 inline void copy_async_commit() { emulator::commit_copies(); }
+
+// As in the code of sm_90, or, of a build that says so, of an older one.
+#ifndef RES2NET_EMULATED_CODE
+#define RES2NET_EMULATED_CODE 90
+#endif
+constexpr bool BULK_COPIES = RES2NET_EMULATED_CODE >= 90;
+inline void proxy_fence() { emulator::proxy_fence(); }
+inline void arrival_init(SharedPtr arrival, Where where = Where::current()) { emulator::arrival_init(arrival, where); }
+inline void arrival_expect(SharedPtr arrival, int bytes, Where where = Where::current()) {
+  emulator::arrival_expect(arrival, bytes, where);
+}
+inline void arrival_wait(SharedPtr arrival, int parity, Where where = Where::current()) {
+  emulator::arrival_wait(arrival, parity, where);
+}
+inline void arrival_wait_remote(SharedPtr arrival, int parity, Where where = Where::current()) {
+  emulator::arrival_wait(arrival, parity, where);
+}
+inline void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival, Where where = Where::current()) {
+  emulator::copy_bulk(to, from, bytes, arrival, where);
+}
 inline void copy_async_wait(int pending) { emulator::wait_copies(pending); }
 
 inline FragmentA load_matrix(SharedPtr row, Where where = Where::current()) {

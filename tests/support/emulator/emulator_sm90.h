@@ -15,7 +15,6 @@ struct SharedMatrix {
 
 namespace emulator {
 int uniform(int value, const Where& where);
-void proxy_fence();
 void begin_products(Accumulator* const* sums, int tiles, int columns);
 void multiply_async(
     Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::cuda::DataType type,
@@ -25,7 +24,6 @@ void wait_products(const Where& where);
 }  // namespace emulator
 
 inline int uniform(int value, Where where = Where::current()) { return emulator::uniform(value, where); }
-inline void proxy_fence() { emulator::proxy_fence(); }
 
 template <int TILES, int COLUMNS>
 void products_begin(Accumulator (&sums)[TILES][COLUMNS]) {

@@ -1,37 +1,10 @@
 // Does the emulator see what it should, and nothing else? Tiny kernels, each with a known verdict.
 #include <cmath>
-#include <cstdio>
 #include <limits>
 
-#include "cuda/chain/hardware_sm90.h"
+#include "emulator_test.h"
 
 namespace {
-int failures = 0;
-alignas(16) uint32_t global_words[64];
-
-// Runs a kernel of one cluster in six orders; `verdict` is the name of the only kind of finding, "" or "any".
-template <class Kernel>
-void expect(const char* title, const char* verdict, int threads, Kernel kernel, int ctas = 1, int bytes = 1024) {
-  for (uint64_t seed = 0; seed < 6; seed++) {
-    const emulator::Report report =
-        emulator::run({ctas, threads, bytes, seed, true, {{"words", global_words, sizeof global_words, true}}, ctas}, kernel);
-    std::string kinds;
-    for (int kind = 0; kind < emulator::KINDS; kind++)
-      if (report.count[kind]) kinds += emulator::KIND_NAMES[kind];
-    if (verdict == std::string("any") ? kinds.empty() : kinds != verdict) {
-      std::printf("%s, seed %d: found '%s', expected '%s'\n", title, int(seed), kinds.c_str(), verdict);
-      failures++;
-    }
-  }
-}
-
-SharedPtr word(int index) { return shared_memory() + index * 4; }
-void store(int index) { shared_store(word(index), uint32_t(index)); }
-void load(int index) {
-  if (shared_load<uint32_t>(word(index)) != uint32_t(index)) failures++;
-}
-int next_lane() { return thread_index() / 32 * 32 + (thread_index() + 1) % 32; }
-
 template <class Element>
 void matrix_product() {
   static float expected[16][8];
@@ -109,115 +82,6 @@ void clamping() {
   const float nan = clamp(std::nanf(""), 0, 20);
   if (nan == nan) failures++;
 }
-// 16 bytes of the next CTA, once the cluster runs and the bytes are free
-void send(int thread, uint32_t value) {
-  remote_store(shared_memory() + thread * 16, (block_index() + 1) % 3, Bytes16{{value, value, value, value}});
-}
-void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
-}
-uint32_t received() { return shared_load<Bytes16>(shared_memory() + thread_index() * 16).word[3]; }
-
-// Kernels of three CTAs of one warp each.
-void cluster_kernels() {
-  using enum emulator::Kind;
-  const auto verdict = [](const char* title, const char* kind, auto kernel) { expect(title, kind, 32, kernel, 3); };
-  const auto name = [](emulator::Kind kind) { return emulator::KIND_NAMES[kind]; };
-  verdict("sent to the next CTA", "", [] {
-    cluster_barrier();
-    send(thread_index(), uint32_t(block_index()));
-    cluster_barrier();
-    if (received() != uint32_t((block_index() + 2) % 3)) failures++;
-  });
-  verdict("read between arriving and waiting", "any", [] {  // which finding depends on the order
-    cluster_barrier();
-    send(thread_index(), 1);
-    cluster_arrive();
-    received();
-    cluster_wait();
-  });
-  verdict("sent between arriving and waiting", "any", [] {
-    cluster_barrier();
-    cluster_arrive();
-    send(thread_index(), 1);
-    cluster_wait();
-    received();
-  });
-  verdict("a barrier of the CTA instead of the cluster's", "any", [] {
-    cluster_barrier();
-    send(thread_index(), 1);
-    sync_cta();
-    received();
-    cluster_barrier();
-  });
-  verdict("sent over what the other still reads", "any", [] {
-    cluster_barrier();
-    send(thread_index(), 1);
-    cluster_barrier();
-    received();
-    send(thread_index(), 2);
-    cluster_barrier();
-  });
-  verdict("sent in turns", "", [] {
-    cluster_barrier();
-    for (uint32_t i = 0; i < 3; i++) {
-      send(thread_index(), i);
-      cluster_barrier();
-      if (received() != i) failures++;
-      cluster_barrier();
-    }
-  });
-  verdict("two CTAs send to one place", name(RACE), [] {
-    cluster_barrier();
-    if (block_index() > 0) remote_store(shared_memory() + thread_index() * 16, 0, Bytes16{});
-    cluster_barrier();
-  });
-  verdict("sent before the other is known to run", name(LIFETIME), [] {
-    send(thread_index(), 1);
-    cluster_barrier();
-  });
-  verdict("sent when the other may have ended", name(LIFETIME), [] {
-    cluster_barrier();
-    send(thread_index(), 1);
-  });
-  verdict("beyond the cluster", name(OUT_OF_BOUNDS), [] {
-    cluster_barrier();
-    remote_store(shared_memory() + thread_index() * 16, 3, Bytes16{});
-    cluster_barrier();
-  });
-  verdict("beyond the other's region", name(OUT_OF_BOUNDS), [] {
-    cluster_barrier();
-    remote_store(shared_memory().part(0, 256, "part") + thread_index() * 16, block_index(), Bytes16{});
-    cluster_barrier();
-  });
-  verdict("16 bytes at 8", name(MISALIGNED), [] {
-    cluster_barrier();
-    if (thread_index() == 3) remote_store(shared_memory() + 8, block_index(), Bytes16{});
-    cluster_barrier();
-  });
-  verdict("never sent", name(UNINITIALISED), [] {
-    cluster_barrier();
-    received();
-  });
-  verdict("one CTA leaves the barrier out", name(DIVERGENCE), [] {
-    if (block_index() != 1) cluster_barrier();
-  });
-  verdict("waits without arriving", name(DIVERGENCE), [] { cluster_wait(); });
-  verdict("arrives twice", name(DIVERGENCE), [] {
-    cluster_arrive();
-    cluster_arrive();
-    cluster_wait();
-  });
-  verdict("ends without waiting", name(DIVERGENCE), [] { cluster_arrive(); });
-  verdict("two CTAs at different barriers", name(DIVERGENCE), [] {
-    if (block_index() == 0)
-      cluster_barrier();
-    else
-      sync_cta();
-  });
-}
-
 enum class Fault {
   NONE,
   NO_PROXY_FENCE,
@@ -368,6 +232,7 @@ int main() {
   });
   expect("past a buffer", name(OUT_OF_BOUNDS), 96, [] { global_store(global_words + thread_index(), 0u); });
   expect("two threads store one word", name(RACE), 64, [] { global_store(global_words + thread_index() / 2, 0u); });
+  for (uint32_t i = 0; i < 64; i++) global_words[i] = 1000 + i;  // no zeros, which would look like what is not copied
   expect("copy, wait", "", 32, [] {
     copy_async<4>(word(thread_index()), global_words + thread_index());
     copy_async_commit();
@@ -419,7 +284,48 @@ int main() {
     copy_async_commit();
     copy_async_wait(0);
   });
+  expect("copy or zeros", "", 32, [] {
+    const int thread = thread_index();
+    const bool copies = thread % 3 > 0;
+    // Of those that copy nothing the address may be anywhere.
+    copy_async_or_zero<8>(copies, word(thread * 2), copies ? global_words + thread * 2 : global_words + 64 + thread * 2);
+    copy_async_commit();
+    copy_async_wait(0);
+    const auto found = shared_load<Bytes8>(word(thread * 2));
+    if (found.word[1] != (copies ? global_words[thread * 2 + 1] : 0)) failures++;
+  });
+  expect("copy or zeros, not waited for", name(IN_FLIGHT), 32, [] {
+    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
+    copy_async_commit();
+    shared_load<uint32_t>(word(thread_index()));  // zeros come as late as what is copied
+    copy_async_wait(0);
+  });
+  expect("copy or zeros, past a buffer", name(OUT_OF_BOUNDS), 32, [] {
+    copy_async_or_zero<8>(thread_index() > 4, word(thread_index() * 2), global_words + 64);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
+  expect("zeros past a region", name(OUT_OF_BOUNDS), 32, [] {
+    copy_async_or_zero<4>(false, shared_memory().part(0, 64, "part") + thread_index() * 4, nullptr);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
+  expect("zeros over what others still read", name(RACE), 64, [] {
+    store(thread_index());
+    sync_cta();
+    shared_load<uint32_t>(word(63 - thread_index()));
+    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
+  expect("zeros at 4 where 8 are copied", name(MISALIGNED), 32, [] {
+    if (thread_index() == 3) copy_async_or_zero<8>(false, word(7), nullptr);
+    copy_async_commit();
+    copy_async_wait(0);
+  });
   cluster_kernels();
+  overlapping_kernels();
+  bulk_copies();
   expect("matrix product, bf16", "", 32, matrix_product<bf16>);
   expect("matrix product, fp16", "", 32, matrix_product<fp16>);
   expect("matrix product, tf32", "", 32, matrix_product_tf32);

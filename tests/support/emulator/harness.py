@@ -33,6 +33,7 @@ FLAGS = "-std=c++20 -fPIC -Wall -Wextra -Wno-unknown-pragmas".split()
 # Kernels are sampled for speed at -O1: with -O2 they compile three times as long and run a tenth faster. What they leave
 # uninitialised holds a pattern.
 KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern")
+OLDER_CODE = (*KERNEL_FLAGS, "-DRES2NET_EMULATED_CODE=80")  # as compiled for devices without bulk copies
 INSTANCES = build_flags.cuda_instances(ROOT)
 
 
@@ -86,7 +87,7 @@ def library(instance: str, csrc: pathlib.Path = ROOT / "csrc", flags: tuple[str,
 
 _INTS = (
     "images height width channels steps stride dilation adds "
-    "x_pixel x_slot out_pixel out_slot fill_channels first_group passed_group pool add_passed"
+    "x_pixel x_slot out_pixel out_slot fill_channels first_group passed_group pool add_passed weights_stand"
 ).split()
 _TILE = ("instance type rows columns tile_images whole warps_m warps_n slices stages row_parts channel_parts warps_k").split()
 
@@ -239,14 +240,15 @@ def launch(
 ) -> tuple[dict[str, tuple[int, str]], list[int]]:
     """Runs the kernel once, as `cuda_chain.launch_chain` would; what the emulator found, and its statistics as in `Run`.
 
-    passed: the group that the launch copies or pools, or None.
+    passed: the group that the launch copies or pools, or None. Begins while the kernel before it ends; at an odd seed that one
+    writes no weights.
     """
     c, instance = case.config, INSTANCES[plan.instance]
     call = Call(
         x.data.data_ptr(), packed[0].data_ptr(), packed[1].data_ptr(), out.data.data_ptr(),
         case.images, case.height, case.columns, case.width, case.steps, c.stride, c.dilation, c.hierarchical,
         x.pixel, x.slot, out.pixel, out.slot, fill, c.first_convolved, -1 if passed is None else passed,
-        cuda_chain.POOLS[c.pool], c.passthrough == "first_added", *cuda_chain.CLAMPS[c.activation],
+        cuda_chain.POOLS[c.pool], c.passthrough == "first_added", seed % 2, *cuda_chain.CLAMPS[c.activation],
         plan.instance, launch_plan.TYPES[case.dtype],
         plan.rows, plan.columns, plan.images, plan.whole, plan.warps_m, plan.warps_n, plan.slices, plan.stages,
         plan.row_parts, plan.channel_parts, plan.warps_k, seed, 1,

@@ -29,6 +29,7 @@ bool ordered(int other, uint32_t other_epoch, uint32_t other_warp_epoch, int oth
   const Fiber& left = fibers[other];
   if (left.number == current->number || other_phase < current->waits) return true;
   if (left.rank == current->rank && other_epoch < ctas[left.rank].epoch) return true;
+  if (left.rank != current->rank && other_epoch < current->known[left.rank]) return true;
   return left.warp == current->warp && other_warp_epoch < warp_epoch[left.warp];
 }
 
@@ -38,11 +39,19 @@ void record_write(Granule& granule) {
   granule.write_phase = current->arrivals;
   granule.writer = int16_t(current->number);
   granule.write_number = ++write_number;
+  granule.phase_number = 0;
+}
+
+// Whether the current thread has itself waited for the bulk copy that wrote this.
+bool arrived(const Granule& granule) {
+  if (granule.phase_number == 0) return false;
+  const auto seen = current->phases.find(granule.arrival);
+  return seen != current->phases.end() && seen->second >= granule.phase_number;
 }
 
 bool after_all_reads(const Granule& granule, const Cta& cta) {
   if (granule.read_epoch < first_epoch || granule.read_phase < current->waits) return true;
-  if (&cta != &ctas[current->rank]) return false;
+  if (&cta != &ctas[current->rank]) return granule.read_epoch < current->known[&cta - ctas.data()];
   if (granule.read_epoch < cta.epoch) return true;
   return !granule.several_warps && ordered(granule.reader, granule.read_epoch, granule.read_warp_epoch, granule.read_phase) &&
          !(granule.several_lanes && granule.read_warp_epoch >= warp_epoch[current->warp]);
@@ -57,7 +66,7 @@ void check_write(Cta& cta, SharedPtr to, int bytes, const Where& where) {
           IN_FLIGHT, where, "writes byte %d of %s before the copy of line %u was waited for", place, to.region,
           granule.write_line);
     else if (
-        granule.write_epoch >= first_epoch &&
+        granule.write_epoch >= first_epoch && !arrived(granule) &&
         !ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
       finding(
           RACE, where, "writes byte %d of %s of block %d, written by thread %d of block %d in line %u with no barrier between",
@@ -72,7 +81,15 @@ void check_write(Cta& cta, SharedPtr to, int bytes, const Where& where) {
   }
 }
 
-// The index of the buffer that holds these bytes, or -1. Where x and out lie between each other's elements, both do: writes
+// The index of a buffer that this thread may touch, else -1.
+int ours(int buffer, const char* what, const Where& where) {
+  const Buffer& touched = launch.buffers[buffer];
+  if (!touched.predecessors || current->awaited) return buffer;
+  finding(PREDECESSOR, where, "%s of %s before the kernel before has ended", what, touched.name);
+  return -1;
+}
+
+// The index of the buffer that holds these bytes, or -1, as also where the kernel before is still at it. Where x and out lie between each other's elements, both do: writes
 // go to the one that may be written.
 int find_buffer(const void* address, int bytes, int alignment, const char* what, const Where& where, bool writes = false) {
   const auto place = reinterpret_cast<uintptr_t>(address);
@@ -84,10 +101,10 @@ int find_buffer(const void* address, int bytes, int alignment, const char* what,
   for (size_t i = 0; i < launch.buffers.size(); i++) {
     const auto begin = reinterpret_cast<uintptr_t>(launch.buffers[i].begin);
     if (place < begin || place + bytes > begin + launch.buffers[i].bytes) continue;
-    if (!writes || launch.buffers[i].writable) return int(i);
+    if (!writes || launch.buffers[i].writable) return ours(int(i), what, where);
     read_only = int(i);
   }
-  if (read_only >= 0) return read_only;
+  if (read_only >= 0) return ours(read_only, what, where);
   const Buffer* nearest = nullptr;
   int64_t nearest_offset = 0;
   for (const Buffer& buffer : launch.buffers) {
@@ -124,7 +141,7 @@ void check_read(SharedPtr from, int bytes, const Where& where) {
           granule.write_line);
     else if (granule.write_epoch < first_epoch)
       finding(UNINITIALISED, where, "reads byte %d of %s, which nobody wrote", place, from.region);
-    else if (!ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
+    else if (!arrived(granule) && !ordered(granule.writer, granule.write_epoch, granule.write_warp_epoch, granule.write_phase))
       finding(
           RACE, where, "reads byte %d of %s, written by thread %d of block %d in line %u with no barrier between", place,
           from.region, fibers[granule.writer].thread, ctas[fibers[granule.writer].rank].block, granule.write_line);
@@ -142,9 +159,19 @@ void check_read(SharedPtr from, int bytes, const Where& where) {
   }
 }
 
+bool shown(const Granule& granule) {
+  return granule.write_epoch < first_epoch || granule.phase_number > 0 || granule.write_number <= fibers[granule.writer].shown;
+}
+
 // A CTA may end as soon as all its threads have waited for their last barrier of the cluster: what others stored there has to
 // come before it.
-void check_lifetimes() {
+void check_end() {
+  for (size_t rank = 0; rank < ctas.size(); rank++)
+    for (const auto& [place, arrival] : ctas[rank].arrivals) {
+      if (arrival.copies.empty()) continue;
+      current = &fibers[rank * launch.threads];
+      finding(IN_FLIGHT, current->where, "ends with bulk copies in flight (last seen here)");
+    }
   for (size_t rank = 0; rank < ctas.size() && ctas.size() > 1; rank++) {
     int waits = 0;
     for (const Fiber& fiber : fibers)
@@ -245,7 +272,101 @@ void wait_copies(int pending) {
   }
 }
 
-void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where) {
+void proxy_fence() { current->shown = write_number; }
+
+namespace {
+// The barrier there, which somebody has made, or nullptr.
+Arrival* arrival_at(SharedPtr place, const Where& where) {
+  Cta& cta = ctas[current->rank];
+  const auto found = cta.arrivals.find(place.offset);
+  if (found == cta.arrivals.end()) {
+    finding(UNINITIALISED, where, "no arrival was initialised at byte %d of %s", place.offset - place.begin, place.region);
+    return nullptr;
+  }
+  if (launch.checks && in_region(place, 8, "arrival", where)) check_read(place, 8, where);
+  return &found->second;
+}
+
+// Ends the phase if all that it expects is there; true if it did.
+bool end_phase(Arrival& arrival, int place, const Where& where) {
+  if (!arrival.arrived || arrival.issued < arrival.expected) return false;
+  if (arrival.issued > arrival.expected)
+    finding(ARRIVAL, where, "%d bytes arrive where %d are expected", arrival.issued, arrival.expected);
+  static uint64_t phases;
+  arrival.number = ++phases;
+  arrival.known.resize(ctas.size());
+  Cta& cta = ctas[current->rank];
+  for (const Arrival::Copy& copy : arrival.copies) {
+    arrival.known[copy.sender] = std::max(arrival.known[copy.sender], copy.epoch);
+    std::memcpy(&cta.memory[copy.offset], copy.data.data(), copy.data.size());
+    for (int at = copy.offset; launch.checks && at < copy.offset + int(copy.data.size()); at += GRANULE) {
+      Granule& granule = cta.granules[at / GRANULE];
+      granule.in_flight = false;
+      record_write(granule);
+      granule.phase_number = arrival.number, granule.arrival = place;
+    }
+  }
+  arrival.copies.clear();
+  arrival.arrived = false, arrival.expected = arrival.issued = 0, arrival.phase++;
+  for (const Fiber* fiber : arrival.waiting) wake(*fiber);
+  arrival.waiting.clear();
+  return true;
+}
+}  // namespace
+
+void arrival_init(SharedPtr place, const Where& where) {
+  const uint64_t bits = 0;
+  write_shared(place, &bits, 8, where);
+  ctas[current->rank].arrivals[place.offset] = {};
+}
+
+void arrival_expect(SharedPtr place, int bytes, const Where& where) {
+  Arrival* const arrival = arrival_at(place, where);
+  if (!arrival) return;
+  if (arrival->arrived) finding(ARRIVAL, where, "arrives a second time in one phase");
+  arrival->arrived = true, arrival->expected += bytes;
+  if (!arrival->waiting.empty()) end_phase(*arrival, place.offset, where);
+}
+
+void arrival_wait(SharedPtr place, int parity, const Where& where) {
+  Arrival* const arrival = arrival_at(place, where);
+  if (!arrival) return;
+  if (arrival->phase % 2 == parity && !end_phase(*arrival, place.offset, where)) {
+    arrival->waiting.push_back(current);
+    suspend("an arrival", where);
+  }
+  current->phases[place.offset] = arrival->number;
+  for (size_t rank = 0; rank < arrival->known.size(); rank++)
+    current->known[rank] = std::max(current->known[rank], arrival->known[rank]);
+}
+
+void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr place, const Where& where) {
+  Arrival* const arrival = arrival_at(place, where);
+  if (!arrival) return;
+  Cta& cta = ctas[current->rank];
+  if (launch.checks) {
+    if (bytes <= 0 || bytes % 16) return finding(MISALIGNED, where, "bulk copy of %d bytes", bytes);
+    SharedPtr last = to + (bytes - 16);
+    if (!in_region(to, 16, "bulk copy", where) || !in_region(last, 16, "bulk copy", where)) return;
+    if (find_buffer(from, bytes, 16, "bulk copy", where) < 0) return;
+    if (!shown(cta.granules[place.offset / GRANULE]))
+      finding(PROXY, where, "copies to an arrival that was initialised with no proxy fence behind");
+    for (int at = to.offset; at < to.offset + bytes; at += GRANULE)
+      if (!shown(cta.granules[at / GRANULE]))
+        finding(
+            PROXY, where, "copies over byte %d of %s, written in line %u with no proxy fence behind", at - to.begin, to.region,
+            cta.granules[at / GRANULE].write_line);
+    check_write(cta, to, bytes, where);
+    for (int at = to.offset; at < to.offset + bytes; at += GRANULE) cta.granules[at / GRANULE].in_flight = true;
+  }
+  const auto* const data = static_cast<const unsigned char*>(from);
+  arrival->copies.push_back({to.offset, {data, data + bytes}, current->rank, cta.epoch});
+  std::memset(&cta.memory[to.offset], 0xff, bytes);
+  arrival->issued += bytes;
+  if (!arrival->waiting.empty()) end_phase(*arrival, place.offset, where);
+}
+
+void remote_store(SharedPtr to, int rank, Bytes16 value, SharedPtr place, const Where& where) {
   if (rank < 0 || rank >= launch.cluster) {
     finding(OUT_OF_BOUNDS, where, "store to CTA %d of a cluster of %d", rank, launch.cluster);
     return;
@@ -256,8 +377,26 @@ void remote_store(SharedPtr to, int rank, Bytes16 value, const Where& where) {
     if (rank != current->rank && current->waits == 0)
       finding(LIFETIME, where, "stores to block %d before a barrier of the cluster shows that it runs", cta.block);
     if (cta.done == launch.threads) finding(LIFETIME, where, "stores to block %d, which has ended", cta.block);
-    check_write(cta, to, sizeof value, where);
   }
-  std::memcpy(&cta.memory[to.offset], &value, sizeof value);
+  const auto found = cta.arrivals.find(place.offset);
+  if (found == cta.arrivals.end()) {
+    finding(
+        UNINITIALISED, where, "block %d has no arrival at byte %d of %s", cta.block, place.offset - place.begin, place.region);
+    return;
+  }
+  if (launch.checks) {
+    check_write(cta, to, sizeof value, where);
+    for (int at = to.offset; at < to.offset + int(sizeof value); at += GRANULE) cta.granules[at / GRANULE].in_flight = true;
+  }
+  Arrival& arrival = found->second;
+  const auto* const data = reinterpret_cast<const unsigned char*>(&value);
+  arrival.copies.push_back({to.offset, {data, data + sizeof value}, current->rank, ctas[current->rank].epoch});
+  std::memset(&cta.memory[to.offset], 0xff, sizeof value);
+  arrival.issued += sizeof value;
+  if (arrival.waiting.empty()) return;
+  Fiber* const self = current;
+  current = arrival.waiting.front();  // for whom it ends
+  end_phase(arrival, place.offset, where);
+  current = self;
 }
 }  // namespace emulator

@@ -130,7 +130,7 @@ void check_matrix(const Matrix& matrix, int first, int rows, Fiber* reader, bool
     for (int at = place; at < place + 16; at += GRANULE) {
       Granule& granule = ctas[current->rank].granules[at / GRANULE];
       granule.several_warps |= all_warps;
-      if (granule.write_epoch >= first_epoch && granule.write_number > fibers[granule.writer].shown)
+      if (!shown(granule))
         finding(
             PROXY, where, "multiplies byte %d of %s, written in line %u with no proxy fence behind", at - bytes.begin,
             bytes.region, granule.write_line);
@@ -195,8 +195,6 @@ int uniform(int value, const Where& where) {
   meet(warps[warp], "a uniform value", where, 32);
   return value;
 }
-
-void proxy_fence() { current->shown = write_number; }
 
 void begin_products(Accumulator* const* sums, int tiles, int columns) {
   auto& taken = snapshots[current->number];

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <unordered_map>
 #include <vector>
@@ -19,6 +20,24 @@ constexpr int GRANULE = 4;  // bytes of shared memory tracked together; no acces
 struct Copy {
   int offset, bytes;
   unsigned char data[16];
+};
+
+// A barrier in shared memory at which bulk copies and stores of other CTAs arrive. They land as late as they may: when somebody
+// waits for them.
+struct Arrival {
+  struct Copy {
+    int offset;
+    std::vector<unsigned char> data;
+    int sender;      // CTA of the cluster
+    uint32_t epoch;  // of the sender then
+  };
+  bool arrived = false;          // its one thread, in the present phase
+  int expected = 0, issued = 0;  // bytes
+  int phase = 0;
+  uint64_t number = 0;          // of the last phase that ended, counted over the whole launch
+  std::vector<uint32_t> known;  // of that phase, by CTA
+  std::vector<Copy> copies;
+  std::vector<struct Fiber*> waiting;
 };
 
 // What is known of GRANULE bytes of shared memory. Epochs count barriers of CTAs over the whole launch, so an epoch before
@@ -32,6 +51,9 @@ struct Granule {
   bool in_flight = false;                             // the destination of an unfinished copy
   uint32_t write_line = 0, read_line = 0;
   uint64_t write_number = 0;  // counts all writes of the launch
+  // Written by a bulk copy: of the phase that brought it, which a thread may have waited for itself, and of its barrier.
+  uint64_t phase_number = 0;
+  int arrival = 0;
 };
 
 struct Cta {
@@ -41,6 +63,7 @@ struct Cta {
   uint32_t epoch = 0;
   std::vector<unsigned char> memory;
   std::vector<Granule> granules;
+  std::map<int, Arrival> arrivals;  // by their places
 };
 
 struct Fiber {
@@ -50,8 +73,12 @@ struct Fiber {
   int rank = 0, thread = 0;  // CTA of the cluster, thread of the CTA
   int number = 0, warp = 0;  // of the cluster
   bool started = false, done = false;
-  uint64_t shown = 0;           // write_number at its last proxy fence
-  int arrivals = 0, waits = 0;  // at and for barriers of the cluster
+  uint64_t shown = 0;              // write_number at its last proxy fence
+  int arrivals = 0, waits = 0;     // at and for barriers of the cluster
+  bool awaited = false;            // the kernel before
+  bool let_begin = false;          // the next kernel
+  std::map<int, uint64_t> phases;  // by arrival: the last one waited for
+  std::vector<uint32_t> known;     // by CTA: what it did before this epoch of its own came before what arrived from it
   const char* waits_for = nullptr;
   Where where;
   std::vector<Copy> open_copies;              // not committed
@@ -105,7 +132,8 @@ void prepare_products();
 
 // Defined in memory.cpp. They concern the current thread and the shared memory of its CTA, stores to others excepted.
 bool in_region(SharedPtr pointer, int bytes, const char* what, const Where& where);
+bool shown(const Granule& granule);  // to the async proxy
 void check_read(SharedPtr from, int bytes, const Where& where);
 void prepare_memory();
-void check_lifetimes();  // once all threads of the cluster have ended
+void check_end();  // once all threads of the cluster have ended
 }  // namespace emulator

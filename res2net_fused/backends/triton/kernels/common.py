@@ -25,12 +25,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from ....chain.activations import split_activation
 from ....chain.problem import ChainProblem
+from ... import overlap
 from ..step_plan import StepPlan
+from ..tiles import Tile
 
 SIZES = ["pixels", "height", "width"]
+
+
+@triton.jit
+def await_predecessor(OVERLAPS: tl.constexpr):
+    """Wait for the launch before, ahead of everything that a kernel reads or writes: see `backends/overlap.py`."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -143,6 +154,17 @@ def multiply_taps(
             u = rounded_factor(u, PRECISION)
         total = tl.dot(u, weight, total, input_precision=PRECISION)
     return total
+
+
+def overlaps(capability: tuple[int, int]) -> bool:
+    """Whether a kernel with OVERLAPS is launched to overlap the one before it; the interpreter runs them one by one."""
+    return overlap.allowed(capability) and not knobs.runtime.interpret
+
+
+def launch_options(tile: Tile, overlaps: bool) -> dict[str, object]:
+    """Give the options of a kernel with this tile. OVERLAPS must be the same: only then does the kernel wait."""
+    options: dict[str, object] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return options | {"launch_pdl": True} if overlaps else options
 
 
 @dataclass(frozen=True)

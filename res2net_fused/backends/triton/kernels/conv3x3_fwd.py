@@ -38,8 +38,11 @@ from .common import (
     GroupView,
     activate,
     activation_arguments,
+    await_predecessor,
+    launch_options,
     locate,
     multiply_taps,
+    overlaps,
     rounded_factor,
     slot_pointers,
     source_arguments,
@@ -102,13 +105,14 @@ def conv3x3_fwd(
     SCRATCH_PADDED: tl.constexpr, WEIGHT_PADDED: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, POOL: tl.constexpr,
     FORMS_NEXT: tl.constexpr, PASSES: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`steps` convolutions (one, unless nothing is added) and, with PASSES, the group that passes through.
 
     *_PADDED: channels of a slot (scratch: of a convolution group) that are read or written; beyond CHANNELS they are exact
     zeros. SOURCE_GROUP: channels from one convolution group to the next. pixels: of the output, in all images.
     """
+    await_predecessor(OVERLAPS)
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     m_tiles = (pixels + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
@@ -167,9 +171,10 @@ def prepare_first_u(
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
     X_VEC: tl.constexpr, OUT_VEC: tl.constexpr, OUT_PADDED: tl.constexpr, SCRATCH_PADDED: tl.constexpr,
     POOL: tl.constexpr, PASSES: tl.constexpr, ADDS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The u of the first convolution into scratch: its x alone (for alignment), or with ADDS the passed y added."""
+    await_predecessor(OVERLAPS)
     n_tiles: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     m_tiles = (pixels + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
@@ -235,7 +240,7 @@ def step_call(
 ) -> KernelCall:
     """One launch; `source` and `target` are the scratch buffers that it reads and writes, each (N*H*W, groups*padded)."""
     config, tile = problem.config, plan.tile
-    images = x.data.shape[0]
+    images, overlapping = x.data.shape[0], overlaps(plan.capability)
     passed = config.passed_group(problem.scale)
     slot = config.first_convolved + launch.first_step
     arguments: dict[str, Any] = {
@@ -259,10 +264,11 @@ def step_call(
         "POOL": config.pool or "none",
         "PASSES": launch.passes,
         "PRECISION": plan.precision,
+        "OVERLAPS": overlapping,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = launch_options(tile, overlapping)
     programs = plan.programs(problem, launch, images)
     if launch.steps == 0:
         arguments |= {"x_slot": x.offset(slot), "ADDS": config.adds_passed}

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..launch import KernelCall
 from ..step_plan import has_wide_products, multiprocessors
 from ..tiles import Shape, Tile, dtype_class, lookup
-from .common import rounded_factor
+from .common import await_predecessor, launch_options, rounded_factor
 
 _INTEGERS = ["pixels", "in_pixel", "out_pixel", "shortcut_pixel"]
 
@@ -36,10 +36,11 @@ def pointwise(
     pixels, in_pixel, out_pixel, shortcut_pixel,
     IN_VEC: tl.constexpr, OUT_VEC: tl.constexpr, SHORTCUT_VEC: tl.constexpr,
     IN_CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, OUT_PITCH: tl.constexpr, OUT_WIDTH: tl.constexpr,
-    ADDS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    ADDS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = relu(source @ weight^T + bias + shortcut); *_pixel: from one pixel to the next, in units of *_VEC elements."""
+    await_predecessor(OVERLAPS)
     n_tiles: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     columns = program % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -138,6 +139,7 @@ def pointwise_call(
     relu: bool,
     precision: str,
     tile: Tile,
+    overlaps: bool = False,  # whether it is launched to begin while the launch before it ends
 ) -> KernelCall:
     """The launch that writes `out`; everything else is read. ValueError for more weights than int32 counts."""
     if weight.numel() >= 2**31:
@@ -163,10 +165,11 @@ def pointwise_call(
         "ADDS": shortcut is not None,
         "RELU": relu,
         "PRECISION": precision,
+        "OVERLAPS": overlaps,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = launch_options(tile, overlaps)
     programs = -(-pixels // tile.block_m) * -(-out.channels // tile.block_n)
     return KernelCall(pointwise, programs, arguments, options)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulated_cases import F32, HALVES, PLAN_FIELDS, SETTINGS, SINGLES, TILES, WIDTHS, named
+from emulated_cases import F32, HALVES, PLAN_FIELDS, SETTINGS, SHARED, SINGLES, TILES, WIDTHS, named
 from emulator import harness
 from emulator.harness import Case, check, emulate, expected_of, make_tensors, plan_of
 
@@ -32,6 +32,12 @@ def test_emulated_chain_in_tf32_is_close_for_random_numbers(case):
     out = emulate(case, integers=False).out.double()
     exact = expected_of(harness.replace(case, dtype=torch.float64), x, weights, biases)
     assert (out - exact).norm() < 3.5e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("case", TILES[:3] + SINGLES[-1:] + SHARED[6:7], **named)
+def test_emulated_older_code_is_exact_and_clean(case):
+    """Weights come by copies of each thread's own where one thread cannot copy them in bulk."""
+    assert check(case, seed=1, flags=harness.OLDER_CODE) == {}
 
 
 @pytest.mark.parametrize("case", [WIDTHS[4], TILES[1], TILES[4], TILES[7], SINGLES[2]], **named)

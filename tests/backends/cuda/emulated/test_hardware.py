@@ -6,7 +6,8 @@ from emulator import harness
 
 
 def test_emulator_gives_the_known_verdict_of_tiny_kernels():
-    sources = [harness.HERE / "emulator_test.cpp", harness.emulator_object()]
+    sources = [harness.HERE / name for name in ("emulator_test.cpp", "emulator_arrivals_test.cpp")]
+    sources.append(harness.emulator_object())
     program = harness.compile_cached(sources, [*harness.KERNEL_FLAGS], harness.ROOT / "csrc", "")
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -29,7 +29,7 @@ struct Card {  // as native.DeviceLimits begins
 constexpr int CARD_NUMBERS = 7;
 struct Record {  // as in cuda_library.py
   char symbol[256];
-  int grid, block, shared_bytes, cluster, device;
+  int grid, block, shared_bytes, cluster, device, overlaps;
   int64_t stream;
 };
 
@@ -39,6 +39,8 @@ std::map<std::pair<const void*, int>, int> shared_limits;  // of a kernel on a d
 std::vector<Record> records;
 std::vector<std::array<int64_t, 2>> limits_set;  // device and bytes of every call that set a limit
 int next_failure = 0;
+constexpr int NEW_DRIVER = 13000;
+std::atomic<int> driver{NEW_DRIVER};
 bool executes = false;
 std::atomic<int> dead{0};  // the error that ended the context, after which every call gives it
 
@@ -67,7 +69,7 @@ int code_for(const Card& card) {
   return card.major == 8 ? 80 : card.major == 9 ? 90 : 100;
 }
 
-cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, int device, int cluster) {
+cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, int device, int cluster, bool overlaps) {
   if (!exists(device)) return cudaErrorInvalidDevice;
   const int code = code_for(cards[device]);
   if (code == 0) return cudaErrorNoKernelImageForDevice;
@@ -77,6 +79,8 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, int devi
   const auto limit = shared_limits.find({kernel, device});
   const int most_shared = limit == shared_limits.end() ? DEFAULT_SHARED : limit->second;
   if (config.dynamicSmemBytes > size_t(most_shared)) return cudaErrorInvalidValue;
+  // A real device runs such a kernel, which would read what is not there yet: code for older ones does not wait.
+  if (overlaps && (cards[device].major < 9 || code < 90)) return cudaErrorNotSupported;
   if (cluster == 0) return cudaSuccess;
   if (cards[device].major < 9 || code < 90) return cudaErrorNotSupported;
   if (cluster < 1 || cluster > MOST_CLUSTER || grid.x % cluster != 0) return cudaErrorInvalidClusterSize;
@@ -117,13 +121,18 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   const std::lock_guard lock(mutex);  // of the emulator too, which runs one launch at a time
   const int device = current_device();
   int cluster = 0;
-  for (unsigned i = 0; i < config.numAttrs; i++)
-    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = int(config.attrs[i].val.clusterDim.x);
+  bool overlaps = false;
+  for (unsigned i = 0; i < config.numAttrs; i++) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = int(attribute.val.clusterDim.x);
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlaps = attribute.val.programmaticStreamSerializationAllowed != 0;
+  }
   if (const int failure = std::exchange(next_failure, 0)) {
     if (DEADLY.count(failure)) dead = failure;
     return ended(failure);
   }
-  if (const cudaError_t error = check(config, kernel, device, cluster)) return ended(error);
+  if (const cudaError_t error = check(config, kernel, device, cluster, overlaps)) return ended(error);
   Record record{};
   Dl_info info{};
   if (dladdr(kernel, &info) != 0 && info.dli_sname != nullptr)
@@ -131,6 +140,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   record.grid = int(config.gridDim.x), record.block = int(config.blockDim.x);
   record.shared_bytes = int(config.dynamicSmemBytes);
   record.cluster = std::max(1, cluster), record.device = device, record.stream = reinterpret_cast<int64_t>(config.stream);
+  record.overlaps = overlaps;
   records.push_back(record);
   if (executes) {
     emulator::Launch emulated{record.grid, record.block, record.shared_bytes, 1, false, {}, record.cluster};
@@ -153,6 +163,10 @@ cudaError_t cudaSetDevice(int device) {
   if (!exists(device)) return ended(cudaErrorInvalidDevice);
   if (guard() != nullptr) guard()->setDevice({c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device)});
   own_device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
@@ -227,7 +241,7 @@ void stand_in_set_cards(const int* numbers, int count) {
 void stand_in_clear() {
   const std::lock_guard lock(mutex);
   records.clear(), limits_set.clear();
-  next_failure = 0, dead = 0, executes = false;
+  next_failure = 0, dead = 0, executes = false, driver = NEW_DRIVER;
   last_error = cudaSuccess;
 }
 int stand_in_launches() {
@@ -248,6 +262,7 @@ void stand_in_fail_next_launch(int code) {
   const std::lock_guard lock(mutex);
   next_failure = code;
 }
+void stand_in_driver(int version) { driver = version; }
 void stand_in_load_code(int device, int version) {
   const std::lock_guard lock(mutex);
   cards.at(device).code = version;
