@@ -108,8 +108,9 @@ class Runner:
         truth = functools.cache(lambda number: TrainingTruth(inner, number))
 
         def check(name: str, contender: Contender, model: Model) -> ParityRow:
-            assert isinstance(contender.model, TrainingStep)
-            report = check_step(truth, contender.model, name, lambda bound: allowed(bound, name))
+            step = contender.model
+            assert isinstance(step, TrainingStep)
+            report = check_step(lambda number: truth(number).check(step, name), lambda bound: allowed(bound, name))
             for chain in with_inner_chains([inner])[:-1] if is_ours(name) else []:
                 report += check_training_case(chain, name, self.conditions.backend)
             return judged(report)
@@ -120,12 +121,13 @@ class Runner:
     def build_steps(
         self, case: TimedCase, network: Network, images: Sequence[Tensor], outcome: Outcome
     ) -> dict[Candidate, Built]:
-        """The candidates of a network's step of SGD, each compared with float64 on the first of the images."""
-        truth = SgdTruth(case, network, images[0])
+        """The candidates of a network's step of SGD, each compared with float64 on the first of the images or random ones."""
+        truth = functools.cache(lambda number: SgdTruth(case, network, images[0], number))
 
         def check(name: str, contender: Contender, model: Model) -> ParityRow:
-            assert isinstance(contender.model, SgdStep)
-            return judged([replace(row, bound=allowed(row.bound, name)) for row in truth.check(contender.model, name)])
+            step = contender.model
+            assert isinstance(step, SgdStep)
+            return judged(check_step(lambda number: truth(number).check(step, name), lambda bound: allowed(bound, name)))
 
         return self.build(case, training_builders(network, case, self.conditions), images, 1, check, outcome)
 

@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-3
 _DIFFERENT_IMAGES = 4  # at most, of those that are checked: float64 takes its time and its memory
 # BatchNorm's backward subtracts means, which leaves its gradients small: a digit more than an output's bound.
 _GRADIENTS_OVER_FORWARD = 10.0
-_GRADIENTS = ", gradients"  # the end of what their row is of
+_GRADIENTS = "gradients"  # the end of what their row is of
 _MOST_OF_GRADIENTS = 0.9  # however far flipped ReLUs take eager's: gradients of zero are off by 1
 
 
@@ -152,20 +152,17 @@ def with_inner_chains(cases: Iterable[Case]) -> list[Case]:
 def check_training_case(case: Case, provider: str, backend: str) -> ParityReport:
     """Output and gradients of ours at the case's own batch against float64: see `TrainingTruth`."""
     step = TrainingStep(training_module(case, provider, backend), case.dtype)
-    return check_step(lambda number: TrainingTruth(case, number), step, provider, lambda bound: bound)
+    return check_step(lambda number: TrainingTruth(case, number).check(step, provider), lambda bound: bound)
 
 
-def check_step(
-    truth: Callable[[int], TrainingTruth], step: TrainingStep, name: str, allowed: Callable[[float], float]
-) -> ParityReport:
-    """Compares a step with float64, a block's on the first images by which its gradients can tell (`on_other_images`).
+def check_step(check: Callable[[int], ParityReport], allowed: Callable[[float], float]) -> ParityReport:
+    """What `check` finds on the first set of images by which gradients can tell (`on_other_images`).
 
-    truth: of a set of images, by its number. allowed: the bound on `name`, from that on ours.
+    check: compares a step with float64 on a set of images, by its number. allowed: the bound on the step, from that on ours.
     """
 
     def compared(number: int, last: bool) -> ParityReport | None:
-        rows = truth(number).check(step, name)
-        report = ParityReport(replace(row, bound=allowed(row.bound)) for row in rows)
+        report = ParityReport(replace(row, bound=allowed(row.bound)) for row in check(number))
         misses = report.misses
         return None if misses and not last and all(map(_by_other_relus, misses)) else report
 
@@ -173,8 +170,8 @@ def check_step(
 
 
 def _by_other_relus(row: ParityRow) -> bool:
-    """Whether ReLUs inside a block may explain a miss; a chain is compared under its own."""
-    return row.workload == "train_block" and row.stage.endswith(_GRADIENTS) and row.error <= OTHER_RELUS
+    """Whether ReLUs inside a block or network may explain a miss; a chain is compared under its own."""
+    return row.workload != "train_chain" and row.stage.endswith(_GRADIENTS) and row.error <= OTHER_RELUS
 
 
 class Copies:
@@ -244,7 +241,7 @@ class TrainingTruth:
         stage, what = f"{case.stage} {case.variant}", (case.workload, str(case.config))
         rows = (
             (stage, copies.error(out, self._expected), self.eager_error, bounds[0]),
-            (stage + _GRADIENTS, worst(errors), self.eager_gradient_error, bounds[1]),
+            (f"{stage}, {_GRADIENTS}", worst(errors), self.eager_gradient_error, bounds[1]),
         )
         return ParityReport(
             ParityRow(*what, place, case.batch, name, case.dtype, error, eager_error, bound)
@@ -262,8 +259,12 @@ class TrainingTruth:
 class SgdTruth:
     """The loss of a network and the gradients of a step of SGD in float64, for a batch of copies."""
 
-    def __init__(self, case: TimedCase, network: nn.Module, images: Tensor) -> None:
-        """network: with the parameters that every step begins with. images: (N, 3, H, W)."""
+    def __init__(self, case: TimedCase, network: nn.Module, images: Tensor, number: int = 0) -> None:
+        """network: with the parameters that every step begins with. images: (N, 3, H, W); where number, that of their set, is
+        not 0, random ones like them."""
+        if number:
+            generator = torch.Generator(images.device).manual_seed(number)
+            images = torch.empty_like(images).normal_(generator=generator)  # as normalised photographs are
         self.case, self._network, self._copies = case, network, Copies(images, len(images))
         exact = copy.deepcopy(network).train().requires_grad_(True).double()
         logits = exact(self._copies.few.double())[self._copies.index]
@@ -282,7 +283,7 @@ class SgdTruth:
         return ParityReport(
             ParityRow(case.workload, case.config_name, place, case.batch, name, case.dtype, error, eager, bound)
             for place, error, eager, bound in zip(
-                ("loss", "gradients"), self._errors(step), self.eager_errors, bounds, strict=True
+                ("loss", _GRADIENTS), self._errors(step), self.eager_errors, bounds, strict=True
             )
         )
 

@@ -171,6 +171,29 @@ def test_gradients_that_a_flipped_relu_explains_are_compared_on_other_images(tim
     assert not torch.equal(compared[0], compared[1])
 
 
+@pytest.mark.parametrize("always", [False, True], ids=["flipped ReLU", "wrong kernel"])
+def test_a_step_that_a_flipped_relu_explains_is_compared_on_other_images(timed, record, monkeypatch, always):
+    """All of a network's gradients are off by three hundredths where it is compared first, or always."""
+    right, steps = candidates.training_network, []
+
+    def planted(network, name, backend):
+        model = right(network, name, backend)
+        if name == "ours":
+            model.register_forward_pre_hook(lambda _, images: steps.append(images[0]))
+            for parameter in model.parameters():  # the first step is no comparison, but warms up
+                parameter.register_hook(lambda grad: 1.03 * grad if always or len(steps) == 2 else grad)
+        return model
+
+    monkeypatch.setattr(candidates, "training_network", planted)
+    case = replace(quick_case("train_step"), candidates=(("ours", False),))
+    outcome = record_runner(record).time(case)
+    if always:
+        assert "wrong gradients: its relative error is 0.03" in outcome.failures[f"{case}, ours"] and len(steps) == 7
+    else:
+        assert not outcome.failures and len(steps) >= 3
+    assert not torch.equal(steps[1], steps[2]) and steps[1].shape == steps[2].shape
+
+
 def test_copies_of_images_train_as_a_whole_batch():
     """What the checks rest on: float64 of the few images is float64 of the batch."""
     case = replace(candidates.module_case(quick_case("train_chain"), conditions()), batch=8)

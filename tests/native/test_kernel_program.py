@@ -34,7 +34,7 @@ def compiled(compiler: str, machine: str, folder: Path, optimization: str) -> Pa
     sets = build_flags.instruction_sets(machine)
     have = [f"-DRES2NET_FUSED_HAVE_{s.name.upper()}=1" for s in sets]
     jobs = [(SOURCES / "kernel_test.cpp", ("-O1",)), *((CSRC / f"cpu/{name}.cpp", ("-O1", *have)) for name in
-            ("chain/forward", "chain/plan", "runtime/dispatch", "runtime/scratch"))]  # fmt: skip
+            ("chain/forward", "chain/plan", "chain/stem", "runtime/dispatch", "runtime/scratch"))]  # fmt: skip
     objects, built = [], ROOT / "build" / "native" / "cpu" / "obj"
     for isa in sets:
         for source in sorted(CSRC.glob("cpu/kernels/*.cpp")):

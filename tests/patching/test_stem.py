@@ -428,4 +428,164 @@ def test_a_network_inside_another(calls):
     model = accelerate(Detector().eval())
     assert fused(model, calls)
     assert explain(model).stems[0].name == "backbone.conv1, bn1, relu, maxpool"
-    assert fused(nn.parallel.DataParallel(model).module, calls)
+    assert fused(nn.DataParallel(model).module.cpu(), calls)  # which a machine with a GPU has moved there
+
+
+# Kept weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """Every folding of a stem."""
+    seen = []
+    pack = kernels.pack
+    monkeypatch.setattr(kernels, "pack", lambda weights: seen.append(1) or pack(weights))
+    return seen
+
+
+WRITES = {
+    "in_place": lambda m: m.conv1.weight.mul_(2),
+    "data": lambda m: m.conv1.weight.data.mul_(2),
+    "numpy": lambda m: m.bn1.running_var.numpy().__imul__(2),
+    "replaced": lambda m: setattr(m.conv1, "weight", nn.Parameter(m.conv1.weight * 2)),
+    "replaced_data": lambda m: setattr(m.conv1.weight, "data", m.conv1.weight.data * 2),
+    "statistics": lambda m: m.bn1.running_mean.add_(1),
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "bias": lambda m: m.bn1.bias.data.add_(1),
+    "loaded": lambda m: m.load_state_dict(randomize(published(), seed=9).state_dict()),
+    "loaded_child": lambda m: m.conv1.load_state_dict(randomize(published(), seed=9).conv1.state_dict()),
+    "gains_a_bias": lambda m: setattr(m.conv1, "bias", nn.Parameter(torch.ones(16))),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_writes_are_noticed_at_the_next_call(write, calls):
+    model = accelerated(published, calls)
+    before = run(model)
+    with torch.no_grad():
+        write(model)
+    run(model)
+    assert fused(model, calls)
+    assert relative_error(run(model), before) > 1e-3
+
+
+def test_parameters_that_are_given_for_one_call(calls):
+    model = accelerated(published, calls)
+    before, own = run(model), plain(model)
+    with torch.no_grad():
+        given = {name: value * 1.5 for name, value in model.named_parameters()}
+        for _ in range(2):
+            assert_close(torch.func.functional_call(model, given, X), torch.func.functional_call(own, given, X), 1e-5)
+    assert_close(run(model), before)
+
+
+def test_an_optimizer_s_steps_are_noticed(calls):
+    model = accelerated(published, calls)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    for _ in range(2):
+        model(X).square().sum().backward()
+        optimizer.step()
+        assert fused(model, calls)
+
+
+def test_weights_are_folded_once(calls, folds):
+    model = accelerate(published())
+    for _ in range(3):
+        run(model)
+    assert len(folds) == 1
+    refresh(model)
+    run(model)
+    assert len(folds) == 2
+
+
+def test_freeze_keeps_them_until_refresh(calls, folds):
+    model = freeze(accelerate(published()))
+    before, count = run(model), len(folds)
+    assert count == 1 and len(calls) == 1
+    with torch.no_grad():
+        model.conv1.weight.mul_(2)
+        model.bn1.running_mean.add_(1)
+    assert torch.equal(run(model), before) and len(folds) == count and len(calls) == 2
+    refresh(model)
+    assert fused(model, calls) and relative_error(run(model), before) > 1e-3
+    for thaw in (lambda: model.train().eval(), lambda: model.to(torch.float64).float(), lambda: restore(model)):
+        accelerate(model)
+        freeze(model)
+        with torch.no_grad():
+            model.conv1.weight.mul_(1.5)
+        thaw()
+        assert_right(model)
+
+
+def test_without_the_native_library(monkeypatch, folds):
+    monkeypatch.setattr(kernels, "why_not", lambda device, dtype: "the native extension is not built")
+    model = freeze(accelerate(published()))
+    assert_right(model)
+    assert not folds and "not built" in explain(model).stems[0].reason
+
+
+def test_explain_tells_of_writes_that_no_sample_shows(calls):
+    model = accelerated(published, calls)
+    model.conv1.weight.detach().numpy().reshape(-1)[1] += 1000
+    run(model)
+    reason = explain(model).stems[0].reason
+    assert OUTDATED in reason or fused(model, calls)
+    assert OUTDATED not in explain(refresh(model), X).stems[0].reason
+    assert fused(model, calls)
+
+
+def test_restore_takes_it_back(calls):
+    model = published()
+    own, before = type(model), set(vars(model))
+    accelerate(model)
+    assert type(model) is not own
+    restore(model)
+    assert type(model) is own and set(vars(model)) == before and not hasattr(model, STATE)
+    run(model)
+    assert not calls
+    assert fused(accelerate(accelerate(model)), calls)
+
+
+def test_threads_share_it(calls):
+    model = accelerate(published())
+    expected = run(plain(model))
+
+    def work():
+        for _ in range(5):
+            assert_close(run(model), expected, 1e-5)
+
+    run_together(work, work, lambda: [refresh(model) for _ in range(20)], lambda: [freeze(model) for _ in range(5)])
+
+
+def test_a_network_is_freed_with_its_last_reference(calls):
+    model = accelerated(published, calls)
+    run(model)
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_inference_mode_and_weights_made_in_it(calls):
+    model = accelerate(published())
+    with torch.inference_mode():
+        out = model(X)
+    assert_close(out, run(plain(model)), 1e-5)
+    assert len(calls) == 1 and fused(model, calls)
+    with torch.inference_mode():
+        other = accelerate(published())
+        expected = restore(copy.deepcopy(other))(X)
+        assert_close(other(X), expected, 1e-5)
+
+
+def test_parameters_are_saved_as_before(calls):
+    model = published()
+    keys = list(model.state_dict())
+    accelerate(model)
+    assert list(model.state_dict()) == keys
+    with contextlib.closing(io.BytesIO()) as file:
+        torch.save(model.state_dict(), file)

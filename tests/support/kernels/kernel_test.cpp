@@ -155,50 +155,70 @@ void test_pointwise(const Kernels& kernels, Report& report, int64_t rows, int64_
       "1x1 convolution, " + std::to_string(depth) + " to " + std::to_string(columns), out.data(), expected, kRounding * 2);
 }
 
-// A stem's convolution, 2 rows by 3 columns of `channels` at every second pixel, and the pooling of three such rows.
-void test_stem(const Kernels& kernels, Report& report, int64_t channels, int64_t columns) {
-  constexpr int64_t kPixels = 27, kTaps = 2;
-  Random random(as_size(columns));
-  const RowConvolution shape{kTaps, 3 * channels, 2 * channels, nullptr, nullptr, columns};
-  const int64_t depth = kTaps * shape.run, row = (kPixels - 1) * shape.step + shape.run;
-  const Floats source = random.values(4 * row), plain_bias = random.values(columns),
-               weights = random.values(columns * depth, 1.0f / std::sqrt(static_cast<float>(depth)));
-  Floats packed(as_size(pointwise_floats(columns, depth))), bias(as_size(bias_floats(columns)));
-  kernels.pack_pointwise(weights.data(), columns, depth, packed.data(), 0, panel_count(columns));
-  std::copy(plain_bias.begin(), plain_bias.end(), bias.begin());
-  RowConvolution c = shape;
-  c.weights = packed.data();
-  c.bias = bias.data();
-  const int64_t floats = kPixels * columns, pooled_pixels = (kPixels + 1) / 2;
-  Floats out(as_size(3 * floats)), pooled(as_size(pooled_pixels * columns));
-  for (int64_t y = 0; y < 3; y++) {
-    const float* const rows[kTaps] = {source.data() + y * row, source.data() + (y + 1) * row};
-    kernels.convolve_row(c, rows, out.data() + y * floats, kPixels);
+// Convolutions of `kernels`[i] x `kernels`[i] pixels at every `strides`[i]th one, each to `columns` channels, and perhaps the
+// pooling, of two images whose channels lie together or apart.
+struct StemCase {
+  std::vector<int64_t> kernels, strides;
+  int64_t channels, columns;
+  bool pools, together, infinite = false;
+};
+
+void test_stem(const Kernels& kernels, Report& report, const StemCase& with) {
+  constexpr int64_t kImages = 2, kHeight = 13, kWidth = 17, kPixels = kHeight * kWidth;
+  Random random(as_size(with.columns));
+  Floats x = random.values(kImages * kPixels * with.channels, 2);
+  if (with.infinite) {
+    x[3] = std::numeric_limits<float>::quiet_NaN();
+    x.back() = std::numeric_limits<float>::infinity();
   }
-  Doubles expected(out.size()), largest(pooled.size());
-  for (int64_t i = 0; i < 3 * floats; i++) {
-    const int64_t y = i / floats, x = i % floats / columns, o = i % columns;
-    double sum = static_cast<double>(plain_bias[as_size(o)]);
-    for (int64_t k = 0; k < depth; k++) {
-      const float value = source[as_size((y + k / shape.run) * row + x * shape.step + k % shape.run)];
-      sum += static_cast<double>(value) * static_cast<double>(weights[as_size(o * depth + k)]);
-    }
-    expected[as_size(i)] = std::max(sum, 0.0);
+  StemData data{};
+  data.x = x.data();
+  data.batch = kImages;
+  data.channels = with.channels;
+  data.height = kHeight;
+  data.width = kWidth;
+  data.image = kPixels * with.channels;
+  data.channel = with.together ? 1 : kPixels;
+  data.pixel = with.together ? with.channels : 1;
+  data.row = kWidth * data.pixel;
+  data.pools = with.pools;
+  ChainWeights plain;
+  std::vector<Floats> packed, biases;
+  int64_t height = kHeight, width = kWidth, depth = 0;
+  for (size_t i = 0; i < with.kernels.size(); i++) {
+    const int64_t kernel = with.kernels[i], stride = with.strides[i], padding = kernel / 2, columns = with.columns;
+    depth = kernel * kernel * (i == 0 ? with.channels : columns);
+    plain.weights.push_back(random.values(columns * depth, 2 / std::sqrt(static_cast<float>(depth))));
+    plain.biases.push_back(random.values(columns));
+    packed.emplace_back(as_size(pointwise_floats(columns, depth)));
+    kernels.pack_pointwise(plain.weights[i].data(), columns, depth, packed[i].data(), 0, panel_count(columns));
+    biases.emplace_back(as_size(bias_floats(columns)));
+    std::copy(plain.biases[i].begin(), plain.biases[i].end(), biases[i].begin());
+    data.convolutions.push_back(
+        {columns, kernel, kernel, stride, stride, padding, padding, packed[i].data(), biases[i].data()});
+    height = convolved_size(height, kernel, stride, padding);
+    width = convolved_size(width, kernel, stride, padding);
   }
-  const std::string name = "stem, " + std::to_string(channels) + " to " + std::to_string(columns);
-  report.compare(name, out.data(), expected, kRounding * 2);
-  const float* const rows[3] = {out.data(), out.data() + floats, out.data() + 2 * floats};
-  kernels.pool_row(rows, kPixels, columns, pooled.data());
-  for (int64_t i = 0; i < pooled_pixels * columns; i++) {
-    const int64_t x = 2 * (i / columns);
-    for (int64_t at = std::max<int64_t>(x - 1, 0); at <= std::min(x + 1, kPixels - 1); at++) {
-      for (int64_t y = 0; y < 3; y++) {
-        const double value = static_cast<double>(out[as_size(y * floats + at * columns + i % columns)]);
-        largest[as_size(i)] = std::max(largest[as_size(i)], value);
-      }
-    }
+  if (with.pools) {
+    height = pooled_size(height);
+    width = pooled_size(width);
   }
-  report.compare(name + ", pooled", pooled.data(), largest, kRounding);
+  Floats out(as_size(kImages * height * width * with.columns), std::numeric_limits<float>::quiet_NaN());
+  data.out = out.data();
+  run_stem(data, kernels);
+  const std::string name =
+      "stem of " + std::to_string(with.kernels.size()) + " to " + std::to_string(with.columns) + " channels";
+  report.compare(name, out.data(), stem(data, plain), kRounding * static_cast<double>(4 * with.kernels.size()));
+}
+
+void test_stems(const Kernels& kernels, Report& report) {
+  for (const int64_t columns : {5, 16, 24, 64}) {
+    test_stem(kernels, report, {{7}, {2}, 3, columns, true, columns == 24});
+    test_stem(kernels, report, {{3}, {1}, columns == 16 ? 32 : 3, columns, false, columns != 24});
+  }
+  test_stem(kernels, report, {{3, 3, 3}, {2, 1, 1}, 3, 11, true, true});
+  test_stem(kernels, report, {{7, 3, 3}, {1, 1, 2}, 3, 16, false, false});
+  for (const bool pools : {false, true}) test_stem(kernels, report, {{7}, {2}, 3, 16, pools, true, true});
 }
 
 // The gradient of a convolution's weights from V of u and Z of dz.
@@ -309,7 +329,7 @@ void test_batch_norm(const Kernels& kernels, Report& report, int64_t w, Activati
 void test_all(const Kernels& kernels, Report& report) {
   test_chains(kernels, report);
   for (const int64_t columns : {5, 16, 24, 56}) test_pointwise(kernels, report, 19, columns == 24 ? 1030 : 37, columns);
-  for (const int64_t columns : {5, 16, 24, 64}) test_stem(kernels, report, columns == 16 ? 32 : 3, columns);
+  test_stems(kernels, report);
   for (const int64_t channels : {3, 16, 26}) test_weight_gradient(kernels, report, channels, 7, 10);
   for (const int64_t channels : {5, 32}) {
     test_batch_norm(kernels, report, channels, {Activation::relu});

@@ -1,9 +1,10 @@
-// The chain and its pieces in float64, written for clarity: what the kernels are compared with.
+// The chain and a network's stem in float64, written for clarity: what the kernels are compared with.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/chain/problem.h"
+#include "cpu/chain/stem.h"
 #include "values.h"
 
 using namespace res2net_fused;
@@ -125,3 +126,73 @@ class ReferenceChain {
   const ChainWeights& with_;
   Doubles out_;
 };
+
+// An image of a stem, (H, W, C).
+struct Plane {
+  int64_t height, width, channels;
+  Doubles values{};
+
+  double& at(int64_t y, int64_t x, int64_t c) { return values[static_cast<size_t>((y * width + x) * channels + c)]; }
+  bool holds(int64_t y, int64_t x) const { return 0 <= y && y < height && 0 <= x && x < width; }
+  void make_room() { values.resize(static_cast<size_t>(height * width * channels)); }
+};
+
+// weight (C', kernel height, kernel width, C)
+inline Plane convolved(Plane& source, const StemConvolution& c, const Floats& weight, const Floats& bias) {
+  Plane out{
+      convolved_size(source.height, c.kernel_height, c.row_stride, c.row_padding),
+      convolved_size(source.width, c.kernel_width, c.column_stride, c.column_padding), c.channels};
+  out.make_room();
+  for (int64_t i = 0; i < static_cast<int64_t>(out.values.size()); i++) {
+    const int64_t o = i % c.channels, x = i / c.channels % out.width, y = i / c.channels / out.width;
+    double sum = static_cast<double>(bias[static_cast<size_t>(o)]);
+    for (int64_t tap = 0; tap < c.kernel_height * c.kernel_width; tap++) {
+      const int64_t row = y * c.row_stride - c.row_padding + tap / c.kernel_width,
+                    column = x * c.column_stride - c.column_padding + tap % c.kernel_width;
+      if (!source.holds(row, column)) continue;
+      for (int64_t k = 0; k < source.channels; k++) {
+        const int64_t from = (o * c.kernel_height * c.kernel_width + tap) * source.channels + k;
+        sum += source.at(row, column, k) * static_cast<double>(weight[static_cast<size_t>(from)]);
+      }
+    }
+    out.at(y, x, o) = activated(sum, {Activation::relu});
+  }
+  return out;
+}
+
+// The largest of 3x3 pixels around every second one, of those inside; NaN where one is.
+inline Plane max_pooled(Plane& source) {
+  Plane out{pooled_size(source.height), pooled_size(source.width), source.channels};
+  out.make_room();
+  for (int64_t i = 0; i < static_cast<int64_t>(out.values.size()); i++) {
+    const int64_t c = i % out.channels, x = i / out.channels % out.width, y = i / out.channels / out.width;
+    double largest = source.at(2 * y, 2 * x, c);
+    for (int64_t tap = 0; tap < 9; tap++) {
+      const int64_t row = 2 * y - 1 + tap / 3, column = 2 * x - 1 + tap % 3;
+      if (!source.holds(row, column)) continue;
+      const double value = source.at(row, column, c);
+      if (std::isnan(value) || value > largest) largest = value;
+    }
+    out.at(y, x, c) = largest;
+  }
+  return out;
+}
+
+// (N, H', W', C'); of `data` weights, biases and the output are not read.
+inline Doubles stem(const StemData& data, const ChainWeights& with) {
+  Doubles out;
+  for (int64_t n = 0; n < data.batch; n++) {
+    Plane plane{data.height, data.width, data.channels};
+    plane.make_room();
+    for (int64_t i = 0; i < static_cast<int64_t>(plane.values.size()); i++) {
+      const int64_t c = i % data.channels, x = i / data.channels % data.width, y = i / data.channels / data.width;
+      plane.at(y, x, c) = static_cast<double>(data.x[n * data.image + y * data.row + x * data.pixel + c * data.channel]);
+    }
+    for (size_t i = 0; i < data.convolutions.size(); i++) {
+      plane = convolved(plane, data.convolutions[i], with.weights[i], with.biases[i]);
+    }
+    if (data.pools) plane = max_pooled(plane);
+    out.insert(out.end(), plane.values.begin(), plane.values.end());
+  }
+  return out;
+}
