@@ -2,11 +2,16 @@
 //
 //   kernel_test          every set; exits with 1 where a comparison fails
 //   kernel_test SET      that one, which must be the processor's best
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <limits>
+#include <thread>
+#include <vector>
 
 #include "cpu/chain/forward.h"
 #include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/work_split.h"
 #include "reference.h"
 
 namespace {
@@ -326,6 +331,38 @@ void test_batch_norm(const Kernels& kernels, Report& report, int64_t w, Activati
   report.compare(name + "gradient of z", applied.data(), last, kRounding * 2);
 }
 
+// Each unit is worked on once, whoever takes it; and a part that stands still at its first unit keeps no other from the rest.
+bool steals_work(int64_t units, int64_t parts, bool stalls) {
+  std::vector<std::atomic<int>> times(as_size(units));
+  std::atomic<int64_t> done{0};
+  WorkStealing work(units, parts);
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  std::atomic<bool> alone{true};
+  const auto run = [&](int64_t part) {
+    work.work(part, [&](int64_t unit) {
+      while (stalls && part == 0 && done < units - 1 && std::chrono::steady_clock::now() < give_up) std::this_thread::yield();
+      if (stalls && part == 0 && done < units - 1) alone = false;
+      times[as_size(unit)]++;
+      done++;
+    });
+  };
+  std::vector<std::thread> threads;
+  for (int64_t part = 0; part < parts; part++) threads.emplace_back(run, part);
+  for (std::thread& thread : threads) thread.join();
+  for (const std::atomic<int>& one : times) alone = alone && one == 1;
+  return alone;
+}
+
+bool test_work_stealing() {
+  bool right = true;
+  for (const int64_t units : {0, 1, 2, 7, 1000}) {
+    for (const int64_t parts : {1, 2, 3, 8}) right = right && steals_work(units, parts, false);
+  }
+  for (const int64_t parts : {2, 3}) right = right && steals_work(20, parts, true);
+  if (!right) std::printf("MISS work that threads take from each other\n");
+  return right;
+}
+
 void test_all(const Kernels& kernels, Report& report) {
   test_chains(kernels, report);
   for (const int64_t columns : {5, 16, 24, 56}) test_pointwise(kernels, report, 19, columns == 24 ? 1030 : 37, columns);
@@ -345,7 +382,7 @@ int main(int count, char** arguments) {
     std::printf("MISS the best set is %s, not %s\n", best->name, arguments[1]);
     return 1;
   }
-  int misses = 0;
+  int misses = !test_work_stealing();
   for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::neon}) {
     const Kernels* const kernels = find_kernels(set);
     if (kernels == nullptr || (count > 1 && kernels != best)) continue;
