@@ -1,5 +1,6 @@
 """The command line, through a subprocess where its whole way matters and in-process where something must go wrong."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stem_cases import needs_library
 
 from res2net_fused import cli
+from res2net_fused.backends import policy
 from res2net_fused.backends.reference import BACKEND as reference_backend
-from res2net_fused.bench import progress, results
+from res2net_fused.bench import check, networks, progress, results
 
 SMALL = ["--batch", "1", "--device", "cpu", "--no-network", "--threads", "1"]
 SPEED_UP = re.compile(r"\d\.\d\dx")
@@ -135,6 +138,18 @@ def test_check_goes_on_behind_what_raises(monkeypatch, capsys, threads):
     printed = capsys.readouterr().out
     failed = re.findall(r"^failed, (\w+) 14w8s stage 4 \w+ float32, backend reference: RuntimeError: it broke$", printed, re.M)
     assert sorted(set(failed)) == ["block", "chain"] and printed.count(" ok") == 16 - len(failed)
+
+
+@needs_library
+def test_check_compares_kernels_that_auto_leaves_to_pytorch(monkeypatch, capsys, threads):
+    """On a processor with instructions for bfloat16 the network's blocks would run PyTorch's operators."""
+    monkeypatch.setattr(policy, "why_left_to_pytorch", lambda device, dtype: "has them" if dtype == torch.bfloat16 else None)
+    small = functools.partial(networks.random_network, layers=(1, 1, 1, 1))
+    monkeypatch.setattr(networks, "random_network", small)
+    assert check.run_check(check.CheckOptions((), ("float32", "bfloat16"), "cpu", None, 60), []) == 0
+    printed = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        assert re.search(rf"^network +res2net50_26w4s +logits +cpu +{dtype} .* ok$", printed, re.M), printed
 
 
 def test_photographs_are_asked_for_before_anything_is_measured(monkeypatch, capsys, tmp_path, threads):

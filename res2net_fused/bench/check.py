@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from .._timing import use_device
-from ..testing.cases import Case
+from ..backends import policy
+from ..testing.cases import TORCH_DTYPES, Case
 from ..testing.parity import ParityReport, Watch, check_cases, unavailable_backends, why_not
 from .networks import DEFAULT_MODELS, prepare_network
 from .progress import progress
@@ -106,7 +107,7 @@ def _compare(options: CheckOptions, watch: Watch, finished: Collection[str]) -> 
 
 
 def _compare_network(options: CheckOptions, dtype: str, watch: Watch, report: ParityReport) -> None:
-    backend = options.backend or "auto"
+    backend = options.backend or _kernels_for(torch.device(options.device), TORCH_DTYPES[dtype])
     what = "network", _NETWORK, "all", _PHOTOGRAPHS, backend, dtype
     if not watch.begins(what):
         return
@@ -116,6 +117,11 @@ def _compare_network(options: CheckOptions, dtype: str, watch: Watch, report: Pa
     except Exception as error:
         report.failed(error, what)
     watch.found(report[before:])
+
+
+def _kernels_for(device: torch.device, dtype: torch.dtype) -> str:
+    """What compares kernels: "auto", unless it would leave the whole network to PyTorch's operators for their speed."""
+    return "auto" if policy.why_left_to_pytorch(device, dtype) is None else device.type
 
 
 def _network_name(dtype: str) -> str:
