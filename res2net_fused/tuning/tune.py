@@ -85,8 +85,7 @@ def tune_within(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
-    while (inside := _wrapped(model)) is not None:
-        model = inside
+    model, example_inputs = _unwrapped(model, example_inputs)
     if not any(isinstance(m, FusedModule) and STATE in vars(m) for m in model.modules()):
         raise ValueError("model has no block that can run fused: call accelerate(model) first, and see explain(model)")
     if torch.are_deterministic_algorithms_enabled():
@@ -321,12 +320,24 @@ def _model_call(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Ca
     return call
 
 
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper of PyTorch's: of data parallelism, or what torch.compile returns."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return model.module
-    compiled: nn.Module | None = vars(model).get("_modules", {}).get("_orig_mod")
-    return compiled
+def _unwrapped(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module inside wrappers of PyTorch's, of data parallelism and what torch.compile returns, and what it is called with
+    on its first device: they take tensors of any device, and DataParallel shares out the batch."""
+    while True:
+        if isinstance(model, nn.DataParallel):
+            if model.device_ids:
+                inputs = model.scatter(inputs, {}, model.device_ids)[0][0]
+            model = model.module
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            if model.device_ids:
+                device = torch.device(model.device_type, model.device_ids[0])
+                inputs = tree_map_only(Tensor, lambda t, to=device: t.to(to), inputs)
+            model = model.module
+        else:
+            compiled = vars(model).get("_modules", {}).get("_orig_mod")
+            if compiled is None:
+                return model, inputs
+            model = compiled
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

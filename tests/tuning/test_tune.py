@@ -317,7 +317,8 @@ def test_a_served_model_can_be_tuned_meanwhile(network):
 
 
 def test_wrapped_models_are_tuned(network):
-    for wrapped in (nn.DataParallel(network), torch.compile(network, backend="eager")):
+    """Images stay on the CPU: DataParallel takes them, and its network, to the GPU where there is one."""
+    for wrapped in (torch.compile(copy.deepcopy(network), backend="eager"), nn.DataParallel(network)):
         assert rf.tune(wrapped, images(), progress=False).calls
 
 
