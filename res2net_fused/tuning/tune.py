@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -331,7 +332,7 @@ def _unwrapped(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tu
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             if model.device_ids:
                 device = torch.device(model.device_type, model.device_ids[0])
-                inputs = tree_map_only(Tensor, lambda t, to=device: t.to(to), inputs)
+                inputs = tree_map_only(Tensor, methodcaller("to", device), inputs)
             model = model.module
         else:
             compiled = vars(model).get("_modules", {}).get("_orig_mod")

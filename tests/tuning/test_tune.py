@@ -317,8 +317,9 @@ def test_a_served_model_can_be_tuned_meanwhile(network):
 
 
 def test_wrapped_models_are_tuned(network):
-    """Images stay on the CPU: DataParallel takes them, and its network, to the GPU where there is one."""
-    for wrapped in (torch.compile(copy.deepcopy(network), backend="eager"), nn.DataParallel(network)):
+    """Images stay on the CPU: DataParallel takes them to the GPU, where its network is."""
+    there = copy.deepcopy(network).to("cuda" if torch.cuda.is_available() else "cpu")
+    for wrapped in (torch.compile(network, backend="eager"), nn.DataParallel(there)):
         assert rf.tune(wrapped, images(), progress=False).calls
 
 
