@@ -1,7 +1,5 @@
 #include "cpu/chain/block.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "cpu/runtime/scratch.h"
@@ -106,14 +104,12 @@ class BlockRun {
         {middle.picked(), height * width * planes, width * planes, planes}, height, width, planes, first_row, last_row);
   }
 
-  static int64_t threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
-
   // All rows, by all threads: the larger of the two operands is shared out.
   void pointwise(const Pointwise& p) const {
     const int64_t panels = panel_count(p.columns);
     if (p.rows >= p.columns) {
       const WorkSplit rows{divide_up(p.rows, pointwise_block(p))};
-      share_out(rows.count, threads(), [&](int64_t, int64_t unit) {
+      share_out(rows.count, thread_count(), [&](int64_t, int64_t unit) {
         kernels_.pointwise_rows(p, rows.share(p.rows, unit), rows.share(p.rows, unit + 1), 0, panels);
       });
       return;
@@ -121,10 +117,10 @@ class BlockRun {
     // A pass of panels, and not all rows where there are many: else the last units would take too long.
     const WorkSplit passes{std::max<int64_t>(divide_up(p.columns / kPanel, kernels_.panels_per_pass), 1)};
     const WorkSplit rows{divide_up(p.rows, kRowsOfPass)};
-    share_out(passes.count * rows.count, threads(), [&](int64_t, int64_t unit) {
+    share_out(passes.count * rows.count, thread_count(), [&](int64_t, int64_t unit) {
       const int64_t pass = unit / rows.count, part = unit % rows.count;
-      kernels_.pointwise_rows(
-          p, rows.share(p.rows, part), rows.share(p.rows, part + 1), passes.share(panels, pass), passes.share(panels, pass + 1));
+      const int64_t first = rows.share(p.rows, part), last = rows.share(p.rows, part + 1);
+      kernels_.pointwise_rows(p, first, last, passes.share(panels, pass), passes.share(panels, pass + 1));
     });
   }
 
@@ -167,7 +163,7 @@ void BlockRun::together() const {
   run_chain(problem_, plan_, middle.chain(data_), kernels_);
   if (picks()) {
     const int64_t rows = problem_.batch * problem_.out_height();
-    share_out(rows, threads(), [&](int64_t, int64_t row) { pick(middle, 0, row, row + 1); });
+    share_out(rows, thread_count(), [&](int64_t, int64_t row) { pick(middle, 0, row, row + 1); });
   }
   pointwise(conv3(middle, 0, problem_.batch));
 }

@@ -69,7 +69,6 @@ class Run {
   void copy_source(int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
   void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
   void winograd_block(const Step& step, Block block, const BlockScratch& scratch) const;
-  void winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const;
 
   ConstView x_group(int64_t group, int64_t first_image) const {
     return res2net_fused::group_of(data_.x, group, problem_.channels, first_image);
@@ -148,11 +147,6 @@ void Run::winograd_block(const Step& step, Block block, const BlockScratch& scra
       step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels)));
 }
 
-// Tiles first ... last of the step's images.
-void Run::winograd_tiles(const Step& step, int64_t first, int64_t last, const BlockScratch& scratch) const {
-  for_each_block(first, last, plan_.block_tiles, [&](Block block, int64_t) { winograd_block(step, block, scratch); });
-}
-
 void Run::image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const {
   const int64_t out_rows = images * problem_.out_height(), channels = problem_.scale() * problem_.channels;
   if (plan_.brings_near) {
@@ -164,7 +158,9 @@ void Run::image_group(const PaddedImages& sources, int64_t images, const BlockSc
     if (needs_copy(i)) copy_source(i, sources, 0, 0, images * problem_.height);
     const Step step = this->step(i, sources, 0);
     if (plan_.winograd) {
-      winograd_tiles(step, 0, images * plan_.grid.per_image(), scratch);
+      for_each_block(0, images * plan_.grid.per_image(), plan_.block_tiles, [&](Block block, int64_t) {
+        winograd_block(step, block, scratch);
+      });
     } else {
       const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
       kernels_.direct_rows(step, 0, out_rows, 0, panels);

@@ -1,12 +1,11 @@
 #include "cpu/chain/stem.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
 
 #include "cpu/runtime/scratch.h"
+#include "cpu/runtime/work_split.h"
 
 namespace res2net_fused {
 namespace {
@@ -146,18 +145,16 @@ class StemPart {
 void run_stem(const StemData& data, const Kernels& kernels) {
   const std::vector<Level> levels = levels_of(data);
   const int64_t height = levels.back().height, rows = data.batch * height;
-  const int64_t parts = std::min(std::max<int64_t>(torch::stable::get_num_threads(), 1), rows);
+  const WorkSplit split{std::min(thread_count(), rows)};
   const int64_t each = round_up(StemPart::floats(levels), 1024);
-  const Scratch scratch(each * parts);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t last_part) {
-    for (int64_t part = first_part; part < last_part; part++) {
-      StemPart run(data, kernels, levels, scratch.data() + part * each);
-      const int64_t last = rows * (part + 1) / parts;
-      for (int64_t row = rows * part / parts; row < last;) {
-        const int64_t n = row / height, end = std::min(last, (n + 1) * height);
-        run.run(n, row - n * height, end - n * height);
-        row = end;
-      }
+  const Scratch scratch(each * split.count);
+  split.for_each([&](int64_t part) {
+    StemPart run(data, kernels, levels, scratch.data() + part * each);
+    const int64_t last = split.share(rows, part + 1);
+    for (int64_t row = split.share(rows, part); row < last;) {
+      const int64_t n = row / height, end = std::min(last, (n + 1) * height);
+      run.run(n, row - n * height, end - n * height);
+      row = end;
     }
   });
 }

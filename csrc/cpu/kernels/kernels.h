@@ -104,12 +104,12 @@ struct Pointwise {
 
 constexpr int64_t kPointwiseDepth = 512;  // of source and weights: with the rows of one micro-kernel call, half of L1
 
-// Rows of pixels that share one reading of the weights: their block of source stays in L2. Where all weights stay there too,
-// fewer, so that rows which follow each other are written soon.
+// Rows of pixels, at most, that share one reading of the weights: their block of source stays in L2.
+constexpr int64_t kPointwiseBlock = 200;
+// Fewer where all weights stay there too, so that rows which follow each other are written soon.
 constexpr int64_t pointwise_block(const Pointwise& p) {
-  return p.sources[0].depth + p.sources[1].depth <= kPointwiseDepth ? 36 : 200;
+  return p.sources[0].depth + p.sources[1].depth <= kPointwiseDepth ? 36 : kPointwiseBlock;
 }
-constexpr int64_t kPointwiseBlock = 200;  // at most
 
 // A convolution of a stem, for one row of its output, whose pixels have no gap between them, nor have those of its source.
 struct RowConvolution {

@@ -1,7 +1,7 @@
 // 1x1 convolutions: rows of pixels times packed weights, with bias, shortcut and ReLU while the sums are in registers.
 //
 //             depth                    one pass of panels                     out
-//   source  +-------+  a block's rows      +-----+                +-----+
+//   source  +-------+  a block's rows  +-----+                +-----+
 //           |#######|  for all passes  |#####| so many rows   |#####|   relu(sums + bias + shortcut)
 //           |#######|                  |#####| at a time,     |#####|
 //           |.......|                  |.....| in L2          |.....|   .: asked for while # is worked on, some bytes at

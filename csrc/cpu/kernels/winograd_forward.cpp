@@ -209,8 +209,7 @@ void copy_passed(const Step& step, const Tile& tile) {
 // With Soon floats of each panel at `soon_b`, and what a later call reads at `soon_a`, asked for at each row of b.
 template <int Soon, int P, int Panels, bool HalfPanel>
 __attribute__((noinline)) void multiply_rows(
-    const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, int64_t c_pitch, const float* soon_a,
-    const float* soon_b) {
+    const float* a, int64_t a_pitch, const float* b, int64_t depth, float* c, const float* soon_a, const float* soon_b) {
   Sums<P, Panels, HalfPanel> sums;
   clear(sums);
   const int64_t panel_pitch = depth * kPanel;
@@ -221,12 +220,7 @@ __attribute__((noinline)) void multiply_rows(
       for (int i = 0; i < Panels; i++) __builtin_prefetch(soon_b + i * panel_pitch + k * Soon, 0, 2);
     }
   });
-#pragma GCC unroll 16
-  for (int p = 0; p < P; p++) {
-#pragma GCC unroll 8
-    for (int f = 0; f < sums.kFull; f++) store(c + p * c_pitch + f * kLanes<Full>, sums.full[p][f]);
-    if constexpr (sums.kHalf) store(c + p * c_pitch + Panels * kPanel, sums.half(p));
-  }
+  suspend(sums, c);
 }
 
 // M = V * U for one pass of panels, point by point.
@@ -259,9 +253,9 @@ R2N_INLINE void multiply_points(
       with_rows<kMost>(passes.rows(i), [&]<int P>() R2N_LAMBDA_INLINE {
         // Half of them by each of two calls: more at a time than arrive would make the products wait.
         const float* const half = soon + i * (w / 2) * kPanel;
-        passes.count == 1 ? multiply_rows<kPanel, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon_a, soon)
-        : i < 2           ? multiply_rows<kPanel / 2, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon_a, half)
-                          : multiply_rows<0, P, Panels, HalfPanel>(a, padded, b, w, c, width, soon_a, nullptr);
+        passes.count == 1 ? multiply_rows<kPanel, P, Panels, HalfPanel>(a, padded, b, w, c, soon_a, soon)
+        : i < 2           ? multiply_rows<kPanel / 2, P, Panels, HalfPanel>(a, padded, b, w, c, soon_a, half)
+                          : multiply_rows<0, P, Panels, HalfPanel>(a, padded, b, w, c, soon_a, nullptr);
       });
       tile += passes.rows(i);
     }

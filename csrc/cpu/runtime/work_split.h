@@ -12,6 +12,8 @@
 
 namespace res2net_fused {
 
+inline int64_t thread_count() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
+
 struct WorkSplit {
   int64_t count;
 
