@@ -7,7 +7,7 @@ namespace res2net_fused {
 
 // Library: its backend's name `kOwn`; `rule(backend, x)`, which decides a call without Python, and `rule_1d`; `beside(x, y)`, what
 // decisions depend on that Key does not see; and each operator by its own kernels, in the memory format that is asked for. packed:
-// weights in the backend's own layout, or null.
+// weights in the backend's own layout, or null. `gathered` may be missing.
 template <class Library>
 struct Bodies {
   static Tensor hierarchical_conv2d(
@@ -45,6 +45,22 @@ struct Bodies {
     if (!decision.own) return plain_bottle2neck(block, relu, names);
     const bool last = suggests_channels_last(x);
     return unambiguous(Library::block(decision, block, own_packed(packed, layout), relu, names, last), last);
+  }
+
+  // Of libraries whose weights can be gathered in one tensor; Python alone runs the call on another backend.
+  static Tensor frozen_bottle2neck(
+      const Tensor& x, const std::optional<Tensor>& shortcut, const Tensor& memory, const std::string& layout, bool relu,
+      int64_t stride, int64_t dilation, int64_t groups, bool hierarchical, const std::string& passthrough,
+      const OptionalString& pool, const std::string& activation, const std::string& backend) {
+    Decision decision;
+    const Tensors outputs = decide(
+        decision, "frozen_bottle2neck", Library::kOwn, [&] { return Library::rule(backend, x); }, Library::beside(x, shortcut),
+        x, shortcut, memory, layout, relu, stride, dilation, groups, hierarchical, passthrough, pool, activation, backend);
+    if (!outputs.empty()) return outputs[0];
+    STD_TORCH_CHECK(decision.own, "without Python, frozen_bottle2neck runs on ", Library::kOwn, " only");
+    const ChainNames names{stride, dilation, groups, hierarchical, passthrough, pool, activation};
+    const bool last = suggests_channels_last(x);
+    return unambiguous(Library::gathered(decision, x, shortcut, memory, relu, names, last), last);
   }
 
   static Tensors hierarchical_conv1d(

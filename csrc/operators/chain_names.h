@@ -70,11 +70,11 @@ inline std::pair<int64_t, double> activation_named(const std::string& name) {
 }
 
 // The chain on x (N, s*w, H, W) or, for a block, on what has x's size. No farther than the image reaches, as Python has it.
-inline ChainProblem problem_named(const Tensor& x, const std::vector<Tensor>& weights, const ChainNames& names) {
+// channels: of a group.
+inline ChainProblem problem_named(const Tensor& x, int64_t channels, int64_t steps, const ChainNames& names) {
   constexpr const char* kPassthroughs[] = {"last", "none", "first", "first_added"};
   constexpr const char* kPools[] = {"none", "avg3", "avg3_nopad", "max3"};
   STD_TORCH_CHECK(x.dim() == 4, "x must be four-dimensional, not of ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(!weights.empty() && weights[0].dim() == 4, "weights must be tensors (w, w/groups, 3, 3), at least one");
   const int64_t passthrough = code_of("passthrough", names.passthrough, kPassthroughs);
   const int64_t pool = names.pool.has_value() ? code_of("pool", *names.pool, kPools) : 0;
   STD_TORCH_CHECK(
@@ -85,9 +85,13 @@ inline ChainProblem problem_named(const Tensor& x, const std::vector<Tensor>& we
   const int64_t largest = std::max(x.size(2), x.size(3));
   const auto [activation, slope] = activation_named(names.activation);
   return problem_of(
-      x.size(0), x.size(2), x.size(3), weights[0].size(0), static_cast<int64_t>(weights.size()),
-      std::min(names.stride, largest), std::min(names.dilation, largest), names.groups, names.hierarchical, passthrough, pool,
-      activation, slope);
+      x.size(0), x.size(2), x.size(3), channels, steps, std::min(names.stride, largest), std::min(names.dilation, largest),
+      names.groups, names.hierarchical, passthrough, pool, activation, slope);
+}
+
+inline ChainProblem problem_named(const Tensor& x, const std::vector<Tensor>& weights, const ChainNames& names) {
+  STD_TORCH_CHECK(!weights.empty() && weights[0].dim() == 4, "weights must be tensors (w, w/groups, 3, 3), at least one");
+  return problem_named(x, weights[0].size(0), static_cast<int64_t>(weights.size()), names);
 }
 
 }  // namespace res2net_fused

@@ -74,6 +74,10 @@ class Backend(BatchNormPasses):
         """Return a whole block's weights in the layout that `block_forward` reads from `folded.packed`."""
         return self.pack(folded.weights, folded.biases, config)
 
+    def gather_block(self, folded: BlockWeights) -> BlockWeights:
+        """Return weights that `pack_block` has packed, in one tensor if a native body reads them there, else as they are."""
+        return folded
+
     def block_forward(
         self, problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool
     ) -> Tensor:

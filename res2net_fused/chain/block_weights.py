@@ -11,6 +11,20 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """A block's weights, packed ones too, in one tensor: a compiled graph has one input for them, and one guard.
+
+    memory: (bytes,), uint8. layout: where each tensor lies in it, as `gather` of ops/frozen_bottle2neck.py writes it. channels:
+    that come out of the block. projects: whether a projection of the shortcut is among them.
+    """
+
+    memory: Tensor
+    layout: str
+    channels: int
+    projects: bool
+
+
 @dataclass
 class BlockWeights:
     """A block's convolutions with their BatchNorms folded in, and, where kept for many calls, one backend's layout of them."""
@@ -28,6 +42,7 @@ class BlockWeights:
     packed: list[Tensor] | None = None
     layout: str = "plain"
     made: Any = None  # a MadeOn of modules/made_on.py, where it is kept
+    gathered: Gathered | None = None  # where the tensors above are views of one
     overflowed: bool = False  # of one that is kept, if float16 may be asked of it: what `overflows` said
 
     # The same in the layouts of other backends, by their names, as `packed_for` makes them.
@@ -37,6 +52,16 @@ class BlockWeights:
     def around(self) -> tuple[int, int]:
         """Channels that go into the block and come out of it."""
         return self.conv1_weight.shape[1], self.conv3_weight.shape[0]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that come out of the block."""
+        return len(self.conv3_weight) if self.gathered is None else self.gathered.channels  # a graph guards what it looks at
+
+    @property
+    def projects(self) -> bool:
+        """Whether there is a projection of the shortcut."""
+        return self.projection_weight is not None if self.gathered is None else self.gathered.projects
 
     def to(self, dtype: torch.dtype, device: torch.device) -> BlockWeights:
         """The plain weights in `dtype`, all on `device`; biases keep their dtype."""

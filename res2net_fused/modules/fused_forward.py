@@ -23,8 +23,9 @@ from ..chain.block_weights import BlockWeights
 from ..chain.config import ChainConfig
 from ..chain.memory_format import memory_format
 from ..ops.bottle2neck import fused_bottle2neck, prepared_bottle2neck
+from ..ops.frozen_bottle2neck import call_bottle2neck
 from ..ops.hierarchical_conv2d import hierarchical_conv2d
-from ..ops.packed_weights import PackedWeights, one_operator, pack_block
+from ..ops.packed_weights import PackedWeights, one_operator, pack_block, pack_to_be_kept
 from .block_parts import BlockParts, parts_of, strangers, wrappers
 from .block_state import BlockState, FusedModule
 from .choosing import why_own
@@ -235,10 +236,10 @@ def _run_folded(
         folded = folded if measured is None else _packed_as(measured, folded, state)
     shortcut = (_shortcut(block, x_in, x, folded, projection) if given is None else given) if whole else None
     if shortcut is None or not _fits(shortcut, entry, folded, state.config):
-        out = fused_bottle2neck(entry, None, folded, False, state.config, state.backend)
+        out = call_bottle2neck(entry, None, folded, False, state.config, state.backend)
         return finish_bottle2neck(block, out, x, given)
     if seen is None or type(shortcut) is not Tensor:
-        return fused_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
+        return call_bottle2neck(entry, shortcut, folded, True, state.config, state.backend)
     return seen.call(entry, shortcut, folded, state)
 
 
@@ -255,10 +256,10 @@ def _packed_as(found: choices.Found, folded: BlockWeights, state: BlockState) ->
 
 def _fits(shortcut: Tensor, entry: Tensor, folded: BlockWeights, config: ChainConfig) -> bool:
     """Whether a shortcut has the size of what it is added to, or is broadcast. entry: what conv1 reads, (N, inplanes, H, W)."""
-    if folded.projection_weight is not None or shortcut is entry:
+    if folded.projects or shortcut is entry:
         return True
     batch, _, height, width = entry.shape
-    return shortcut.shape == (batch, len(folded.conv3_weight), config.output_size(height), config.output_size(width))
+    return shortcut.shape == (batch, folded.out_channels, config.output_size(height), config.output_size(width))
 
 
 def _run_parts(
@@ -284,7 +285,7 @@ def _shortcut(block: BlockParts, x_in: Tensor, x: Tensor, folded: BlockWeights, 
     """What the operator adds, before the projection that it applies itself."""
     if block.downsample is None:
         return x
-    if folded.projection_weight is None:
+    if not folded.projects:
         return block.downsample(x)
     pool = None if projection is None else projection[0]
     return x_in if pool is None else pool(x_in)
@@ -313,9 +314,8 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
 
 def _without_projection(folded: BlockWeights, projection: Projection | None) -> BlockWeights:
     """Frozen weights without the projection, where it has been hooked, replaced, trained or given another stride since."""
-    same = projection is not None and projection[1].stride[0] == folded.projection_stride
-    if folded.projection_weight is not None and not same:
-        return replace(folded, projection_weight=None, packed=None, layout="plain")
+    if folded.projects and (projection is None or projection[1].stride[0] != folded.projection_stride):
+        return replace(folded, projection_weight=None, packed=None, gathered=None, layout="plain")
     return folded
 
 
@@ -375,7 +375,7 @@ def freeze_block(block: BlockParts, state: BlockState) -> None:
         with torch.inference_mode(False), torch.no_grad():
             folded = fold_block(block, weight.dtype)
             folded.overflowed = weight.dtype != torch.float64 and folded.overflows()
-        pack = functools.partial(pack_block, config=state.config, backend=state.backend)
+        pack = functools.partial(pack_to_be_kept, config=state.config, backend=state.backend)
         return Frozen(folded, weight.device, pack, compute_dtype(weight))
 
     state.frozen_norms = [type(bn) for bn in block.norms]

@@ -61,12 +61,13 @@ _refusal = _Refusal()
 _asked = torch.library.Library("res2net_fused_python", "DEF")  # what csrc/operators/decisions.cpp calls
 
 
-def register_kernel(name: str, chosen: Callable[..., tuple[Any, str]], run: Callable[..., Any], layout: int = 0) -> None:
+def register_kernel(
+    name: str, chosen: Callable[..., tuple[Any, str]], run: Callable[..., Any], packed_for: Callable[..., str] = lambda *_: ""
+) -> None:
     """Makes Python the kernel of the operator `name` on every device, and the one whom its native bodies ask.
 
     chosen: (*arguments) -> the problem and the name of its backend, or raises. run: (problem, backend's name, *arguments) ->
-    what the operator returns. layout: the place among the arguments, of which x is the first, of the layout of the packed
-    weights that stand before it; 0 where there is none.
+    what the operator returns. packed_for: (*arguments) -> the backend in whose layout weights are given, or "".
     """
 
     def kernel(*arguments: Any) -> Any:
@@ -77,7 +78,7 @@ def register_kernel(name: str, chosen: Callable[..., tuple[Any, str]], run: Call
         try:
             problem, backend = chosen(*arguments)
             own = get_backend(backend)
-            packed = arguments[layout] == backend and bool(arguments[layout - 1]) if layout else False
+            packed = packed_for(*arguments) == backend
             settings = own.native_settings(problem, arguments[0], packed) if problem.batch else None
             if settings is not None:
                 say(backend, settings, "")

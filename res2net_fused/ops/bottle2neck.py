@@ -97,7 +97,7 @@ def _check_shortcut(shortcut: Tensor, folded: BlockWeights, out: tuple[int, int,
         raise ValueError(f"shortcut is {describe(shortcut)}; {(out[0], channels, *out[1:])}{before} is needed")
 
 
-def _chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:
+def chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
     problem = _problem(x, shortcut, BlockWeights(*tensors), packed, cached_config(*chain))
@@ -111,7 +111,7 @@ def _chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:
     return problem, chosen.name
 
 
-def _run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
+def run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
     *tensors, packed, layout, relu = rest[:12]
     folded = BlockWeights(*tensors)
     if layout == backend:
@@ -119,7 +119,7 @@ def _run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
     return run_block(get_backend(backend), problem, x, shortcut, folded, relu)
 
 
-register_kernel("bottle2neck", _chosen, _run, layout=12)
+register_kernel("bottle2neck", chosen, run, lambda *arguments: arguments[12] if arguments[11] else "")
 
 
 @fake_of("bottle2neck")
@@ -132,7 +132,7 @@ def _fake(x, shortcut, *rest):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _differentiable(x, shortcut, *rest):
+def differentiable(x, shortcut, *rest):
     *tensors, _, _, relu = rest[:12]
     *chain, _ = rest[12:]
     folded = BlockWeights(*tensors)
@@ -147,14 +147,14 @@ def _differentiable(x, shortcut, *rest):
     return out.relu() if relu else out
 
 
-register_transforms("bottle2neck", _differentiable, folds=False)
+register_transforms("bottle2neck", differentiable, folds=False)
 
 
-def _no_backward(ctx, *grads):
+def no_backward(ctx, *grads):
     raise NotImplementedError("res2net_fused::bottle2neck is for inference; with gradients on, the block runs its parts")
 
 
-torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=library)
+torch.library.register_autograd("res2net_fused::bottle2neck", no_backward, lib=library)
 
 
 @register_flop_formula(torch.ops.res2net_fused.bottle2neck)
@@ -167,7 +167,7 @@ def _flops(
     return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
 
 
-def _decomposed(x, shortcut, *rest):
+def decomposed(x, shortcut, *rest):
     *tensors, _, _, relu = rest[:12]
     *chain, _ = rest[12:]
     f = BlockWeights(*tensors)
@@ -181,4 +181,4 @@ def _decomposed(x, shortcut, *rest):
     return as_suggested(out.relu() if relu else out, x)
 
 
-register_decomposition("bottle2neck", _decomposed, _fake)
+register_decomposition("bottle2neck", decomposed, _fake)

@@ -147,7 +147,7 @@ def _run(problem: ChainProblem, backend: str, x, weights, biases, packed, layout
     return with_format(out, problem.channels_last)
 
 
-register_kernel("hierarchical_conv2d", _chosen, _run, layout=4)
+register_kernel("hierarchical_conv2d", _chosen, _run, lambda *arguments: arguments[4] if arguments[3] else "")
 
 
 @fake_of("hierarchical_conv2d")

@@ -115,7 +115,13 @@ def pack_block(folded: BlockWeights, config: ChainConfig, backend: str) -> Block
         packed = chosen.pack_block(folded, config)
     else:
         packed = chosen.pack(folded.weights, folded.biases, config)
-    return replace(folded, packed=packed, layout=layout)
+    return replace(folded, packed=packed, layout=layout, gathered=None)
+
+
+def pack_to_be_kept(folded: BlockWeights, config: ChainConfig, backend: str) -> BlockWeights:
+    """The same for weights that stay: in one tensor, where the backend reads them there."""
+    packed = pack_block(folded, config, backend)
+    return get_backend(packed.layout).gather_block(packed) if packed.packed and one_operator(config) else packed
 
 
 def _nominal_problem(weights: Sequence[Tensor], width: int, config: ChainConfig, backend: str) -> ChainProblem:

@@ -1,6 +1,9 @@
 // torch.ops.res2net_fused_native.cpu_block_forward and cpu_pack_pointwise: the whole block in eval mode.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "cpu/chain/block.h"
 #include "cpu/ops/native_calls.h"
 #include "cpu/runtime/scratch.h"
@@ -13,16 +16,50 @@ Tensor as_dense_nhwc_floats(const Tensor& x) {
   return torch::stable::contiguous(as_nhwc_floats(x), MemoryFormat::ChannelsLast);
 }
 
+// The first words of the memory that weights are gathered in: `_words` in res2net_fused/ops/frozen_bottle2neck.py has their order.
+struct GatheredWords {
+  int64_t version, bytes, channels, steps, outplanes, projection_stride;
+  int64_t starts[kPackedPieces], counts[kPackedPieces];  // of the packed pieces: bytes from the first word on, and floats
+};
+constexpr int64_t kVersion = 1;
+
 }  // namespace
 
-// packed: conv1's weights and biases, conv3's weights, its biases (with the projection's), the projection's weights or an empty
-// tensor, then what cpu_pack returns. With a projection, shortcut is what it reads, at every projection_stride-th pixel.
+PackedBlock packed_block(const std::vector<Tensor>& packed) {
+  STD_TORCH_CHECK(packed.size() == kPackedPieces, "packed must be ", kPackedPieces, " tensors, not ", packed.size());
+  PackedBlock found{};
+  std::transform(packed.begin(), packed.end(), found.pieces.begin(), packed_in);
+  return found;
+}
+
+GatheredBlock gathered_block(const Tensor& memory) {
+  GatheredWords words;
+  const bool holds = memory.is_cpu() && memory.scalar_type() == ScalarType::Byte && memory.is_contiguous() &&
+                     memory.numel() >= static_cast<int64_t>(sizeof(words));
+  const auto* const first = holds ? static_cast<const char*>(memory.const_data_ptr()) : nullptr;
+  if (holds) std::memcpy(&words, first, sizeof(words));
+  STD_TORCH_CHECK(
+      holds && words.version == kVersion && words.bytes == memory.numel(),
+      "memory must be a block's weights as `gather` in res2net_fused/ops/frozen_bottle2neck.py lays them out");
+  GatheredBlock found{words.channels, words.steps, words.outplanes, words.projection_stride, {}};
+  for (size_t i = 0; i < kPackedPieces; i++) {
+    const int64_t start = words.starts[i], count = words.counts[i], bytes = count * static_cast<int64_t>(sizeof(float));
+    STD_TORCH_CHECK(
+        start >= 0 && start % alignof(float) == 0 && count >= 0 && count <= words.bytes && start <= words.bytes - bytes,
+        "memory ends before piece ", i, " of the weights in it");
+    found.weights.pieces[i] = {reinterpret_cast<const float*>(first + start), count};
+  }
+  return found;
+}
+
+// With a projection, shortcut is what it reads, at every projection_stride-th pixel.
 Tensor block_forward(
-    const Tensor& x_given, std::optional<Tensor> shortcut_given, const std::vector<Tensor>& packed, int64_t outplanes,
+    const Tensor& x_given, const std::optional<Tensor>& shortcut_given, const PackedBlock& weights, int64_t outplanes,
     int64_t projection_stride, bool relu, RES2NET_PARAMETERS(R2N_CHAIN), bool channels_last, int64_t arithmetic,
     int64_t instruction_set) {
   STD_TORCH_CHECK(x_given.is_cpu() && x_given.dim() == 4, "x must be a four-dimensional tensor on the CPU");
-  STD_TORCH_CHECK(packed.size() == 8 && outplanes >= 1, "packed must be 8 tensors, not ", packed.size());
+  STD_TORCH_CHECK(outplanes >= 1, "outplanes must be 1 or more, not ", outplanes);
+  const auto& packed = weights.pieces;
   const Tensor x = as_dense_nhwc_floats(x_given);
   const ChainProblem problem = problem_of(x.size(0), x.size(2), x.size(3), RES2NET_VALUES(R2N_CHAIN));
   const Kernels& kernels = kernels_of(instruction_set);
@@ -42,11 +79,11 @@ Tensor block_forward(
   const int64_t height = problem.out_height(), width = problem.out_width();
   Tensor out = empty_nhwc(problem.batch, outplanes, height, width);
   Tensor shortcut;
-  STD_TORCH_CHECK(shortcut_given.has_value() || packed[4].numel() == 0, "shortcut must be given beside a projection's weights");
+  STD_TORCH_CHECK(shortcut_given.has_value() || packed[4].count == 0, "shortcut must be given beside a projection's weights");
   if (shortcut_given.has_value()) {
     shortcut = as_dense_nhwc_floats(*shortcut_given);
     const int64_t planes = shortcut.size(1);
-    const bool projected = packed[4].numel() > 0;
+    const bool projected = packed[4].count > 0;
     STD_TORCH_CHECK(
         shortcut.is_cpu() && projection_stride >= 1 && shortcut.size(0) == problem.batch &&
             (projected || planes == outplanes) && (shortcut.size(2) - 1) / projection_stride + 1 == height &&
@@ -68,6 +105,15 @@ Tensor block_forward(
   return as_asked(out, x_given.scalar_type(), channels_last);
 }
 
+Tensor block_forward_of_tensors(
+    const Tensor& x, std::optional<Tensor> shortcut, const std::vector<Tensor>& packed, int64_t outplanes,
+    int64_t projection_stride, bool relu, RES2NET_PARAMETERS(R2N_CHAIN), bool channels_last, int64_t arithmetic,
+    int64_t instruction_set) {
+  return block_forward(
+      x, shortcut, packed_block(packed), outplanes, projection_stride, relu, RES2NET_VALUES(R2N_CHAIN), channels_last,
+      arithmetic, instruction_set);
+}
+
 // [weights (columns, depth, 1, 1) in panels, biases], both fp32.
 std::vector<Tensor> pack_pointwise(const Tensor& weight, const Tensor& bias, int64_t instruction_set) {
   STD_TORCH_CHECK(
@@ -87,6 +133,13 @@ std::vector<Tensor> pack_pointwise(const Tensor& weight, const Tensor& bias, int
   return {packed, pack_biases({bias}, 1, columns)};
 }
 
+// (bytes,) for weights that are read from end to end.
+Tensor new_memory(int64_t bytes) {
+  Tensor memory = torch::stable::empty({&bytes, 1}, ScalarType::Byte);
+  ask_for_huge_pages(memory.mutable_data_ptr(), bytes);
+  return memory;
+}
+
 }  // namespace res2net_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
@@ -94,9 +147,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(res2net_fused_native, m) {
       "cpu_block_forward(Tensor x, Tensor? shortcut, Tensor[] packed, int outplanes, int projection_stride, "
       "bool relu, " RES2NET_SCHEMA(R2N_CHAIN) ", bool channels_last, int arithmetic, int instruction_set) -> Tensor");
   m.def("cpu_pack_pointwise(Tensor weight, Tensor bias, int instruction_set) -> Tensor[]");
+  m.def("cpu_new_memory(int bytes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CPU, m) {
-  m.impl("cpu_block_forward", TORCH_BOX(&res2net_fused::block_forward));
+  m.impl("cpu_block_forward", TORCH_BOX(&res2net_fused::block_forward_of_tensors));
   m.impl("cpu_pack_pointwise", TORCH_BOX(&res2net_fused::pack_pointwise));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(res2net_fused_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_new_memory", TORCH_BOX(&res2net_fused::new_memory));
 }

@@ -1,6 +1,7 @@
 // What the operators res2net_fused_native::cpu_* do, for callers in C++.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -21,8 +22,25 @@ std::vector<Tensor> pack(
     const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, int64_t groups, bool with_winograd,
     int64_t instruction_set);
 
+// A block's packed weights: conv1's weights and biases, conv3's weights, its biases (with the projection's), the projection's
+// weights or none, then what `pack` returns.
+constexpr size_t kPackedPieces = 8;
+struct PackedBlock {
+  std::array<Packed, kPackedPieces> pieces;
+};
+
+PackedBlock packed_block(const std::vector<Tensor>& packed);
+
+// What lies in one tensor beside them. channels: of a group.
+struct GatheredBlock {
+  int64_t channels, steps, outplanes, projection_stride;
+  PackedBlock weights;
+};
+
+GatheredBlock gathered_block(const Tensor& memory);
+
 Tensor block_forward(
-    const Tensor& x_given, std::optional<Tensor> shortcut_given, const std::vector<Tensor>& packed, int64_t outplanes,
+    const Tensor& x_given, const std::optional<Tensor>& shortcut_given, const PackedBlock& weights, int64_t outplanes,
     int64_t projection_stride, bool relu, RES2NET_PARAMETERS(R2N_CHAIN), bool channels_last, int64_t arithmetic,
     int64_t instruction_set);
 

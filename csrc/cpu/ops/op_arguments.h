@@ -27,13 +27,29 @@ inline Activation activation_read_off(int64_t code, double slope) {
   return activation;
 }
 
-// The floats of a tensor that cpu_pack or cpu_pack_pointwise returned; null if it is empty and may be.
-inline const float* packed_floats(const Tensor& tensor, const char* name, int64_t floats, bool may_be_empty = false) {
-  if (may_be_empty && tensor.numel() == 0) return nullptr;
+// Floats that cpu_pack or cpu_pack_pointwise made, wherever they lie.
+struct Packed {
+  const float* floats;
+  int64_t count;
+};
+
+inline Packed packed_in(const Tensor& tensor) {
   STD_TORCH_CHECK(
-      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == floats, name,
-      " must be ", floats, " contiguous floats on the CPU as packing returns them; it has ", tensor.numel(), " elements");
-  return static_cast<const float*>(tensor.const_data_ptr());
+      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(),
+      "packed weights must be contiguous floats on the CPU");
+  return {static_cast<const float*>(tensor.const_data_ptr()), tensor.numel()};
+}
+
+// Those of `name`, which must be as many as packing makes; null if there are none and may be none.
+inline const float* packed_floats(const Packed& packed, const char* name, int64_t floats, bool may_be_empty = false) {
+  if (may_be_empty && packed.count == 0) return nullptr;
+  STD_TORCH_CHECK(
+      packed.count == floats, name, " must be ", floats, " floats as packing returns them; it has ", packed.count, " elements");
+  return packed.floats;
+}
+
+inline const float* packed_floats(const Tensor& tensor, const char* name, int64_t floats, bool may_be_empty = false) {
+  return packed_floats(packed_in(tensor), name, floats, may_be_empty);
 }
 
 inline void check_weight(const Tensor& weight, int64_t outputs, int64_t inputs) {

@@ -86,9 +86,21 @@ struct Cpu {
       bool last) {
     const auto [arithmetic, instruction_set, _] = settings_of(decision);
     const ChainProblem p = problem_named(block.x, block.weights, names);
+    const Tensors own = packed != nullptr ? Tensors{} : pack_block(block, p, instruction_set);
     return block_forward(
-        block.x, block.shortcut, packed != nullptr ? *packed : pack_block(block, p, instruction_set),
+        block.x, block.shortcut, packed_block(packed != nullptr ? *packed : own),
         block.conv3_weight.size(0), block.projection_stride, relu, R2N_VALUES_OF(p), last, arithmetic, instruction_set);
+  }
+
+  static Tensor gathered(
+      const Decision& decision, const Tensor& x, const std::optional<Tensor>& shortcut, const Tensor& memory, bool relu,
+      const ChainNames& names, bool last) {
+    const auto [arithmetic, instruction_set, _] = settings_of(decision);
+    const GatheredBlock found = gathered_block(memory);
+    const ChainProblem p = problem_named(x, found.channels, found.steps, names);
+    return block_forward(
+        x, shortcut, found.weights, found.outplanes, found.projection_stride, relu, R2N_VALUES_OF(p), last, arithmetic,
+        instruction_set);
   }
 
   static Tensors rows(const Decision& decision, const RowsChain& chain, const OptionalTensors& packed) {
@@ -99,4 +111,8 @@ struct Cpu {
 }  // namespace
 }  // namespace res2net_fused
 
-STABLE_TORCH_LIBRARY_IMPL(res2net_fused, CPU, m) { RES2NET_IMPLEMENT_BODIES(m, res2net_fused::Bodies<res2net_fused::Cpu>); }
+STABLE_TORCH_LIBRARY_IMPL(res2net_fused, CPU, m) {
+  using Bodies = res2net_fused::Bodies<res2net_fused::Cpu>;
+  RES2NET_IMPLEMENT_BODIES(m, Bodies);
+  m.impl("frozen_bottle2neck", TORCH_BOX(&Bodies::frozen_bottle2neck));
+}

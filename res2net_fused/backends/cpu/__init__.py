@@ -24,6 +24,7 @@ class CpuBackend(WinogradConvolver, Backend):
     forward = staticmethod(chain.forward)
     ways = staticmethod(chain.ways)
     pack_block = staticmethod(block.pack_block)
+    gather_block = staticmethod(block.gather_block)
     block_forward = staticmethod(block.block_forward)
     prepared_block = staticmethod(block.prepared_block)
     why_not_1d = staticmethod(chain1d.why_not_1d)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...chain.block_weights import BlockWeights
 from ...chain.config import ChainConfig
+from ...chain.gathered_weights import gathered_in, place_all, read_layout
 from ...chain.problem import ChainProblem
 from ..base import PreparedBlock
 from .chain import pack
@@ -25,6 +26,21 @@ def pack_block(folded: BlockWeights, config: ChainConfig) -> list[Tensor]:
             bias = bias + folded.projection_bias
         conv1, conv3 = _pack_pointwise(folded.conv1_weight, folded.conv1_bias), _pack_pointwise(folded.conv3_weight, bias)
     return [*conv1, *conv3, projection, *pack(folded.weights, folded.biases, config)]
+
+
+def gather_block(folded: BlockWeights) -> BlockWeights:
+    """Return the packed weights in one tensor, which begins with what the native library has to know of them."""
+    packed = folded.packed or []
+    layout, total = place_all(folded, 8 * (6 + 2 * len(packed)))
+    memory = operators.cpu_new_memory.default(total)
+    gathered = gathered_in(memory, layout, folded)
+    places = read_layout(layout).places[-len(packed) :]
+    words = [
+        1, total, len(folded.weights[0]), len(folded.weights), folded.out_channels, folded.projection_stride,
+        *(place.start for place in places), *(tensor.numel() for tensor in packed),
+    ]  # fmt: skip
+    memory[: 8 * len(words)].view(torch.int64).copy_(torch.tensor(words))
+    return gathered
 
 
 def block_forward(problem: ChainProblem, x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool) -> Tensor:
