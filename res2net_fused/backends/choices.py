@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from .._native import library
 from .._native.machine import device_name
@@ -209,7 +210,7 @@ def is_to_be_measured(passes: str, problem: Problem) -> bool:
 def _may_measure() -> bool:
     if _pinned.choice is not None or mode() != "measured" or torch.are_deterministic_algorithms_enabled():
         return False
-    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return False
     return len(_state.tried) < MEASURED_UNASKED
 

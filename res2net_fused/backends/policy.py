@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import torch
+from torch.compiler import is_compiling
 
 from ..chain.problem import Chain1dProblem, ChainProblem
 
@@ -72,7 +73,7 @@ def training_pays(problem: ChainProblem) -> bool:
     formats from 28x28 pixels on, 0.86 to 1.05 below, where NCHW's 1x1 convolutions are fast; at batch 1 0.86 to 1.06 there.
     Nothing is measured on GPUs, and compilers fuse the class's own forward.
     """
-    if torch.compiler.is_compiling() or problem.device.type != "cpu":
+    if is_compiling() or problem.device.type != "cpu":
         return False
     pixels = problem.output_height * problem.output_width
     large = problem.width >= 14 and pixels >= 28 * 28 and problem.batch * pixels >= 8 * 28 * 28
@@ -95,7 +96,7 @@ def chain_pays_1d(problem: Chain1dProblem, passes: str) -> bool:
     `benchmarks/cpu.py chains1d` on one AVX-512 core, s = 8: 1.1 to 1.85 times as fast where there are few rows; for many
     reflected rows 1.0 to 1.15; elsewhere 0.9 to 1.0. Nothing is measured on GPUs, nor against compilers.
     """
-    if torch.compiler.is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32 or passes != "inference":
+    if is_compiling() or problem.device.type != "cpu" or problem.dtype != torch.float32 or passes != "inference":
         return False
     rows = problem.batch * problem.length
     if rows * problem.width <= PAYING_VALUES[problem.config.padding_mode]:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
 from ..chain.activations import shows_slope
 from ..chain.problem import Chain1dProblem, ChainProblem
@@ -76,7 +77,7 @@ def requested(backend: str) -> tuple[str, str]:
 
 def is_auto(backend: str) -> bool:
     """Whether nobody asks for a backend; while a graph is traced the environment is not looked at."""
-    return backend == "auto" if torch.compiler.is_compiling() else requested(backend)[0] == "auto"
+    return backend == "auto" if is_compiling() else requested(backend)[0] == "auto"
 
 
 def choose_for_training(problem: ChainProblem, backend: str = "auto", against: Mapping[str, str] = NOTHING) -> Choice:

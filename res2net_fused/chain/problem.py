@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import Chain1dConfig, ChainConfig
-from .memory_format import memory_format
+from .memory_format import CHANNELS_LAST, memory_format
 
 
 @functools.lru_cache
@@ -46,7 +46,7 @@ class ChainProblem:
         width: channels of a group. steps: convolutions. config: the settings. around: a whole block's channels, in and out.
         """
         batch, _, height, width_pixels = x.shape
-        last = memory_format(x) == torch.channels_last
+        last = memory_format(x) == CHANNELS_LAST
         if type(height) is int and type(width_pixels) is int:  # a traced size would be compared, and the graph kept to it
             config = config.clamped_to(max(height, width_pixels))
         return cls(config, x.device, x.dtype, batch, height, width_pixels, width, steps, last, around)

@@ -11,8 +11,8 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..chain.config import ChainConfig
 from .block_parts import PUBLISHED, BlockPaths
@@ -156,7 +156,7 @@ class FusedCall(_Mixin):
         state: FusedState | None = self.__dict__.get(STATE)
         if state is None:  # of a class derived from a fused one, or given back meanwhile
             return super().forward(x, *args, **kwargs)
-        notes = not torch.compiler.is_compiling()
+        notes = not is_compiling()
         if notes:
             state.last_refusal = None
         out = self._res2net_fused_forward(state, x, args, kwargs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..backends import choices, policy
 from ..backends.selection import is_auto
 from ..chain.problem import Chain1dProblem, ChainProblem
 from ..ops.packed_weights import one_operator
 from .measuring import measure_unasked
+from .switches import constant_in_a_trace
 
 NOT_PAYING = "its own forward is not measured to be slower here; backend= asks for the operator"
 NOT_TRAINING_FASTER = "its own forward is not measured to train slower here; backend= or recompute=True asks for the operator"
@@ -24,7 +26,7 @@ def why_own(
     """
     if not is_auto(backend):
         return None
-    if not (torch.compiler.is_compiling() or torch._C._is_tracing()):
+    if not (is_compiling() or torch._C._is_tracing()):
         if call is not None and choices.is_to_be_measured(passes, problem):
             measure_unasked(*call, passes, problem)
         found = choices.lookup(passes, problem)
@@ -44,4 +46,9 @@ def _why_not_predicted(passes: str, problem: ChainProblem | Chain1dProblem) -> s
         return None if policy.training_pays(problem) else NOT_TRAINING_FASTER
     if not (one_operator(problem.config) or policy.clamped_chain_pays(problem)):
         return "activations other than ReLU run fused in channels-last only, where clamps are measured to gain, or by backend="
-    return policy.why_left_to_pytorch(problem.device, problem.dtype)
+    return _left_to_pytorch(problem.device, problem.dtype)
+
+
+@constant_in_a_trace
+def _left_to_pytorch(device: torch.device, dtype: torch.dtype) -> str | None:
+    return policy.why_left_to_pytorch(device, dtype)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .switches import switches, unforeseeable
@@ -102,7 +103,7 @@ _found: dict[tuple[object, ...], Any] = {}
 def _once(part: nn.Module, settings: tuple[object, ...], trial: Callable[[Any], Tried]) -> Tried | None:
     """What the trial on a copy of the part finds, or None where the part's code fails; once for each class and settings."""
     now = part.training, switches(part), settings
-    if torch.compiler.is_compiling():  # nothing is tried in a trace: the part carries what was found before
+    if is_compiling():  # nothing is tried in a trace: the part carries what was found before
         then, noted = vars(part).get(NOTE, (None, None))
         return noted if then == now else None
     cls: Any = type(part)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from .._native.library import release
 from ..chain.activations import CLAMPS, leaky_relu
@@ -93,7 +95,7 @@ def why_not_fused(
     reason = reason or why_not_read(block) or why_not_alike(block, state, surroundings(block, around, others))
     if reason is not None:
         return reason
-    if not torch.compiler.is_compiling() and any(map(overrides, block_tensors(block))):
+    if not is_compiling() and any(map(overrides, block_tensors(block))):
         return OVERRIDDEN
     if shortcut is not None and block.downsample is not None:
         return "called with a shortcut, beside a downsample of its own"
@@ -115,7 +117,7 @@ def why_not_fused(
     if other is not block:
         return f"activation {type(other).__name__} is not fused beside {type(block.relu).__name__}"
     geometry = block_geometry(block)
-    named = _ONE_GUARD and torch.compiler.is_compiling()
+    named = _ONE_GUARD and is_compiling()
     then = geometry_named(state.shared.name) if named else state.geometry
     if geometry != then and _without_types(geometry) != _without_types(then):
         return "a convolution or the pool was replaced, parametrized or given another geometry since it was recognised"
@@ -167,7 +169,7 @@ def _kind(part: object) -> str:
 
 def why_not_alike(block: BlockParts, state: BlockState, now: tuple[object, ...]) -> str | None:
     """None if the `surroundings` of a block are as they were when it was recognised, else the reason."""
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if state.surroundings is None and not compiling:
         state.surroundings = now  # of a block that is saved by an older version, or made by its constructor
     if state.surroundings is None or now == state.surroundings:
@@ -198,9 +200,9 @@ def why_not_called(
         return None, reason
     if not isinstance(x, Tensor) or not is_floating(x, dimensions):
         return None, f"x is not a {dimensions}-D floating-point tensor"
-    if not torch.compiler.is_compiling() and overrides(x):
+    if not is_compiling() and overrides(x):
         return None, OVERRIDDEN
-    if not torch.compiler.is_compiling() and transformed():
+    if not is_compiling() and transformed():
         return None, "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     return given, None
 
@@ -211,7 +213,7 @@ def is_floating(x: Tensor, dimensions: int) -> bool:
 
 def why_not_left_out(modules: Iterable[nn.Module | None], around: Iterable[nn.Module] = ()) -> str | None:
     """None if the calls of all these modules, and of those around them, may be left out, else the reason."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if _has_any_global_hook():
         return "global module hooks must see every submodule's call"
     for module in modules:  # not by `:=` in a generator, which the compiler of torch 2.11 does not take
         reason = None if module is None else why_not_bypassed(module)

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Identity
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..chain.block_weights import BlockWeights
 from .block_parts import BlockParts
@@ -85,17 +87,17 @@ def adds_at_once(block: BlockParts) -> bool:
 
 
 def is_identity(module: nn.Module | None) -> bool:
-    return module is None or type(module) is nn.Identity
+    return module is None or type(module) is Identity
 
 
 def does_nothing(part: nn.Module | None) -> bool:
     """Whether a part need not be called: an Identity that nobody watches, or none."""
-    return part is None or (type(part) is nn.Identity and why_not_bypassed(part) is None)
+    return part is None or (type(part) is Identity and why_not_bypassed(part) is None)
 
 
 def is_frozen(bn: nn.Module) -> bool:
     """Whether this may be a FrozenBatchNorm2d as the detection libraries have it; `why_not_folded` says what it computes."""
-    if isinstance(bn, nn.modules.batchnorm._NormBase):
+    if isinstance(bn, _NormBase):
         return False
     return {"running_mean", "running_var"} <= bn._buffers.keys() | bn._parameters.keys()
 
@@ -104,7 +106,7 @@ def why_not_folded(bn: nn.Module) -> str | None:
     """None if this norm layer can be folded now, else the reason."""
     if is_identity(bn):
         return None
-    if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+    if isinstance(bn, _BatchNorm):
         if bn.training:
             return "BatchNorm is in training mode: batch statistics cannot be folded"
         if bn.running_mean is None or bn.running_var is None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..backends import choices
 from ..backends.base import PreparedBlock
@@ -60,13 +61,13 @@ class FusedForward(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
-        compiling = torch.compiler.is_compiling()  # a graph would watch all that is looked at here
+        compiling = is_compiling()  # a graph would watch all that is looked at here
         known: KnownBlock | None = None if compiling else state.known
         if known is not None:
             out = known.run(self, state, x, args, kwargs)
             if out is not None:
                 return out
-        leaf = leaf_call(self, x, args, kwargs)
+        leaf = None if compiling else leaf_call(self, x, args, kwargs)
         if leaf is not None:
             return leaf
         # Before anything is asked, since another thread may change the block meanwhile.
@@ -83,7 +84,7 @@ class FusedForward(FusedModule):
             return refusal
         shortcut = given_shortcut(state.shortcut, args, kwargs)[0]
         if any(map(uses_batch_statistics, parts.bns)):
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 state.last_problem, state.last_trained = chain_problem(parts, x, state, trained=True), True
             return run_trained(
                 parts, handed_on(parts.conv1.weight, x, state), shortcut, state.config, state.recompute, state.backend
@@ -197,7 +198,7 @@ def run_fused(block: BlockParts, x: Tensor, given: Tensor | None, state: BlockSt
     x = handed_on(weight, x, state)
     x_in = x.to(dtype)
     differentiable = differentiates(block, x, given)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         state.last_problem, state.last_trained = chain_problem(block, x, state, trained=False), False
     if differentiable or not does_nothing(block.drop_block):
         folded = fold_block(block, dtype)
@@ -231,7 +232,7 @@ def _run_folded(
         chain = PackedWeights.from_block(folded, state.config)
         return finish_bottle2neck(block, _run_parts(block, x_in, folded, chain, state), x, given)
     entry = entry_pixels(block, x_in)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         measured = choices.lookup("inference", state.last_problem) if seen is None else seen.measured
         folded = folded if measured is None else _packed_as(measured, folded, state)
     shortcut = (_shortcut(block, x_in, x, folded, projection) if given is None else given) if whole else None
@@ -300,7 +301,7 @@ def folded_weights(block: BlockParts, dtype: torch.dtype, device: torch.device, 
     frozen = state.frozen
     if frozen is not None and state.frozen_norms == [type(bn) for bn in block.norms]:  # else they were replaced
         return _without_projection(frozen.weights(dtype, device), projection_of(block))
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return fold_block(block, dtype)
     tensors = block_tensors(block)
     keeps = cacheable(tensors)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..backends import choices
 from ..backends.cpu.chain1d import pack_1d
@@ -96,7 +97,7 @@ class FusedForward1d(FusedModule):
     def _res2net_fused_forward(
         self, state: BlockState1d, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | str:
-        compiling = torch.compiler.is_compiling()  # a graph would watch all that is looked at here
+        compiling = is_compiling()  # a graph would watch all that is looked at here
         known: KnownChain | None = None if compiling else state.known
         if known is not None and not args and not kwargs:
             out = known.run(self, state, x)
@@ -194,7 +195,7 @@ def _called(block: nn.Module, path: Path, x: Tensor) -> Tensor:
 
 def run_chain_1d(chain: ChainParts, x: Tensor, state: BlockState1d) -> Tensor:
     """Runs the chain; (N, s*w, L) -> (N, s*w, L)."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         state.last_problem = chain.problem(x, state.config)
     return call_1d(x, chain_weights(chain, x, state), state.config, state.backend)
 
@@ -310,7 +311,7 @@ def why_not_alike_1d(block: nn.Module, state: BlockState1d, modules: Sequence[nn
         name = _changed_1d(block, geometry, state)
         return f"{name} was replaced, parametrized or given another geometry since it was recognised"
     now = switches_1d(block, modules)
-    if state.switches is None and not torch.compiler.is_compiling():
+    if state.switches is None and not is_compiling():
         state.switches = now  # of a block that an older version has saved
     if state.switches is None or now == state.switches:
         return None

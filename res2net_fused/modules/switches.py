@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
 _ABSENT = "<absent>"  # picklable, as all that `switches` returns
@@ -45,7 +46,7 @@ def constant_in_a_trace(function: Any) -> Any:
 def switches(module: nn.Module) -> tuple[object, ...]:
     """The present settings that the module's class reads: of the module, its class and outside; () for PyTorch's own."""
     cls: Any = type(module)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     names, methods, shared = _constants_of(cls) if compiling else _read_by(cls)[:3]
     if names is None:
         return ()

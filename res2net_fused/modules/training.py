@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends import policy
 from ..backends.selection import choose_for_training, is_auto
@@ -26,7 +28,7 @@ from .reference_blocks import Parts, apply_optional, finish_bottle2neck, normali
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether this norm layer normalises by its input, as in training; one without running statistics always does."""
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+    if not isinstance(bn, _BatchNorm):
         return False
     return bn.training or bn.running_mean is None and bn.running_var is None
 
@@ -52,12 +54,12 @@ def why_not_trained(block: BlockParts, x: Tensor, problem: ChainProblem, backend
     if problem.batch == 0:
         return "the batch is empty"
     reason = None if recompute else why_own("training", problem, backend, (block.module, x))
-    if reason is NOT_TRAINING_FASTER and not torch.compiler.is_compiling():
+    if reason is NOT_TRAINING_FASTER and not is_compiling():
         gains = x.device.type == "cpu" and policy.channels_last_pays(x.device, problem.dtype)
         return f"{reason}; {policy.NCHW_IN_TRAINING}" if gains and memory_format(x) != torch.channels_last else reason
     if reason is not None:
         return reason
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None  # the operator itself chooses, when the graph runs
     try:
         choose_for_training(problem, backend)
@@ -87,7 +89,7 @@ def _why_not_synchronised(block: BlockParts, backend: str, recompute: bool) -> s
         return "the chain's SyncBatchNorms are not all of one process group"
     if not recompute and is_auto(backend):
         return "SyncBatchNorm over several processes: backend= or recompute=True asks for the operator, no speed is measured"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "SyncBatchNorm over several processes is not fused while a graph is traced"
     return None
 

@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -41,7 +42,7 @@ def mark_made(value: Kept, device: torch.device) -> Kept:
 
 def lend_to_current_stream(value: Kept) -> Kept:
     """Makes `value` safe to read on the current stream. Returns `value`."""
-    if value.made is not None and not torch.compiler.is_compiling():
+    if value.made is not None and not is_compiling():
         value.made.lend()
     return value
 
@@ -66,7 +67,7 @@ def _watch_optimizers() -> None:
 
 def cacheable(tensors: Iterable[Tensor]) -> bool:
     """Whether folded tensors may outlive this call: not while something traces, captures or wraps tensors."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+    if is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -121,7 +122,7 @@ class KeepsWeights:
     member: Member | None = None  # where there are GPUs
 
     def drop(self, frozen: bool = True) -> None:
-        if not torch.compiler.is_compiling():  # which would guard on it
+        if not is_compiling():  # which would guard on it
             self.generation = object()  # first: what is being made now must not be kept
             if self.member is not None:
                 self.member.watched = None
@@ -199,7 +200,7 @@ class Frozen(Generic[Weights]):
         return self._make(dtype, device) if held is None else lend_to_current_stream(held)
 
     def _make(self, dtype: torch.dtype, device: torch.device) -> Weights:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.original.to(dtype, device)
         with torch.inference_mode(False), torch.no_grad():
             weights = lend_to_current_stream(self.original).to(dtype, device)

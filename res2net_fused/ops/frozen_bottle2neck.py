@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_exporting
 from torch.utils.flop_counter import register_flop_formula
 
 from ..chain.block_weights import BlockWeights
@@ -29,17 +30,17 @@ from ._library import (
     register_transforms,
 )
 
+_operator = torch.ops.res2net_fused.frozen_bottle2neck.default  # read as four attributes, each would be compared at each call
+
 
 def call_bottle2neck(
     x: Tensor, shortcut: Tensor | None, folded: BlockWeights, relu: bool, config: ChainConfig, backend: str
 ) -> Tensor:
     """`fused_bottle2neck`, by this operator in a graph that stays in this process."""
     gathered = folded.gathered
-    if gathered is None or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if gathered is None or not is_compiling() or is_exporting():
         return bottle2neck.fused_bottle2neck(x, shortcut, folded, relu, config, backend)
-    return torch.ops.res2net_fused.frozen_bottle2neck.default(
-        x, shortcut, gathered.memory, gathered.layout, relu, *config.as_kwargs().values(), backend
-    )
+    return _operator(x, shortcut, gathered.memory, gathered.layout, relu, *config.as_kwargs().values(), backend)
 
 
 def _unpacked(x: Tensor, shortcut: Tensor | None, memory: Tensor, layout: str, relu: bool, *settings: Any) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.base import BACKENDS, Backend
 from ..backends.selection import choose, get_backend
@@ -93,7 +94,7 @@ def call_1d(x: Tensor, chain: Chain1dWeights, config: Chain1dConfig, backend: st
     if why_written() is not None:
         return reference.hierarchical_conv1d(x, *lists, config)
     tensors = (x, *(tensor for values in lists for tensor in values or ()))
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         one_of("backend", backend, BACKENDS)
         if forward_mode():
             return _differentiable(x, *lists, None, *_last_arguments(config, False, backend))[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.base import BACKENDS, Backend
 from ..backends.selection import Choice, backend_of_gradients, choose, get_backend
@@ -99,7 +100,7 @@ def hierarchical_conv2d(
     if why_written() is not None:
         config = ChainConfig(stride, dilation, groups, hierarchical, passthrough, pool, activation)
         return reference.hierarchical_conv2d(x, weights, biases, config)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         if backend != "auto":
             one_of("backend", backend, BACKENDS)
         _check_settings(stride, dilation, groups, hierarchical, passthrough, pool, activation)  # its errors, not the schema's

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.base import Backend
 from ..backends.selection import choose_for_training
@@ -102,7 +103,7 @@ def hierarchical_conv_bn(
     keep = not recompute and torch.is_grad_enabled()
     settings = (stride, dilation, groups, hierarchical, passthrough, pool, activation)
     arguments = x, weights, gammas, betas, eps, *settings, not keep, backend, group
-    differentiable = not torch.compiler.is_compiling() and forward_mode()
+    differentiable = not is_compiling() and forward_mode()
     operator = _differentiable if differentiable else torch.ops.res2net_fused.hierarchical_conv_bn.default
     out, mean, invstd, variance, *_ = operator(*arguments)
     return ConvBnOutput(out, Statistics(mean, invstd, variance))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils import _pytree
 
 from ..backends.selection import choose, get_backend, requested
@@ -94,7 +95,7 @@ def pack_weights(
     weights = [weight.detach() for weight in weights]
     biases = None if biases is None else [bias.detach() for bias in biases]
     layout, packed = "plain", []
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         layout = choose(_nominal_problem(weights, width, config, backend), backend).name
         packed = get_backend(layout).pack(weights, biases, config)
     return PackedWeights(weights, biases, packed, layout, stride, dilation, groups)

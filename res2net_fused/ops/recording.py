@@ -8,6 +8,8 @@ from operator import attrgetter, itemgetter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.onnx import is_in_onnx_export
 from torch.utils._device import DeviceContext
 
 EXPORTED = "exported to ONNX, which knows PyTorch's own operators only"
@@ -33,7 +35,7 @@ def overrides(tensor: Tensor) -> bool:
 
 def why_recorded() -> str | None:
     """Why a block must run PyTorch's own operators at this moment, or None; a fraction of a microsecond."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_compiling() or torch._C._is_tracing():
         return why_written()
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         mode = next(_watching_modes(), None)
@@ -49,10 +51,10 @@ def why_recorded() -> str | None:
 
 def why_written() -> str | None:
     """Why what is recorded must hold PyTorch's own operators only, or None; torch.compile and torch.export keep others."""
-    if torch.compiler.is_compiling():
-        return EXPORTED if torch.onnx.is_in_onnx_export() else None
+    if is_compiling():
+        return EXPORTED if is_in_onnx_export() else None
     if torch._C._is_tracing():
-        return EXPORTED if torch.onnx.is_in_onnx_export() else TRACED
+        return EXPORTED if is_in_onnx_export() else TRACED
     return None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..backends import policy
 from ..backends.cpu import stem as kernels
@@ -208,7 +209,7 @@ class FusedStem(FusedCall):
     """Mixin before the class of a network; its instances carry a StemState."""
 
     def _res2net_fused_forward(self, state: Any, x: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return COMPILED
         generated: Any = type(self)
         if generated not in originals:

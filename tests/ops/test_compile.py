@@ -381,7 +381,7 @@ def guards_of_a_frozen_block(x):
 
 
 def test_a_graph_guards_no_more_than_it_did():
-    """Each guard is compared at each call: together a fifth of the time of a compiled frozen 26w4s block of 4x4 pixels."""
+    """Each guard is compared at each call: together a sixth of the time of a compiled frozen 26w4s block of 4x4 pixels."""
     names = guards_of_a_frozen_block(sample(2, 7, 9))
     assert 50 < len(names) <= 510, len(names)
     assert not any("_NAMES[" in name for name in names)

@@ -34,6 +34,7 @@ struct Packed {
 };
 
 inline Packed packed_in(const Tensor& tensor) {
+  if (tensor.numel() == 0) return {nullptr, 0};  // of any type
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(),
       "packed weights must be contiguous floats on the CPU");
