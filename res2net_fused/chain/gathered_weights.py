@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -41,7 +40,8 @@ class Layout:
 
     def of(self, name: str) -> tuple[int, ...]:
         """The size of conv1_weight, weights (of each), conv3_weight or projection_weight."""
-        place = {"conv1_weight": 0, "weights": 2, "conv3_weight": 2 + 2 * self.steps, "projection_weight": 4 + 2 * self.steps}
+        ends = 2 + 2 * self.steps
+        place = {"conv1_weight": 0, "weights": 2, "conv3_weight": ends, "projection_weight": ends + 2}
         return self.places[place[name]].size
 
 
@@ -70,19 +70,18 @@ def gathered_in(memory: Tensor, layout: str, folded: BlockWeights) -> BlockWeigh
 def weights_in(memory: Tensor, layout: str) -> BlockWeights:
     """The weights in memory (bytes,), uint8, as views of it."""
     known = read_layout(layout)
-    views = (place.view(memory) for place in known.places)
-
-    def several(count: int) -> list[Tensor]:
-        return list(islice(views, count))
-
+    views = [place.view(memory) for place in known.places]
+    steps, ends = known.steps, 2 + 2 * known.steps  # where conv3's begin
+    weight, bias = (views[ends + 2], views[ends + 3]) if known.projects else (None, None)
     return BlockWeights(
-        *several(2), several(known.steps), several(known.steps), *several(2), *(several(2) if known.projects else (None, None)),
-        known.projection_stride, list(views), known.packed_for,
+        views[0], views[1], views[2 : 2 + steps], views[2 + steps : ends], views[ends], views[ends + 1], weight, bias,
+        known.projection_stride, views[ends + 2 + 2 * known.projects :], known.packed_for,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def read_layout(layout: str) -> Layout:
+    """What `place_all` wrote."""
     head, *places = layout.split(";")
     steps, projects, stride, packed_for = head.split()
     return Layout(int(steps), projects == "1", int(stride), packed_for, tuple(map(_place, places)))

@@ -98,20 +98,22 @@ def _check_shortcut(shortcut: Tensor, folded: BlockWeights, out: tuple[int, int,
 
 
 def chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:
+    """The checked problem of a call and the name of its backend; takes what the operator takes, and raises what it raises."""
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
     problem = _problem(x, shortcut, BlockWeights(*tensors), packed, cached_config(*chain))
 
-    def run(by: Backend, p: ChainProblem, x: Tensor, shortcut: Tensor | None, *given: Any) -> list[Tensor]:
+    def run_by(by: Backend, p: ChainProblem, x: Tensor, shortcut: Tensor | None, *given: Any) -> list[Tensor]:
         plain = BlockWeights(*given)
         plain.packed = by.pack_block(plain, p.config) if packed else None
         return [run_block(by, p, x, shortcut, plain, relu)]
 
-    chosen = confirmed("block", partial(choose, problem, backend, layout), problem, [x, shortcut], tensors, run)
+    chosen = confirmed("block", partial(choose, problem, backend, layout), problem, [x, shortcut], tensors, run_by)
     return problem, chosen.name
 
 
 def run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
+    """Runs a checked call, with the operator's arguments, on that backend; returns (N, planes * 4, H', W')."""
     *tensors, packed, layout, relu = rest[:12]
     folded = BlockWeights(*tensors)
     if layout == backend:
@@ -133,6 +135,7 @@ def _fake(x, shortcut, *rest):
 
 
 def differentiable(x, shortcut, *rest):
+    """The operator by PyTorch's own, for gradients and transforms; the same arguments, (N, planes * 4, H', W')."""
     *tensors, _, _, relu = rest[:12]
     *chain, _ = rest[12:]
     folded = BlockWeights(*tensors)
@@ -151,6 +154,7 @@ register_transforms("bottle2neck", differentiable, folds=False)
 
 
 def no_backward(ctx, *grads):
+    """Raises NotImplementedError: the operator is for inference."""
     raise NotImplementedError("res2net_fused::bottle2neck is for inference; with gradients on, the block runs its parts")
 
 
@@ -168,6 +172,7 @@ def _flops(
 
 
 def decomposed(x, shortcut, *rest):
+    """The operator by PyTorch's own, which write nothing in place; the same arguments, (N, planes * 4, H', W')."""
     *tensors, _, _, relu = rest[:12]
     *chain, _ = rest[12:]
     f = BlockWeights(*tensors)
