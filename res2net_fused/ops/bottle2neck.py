@@ -97,23 +97,21 @@ def _check_shortcut(shortcut: Tensor, folded: BlockWeights, out: tuple[int, int,
         raise ValueError(f"shortcut is {describe(shortcut)}; {(out[0], channels, *out[1:])}{before} is needed")
 
 
-def chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:
-    """The checked problem of a call and the name of its backend; takes what the operator takes, and raises what it raises."""
+def _chosen(x, shortcut, *rest) -> tuple[ChainProblem, str]:
     *tensors, packed, layout, relu = rest[:12]
     *chain, backend = rest[12:]
     problem = _problem(x, shortcut, BlockWeights(*tensors), packed, cached_config(*chain))
 
-    def run_by(by: Backend, p: ChainProblem, x: Tensor, shortcut: Tensor | None, *given: Any) -> list[Tensor]:
+    def run(by: Backend, p: ChainProblem, x: Tensor, shortcut: Tensor | None, *given: Any) -> list[Tensor]:
         plain = BlockWeights(*given)
         plain.packed = by.pack_block(plain, p.config) if packed else None
         return [run_block(by, p, x, shortcut, plain, relu)]
 
-    chosen = confirmed("block", partial(choose, problem, backend, layout), problem, [x, shortcut], tensors, run_by)
+    chosen = confirmed("block", partial(choose, problem, backend, layout), problem, [x, shortcut], tensors, run)
     return problem, chosen.name
 
 
-def run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
-    """Runs a checked call, with the operator's arguments, on that backend; returns (N, planes * 4, H', W')."""
+def _run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
     *tensors, packed, layout, relu = rest[:12]
     folded = BlockWeights(*tensors)
     if layout == backend:
@@ -121,7 +119,7 @@ def run(problem: ChainProblem, backend: str, x, shortcut, *rest) -> Tensor:
     return run_block(get_backend(backend), problem, x, shortcut, folded, relu)
 
 
-register_kernel("bottle2neck", chosen, run, lambda *arguments: arguments[12] if arguments[11] else "")
+register_kernel("bottle2neck", _chosen, _run, lambda *arguments: arguments[12] if arguments[11] else "")
 
 
 @fake_of("bottle2neck")
@@ -134,8 +132,7 @@ def _fake(x, shortcut, *rest):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def differentiable(x, shortcut, *rest):
-    """The operator by PyTorch's own, for gradients and transforms; the same arguments, (N, planes * 4, H', W')."""
+def _differentiable(x, shortcut, *rest):
     *tensors, _, _, relu = rest[:12]
     *chain, _ = rest[12:]
     folded = BlockWeights(*tensors)
@@ -150,15 +147,14 @@ def differentiable(x, shortcut, *rest):
     return out.relu() if relu else out
 
 
-register_transforms("bottle2neck", differentiable, folds=False)
+register_transforms("bottle2neck", _differentiable, folds=False)
 
 
-def no_backward(ctx, *grads):
-    """Raises NotImplementedError: the operator is for inference."""
+def _no_backward(ctx, *grads):
     raise NotImplementedError("res2net_fused::bottle2neck is for inference; with gradients on, the block runs its parts")
 
 
-torch.library.register_autograd("res2net_fused::bottle2neck", no_backward, lib=library)
+torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=library)
 
 
 @register_flop_formula(torch.ops.res2net_fused.bottle2neck)
@@ -171,8 +167,7 @@ def _flops(
     return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
 
 
-def decomposed(x, shortcut, *rest):
-    """The operator by PyTorch's own, which write nothing in place; the same arguments, (N, planes * 4, H', W')."""
+def _decomposed(x, shortcut, *rest):
     *tensors, _, _, relu = rest[:12]
     *chain, _ = rest[12:]
     f = BlockWeights(*tensors)
@@ -186,4 +181,4 @@ def decomposed(x, shortcut, *rest):
     return as_suggested(out.relu() if relu else out, x)
 
 
-register_decomposition("bottle2neck", decomposed, _fake)
+register_decomposition("bottle2neck", _decomposed, _fake)

@@ -53,11 +53,11 @@ def _unpacked(x: Tensor, shortcut: Tensor | None, memory: Tensor, layout: str, r
 
 
 def _chosen(*arguments: Any) -> tuple[ChainProblem, str]:
-    return bottle2neck.chosen(*_unpacked(*arguments))
+    return bottle2neck._chosen(*_unpacked(*arguments))
 
 
 def _run(problem: ChainProblem, backend: str, *arguments: Any) -> Tensor:
-    return bottle2neck.run(problem, backend, *_unpacked(*arguments))
+    return bottle2neck._run(problem, backend, *_unpacked(*arguments))
 
 
 def _packed_for(x: Tensor, shortcut: Tensor | None, memory: Tensor, layout: str, *rest: Any) -> str:
@@ -77,11 +77,11 @@ def _fake(x, shortcut, memory, layout, relu, *settings):
 
 
 def _differentiable(*arguments: Any) -> Tensor:
-    return bottle2neck.differentiable(*_unpacked(*arguments))
+    return bottle2neck._differentiable(*_unpacked(*arguments))
 
 
 register_transforms("frozen_bottle2neck", _differentiable, folds=False)
-torch.library.register_autograd("res2net_fused::frozen_bottle2neck", bottle2neck.no_backward, lib=library)
+torch.library.register_autograd("res2net_fused::frozen_bottle2neck", bottle2neck._no_backward, lib=library)
 
 
 @register_flop_formula(torch.ops.res2net_fused.frozen_bottle2neck)
@@ -94,7 +94,7 @@ def _flops(x_shape, shortcut, memory, layout, *args, out_shape=None, **kwargs) -
 
 
 def _decomposed(*arguments: Any) -> Tensor:
-    return bottle2neck.decomposed(*_unpacked(*arguments))
+    return bottle2neck._decomposed(*_unpacked(*arguments))
 
 
 register_decomposition("frozen_bottle2neck", _decomposed, _fake)
