@@ -371,13 +371,17 @@ def fold_and_pack(block: BlockParts, dtype: torch.dtype, state: BlockState, in_g
 def freeze_block(block: BlockParts, state: BlockState) -> None:
     """Folds the block's weights and keeps that until it is dropped; packed in the dtype that a call would have now."""
 
-    def frozen() -> Frozen[BlockWeights]:
+    def make() -> Frozen[BlockWeights]:
         weight = block.conv1.weight
         with torch.inference_mode(False), torch.no_grad():
             folded = fold_block(block, weight.dtype)
             folded.overflowed = weight.dtype != torch.float64 and folded.overflows()
         pack = functools.partial(pack_to_be_kept, config=state.config, backend=state.backend)
-        return Frozen(folded, weight.device, pack, compute_dtype(weight))
+        dtype = compute_dtype(weight)
+        frozen = Frozen(folded, weight.device, pack, dtype)
+        if dtype == weight.dtype:
+            frozen.original = frozen.weights(dtype, weight.device)  # not twice in memory, where packing has moved them
+        return frozen
 
     state.frozen_norms = [type(bn) for bn in block.norms]
-    state.freeze(frozen)
+    state.freeze(make)

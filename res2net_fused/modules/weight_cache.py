@@ -187,21 +187,12 @@ class Frozen(Generic[Weights]):
     every stream, and kept: at most one for each dtype of a network (its own and autocast's two) on each device.
     """
 
-    def __init__(
-        self,
-        original: Weights,
-        original_dtype: torch.dtype,
-        device: torch.device,
-        pack: Callable[[Weights], Weights],
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, original: Weights, device: torch.device, pack: Callable[[Weights], Weights], dtype: torch.dtype) -> None:
         """original: plain weights on `device`, which nobody else writes. pack: adds a backend's layout. dtype: of the first."""
         self.original = _ready(original, device)
         self.pack = pack
         self.held: dict[tuple[torch.dtype, torch.device], Weights] = {}
-        made = self._make(dtype, device)
-        if dtype == original_dtype:
-            self.original = made  # not the same twice, where packing has moved them
+        self._make(dtype, device)
 
     def weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
         """The weights for a call on the current stream."""

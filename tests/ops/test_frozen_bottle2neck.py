@@ -93,6 +93,7 @@ def test_frozen_weights_are_views_of_one_tensor_that_holds_no_more(name):
         assert ours.numel() == 0 or ours.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
         assert ours.data_ptr() % 64 == 0 or ours.numel() == 0
         total += ours.numel() * ours.element_size()
+    assert block._res2net_fused.frozen.original.conv1_weight.data_ptr() == found.conv1_weight.data_ptr()  # not twice
     assert total <= memory.numel() <= total + 64 * (len(tensors(found)) + 5)
     assert [tuple(t.shape) for t in tensors(weights_in(memory, layout))] == [p.size for p in read_layout(layout).places]
 
