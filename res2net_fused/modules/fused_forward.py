@@ -136,7 +136,8 @@ class KnownBlock(Known):
         autocast = torch._C._is_any_autocast_enabled() and (under_autocast(x.device.type), compute_dtype(weight))
         device = weight.device
         kind = x.dtype, x.device, x.shape, x.stride(), weight.dtype, device, weight.stride(), autocast
-        facts = *kind, requested(state.backend), choices.version()
+        asked = requested(state.backend)
+        facts = *kind, asked, choices.version()
         seen = self.seen
         if seen is None or seen[0] != facts:
             if not is_floating(x, 4) or why_not_of_dtype(x, weight) is not None:
@@ -152,14 +153,15 @@ class KnownBlock(Known):
         if found.converts:
             x = x.contiguous(memory_format=torch.channels_last)
         x_in = x if x.dtype is found.dtype else x.to(found.dtype)
-        folded: BlockWeights = self._folded(found.dtype, device, state)
+        folded: BlockWeights = self._folded(found.dtype, device, state, asked)
         return _run_folded(self.parts, x, x_in, given, folded, state, self.whole, self.projection, found)
 
-    def _folded(self, dtype: torch.dtype, device: torch.device, state: BlockState) -> BlockWeights:
+    def _folded(self, dtype: torch.dtype, device: torch.device, state: BlockState, asked: tuple[str, str]) -> BlockWeights:
+        """asked: what `requested` says of the backend now, which reads the environment."""
         frozen = state.frozen
         if frozen is not None and state.frozen_norms == self.norms:
             return _without_projection(frozen.weights(dtype, device), self.projection)
-        settings = (dtype, requested(state.backend), *self.settings)
+        settings = (dtype, asked, *self.settings)
         return state.keep(self.tensors, settings, lambda: fold_and_pack(self.parts, dtype, state))
 
 
