@@ -328,10 +328,11 @@ def frozen_anew(block):
 MORE_CHANGES = [pytest.param(change, marks=pytest.mark.slow) for change in (circular, renormed, refresh, nn.Module.float)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # by each operator that a graph may hold
 @pytest.mark.parametrize("change", [hooked, dilated, frozen_anew, *MORE_CHANGES])
-def test_frozen_block_changed_after_it_was_compiled(change):
-    block = freeze(make())
-    x = sample(2, 7, 9)
+def test_frozen_block_changed_after_it_was_compiled(change, dtype):
+    block = freeze(make().to(dtype))
+    x = sample(2, 7, 9).to(dtype)
     function = torch.compile(block, backend="eager")
     with torch.no_grad():
         before = function(x)
@@ -346,15 +347,16 @@ def pickled(block):
     return pickle.loads(pickle.dumps(block))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("copied", [copy.deepcopy, pytest.param(pickled, marks=pytest.mark.slow)])
-def test_blocks_of_one_geometry_share_a_graph(copied):
+def test_blocks_of_one_geometry_share_a_graph(copied, dtype):
     graphs, backend = counting()
-    block = freeze(make())
+    block = freeze(make().to(dtype))
     others = [copied(block) for _ in range(2)]
     call = torch.compile(lambda block, x: block(x), backend=backend)
     with torch.no_grad():
         for b in (block, *map(freeze, map(randomize, others))):
-            x = sample(2, 7, 9)
+            x = sample(2, 7, 9).to(dtype)
             assert torch.equal(call(b, x), b(x))
         assert len(graphs) == 1
         dilated(others[0])
