@@ -9,6 +9,7 @@ namespace res2net_fused {
 namespace {
 
 constexpr int64_t kRowsOfPass = 100;  // of pixels that a thread takes at a time by one pass of channels, at most
+constexpr int64_t kFewestRows = 12;   // fewer would not pay for reading the weights once more
 
 // u = relu(conv1(x)) and y = chain(u) of some images: (images, H, W, room), a pixel's channels padded to whole panels so that
 // nothing that is stored there needs a mask. Also the pixels that a strided projection reads, side by side.
@@ -106,18 +107,18 @@ class BlockRun {
 
   // All rows, by all threads: the larger of the two operands is shared out.
   void pointwise(const Pointwise& p) const {
-    const int64_t panels = panel_count(p.columns);
+    const int64_t panels = panel_count(p.columns), threads = thread_count(), most = p.rows / kFewestRows;
     if (p.rows >= p.columns) {
-      const WorkSplit rows{divide_up(p.rows, pointwise_block(p))};
-      share_out(rows.count, thread_count(), [&](int64_t, int64_t unit) {
+      const WorkSplit rows{row_cuts(p.rows, 1, divide_up(p.rows, pointwise_block(p)), most, threads)};
+      share_out(rows.count, threads, [&](int64_t, int64_t unit) {
         kernels_.pointwise_rows(p, rows.share(p.rows, unit), rows.share(p.rows, unit + 1), 0, panels);
       });
       return;
     }
     // A pass of panels, and not all rows where there are many: else the last units would take too long.
     const WorkSplit passes{std::max<int64_t>(divide_up(p.columns / kPanel, kernels_.panels_per_pass), 1)};
-    const WorkSplit rows{divide_up(p.rows, kRowsOfPass)};
-    share_out(passes.count * rows.count, thread_count(), [&](int64_t, int64_t unit) {
+    const WorkSplit rows{row_cuts(p.rows, passes.count, divide_up(p.rows, kRowsOfPass), most, threads)};
+    share_out(passes.count * rows.count, threads, [&](int64_t, int64_t unit) {
       const int64_t pass = unit / rows.count, part = unit % rows.count;
       const int64_t first = rows.share(p.rows, part), last = rows.share(p.rows, part + 1);
       kernels_.pointwise_rows(p, first, last, passes.share(panels, pass), passes.share(panels, pass + 1));

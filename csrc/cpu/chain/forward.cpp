@@ -216,13 +216,15 @@ void Run::tiles() const {
       });
       continue;
     }
-    split_.for_each([&](int64_t part) {
-      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
-      if (out_rows >= 4 * plan_.parts) {
-        kernels_.direct_rows(step, split_.share(out_rows, part), split_.share(out_rows, part + 1), 0, panels);
-      } else {
-        kernels_.direct_rows(step, 0, out_rows, split_.share(panels, part), split_.share(panels, part + 1));
-      }
+    // Rows; where they are few, channels, and rows of them where there are too few of both.
+    const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+    const WorkSplit channels{out_rows >= 4 * plan_.parts ? 1 : std::min(panels, plan_.parts)};
+    const WorkSplit cuts{row_cuts(out_rows, channels.count, 1, out_rows, plan_.parts)};
+    share_out(channels.count * cuts.count, plan_.parts, [&](int64_t, int64_t unit) {
+      const int64_t channel = unit / cuts.count, cut = unit % cuts.count;
+      kernels_.direct_rows(
+          step, cuts.share(out_rows, cut), cuts.share(out_rows, cut + 1), channels.share(panels, channel),
+          channels.share(panels, channel + 1));
     });
   }
   if (passes_last()) pass_all();

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from helpers import Chain, assert_close, masked_gradients, relative_error
+from helpers import Chain, assert_close, masked_gradients, relative_error, thread_count
 
 from res2net_fused import hierarchical_conv2d
 from res2net_fused.backends import cpu as cpu_backend
@@ -149,13 +149,9 @@ def test_fake_gradients_have_the_strides_of_real_ones(width, groups, layout):
 
 def test_a_total_of_its_own_only_for_a_part_with_tiles_enough():
     """Else 64 threads would hold 64 totals of all weights for one small image each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(64)
-    try:
+    with thread_count(64):
         check(Chain(steps=2, width=72), (64, 72, 7, 7))
         assert torch.ops.res2net_fused_native.cpu_scratch_bytes(False) < 2**25
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_biases_that_do_not_fit_are_refused():
