@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/chain/image_groups.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/work_split.h"
 
@@ -136,22 +137,16 @@ void BlockRun::images() const {
   const Middle shape(problem_, data_, plan_.images);
   const int64_t chain_floats = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const int64_t each = chain_floats + round_up(shape.floats(), 1024);
-  const Scratch scratch(each * plan_.parts);
-  const WorkSplit groups{plan_.image_groups(problem_.batch)};
-  WorkStealing work(groups.count, plan_.parts);
-  WorkSplit{plan_.parts}.for_each([&](int64_t part) {
-    float* const memory = scratch.data() + part * each;
-    const ImageChain chain(problem_, plan_, kernels_, memory);
-    Middle middle(problem_, data_, plan_.images);
+  for_image_groups(plan_, problem_.batch, each, [&](float* memory) {
+    Middle middle = shape;
     middle.place(memory + chain_floats);
-    work.work(part, [&](int64_t group) {
-      const int64_t n = groups.share(problem_.batch, group), images = groups.share(problem_.batch, group + 1) - n;
+    return [this, middle, chain = ImageChain(problem_, plan_, kernels_, memory)](int64_t n, int64_t images) {
       const Pointwise before = conv1(middle, n, images), behind = conv3(middle, n, images);
       kernels_.pointwise_rows(before, 0, before.rows, 0, panel_count(before.columns));
       chain.run(middle.chain(data_), images);
       if (picks()) pick(middle, n, 0, images * problem_.out_height());
       kernels_.pointwise_rows(behind, 0, behind.rows, 0, panel_count(behind.columns));
-    });
+    };
   });
 }
 

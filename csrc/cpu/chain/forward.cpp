@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/chain/image_groups.h"
 #include "cpu/chain/padded_images.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/work_split.h"
@@ -170,19 +171,13 @@ void Run::image_group(const PaddedImages& sources, int64_t images, const BlockSc
 }
 
 void Run::images() const {
-  const int64_t each = ImageChain::scratch_floats(problem_, plan_, kernels_);
-  const Scratch scratch(each * plan_.parts);
-  const WorkSplit groups{plan_.image_groups(problem_.batch)};
-  WorkStealing work(groups.count, plan_.parts);
-  split_.for_each([&](int64_t part) {
-    const ImageChain chain(problem_, plan_, kernels_, scratch.data() + part * each);
-    work.work(part, [&](int64_t group) {
-      const int64_t n = groups.share(problem_.batch, group);
+  for_image_groups(plan_, problem_.batch, ImageChain::scratch_floats(problem_, plan_, kernels_), [&](float* memory) {
+    return [this, chain = ImageChain(problem_, plan_, kernels_, memory)](int64_t n, int64_t images) {
       ChainData data = data_;
       data.x.data += n * data.x.image;
       data.out.data += n * data.out.image;
-      note(chain.run(data, groups.share(problem_.batch, group + 1) - n));
-    });
+      note(chain.run(data, images));
+    };
   });
 }
 

@@ -130,7 +130,9 @@ class StemPart {
       // The middle one of three is always there; once more it changes no maximum.
       rows[static_cast<size_t>(t)] = inside ? source.row(top + t) : pools ? source.row(top + 1) : zeros_;
     }
-    if (pools) return kernels_.pool_row(rows.data(), source.width, source.channels, out);
+    if (pools) {
+      return kernels_.max_row({source.width, source.channels, source.channels, 2, source.channels}, rows.data(), out);
+    }
     const StemConvolution& c = data_.convolutions[at - 1];
     const RowConvolution row{
         c.kernel_height, c.kernel_width * source.channels, c.column_stride * source.channels, c.weights, c.bias, c.channels};

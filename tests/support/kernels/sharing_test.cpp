@@ -53,7 +53,7 @@ Kernels counting_kernels(int64_t panels_per_pass) {
     note("1x1", (last - first) * (last_panel - first_panel));
   };
   k.convolve_row = [](const RowConvolution&, const float* const*, float*, int64_t) {};
-  k.pool_row = [](const float* const*, int64_t, int64_t, float*) { note("stem", 1); };
+  k.max_row = [](const MaxRow&, const float* const*, float*) { note("stem", 1); };
   return k;
 }
 
