@@ -18,6 +18,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -34,7 +35,7 @@ from res2net_fused._tables import format_table
 from res2net_fused._timing import Contender, measure
 from res2net_fused.backends import choices, policy
 from res2net_fused.backends.cpu import chain1d
-from res2net_fused.bench import networks, providers, results, runtimes
+from res2net_fused.bench import floor, networks, providers, results, runtimes
 from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.networks import NetworkRatios
 from res2net_fused.bench.record_file import Record
@@ -67,7 +68,10 @@ NETWORKS = """Whole networks: Res2Net-50 26w4s and 14w8s against PyTorch, ONNX R
 
 At each batch size all providers of all three networks take turns on photographs of 224x224. The fastest of ours is compared
 with PyTorch's fastest mode, with ONNX Runtime and OpenVINO (the extra `peers`), and with ResNet-50 in PyTorch's fastest mode.
-A ratio above 1 means that ours is faster.
+A ratio above 1 means that ours is faster. Ours is also divided by two floors, least times by rates that the run measures
+(res2net_fused/bench/floor.py): there 1 is the best.
+
+--isa avx2 holds ours, PyTorch (ATen, oneDNN, MKL) and OpenVINO to AVX2. ONNX Runtime has no switch for it.
 
 Exit status 1: a ratio is below its bar, or the parity gate is red. 2: a bar cannot be judged, since a peer was not timed, or
 somebody failed or computes something else as it would be timed.
@@ -84,6 +88,15 @@ FORMS = {
 ROWS_1D = ((1, 100), (1, 200), (1, 300), (1, 600), (1, 2000), (8, 200), (16, 300))  # batch, length
 SHAPES_1D = [(width, *rows) for width in (64, 128) for rows in ROWS_1D]
 SCALE_1D = 8
+# By instruction set: what holds ours, ATen, oneDNN (OpenVINO's own too) and MKL to it, read when their libraries are loaded.
+HELD = {
+    "avx2": {
+        "RES2NET_FUSED_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
 _JUDGED_BY = {"bar_pytorch": ("pytorch",), "bar_peer": tuple(runtimes.RUNTIMES), "bar_resnet": ("resnet50",)}
 Calls = Mapping[str, Callable[[Tensor], Tensor]]  # by name of the contender
 
@@ -130,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--train", action="store_true", help="forward, backward and a step of SGD")
     nets.add_argument("--repeats", type=int, default=10, help="of every provider on every network (default: 10)")
     nets.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes to compile")
+    nets.add_argument("--isa", choices=HELD, help="hold everybody to this instruction set who can be held to it")
     nets.add_argument("--out", type=Path, help="JSON file for the rows (default: none)")
     nets.add_argument("--bar-pytorch", type=float, metavar="RATIO", help="over PyTorch's fastest mode")
     nets.add_argument("--bar-peer", type=float, metavar="RATIO", help="over ONNX Runtime and over OpenVINO")
@@ -379,6 +393,11 @@ def run_plain(options: argparse.Namespace) -> int:
 
 
 def run_networks(options: argparse.Namespace) -> int:
+    held = HELD.get(options.isa, {})
+    if not held.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | held)
+    if held:
+        print(f"held to {options.isa} by {held}; onnxruntime cannot be held")
     absent = providers.unavailable("cpu")
     for name, reason in absent.items():
         print(f"not timed, {name}: {reason}")
@@ -401,7 +420,14 @@ def run_networks(options: argparse.Namespace) -> int:
             rounds = (options.repeats, options.repeats)
             runner = NetworkRunner(TurnConditions("cpu", BACKEND, False, None, 1, seconds=0, rounds=rounds), record)
             for batch in options.batch:
+                parts = {case.name: floor.parts(case.network, (batch, *case.images.shape[1:])) for case in cases}
+                sizes = floor.sizes_of(parts.values())
+                rates = floor.measure_rates(sizes)
                 outcome = runner.time_networks(cases, batch, providers.candidates(names, "cpu"))
+                rates = rates.best(floor.measure_rates(sizes))
+                for row in outcome.rows:
+                    row |= floor.fields(parts[row["config"]], rates)
+                print(f"batch {batch}: {rates}")
                 record.add(outcome.rows, outcome.failures)
             record.close()
     except (ImportError, RuntimeError, ValueError) as error:
@@ -419,7 +445,7 @@ def run_networks(options: argparse.Namespace) -> int:
 def report(found: Sequence[NetworkRatios], environment: dict[str, object], bars: dict[str, float | None]) -> int:
     """Prints the ratios and what is below its bar; returns the exit status."""
     print(f"\n{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, medians in ms;")
-    print(f"{environment['peers']}; ratios above 1: ours is faster")
+    print(f"{environment['peers']}; ratios above 1: ours is faster; ms / floor: 1 is the best")
     print(networks.ratio_table(found))
     below = 0
     fastest = list({(one.model, one.batch): one for one in found}.values())  # which stands behind the plain form

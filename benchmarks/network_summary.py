@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from res2net_fused.bench import networks
+from res2net_fused.bench.floor import FLOORS
 from res2net_fused.bench.networks import NetworkRatios
 
 README_MODEL = "res2net50_26w4s"
@@ -24,6 +25,7 @@ FORMS = {
     "ours_graph": "`accelerate`, `freeze`, CUDA graph",
 }
 _COLUMNS = {"over PyTorch": "pytorch", "over ResNet-50": "resnet50"} | {f"over {name}": name for name in networks.RUNTIMES}
+_FLOOR_COLUMNS = {f"ms / {text}": name for name, text in FLOORS.items()}
 _NAMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
 _COLOURS = {"pytorch": "#8c8c8c", "onnxruntime": "#b79f5b", "openvino": "#4c8ea3", "ours": "#c44e52"}
 
@@ -58,14 +60,16 @@ def from_text(path: Path) -> NetworkRun:
         if not line.strip() or set(line) <= {"-", " "}:
             continue
         model, batch, provider, ms, *cells = re.split(r"  +", line.strip())
-        others = {}
+        others, floors = {}, {}
         for column, cell in zip(columns, cells, strict=True):
             found = re.fullmatch(r"[\d.]+x \(([\d.e+]+) ms(?: (\S+))?\)", cell)
-            if not found and cell != "not timed" or column not in _COLUMNS:
+            if not found and cell != "not timed" or column not in {**_COLUMNS, **_FLOOR_COLUMNS}:
                 raise ValueError(f"{path}: {column!r} of {model} is {cell!r}, and a ratio with its milliseconds is expected")
-            if found:
+            if found and column in _FLOOR_COLUMNS:
+                floors[_FLOOR_COLUMNS[column]] = float(found[1])
+            elif found:
                 others[_COLUMNS[column]] = (float(found[1]), found[2] or _COLUMNS[column])
-        ratios.append(NetworkRatios(model, int(batch), provider, float(ms), others))
+        ratios.append(NetworkRatios(model, int(batch), provider, float(ms), others, floors))
     return NetworkRun(path, machine[1], int(machine[2]), ratios)
 
 
@@ -91,6 +95,8 @@ def table_lines(runs: Sequence[NetworkRun], model: str | None = None) -> tuple[l
     peers = [name for name in networks.RUNTIMES if any(name in found.others for run in runs for found in run.ratios)]
     head = ["network"] * (model is None) + ["processor", "batch", "ours, called as", "ours", "over PyTorch"]
     head += [*(f"over {_NAMES[name]}" for name in peers), "over ResNet-50"]
+    floors = [name for name in FLOORS if any(name in found.floors for run in runs for found in run.ratios)]
+    head += [f"ours / {FLOORS[name]}" for name in floors]
     order = [name for run in runs for name in dict.fromkeys(found.model for found in run.ratios)]
     devices = list(dict.fromkeys(run.device for run in runs))
     entries = sorted(
@@ -100,7 +106,7 @@ def table_lines(runs: Sequence[NetworkRun], model: str | None = None) -> tuple[l
     )  # fmt: skip
     lines = []
     for run, found in entries:
-        ratios = [found.ratio(name) for name in ("pytorch", *peers, "resnet50")]
+        ratios = [found.ratio(name) for name in ("pytorch", *peers, "resnet50")] + [found.over_floor(name) for name in floors]
         cells = [short(run.device), str(found.batch), FORMS[found.provider.rstrip("*")], f"{milliseconds(found.ms)} ms"]
         cells += ["not timed" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
         lines.append([found.model] * (model is None) + cells)

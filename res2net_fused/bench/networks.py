@@ -23,6 +23,7 @@ from ..patching.explain import explain
 from ..testing.cases import TORCH_DTYPES, channels_last
 from ..testing.parity import ParityReport, check_network, convolution_precision
 from . import runtimes
+from .floor import FLOORS
 from .providers import OURS, PLAIN, PYTORCH, label
 from .sample_images import calibrate, sample_images
 from .timed_case import BASELINE, TARGET_CONFIGS, network_name
@@ -108,7 +109,7 @@ class NetworkRatios:
     """What a Res2Net took at one batch by one form of ours, and by what it is compared with the other's time and provider.
 
     others: "pytorch", the fastest mode of PyTorch on the same network; each runtime by its name; "resnet50", the fastest
-    mode of PyTorch on ResNet-50. What was not timed is not there.
+    mode of PyTorch on ResNet-50. floors: milliseconds by the fields of FLOORS. What was not timed is not there.
     """
 
     model: str
@@ -116,10 +117,15 @@ class NetworkRatios:
     provider: str
     ms: float
     others: dict[str, tuple[float, str]]
+    floors: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, other: str) -> float | None:
         """How many times as long the other takes: above 1, ours is faster."""
         return self.others[other][0] / self.ms if other in self.others else None
+
+    def over_floor(self, name: str) -> float | None:
+        """How many times the floor ours takes: 1 at best."""
+        return self.ms / self.floors[name] if name in self.floors else None
 
 
 def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
@@ -140,7 +146,8 @@ def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
         others |= {name: _fastest(of_case, [name]) for name in RUNTIMES}
         others["resnet50"] = _fastest(by_case.get((network_name(BASELINE), batch), []), PYTORCH)
         timed = {k: v for k, v in others.items() if v is not None}
-        found += [NetworkRatios(model, batch, name, ms, timed) for ms, name in dict.fromkeys(forms)]
+        floors = {name: row[name] for row in of_case for name in FLOORS if name in row}
+        found += [NetworkRatios(model, batch, name, ms, timed, floors) for ms, name in dict.fromkeys(forms)]
     return found
 
 
@@ -149,10 +156,12 @@ def _fastest(rows: Iterable[Row], names: Iterable[str]) -> tuple[float, str] | N
 
 
 def ratio_table(ratios: Sequence[NetworkRatios]) -> str:
-    """One line for each network and batch; ratios above 1 mean that ours is faster."""
+    """One line for each network and batch; ratios above 1 mean that ours is faster, and those of a floor are ours over it."""
     measured = [name for name in RUNTIMES if any(name in found.others for found in ratios)]
     others = ("pytorch", *measured, "resnet50")
     head = ["network", "batch", "ours", "ms", "over PyTorch", *(f"over {name}" for name in measured), "over ResNet-50"]
+    floors = {name: text for name, text in FLOORS.items() if any(name in found.floors for found in ratios)}
+    head += [f"ms / {text}" for text in floors.values()]
     lines = []
     for found in ratios:
         cells = []
@@ -163,5 +172,8 @@ def ratio_table(ratios: Sequence[NetworkRatios]) -> str:
             ms, provider = found.others[other]
             which = "" if other in measured else f" {provider}"
             cells.append(f"{found.ratio(other):.2f}x ({ms:.4g} ms{which})")
+        for name in floors:
+            over = found.over_floor(name)
+            cells.append("not timed" if over is None else f"{over:.2f}x ({found.floors[name]:.4g} ms)")
         lines.append([found.model, str(found.batch), found.provider, f"{found.ms:.4g}", *cells])
     return format_table(head, lines, left=1)

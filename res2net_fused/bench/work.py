@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class Work:
 
 def least_work(module: nn.Module, shape: Sequence[int], dtype: str) -> Work:
     """The work of a module that runs as one kernel on an input of this shape (N, C, H, W); nothing is computed."""
-    twin, x = _on_meta(module, shape, dtype)
+    twin, x = on_meta(module, shape, dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         out = twin(x)
     parameters = sum(parameter.nbytes for parameter in twin.parameters())
@@ -37,19 +37,25 @@ def least_work(module: nn.Module, shape: Sequence[int], dtype: str) -> Work:
 
 def least_work_of_network(network: Network, shape: Sequence[int], dtype: str) -> list[Work]:
     """Stem, every block and head of a network, each as one kernel."""
-    twin, x = _on_meta(network, shape, dtype)
-    stem = nn.Sequential(*(twin.get_submodule(name) for name in ("conv1", "bn1", "relu", "maxpool")))
-    blocks = [block for i in (1, 2, 3, 4) for block in twin.get_submodule(f"layer{i}").children()]
-    head = nn.Sequential(twin.get_submodule("avgpool"), nn.Flatten(), twin.get_submodule("fc"))
+    twin, x = on_meta(network, shape, dtype)
     parts = []
     with torch.no_grad():
-        for part in (stem, *blocks, head):
+        for _, part in parts_of_network(twin):
             parts.append(least_work(part, x.shape, dtype))
             x = part(x)
     return parts
 
 
-def _on_meta(module: nn.Module, shape: Sequence[int], dtype: str) -> tuple[nn.Module, Tensor]:
+def parts_of_network(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """("stem", ...), ("block", ...) for every block, and ("head", ...), in the order of the calls."""
+    yield "stem", nn.Sequential(*(network.get_submodule(name) for name in ("conv1", "bn1", "relu", "maxpool")))
+    for i in (1, 2, 3, 4):
+        yield from (("block", block) for block in network.get_submodule(f"layer{i}").children())
+    yield "head", nn.Sequential(network.get_submodule("avgpool"), nn.Flatten(), network.get_submodule("fc"))
+
+
+def on_meta(module: nn.Module, shape: Sequence[int], dtype: str) -> tuple[nn.Module, Tensor]:
+    """A twin of a module and an input of this shape, both without data."""
     twin = copy.deepcopy(module).to("meta", TORCH_DTYPES[dtype])
     return twin, torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype], device="meta")
 

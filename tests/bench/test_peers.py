@@ -15,7 +15,7 @@ from record_cases import conditions
 
 from res2net_fused import _timing as timing
 from res2net_fused import cli
-from res2net_fused.bench import network_runner, networks, outcome, plot, providers, results, run, runner, runtimes
+from res2net_fused.bench import floor, network_runner, networks, outcome, plot, providers, results, run, runner, runtimes
 from res2net_fused.bench.network_runner import NetworkRunner, TurnConditions
 from res2net_fused.bench.networks import DEFAULT_MODELS, NetworkCase
 from res2net_fused.bench.record_file import Record
@@ -432,6 +432,7 @@ def test_the_script_times_and_writes(nothing_installed, monkeypatch, tmp_path, c
     for case in cases.values():
         case.parity = passed
     monkeypatch.setattr(networks, "prepare_network", lambda name, *_: cases[name])
+    monkeypatch.setattr(floor, "measure_rates", lambda sizes: floor.Rates(dict.fromkeys([*sizes, floor.SQUARE], 1e9), 1e9))
     path = tmp_path / "network.json"
     assert cpu.main(["networks", "--batch", "1", "2", "--repeats", "1", "--no-compile", "--out", str(path)]) == 0
     data = results.read(path)
@@ -441,6 +442,7 @@ def test_the_script_times_and_writes(nothing_installed, monkeypatch, tmp_path, c
         for batch in (1, 2)
         for name in ("eager", "eager_channels_last", "ours_plain", "ours")
     }
+    assert {row["sgemm_floor_ms"] > 0 and row["own_sizes_floor_ms"] > 0 for row in data["rows"]} == {True}
     assert set(data["environment"]["peers"]) == set(runtimes.RUNTIMES)
     out = capsys.readouterr().out
     assert out.count("not timed, ") == 2 and "res2net50_14w8s" in out

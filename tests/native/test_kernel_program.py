@@ -33,8 +33,9 @@ def compiled(compiler: str, machine: str, folder: Path, optimization: str) -> Pa
     """The program with the kernels of every instruction set of a machine; the objects of a build here serve again."""
     sets = build_flags.instruction_sets(machine)
     have = [f"-DRES2NET_FUSED_HAVE_{s.name.upper()}=1" for s in sets]
-    jobs = [(SOURCES / "kernel_test.cpp", ("-O1",)), *((CSRC / f"cpu/{name}.cpp", ("-O1", *have)) for name in
-            ("chain/forward", "chain/plan", "chain/stem", "runtime/dispatch", "runtime/scratch"))]  # fmt: skip
+    parts = ("chain/block", "chain/forward", "chain/plan", "chain/stem", "runtime/dispatch", "runtime/scratch")
+    jobs = [(SOURCES / f"{name}.cpp", ("-O1",)) for name in ("kernel_test", "sharing_test")]
+    jobs += [(CSRC / f"cpu/{name}.cpp", ("-O1", *have)) for name in parts]
     objects, built = [], ROOT / "build" / "native" / "cpu" / "obj"
     for isa in sets:
         for source in sorted(CSRC.glob("cpu/kernels/*.cpp")):

@@ -6,7 +6,8 @@ import functools
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -59,6 +60,17 @@ def find_nvcc() -> str:
         return str(cuda_toolkit.find_nvcc(torch.version.cuda).path)
     except cuda_toolkit.NoNvcc as error:
         return tool(None, "nvcc", str(error))
+
+
+@contextmanager
+def thread_count(count: int) -> Iterator[None]:
+    """PyTorch's threads within; there may be more of them than cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_together(*work: Callable[[], object]) -> list[object]:

@@ -261,9 +261,9 @@ int64_t tiles_of(const ChainProblem& problem) {
   return problem.batch * covering_tiles(problem.height, problem.width).per_image();
 }
 
-// Parts of Schedule::images.
-int64_t image_parts(const ChainProblem& problem, int64_t threads) {
-  return std::min({threads, problem.batch, std::max<int64_t>(1, tiles_of(problem) / kTilesWorthAPart)});
+// Threads that there is work for, if it were not cut at images.
+int64_t busy_threads(const ChainProblem& problem, int64_t threads) {
+  return std::min(threads, std::max<int64_t>(1, tiles_of(problem) / kTilesWorthAPart));
 }
 
 }  // namespace
@@ -271,8 +271,9 @@ int64_t image_parts(const ChainProblem& problem, int64_t threads) {
 bool backward_covers(const ChainProblem& problem, int64_t threads) {
   if (!winograd_pays(problem) || problem.batch < 1) return false;
   if (shares_channels(tiles_of(problem), problem.channels, threads)) return true;
-  const int64_t parts = image_parts(problem, threads), rounds = (problem.batch + parts - 1) / parts;
-  return rounds * parts * 4 <= problem.batch * 5;  // the slowest thread decides
+  // The slowest thread decides. One operator after the other cuts images too.
+  const int64_t busy = busy_threads(problem, threads);
+  return divide_up(problem.batch, busy) * busy * 4 <= problem.batch * 5;
 }
 
 BackwardPlan plan_backward(const ChainProblem& problem, int64_t threads) {
@@ -282,12 +283,12 @@ BackwardPlan plan_backward(const ChainProblem& problem, int64_t threads) {
   const int64_t per_image = plan.grid.per_image();
   if (shares_channels(tiles_of(problem), problem.channels, threads)) {
     plan.schedule = Schedule::channels;
-    plan.parts = threads;
+    plan.parts = std::min(threads, panel_count(problem.channels));
     plan.block_tiles = kSharedBlockTiles;
     return plan;
   }
   plan.schedule = Schedule::images;
-  plan.parts = image_parts(problem, threads);
+  plan.parts = std::min(problem.batch, busy_threads(problem, threads));
   plan.weight_tiles = weight_block_tiles(problem.channels);
   plan.block_tiles = problem.channels <= 64 ? 24 : 16;
   const int64_t rounds = (problem.batch + plan.parts - 1) / plan.parts;

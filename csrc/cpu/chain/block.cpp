@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/chain/image_groups.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/work_split.h"
 
@@ -9,6 +10,7 @@ namespace res2net_fused {
 namespace {
 
 constexpr int64_t kRowsOfPass = 100;  // of pixels that a thread takes at a time by one pass of channels, at most
+constexpr int64_t kFewestRows = 12;   // fewer would not pay for reading the weights once more
 
 // u = relu(conv1(x)) and y = chain(u) of some images: (images, H, W, room), a pixel's channels padded to whole panels so that
 // nothing that is stored there needs a mask. Also the pixels that a strided projection reads, side by side.
@@ -106,18 +108,18 @@ class BlockRun {
 
   // All rows, by all threads: the larger of the two operands is shared out.
   void pointwise(const Pointwise& p) const {
-    const int64_t panels = panel_count(p.columns);
+    const int64_t panels = panel_count(p.columns), threads = thread_count(), most = p.rows / kFewestRows;
     if (p.rows >= p.columns) {
-      const WorkSplit rows{divide_up(p.rows, pointwise_block(p))};
-      share_out(rows.count, thread_count(), [&](int64_t, int64_t unit) {
+      const WorkSplit rows{row_cuts(p.rows, 1, divide_up(p.rows, pointwise_block(p)), most, threads)};
+      share_out(rows.count, threads, [&](int64_t, int64_t unit) {
         kernels_.pointwise_rows(p, rows.share(p.rows, unit), rows.share(p.rows, unit + 1), 0, panels);
       });
       return;
     }
     // A pass of panels, and not all rows where there are many: else the last units would take too long.
     const WorkSplit passes{std::max<int64_t>(divide_up(p.columns / kPanel, kernels_.panels_per_pass), 1)};
-    const WorkSplit rows{divide_up(p.rows, kRowsOfPass)};
-    share_out(passes.count * rows.count, thread_count(), [&](int64_t, int64_t unit) {
+    const WorkSplit rows{row_cuts(p.rows, passes.count, divide_up(p.rows, kRowsOfPass), most, threads)};
+    share_out(passes.count * rows.count, threads, [&](int64_t, int64_t unit) {
       const int64_t pass = unit / rows.count, part = unit % rows.count;
       const int64_t first = rows.share(p.rows, part), last = rows.share(p.rows, part + 1);
       kernels_.pointwise_rows(p, first, last, passes.share(panels, pass), passes.share(panels, pass + 1));
@@ -135,22 +137,16 @@ void BlockRun::images() const {
   const Middle shape(problem_, data_, plan_.images);
   const int64_t chain_floats = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const int64_t each = chain_floats + round_up(shape.floats(), 1024);
-  const Scratch scratch(each * plan_.parts);
-  const WorkSplit groups{plan_.image_groups(problem_.batch)};
-  WorkStealing work(groups.count, plan_.parts);
-  WorkSplit{plan_.parts}.for_each([&](int64_t part) {
-    float* const memory = scratch.data() + part * each;
-    const ImageChain chain(problem_, plan_, kernels_, memory);
-    Middle middle(problem_, data_, plan_.images);
+  for_image_groups(plan_, problem_.batch, each, [&](float* memory) {
+    Middle middle = shape;
     middle.place(memory + chain_floats);
-    work.work(part, [&](int64_t group) {
-      const int64_t n = groups.share(problem_.batch, group), images = groups.share(problem_.batch, group + 1) - n;
+    return [this, middle, chain = ImageChain(problem_, plan_, kernels_, memory)](int64_t n, int64_t images) {
       const Pointwise before = conv1(middle, n, images), behind = conv3(middle, n, images);
       kernels_.pointwise_rows(before, 0, before.rows, 0, panel_count(before.columns));
       chain.run(middle.chain(data_), images);
       if (picks()) pick(middle, n, 0, images * problem_.out_height());
       kernels_.pointwise_rows(behind, 0, behind.rows, 0, panel_count(behind.columns));
-    });
+    };
   });
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/chain/image_groups.h"
 #include "cpu/chain/padded_images.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/work_split.h"
@@ -170,19 +171,13 @@ void Run::image_group(const PaddedImages& sources, int64_t images, const BlockSc
 }
 
 void Run::images() const {
-  const int64_t each = ImageChain::scratch_floats(problem_, plan_, kernels_);
-  const Scratch scratch(each * plan_.parts);
-  const WorkSplit groups{plan_.image_groups(problem_.batch)};
-  WorkStealing work(groups.count, plan_.parts);
-  split_.for_each([&](int64_t part) {
-    const ImageChain chain(problem_, plan_, kernels_, scratch.data() + part * each);
-    work.work(part, [&](int64_t group) {
-      const int64_t n = groups.share(problem_.batch, group);
+  for_image_groups(plan_, problem_.batch, ImageChain::scratch_floats(problem_, plan_, kernels_), [&](float* memory) {
+    return [this, chain = ImageChain(problem_, plan_, kernels_, memory)](int64_t n, int64_t images) {
       ChainData data = data_;
       data.x.data += n * data.x.image;
       data.out.data += n * data.out.image;
-      note(chain.run(data, groups.share(problem_.batch, group + 1) - n));
-    });
+      note(chain.run(data, images));
+    };
   });
 }
 
@@ -216,13 +211,15 @@ void Run::tiles() const {
       });
       continue;
     }
-    split_.for_each([&](int64_t part) {
-      const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
-      if (out_rows >= 4 * plan_.parts) {
-        kernels_.direct_rows(step, split_.share(out_rows, part), split_.share(out_rows, part + 1), 0, panels);
-      } else {
-        kernels_.direct_rows(step, 0, out_rows, split_.share(panels, part), split_.share(panels, part + 1));
-      }
+    // Rows; where they are few, channels, and rows of them where there are too few of both.
+    const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+    const WorkSplit channels{out_rows >= 4 * plan_.parts ? 1 : std::min(panels, plan_.parts)};
+    const WorkSplit cuts{row_cuts(out_rows, channels.count, 1, out_rows, plan_.parts)};
+    share_out(channels.count * cuts.count, plan_.parts, [&](int64_t, int64_t unit) {
+      const int64_t channel = unit / cuts.count, cut = unit % cuts.count;
+      kernels_.direct_rows(
+          step, cuts.share(out_rows, cut), cuts.share(out_rows, cut + 1), channels.share(panels, channel),
+          channels.share(panels, channel + 1));
     });
   }
   if (passes_last()) pass_all();

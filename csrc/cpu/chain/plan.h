@@ -55,7 +55,7 @@ inline int64_t products_floats(const Kernels& kernels, int64_t tiles, int64_t ch
 // Whether each part should have its own channels of everything in a backward: more weights than pixels, so that totals of all
 // channels would be most of the traffic. Forward shares channels from half as many weights on: of pixels it has one buffer.
 inline bool shares_channels(int64_t tiles, int64_t channels, int64_t threads) {
-  return 2 * tiles <= channels && panel_count(channels) >= threads;
+  return 2 * tiles <= channels && panel_count(channels) >= std::min<int64_t>(threads, 2);
 }
 
 // Tiles that cover height x width output pixels (at least 2 x 2), each pixel once.

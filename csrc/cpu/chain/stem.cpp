@@ -10,6 +10,8 @@
 namespace res2net_fused {
 namespace {
 
+constexpr int64_t kUnitsOfPart = 8;  // a part that takes another one's unit computes the rows around it again
+
 // Rows of the images or of a convolution's output, as many as the next one reads at once: row y is at place y % kept.
 //
 //   |0 0 0| pixels ................ |0 0 0|   as wide as the kernels behind it reach
@@ -70,11 +72,13 @@ class StemPart {
     return sum;
   }
 
-  // Rows first ... last of image n.
+  // Rows first ... last of image n. Behind those of the call before, nothing is computed twice.
   void run(int64_t n, int64_t first, int64_t last) {
-    image_ = n;
-    for (Level& level : levels_) level.next = 0;
-    levels_.back().next = first;
+    if (n != image_ || levels_.back().next != first) {
+      image_ = n;
+      for (Level& level : levels_) level.next = 0;
+      levels_.back().next = first;
+    }
     produce(levels_.size() - 1, last);
   }
 
@@ -126,7 +130,9 @@ class StemPart {
       // The middle one of three is always there; once more it changes no maximum.
       rows[static_cast<size_t>(t)] = inside ? source.row(top + t) : pools ? source.row(top + 1) : zeros_;
     }
-    if (pools) return kernels_.pool_row(rows.data(), source.width, source.channels, out);
+    if (pools) {
+      return kernels_.max_row({source.width, source.channels, source.channels, 2, source.channels}, rows.data(), out);
+    }
     const StemConvolution& c = data_.convolutions[at - 1];
     const RowConvolution row{
         c.kernel_height, c.kernel_width * source.channels, c.column_stride * source.channels, c.weights, c.bias, c.channels};
@@ -137,7 +143,7 @@ class StemPart {
   const Kernels& kernels_;
   std::vector<Level> levels_;
   const float* zeros_;  // a row that is not there
-  int64_t image_ = 0;
+  int64_t image_ = -1;
 };
 
 }  // namespace
@@ -145,17 +151,20 @@ class StemPart {
 void run_stem(const StemData& data, const Kernels& kernels) {
   const std::vector<Level> levels = levels_of(data);
   const int64_t height = levels.back().height, rows = data.batch * height;
-  const WorkSplit split{std::min(thread_count(), rows)};
+  const WorkSplit parts{std::min(thread_count(), rows)}, units{std::min(rows, kUnitsOfPart * parts.count)};
   const int64_t each = round_up(StemPart::floats(levels), 1024);
-  const Scratch scratch(each * split.count);
-  split.for_each([&](int64_t part) {
+  const Scratch scratch(each * parts.count);
+  WorkStealing work(units.count, parts.count);
+  parts.for_each([&](int64_t part) {
     StemPart run(data, kernels, levels, scratch.data() + part * each);
-    const int64_t last = split.share(rows, part + 1);
-    for (int64_t row = split.share(rows, part); row < last;) {
-      const int64_t n = row / height, end = std::min(last, (n + 1) * height);
-      run.run(n, row - n * height, end - n * height);
-      row = end;
-    }
+    work.work(part, [&](int64_t unit) {
+      const int64_t last = units.share(rows, unit + 1);
+      for (int64_t row = units.share(rows, unit); row < last;) {
+        const int64_t n = row / height, end = std::min(last, (n + 1) * height);
+        run.run(n, row - n * height, end - n * height);
+        row = end;
+      }
+    });
   });
 }
 

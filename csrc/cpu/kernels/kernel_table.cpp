@@ -25,7 +25,7 @@ void pack_winograd(const WeightView&, int64_t, float*, int64_t, int64_t, int64_t
 void pack_direct(const float*, int64_t, int64_t, float*, int64_t, int64_t);
 void pack_pointwise(const float*, int64_t, int64_t, float*, int64_t, int64_t);
 void convolve_row(const RowConvolution&, const float* const*, float*, int64_t);
-void pool_row(const float* const*, int64_t, int64_t, float*);
+void max_row(const MaxRow&, const float* const*, float*);
 
 const Kernels kernels = {
     R2N_NAME(RES2NET_FUSED_ISA),
@@ -47,7 +47,7 @@ const Kernels kernels = {
     norm_backward_apply,
     pack_pointwise,
     convolve_row,
-    pool_row,
+    max_row,
 };
 
 }  // namespace res2net_fused::RES2NET_FUSED_ISA

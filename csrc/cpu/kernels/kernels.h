@@ -121,6 +121,11 @@ struct RowConvolution {
   int64_t columns;       // output channels
 };
 
+// One row of the largest of 3x3 pixels, at every `stride`th one; pixels beyond the image are not there.
+struct MaxRow {
+  int64_t in_pixels, pixel, channels, stride, out_pixel;  // pixel, out_pixel: floats from one to the next
+};
+
 // One BatchNorm in training mode with the activation behind it. z, next, dz and du hold pixels of `channels` floats without a
 // gap; pitches are floats from one pixel to the next.
 struct NormForward {
@@ -241,8 +246,8 @@ struct Kernels {
       const float* weights, int64_t columns, int64_t depth, float* packed, int64_t first_panel, int64_t last_panel);
   // relu(convolution + bias) of `pixels`. rows: of the source, one for each of the kernel's, where the first pixel's run begins.
   void (*convolve_row)(const RowConvolution&, const float* const* rows, float* out, int64_t pixels);
-  // The largest of 3x3 pixels at every second one, from three rows of `in_pixels`; those beyond the image are not there.
-  void (*pool_row)(const float* const* rows, int64_t in_pixels, int64_t channels, float* out);
+  // From three rows of the source; one beyond the image is the middle one again, which changes no maximum.
+  void (*max_row)(const MaxRow&, const float* const* rows, float* out);
 };
 
 static constexpr int64_t panel_count(int64_t channels) { return (round_up(channels, kUnit) + kPanel - 1) / kPanel; }

@@ -1,4 +1,4 @@
-// What stands in front of a network's blocks, a row of pixels at a time: a convolution with ReLU, and the max pooling behind it.
+// A convolution with ReLU in front of a network's blocks, a row of pixels at a time.
 //
 //   source rows, with zeros on both sides           weights, for one pass of panels
 //        step     step                                       +-----+
@@ -9,8 +9,6 @@
 //
 // A run lies in memory as its weights do, and the next pixel's begins `step` floats further: pixels are multiplied where they
 // are, and no patch of them is copied.
-//
-//   pooled:  max of 3 rows at each column, then of columns 2x - 1, 2x, 2x + 1; the last of them serves the next pixel too
 #include "kernels.h"
 #include "micro_gemm.h"
 #include "panels.h"
@@ -55,13 +53,6 @@ convolve_pixels(const RowConvolution& c, const float* const* rows, const RowPass
   }
 }
 
-// The larger one of each lane; NaN of either, as PyTorch's pooling has it.
-template <class V>
-R2N_INLINE V larger(V a, V b) {
-  const V found = a > b ? a : b;  // b where they cannot be compared
-  return a == a ? found : a;
-}
-
 }  // namespace
 
 void convolve_row(const RowConvolution& c, const float* const* rows, float* out, int64_t pixels) {
@@ -77,21 +68,6 @@ void convolve_row(const RowConvolution& c, const float* const* rows, float* out,
         with_rows<kMost>(passes.rows(i), [&]<int P>() { convolve_pixels<P, Panels, HalfPanel>(c, rows, pass, first); });
       }
     });
-  });
-}
-
-void pool_row(const float* const* rows, int64_t in_pixels, int64_t channels, float* out) {
-  for_channels(channels, [&]<bool Part>(int64_t c, int64_t lanes) {
-    const auto column = [&](int64_t x) R2N_LAMBDA_INLINE {
-      const auto at = [&](int row) R2N_LAMBDA_INLINE { return load_some<Part, Full>(rows[row] + x * channels + c, lanes); };
-      return larger(larger(at(0), at(1)), at(2));
-    };
-    Full before = column(0);
-    for (int64_t x = 0; x < in_pixels; x += 2) {
-      const Full here = column(x), behind = x + 1 < in_pixels ? column(x + 1) : here;
-      store_some<Part>(out + x / 2 * channels + c, larger(larger(before, here), behind), lanes);
-      before = behind;
-    }
   });
 }
 

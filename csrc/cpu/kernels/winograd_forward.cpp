@@ -39,18 +39,21 @@ __attribute__((noinline)) void tile_input(
   for_each_vector(first, last, step.channels, [&](auto kind, int64_t channel, int64_t lanes) R2N_LAMBDA_INLINE {
     using V = decltype(kind);
     const bool part = lanes < kLanes<V> && !step.source_full_vectors;
+    float patch[kPoints * kLanes<V>];
+    const float* d = patch;
+    int64_t row = (Columns + 2) * kLanes<V>, pixel = kLanes<V>;
     if (inside && !part) {
-      const float* d = step.source.at(tile.image, tile.y - 1, tile.x - 1) + channel;
-      transform_input<Rows, Columns, V>(d, step.source.row, step.source.pixel, v + layout.at(channel), layout.point);
+      d = step.source.at(tile.image, tile.y - 1, tile.x - 1) + channel;
+      row = step.source.row;
+      pixel = step.source.pixel;
+    } else if (part) {
+      memset(patch, 0, sizeof(patch));
+      gather<true, V>(step, tile, channel, lanes, patch, kLanes<V>);
     } else {
-      float patch[kPoints * kLanes<V>] = {};
-      if (part) {
-        gather<true, V>(step, tile, channel, lanes, patch, kLanes<V>);
-      } else {
-        gather<false, V>(step, tile, channel, lanes, patch, kLanes<V>);
-      }
-      transform_input<Rows, Columns, V>(patch, (Columns + 2) * kLanes<V>, kLanes<V>, v + layout.at(channel), layout.point);
+      gather<false, V>(step, tile, channel, lanes, patch, kLanes<V>);
     }
+    // In one place: of two, the compiler would contract one to other multiply-adds, and bits would tell where a tile was read.
+    transform_input<Rows, Columns, V>(d, row, pixel, v + layout.at(channel), layout.point);
   });
 }
 

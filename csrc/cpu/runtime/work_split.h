@@ -83,6 +83,22 @@ void share_out(int64_t units, int64_t parts, const F& f) {
   WorkSplit{parts}.for_each([&](int64_t part) { work.work(part, [&](int64_t unit) { f(part, unit); }); });
 }
 
+// Into how many pieces, from `fewest` to `most`, to cut each of `times` equal stacks of rows, a piece being a unit: the first
+// number that keeps the threads busy for nine tenths of their time, or the one that does so longest. Of equal ones, that which
+// leaves fewer threads without a unit.
+inline int64_t row_cuts(int64_t rows, int64_t times, int64_t fewest, int64_t most, int64_t threads) {
+  int64_t best = fewest, least = -1;
+  for (int64_t cuts = fewest; cuts <= std::max(fewest, most); cuts++) {
+    const int64_t time = divide_up(times * cuts, threads) * divide_up(rows, cuts);  // of the thread that ends last
+    if (9 * threads * time <= 10 * times * rows) return cuts;
+    if (least < 0 || time < least || (time == least && times * cuts <= threads)) {
+      best = cuts;
+      least = time;
+    }
+  }
+  return best;
+}
+
 // Calls f(Block, its place among them) for tiles first ... last, in blocks of nearly equal size and at most `most` tiles.
 template <class F>
 void for_each_block(int64_t first, int64_t last, int64_t most, const F& f) {

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from helpers import Chain, assert_close, masked_gradients, relative_error
+from helpers import Chain, assert_close, masked_gradients, relative_error, thread_count
 
 from res2net_fused import hierarchical_conv2d
 from res2net_fused.backends import cpu as cpu_backend
@@ -86,8 +86,6 @@ def check(chain, shape, seed=0):
 def test_against_float64(settings, shape, threads):
     if shape == SHAPES["blocks"] and settings:
         pytest.skip("one of the large ones is enough")
-    if threads == 3 and shape[0] == 2 and shape[1] < 50:
-        pytest.skip("two images do not occupy three threads")
     check(Chain(settings, steps=3, width=shape[1], amplitude=AMPLITUDES.get(settings.get("activation"), 1)), shape)
 
 
@@ -149,13 +147,21 @@ def test_fake_gradients_have_the_strides_of_real_ones(width, groups, layout):
 
 def test_a_total_of_its_own_only_for_a_part_with_tiles_enough():
     """Else 64 threads would hold 64 totals of all weights for one small image each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(64)
-    try:
+    with thread_count(64):
         check(Chain(steps=2, width=72), (64, 72, 7, 7))
         assert torch.ops.res2net_fused_native.cpu_scratch_bytes(False) < 2**25
-    finally:
-        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch,occupied", [(1, [1]), (3, [1, 3]), (7, [1, 2, 4, 7, 8])])
+def test_images_that_do_not_occupy_the_threads_are_left_to_single_steps(batch, occupied):
+    """These share out the tiles of an image, where one thread would have all of it, or two images of three."""
+    chain = Chain(steps=2, width=12)
+    problem, x, weights, _, out, grad = operands(chain, (batch, 12, 56, 56))
+    found = []
+    for count in (1, 2, 3, 4, 7, 8, 64):
+        with thread_count(count):
+            found += [count] * bool(native(problem, grad, x, out, weights))
+    assert found == occupied
 
 
 def test_biases_that_do_not_fit_are_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernel_cases import each_kernel
-from helpers import BOUNDS, HALVES, assert_close
+from helpers import BOUNDS, HALVES, assert_close, thread_count
 
 from res2net_fused._native import library
 from res2net_fused.backends.cpu import stem
@@ -93,13 +93,21 @@ def test_kernels_strides_and_paddings(convolution, layout):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 40])
 def test_batches_and_threads(batch, count):
     """Also more threads than there are rows."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
+    with thread_count(count):
         check(images(batch, 3, 13, 18), IMAGENET)
         check(images(batch, 3, 11, 9), DEEP)
-    finally:
-        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("convolutions", [IMAGENET, DEEP], ids=["imagenet", "deep"])
+@pytest.mark.parametrize("shape", [(1, 3, 91, 45), (3, 3, 17, 30)], ids=str)
+def test_the_same_bits_by_any_number_of_threads(convolutions, shape):
+    """Rows that another thread takes over, and those around them, which are computed again."""
+    x, weights = images(*shape), make(3, convolutions)
+    with thread_count(1):
+        alone = stem_forward(x, weights, True)
+    for count in (2, 4, 8, 16, 32, 64):
+        with thread_count(count):
+            assert torch.equal(stem_forward(x, weights, True), alone), count
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

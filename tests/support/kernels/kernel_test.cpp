@@ -14,6 +14,8 @@
 #include "cpu/runtime/work_split.h"
 #include "reference.h"
 
+bool test_sharing();  // sharing_test.cpp
+
 namespace {
 
 constexpr double kRounding = 6e-6;  // of a sum's largest terms: what Winograd's transforms lose, and half of it once more
@@ -382,7 +384,7 @@ int main(int count, char** arguments) {
     std::printf("MISS the best set is %s, not %s\n", best->name, arguments[1]);
     return 1;
   }
-  int misses = !test_work_stealing();
+  int misses = !test_work_stealing() + !test_sharing();
   for (const auto set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::neon}) {
     const Kernels* const kernels = find_kernels(set);
     if (kernels == nullptr || (count > 1 && kernels != best)) continue;
