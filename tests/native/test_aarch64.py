@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 
 import published
@@ -66,9 +65,3 @@ def test_blocks_agree_with_float64(emulated):
     for row in rows:
         *_, error, ran = row.split()
         assert float(error) < (5e-6 if row.startswith("inference") else 5e-5) and ran == "True", row
-
-
-def test_check_passes(emulated):
-    shapes = ("--configs", "64w1s", "--batch", "1", "--dtype", "float32", "--threads", "1")
-    said = emulated.run("-m", "res2net_fused", "check", "--quick", "--no-network", "--device", "cpu", *shapes)
-    assert re.search(r"^[1-9]\d* comparisons, 0 misses$", said, re.M), said

@@ -84,7 +84,7 @@ def test_backend_imports_without_triton(tmp_path) -> None:
         "from res2net_fused.backends.triton import step_plan\n"
         "assert 'cannot be imported' in chain.why_not(None)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_tf32_follows_the_old_flag_too(tmp_path) -> None:
         "    torch.backends.cudnn.allow_tf32 = flag\n"
         "    assert tf32() == flag\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
