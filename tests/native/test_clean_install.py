@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
+import published
 import pytest
-from helpers import tool
+from clean_environment import Environment, declared
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from pages import PREAMBLE, ROOT, fenced
 
 from res2net_fused.backends.cpu.settings import available_instruction_sets
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the native extension is built on Linux only")
 
+PLATFORM = "manylinux_2_28_x86_64"
 # The first block of the README, with this package's own network in the place of timm's.
 WITHOUT_TIMM = """
 import sys, types
@@ -32,70 +29,6 @@ from res2net_fused.models import create_model
 sys.modules["timm"] = types.ModuleType("timm")
 sys.modules["timm"].create_model = lambda name, pretrained: create_model(name, fused=False, layers=(1, 1, 1, 1))
 """
-
-
-def declared(extra: str = "") -> list[Requirement]:
-    """What pyproject.toml declares, without its extras or of one of them."""
-    # Not by tomllib, which Python 3.10 lacks.
-    project = (ROOT / "pyproject.toml").read_text()
-    listed = re.search(rf"^{extra or 'dependencies'} = \[(.*?)\]$", project, re.M | re.S)[1]
-    return [Requirement(text) for text in re.findall(r'"([^"]+)"', listed)]
-
-
-def closure(requirements: Iterable[Requirement]) -> dict[str, importlib.metadata.Distribution]:
-    """What pip would install for them, from what is installed here."""
-    found: dict[str, importlib.metadata.Distribution] = {}
-    left = list(requirements)
-    while left:
-        requirement = left.pop()
-        name = canonicalize_name(requirement.name)
-        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        found[name] = importlib.metadata.distribution(name)
-        left += map(Requirement, found[name].requires or ())
-    return found
-
-
-def expose(folder: Path, requirements: Iterable[Requirement]) -> None:
-    """Links to these packages and what they require, and to nothing beside them: gigabytes are not copied."""
-    folder.mkdir(exist_ok=True)
-    for distribution in closure(requirements).values():
-        tops = {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}
-        assert tops, f"nothing is known of the files of {distribution.name}"
-        for top in tops:
-            if not (folder / top).exists():
-                (folder / top).symlink_to(Path(distribution.locate_file(top)).resolve())
-
-
-class Environment:
-    """A virtual environment without pip and setuptools, which sees what `expose` is told."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.python = folder, folder / "bin" / "python"
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-        (self.site,) = folder.glob("lib/python*/site-packages")
-        assert not list(self.site.iterdir()), "this Python brings packages"
-        (self.site / "exposed.pth").write_text(f"{folder / 'exposed'}\n")
-        self.expose(declared())
-        # Nothing of the caller: neither the checkout, nor pip's and this package's settings.
-        self.variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "RES2NET_FUSED_"))} | {
-            "PIP_CONFIG_FILE": os.devnull,
-            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        }
-
-    def expose(self, requirements: Iterable[Requirement]) -> None:
-        expose(self.folder / "exposed", requirements)
-
-    def pip(self, *arguments: object, **variables: str) -> None:
-        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--no-index", *map(str, arguments)]
-        done = subprocess.run(pip, cwd=self.folder, env=self.variables | variables, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def run(self, *command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-        words = [str(self.folder / "bin" / str(command[0])), *map(str, command[1:])]
-        done = subprocess.run(words, cwd=self.folder, env=self.variables, capture_output=True, text=True)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done
 
 
 def build_tools() -> list[Requirement]:
@@ -128,7 +61,7 @@ def try_commands(environment: Environment, *, short: bool, cpu_library: bool) ->
     assert re.search(r"cpu library +loaded" if cpu_library else r"cpu library +not loaded: ", info), info
     check = environment.run("res2net-fused", "check", "--quick", *device, *shapes).stdout
     assert re.search(r"^[1-9]\d* comparisons, 0 misses$", check, re.M), check
-    assert "not checked, whole networks: " in check and "pip install 'res2net-fused[bench]'" in check
+    assert re.search("^not checked, network ", check, re.M) and "pip install 'res2net-fused[bench]'" in check
     (block, *_) = fenced(ROOT / "README.md", "python")
     shown = environment.run("python", "-c", f"{WITHOUT_TIMM}{PREAMBLE}{block.text}").stdout
     assert "4 of 4 blocks fused" in shown, shown
@@ -192,26 +125,16 @@ def test_the_whole_way(way, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """What `make wheels` makes for this processor, without the CUDA library."""
+def files(tmp_path_factory):
+    """What `make wheels` makes for this processor."""
     if platform.machine() != "x86_64":
         pytest.skip("the wheel of x86-64 is tried")
-    for name in ("auditwheel", "twine", "ziglang"):
-        tool(find_spec(name), name, "pip install 'res2net-fused[release]'")
-    if not any(map(shutil.which, ("c++", "g++"))):
-        pytest.skip("needs GCC")
-    folder = tmp_path_factory.mktemp("published")
-    command = [sys.executable, "release/artefacts.py", "--platform", "manylinux_2_28_x86_64", "--out", str(folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"RES2NET_FUSED_CUDA_ARCHS": "none"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return published.published(PLATFORM, tmp_path_factory.mktemp("published"))
 
 
-def installed_wheel(published: Path, folder: Path) -> Environment:
+def installed_wheel(files: Path, folder: Path) -> Environment:
     """An environment with nothing but the wheel and what it requires, and no compiler on PATH."""
-    (wheel,) = published.glob("*-py3-none-manylinux_2_28_x86_64.whl")
+    wheel = published.wheel_in(files, PLATFORM)
     assert wheel.stat().st_size < 30 << 20
     environment = Environment(folder)
     environment.variables["PATH"] = str(environment.folder / "bin")
@@ -219,9 +142,9 @@ def installed_wheel(published: Path, folder: Path) -> Environment:
     return environment
 
 
-def test_the_published_wheel_has_every_kernel(published, tmp_path):
+def test_the_published_wheel_has_every_kernel(files, tmp_path):
     """The instruction sets that a build here has, and errors of C++ that reach Python: both depend on how it is linked."""
-    environment = installed_wheel(published, tmp_path / "venv")
+    environment = installed_wheel(files, tmp_path / "venv")
     tried = """
 import torch, res2net_fused as rf
 from res2net_fused.backends.cpu.settings import available_instruction_sets
@@ -241,25 +164,25 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_the_published_wheel_is_the_whole_product(published, tmp_path):
-    try_commands(installed_wheel(published, tmp_path / "venv"), short=True, cpu_library=True)
+def test_the_published_wheel_is_the_whole_product(files, tmp_path):
+    try_commands(installed_wheel(files, tmp_path / "venv"), short=True, cpu_library=True)
 
 
-def test_the_published_sources(published):
+def test_the_published_sources(files):
     """Everything that is under version control."""
-    (archive,) = published.glob("*.tar.gz")
+    (archive,) = files.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     tracked = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
     assert tracked - names <= {".gitignore", "res2net_fused/lib/.gitignore"}
-    sums = dict(line.split("  ")[::-1] for line in (published / "SHA256SUMS").read_text().splitlines())
+    sums = dict(line.split("  ")[::-1] for line in (files / "SHA256SUMS").read_text().splitlines())
     assert sums[archive.name] == hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 @pytest.mark.slow
-def test_the_published_sources_build_without_an_index(published, tmp_path):
-    (archive,) = published.glob("*.tar.gz")
+def test_the_published_sources_build_without_an_index(files, tmp_path):
+    (archive,) = files.glob("*.tar.gz")
     environment = Environment(tmp_path / "venv")
     environment.expose(build_tools())
     environment.pip("--no-build-isolation", archive, RES2NET_FUSED_BUILD="off")

@@ -36,11 +36,13 @@ def compiled(compiler: str, machine: str, folder: Path, optimization: str) -> Pa
     parts = ("chain/block", "chain/forward", "chain/plan", "chain/stem", "runtime/dispatch", "runtime/scratch")
     jobs = [(SOURCES / f"{name}.cpp", ("-O1",)) for name in ("kernel_test", "sharing_test")]
     jobs += [(CSRC / f"cpu/{name}.cpp", ("-O1", *have)) for name in parts]
-    objects, built = [], ROOT / "build" / "native" / "cpu" / "obj"
+    # Where setup.py leaves those of this machine and, for wheels, of another.
+    here = machine == platform.machine()
+    objects, built = [], ROOT / "build" / "native" / ("" if here else machine) / "cpu" / "obj"
     for isa in sets:
         for source in sorted(CSRC.glob("cpu/kernels/*.cpp")):
             ready = built / isa.name / "cpu" / "kernels" / f"{source.name}.o"
-            if machine == platform.machine() and ready.is_file() and ready.stat().st_mtime > newest_source():
+            if optimization == "-O3" and ready.is_file() and ready.stat().st_mtime > newest_source():
                 objects.append(str(ready))
             else:
                 jobs.append((source, (optimization, *isa.flags, f"-DRES2NET_FUSED_ISA={isa.name}")))

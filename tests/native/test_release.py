@@ -8,10 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 from record_cases import load_setup
-from tree import ROOT
+from tree import ROOT, TESTS
+
+
+class Case(NamedTuple):
+    """What the choice of cases knows of a test."""
+
+    nodeid: str
 
 
 def script(path: str):
@@ -124,3 +132,22 @@ def test_the_table_of_versions_keeps_one_row_for_each():
     rows = [line for line in page.splitlines() if line.startswith("| 3")]
     assert [row.split(" | ")[1] for row in rows] == ["2.13.0", "2.11.0"]
     assert all(row.endswith("| passed |") for row in rows) and page.startswith("before\n") and page.endswith("after\n")
+
+
+def test_core_tests_run_where_the_checkout_is_not_imported():
+    """A Python that starts in it imports its package in the place of the wheel that is tried."""
+    for name in script("tests/integration/versions/run").CORE:
+        path = TESTS / name
+        for file in path.rglob("test_*.py") if path.is_dir() else [path]:
+            assert not re.search(r"\bcwd=(ROOT|TESTS)\b", file.read_text()), file
+
+
+@pytest.mark.parametrize("most, kept", [(None, 8), (1, 2), (2, 3), (9, 8)])
+def test_a_few_cases_of_each_test(most, kept, pytestconfig):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(TESTS / "conftest.py"))
+    cases = [Case(f"tests/test_a.py::{name}[{k}]") for name, count in (("test_one", 1), ("test_many", 7)) for k in range(count)]
+    items, dropped = list(cases), []
+    hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))
+    conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda _: most, hook=hook), items)
+    assert len(items) == kept and sorted(items + dropped) == sorted(cases)
+    assert {case.nodeid.partition("[")[0] for case in items} == {"tests/test_a.py::test_one", "tests/test_a.py::test_many"}

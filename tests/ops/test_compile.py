@@ -9,6 +9,7 @@ from helpers import CHAINS, assert_close, randomize
 from torch import nn
 
 from res2net_fused import Bottle2neck, freeze, hierarchical_conv2d, pack_weights, refresh
+from res2net_fused.modules import eligibility
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
 
 
@@ -363,6 +364,7 @@ def test_blocks_of_one_geometry_share_a_graph(copied, dtype):
         assert torch.equal(call(others[0], x), others[0](x)) and len(graphs) == 2
 
 
+@pytest.mark.skipif(not eligibility._ONE_GUARD, reason="before torch 2.13 a graph guards every value of the geometry")
 def test_a_graph_guards_the_geometry_of_the_modules_alone():
     """Not once more what it was when the block was recognised, value by value, which costs each call."""
     names = []
@@ -382,13 +384,15 @@ def guards_of_a_frozen_block(x):
     return names
 
 
+@pytest.mark.skipif(not eligibility._ONE_GUARD, reason="before torch 2.13 a graph guards every value of the geometry")
 def test_a_graph_guards_no_more_than_it_did():
     """Each guard is compared at each call: together a sixth of the time of a compiled frozen 26w4s block of 4x4 pixels."""
-    names = guards_of_a_frozen_block(sample(2, 7, 9))
-    assert 50 < len(names) <= 500, len(names)
+    # But for those of modules' hooks, which are 50, and from torch 2.14 on twice as many.
+    names = [name for name in guards_of_a_frozen_block(sample(2, 7, 9)) if "hooks" not in name]
+    assert 50 < len(names) <= 450, len(names)
     assert not any("_NAMES[" in name for name in names)
     of_the_package = [name for name in names if "__import_res2net_fused" in name]
-    assert len(of_the_package) <= 135, len(of_the_package)
+    assert len(of_the_package) <= 138, len(of_the_package)
 
 
 def test_frozen_block_folds_nothing_in_the_graph():

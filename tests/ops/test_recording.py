@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close, randomize
+from helpers import assert_close, randomize, timm_or_skip
 from official_models import IMAGES, official, run
 from published_blocks.speakers1d import ESPnetBlock
 from torch.overrides import TorchFunctionMode
@@ -165,8 +165,7 @@ def test_a_trace_loads_without_the_package(tmp_path):
 
 @pytest.mark.parametrize("what", ["block", "in Sequential", "in ModuleList"])
 def test_scripted(what):
-    import timm.models.res2net as published
-
+    published = timm_or_skip().models.res2net
     layers = dict(act_layer=torch.nn.ReLU, norm_layer=torch.nn.BatchNorm2d)
     block = accelerate(randomize(published.Bottle2neck(32, 8, base_width=26, scale=4, **layers)).eval())
 

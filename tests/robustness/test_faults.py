@@ -11,11 +11,12 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CHAINS, assert_close
+from helpers import CHAINS, assert_close, tool
 
 from res2net_fused import cli, hierarchical_conv2d
 from res2net_fused._native import build_flags, library
@@ -220,6 +221,7 @@ def test_tune_says_at_once_that_its_table_cannot_be_written(blocked, monkeypatch
 
 
 def test_bench_says_at_once_that_its_folder_cannot_be_written(blocked, capsys):
+    tool(find_spec("matplotlib"), "matplotlib", "pip install 'res2net-fused[bench]'")
     assert cli.main(["bench", "--quick", "--no-network", "--device", "cpu", "--out", str(blocked)]) == 2
     said = capsys.readouterr()
     assert "cannot be written" in said.err and "name another folder" in said.err and said.out == ""

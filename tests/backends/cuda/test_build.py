@@ -4,9 +4,11 @@ source's loops say. Needs nvcc, no GPU."""
 import collections
 import re
 import subprocess
+import zipfile
 
 import pytest
 from helpers import find_nvcc, tool
+from published import built_before, wheel_in
 from tree import ROOT
 
 from res2net_fused._native import build_flags, library
@@ -151,3 +153,24 @@ def test_the_table_lists_every_instance_of_the_built_library(monkeypatch):
     assert "26: " in next(row[10] for row in rows if row[1] == "d2c4t4")
     assert "26: " in next(row[10] for row in rows if row[1:3] == ("d0c4t2", "tf32"))
     assert len(format_table(head, rows).splitlines()) == len(rows) + 2
+
+
+def test_the_published_wheel_has_every_instance(monkeypatch, tmp_path):
+    """For every architecture, and as PTX for those to come."""
+    monkeypatch.setattr(machine_code, "functions", lambda *_: collections.defaultdict(str))  # as above
+    cuobjdump = tool(kernel_report.find_cuobjdump(), "cuobjdump", "install triton")
+    folder = built_before("manylinux_2_28_x86_64")
+    if folder is None:
+        pytest.skip("dist/ has no wheel of this commit: `make wheels` builds it")
+    with zipfile.ZipFile(wheel_in(folder, "manylinux_2_28_x86_64")) as archive:
+        if f"res2net_fused/{build_flags.CUDA_LIBRARY}" not in archive.namelist():
+            pytest.skip("dist/ has a wheel without the CUDA library: `make wheels` found no nvcc")
+        file = archive.extract(f"res2net_fused/{build_flags.CUDA_LIBRARY}", tmp_path)
+    names = launch_plan.INSTANCE_NAMES
+    expected = [(f"sm_{a}", i, dtype) for i in names for a in architectures_of(i) for dtype in types_of(i)]
+    found = [(k.architecture, k.instance, k.dtype) for k in kernel_report.compiled_kernels(file, cuobjdump)]
+    assert sorted(found) == sorted(expected)
+    listed = subprocess.run([cuobjdump, "--list-ptx", file], capture_output=True, text=True, check=True).stdout
+    newest = build_flags.DEFAULT_CUDA_ARCHITECTURES[-1]
+    everywhere = [i for i in names if newest in architectures_of(i)]
+    assert re.findall(r"\.(sm_\w+)\.ptx", listed) == [f"sm_{newest}"] * (len(everywhere) + 1), "and device.cu"

@@ -42,15 +42,17 @@ INTERPRETED = sorted((TESTS / "backends/triton/interpreter").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("files", [INTERPRETED[::2], INTERPRETED[1::2]], ids=["first_half", "second_half"])
-def test_interpreter(files: list[Path], request: pytest.FixtureRequest) -> None:
+def test_interpreter(files: list[Path], request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """A process for each of two workers; each more would import everything again. It sees no GPU, whose settings of TF32 would
-    count."""
+    count, nor the checkout, beside which an installed package would not be the one that is tried."""
     pytest.importorskip("triton")
-    chosen = ["-m", request.config.getoption("-m"), *map(str, files)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    most = request.config.getoption("--cases")
+    chosen = ["-m", request.config.getoption("-m"), *([f"--cases={most}"] if most else []), *map(str, files)]
+    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *settings, *chosen]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("STAND_IN_CARD", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert passed and "skipped" not in done.stdout
@@ -74,7 +76,7 @@ def test_reason_with_an_old_triton(monkeypatch, fresh_import_of_triton) -> None:
     assert "3.5.1; at least 3.6" in triton_backend.chain.why_not(problem())
 
 
-def test_backend_imports_without_triton() -> None:
+def test_backend_imports_without_triton(tmp_path) -> None:
     code = (
         "import sys\n"
         "sys.modules['triton'] = None\n"
@@ -82,7 +84,7 @@ def test_backend_imports_without_triton() -> None:
         "from res2net_fused.backends.triton import step_plan\n"
         "assert 'cannot be imported' in chain.why_not(None)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_tf32_follows_cudnn_convolutions() -> None:
         conv.fp32_precision = before
 
 
-def test_tf32_follows_the_old_flag_too() -> None:
+def test_tf32_follows_the_old_flag_too(tmp_path) -> None:
     # A process of its own: once the new setting was written, PyTorch refuses to answer for the old one.
     code = (
         "import torch\n"
@@ -159,7 +161,7 @@ def test_tf32_follows_the_old_flag_too() -> None:
         "    torch.backends.cudnn.allow_tf32 = flag\n"
         "    assert tf32() == flag\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
