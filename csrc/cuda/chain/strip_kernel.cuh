@@ -12,7 +12,7 @@ template <class Element, int DEPTHS, int COLUMNS, int TILES>
 struct StripCta : StripLayout<Element, DEPTHS> {
   using Base = StripLayout<Element, DEPTHS>;
   using Base::a, Base::g, Base::x, Base::out, Base::thread, Base::threads, Base::lane, Base::warp_m, Base::warp_n;
-  using Base::arrival_of, Base::in_image, Base::is_pixel, Base::turn_at, Base::NONE;
+  using Base::arrival_of, Base::first_column, Base::first_row, Base::in_image, Base::is_pixel, Base::turn_at, Base::NONE;
   using Base::Base;
   using Base::BYTES, Base::PER_WORD, Base::add_word, Base::held, Base::pack_word, Base::rounded, Base::unpack_word;
   using Base::chunk_offset, Base::channel_offset, Base::swizzled_place, Base::slot_of, Base::slot_of_position, Base::strip;
@@ -43,24 +43,32 @@ struct StripCta : StripLayout<Element, DEPTHS> {
     // A thread copies the same piece of every `together`th pixel; where pixels have more pieces than there are threads, several.
     const int pieces = int(by_pieces.divisor);
     const bool many = pieces > threads;
-    const int together = kept(many ? 1 : by_pieces.divide(threads)), first = many ? 0 : by_pieces.divide(thread);
+    const int together = kept(many ? 1 : by_pieces.divide(threads)), first_pixel = many ? 0 : by_pieces.divide(thread);
     const FastDivisor by_line = shared_load<FastDivisor>(tables());
     const int per_line = int(by_line.divisor);
-    const int end = first < together ? kept((g.lines - first_line) * per_line) : 0;
-    const int pixel_bytes = kept(a.x_slots.pixel * BYTES), pixel_step = kept(chunk_offset(together, 0));
-    const SharedPtr lines = line_at(0) + 2 * int(sizeof(int));
-    for (int piece = thread - first * pieces; piece < pieces; piece += many ? threads : pieces) {
+    // Kept where registers are short: what follows from it would be computed ahead of all steps.
+    const auto rows = this->rows_in(DEPTHS > 0 ? first_line : kept(first_line), g.lines - first_line);
+    // Pixels of an image are numbered line by line, and counted in twos: see FastDivisor.
+    const int end = first_pixel < together ? kept(2 * (rows.end - rows.begin) * per_line) : 0;
+    const int half_pixel = kept(a.x_slots.pixel * BYTES / 2), half_slot = chunk_offset(1, 0) / 2;
+    // From the last pixel of a line to the next line's first one, of x and of the strip.
+    const int skipped = kept(2 * (g.width - per_line)), skipped_slots = kept(chunk_offset(g.pitch - per_line, 0));
+    for (int piece = thread - first_pixel * pieces; piece < pieces; piece += many ? threads : pieces) {
       const int byte = first_byte + piece * MOVE;
       if (byte >= a.load_width) break;
-      const unsigned char* const from = kept(x + (a.first_group + step) * a.x_slots.slot * BYTES + byte);
-      int pixel = first_line * per_line + first;
-      SharedPtr to = strip(step) + (channel_offset(0, byte / BYTES) + chunk_offset(pixel, 0));
-      for (; pixel < end; pixel += together, to = to + pixel_step) {
-        const auto line = shared_load<Bytes8>(lines + by_line.divide(pixel) * int(sizeof(Line)));
-        copy_async_or_zero<MOVE>(  // zeros into lines that stay zero
-           
-            int(line.word[0]) != NONE, swizzled_place(to + int(line.word[1])),
-            stepped(from, int(line.word[0]) + pixel, pixel_bytes));
+#pragma unroll 1
+      for (int image = 0; image < this->images_here(); image++) {
+        const int line = rows.begin - first_row + image * g.period, left = this->left_column();
+        const int pixel = (image * g.height + rows.begin) * g.width + first_column + left;
+        const unsigned char* const from =
+            kept(x + (pixel * a.x_slots.pixel + (a.first_group + step) * a.x_slots.slot) * BYTES + byte);
+        const SharedPtr to = kept(strip(step) + (channel_offset(0, byte / BYTES) + chunk_offset(slot_of(line, left), 0)));
+#pragma unroll 1
+        for (int number = 2 * first_pixel; number < end; number += 2 * together) {
+          const int down = FastDivisor::divide_half(number, by_line.magic);
+          const SharedPtr place = swizzled_place(to + (down * skipped_slots + number * half_slot));
+          copy_async<MOVE>(place, stepped(from, down * skipped + number, half_pixel));
+        }
       }
     }
   }

@@ -150,10 +150,6 @@ void copy_async(SharedPtr to, const void* from, int valid = BYTES, Where where =
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
   emulator::start_copy(to, from, BYTES, valid, where);
 }
-template <int BYTES>
-void copy_async_or_zero(bool copies, SharedPtr to, const void* from, Where where = Where::current()) {
-  copy_async<BYTES>(to, from, copies ? BYTES : 0, where);
-}
 inline void copy_async_commit() { emulator::commit_copies(); }
 
 // As in the code of sm_90, or, of a build that says so, of an older one.

@@ -284,45 +284,6 @@ int main() {
     copy_async_commit();
     copy_async_wait(0);
   });
-  expect("copy or zeros", "", 32, [] {
-    const int thread = thread_index();
-    const bool copies = thread % 3 > 0;
-    // Of those that copy nothing the address may be anywhere.
-    copy_async_or_zero<8>(copies, word(thread * 2), copies ? global_words + thread * 2 : global_words + 64 + thread * 2);
-    copy_async_commit();
-    copy_async_wait(0);
-    const auto found = shared_load<Bytes8>(word(thread * 2));
-    if (found.word[1] != (copies ? global_words[thread * 2 + 1] : 0)) failures++;
-  });
-  expect("copy or zeros, not waited for", name(IN_FLIGHT), 32, [] {
-    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
-    copy_async_commit();
-    shared_load<uint32_t>(word(thread_index()));  // zeros come as late as what is copied
-    copy_async_wait(0);
-  });
-  expect("copy or zeros, past a buffer", name(OUT_OF_BOUNDS), 32, [] {
-    copy_async_or_zero<8>(thread_index() > 4, word(thread_index() * 2), global_words + 64);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
-  expect("zeros past a region", name(OUT_OF_BOUNDS), 32, [] {
-    copy_async_or_zero<4>(false, shared_memory().part(0, 64, "part") + thread_index() * 4, nullptr);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
-  expect("zeros over what others still read", name(RACE), 64, [] {
-    store(thread_index());
-    sync_cta();
-    shared_load<uint32_t>(word(63 - thread_index()));
-    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
-  expect("zeros at 4 where 8 are copied", name(MISALIGNED), 32, [] {
-    if (thread_index() == 3) copy_async_or_zero<8>(false, word(7), nullptr);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
   cluster_kernels();
   overlapping_kernels();
   bulk_copies();
