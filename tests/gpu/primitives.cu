@@ -275,20 +275,22 @@ void test_copies() {
   }
 }
 
-// Two stages of 512 bytes in turn, each filled three times by two copies of one thread, while the other threads read.
+// Two stages of 512 bytes in turn, each filled three times by two copies of one thread, once all warps have released it.
 __global__ void bulk_copies(const uint32_t* in, uint32_t* out) {
   const SharedPtr shared = shared_memory();
   const int thread = thread_index();
   const auto arrival = [&](int stage) { return shared + (1024 + 8 * stage); };
+  const auto released = [&](int stage) { return shared + (1040 + 8 * stage); };
   const auto start = [&](int turn) {
     if (thread > 0 || turn >= 6) return;
     const int stage = turn % 2;
+    if (turn >= 2) arrival_wait(released(stage), (turn / 2 - 1) & 1);
     arrival_expect(arrival(stage), 512);
     for (int half = 0; half < 2; half++)
       copy_bulk(shared + (stage * 512 + half * 256), in + turn * 128 + half * 64, 256, arrival(stage));
   };
   if (thread == 0) {
-    for (int stage = 0; stage < 2; stage++) arrival_init(arrival(stage));
+    for (int stage = 0; stage < 2; stage++) arrival_init(arrival(stage)), arrival_init(released(stage), 4);
     proxy_fence();
   }
   start(0);
@@ -298,6 +300,7 @@ __global__ void bulk_copies(const uint32_t* in, uint32_t* out) {
     arrival_wait(arrival(turn % 2), turn / 2 & 1);
     out[turn * 128 + 127 - thread] = shared_load<uint32_t>(shared + (turn % 2 * 512 + (127 - thread) * 4));
     sync_cta();
+    if (thread % 32 == 0) arrival_signal(released(turn % 2));
   }
 }
 

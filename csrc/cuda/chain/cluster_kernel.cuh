@@ -116,7 +116,8 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   DEVICE bool adds_bias() const { return warp_k == 0; }  // of those whose sums are added up
 
   DEVICE void multiply_chunk(
-      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk,
+      const typename Base::NextCopy& /*next*/) const {
     // Warps take turns over the slices of the whole convolution, so that no chunk's remainder leaves one behind.
     const int turns = g.chunk_slices / RES2NET_CHAIN_UNROLL;
     int turn = (warp_k - chunk * turns) % g.warps_k;

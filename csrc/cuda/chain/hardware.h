@@ -210,10 +210,16 @@ DEVICE void proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-// For one thread that arrives in each phase. Behind it a proxy fence and a barrier.
-DEVICE void arrival_init(SharedPtr arrival) {
+// For so many threads, each of which arrives once in a phase. Behind it a proxy fence and a barrier.
+DEVICE void arrival_init(SharedPtr arrival, int threads = 1) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival.address()) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(arrival.address()), "r"(threads) : "memory");
+#endif
+}
+// Arrives: what this thread did, and products that it waited for, come before the end of the phase.
+DEVICE void arrival_signal(SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(arrival.address()) : "memory");
 #endif
 }
 // Arrives: the phase ends when so many bytes have been copied.

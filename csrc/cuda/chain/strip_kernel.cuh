@@ -77,9 +77,15 @@ struct StripCta : StripLayout<Element, DEPTHS> {
   // holds a whole convolution stays for all passes.
   struct ChunkCursor {
     int step = 0, pass = 0, chunk = 0, stage = 0;
+    int round = 0;  // through the stages
+  };
+  // What is copied to where the chunk before the one in use was. started: by now; else once nobody reads there any more.
+  struct NextCopy {
+    ChunkCursor chunk;
+    bool started = true;
   };
   DEVICE void advance(ChunkCursor& cursor) const {
-    if (++cursor.stage == g.stages) cursor.stage = 0;
+    if (++cursor.stage == g.stages) cursor.stage = 0, cursor.round++;
     if (++cursor.chunk < g.chunks) return;
     cursor.chunk = 0;
     if (g.chunks > 1 && ++cursor.pass < g.passes(cursor.step, TILES)) return;
@@ -206,7 +212,8 @@ struct StripCta : StripLayout<Element, DEPTHS> {
 
   // sums += the products of one chunk of K slices; base: from the begin of the strip to this lane's rows of the mma's A.
   DEVICE void multiply_chunk(
-      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk,
+      const NextCopy& /*next*/) const {
     multiply_turns(sums, base, step, weights, chunk, 0, 1);
   }
   // Of RES2NET_CHAIN_UNROLL slices each: every `stride`th turn of a chunk, from the `begin`th on.
@@ -345,6 +352,7 @@ struct StripCta : StripLayout<Element, DEPTHS> {
     return chunk_offset(slot_of_position(step, position < end ? position : end - 1), lane / 16);
   }
   DEVICE bool adds_bias() const { return true; }  // to this warp's sums
+  static constexpr bool RUNS_ON = false;          // whether a barrier of the CTA stands before the first chunk of a step alone
   // Before a barrier: what this thread wrote to shared memory is going to be multiplied.
   DEVICE void show_writes() const {}
   // The positions of one pass of this warp, of which the first is number `first`.
@@ -412,25 +420,53 @@ struct StripCta : StripLayout<Element, DEPTHS> {
         int base[TILES];
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) base[tile] = cta.place_of_row(step, first, tile);
-#pragma unroll 1
-        for (int chunk = 0; chunk < g.chunks; chunk++) {
-          if (g.chunks > 1 || pass == 0) {
+        NextCopy next;
+        // Takes the next chunk into use. together: behind a barrier of the CTA, as always at the begin of a step.
+        const auto take_chunk = [&](bool together, bool begins_step) {
+          next = {fetch, together};
+          if (together) {
             copy_async_wait(g.stages - 2 + (since_group < g.stages ? 1 : 0));
             cta.show_writes();
-            sync_cta();  // this step's strip and copies of this chunk are there; nobody reads the chunk before, or the other strip
+            sync_cta();  // this step's strip and copies of this chunk are there; nobody reads the other strip, or the last chunk
             cta.start_weights(fetch);
-            copy_async_commit();
-            advance(fetch);
-            if (++stage_in_use >= g.stages) stage_in_use = 0, round++;
-            since_group++;
-            if (more && pass == 0 && chunk == 0) {
-              cta.start_group(step + 1);
-              copy_async_commit();
-              since_group = 1;
-            }
-            cta.await_weights(stage_in_use, round & 1);
           }
-          if (first < end) cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk);
+          copy_async_commit();
+          advance(fetch);
+          if (++stage_in_use >= g.stages) stage_in_use = 0, round++;
+          since_group++;
+          if (together && more && begins_step) {
+            cta.start_group(step + 1);
+            copy_async_commit();
+            since_group = 1;
+          }
+          cta.await_weights(stage_in_use, round & 1);
+        };
+        if constexpr (!Cta::RUNS_ON) {
+#pragma unroll 1
+          for (int chunk = 0; chunk < g.chunks; chunk++) {
+            if (g.chunks > 1 || pass == 0) take_chunk(true, pass + chunk == 0);
+            if (first < end) cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk, next);
+          }
+        } else {
+          if (pass == 0)
+            take_chunk(true, true);
+          else if (g.chunks > 1)
+            take_chunk(false, false);
+          // While products run on, the compiler wants all threads of a warpgroup in one place: each way has a loop of its own.
+          if (first < end) {
+#pragma unroll 1
+            for (int chunk = 0; chunk < g.chunks; chunk++) {
+              if (chunk > 0) take_chunk(false, false);
+              cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk, next);
+            }
+            cta.end_products(sums, next);
+          } else {
+#pragma unroll 1
+            for (int chunk = 0; chunk < g.chunks; chunk++) {
+              if (chunk > 0) take_chunk(false, false);
+              cta.leave_chunk(chunk, next);
+            }
+          }
         }
         if (more && pass == 0) {
           copy_async_wait(g.chunks - 1);

@@ -89,9 +89,9 @@ RES2NET_HOST_DEVICE constexpr int sure_columns(int instance_depths) {
 }
 
 constexpr int MAX_STAGES = 4;  // of the weights
-// Bytes in front of the tables: three structs of 16, a barrier for each stage at which its copy arrives, and two at which u does
-// that other CTAs of a cluster send.
-constexpr int TABLE_HEAD = 48 + 8 * (MAX_STAGES + 2);
+// Bytes in front of the tables: three structs of 16; a barrier for each stage, at which its copy arrives; then two at which u does
+// that other CTAs of a cluster send, or one for each stage at which warps say that they have read it.
+constexpr int TABLE_HEAD = 48 + 8 * 2 * MAX_STAGES;
 
 constexpr int PLANE_ROWS = 64;  // slots of a product's A in wgmma's layout, PLANES
 

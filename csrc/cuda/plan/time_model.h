@@ -35,7 +35,7 @@ constexpr double TURN_PER_LOAD = 2;              // of each matrix of A in it,
 constexpr double TURN_PER_LOAD_SWIZZLED = 4;     // if it is swizzled,
 constexpr double TURN_PER_LOAD_TF32 = 11;        // or rounded;
 constexpr double TURN_MOVES_TF32 = 20;           // of sums from register to register, where 128 hardly hold 6 columns of them
-constexpr double TURN_INSTRUCTIONS_WGMMA = 68;   // products included
+constexpr double TURN_INSTRUCTIONS_WGMMA = 95;   // products included
 inline double finish_instructions(const Instance& instance, DataType type) {
   const double per_column = type == TF32           ? FINISH_PER_COLUMN_TF32
                             : instance.columns > 7 ? FINISH_PER_COLUMN_WIDE
@@ -55,7 +55,7 @@ inline double turn_instructions(const Instance& instance, DataType type) {
 }
 constexpr double SHARED_RATE = 128;    // bytes per cycle of one multiprocessor
 constexpr double BARRIER_CYCLES = 60;  // per chunk of weights
-constexpr double DRAIN_CYCLES = 250;   // of wgmma: the last products of a chunk end, and the first of the next begin
+constexpr double DRAIN_CYCLES = 250;   // of wgmma: the last products of a pass end, and the first of the next begin
 constexpr double STEP_CYCLES = 900;    // filling and draining the pipelines around a convolution
 constexpr double START_CYCLES = 2600;  // first loads and their latency
 

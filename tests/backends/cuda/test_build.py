@@ -101,7 +101,8 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
         if instance.startswith("wgmma"):
             product = f"HGMMA.64x{8 * columns}x16.F32{'.BF16' * (dtype == 'bf16')} "
             assert text.count(product) == text.count("HGMMA") == UNROLL * tiles
-            assert text.count("WARPGROUP.ARRIVE") == text.count("WARPGROUP.DEPBAR") == 1
+            # One wait for all but the last products, one for all of a pass.
+            assert text.count("WARPGROUP.ARRIVE") == 1 and text.count("WARPGROUP.DEPBAR") == 2
             assert not re.search(r"\bHMMA|\bLDSM", text)
             continue
         assert text.count(PRODUCTS[dtype]) == text.count("HMMA") == UNROLL * columns * tiles

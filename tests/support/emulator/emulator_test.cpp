@@ -152,6 +152,46 @@ void product(Fault fault) {
     }
 }
 
+enum class Release { NONE, NOT_AWAITED, TOO_EARLY, OF_ONE_GROUP, FEWER, FORGOTTEN };
+// Two warpgroups multiply what lies in a stage, and go on while it is filled anew, once all warps have said that they read it.
+void release(Release fault) {
+  const int thread = thread_index();
+  const SharedPtr left = shared_memory().part(0, 2048, "A"), other = shared_memory().part(3584, 1536, "other");
+  const SharedPtr stage = shared_memory().part(2048, 1536, "stage"), arrival = shared_memory().part(5120, 16, "arrivals");
+  for (int i = thread; i < 1280; i += 256) shared_store(shared_memory() + i * 4, 0u);
+  if (thread == 0) {
+    arrival_init(arrival);
+    arrival_init(arrival + 8, fault == Release::FEWER ? 7 : 8);
+  }
+  proxy_fence();
+  sync_cta();
+  Accumulator sums[1][6] = {};
+  const auto multiply = [&](SharedPtr right) {
+    multiply_async<bf16>(sums[0], SharedMatrix(left, 1024, 128), SharedMatrix(right, 128, 256));
+  };
+  const auto signal = [&] {
+    const bool silent = thread / 32 == 5 && (fault == Release::FEWER || fault == Release::FORGOTTEN);
+    if (thread % 32 == 0 && !silent) arrival_signal(arrival + 8);
+  };
+  products_begin(sums);
+  multiply(stage);
+  if (fault != Release::OF_ONE_GROUP) products_commit();
+  multiply(other);
+  products_commit();
+  if (fault == Release::TOO_EARLY) signal();
+  products_wait_for_earlier();
+  if (fault != Release::TOO_EARLY) signal();
+  if (thread == 0) {
+    if (fault != Release::NOT_AWAITED) arrival_wait(arrival + 8, 0);
+    arrival_expect(arrival, 1536);
+    for (int i = 0; i < 12; i++) copy_bulk(stage + i * 128, global_words, 128, arrival);
+  }
+  arrival_wait(arrival, 0);
+  multiply(stage);
+  products_commit();
+  products_wait(sums);
+}
+
 void products() {
   using enum emulator::Kind;
   const auto name = [](emulator::Kind kind) { return emulator::KIND_NAMES[kind]; };
@@ -177,6 +217,15 @@ void products() {
   verdict("operand before shared memory", "any", Fault::NEGATIVE);  // out of bounds, and other bits in the descriptor
   verdict("a warp leaves a product out", name(DIVERGENCE), Fault::WARP_MISSING);
   verdict("products of different statements", name(DIVERGENCE), Fault::OTHER_STATEMENT);
+  const auto released = [](const char* title, const char* kind, Release fault) {
+    expect(title, kind, 256, [fault] { release(fault); }, 1, 5136);
+  };
+  released("stage filled anew once all have read it", "", Release::NONE);
+  released("stage filled anew without waiting", "any", Release::NOT_AWAITED);
+  released("stage released before it was read", "any", Release::TOO_EARLY);
+  released("stage released while the last products read it", "any", Release::OF_ONE_GROUP);
+  released("stage filled anew where one warp may read it", "any", Release::FEWER);
+  released("stage that one warp does not release", "any", Release::FORGOTTEN);
   expect("product of half a warpgroup", name(DIVERGENCE), 64, [] { product<bf16>(Fault::NONE); }, 1, 4096);
   expect("lanes that do not agree", name(DIVERGENCE), 32, [] { uniform(thread_index() / 16); });
   expect("warps that do not agree", "", 64, [] {
