@@ -116,7 +116,8 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   DEVICE bool adds_bias() const { return warp_k == 0; }  // of those whose sums are added up
 
   DEVICE void multiply_chunk(
-      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk,
+      const typename Base::NextCopy& /*next*/) const {
     // Warps take turns over the slices of the whole convolution, so that no chunk's remainder leaves one behind.
     const int turns = g.chunk_slices / RES2NET_CHAIN_UNROLL;
     int turn = (warp_k - chunk * turns) % g.warps_k;
@@ -192,21 +193,16 @@ struct ClusterCta : StripCta<Element, 0, COLUMNS, TILES> {
   // What `send` of all others brings here: of the lines that this CTA computes the other channels, of its halo all.
   DEVICE int bytes_sent_here(int step) const {
     const int first = g.work_line(step), end = g.lines - first;
-    int own = rows_in_image(first, end), halo = rows_in_image(0, g.lines) - own;
-    if (g.row_parts == 1) halo = 0;  // computed here
-    if (g.period <= g.lines) {       // whole images
-      const int images = g.images - this->first_image;
-      own = (images < g.tile_images ? images : g.tile_images) * g.height;
-    }
+    const int own = rows_in(first, end) * this->images_here();
+    const int halo = g.row_parts == 1 ? 0 : rows_in(0, g.lines) - own;  // else computed here
     const int chunks = divide_up(g.channels, 8), left = chunks - this->first_channel / 8;
     const int others = chunks - (left < g.part_columns ? left : g.part_columns);
     const int columns = shared_load<Bytes4>(this->tables()).word[0];  // of a line, that lie in the image
     return (own * others + halo * chunks) * columns * 16;
   }
-  DEVICE int rows_in_image(int first_line, int end_line) const {  // of one image
-    const int first = this->first_row + first_line, end = this->first_row + end_line;
-    const int rows = (end < g.height ? end : g.height) - (first > 0 ? first : 0);
-    return rows > 0 ? rows : 0;
+  DEVICE int rows_in(int first_line, int end_line) const {  // of one image
+    const auto rows = Base::rows_in(first_line, end_line);
+    return rows.end - rows.begin;
   }
 
   // Sends this CTA's channels of u_{step+1} to the CTAs of a row part: all lines to its own, the outermost to another as halo.

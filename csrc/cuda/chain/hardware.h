@@ -80,13 +80,13 @@ DEVICE T* kept(T* pointer) {
   return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
-// `count` times `bytes` further on, both without a sign, in one instruction.
+// `count` times `bytes` further on, both without a sign. These become one instruction, where mad.wide becomes three.
 template <class T>
 DEVICE T* stepped(T* pointer, int count, int bytes) {
   static_assert(sizeof(T) == 1);
-  size_t address;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(count), "r"(bytes), "l"(__cvta_generic_to_global(pointer)));
-  return static_cast<T*>(__cvta_global_to_generic(address));
+  uint64_t distance;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(distance) : "r"(count), "r"(bytes));
+  return kept(pointer + distance);
 }
 
 DEVICE int thread_index() { return threadIdx.x; }
@@ -178,21 +178,6 @@ DEVICE void copy_async(SharedPtr to, const void* from, int valid = BYTES) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()), "l"(global), "n"(BYTES), "r"(valid)
                  : "memory");
 }
-// The same of all bytes, or of none: these are not looked for then, and `from` may be anywhere.
-template <int BYTES>
-DEVICE void copy_async_or_zero(bool copies, SharedPtr to, const void* from) {
-  const auto global = __cvta_generic_to_global(from);
-  if constexpr (BYTES == 16)
-    asm volatile(
-        "{.reg .pred none; setp.eq.b32 none, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, none;}" ::"r"(to.address()),
-        "l"(global), "r"(int(copies))
-        : "memory");
-  else
-    asm volatile(
-        "{.reg .pred none; setp.eq.b32 none, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, none;}" ::"r"(to.address()),
-        "l"(global), "r"(int(copies)), "n"(BYTES)
-        : "memory");
-}
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's committed groups are unfinished. The instruction takes a constant; beyond 3
 // it waits for more than it must, never for less.
@@ -225,10 +210,16 @@ DEVICE void proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-// For one thread that arrives in each phase. Behind it a proxy fence and a barrier.
-DEVICE void arrival_init(SharedPtr arrival) {
+// For so many threads, each of which arrives once in a phase. Behind it a proxy fence and a barrier.
+DEVICE void arrival_init(SharedPtr arrival, int threads = 1) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival.address()) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(arrival.address()), "r"(threads) : "memory");
+#endif
+}
+// Arrives: what this thread did, and products that it waited for, come before the end of the phase.
+DEVICE void arrival_signal(SharedPtr arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(arrival.address()) : "memory");
 #endif
 }
 // Arrives: the phase ends when so many bytes have been copied.

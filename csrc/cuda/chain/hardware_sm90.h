@@ -42,7 +42,8 @@ DEVICE void pin(Accumulator (&sums)[TILES][COLUMNS]) {
   }
 }
 
-// Around the products of these sums: before the first one; after the last one; until the committed ones have been finished.
+// Around the products of these sums: before the first one; after the last one; until the committed ones have been finished, or
+// all but those committed last, whose sums are not to be touched then.
 template <int TILES, int COLUMNS>
 DEVICE void products_begin(Accumulator (&sums)[TILES][COLUMNS]) {
   pin(sums);
@@ -54,6 +55,8 @@ DEVICE void products_wait(Accumulator (&sums)[TILES][COLUMNS]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   pin(sums);
 }
+
+DEVICE void products_wait_for_earlier() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 
 #define RES2NET_SUMS(j) "+f"(c[j].value[0]), "+f"(c[j].value[1]), "+f"(c[j].value[2]), "+f"(c[j].value[3])
 #define RES2NET_SUMS_6 RES2NET_SUMS(0), RES2NET_SUMS(1), RES2NET_SUMS(2), RES2NET_SUMS(3), RES2NET_SUMS(4), RES2NET_SUMS(5)

@@ -12,7 +12,7 @@ template <class Element, int DEPTHS, int COLUMNS, int TILES>
 struct StripCta : StripLayout<Element, DEPTHS> {
   using Base = StripLayout<Element, DEPTHS>;
   using Base::a, Base::g, Base::x, Base::out, Base::thread, Base::threads, Base::lane, Base::warp_m, Base::warp_n;
-  using Base::arrival_of, Base::in_image, Base::is_pixel, Base::turn_at, Base::NONE;
+  using Base::arrival_of, Base::first_column, Base::first_row, Base::in_image, Base::is_pixel, Base::turn_at, Base::NONE;
   using Base::Base;
   using Base::BYTES, Base::PER_WORD, Base::add_word, Base::held, Base::pack_word, Base::rounded, Base::unpack_word;
   using Base::chunk_offset, Base::channel_offset, Base::swizzled_place, Base::slot_of, Base::slot_of_position, Base::strip;
@@ -43,24 +43,32 @@ struct StripCta : StripLayout<Element, DEPTHS> {
     // A thread copies the same piece of every `together`th pixel; where pixels have more pieces than there are threads, several.
     const int pieces = int(by_pieces.divisor);
     const bool many = pieces > threads;
-    const int together = kept(many ? 1 : by_pieces.divide(threads)), first = many ? 0 : by_pieces.divide(thread);
+    const int together = kept(many ? 1 : by_pieces.divide(threads)), first_pixel = many ? 0 : by_pieces.divide(thread);
     const FastDivisor by_line = shared_load<FastDivisor>(tables());
     const int per_line = int(by_line.divisor);
-    const int end = first < together ? kept((g.lines - first_line) * per_line) : 0;
-    const int pixel_bytes = kept(a.x_slots.pixel * BYTES), pixel_step = kept(chunk_offset(together, 0));
-    const SharedPtr lines = line_at(0) + 2 * int(sizeof(int));
-    for (int piece = thread - first * pieces; piece < pieces; piece += many ? threads : pieces) {
+    // Kept where registers are short: what follows from it would be computed ahead of all steps.
+    const auto rows = this->rows_in(DEPTHS > 0 ? first_line : kept(first_line), g.lines - first_line);
+    // Pixels of an image are numbered line by line, and counted in twos: see FastDivisor.
+    const int end = first_pixel < together ? kept(2 * (rows.end - rows.begin) * per_line) : 0;
+    const int half_pixel = kept(a.x_slots.pixel * BYTES / 2), half_slot = chunk_offset(1, 0) / 2;
+    // From the last pixel of a line to the next line's first one, of x and of the strip.
+    const int skipped = kept(2 * (g.width - per_line)), skipped_slots = kept(chunk_offset(g.pitch - per_line, 0));
+    for (int piece = thread - first_pixel * pieces; piece < pieces; piece += many ? threads : pieces) {
       const int byte = first_byte + piece * MOVE;
       if (byte >= a.load_width) break;
-      const unsigned char* const from = kept(x + (a.first_group + step) * a.x_slots.slot * BYTES + byte);
-      int pixel = first_line * per_line + first;
-      SharedPtr to = strip(step) + (channel_offset(0, byte / BYTES) + chunk_offset(pixel, 0));
-      for (; pixel < end; pixel += together, to = to + pixel_step) {
-        const auto line = shared_load<Bytes8>(lines + by_line.divide(pixel) * int(sizeof(Line)));
-        copy_async_or_zero<MOVE>(  // zeros into lines that stay zero
-           
-            int(line.word[0]) != NONE, swizzled_place(to + int(line.word[1])),
-            stepped(from, int(line.word[0]) + pixel, pixel_bytes));
+#pragma unroll 1
+      for (int image = 0; image < this->images_here(); image++) {
+        const int line = rows.begin - first_row + image * g.period, left = this->left_column();
+        const int pixel = (image * g.height + rows.begin) * g.width + first_column + left;
+        const unsigned char* const from =
+            kept(x + (pixel * a.x_slots.pixel + (a.first_group + step) * a.x_slots.slot) * BYTES + byte);
+        const SharedPtr to = kept(strip(step) + (channel_offset(0, byte / BYTES) + chunk_offset(slot_of(line, left), 0)));
+#pragma unroll 1
+        for (int number = 2 * first_pixel; number < end; number += 2 * together) {
+          const int down = FastDivisor::divide_half(number, by_line.magic);
+          const SharedPtr place = swizzled_place(to + (down * skipped_slots + number * half_slot));
+          copy_async<MOVE>(place, stepped(from, down * skipped + number, half_pixel));
+        }
       }
     }
   }
@@ -69,9 +77,15 @@ struct StripCta : StripLayout<Element, DEPTHS> {
   // holds a whole convolution stays for all passes.
   struct ChunkCursor {
     int step = 0, pass = 0, chunk = 0, stage = 0;
+    int round = 0;  // through the stages
+  };
+  // What is copied to where the chunk before the one in use was. started: by now; else once nobody reads there any more.
+  struct NextCopy {
+    ChunkCursor chunk;
+    bool started = true;
   };
   DEVICE void advance(ChunkCursor& cursor) const {
-    if (++cursor.stage == g.stages) cursor.stage = 0;
+    if (++cursor.stage == g.stages) cursor.stage = 0, cursor.round++;
     if (++cursor.chunk < g.chunks) return;
     cursor.chunk = 0;
     if (g.chunks > 1 && ++cursor.pass < g.passes(cursor.step, TILES)) return;
@@ -198,7 +212,8 @@ struct StripCta : StripLayout<Element, DEPTHS> {
 
   // sums += the products of one chunk of K slices; base: from the begin of the strip to this lane's rows of the mma's A.
   DEVICE void multiply_chunk(
-      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk) const {
+      Accumulator (&sums)[TILES][COLUMNS], const int (&base)[TILES], int step, SharedPtr weights, int chunk,
+      const NextCopy& /*next*/) const {
     multiply_turns(sums, base, step, weights, chunk, 0, 1);
   }
   // Of RES2NET_CHAIN_UNROLL slices each: every `stride`th turn of a chunk, from the `begin`th on.
@@ -337,6 +352,7 @@ struct StripCta : StripLayout<Element, DEPTHS> {
     return chunk_offset(slot_of_position(step, position < end ? position : end - 1), lane / 16);
   }
   DEVICE bool adds_bias() const { return true; }  // to this warp's sums
+  static constexpr bool RUNS_ON = false;          // whether a barrier of the CTA stands before the first chunk of a step alone
   // Before a barrier: what this thread wrote to shared memory is going to be multiplied.
   DEVICE void show_writes() const {}
   // The positions of one pass of this warp, of which the first is number `first`.
@@ -404,25 +420,53 @@ struct StripCta : StripLayout<Element, DEPTHS> {
         int base[TILES];
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) base[tile] = cta.place_of_row(step, first, tile);
-#pragma unroll 1
-        for (int chunk = 0; chunk < g.chunks; chunk++) {
-          if (g.chunks > 1 || pass == 0) {
+        NextCopy next;
+        // Takes the next chunk into use. together: behind a barrier of the CTA, as always at the begin of a step.
+        const auto take_chunk = [&](bool together, bool begins_step) {
+          next = {fetch, together};
+          if (together) {
             copy_async_wait(g.stages - 2 + (since_group < g.stages ? 1 : 0));
             cta.show_writes();
-            sync_cta();  // this step's strip and copies of this chunk are there; nobody reads the chunk before, or the other strip
+            sync_cta();  // this step's strip and copies of this chunk are there; nobody reads the other strip, or the last chunk
             cta.start_weights(fetch);
-            copy_async_commit();
-            advance(fetch);
-            if (++stage_in_use >= g.stages) stage_in_use = 0, round++;
-            since_group++;
-            if (more && pass == 0 && chunk == 0) {
-              cta.start_group(step + 1);
-              copy_async_commit();
-              since_group = 1;
-            }
-            cta.await_weights(stage_in_use, round & 1);
           }
-          if (first < end) cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk);
+          copy_async_commit();
+          advance(fetch);
+          if (++stage_in_use >= g.stages) stage_in_use = 0, round++;
+          since_group++;
+          if (together && more && begins_step) {
+            cta.start_group(step + 1);
+            copy_async_commit();
+            since_group = 1;
+          }
+          cta.await_weights(stage_in_use, round & 1);
+        };
+        if constexpr (!Cta::RUNS_ON) {
+#pragma unroll 1
+          for (int chunk = 0; chunk < g.chunks; chunk++) {
+            if (g.chunks > 1 || pass == 0) take_chunk(true, pass + chunk == 0);
+            if (first < end) cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk, next);
+          }
+        } else {
+          if (pass == 0)
+            take_chunk(true, true);
+          else if (g.chunks > 1)
+            take_chunk(false, false);
+          // While products run on, the compiler wants all threads of a warpgroup in one place: each way has a loop of its own.
+          if (first < end) {
+#pragma unroll 1
+            for (int chunk = 0; chunk < g.chunks; chunk++) {
+              if (chunk > 0) take_chunk(false, false);
+              cta.multiply_chunk(sums, base, step, stage(stage_in_use), chunk, next);
+            }
+            cta.end_products(sums, next);
+          } else {
+#pragma unroll 1
+            for (int chunk = 0; chunk < g.chunks; chunk++) {
+              if (chunk > 0) take_chunk(false, false);
+              cta.leave_chunk(chunk, next);
+            }
+          }
         }
         if (more && pass == 0) {
           copy_async_wait(g.chunks - 1);

@@ -89,11 +89,9 @@ struct StripLayout : Words<Element> {
 
   // Of a line of the strip, or of the raster in which output positions are numbered. Pixels are counted from the CTA's first
   // image on; NONE: the line lies in no image.
-  struct alignas(16) Line {
+  struct alignas(8) Line {
     int pixel;  // of x, or in the raster of `out`, in the line's first column, be it left of the image
     int owned;  // the same of `out`, where this CTA owns the row
-    int from;   // if the loaded pixels are numbered line by line: from the number to the pixel of x,
-    int to;     // and to the bytes of its slot
   };
   // In front of the lines: the division by the columns of a line that lie in the image, the only ones that are loaded; then of
   // the raster. Read from here they stay in registers, where the compiler would load a kernel's arguments anew at each use.
@@ -116,11 +114,13 @@ struct StripLayout : Words<Element> {
   // The lines of the raster: the strip's own, or with a stride those of `out`.
   DEVICE SharedPtr raster_line_at(int line) const { return line_at(g.stride == 1 ? line : g.lines + 1 + line); }
   // Shifts in a strip of the slices of a turn of the main loop.
-  DEVICE SharedPtr turn_at(int turn) const { return line_at(g.table_lines - 1) + turn * int(sizeof(Bytes16)); }
+  DEVICE SharedPtr turn_at(int turn) const {
+    return tables() + (TABLE_HEAD + (divide_up(g.table_lines, 2) + turn) * int(sizeof(Bytes16)));
+  }
 
   DEVICE void make_tables() const {
     // There is a column in every part of an image.
-    const int left = first_column < 0 ? -first_column : 0, to_right = g.width - first_column;
+    const int left = left_column(), to_right = g.width - first_column;
     const int loaded = (g.stored < to_right ? g.stored : to_right) - left;
     if (thread == 0) {
       const int first = g.stride == 1 ? left : 0, beyond = g.out_width - first_out_column;
@@ -134,16 +134,14 @@ struct StripLayout : Words<Element> {
       if (line > g.lines) {  // of the raster, with a stride
         const int row = first_out_row + line - g.lines - 1;
         const int pixel = row < g.out_height ? row * g.out_width + first_out_column : NONE;
-        shared_store(line_at(line), Line{pixel, pixel, NONE, 0});
+        shared_store(line_at(line), Line{pixel, pixel});
         continue;
       }
       const int image = line < 0 ? 0 : g.by_period.divide(line), row = first_row + line - image * g.period;
       const bool valid = (unsigned(row) < unsigned(g.height)) & (first_image + image < g.images);
       const bool owned = g.stride == 1 && unsigned(line - g.lead) < unsigned(g.owned_lines);
       const int pixel = valid ? (image * g.height + row) * g.width + first_column : NONE;
-      const int from = valid ? pixel + left - line * loaded : NONE;
-      shared_store(
-          line_at(line), Line{pixel, owned ? pixel : NONE, from, chunk_offset(slot_of(line, left) - line * loaded, 0)});
+      shared_store(line_at(line), Line{pixel, owned ? pixel : NONE});
     }
     if constexpr (DEPTHS != PLANES) {
       for (int turn = thread; turn < g.turns; turn += threads) {
@@ -157,6 +155,21 @@ struct StripLayout : Words<Element> {
       }
     }
   }
+  // Rows of an image that lie in these lines of the strip, which are those of its part, or of the first of whole images.
+  struct Rows {
+    int begin, end;
+  };
+  DEVICE Rows rows_in(int first_line, int end_line) const {
+    const int first = first_row + first_line, end = first_row + end_line, begin = first > 0 ? first : 0;
+    const int bounded = end < g.height ? end : g.height;
+    return {begin, bounded > begin ? bounded : begin};
+  }
+  DEVICE int images_here() const {  // with a pixel in the strip
+    const int left = g.images - first_image;
+    return left < g.tile_images ? left : g.tile_images;
+  }
+  // The first column of the strip that lies in the image.
+  DEVICE int left_column() const { return first_column < 0 ? -first_column : 0; }
   // Whether a column of the strip lies in the image.
   DEVICE bool in_image(int column) const { return unsigned(first_column + column) < unsigned(g.width); }
   DEVICE bool is_pixel(int line, int column) const {

@@ -3,6 +3,15 @@
 // A strip lies there in planes: plane c holds 16 bytes of every slot, channels 8 * c to 8 * c + 7. The 64 rows of a product are
 // 64 slots on end, so a tap is a shift of its address by 16 bytes per slot, and two planes are the K of one product. Rows
 // behind the last position are multiplied too, and dropped: they read slots of the next plane, or the room behind the last one.
+//
+// Where weights stream through the stages, products run on from chunk to chunk of a pass, and no warp waits for another one.
+// Behind its first products of a chunk a warp waits for those of the chunk before, and says that it has read that one; once all
+// have, the next chunk is copied there:
+//
+//     warpgroup 0   | chunk 0         | chunk 1         | chunk 2 ...      products run on from chunk to chunk
+//                                         | releases 0     | releases 1
+//     warpgroup 1     | chunk 0         | chunk 1         | chunk 2 ...
+//                                           | releases 0; chunk 0's stage is filled with chunk 2
 #pragma once
 #include "cuda/chain/hardware_sm90.h"
 #include "cuda/chain/strip_kernel.cuh"
@@ -13,12 +22,13 @@ namespace res2net_fused::cuda {
 template <class Element, int COLUMNS, int TILES>
 struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   using Base = StripCta<Element, PLANES, COLUMNS, TILES>;
-  using Base::g, Base::lane, Base::warp_m, Base::warp_n;
+  using Base::g, Base::lane, Base::thread, Base::warp_m, Base::warp_n;
+  using typename Base::ChunkCursor, typename Base::NextCopy;
   static constexpr int COLUMN_UNITS = Base::COLUMN_BYTES / 16;
   int warp;  // of the warpgroup
 
-  DEVICE WgmmaCta(const ChainArguments& arguments, int block) : Base(arguments, block), warp(uniform(this->thread / 32) % 4) {
-    const int group = uniform(this->thread / 128);
+  DEVICE WgmmaCta(const ChainArguments& arguments, int block) : Base(arguments, block), warp(uniform(thread / 32) % 4) {
+    const int group = uniform(thread / 128);
     warp_n = group % g.warps_n;
     warp_m = group / g.warps_n * 4 + warp;
   }
@@ -30,12 +40,45 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
     return this->slot_of(g.work_line(step), 0) + (position < g.positions(step) ? position : first);
   }
 
+  static constexpr bool RUNS_ON = true;
+  // Whether weights stream; else a convolution's stay for all passes.
+  DEVICE bool streams() const { return g.chunks > 1; }
+  // Where all warps arrive once they have read what is in a stage.
+  DEVICE SharedPtr released_at(int stage) const { return this->arrival_of(MAX_STAGES + stage); }
+  DEVICE void release(int stage) const {
+    if (lane > 0) return;
+    arrival_signal(released_at(stage));
+  }
+  DEVICE void prepare_weights() const {
+    Base::prepare_weights();
+    if (thread > 0) return;
+#pragma unroll 1
+    for (int i = 0; i < g.stages; i++) {
+      arrival_init(released_at(i), this->threads / 32);
+    }
+  }
+  DEVICE void start_weights(const ChunkCursor& cursor) const {
+    if (thread > 0 || cursor.step >= g.steps) return;
+    if (streams() && cursor.round > 0) {
+      arrival_wait(released_at(cursor.stage), (cursor.round - 1) & 1);
+    }
+    Base::start_weights(cursor);
+  }
+  // Of the chunk in use, behind that one which `next` replaces.
+  DEVICE int stage_after(const NextCopy& next) const { return next.chunk.stage + 1 == g.stages ? 0 : next.chunk.stage + 1; }
+  DEVICE void leave_chunk(int chunk, const NextCopy& next) const {
+    if (!streams()) return;
+    if (chunk > 0) release(next.chunk.stage);
+    if (chunk + 1 == g.chunks) release(stage_after(next));
+  }
+
   DEVICE void show_writes() const {
     proxy_fence();  // of the strips
   }
 
   DEVICE void multiply_chunk(
-      Accumulator (&sums)[TILES][COLUMNS], const int (&slot)[TILES], int step, SharedPtr weights, int chunk) const {
+      Accumulator (&sums)[TILES][COLUMNS], const int (&slot)[TILES], int step, SharedPtr weights, int chunk,
+      const NextCopy& next) const {
     const SharedMatrix strip(this->strip(step), g.plane_bytes, 128);
     SharedMatrix weight = SharedMatrix(weights, 128, Base::COLUMN_BYTES).moved(warp_n * COLUMNS * COLUMN_UNITS);
     // Slices go through the depths of a tap, then through the taps of a row. No division in the loop: too slow for few warps.
@@ -45,23 +88,36 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
     int shift = ((tap / 3 - 1) * g.pitch + tap_column - 1) * g.dilation + depth * next_planes;
     const int next_tap = g.dilation - g.depths * next_planes;
     const int next_row = next_tap + (g.pitch - 3) * g.dilation;
+    // The first turn, then the others: what stands between would lengthen each of them.
+    int slice = 0;
 #pragma unroll 1
-    for (int slice = 0; slice < g.chunk_slices; slice += RES2NET_CHAIN_UNROLL) {
-      products_begin(sums);
+    for (int part = 0; part < 2; part++) {
+      const int end = part == 0 ? RES2NET_CHAIN_UNROLL : g.chunk_slices;
+#pragma unroll 1
+      for (; slice < end; slice += RES2NET_CHAIN_UNROLL) {
+        products_begin(sums);
 #pragma unroll
-      for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
+        for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) multiply_async<Element>(sums[tile], strip.moved(shift + slot[tile]), weight);
-        weight = weight.moved(g.packed_columns * COLUMN_UNITS);
-        const bool tap_ends = ++depth == g.depths, row_ends = tap_ends && tap_column == 2;
-        shift += next_planes + (row_ends ? next_row : tap_ends ? next_tap : 0);
-        depth = tap_ends ? 0 : depth;
-        tap_column = row_ends ? 0 : tap_ends ? tap_column + 1 : tap_column;
+          for (int tile = 0; tile < TILES; tile++) multiply_async<Element>(sums[tile], strip.moved(shift + slot[tile]), weight);
+          weight = weight.moved(g.packed_columns * COLUMN_UNITS);
+          const bool tap_ends = ++depth == g.depths, row_ends = tap_ends && tap_column == 2;
+          shift += next_planes + (row_ends ? next_row : tap_ends ? next_tap : 0);
+          depth = tap_ends ? 0 : depth;
+          tap_column = row_ends ? 0 : tap_ends ? tap_column + 1 : tap_column;
+        }
+        products_commit();
+        products_wait_for_earlier();
       }
-      products_commit();
+      if (part > 0 || !streams()) continue;
+      if (chunk > 0) release(next.chunk.stage);
+      if (!next.started) start_weights(next.chunk);
     }
-    // Before the next barrier: behind it others overwrite these weights or this strip.
+  }
+  // Of all chunks, before the next barrier: behind it others overwrite this strip.
+  DEVICE void end_products(Accumulator (&sums)[TILES][COLUMNS], const NextCopy& next) const {
     products_wait(sums);
+    if (streams()) release(stage_after(next));
   }
 
   DEVICE void finish_pass(const Accumulator (&sums)[TILES][COLUMNS], int step, int /*pass*/, int first) const {

@@ -31,11 +31,13 @@ struct FastDivisor {
       : divisor(uint32_t(value)), magic((1u << 31) / divisor + ((1u << 31) % divisor != 0)) {}
 
   RES2NET_HOST_DEVICE int divide(int numerator) const { return divide(numerator, magic); }
-  static RES2NET_HOST_DEVICE int divide(int numerator, uint32_t magic) {
+  static RES2NET_HOST_DEVICE int divide(int numerator, uint32_t magic) { return divide_half(numerator << 1, magic); }
+  // Half of an even number: one instruction, for loops that count in twos.
+  static RES2NET_HOST_DEVICE int divide_half(int twice, uint32_t magic) {
 #if defined(__CUDA_ARCH__)
-    return int(__umulhi(uint32_t(numerator) << 1, magic));
+    return int(__umulhi(uint32_t(twice), magic));
 #else
-    return int(uint64_t(uint32_t(numerator) << 1) * magic >> 32);
+    return int(uint64_t(uint32_t(twice)) * magic >> 32);
 #endif
   }
 };
@@ -87,9 +89,9 @@ RES2NET_HOST_DEVICE constexpr int sure_columns(int instance_depths) {
 }
 
 constexpr int MAX_STAGES = 4;  // of the weights
-// Bytes in front of the tables: three structs of 16, a barrier for each stage at which its copy arrives, and two at which u does
-// that other CTAs of a cluster send.
-constexpr int TABLE_HEAD = 48 + 8 * (MAX_STAGES + 2);
+// Bytes in front of the tables: three structs of 16; a barrier for each stage, at which its copy arrives; then two at which u does
+// that other CTAs of a cluster send, or one for each stage at which warps say that they have read it.
+constexpr int TABLE_HEAD = 48 + 8 * 2 * MAX_STAGES;
 
 constexpr int PLANE_ROWS = 64;  // slots of a product's A in wgmma's layout, PLANES
 
@@ -185,7 +187,7 @@ inline ChainGeometry make_geometry(
   // The strip's lines, one above and one below, and with a stride those of the output.
   g.table_lines = g.lines + 2 + (problem.stride > 1 ? g.rows : 0);
   g.turns = instance_depths == PLANES ? 0 : problem.slices() / RES2NET_CHAIN_UNROLL;
-  g.tables_bytes = TABLE_HEAD + 16 * (g.table_lines + g.turns);
+  g.tables_bytes = TABLE_HEAD + 16 * (divide_up(g.table_lines, 2) + g.turns);
   g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes + g.tables_bytes;
 
   g.by_period = FastDivisor(g.period), g.by_stored = FastDivisor(g.stored);

@@ -28,8 +28,9 @@ double cycles_of_cta(
     const double shared = resident * work.read_bytes / SHARED_RATE;
     const double main_loop = std::max({alone, together, shared}) / reached;
     const double rest = resident * (work.finish + work.copies) / busy;
+    const int rounds = g.chunks > 1 ? passes : 1;  // through the weights
     cycles += std::max(main_loop + exposed * rest, resident * work.instructions() / busy) + STEP_CYCLES +
-              (wgmma ? DRAIN_CYCLES : BARRIER_CYCLES) * g.chunks * (g.chunks > 1 ? passes : 1);
+              rounds * (BARRIER_CYCLES * g.chunks + (wgmma ? DRAIN_CYCLES : 0));
   }
   return cycles;
 }

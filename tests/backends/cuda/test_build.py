@@ -86,13 +86,12 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
     assert all(k.architecture == f"sm_{architecture}" for k in kernels)
 
     for kernel in kernels:
-        # The plan's numbers are those of sm_80 and sm_90a; for sm_100 the compiler loads more constants.
         half_tile, turn = counted(kernel)
-        if architecture != "100" and not instance.startswith("cluster"):
+        # Fewer in TF32 on sm_100 (115 to 185 where the plan counts 128 to 209), which has more predicates.
+        if (architecture, kernel.dtype) != ("100", "tf32") and not instance.startswith("cluster"):
             assert kernel.counts.half_tile == pytest.approx(half_tile, rel=0.1)
-        alike = architecture == "90a" or (architecture == "80" and not instance.startswith("cluster"))
-        assert kernel.counts.turn == pytest.approx(turn, rel=0.1 if alike else 0.2)
-        assert kernel.counts.copy == pytest.approx(MODEL["COPY_INSTRUCTIONS"], rel=0.1)
+        assert kernel.counts.turn == pytest.approx(turn, rel=0.1)
+        assert kernel.counts.copy == pytest.approx(MODEL["COPY_INSTRUCTIONS"], rel=0.1) and kernel.counts.copy <= 14
         weights = MODEL["WEIGHT_INSTRUCTIONS" + "_PART" * instance.startswith("cluster")] if architecture == "80" else 0
         assert kernel.counts.weights == pytest.approx(weights, rel=0.1)
     functions = {symbol: text for (_, symbol), text in machine_code.functions(binary, cuobjdump).items()}
@@ -104,7 +103,8 @@ def test_instance_compiles_without_spills(instance, architecture, tmp_path):
         if instance.startswith("wgmma"):
             product = f"HGMMA.64x{8 * columns}x16.F32{'.BF16' * (dtype == 'bf16')} "
             assert text.count(product) == text.count("HGMMA") == UNROLL * tiles
-            assert text.count("WARPGROUP.ARRIVE") == text.count("WARPGROUP.DEPBAR") == 1
+            # One wait for all but the last products, one for all of a pass.
+            assert text.count("WARPGROUP.ARRIVE") == 1 and text.count("WARPGROUP.DEPBAR") == 2
             assert not re.search(r"\bHMMA|\bLDSM", text)
             continue
         assert text.count(PRODUCTS[dtype]) == text.count("HMMA") == UNROLL * columns * tiles

@@ -241,7 +241,7 @@ def test_a_block_is_planned_with_its_padded_groups():
     assert copied.dram_bytes == weights + 2 * 2 * 8 * 16 * pixels
     groups = [launch_plan.copied_group(p) for p in (chain, block, first)]
     assert groups == [7, None, 0]
-    assert padded.issue_nanoseconds < 0.8 * dense.issue_nanoseconds  # copies of 16 bytes instead of 4
+    assert padded.issue_nanoseconds < 0.85 * dense.issue_nanoseconds  # copies of 16 bytes instead of 4
 
 
 @needs_library

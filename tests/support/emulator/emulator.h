@@ -77,7 +77,8 @@ void read_global(const void* from, void* to, int bytes, const Where& where);
 void write_global(void* to, const void* from, int bytes, const Where& where);
 void start_copy(SharedPtr to, const void* from, int bytes, int valid, const Where& where);
 void proxy_fence();
-void arrival_init(SharedPtr arrival, const Where& where);
+void arrival_init(SharedPtr arrival, int threads, const Where& where);
+void arrival_signal(SharedPtr arrival, const Where& where);
 void arrival_expect(SharedPtr arrival, int bytes, const Where& where);
 void arrival_wait(SharedPtr arrival, int parity, const Where& where);
 void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr arrival, const Where& where);
@@ -150,10 +151,6 @@ void copy_async(SharedPtr to, const void* from, int valid = BYTES, Where where =
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
   emulator::start_copy(to, from, BYTES, valid, where);
 }
-template <int BYTES>
-void copy_async_or_zero(bool copies, SharedPtr to, const void* from, Where where = Where::current()) {
-  copy_async<BYTES>(to, from, copies ? BYTES : 0, where);
-}
 inline void copy_async_commit() { emulator::commit_copies(); }
 
 // As in the code of sm_90, or, of a build that says so, of an older one.
@@ -162,7 +159,10 @@ inline void copy_async_commit() { emulator::commit_copies(); }
 #endif
 constexpr bool BULK_COPIES = RES2NET_EMULATED_CODE >= 90;
 inline void proxy_fence() { emulator::proxy_fence(); }
-inline void arrival_init(SharedPtr arrival, Where where = Where::current()) { emulator::arrival_init(arrival, where); }
+inline void arrival_init(SharedPtr arrival, int threads = 1, Where where = Where::current()) {
+  emulator::arrival_init(arrival, threads, where);
+}
+inline void arrival_signal(SharedPtr arrival, Where where = Where::current()) { emulator::arrival_signal(arrival, where); }
 inline void arrival_expect(SharedPtr arrival, int bytes, Where where = Where::current()) {
   emulator::arrival_expect(arrival, bytes, where);
 }

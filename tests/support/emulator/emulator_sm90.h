@@ -20,7 +20,7 @@ void multiply_async(
     Accumulator* c, const SharedMatrix& a, const SharedMatrix& b, int columns, res2net_fused::cuda::DataType type,
     const Where& where);
 void commit_products(const Where& where);
-void wait_products(const Where& where);
+void wait_products(int pending, const Where& where);
 }  // namespace emulator
 
 inline int uniform(int value, Where where = Where::current()) { return emulator::uniform(value, where); }
@@ -34,8 +34,9 @@ void products_begin(Accumulator (&sums)[TILES][COLUMNS]) {
 inline void products_commit(Where where = Where::current()) { emulator::commit_products(where); }
 template <int TILES, int COLUMNS>
 void products_wait(Accumulator (&)[TILES][COLUMNS], Where where = Where::current()) {
-  emulator::wait_products(where);
+  emulator::wait_products(0, where);
 }
+inline void products_wait_for_earlier(Where where = Where::current()) { emulator::wait_products(1, where); }
 template <class Element, int COLUMNS>
 void multiply_async(Accumulator (&c)[COLUMNS], SharedMatrix a, SharedMatrix b, Where where = Where::current()) {
   static_assert(Element::BYTES == 2);

@@ -152,6 +152,46 @@ void product(Fault fault) {
     }
 }
 
+enum class Release { NONE, NOT_AWAITED, TOO_EARLY, OF_ONE_GROUP, FEWER, FORGOTTEN };
+// Two warpgroups multiply what lies in a stage, and go on while it is filled anew, once all warps have said that they read it.
+void release(Release fault) {
+  const int thread = thread_index();
+  const SharedPtr left = shared_memory().part(0, 2048, "A"), other = shared_memory().part(3584, 1536, "other");
+  const SharedPtr stage = shared_memory().part(2048, 1536, "stage"), arrival = shared_memory().part(5120, 16, "arrivals");
+  for (int i = thread; i < 1280; i += 256) shared_store(shared_memory() + i * 4, 0u);
+  if (thread == 0) {
+    arrival_init(arrival);
+    arrival_init(arrival + 8, fault == Release::FEWER ? 7 : 8);
+  }
+  proxy_fence();
+  sync_cta();
+  Accumulator sums[1][6] = {};
+  const auto multiply = [&](SharedPtr right) {
+    multiply_async<bf16>(sums[0], SharedMatrix(left, 1024, 128), SharedMatrix(right, 128, 256));
+  };
+  const auto signal = [&] {
+    const bool silent = thread / 32 == 5 && (fault == Release::FEWER || fault == Release::FORGOTTEN);
+    if (thread % 32 == 0 && !silent) arrival_signal(arrival + 8);
+  };
+  products_begin(sums);
+  multiply(stage);
+  if (fault != Release::OF_ONE_GROUP) products_commit();
+  multiply(other);
+  products_commit();
+  if (fault == Release::TOO_EARLY) signal();
+  products_wait_for_earlier();
+  if (fault != Release::TOO_EARLY) signal();
+  if (thread == 0) {
+    if (fault != Release::NOT_AWAITED) arrival_wait(arrival + 8, 0);
+    arrival_expect(arrival, 1536);
+    for (int i = 0; i < 12; i++) copy_bulk(stage + i * 128, global_words, 128, arrival);
+  }
+  arrival_wait(arrival, 0);
+  multiply(stage);
+  products_commit();
+  products_wait(sums);
+}
+
 void products() {
   using enum emulator::Kind;
   const auto name = [](emulator::Kind kind) { return emulator::KIND_NAMES[kind]; };
@@ -177,6 +217,15 @@ void products() {
   verdict("operand before shared memory", "any", Fault::NEGATIVE);  // out of bounds, and other bits in the descriptor
   verdict("a warp leaves a product out", name(DIVERGENCE), Fault::WARP_MISSING);
   verdict("products of different statements", name(DIVERGENCE), Fault::OTHER_STATEMENT);
+  const auto released = [](const char* title, const char* kind, Release fault) {
+    expect(title, kind, 256, [fault] { release(fault); }, 1, 5136);
+  };
+  released("stage filled anew once all have read it", "", Release::NONE);
+  released("stage filled anew without waiting", "any", Release::NOT_AWAITED);
+  released("stage released before it was read", "any", Release::TOO_EARLY);
+  released("stage released while the last products read it", "any", Release::OF_ONE_GROUP);
+  released("stage filled anew where one warp may read it", "any", Release::FEWER);
+  released("stage that one warp does not release", "any", Release::FORGOTTEN);
   expect("product of half a warpgroup", name(DIVERGENCE), 64, [] { product<bf16>(Fault::NONE); }, 1, 4096);
   expect("lanes that do not agree", name(DIVERGENCE), 32, [] { uniform(thread_index() / 16); });
   expect("warps that do not agree", "", 64, [] {
@@ -281,45 +330,6 @@ int main() {
   });
   expect("copy past a buffer", name(OUT_OF_BOUNDS), 32, [] {
     copy_async<8>(word(thread_index() * 2), global_words + 64);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
-  expect("copy or zeros", "", 32, [] {
-    const int thread = thread_index();
-    const bool copies = thread % 3 > 0;
-    // Of those that copy nothing the address may be anywhere.
-    copy_async_or_zero<8>(copies, word(thread * 2), copies ? global_words + thread * 2 : global_words + 64 + thread * 2);
-    copy_async_commit();
-    copy_async_wait(0);
-    const auto found = shared_load<Bytes8>(word(thread * 2));
-    if (found.word[1] != (copies ? global_words[thread * 2 + 1] : 0)) failures++;
-  });
-  expect("copy or zeros, not waited for", name(IN_FLIGHT), 32, [] {
-    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
-    copy_async_commit();
-    shared_load<uint32_t>(word(thread_index()));  // zeros come as late as what is copied
-    copy_async_wait(0);
-  });
-  expect("copy or zeros, past a buffer", name(OUT_OF_BOUNDS), 32, [] {
-    copy_async_or_zero<8>(thread_index() > 4, word(thread_index() * 2), global_words + 64);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
-  expect("zeros past a region", name(OUT_OF_BOUNDS), 32, [] {
-    copy_async_or_zero<4>(false, shared_memory().part(0, 64, "part") + thread_index() * 4, nullptr);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
-  expect("zeros over what others still read", name(RACE), 64, [] {
-    store(thread_index());
-    sync_cta();
-    shared_load<uint32_t>(word(63 - thread_index()));
-    copy_async_or_zero<4>(false, word(thread_index()), nullptr);
-    copy_async_commit();
-    copy_async_wait(0);
-  });
-  expect("zeros at 4 where 8 are copied", name(MISALIGNED), 32, [] {
-    if (thread_index() == 3) copy_async_or_zero<8>(false, word(7), nullptr);
     copy_async_commit();
     copy_async_wait(0);
   });

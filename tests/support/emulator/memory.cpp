@@ -53,6 +53,12 @@ bool after_all_reads(const Granule& granule, const Cta& cta) {
   if (granule.read_epoch < first_epoch || granule.read_phase < current->waits) return true;
   if (&cta != &ctas[current->rank]) return granule.read_epoch < current->known[&cta - ctas.data()];
   if (granule.read_epoch < cta.epoch) return true;
+  if (granule.by_products) {
+    const auto& finished = current->finished;
+    for (size_t warp = 0; warp < size_t(launch.threads) / 32; warp++)
+      if (granule.products[warp / 4] > (warp < finished.size() ? finished[warp] : 0)) return false;
+    return true;
+  }
   return !granule.several_warps && ordered(granule.reader, granule.read_epoch, granule.read_warp_epoch, granule.read_phase) &&
          !(granule.several_lanes && granule.read_warp_epoch >= warp_epoch[current->warp]);
 }
@@ -130,7 +136,7 @@ void finish_copies(std::vector<Copy>& copies) {
 }
 }  // namespace
 
-void check_read(SharedPtr from, int bytes, const Where& where) {
+void check_read(SharedPtr from, int bytes, const Where& where, uint64_t product) {
   Cta& cta = ctas[current->rank];
   for (int at = from.offset; at < from.offset + bytes; at += GRANULE) {
     Granule& granule = cta.granules[at / GRANULE];
@@ -149,9 +155,13 @@ void check_read(SharedPtr from, int bytes, const Where& where) {
     if (granule.read_epoch != cta.epoch) {
       granule.read_epoch = cta.epoch;
       granule.several_lanes = granule.several_warps = false;
+      granule.by_products = true;
+      std::fill(std::begin(granule.products), std::end(granule.products), 0);
     } else if (granule.reader != current->number) {
       (fibers[granule.reader].warp == current->warp ? granule.several_lanes : granule.several_warps) = true;
     }
+    granule.by_products &= product > 0;
+    if (product > 0) granule.products[current->thread / 128] = product;
     granule.reader = int16_t(current->number);
     granule.read_warp_epoch = warp_epoch[current->warp];
     granule.read_phase = std::max(granule.read_phase, current->arrivals);
@@ -287,13 +297,21 @@ Arrival* arrival_at(SharedPtr place, const Where& where) {
   return &found->second;
 }
 
+// What is known after it is learned that so much is: by CTA, or by warp.
+template <class Number>
+void raise_to(std::vector<Number>& known, const std::vector<Number>& learned) {
+  known.resize(std::max(known.size(), learned.size()));
+  for (size_t i = 0; i < learned.size(); i++) known[i] = std::max(known[i], learned[i]);
+}
+
 // Ends the phase if all that it expects is there; true if it did.
 bool end_phase(Arrival& arrival, int place, const Where& where) {
-  if (!arrival.arrived || arrival.issued < arrival.expected) return false;
+  if (arrival.arrived < arrival.threads || arrival.issued < arrival.expected) return false;
   if (arrival.issued > arrival.expected)
     finding(ARRIVAL, where, "%d bytes arrive where %d are expected", arrival.issued, arrival.expected);
   static uint64_t phases;
   arrival.number = ++phases;
+  arrival.finished = arrival.arriving;
   arrival.known.resize(ctas.size());
   Cta& cta = ctas[current->rank];
   for (const Arrival::Copy& copy : arrival.copies) {
@@ -307,24 +325,34 @@ bool end_phase(Arrival& arrival, int place, const Where& where) {
     }
   }
   arrival.copies.clear();
-  arrival.arrived = false, arrival.expected = arrival.issued = 0, arrival.phase++;
+  arrival.arrived = 0, arrival.expected = arrival.issued = 0, arrival.phase++;
   for (const Fiber* fiber : arrival.waiting) wake(*fiber);
   arrival.waiting.clear();
   return true;
 }
 }  // namespace
 
-void arrival_init(SharedPtr place, const Where& where) {
+void arrival_init(SharedPtr place, int threads, const Where& where) {
   const uint64_t bits = 0;
   write_shared(place, &bits, 8, where);
-  ctas[current->rank].arrivals[place.offset] = {};
+  Arrival& arrival = ctas[current->rank].arrivals[place.offset];
+  arrival = {};
+  arrival.threads = threads;
+}
+
+void arrival_signal(SharedPtr place, const Where& where) {
+  Arrival* const arrival = arrival_at(place, where);
+  if (!arrival) return;
+  arrival->arrived++;
+  raise_to(arrival->arriving, current->finished);
+  end_phase(*arrival, place.offset, where);
 }
 
 void arrival_expect(SharedPtr place, int bytes, const Where& where) {
   Arrival* const arrival = arrival_at(place, where);
   if (!arrival) return;
-  if (arrival->arrived) finding(ARRIVAL, where, "arrives a second time in one phase");
-  arrival->arrived = true, arrival->expected += bytes;
+  if (arrival->arrived == arrival->threads) finding(ARRIVAL, where, "arrives a second time in one phase");
+  arrival->arrived++, arrival->expected += bytes;
   if (!arrival->waiting.empty()) end_phase(*arrival, place.offset, where);
 }
 
@@ -336,8 +364,8 @@ void arrival_wait(SharedPtr place, int parity, const Where& where) {
     suspend("an arrival", where);
   }
   current->phases[place.offset] = arrival->number;
-  for (size_t rank = 0; rank < arrival->known.size(); rank++)
-    current->known[rank] = std::max(current->known[rank], arrival->known[rank]);
+  raise_to(current->known, arrival->known);
+  raise_to(current->finished, arrival->finished);
 }
 
 void copy_bulk(SharedPtr to, const void* from, int bytes, SharedPtr place, const Where& where) {

@@ -24,6 +24,7 @@ struct Product {
   Matrix a, b;
   Accumulator* key;  // thread 0's sums, which stand for those of all threads
   bool is_bf16;
+  uint64_t number;  // counts the launch's products
   uint64_t writes;  // until it was issued
   uint32_t epoch;   // of the CTA then
   Where where;
@@ -50,8 +51,10 @@ struct Meeting {
 struct Warpgroup {
   Meeting meeting;
   std::vector<Accumulator*> arriving;  // sums of the product that they meet for
-  std::vector<Product> open, committed;
-  std::map<Accumulator*, Sums> sums;  // of products that are not finished
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> committed;  // in groups, the oldest first
+  std::map<Accumulator*, Sums> sums;           // of products that are not finished
+  uint64_t finished = 0;                       // the last product that is
 };
 
 // What a thread's sums were when products_begin was called.
@@ -60,6 +63,7 @@ struct Snapshot {
   std::vector<Accumulator> value;
 };
 
+uint64_t product_number;
 std::vector<Warpgroup> groups;
 std::vector<Meeting> warps;                    // for `uniform`
 std::vector<int> agreed;                       // per warp
@@ -120,13 +124,14 @@ void for_each_place(const Matrix& matrix, int first, int rows, Visit visit) {
 }
 
 // Records that `reader` reads rows of the matrix from now on, if not before.
-void check_matrix(const Matrix& matrix, int first, int rows, Fiber* reader, bool all_warps, const Where& where) {
+void check_matrix(const Matrix& matrix, int first, int rows, Fiber* reader, bool all_warps, const Product& product) {
+  const Where& where = product.where;
   Fiber* const self = current;
   current = reader;
   for_each_place(matrix, first, rows, [&](int place) {
     SharedPtr bytes = matrix.region;
     bytes.offset = place;
-    check_read(bytes, 16, where);
+    check_read(bytes, 16, where, product.number);
     for (int at = place; at < place + 16; at += GRANULE) {
       Granule& granule = ctas[current->rank].granules[at / GRANULE];
       granule.several_warps |= all_warps;
@@ -142,8 +147,8 @@ void check_matrix(const Matrix& matrix, int first, int rows, Fiber* reader, bool
 // A warp reads its rows of A, and all of B.
 void check_operands(const Product& product) {
   Fiber* const threads = first_thread();
-  for (int warp = 0; warp < 4; warp++) check_matrix(product.a, warp * 16, 16, threads + warp * 32, false, product.where);
-  check_matrix(product.b, 0, product.b.rows, threads, true, product.where);
+  for (int warp = 0; warp < 4; warp++) check_matrix(product.a, warp * 16, 16, threads + warp * 32, false, product);
+  check_matrix(product.b, 0, product.b.rows, threads, true, product);
 }
 
 // Whether anything of the matrix was written since the product was issued.
@@ -234,8 +239,9 @@ void multiply_async(
   }
   sums.pending++;
   report.multiplies += 4 * columns;
-  const Product product{decode(a, ROWS, where), decode(b, 8 * columns, where), owner[0], type == res2net_fused::cuda::BF16,
-                        write_number,           ctas[current->rank].epoch,     where};
+  const Product product{
+      decode(a, ROWS, where), decode(b, 8 * columns, where), owner[0], type == res2net_fused::cuda::BF16, ++product_number,
+      write_number,           ctas[current->rank].epoch,     where};
   if (launch.checks) check_operands(product);
   group.open.push_back(product);
 }
@@ -243,24 +249,28 @@ void multiply_async(
 void commit_products(const Where& where) {
   Warpgroup& group = group_of(*current);
   if (!meet(group.meeting, "a commit of products", where)) return;
-  group.committed.insert(group.committed.end(), group.open.begin(), group.open.end());
-  group.open.clear();
+  group.committed.emplace_back();
+  group.committed.back().swap(group.open);
 }
 
-void wait_products(const Where& where) {
+void wait_products(int pending, const Where& where) {
   Warpgroup& group = group_of(*current);
   for (Snapshot& snapshot : snapshots[current->number]) snapshot.sums = nullptr;
-  if (!meet(group.meeting, "a wait for products", where)) return;
-  for (const Product& product : group.committed) {
-    Sums& sums = group.sums.at(product.key);
-    perform(product, sums);
-    if (--sums.pending > 0) continue;
-    for (int thread = 0; thread < GROUP; thread++)
-      for (int j = 0; j < sums.columns; j++)
-        for (int i = 0; i < 4; i++) sums.owner[thread][j].value[i] = sums.at(thread, j, i);
-    group.sums.erase(product.key);
-  }
-  group.committed.clear();
+  const bool last = meet(group.meeting, "a wait for products", where);
+  for (; last && int(group.committed.size()) > pending; group.committed.pop_front())
+    for (const Product& product : group.committed.front()) {
+      Sums& sums = group.sums.at(product.key);
+      perform(product, sums);
+      group.finished = product.number;
+      if (--sums.pending > 0) continue;
+      for (int thread = 0; thread < GROUP; thread++)
+        for (int j = 0; j < sums.columns; j++)
+          for (int i = 0; i < 4; i++) sums.owner[thread][j].value[i] = sums.at(thread, j, i);
+      group.sums.erase(product.key);
+    }
+  // Each warp knows of its own part alone.
+  current->finished.resize(launch.threads / 32);
+  current->finished[current->thread / 32] = group.finished;
 }
 
 bool products_pending() { return !group_of(*current).sums.empty(); }

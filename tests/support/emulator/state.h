@@ -31,11 +31,13 @@ struct Arrival {
     int sender;      // CTA of the cluster
     uint32_t epoch;  // of the sender then
   };
-  bool arrived = false;          // its one thread, in the present phase
+  int threads = 1;               // that arrive in each phase
+  int arrived = 0;               // of them, in the present phase
   int expected = 0, issued = 0;  // bytes
   int phase = 0;
-  uint64_t number = 0;          // of the last phase that ended, counted over the whole launch
-  std::vector<uint32_t> known;  // of that phase, by CTA
+  uint64_t number = 0;                       // of the last phase that ended, counted over the whole launch
+  std::vector<uint32_t> known;               // of that phase, by CTA
+  std::vector<uint64_t> finished, arriving;  // products that came before its end, by warp: see Fiber; of the present phase
   std::vector<Copy> copies;
   std::vector<struct Fiber*> waiting;
 };
@@ -48,6 +50,8 @@ struct Granule {
   int write_phase = 0, read_phase = 0;  // barriers of the cluster at which the thread (of the reads: any) had arrived before
   int16_t writer = -1, reader = -1;
   bool several_lanes = false, several_warps = false;  // read in read_epoch
+  bool by_products = false;                           // all of these reads
+  uint64_t products[4] = {};                          // by warpgroup of the CTA: the last product that reads it
   bool in_flight = false;                             // the destination of an unfinished copy
   uint32_t write_line = 0, read_line = 0;
   uint64_t write_number = 0;  // counts all writes of the launch
@@ -79,6 +83,7 @@ struct Fiber {
   bool let_begin = false;          // the next kernel
   std::map<int, uint64_t> phases;  // by arrival: the last one waited for
   std::vector<uint32_t> known;     // by CTA: what it did before this epoch of its own came before what arrived from it
+  std::vector<uint64_t> finished;  // by warp of the CTA: all its products up to this number came before what this thread does
   const char* waits_for = nullptr;
   Where where;
   std::vector<Copy> open_copies;              // not committed
@@ -132,8 +137,8 @@ void prepare_products();
 
 // Defined in memory.cpp. They concern the current thread and the shared memory of its CTA, stores to others excepted.
 bool in_region(SharedPtr pointer, int bytes, const char* what, const Where& where);
-bool shown(const Granule& granule);  // to the async proxy
-void check_read(SharedPtr from, int bytes, const Where& where);
+bool shown(const Granule& granule);                                                    // to the async proxy
+void check_read(SharedPtr from, int bytes, const Where& where, uint64_t product = 0);  // product: that reads, if one does
 void prepare_memory();
 void check_end();  // once all threads of the cluster have ended
 }  // namespace emulator

@@ -15,7 +15,7 @@ BREAKS = [
     ("weights of another chunk in older code", "older", STRIP, "+ cursor.chunk) * g.stage", ") * g.stage", "wrong"),
     ("waits too little for x", "strips", STRIP, "wait(g.chunks - 1)", "wait(g.chunks)", "in-flight wrong"),
     ("one stage for all weights", "strips", LAYOUT, "index * g.stage_bytes", "0 * index * g.stage_bytes", "in-flight wrong"),
-    ("weights not advanced", "stream", STRIP, "advance(fetch);\n            if", "if", "wrong"),
+    ("weights not advanced", "stream", STRIP, "advance(fetch);\n          if", "if", "wrong"),
     ("barrier in one warp only", "strips", STRIP, "    cta.pass_group();\n", "if (thread < 32) sync_cta();\n", "divergence"),
     (
         "a lane skips the matrix load",
@@ -74,6 +74,10 @@ BREAKS = [
     ),
     ("rows outside the image are read", "strips", LAYOUT, "(unsigned(row) < unsigned(g.height)) &", "", "out-of-bounds"),
     ("images behind the last are read", "images", LAYOUT, " & (first_image + image < g.images)", "", "out-of-bounds"),
+    ("rows above the image are copied", "strips", LAYOUT, "first > 0 ? first : 0;", "first;", "out-of-bounds"),
+    ("images behind the last are copied", "images", LAYOUT, "left < g.tile_images ? left :", "", "out-of-bounds"),
+    ("all images copied into the first", "images", STRIP, "+ image * g.period, left", ", left", "wrong"),
+    ("lines of x one pixel too long", "stream", STRIP, "2 * (g.width - per_line)", "2 * (g.width - per_line + 1)", "wrong"),
     ("one row too many owned", "strips", LAYOUT, "< unsigned(g.owned_lines)", "<= unsigned(g.owned_lines)", "race"),
     ("one column too many owned", "stream", STRIP, "< unsigned(r.owned.count)", "<= unsigned(r.owned.count)", "race"),
     (
@@ -134,7 +138,7 @@ BREAKS = [
     ),
     ("one barrier for the bytes of all steps", "parts", CLUSTER, "MAX_STAGES + step % 2)", "MAX_STAGES)", "wrong"),
     ("halo not counted", "parts", CLUSTER, "halo * chunks", "0 * chunks", "arrival"),
-    ("rows below the image counted", "parts", CLUSTER, "(end < g.height ? end : g.height)", "end", "wrong"),
+    ("rows below the image counted", "parts", LAYOUT, "end < g.height ? end : g.height;", "end;", "out-of-bounds"),
     ("x loaded for other parts' channels", "parts", CLUSTER, "step == 0 || !g.sends", "true", "race"),
     ("slices before the chunk", "shared", CLUSTER, "if (turn < 0) turn += g.warps_k;", "", "out-of-bounds"),
     ("own sums added twice", "shared", CLUSTER, "if (k == warp_k) continue;", "", "uninitialised"),
@@ -170,6 +174,16 @@ BREAKS = [
         "SharedMatrix(weights, Base::COLUMN_BYTES, 128)",
         "wrong",
     ),
+    (
+        "the stage in use released",
+        "wgmma",
+        WGMMA,
+        "      if (chunk > 0) release(next.chunk.stage);\n      if (!next",
+        "      release(stage_after(next));\n      if (!next",
+        "race",
+    ),
+    ("stages filled a round too early", "wgmma", WGMMA, "(cursor.round - 1) & 1", "cursor.round & 1", "race"),
+    ("one warp releases a stage for all", "wgmma", WGMMA, "this->threads / 32", "1", "race"),
     ("one lane leaves products out", "wgmma", WGMMA, "multiply_async<", "if (lane != 9) multiply_async<", "divergence"),
     ("pool reads a column too far", "stage", STRIP, "if (!in_image(column + dx)) continue;", "", "wrong"),
 ]
@@ -205,8 +219,8 @@ def test_emulated_truncation_to_tf32_is_noticed(tmp_path):
 def test_emulated_breaks_cover_every_ordering_statement():
     found = [removal.statement.partition("(")[0] for removal in breaks.removals()]
     assert found.count("cluster_arrive") == found.count("cluster_wait") == 1 and found.count("sync_cta") >= 6
-    assert found.count("arrival_wait") == found.count("arrival_wait_remote") == 1
-    assert found.count("arrival_init") == found.count("arrival_expect") == 3
+    assert found.count("arrival_wait_remote") == found.count("arrival_signal") == 1 and found.count("arrival_wait") == 2
+    assert found.count("arrival_init") == 4 and found.count("arrival_expect") == 3
     assert found.count("copy_async_wait") >= 2 and found.count("copy_async_commit") >= 3
     assert found.count("predecessor_wait") == 2 and found.count("successor_begin") == 1
     assert found.count("proxy_fence") >= 1 and {"products_begin", "products_commit", "products_wait"} <= set(found)
