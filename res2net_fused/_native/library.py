@@ -25,8 +25,8 @@ _OPERATORS = {
     "cpu": {
         "build_info": 0, "cpu_activation_backward": 7, "cpu_block_forward": 19, "cpu_chain_backward": 18,
         "cpu_chain_forward": 17, "cpu_chain_from_weights": 16, "cpu_has_instruction_set": 1, "cpu_norm_backward": 11,
-        "cpu_new_memory": 1, "cpu_norm_forward": 10, "cpu_norm_statistics": 3, "cpu_pack": 5, "cpu_pack_pointwise": 3, "cpu_plan": 15,
-        "cpu_samples": 1, "cpu_samples_differ": 2, "cpu_stem_forward": 6,
+        "cpu_new_memory": 1, "cpu_norm_forward": 10, "cpu_norm_statistics": 3, "cpu_pack": 5, "cpu_pack_pointwise": 3,
+        "cpu_plan": 15, "cpu_samples": 1, "cpu_samples_differ": 2, "cpu_stem_forward": 6,
         "cpu_scratch_bytes": 1, "cpu_sum": 3, "cpu_weight_gradient": 4, "cuda_chain_plan": 21, "cuda_chain_refusal": 21,
     },
     "cuda": {"cuda_build_info": 0, "cuda_chain": 34, "device_limits": 1},

@@ -180,7 +180,7 @@ def check_python(words: list[str], folders: list[Path]) -> None:
         accept(words[2:], "-m", words[1])
     else:
         assert any((ROOT / words[0] / end).is_file() for end in ("", "__main__.py")), f"there is no {words[0]}"
-        named = [word for word in words[1:2] if word in help_of(words[0]).split()]  # a command of its own
+        named = [word for word in words[1:2] if word[0] != "-" and word in help_of(words[0]).split()]  # a command of its own
         accept(words[1:], words[0], *named)
 
 
