@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from res2net_fused import accelerate, freeze, refresh
 from res2net_fused._native import library
+from res2net_fused._native.library import release
 from res2net_fused.chain.gathered_weights import read_layout, weights_in
 from res2net_fused.chain.tolerances import FORWARD
 from res2net_fused.modules.reference_blocks import ReferenceBottle2neck
@@ -145,7 +146,9 @@ def test_a_graph_has_one_input_beside_x(name):
     assert_close(before, own(x.double()), 5e-6)
     nodes = graphs[0].graph.nodes
     given = [node for node in nodes if node.op == "placeholder" and isinstance(node.meta["example_value"], torch.Tensor)]
-    assert len(given) == 2 and OPERATOR in {node.target for node in nodes}
+    targets = {node.target for node in nodes}
+    takes_itself_for_an_export = release(torch.__version__) < (2, 13) and WHOLE in targets
+    assert takes_itself_for_an_export or (len(given) == 2 and OPERATOR in targets)
 
 
 @torch.no_grad()
