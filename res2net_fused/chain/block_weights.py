@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 class Gathered:
     """A block's weights, packed ones too, in one tensor: a compiled graph has one input for them, and one guard.
 
-    memory: (bytes,), uint8. layout: where each tensor lies in it, as `gather` of ops/frozen_bottle2neck.py writes it. channels:
+    memory: (bytes,), uint8. layout: where each tensor lies in it, as `place_all` of gathered_weights.py writes it. channels:
     that come out of the block. projects: whether a projection of the shortcut is among them.
     """
 

@@ -157,14 +157,18 @@ def _no_backward(ctx, *grads):
 torch.library.register_autograd("res2net_fused::bottle2neck", _no_backward, lib=library)
 
 
+def _flops_of(x_shape, conv1, weight_shapes, conv3, projection, out_shape) -> int:
+    batch, _, height, width = out_shape
+    outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
+    pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
+    return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
+
+
 @register_flop_formula(torch.ops.res2net_fused.bottle2neck)
 def _flops(
     x_shape, shortcut, conv1, conv1_bias, weight_shapes, biases, conv3, conv3_bias, projection, *args, out_shape=None, **kwargs
 ) -> int:
-    batch, out_channels, height, width = out_shape
-    outer = conv3[0] * conv3[1] + (0 if projection is None else projection[0] * projection[1])
-    pointwise = batch * (x_shape[2] * x_shape[3] * conv1[0] * conv1[1] + height * width * outer)
-    return 2 * pointwise + convolution_flops(weight_shapes, out_shape)
+    return _flops_of(x_shape, conv1, weight_shapes, conv3, projection, out_shape)
 
 
 def _decomposed(x, shortcut, *rest):

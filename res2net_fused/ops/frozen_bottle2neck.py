@@ -6,7 +6,6 @@ exported program keeps `bottle2neck`, whose weights anybody can read.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from ..chain.problem import ChainProblem
 from . import bottle2neck
 from ._library import (
     cached_config,
-    convolution_flops,
     fake_of,
     library,
     register_decomposition,
@@ -87,10 +85,9 @@ torch.library.register_autograd("res2net_fused::frozen_bottle2neck", bottle2neck
 @register_flop_formula(torch.ops.res2net_fused.frozen_bottle2neck)
 def _flops(x_shape, shortcut, memory, layout, *args, out_shape=None, **kwargs) -> int:
     known = read_layout(layout)
-    batch, _, height, width = out_shape
-    outer = math.prod(known.of("conv3_weight")) + (math.prod(known.of("projection_weight")) if known.projects else 0)
-    pointwise = batch * (x_shape[2] * x_shape[3] * math.prod(known.of("conv1_weight")) + height * width * outer)
-    return 2 * pointwise + convolution_flops([known.of("weights")] * known.steps, out_shape)
+    conv1, conv3, weights = (known.of(name) for name in ("conv1_weight", "conv3_weight", "weights"))
+    projection = known.of("projection_weight") if known.projects else None
+    return bottle2neck._flops_of(x_shape, conv1, [weights] * known.steps, conv3, projection, out_shape)
 
 
 def _decomposed(*arguments: Any) -> Tensor:

@@ -16,7 +16,7 @@ Tensor as_dense_nhwc_floats(const Tensor& x) {
   return torch::stable::contiguous(as_nhwc_floats(x), MemoryFormat::ChannelsLast);
 }
 
-// The first words of the memory that weights are gathered in: `_words` in res2net_fused/ops/frozen_bottle2neck.py has their order.
+// The first words of the memory that weights are gathered in: `gather_block` in res2net_fused/backends/cpu/block.py writes them.
 struct GatheredWords {
   int64_t version, bytes, channels, steps, outplanes, projection_stride;
   int64_t starts[kPackedPieces], counts[kPackedPieces];  // of the packed pieces: bytes from the first word on, and floats
@@ -40,7 +40,7 @@ GatheredBlock gathered_block(const Tensor& memory) {
   if (holds) std::memcpy(&words, first, sizeof(words));
   STD_TORCH_CHECK(
       holds && words.version == kVersion && words.bytes == memory.numel(),
-      "memory must be a block's weights as `gather` in res2net_fused/ops/frozen_bottle2neck.py lays them out");
+      "memory must be a block's weights as `gather_block` in res2net_fused/backends/cpu/block.py lays them out");
   GatheredBlock found{words.channels, words.steps, words.outplanes, words.projection_stride, {}};
   for (size_t i = 0; i < kPackedPieces; i++) {
     const int64_t start = words.starts[i], count = words.counts[i], bytes = count * static_cast<int64_t>(sizeof(float));
