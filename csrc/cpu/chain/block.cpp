@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/chain/image_groups.h"
+#include "cpu/chain/padded_images.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/work_split.h"
 
@@ -13,13 +14,17 @@ constexpr int64_t kRowsOfPass = 100;  // of pixels that a thread takes at a time
 constexpr int64_t kFewestRows = 12;   // fewer would not pay for reading the weights once more
 
 // u = relu(conv1(x)) and y = chain(u) of some images: (images, H, W, room), a pixel's channels padded to whole panels so that
-// nothing that is stored there needs a mask. Also the pixels that a strided projection reads, side by side.
+// nothing that is stored there needs a mask. Direct convolutions read u between zero borders, and so without a copy. Also the
+// pixels that a strided projection reads, side by side.
 class Middle {
  public:
-  Middle(const ChainProblem& problem, const BlockData& block, int64_t images) : problem_(problem) {
+  Middle(const ChainProblem& problem, const ChainPlan& plan, const BlockData& block, int64_t images)
+      : problem_(problem), images_(images), border_(!plan.winograd && problem.dilation == 1 ? 1 : 0) {
     const int64_t out_pixels = images * problem.out_height() * problem.out_width();
     room_ = round_up(problem.scale() * problem.channels, kPanel);
-    u_floats_ = images * problem.height * problem.width * room_;
+    row_ = (problem.width + 2 * border_) * room_;
+    image_ = (problem.height + 2 * border_) * row_;
+    u_floats_ = images * image_;
     y_floats_ = out_pixels * room_;
     picked_floats_ = block.projection != nullptr && block.projection_stride > 1 ? out_pixels * block.shortcut_planes : 0;
   }
@@ -28,14 +33,23 @@ class Middle {
   void place(float* memory) { memory_ = memory; }
 
   int64_t room() const { return room_; }
-  float* u() const { return memory_; }
+  float* u() const { return memory_ + border_ * (row_ + room_); }
+  OutBorder border() const {
+    if (border_ == 0) return {};
+    return {problem_.width, problem_.height, 2 * border_ * room_, 2 * border_ * row_};
+  }
+  // Once: nobody writes there.
+  void zero_border() const {
+    if (border_ > 0) zero_around(memory_, images_, problem_.height, problem_.width, border_, border_, room_);
+  }
   float* y() const { return memory_ + u_floats_; }
   float* picked() const { return y() + y_floats_; }
 
   ChainData chain(const BlockData& block) const {
-    const int64_t row = problem_.width * room_, out_row = problem_.out_width() * room_;
+    const int64_t out_row = problem_.out_width() * room_;
     ChainData data{};
-    data.x = {u(), problem_.height * row, row, room_};
+    data.x = {u(), image_, row_, room_};
+    data.x_has_border = border_ > 0;
     data.out = {y(), problem_.out_height() * out_row, out_row, room_};
     data.room = room_;
     data.winograd = block.winograd;
@@ -46,7 +60,8 @@ class Middle {
 
  private:
   const ChainProblem& problem_;
-  int64_t room_, u_floats_, y_floats_, picked_floats_;
+  const int64_t images_, border_;
+  int64_t room_, row_, image_, u_floats_, y_floats_, picked_floats_;
   float* memory_ = nullptr;
 };
 
@@ -71,6 +86,7 @@ class BlockRun {
     p.bias = data_.conv1_bias;
     p.out = middle.u();
     p.out_pitch = middle.room();
+    p.border = middle.border();
     p.columns = problem_.scale() * problem_.channels;
     p.full_vectors = p.relu = true;
     return p;
@@ -134,12 +150,13 @@ class BlockRun {
 
 // Each thread takes images through the whole block, plan.images at a time.
 void BlockRun::images() const {
-  const Middle shape(problem_, data_, plan_.images);
+  const Middle shape(problem_, plan_, data_, plan_.images);
   const int64_t chain_floats = ImageChain::scratch_floats(problem_, plan_, kernels_);
   const int64_t each = chain_floats + round_up(shape.floats(), 1024);
   for_image_groups(plan_, problem_.batch, each, [&](float* memory) {
     Middle middle = shape;
     middle.place(memory + chain_floats);
+    middle.zero_border();
     return [this, middle, chain = ImageChain(problem_, plan_, kernels_, memory)](int64_t n, int64_t images) {
       const Pointwise before = conv1(middle, n, images), behind = conv3(middle, n, images);
       kernels_.pointwise_rows(before, 0, before.rows, 0, panel_count(before.columns));
@@ -152,9 +169,10 @@ void BlockRun::images() const {
 
 // All threads on one part of the block after the other.
 void BlockRun::together() const {
-  Middle middle(problem_, data_, problem_.batch);
+  Middle middle(problem_, plan_, data_, problem_.batch);
   const Scratch scratch(middle.floats());
   middle.place(scratch.data());
+  middle.zero_border();
   pointwise(conv1(middle, 0, problem_.batch));
   run_chain(problem_, plan_, middle.chain(data_), kernels_);
   if (picks()) {

@@ -24,6 +24,8 @@ void bring_near(ConstView view, int64_t images, int64_t height, int64_t width, i
   }
 }
 
+constexpr int64_t kUnitsOfThread = 8;  // of rows that are convolved directly, so that none waits long for the last one
+
 // Scratch of one thread for Winograd blocks.
 struct BlockScratch {
   float *v, *m, *patch;
@@ -54,10 +56,13 @@ class Run {
 
  private:
   int64_t group_of(int64_t step) const { return problem_.first_convolved() + step; }
-  bool needs_copy(int64_t step) const {
-    if (plan_.winograd && !plan_.copies_source && !problem_.adds(group_of(step))) return false;
-    return step == 0 || !problem_.adds(group_of(step));
+  // Whether a convolution reads its group where x has it.
+  bool reads_x(int64_t step) const {
+    return (plan_.winograd ? !plan_.copies_source : data_.x_has_border) && !problem_.adds(group_of(step));
   }
+  bool needs_copy(int64_t step) const { return !reads_x(step) && (step == 0 || !problem_.adds(group_of(step))); }
+  // Whether no convolution waits for another, nor spills into its slot.
+  bool all_at_once() const { return !plan_.winograd && data_.x_has_border && !problem_.adds(group_of(problem_.steps - 1)); }
 
   // Whether the last convolution copies the passed group, tile by tile; else it has a turn of its own.
   bool copies_passed() const {
@@ -68,6 +73,8 @@ class Run {
 
   Step step(int64_t i, const PaddedImages& sources, int64_t first_image) const;
   void copy_source(int64_t i, const PaddedImages& sources, int64_t first_image, int64_t first_row, int64_t last_row) const;
+  void convolve_directly(int64_t first, int64_t last, bool passed, const PaddedImages& sources) const;
+  void pass_all() const;
   void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
   void winograd_block(const Step& step, Block block, const BlockScratch& scratch) const;
 
@@ -92,7 +99,7 @@ class Run {
 Step Run::step(int64_t i, const PaddedImages& sources, int64_t first_image) const {
   const ChainProblem& p = problem_;
   const int64_t group = group_of(i);
-  const bool from_x = plan_.winograd && !plan_.copies_source && !p.adds(group);
+  const bool from_x = reads_x(i);
   Step step{};
   step.in_height = p.height;
   step.in_width = p.width;
@@ -105,7 +112,7 @@ Step Run::step(int64_t i, const PaddedImages& sources, int64_t first_image) cons
   step.column_dilation = p.column_dilation();
   step.activation = p.activation;
   step.source = from_x ? x_group(group, first_image) : constant(sources.view(i));
-  step.source_has_border = !from_x;
+  step.source_has_border = !from_x || data_.x_has_border;
   step.source_full_vectors = !from_x || p.full_vectors(group, data_.room);
   if (i + 1 < p.steps && p.adds(group + 1)) {
     step.addend = x_group(group + 1, first_image);
@@ -183,6 +190,7 @@ void Run::images() const {
 
 void Run::tiles() const {
   PaddedImages sources(problem_, problem_.batch);
+  if (all_at_once()) return convolve_directly(0, problem_.steps, problem_.passed_group() >= 0, sources);  // which stay empty
   const int64_t all_tiles = plan_.winograd ? problem_.batch * plan_.grid.per_image() : 0;
   const WorkSplit blocks{plan_.winograd ? plan_.parts * divide_up(divide_up(all_tiles, plan_.parts), plan_.block_tiles) : 1};
   const int64_t block_tiles = divide_up(all_tiles, blocks.count);
@@ -193,36 +201,50 @@ void Run::tiles() const {
   sources.zero_borders();
   float* const own = scratch.data() + sources.floats();
 
-  const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
-  const auto pass_all = [&] {
-    split_.for_each([&](int64_t part) { pass(0, split_.share(out_rows, part), split_.share(out_rows, part + 1)); });
-  };
+  const int64_t rows = problem_.batch * problem_.height;
   if (passes_first()) pass_all();
   for (int64_t i = 0; i < problem_.steps; i++) {
     if (needs_copy(i)) {
       split_.for_each(
           [&](int64_t part) { copy_source(i, sources, 0, split_.share(rows, part), split_.share(rows, part + 1)); });
     }
-    const Step step = this->step(i, sources, 0);
-    if (plan_.winograd) {
-      share_out(blocks.count, plan_.parts, [&](int64_t part, int64_t block) {
-        float* const memory = own + part * each;
-        winograd_block(step, blocks.block(all_tiles, block), {memory, memory + v, memory + v + m});
-      });
+    if (!plan_.winograd) {
+      convolve_directly(i, i + 1, false, sources);
       continue;
     }
-    // Rows; where they are few, channels, and rows of them where there are too few of both.
-    const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
-    const WorkSplit channels{out_rows >= 4 * plan_.parts ? 1 : std::min(panels, plan_.parts)};
-    const WorkSplit cuts{row_cuts(out_rows, channels.count, 1, out_rows, plan_.parts)};
-    share_out(channels.count * cuts.count, plan_.parts, [&](int64_t, int64_t unit) {
-      const int64_t channel = unit / cuts.count, cut = unit % cuts.count;
-      kernels_.direct_rows(
-          step, cuts.share(out_rows, cut), cuts.share(out_rows, cut + 1), channels.share(panels, channel),
-          channels.share(panels, channel + 1));
+    const Step step = this->step(i, sources, 0);
+    share_out(blocks.count, plan_.parts, [&](int64_t part, int64_t block) {
+      float* const memory = own + part * each;
+      winograd_block(step, blocks.block(all_tiles, block), {memory, memory + v, memory + v + m});
     });
   }
   if (passes_last()) pass_all();
+}
+
+void Run::pass_all() const {
+  const int64_t out_rows = problem_.batch * problem_.out_height();
+  split_.for_each([&](int64_t part) { pass(0, split_.share(out_rows, part), split_.share(out_rows, part + 1)); });
+}
+
+// Convolutions first ... last, which do not wait for each other, and the group that passes them by if it is `passed`. Shared
+// out: rows, or channels where rows are few, and rows of them where there are too few of both.
+void Run::convolve_directly(int64_t first, int64_t last, bool passed, const PaddedImages& sources) const {
+  const int64_t out_rows = problem_.batch * problem_.out_height(), steps = last - first;
+  const int64_t panels = problem_.groups * panel_count(problem_.channels / problem_.groups);
+  const bool by_rows = out_rows >= 4 * plan_.parts;
+  const int64_t passes = divide_up(panels, kernels_.panels_per_pass);
+  const WorkSplit channels{by_rows ? 1 : std::max(std::min(panels, plan_.parts), passes)};
+  const int64_t each = steps * channels.count;
+  const int64_t fewest = by_rows ? std::min(out_rows, divide_up(kUnitsOfThread * plan_.parts, each)) : 1;
+  const WorkSplit cuts{row_cuts(out_rows, each, fewest, out_rows, plan_.parts)};
+  share_out((each + passed) * cuts.count, plan_.parts, [&](int64_t, int64_t unit) {
+    const int64_t item = unit / cuts.count, cut = unit % cuts.count, channel = item % channels.count;
+    const int64_t from = cuts.share(out_rows, cut), to = cuts.share(out_rows, cut + 1);
+    if (item == each) return pass(0, from, to);
+    kernels_.direct_rows(
+        step(first + item / channels.count, sources, 0), from, to, channels.share(panels, channel),
+        channels.share(panels, channel + 1));
+  });
 }
 
 // Each part transforms, multiplies and writes its own channels. What it writes is what it transforms for the next step, so

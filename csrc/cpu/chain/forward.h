@@ -7,6 +7,7 @@ namespace res2net_fused {
 
 struct ChainData {
   ConstView x;            // (N, H, W, s*w), channels side by side
+  bool x_has_border;      // so many zero pixels as the dilation says lie around its images
   View out;               // (N, H/stride, W/stride, s*w)
   int64_t room;           // floats of a pixel of x and of out that may be touched: s*w, or more where padding follows
   const float* winograd;  // winograd_floats(w) a step; null where the plan has no Winograd, or takes `plain`

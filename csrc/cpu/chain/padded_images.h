@@ -18,6 +18,21 @@ V group_of(V view, int64_t group, int64_t channels, int64_t first_image) {
   return view;
 }
 
+// Zeros `rows` rows above and below each image and `columns` pixels beside it; memory: the first image's upper left corner.
+inline void zero_around(
+    float* memory, int64_t images, int64_t height, int64_t width, int64_t rows, int64_t columns, int64_t pixel) {
+  const int64_t row = (width + 2 * columns) * pixel;
+  const auto clear = [](float* from, int64_t floats) { std::memset(from, 0, static_cast<size_t>(floats) * sizeof(float)); };
+  for (int64_t n = 0; n < images; n++, memory += (height + 2 * rows) * row) {
+    clear(memory, rows * row + columns * pixel);
+    // From the end of one row to the beginning of the next one, and last to the image's end.
+    for (int64_t y = 0; y < height; y++) {
+      const bool last = y + 1 == height;
+      clear(memory + (rows + y + 1) * row - columns * pixel, columns * pixel + (last ? rows * row : columns * pixel));
+    }
+  }
+}
+
 // The sources u of some images: (images, H + 2*rows, W + 2*columns, padded w), so much border being zero.
 class PaddedImages {
  public:
@@ -33,14 +48,8 @@ class PaddedImages {
 
   void zero_borders() const {
     const int64_t rows = problem_.row_dilation(), columns = problem_.column_dilation();
-    for (int64_t i = 0; i < 2 * images_; i++) {
-      float* image = memory_ + (i / images_) * one() + (i % images_) * image_;
-      clear(image, rows * row_);
-      clear(image + (problem_.height + rows) * row_, rows * row_);
-      for (int64_t y = rows; y < problem_.height + rows; y++) {
-        clear(image + y * row_, columns * pixel_);
-        clear(image + y * row_ + (problem_.width + columns) * pixel_, columns * pixel_);
-      }
+    for (float* from : {memory_, memory_ + one()}) {
+      zero_around(from, images_, problem_.height, problem_.width, rows, columns, pixel_);
     }
   }
 
@@ -51,7 +60,6 @@ class PaddedImages {
   }
 
  private:
-  static void clear(float* from, int64_t floats) { std::memset(from, 0, static_cast<size_t>(floats) * sizeof(float)); }
   int64_t one() const { return round_up(images_ * image_, kAlignment); }
 
   const ChainProblem& problem_;

@@ -88,6 +88,17 @@ struct PointwiseSource {
   const float* weights = nullptr;  // [panel][depth][16], the last panel [depth][8] where at most 8 output channels are left
 };
 
+// What lies between the rows of pixels that are written: nothing where width is 0, else the border of images.
+struct OutBorder {
+  int64_t width, height;       // of an image, in pixels
+  int64_t row_gap, image_gap;  // floats between two rows, and those that are added to them between two images
+
+  // Floats of borders between the first pixel and this one, counted over all images.
+  R2N_INLINE_MEMBER int64_t before(int64_t pixel) const {
+    return width == 0 ? 0 : pixel / width * row_gap + pixel / (width * height) * image_gap;
+  }
+};
+
 // A 1x1 convolution, or the sum of two, over rows of pixels: out = relu(sources * weights + bias + shortcut).
 struct Pointwise {
   PointwiseSource sources[2];
@@ -97,6 +108,7 @@ struct Pointwise {
   int64_t shortcut_pitch;
   float* out;
   int64_t out_pitch;
+  OutBorder border;   // around the images of `out`
   int64_t columns;    // output channels
   bool full_vectors;  // behind a pixel of `out` there is room up to a multiple of kPanel; without a shortcut only
   bool relu;

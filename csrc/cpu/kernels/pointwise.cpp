@@ -72,7 +72,7 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBloc
   from.first ? clear(sums) : resume(sums, from.waiting);
   const float* bias = p.bias + channel;
   const float* shortcut = p.shortcut == nullptr ? nullptr : p.shortcut + row * p.shortcut_pitch + channel;
-  float* out = p.out + row * p.out_pitch + channel;
+  float* out = p.out + row * p.out_pitch + p.border.before(row) + channel;
   accumulate(
       sums, from.source, from.source_pitch, from.weights, from.half_weights, from.panel_pitch, from.depth,
       [&](int64_t k) R2N_LAMBDA_INLINE {
@@ -82,6 +82,7 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBloc
       });
   if (!from.last) return suspend(sums, from.waiting);
   const int64_t present = p.full_vectors ? kWidth : p.columns - channel;
+  int64_t line = p.border.width == 0 ? 0 : row / p.border.width, column = row - line * p.border.width;
 #pragma GCC unroll 16
   for (int i = 0; i < P; i++) {
     const auto vector = [&](auto sum, int64_t at) R2N_LAMBDA_INLINE {
@@ -92,6 +93,11 @@ __attribute__((noinline)) void multiply_rows(const Pointwise& p, const DepthBloc
     if constexpr (sums.kHalf) vector(sums.half(i), Panels * kPanel);
     if (shortcut != nullptr) shortcut += p.shortcut_pitch;
     out += p.out_pitch;
+    if (++column == p.border.width) {
+      column = 0;
+      out += p.border.row_gap;
+      if (++line % p.border.height == 0) out += p.border.image_gap;
+    }
   }
 }
 
@@ -121,7 +127,7 @@ void pointwise_rows(const Pointwise& p, int64_t first, int64_t last, int64_t fir
   for (int64_t b = 0, block = first; b < blocks.count; block += blocks.rows(b), b++) {
     const int64_t rows = blocks.rows(b), next = block + rows, next_rows = smaller(rows, p.rows - next);
     Region sources(first_source.data + next * first_source.pitch, next_rows * first_source.pitch);
-    Region outs(p.out + next * p.out_pitch, next_rows * p.out_pitch), shortcuts;
+    Region outs(p.out + next * p.out_pitch + p.border.before(next), next_rows * p.out_pitch), shortcuts;
     if (p.shortcut != nullptr) shortcuts = Region(p.shortcut + next * p.shortcut_pitch, next_rows * p.shortcut_pitch);
     for_each_pass(p.columns, first_panel, last_panel, [&](PanelPass pass) {
       with_pass_shape(pass, [&]<int Panels, bool HalfPanel>() R2N_LAMBDA_INLINE {

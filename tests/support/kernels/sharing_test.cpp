@@ -120,7 +120,9 @@ bool test_sharing() {
         for (const bool first : {false, true}) {
           const std::vector<Region> found = block_regions(c.width, c.scale, c.stage, first, kernels);
           const std::string name = std::to_string(c.width << c.stage) + " channels, " + (first ? "first" : "other") + " block";
-          if (static_cast<int64_t>(found.size()) != c.scale + 1) miss(name + " has " + std::to_string(found.size()) + " steps");
+          // Convolutions with a stride do not wait for each other: they are one step.
+          const int64_t steps = first && c.stage > 0 ? 3 : c.scale + 1;
+          if (static_cast<int64_t>(found.size()) != steps) miss(name + " has " + std::to_string(found.size()) + " steps");
           for (const Region& region : found) {
             const bool few = region.kind == std::string("chain") && !first && c.stage >= 2;
             const auto units = static_cast<int64_t>(region.units.size());
