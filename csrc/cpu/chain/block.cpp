@@ -14,12 +14,12 @@ constexpr int64_t kRowsOfPass = 100;  // of pixels that a thread takes at a time
 constexpr int64_t kFewestRows = 12;   // fewer would not pay for reading the weights once more
 
 // u = relu(conv1(x)) and y = chain(u) of some images: (images, H, W, room), a pixel's channels padded to whole panels so that
-// nothing that is stored there needs a mask. Direct convolutions read u between zero borders, and so without a copy. Also the
-// pixels that a strided projection reads, side by side.
+// nothing that is stored there needs a mask; u between zero borders where `has_border`. Also the pixels that a strided
+// projection reads, side by side.
 class Middle {
  public:
   Middle(const ChainProblem& problem, const ChainPlan& plan, const BlockData& block, int64_t images)
-      : problem_(problem), images_(images), border_(!plan.winograd && problem.dilation == 1 ? 1 : 0) {
+      : problem_(problem), images_(images), border_(has_border(problem, plan) ? 1 : 0) {
     const int64_t out_pixels = images * problem.out_height() * problem.out_width();
     room_ = round_up(problem.scale() * problem.channels, kPanel);
     row_ = (problem.width + 2 * border_) * room_;

@@ -43,6 +43,15 @@ class Run {
   // The first `images` images, by one thread.
   void image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const;
 
+  int64_t barriers() const {
+    if (plan_.schedule == Schedule::images || plan_.parts == 1) return 0;
+    if (all_at_once()) return 1;
+    if (plan_.schedule == Schedule::channels) return needs_copy(0) + 1 + problem_.steps;
+    int64_t copies = 0;
+    for (int64_t i = 0; i < problem_.steps; i++) copies += needs_copy(i);
+    return copies + problem_.steps + passes_first() + passes_last();
+  }
+
   // Whether all results were finite, or computed again.
   bool right() const { return right_; }
 
@@ -342,6 +351,12 @@ void pack_ahead(const WeightView* weights, int64_t steps, int64_t channels, floa
     float* const to = packed + step * winograd_floats(channels) + panel * kPanel * channels;
     kernels.pack_winograd(weights[step], channels, to, winograd_point(channels), panel, panel + 1);
   });
+}
+
+int64_t chain_barriers(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels) {
+  ChainData data{};
+  data.x_has_border = has_border(problem, plan);
+  return Run(problem, plan, data, kernels).barriers();
 }
 
 bool run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels) {

@@ -36,6 +36,9 @@ class ImageChain {
 // Winograd's weights of all steps by all threads, winograd_floats(channels) a step.
 void pack_ahead(const WeightView* weights, int64_t steps, int64_t channels, float* packed, const Kernels& kernels);
 
+// How often all threads wait for each other in a block's chain.
+int64_t chain_barriers(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels);
+
 // False where Winograd's result is not finite and data.direct is null: the output is then worth nothing.
 bool run_chain(const ChainProblem& problem, const ChainPlan& plan, const ChainData& data, const Kernels& kernels);
 

@@ -61,6 +61,9 @@ inline bool shares_channels(int64_t tiles, int64_t channels, int64_t threads) {
 // Tiles that cover height x width output pixels (at least 2 x 2), each pixel once.
 TileGrid covering_tiles(int64_t height, int64_t width);
 
+// Whether conv1 of a block writes u between zero borders: where it is convolved directly, which then needs no copy of it.
+inline bool has_border(const ChainProblem& problem, const ChainPlan& plan) { return !plan.winograd && problem.dilation == 1; }
+
 // One line for people.
 std::string describe(const ChainProblem& problem, const ChainPlan& plan, const Kernels& kernels);
 

@@ -128,7 +128,11 @@ std::string plan_text(
     int64_t batch, int64_t height, int64_t width, RES2NET_PARAMETERS(R2N_CHAIN), int64_t arithmetic, int64_t instruction_set) {
   const ChainProblem problem = problem_of(batch, height, width, RES2NET_VALUES(R2N_CHAIN));
   const ChainPlan plan = plan_chain(problem, static_cast<ArithmeticChoice>(arithmetic), torch::stable::get_num_threads());
-  return describe(problem, plan, kernels_of(instruction_set));
+  const Kernels& kernels = kernels_of(instruction_set);
+  const int64_t barriers = chain_barriers(problem, plan, kernels);
+  std::string text = describe(problem, plan, kernels);
+  if (barriers > 0) text += ", " + std::to_string(barriers) + (barriers == 1 ? " barrier" : " barriers") + " in its chain";
+  return text;
 }
 
 bool has_instruction_set(int64_t instruction_set) {

@@ -57,6 +57,8 @@ Kernels counting_kernels(int64_t panels_per_pass) {
   return k;
 }
 
+bool barriers_are_known = true;  // of every block so far, beside those of its 1x1 convolutions
+
 // The first block of a stage, which projects its shortcut, or one behind it, on one image.
 std::vector<Region> block_regions(int64_t width, int64_t scale, int64_t stage, bool first, const Kernels& kernels) {
   static std::vector<float> memory(1 << 20);  // nothing is read there
@@ -74,7 +76,11 @@ std::vector<Region> block_regions(int64_t width, int64_t scale, int64_t stage, b
   data.projection_stride = stride;
   regions.clear();
   const int64_t threads = torch::stable::get_num_threads();
-  run_block(problem, plan_chain(problem, ArithmeticChoice::automatic, threads), data, kernels);
+  const ChainPlan plan = plan_chain(problem, ArithmeticChoice::automatic, threads);
+  const int64_t before = torch::stable::sharing.regions;
+  run_block(problem, plan, data, kernels);
+  const int64_t around = data.projection_stride > 1 ? 3 : 2;  // conv1, conv3, the pixels that a strided projection reads
+  barriers_are_known &= torch::stable::sharing.regions - before == chain_barriers(problem, plan, kernels) + around;
   return regions;
 }
 
@@ -136,6 +142,7 @@ bool test_sharing() {
           }
         }
       }
+      if (!barriers_are_known) miss("barriers of a chain");
       for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{7}, {3, 3, 3}}) {
         if (!stem_is_shared(sizes, threads, kernels)) miss("stem of " + std::to_string(sizes.size()));
       }
