@@ -14,7 +14,10 @@ double cycles_of_cta(
   const int per_scheduler = divide_up(resident * warps, 4);
   const bool wgmma = instance.is_wgmma();
   const double mma_cycles = cycles_of_mma(instance, rates);
-  const double reached = wgmma ? overlap_async(per_scheduler) : overlap(per_scheduler);
+  const auto reached = [&](int some_warps) {  // of a CTA
+    const int of_all = divide_up(resident * some_warps, 4);
+    return wgmma ? overlap_async(of_all) : overlap(of_all);
+  };
   const double busy = std::min(4.0, double(resident) * warps);  // schedulers that have a warp
   // Part of the epilogue and of the loads hides behind other warps' products.
   const double exposed = per_scheduler >= 3 ? 0.4 : per_scheduler == 2 ? 0.6 : 1;
@@ -22,11 +25,13 @@ double cycles_of_cta(
   for (int step = 0; step < g.steps; step++) {
     const StepWork work = work_of_step(problem, g, instance, rates, step);
     const int passes = divide_up(work.tiles, g.warps_m);
-    // One CTA alone is bound by its busiest tensor core; several share all four.
-    const double alone = double(passes) * divide_up(warps, 4) * work.products_of_tile * 4 * mma_cycles;
+    // One CTA alone is bound by its busiest tensor core; several share all four. In the last pass some warps have no tile.
+    const int last_warps = (work.tiles - (passes - 1) * g.warps_m) * g.warps_n;
+    const double busiest = (passes - 1) * divide_up(warps, 4) / reached(warps) + divide_up(last_warps, 4) / reached(last_warps);
+    const double alone = busiest * work.products_of_tile * 4 * mma_cycles;
     const double together = resident * work.products * mma_cycles;
     const double shared = resident * work.read_bytes / SHARED_RATE;
-    const double main_loop = std::max({alone, together, shared}) / reached;
+    const double main_loop = std::max(alone, std::max(together, shared) / reached(warps));
     const double rest = resident * (work.finish + work.copies) / busy;
     const int rounds = g.chunks > 1 ? passes : 1;  // through the weights
     cycles += std::max(main_loop + exposed * rest, resident * work.instructions() / busy) + STEP_CYCLES +

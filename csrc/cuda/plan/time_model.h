@@ -150,7 +150,8 @@ inline StepWork work_of_step(
   work.main_loop = outputs * slices / RES2NET_CHAIN_UNROLL * turn_instructions(instance, problem.type);
   work.finish = outputs * instance.tiles * 2 * finish_instructions(instance, problem.type);
   const int group_bytes = problem.channels * bytes_of(problem.type);
-  double copies = more ? double(g.lines) * g.stored * copies_of(problem, group_bytes) : 0;
+  const double lines = g.lines - 2.0 * (step + 1) * g.shrink;  // of which the next step reads anything
+  double copies = more ? lines * g.stored * copies_of(problem, group_bytes) : 0;
   if (more && g.sends) {  // of the rest, u arrives
     const double pixels = (g.lines - 2.0 * g.work_line(step)) * g.stored;
     const int halos = g.row_parts == 1 ? 0 : std::min(2, g.row_parts - 1);

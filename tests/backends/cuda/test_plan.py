@@ -241,7 +241,19 @@ def test_a_block_is_planned_with_its_padded_groups():
     assert copied.dram_bytes == weights + 2 * 2 * 8 * 16 * pixels
     groups = [launch_plan.copied_group(p) for p in (chain, block, first)]
     assert groups == [7, None, 0]
-    assert padded.issue_nanoseconds < 0.85 * dense.issue_nanoseconds  # copies of 16 bytes instead of 4
+    # x of every convolution but the first is copied behind another one's products: lines of 56 pixels, two fewer for each
+    # convolution that has eaten its halo. 14 channels are two copies of 16 bytes, or seven of 4, at 13 instructions each.
+    assert padded.rows == dense.rows == 14 and padded.ctas_per_multiprocessor == 1
+    copies = sum(14 + 2 * (7 - step) for step in range(1, 7)) * 56 * (7 - 2) / 32
+    assert dense.issue_nanoseconds - padded.issue_nanoseconds == pytest.approx(copies * 13 / 4 / 1.7, abs=2)
+
+
+@needs_library
+def test_a_pass_of_few_tiles_takes_the_time_of_the_warps_that_have_one():
+    plan = plan_chain(replace(problem(32, 26, 4, 56, 56), around=(256, 256)), LIMITS["sm_90"])
+    # The last convolution has 398 positions, 7 tiles of 64: two of the five warps have one in its second pass.
+    assert (plan.rows, plan.columns, plan.warps_m, plan.ctas_per_multiprocessor) == (7, 56, 5, 2)
+    assert 23_000 < plan.nanoseconds < 23_500, "24,100 if all five were waited for"
 
 
 @needs_library
