@@ -7,9 +7,10 @@
 // A matrix of K = 32 bytes in shared memory, without a swizzle. It consists of blocks of 8 rows of 16 bytes, 128 bytes on end;
 // `leading` bytes from a block to the one with the next 16 bytes of K, `stride` bytes to the one with the next 8 rows (of A)
 // or columns (of B). In units of 16 bytes: the address in bits 0-13 (of 18 bits, whatever stands above), leading in 16-29,
-// stride in 32-45.
+// stride in 32-45. The upper word is a constant where `stride` is one.
 RES2NET_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(uint32_t(leading) >> 4) << 16 | uint64_t(uint32_t(stride) >> 4) << 32;
+  const uint32_t lower = (address & 0x3ffff) >> 4 | uint32_t(leading) >> 4 << 16;
+  return uint64_t(uint32_t(stride) >> 4) << 32 | lower;
 }
 
 #if !defined(__CUDACC__)
@@ -28,6 +29,19 @@ struct SharedMatrix {
 
 // A value that all lanes of a warp agree on, so that the compiler knows.
 DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+DEVICE SharedPtr uniform(SharedPtr place) { return {uint32_t(uniform(int(place.at)))}; }
+
+// As arrival_wait, by all threads of a warp, which go on together: behind threads that go on one by one, the compiler keeps nothing
+// in uniform registers, from which wgmma takes its matrices.
+DEVICE void arrival_wait_together(SharedPtr arrival, int parity) {
+  int ended;
+  do {
+    asm volatile("{.reg .pred ended; mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2; selp.b32 %0, 1, 0, ended;}"
+                 : "=r"(ended)
+                 : "r"(arrival.address()), "r"(parity)
+                 : "memory");
+  } while (!__all_sync(0xffffffffu, ended));
+}
 
 // The compiler may move nothing that touches the sums across this.
 template <int TILES, int COLUMNS>

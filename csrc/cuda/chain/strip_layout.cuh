@@ -113,7 +113,7 @@ struct StripLayout : Words<Element> {
   DEVICE SharedPtr line_at(int line) const { return tables() + (TABLE_HEAD + (line + 1) * int(sizeof(Line))); }
   // The lines of the raster: the strip's own, or with a stride those of `out`.
   DEVICE SharedPtr raster_line_at(int line) const { return line_at(g.stride == 1 ? line : g.lines + 1 + line); }
-  // Shifts in a strip of the slices of a turn of the main loop.
+  // Shifts in a strip of the slices of a turn of the main loop, in bytes, or in units of 16 where SharedMatrix counts so.
   DEVICE SharedPtr turn_at(int turn) const {
     return tables() + (TABLE_HEAD + (divide_up(g.table_lines, 2) + turn) * int(sizeof(Bytes16)));
   }
@@ -143,16 +143,15 @@ struct StripLayout : Words<Element> {
       const int pixel = valid ? (image * g.height + row) * g.width + first_column : NONE;
       shared_store(line_at(line), Line{pixel, owned ? pixel : NONE});
     }
-    if constexpr (DEPTHS != PLANES) {
-      for (int turn = thread; turn < g.turns; turn += threads) {
-        Bytes16 shifts{};
-        for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
-          const int slice = turn * RES2NET_CHAIN_UNROLL + k;
-          const int tap = depths_divide(slice), depth = slice - tap * depths();
-          shifts.word[k] = chunk_offset(((tap / 3 - 1) * g.pitch + tap % 3 - 1) * g.dilation, 2 * depth);
-        }
-        shared_store(turn_at(turn), shifts);
+    for (int turn = thread; turn < g.turns; turn += threads) {
+      Bytes16 shifts{};
+      for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
+        const int slice = turn * RES2NET_CHAIN_UNROLL + k;
+        const int tap = depths_divide(slice), depth = slice - tap * depths();
+        const int shift = chunk_offset(((tap / 3 - 1) * g.pitch + tap % 3 - 1) * g.dilation, 2 * depth);
+        shifts.word[k] = DEPTHS == PLANES ? shift / 16 : shift;
       }
+      shared_store(turn_at(turn), shifts);
     }
   }
   // Rows of an image that lie in these lines of the strip, which are those of its part, or of the first of whole images.

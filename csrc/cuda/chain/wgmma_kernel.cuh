@@ -28,6 +28,7 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
   int warp;  // of the warpgroup
 
   DEVICE WgmmaCta(const ChainArguments& arguments, int block) : Base(arguments, block), warp(uniform(thread / 32) % 4) {
+    this->shared = uniform(this->shared);
     const int group = uniform(thread / 128);
     warp_n = group % g.warps_n;
     warp_m = group / g.warps_n * 4 + warp;
@@ -58,11 +59,14 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
     }
   }
   DEVICE void start_weights(const ChunkCursor& cursor) const {
-    if (thread > 0 || cursor.step >= g.steps) return;
+    if (uniform(thread / 32) > 0 || cursor.step >= g.steps) return;
     if (streams() && cursor.round > 0) {
-      arrival_wait(released_at(cursor.stage), (cursor.round - 1) & 1);
+      arrival_wait_together(released_at(cursor.stage), (cursor.round - 1) & 1);
     }
     Base::start_weights(cursor);
+  }
+  DEVICE void await_weights(int stage, int parity) const {
+    arrival_wait_together(this->arrival_of(stage), parity);
   }
   // Of the chunk in use, behind that one which `next` replaces.
   DEVICE int stage_after(const NextCopy& next) const { return next.chunk.stage + 1 == g.stages ? 0 : next.chunk.stage + 1; }
@@ -81,30 +85,23 @@ struct WgmmaCta : StripCta<Element, PLANES, COLUMNS, TILES> {
       const NextCopy& next) const {
     const SharedMatrix strip(this->strip(step), g.plane_bytes, 128);
     SharedMatrix weight = SharedMatrix(weights, 128, Base::COLUMN_BYTES).moved(warp_n * COLUMNS * COLUMN_UNITS);
-    // Slices go through the depths of a tap, then through the taps of a row. No division in the loop: too slow for few warps.
-    int tap = g.by_depths.divide(chunk * g.chunk_slices), depth = chunk * g.chunk_slices - tap * g.depths;
-    int tap_column = tap % 3;
-    const int next_planes = 2 * g.plane_bytes / 16;  // in units of 16 bytes, as all shifts here: of a slot in its plane
-    int shift = ((tap / 3 - 1) * g.pitch + tap_column - 1) * g.dilation + depth * next_planes;
-    const int next_tap = g.dilation - g.depths * next_planes;
-    const int next_row = next_tap + (g.pitch - 3) * g.dilation;
+    const int turns = g.chunk_slices / RES2NET_CHAIN_UNROLL;
+    const SharedPtr shifts_of = this->turn_at(chunk * turns);
     // The first turn, then the others: what stands between would lengthen each of them.
-    int slice = 0;
+    int turn = 0;
 #pragma unroll 1
     for (int part = 0; part < 2; part++) {
-      const int end = part == 0 ? RES2NET_CHAIN_UNROLL : g.chunk_slices;
+      const int end = part == 0 ? 1 : turns;
 #pragma unroll 1
-      for (; slice < end; slice += RES2NET_CHAIN_UNROLL) {
+      for (; turn < end; turn++) {
+        const auto shifts = shared_load<Bytes16>(shifts_of + turn * int(sizeof(Bytes16)));
         products_begin(sums);
 #pragma unroll
         for (int k = 0; k < RES2NET_CHAIN_UNROLL; k++) {
 #pragma unroll
-          for (int tile = 0; tile < TILES; tile++) multiply_async<Element>(sums[tile], strip.moved(shift + slot[tile]), weight);
+          for (int tile = 0; tile < TILES; tile++)
+            multiply_async<Element>(sums[tile], strip.moved(slot[tile]).moved(int(shifts.word[k])), weight);
           weight = weight.moved(g.packed_columns * COLUMN_UNITS);
-          const bool tap_ends = ++depth == g.depths, row_ends = tap_ends && tap_column == 2;
-          shift += next_planes + (row_ends ? next_row : tap_ends ? next_tap : 0);
-          depth = tap_ends ? 0 : depth;
-          tap_column = row_ends ? 0 : tap_ends ? tap_column + 1 : tap_column;
         }
         products_commit();
         products_wait_for_earlier();

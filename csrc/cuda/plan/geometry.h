@@ -186,7 +186,7 @@ inline ChainGeometry make_geometry(
   g.row_parts = tile.row_parts, g.channel_parts = tile.channel_parts, g.warps_k = tile.warps_k;
   // The strip's lines, one above and one below, and with a stride those of the output.
   g.table_lines = g.lines + 2 + (problem.stride > 1 ? g.rows : 0);
-  g.turns = instance_depths == PLANES ? 0 : problem.slices() / RES2NET_CHAIN_UNROLL;
+  g.turns = problem.slices() / RES2NET_CHAIN_UNROLL;
   g.tables_bytes = TABLE_HEAD + 16 * (divide_up(g.table_lines, 2) + g.turns);
   g.shared_bytes = g.strips * g.strip_bytes + g.stages * g.stage_bytes + g.tables_bytes;
 

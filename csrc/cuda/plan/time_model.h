@@ -35,7 +35,7 @@ constexpr double TURN_PER_LOAD = 2;              // of each matrix of A in it,
 constexpr double TURN_PER_LOAD_SWIZZLED = 4;     // if it is swizzled,
 constexpr double TURN_PER_LOAD_TF32 = 11;        // or rounded;
 constexpr double TURN_MOVES_TF32 = 20;           // of sums from register to register, where 128 hardly hold 6 columns of them
-constexpr double TURN_INSTRUCTIONS_WGMMA = 95;   // products included
+constexpr double TURN_INSTRUCTIONS_WGMMA = 41;   // products included
 inline double finish_instructions(const Instance& instance, DataType type) {
   const double per_column = type == TF32           ? FINISH_PER_COLUMN_TF32
                             : instance.columns > 7 ? FINISH_PER_COLUMN_WIDE

@@ -14,7 +14,7 @@ from .harness import Case
 
 # Statements that order memory accesses. Each stands on a line of its own in the kernel.
 _NAMES = r"sync_cta|sync_warp|cluster_arrive|cluster_wait|copy_async_wait|copy_async_commit|proxy_fence|products_\w+"
-_NAMES += r"|predecessor_wait|successor_begin|arrival_signal|arrival_init|arrival_expect|arrival_wait(?:_remote)?"
+_NAMES += r"|predecessor_wait|successor_begin|arrival_signal|arrival_init|arrival_expect|arrival_wait(?:_remote|_together)?"
 ORDERING = re.compile(rf"^\s*({_NAMES})\(.*\);")
 FLAGS = (*harness.KERNEL_FLAGS, "-w")
 _STRIP = {"whole": 0, "images": 1}

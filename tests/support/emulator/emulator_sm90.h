@@ -24,6 +24,14 @@ void wait_products(int pending, const Where& where);
 }  // namespace emulator
 
 inline int uniform(int value, Where where = Where::current()) { return emulator::uniform(value, where); }
+inline SharedPtr uniform(SharedPtr place, Where where = Where::current()) {
+  emulator::uniform(place.offset, where);
+  return place;
+}
+inline void arrival_wait_together(SharedPtr arrival, int parity, Where where = Where::current()) {
+  emulator::uniform(parity, where);
+  emulator::arrival_wait(arrival, parity, where);
+}
 
 template <int TILES, int COLUMNS>
 void products_begin(Accumulator (&sums)[TILES][COLUMNS]) {

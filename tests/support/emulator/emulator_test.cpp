@@ -152,7 +152,7 @@ void product(Fault fault) {
     }
 }
 
-enum class Release { NONE, NOT_AWAITED, TOO_EARLY, OF_ONE_GROUP, FEWER, FORGOTTEN };
+enum class Release { NONE, NOT_AWAITED, AWAITED_BY_PART, TOO_EARLY, OF_ONE_GROUP, FEWER, FORGOTTEN };
 // Two warpgroups multiply what lies in a stage, and go on while it is filled anew, once all warps have said that they read it.
 void release(Release fault) {
   const int thread = thread_index();
@@ -181,8 +181,9 @@ void release(Release fault) {
   if (fault == Release::TOO_EARLY) signal();
   products_wait_for_earlier();
   if (fault != Release::TOO_EARLY) signal();
+  if (thread < (fault == Release::AWAITED_BY_PART ? 9 : 32) && fault != Release::NOT_AWAITED)
+    arrival_wait_together(arrival + 8, 0);
   if (thread == 0) {
-    if (fault != Release::NOT_AWAITED) arrival_wait(arrival + 8, 0);
     arrival_expect(arrival, 1536);
     for (int i = 0; i < 12; i++) copy_bulk(stage + i * 128, global_words, 128, arrival);
   }
@@ -222,6 +223,7 @@ void products() {
   };
   released("stage filled anew once all have read it", "", Release::NONE);
   released("stage filled anew without waiting", "any", Release::NOT_AWAITED);
+  released("stage filled anew where a part of a warp waits", emulator::KIND_NAMES[DIVERGENCE], Release::AWAITED_BY_PART);
   released("stage released before it was read", "any", Release::TOO_EARLY);
   released("stage released while the last products read it", "any", Release::OF_ONE_GROUP);
   released("stage filled anew where one warp may read it", "any", Release::FEWER);

@@ -163,8 +163,9 @@ BREAKS = [
         "out-of-bounds",
     ),
     ("sums of the wrong rows", "wgmma", WGMMA, "+ warp * 16 + lane / 4, PLANE_ROWS", "+ warp * 32 + lane / 4, 16", "wrong"),
-    ("next tap row one off", "wgmma_images", WGMMA, "(g.pitch - 3)", "(g.pitch - 2)", "wrong"),
-    ("depths not reset", "wgmma", WGMMA, "depth = tap_ends ? 0 : depth;", "", "wrong"),
+    ("shifts of another chunk", "wgmma", WGMMA, "turn_at(chunk * turns)", "turn_at(0)", "wrong"),
+    ("shifts of planes in bytes", "wgmma_images", LAYOUT, "PLANES ? shift / 16", "PLANES ? shift", "out-of-bounds"),
+    ("one thread waits for a stage", "wgmma", WGMMA, "if (uniform(thread / 32) > 0 ||", "if (thread > 0 ||", "divergence"),
     ("weights of one slice for all", "wgmma", WGMMA, "weight.moved(g.packed", "weight.moved(0 * g.packed", "wrong"),
     (
         "halves of K swapped in the weights",
@@ -219,7 +220,8 @@ def test_emulated_truncation_to_tf32_is_noticed(tmp_path):
 def test_emulated_breaks_cover_every_ordering_statement():
     found = [removal.statement.partition("(")[0] for removal in breaks.removals()]
     assert found.count("cluster_arrive") == found.count("cluster_wait") == 1 and found.count("sync_cta") >= 6
-    assert found.count("arrival_wait_remote") == found.count("arrival_signal") == 1 and found.count("arrival_wait") == 2
+    assert found.count("arrival_wait_remote") == found.count("arrival_signal") == found.count("arrival_wait") == 1
+    assert found.count("arrival_wait_together") == 2
     assert found.count("arrival_init") == 4 and found.count("arrival_expect") == 3
     assert found.count("copy_async_wait") >= 2 and found.count("copy_async_commit") >= 3
     assert found.count("predecessor_wait") == 2 and found.count("successor_begin") == 1
