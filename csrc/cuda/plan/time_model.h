@@ -19,25 +19,27 @@ constexpr int registers_of(const Instance& instance) { return std::min(255, 6553
 
 // Instructions of a thread, read off the machine code of nvcc 13.0 (`res2net-fused info --kernels`; a test compares them), of
 // which the model counts one per cycle and scheduler.
-constexpr double COPY_INSTRUCTIONS = 13;         // one cp.async with its index arithmetic
-constexpr double WEIGHT_INSTRUCTIONS = 12;       // the same of weights, where the code has no bulk copies,
-constexpr double WEIGHT_INSTRUCTIONS_PART = 24;  // and of a part of their columns
-constexpr double SEND_INSTRUCTIONS = 40;         // a guess, as the next: of 16 bytes to other CTAs, and as many for every
-constexpr double SEND_PER_RECEIVER = 5;          // receiver
-constexpr double FINISH_PER_ROW = 20;            // of an epilogue's half tile
-constexpr double FINISH_PER_COLUMN = 11;         // and of each pair of channels in it,
-constexpr double FINISH_PER_COLUMN_SURE = 7;     // that every group of the instance fills,
-constexpr double FINISH_PER_COLUMN_TF32 = 27;    // where it is two words,
-constexpr double FINISH_PER_COLUMN_WGMMA = 12;   // of wgmma's sums,
-constexpr double FINISH_PER_COLUMN_WIDE = 20;    // of more than 7, whose conditions outnumber the predicates
-constexpr double TURN_INSTRUCTIONS = 16;         // of a turn of the main loop, RES2NET_CHAIN_UNROLL slices;
-constexpr double TURN_PER_LOAD = 2;              // of each matrix of A in it,
-constexpr double TURN_PER_LOAD_SWIZZLED = 4;     // if it is swizzled,
-constexpr double TURN_PER_LOAD_TF32 = 11;        // or rounded;
-constexpr double TURN_MOVES_TF32 = 20;           // of sums from register to register, where 128 hardly hold 6 columns of them
-constexpr double TURN_INSTRUCTIONS_WGMMA = 41;   // products included
-inline double finish_instructions(const Instance& instance, DataType type) {
-  const double per_column = type == TF32           ? FINISH_PER_COLUMN_TF32
+constexpr double COPY_INSTRUCTIONS = 13;           // one cp.async with its index arithmetic
+constexpr double WEIGHT_INSTRUCTIONS = 12;         // the same of weights, where the code has no bulk copies,
+constexpr double WEIGHT_INSTRUCTIONS_PART = 24;    // and of a part of their columns
+constexpr double SEND_INSTRUCTIONS = 40;           // a guess, as the next: of 16 bytes to other CTAs, and as many for every
+constexpr double SEND_PER_RECEIVER = 5;            // receiver
+constexpr double FINISH_PER_ROW = 20;              // of an epilogue's half tile
+constexpr double FINISH_PER_COLUMN = 11;           // and of each pair of channels in it,
+constexpr double FINISH_PER_COLUMN_SURE = 7;       // that every group of the instance fills,
+constexpr double FINISH_PER_COLUMN_TF32 = 27;      // where it is two words,
+constexpr double FINISH_PER_COLUMN_TF32_100 = 24;  // from compute capability 10.0 on, which has more predicates,
+constexpr double FINISH_PER_COLUMN_WGMMA = 12;     // of wgmma's sums,
+constexpr double FINISH_PER_COLUMN_WIDE = 20;      // of more than 7, whose conditions outnumber the predicates
+constexpr double TURN_INSTRUCTIONS = 16;           // of a turn of the main loop, RES2NET_CHAIN_UNROLL slices;
+constexpr double TURN_PER_LOAD = 2;                // of each matrix of A in it,
+constexpr double TURN_PER_LOAD_SWIZZLED = 4;       // if it is swizzled,
+constexpr double TURN_PER_LOAD_TF32 = 11;          // or rounded;
+constexpr double TURN_MOVES_TF32 = 20;             // of sums from register to register, where 128 hardly hold 6 columns of them
+constexpr double TURN_INSTRUCTIONS_WGMMA = 41;     // products included
+inline double finish_instructions(const Instance& instance, DataType type, const DeviceRates& rates) {
+  const double tf32 = rates.capability >= 100 ? FINISH_PER_COLUMN_TF32_100 : FINISH_PER_COLUMN_TF32;
+  const double per_column = type == TF32           ? tf32
                             : instance.columns > 7 ? FINISH_PER_COLUMN_WIDE
                             : instance.is_wgmma()  ? FINISH_PER_COLUMN_WGMMA
                                                    : FINISH_PER_COLUMN;
@@ -148,7 +150,7 @@ inline StepWork work_of_step(
   const double weight_bytes = instance.columns * (wgmma ? 256.0 / 4 * instance.tiles : 256.0);
   work.read_bytes = outputs * slices * (weight_bytes + instance.tiles * 512.0);
   work.main_loop = outputs * slices / RES2NET_CHAIN_UNROLL * turn_instructions(instance, problem.type);
-  work.finish = outputs * instance.tiles * 2 * finish_instructions(instance, problem.type);
+  work.finish = outputs * instance.tiles * 2 * finish_instructions(instance, problem.type, rates);
   const int group_bytes = problem.channels * bytes_of(problem.type);
   const double lines = g.lines - 2.0 * (step + 1) * g.shrink;  // of which the next step reads anything
   double copies = more ? lines * g.stored * copies_of(problem, group_bytes) : 0;
