@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 
 from . import build_flags
 
-REBUILD = "`pip install --no-build-isolation -e .` in a checkout, or `pip install --no-build-isolation .`"
+REBUILD = "`pip install --no-build-isolation .` in the sources (-e . where it is editable)"
+AGAIN = f"install the wheel again, or rebuild it by {REBUILD}"
 
 # What csrc/ defines, with the number of arguments: a library of other sources is told by it, before anything is called.
 _OPERATORS = {
@@ -95,6 +98,8 @@ class NativeLibraries:
     def _load(self, name: str, path: Path) -> str:
         """Loads the library; returns why it could not, or an empty string."""
         reason = self._unfit(name, path)
+        if not reason and name != "ops" and None in map(_arguments, _OPERATORS["ops"]):  # it would be opened beside this one
+            reason = self._unfit("ops", self._package_dir / _FILES["ops"])
         if reason:
             return reason
         if str(path) not in torch.ops.loaded_libraries:
@@ -106,12 +111,12 @@ class NativeLibraries:
             try:
                 torch.ops.load_library(str(path))
             except Exception as error:  # whatever the loader or a registration raises, the package works without it
-                return f"{path} does not load ({error}); rebuild it: {REBUILD}"
+                return f"{path} does not load ({error}): {AGAIN}"
         others = [operator for operator, count in _OPERATORS[name].items() if _arguments(operator) != count]
         if others:
             return (
                 f"{path} was built from other sources than this package: it lacks {', '.join(others)}, or they take other "
-                f"arguments; rebuild it: {REBUILD}"
+                f"arguments: {AGAIN}"
             )
         return ""
 
@@ -120,22 +125,43 @@ class NativeLibraries:
         record = self.record()
         part = record["parts"].get(name)
         if part is None:
-            return f"the native extension is not built ({path.parent / 'build.json'} has no record of it): {REBUILD}"
+            if any(folder.is_file() for folder in path.parents):
+                return f"{self._package_dir} lies in an archive, from which no library can be loaded: unpack it, as pip does"
+            return f"the native extension is not built ({path.parent / 'build.json'} has no record of it): {AGAIN}"
         if not part["built"]:
             return f"the {name} library was not built: {part['reason']}"
         try:
             size = path.stat().st_size
         except OSError as error:
-            return f"{path} is missing ({error.strerror}); rebuild it: {REBUILD}"
+            return f"{path} is missing ({error.strerror}): {AGAIN}"
         # Opening a truncated file can end the process with a bus error instead of raising.
-        if size != part["size"]:
-            return f"{path} has {size} bytes where the build wrote {part['size']}; rebuild it: {REBUILD}"
+        if size != part["size"] and not _is_whole(path):
+            return f"{path} has {size} bytes where the build wrote {part['size']}: {AGAIN}"
         if release(torch.__version__) < build_flags.TORCH_TARGET:
             need = ".".join(map(str, build_flags.TORCH_TARGET))
             return f"torch {torch.__version__} is older than {need}, which the libraries need: upgrade torch"
         if name == "cuda":
             return _unfit_for_cuda(record["info"].get("cuda_version"))
         return ""
+
+
+# Of an ELF header: what it is; where the tables of segments and sections begin; the size and number of their entries.
+_ELF = "<6s26xQQ6xHHHH2x"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as long as its ELF headers say. Tools that strip or relocate it have changed its size."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            identification, programs, sections, length, count, of_section, section_count = struct.unpack(_ELF, file.read(64))
+            file.seek(programs)
+            segments = [struct.unpack("<IIQQQQQQ", file.read(length)) for _ in range(count)]
+    except (OSError, ValueError, struct.error):
+        return False
+    ends = [sections + of_section * section_count, *(segment[2] + segment[5] for segment in segments)]
+    return identification == b"\x7fELF\x02\x01" and max(ends) <= size
 
 
 def _is_part(part: object) -> bool:

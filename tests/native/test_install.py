@@ -110,7 +110,7 @@ def test_install_with_a_compiler(checkout, tmp_path):
     assert (site / "bin" / "res2net-fused").exists()
     loaded, reason, information = loaded_from(site, tmp_path)
     # It loads in that process; as the kernels were left out, their operators are missed and it is not used.
-    assert not loaded and re.search("lacks .*cpu_block_forward, .*cpu_pack, .*rebuild it: `pip install", reason), reason
+    assert not loaded and re.search("lacks .*cpu_block_forward, .*cpu_pack, .*rebuild it by `pip install", reason), reason
     assert information["source"] == "build.json" and information["cuda_version"] is None
 
 

@@ -1,6 +1,7 @@
 """The native libraries: what they link to, how they load, and what is said where they cannot."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,11 +47,14 @@ def package_copy(folder, name="cpu"):
 
 
 def fake_package(folder, content=b"not a library", **part):
-    """A package folder whose CPU library is `content`, recorded at its true size unless `part` says otherwise."""
+    """A package folder whose libraries are `content`, the CPU one recorded at its true size unless `part` says otherwise."""
     (folder / "lib").mkdir(parents=True)
-    (folder / build_flags.CPU_LIBRARY).write_bytes(content)
-    entry = {"built": True, "file": build_flags.CPU_LIBRARY, "size": len(content), "reason": "", **part}
-    (folder / build_flags.BUILD_RECORD).write_text(json.dumps({"info": {}, "parts": {"cpu": entry}}))
+    parts = {}
+    for name, file in (("cpu", build_flags.CPU_LIBRARY), ("ops", build_flags.OPS_LIBRARY)):
+        (folder / file).write_bytes(content)
+        parts[name] = {"built": True, "file": file, "size": len(content), "reason": ""}
+    parts["cpu"] |= part
+    (folder / build_flags.BUILD_RECORD).write_text(json.dumps({"info": {}, "parts": parts}))
     return library.NativeLibraries(folder)
 
 
@@ -230,6 +234,49 @@ def test_truncated_file(tmp_path, monkeypatch, kept):
     unloaded_operators(monkeypatch)
     status = library.NativeLibraries(tmp_path).status("cpu")
     assert not status.loaded and "bytes where the build wrote" in status.reason
+
+
+def test_a_truncated_library_of_operators(tmp_path):
+    """The CPU library is linked with it: opening either would end the process."""
+    shutil.copytree(PACKAGE, tmp_path / "res2net_fused", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "res2net_fused" / built("ops").relative_to(PACKAGE)
+    path.write_bytes(path.read_bytes()[:1000])
+    code = "import res2net_fused; from res2net_fused._native import library; print(library.cpu_library().reason)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{path} has ") and "bytes where the build wrote" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "tool", [("strip",), ("patchelf", "--set-rpath", "$ORIGIN:/somewhere/that/is/long" * 20)], ids=lambda t: t[0]
+)
+def test_who_strips_or_relocates_libraries_changes_their_sizes(tmp_path, tool):
+    """As images and other packagers do."""
+    path = package_copy(tmp_path)
+    before = path.stat().st_size
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which(tool[0], path=tools) is None:
+        pytest.skip(f"{tool[0]} is not installed")
+    subprocess.run([shutil.which(tool[0], path=tools), *tool[1:], str(path)], check=True)
+    assert path.stat().st_size != before
+    assert library.NativeLibraries(tmp_path)._unfit("cpu", path) == ""
+    path.write_bytes(path.read_bytes()[: before // 2])
+    assert "bytes where the build wrote" in library.NativeLibraries(tmp_path)._unfit("cpu", path)
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"\x7fELF", b"\x7fELF\x02\x01" + b"\xff" * 58, b"\x7fELF\x01\x01" + bytes(58)], ids=len
+)
+def test_headers_that_are_not_whole(tmp_path, header):
+    (tmp_path / "a.so").write_bytes(header)
+    assert not library._is_whole(tmp_path / "a.so")
+
+
+def test_a_package_in_an_archive(tmp_path):
+    (tmp_path / "a.whl").touch()
+    package = tmp_path / "a.whl" / "res2net_fused"
+    reason = library.NativeLibraries(package).status("cpu").reason
+    assert reason.startswith(f"{package} lies in an archive") and "unpack it" in reason
 
 
 def test_file_that_is_no_library(tmp_path, monkeypatch):

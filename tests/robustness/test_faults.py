@@ -117,7 +117,10 @@ def stale(monkeypatch):
 def test_a_library_without_an_operator_is_left_alone(stale):
     status = library.cpu_library()
     assert not status.loaded
-    assert "lacks cpu_sum, cpu_of_tomorrow, or they take other arguments; rebuild it: `pip install" in status.reason
+    assert (
+        "lacks cpu_sum, cpu_of_tomorrow, or they take other arguments: install the wheel again, or rebuild it by `pip install"
+        in status.reason
+    )
     tensors = CHAIN.tensors(dtype=torch.float32)
     assert_close(hierarchical_conv2d(*tensors), hierarchical_conv2d(*CHAIN.tensors()))  # by the reference
     with pytest.raises(RuntimeError, match="lacks cpu_sum.*rebuild it"):
