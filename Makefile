@@ -76,7 +76,8 @@ sanitize: $(INSTALLED)
 wheel: $(INSTALLED)
 	RES2NET_FUSED_BUILD=require $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist $(ARGS) .
 
-# What is published, in dist/: the sdist, and wheels for manylinux_2_28 on x86_64 and aarch64; ARGS="--again" compares two builds.
+# What is published, in dist/: the sdist, wheels for manylinux_2_28 on x86_64 and aarch64, and one for any system; ARGS="--again"
+# compares two builds.
 wheels: $(RELEASE)
 	$(BIN)/python release/artefacts.py $(ARGS)
 

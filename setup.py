@@ -4,7 +4,8 @@ RES2NET_FUSED_BUILD: "auto" (default) builds what it can and says what is missin
 nothing. RES2NET_FUSED_CUDA_ARCHS: architectures such as "80;90a", or "none" for no CUDA library. CXX and CUDA_HOME choose the
 compilers (else they are looked for: res2net_fused/_native/cuda_toolkit.py), MAX_JOBS limits the parallel ones.
 RES2NET_FUSED_PLATFORM: a wheel's platform to build for instead of this system's, such as manylinux_2_28_aarch64
-(release/link.py; `make wheels` sets it). RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
+(release/link.py; `make wheels` sets it), or "any" for the wheel without native code.
+RES2NET_FUSED_COMMIT: what the build says it was made from, where git cannot say it.
 """
 
 import concurrent.futures
@@ -33,6 +34,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "res2net_fused"
 REBUILD = "pip install --no-build-isolation ."
+PURE = f"this is the wheel without native code, which pip takes where no other fits: on Linux run `{REBUILD}` in the sources"
 
 
 def load(name, folder=f"{PACKAGE}/_native"):
@@ -68,7 +70,7 @@ class Toolchain:
     def __init__(self):
         self.platform = os.environ.get("RES2NET_FUSED_PLATFORM", "").strip()
         self.machine, self.folder, self.link = platform.machine(), ROOT / "build" / "native", None
-        if self.platform:
+        if self.platform and not self.pure:
             self.link = load("link", "release")
             try:
                 self.machine = self.link.machine_of(self.platform)
@@ -76,6 +78,10 @@ class Toolchain:
                 raise SystemExit(f"RES2NET_FUSED_PLATFORM: {error}") from None
         if self.crosses:  # else the objects are the same, and only the link is another
             self.folder /= self.machine
+
+    @property
+    def pure(self):
+        return self.platform == "any"
 
     @property
     def crosses(self):
@@ -301,6 +307,8 @@ class NativeParts:
         try:
             if self.mode == "off":
                 raise NotWanted("RES2NET_FUSED_BUILD=off asked for no native extension")
+            if self.tools.pure:
+                raise NotWanted(PURE)
             if platform.system() != "Linux":
                 raise Missing(f"the native extension is built on Linux only, not on {platform.system()}")
             target, added, nvcc = plan(facts)
@@ -436,6 +444,8 @@ class AnyPythonWheel(bdist_wheel):
     def get_tag(self):
         # auditwheel says which manylinux it is.
         chosen = Toolchain()
+        if chosen.pure:
+            return "py3", "none", "any"
         return "py3", "none", f"linux_{chosen.machine}" if chosen.platform else super().get_tag()[2]
 
 

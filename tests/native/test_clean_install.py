@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import published
@@ -132,9 +134,9 @@ def files(tmp_path_factory):
     return published.published(PLATFORM, tmp_path_factory.mktemp("published"))
 
 
-def installed_wheel(files: Path, folder: Path) -> Environment:
+def installed_wheel(files: Path, folder: Path, platform: str = PLATFORM) -> Environment:
     """An environment with nothing but the wheel and what it requires, and no compiler on PATH."""
-    wheel = published.wheel_in(files, PLATFORM)
+    wheel = published.wheel_in(files, platform)
     assert wheel.stat().st_size < 30 << 20
     environment = Environment(folder)
     environment.variables["PATH"] = str(environment.folder / "bin")
@@ -145,6 +147,7 @@ def installed_wheel(files: Path, folder: Path) -> Environment:
 def test_the_published_wheel_has_every_kernel(files, tmp_path):
     """The instruction sets that a build here has, and errors of C++ that reach Python: both depend on how it is linked."""
     environment = installed_wheel(files, tmp_path / "venv")
+    environment.run("python", "-c", "import triton", status=1)
     tried = """
 import torch, res2net_fused as rf
 from res2net_fused.backends.cpu.settings import available_instruction_sets
@@ -157,7 +160,7 @@ block = rf.Bottle2neck(16, 4, scale=4, baseWidth=32).eval()
 with torch.no_grad():
     print(rf.explain(block, torch.randn(1, 16, 5, 5)))
 """
-    sets, *rest = environment.run("python", "-c", tried).stdout.splitlines()
+    sets, *rest = environment.run("python", "-OO", "-c", tried).stdout.splitlines()  # without docstrings and assertions
     assert sets.split() == available_instruction_sets()
     assert "must be channels-last" in rest[0]
     assert re.search(r"yes +cpu ", "\n".join(rest)), rest
@@ -166,6 +169,68 @@ with torch.no_grad():
 @pytest.mark.slow
 def test_the_published_wheel_is_the_whole_product(files, tmp_path):
     try_commands(installed_wheel(files, tmp_path / "venv"), short=True, cpu_library=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_for_any_system_is_a_whole_product_too(files, tmp_path):
+    try_commands(installed_wheel(files, tmp_path / "venv", "any"), short=True, cpu_library=False)
+
+
+ON_REFERENCE = """
+import sys, torch, res2net_fused as rf
+from res2net_fused import cli
+torch.manual_seed(0)
+block, x = rf.Bottle2neck(16, 4, scale=4, baseWidth=32).eval(), torch.randn(1, 16, 5, 5)
+with torch.no_grad():
+    out, said = block(x), str(rf.explain(block, x))
+    exact = block.double()(x.double())
+assert (out - exact).norm() < 5e-6 * exact.norm()
+print(rf.__file__, said, sep="\\n")
+sys.exit(cli.main(["info", "--device", "cpu"]))
+"""
+
+
+def test_the_wheel_for_any_system_says_what_is_missing(files, tmp_path):
+    environment = installed_wheel(files, tmp_path / "venv", "any")
+    file, *rest = environment.run("python", "-c", ON_REFERENCE).stdout.splitlines()
+    assert file.startswith(str(environment.site)) and re.search("yes +reference ", "\n".join(rest))
+    why = "the cpu library was not built: this is the wheel without native code, which pip takes where no other fits"
+    assert re.search(f"cpu library +not loaded: {why}: on Linux run `pip install", "\n".join(rest))
+
+
+def test_a_wheel_that_is_not_unpacked(files, tmp_path):
+    """On sys.path itself, as zipped applications have packages."""
+    environment, wheel = Environment(tmp_path / "venv"), published.wheel_in(files, PLATFORM)
+    environment.variables["PYTHONPATH"] = str(wheel)
+    file, *rest = environment.run("python", "-c", ON_REFERENCE).stdout.splitlines()
+    assert file.startswith(str(wheel)) and re.search("yes +reference ", "\n".join(rest))
+    assert re.search("cpu library +not loaded: .* lies in an archive", "\n".join(rest))
+
+
+def stand_in(folder: Path, name: str, version: str) -> None:
+    """An empty wheel."""
+    information = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{information}/RECORD", "")
+
+
+@pytest.mark.parametrize("system, expected", [
+    (PLATFORM, PLATFORM), ("manylinux_2_17_x86_64", "any"), ("musllinux_1_2_x86_64", "any"), ("macosx_14_0_arm64", "any"),
+    ("win_amd64", "any"),
+])  # fmt: skip
+def test_what_pip_takes_of_an_index(files, tmp_path, system, expected):
+    """With torch there, wherever it is from, and no Triton, which PyPI has for no more than glibc on two processors."""
+    for name, version in (("torch", "2.13.0"), ("numpy", "2.0.0")):
+        stand_in(tmp_path, name, version)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-index", "--report", "-"]
+    offered = ["--find-links", str(files), "--find-links", str(tmp_path), "--only-binary", ":all:"]
+    machine = ["--platform", system, "--python-version", "3.12", "--target", str(tmp_path / "site")]
+    done = subprocess.run([*pip, *offered, *machine, "res2net-fused"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {entry["metadata"]["name"]: entry["download_info"]["url"] for entry in json.loads(done.stdout)["install"]}
+    assert set(names) == {"res2net-fused", "torch", "numpy"} and names["res2net-fused"].endswith(f"-py3-none-{expected}.whl")
 
 
 def test_the_published_sources(files):

@@ -25,26 +25,30 @@ def wheel_in(folder: Path, platform: str) -> Path | None:
 
 
 def built_before(platform: str) -> Path | None:
-    """dist/, if its wheel for a platform was made of this commit and nothing is changed since."""
-    wheel = wheel_in(ROOT / "dist", platform)
+    """dist/, if its wheels for a platform and for any were made of this commit and nothing is changed since."""
+    return ROOT / "dist" if all(_is_of_here(wheel_in(ROOT / "dist", name)) for name in (platform, "any")) else None
+
+
+def _is_of_here(wheel: Path | None) -> bool:
     if wheel is None:
-        return None
+        return False
     with zipfile.ZipFile(wheel) as archive:
         made_of = json.loads(archive.read(RECORD))["info"]["commit"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     here = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return wheel.parent if made_of == here and not here.endswith("-dirty") else None
+    return made_of == here and not here.endswith("-dirty")
 
 
 def published(platform: str, folder: Path) -> Path:
-    """dist/, or `folder` with the wheel built there, without the CUDA library, and the source distribution."""
+    """dist/, or `folder` with the sdist and the wheels for the platform (without the CUDA library) and for any system."""
     if before := built_before(platform):
         return before
     for name in ("auditwheel", "twine", "ziglang"):
         tool(find_spec(name), name, "pip install 'res2net-fused[release]'")
     if not any(map(shutil.which, ("c++", "g++"))):
         pytest.skip("needs GCC")
-    command = [sys.executable, "release/artefacts.py", "--platform", platform, "--out", str(folder)]
+    command = [sys.executable, "release/artefacts.py", "--platform", platform, "--platform", "any"]
+    command += ["--out", str(folder)]
     environment = os.environ | {"RES2NET_FUSED_CUDA_ARCHS": "none"}
     lock = ROOT / "build" / ".published"
     lock.parent.mkdir(exist_ok=True)
