@@ -137,9 +137,6 @@ class NativeLibraries:
         # Opening a truncated file can end the process with a bus error instead of raising.
         if size != part["size"] and not _is_whole(path):
             return f"{path} has {size} bytes where the build wrote {part['size']}: {AGAIN}"
-        if release(torch.__version__) < build_flags.TORCH_TARGET:
-            need = ".".join(map(str, build_flags.TORCH_TARGET))
-            return f"torch {torch.__version__} is older than {need}, which the libraries need: upgrade torch"
         if name == "cuda":
             return _unfit_for_cuda(record["info"].get("cuda_version"))
         return ""
@@ -192,6 +189,14 @@ def release(version: str) -> tuple[int, int]:
     """Major and minor number of a version of torch, comparable."""
     major, minor = re.findall(r"\d+", version)[:2]  # of "2.13.0+cpu", "2.14.0a0+git1a2b3c", "2.14rc1"
     return int(major), int(minor)
+
+
+# Here, in the first module of the package that meets torch: others import from it what older ones lack.
+if release(torch.__version__) < build_flags.TORCH_TARGET:
+    raise ImportError(
+        f"res2net_fused needs torch {'.'.join(map(str, build_flags.TORCH_TARGET))} or later, and torch is {torch.__version__}: "
+        "upgrade torch"
+    )
 
 
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of res2net_fused
