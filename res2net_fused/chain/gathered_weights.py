@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,12 @@ class Place:
 
     def view(self, memory: Tensor) -> Tensor:
         """The tensor in memory (bytes,), uint8."""
-        return memory.view(self.dtype).as_strided(self.size, self.stride, self.start // self.dtype.itemsize)
+        return memory[self.start :].view(self.dtype).as_strided(self.size, self.stride)  # wherever memory begins
+
+    def alone(self, memory: Tensor) -> Tensor:
+        """The same with a storage of its own size: whoever saves a view's storage saves all of memory."""
+        storage = memory.untyped_storage()[self.start : self.start + math.prod(self.size) * self.dtype.itemsize]
+        return torch.empty(0, dtype=self.dtype, device=memory.device).set_(storage, 0, self.size, self.stride)
 
 
 @dataclass(frozen=True)
@@ -59,23 +65,28 @@ def place_all(folded: BlockWeights, first: int) -> tuple[str, int]:
 
 
 def gathered_in(memory: Tensor, layout: str, folded: BlockWeights) -> BlockWeights:
-    """Copies the weights of `folded` into memory (bytes,), uint8, which is laid out for them; returns them as views of it."""
-    for place, tensor in zip(read_layout(layout).places, _tensors(folded), strict=True):
-        place.view(memory).copy_(tensor)
+    """Copies the weights of `folded` into memory (bytes,), uint8, which is laid out for them, and returns them there."""
+    known = read_layout(layout)
+    tensors = [place.alone(memory) for place in known.places]
+    for tensor, given in zip(tensors, _tensors(folded), strict=True):
+        tensor.copy_(given)
     found = Gathered(memory, layout, folded.out_channels, folded.projects)
-    views = weights_in(memory, layout)
-    return replace(views, made=folded.made, overflowed=folded.overflowed, gathered=found)
+    return replace(_block_of(tensors, known), made=folded.made, overflowed=folded.overflowed, gathered=found)
 
 
 def weights_in(memory: Tensor, layout: str) -> BlockWeights:
     """The weights in memory (bytes,), uint8, as views of it."""
     known = read_layout(layout)
-    views = [place.view(memory) for place in known.places]
+    return _block_of([place.view(memory) for place in known.places], known)
+
+
+def _block_of(found: list[Tensor], known: Layout) -> BlockWeights:
+    """found: the tensors in the order of `known.places`."""
     steps, ends = known.steps, 2 + 2 * known.steps  # where conv3's begin
-    weight, bias = (views[ends + 2], views[ends + 3]) if known.projects else (None, None)
+    weight, bias = (found[ends + 2], found[ends + 3]) if known.projects else (None, None)
     return BlockWeights(
-        views[0], views[1], views[2 : 2 + steps], views[2 + steps : ends], views[ends], views[ends + 1], weight, bias,
-        known.projection_stride, views[ends + 2 + 2 * known.projects :], known.packed_for,
+        found[0], found[1], found[2 : 2 + steps], found[2 + steps : ends], found[ends], found[ends + 1], weight, bias,
+        known.projection_stride, found[ends + 2 + 2 * known.projects :], known.packed_for,
     )  # fmt: skip
 
 

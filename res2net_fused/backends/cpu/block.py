@@ -39,7 +39,7 @@ def gather_block(folded: BlockWeights) -> BlockWeights:
         1, total, len(folded.weights[0]), len(folded.weights), folded.out_channels, folded.projection_stride,
         *(place.start for place in places), *(tensor.numel() for tensor in packed),
     ]  # fmt: skip
-    memory[: 8 * len(words)].view(torch.int64).copy_(torch.tensor(words))
+    memory[: 8 * len(words)].view(torch.int64).copy_(memory.new_tensor(words, dtype=torch.int64))  # no default device's
     return gathered
 
 
