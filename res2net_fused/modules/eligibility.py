@@ -23,7 +23,7 @@ from .block_state import BlockState, geometry_named
 from .choosing import why_own
 from .confirmation import is_convolution
 from .folding import block_tensors, why_not_bypassed, why_not_folded, why_not_unwrapped
-from .switches import switches
+from .switches import constant_in_a_trace, switches
 from .training import uses_batch_statistics, why_not_trained
 
 OVERRIDDEN = "x or a tensor of the block is of a class that has operators of its own (__torch_function__)"
@@ -202,7 +202,7 @@ def why_not_called(
         return None, f"x is not a {dimensions}-D floating-point tensor"
     if not is_compiling() and overrides(x):
         return None, OVERRIDDEN
-    if not is_compiling() and transformed():
+    if vmapped() if is_compiling() else transformed():
         return None, "torch.func transforms and forward-mode derivatives need PyTorch's own operators"
     return given, None
 
@@ -240,6 +240,13 @@ def given_shortcut(name: str | None, args: tuple[object, ...], kwargs: dict[str,
 def transformed() -> bool:
     """Whether torch.func (vmap, grad, jvp) or forward-mode AD is at work, for which the operators have no rules."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+@constant_in_a_trace  # which is inside torch.func's transforms itself while it follows them
+def vmapped() -> bool:
+    """Whether vmap is at work: its tensors do not tell their memory format. Graphs hand other transforms to the operators."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def why_not_foldable(block: BlockParts) -> str | None:

@@ -421,6 +421,17 @@ def test_frozen_block_under_autocast(where):
     assert rounded == 1 + (where == "call") * (len(block.convs) + 2)  # x, and the weights
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+def test_transforms_inside_a_graph(frozen):
+    own = make("stage").float()
+    block, own = (freeze(copy.deepcopy(own)) if frozen else copy.deepcopy(own)), own.double()
+    x = sample(2, 7, 9).float()
+    function = torch.compile(lambda x: torch.func.vmap(block)(x), backend="eager")
+    with torch.no_grad():
+        assert_close(function(torch.stack((x, 2 * x)))[1], own_forward(own, 2 * x.double()), 5e-6)
+        assert_close(torch.compile(block, backend="eager")(x), own_forward(own, x.double()), 5e-6)
+
+
 def test_block_through_inductor():
     block = make().float().to(memory_format=torch.channels_last)
     x = sample(2, 7, 9).float().contiguous(memory_format=torch.channels_last)
