@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import Identity
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -120,14 +121,21 @@ def why_not_bypassed(module: nn.Module, ours: object = None) -> str | None:
     ours: a hook before the call that is of no use without it.
     """
     hooked = _why_hooked(module, ours)
-    if hooked is None and ("forward" in module.__dict__ or "_conv_forward" in module.__dict__):  # as tiling puts it there
+    if hooked is None and (_has_own(module, "forward") or _has_own(module, "_conv_forward")):  # as tiling puts it there
         return f"a {type(module).__name__} inside the block has a forward of its own"
     return hooked
 
 
+def _has_own(module: nn.Module, method: str) -> bool:
+    own = method in module.__dict__
+    if not own and is_compiling() and hasattr(type(module), method):
+        getattr(module, method)  # a graph guards that this is the class's, but not what it misses in a dict
+    return own
+
+
 def why_not_unwrapped(module: nn.Module) -> str | None:
     """The same of a wrapper around parts: of these `switches` tells which method of theirs is in forward's place."""
-    if "forward" not in module.__dict__ or stand_in(module) is None:
+    if not _has_own(module, "forward") or stand_in(module) is None:
         return why_not_bypassed(module)
     return _why_hooked(module)
 

@@ -306,6 +306,11 @@ def hooked(block):
     block.convs[1].register_forward_hook(lambda module, args, out: 2 * out)
 
 
+def patched(block):
+    conv = block.convs[1]
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+
+
 def dilated(block):
     for conv in block.convs:
         conv.dilation = conv.padding = (2, 2)
@@ -330,12 +335,14 @@ MORE_CHANGES = [pytest.param(change, marks=pytest.mark.slow) for change in (circ
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # by each operator that a graph may hold
-@pytest.mark.parametrize("change", [hooked, dilated, frozen_anew, *MORE_CHANGES])
+@pytest.mark.parametrize("change", [hooked, patched, dilated, frozen_anew, *MORE_CHANGES])
 def test_frozen_block_changed_after_it_was_compiled(change, dtype):
     block = freeze(make().to(dtype))
     x = sample(2, 7, 9).to(dtype)
     function = torch.compile(block, backend="eager")
-    with torch.no_grad():
+    # By default PyTorch's compiler sees no hook that comes later, of no model.
+    with torch.no_grad(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=change is not hooked):
+        block(x)  # else the block learns of its surroundings in the call below, after which a graph is made anew
         before = function(x)
         change(block)
         x = x.to(block.conv1.weight.dtype)
@@ -389,7 +396,7 @@ def test_a_graph_guards_no_more_than_it_did():
     """Each guard is compared at each call: together a sixth of the time of a compiled frozen 26w4s block of 4x4 pixels."""
     # But for those of modules' hooks, which are 50, and from torch 2.14 on twice as many.
     names = [name for name in guards_of_a_frozen_block(sample(2, 7, 9)) if "hooks" not in name]
-    assert 50 < len(names) <= 450, len(names)
+    assert 50 < len(names) <= 490, len(names)  # with those that no part was given a forward of its own
     assert not any("_NAMES[" in name for name in names)
     of_the_package = [name for name in names if "__import_res2net_fused" in name]
     assert len(of_the_package) <= 138, len(of_the_package)
