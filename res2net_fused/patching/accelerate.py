@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends.base import BACKENDS
 from ..chain.config import one_of
-from ..modules.block_parts import parts_of, strangers, surroundings, wrappers
+from ..modules.block_parts import BlockParts, BlockPaths, parts_of, strangers, surroundings, wrappers
 from ..modules.block_state import STATE, BlockState, FusedModule
 from ..modules.confirmation import NOTE
-from ..modules.eligibility import block_geometry, why_not_convolutions, why_not_foldable, why_not_read
+from ..modules.eligibility import block_geometry, why_not_alike, why_not_convolutions, why_not_foldable, why_not_read
 from ..modules.fused_forward import FusedForward, freeze_block
 from ..modules.fused_forward1d import (
     BlockState1d,
@@ -102,9 +102,7 @@ def _take_over(module: nn.Module, backend: str, recompute: bool) -> None:
             layout = recognised.layout
             parts = parts_of(module, layout)
             why_not_convolutions(parts), why_not_foldable(parts)  # tried now, since a trace cannot
-            around = wrappers(module, layout)
-            read = surroundings(parts, around, strangers(parts, layout, around))
-            geometry = block_geometry(parts)
+            geometry, read = block_geometry(parts), _surroundings(parts, layout)
             state = BlockState(recognised.config, backend, geometry, recompute, recognised.shortcut, layout, read)
     elif type(module) is original:
         return
@@ -171,11 +169,19 @@ def freeze(model: Model) -> Model:
                 freeze_chain(parts_1d(block, state.layout), state)
             continue
         parts = parts_of(block, state.layout)
-        if why_not_read(parts) is None and why_not_convolutions(parts) is None and why_not_foldable(parts) is None:
-            freeze_block(parts, state)  # any other runs its class's own forward; `explain` tells
+        if why_not_read(parts) is not None:
+            continue  # it runs its class's own forward; `explain` tells
+        why_not_alike(parts, state, _surroundings(parts, state.layout))  # else a call notes them, which graphs guard
+        if why_not_convolutions(parts) is None and why_not_foldable(parts) is None:
+            freeze_block(parts, state)  # any other likewise
     for _, network in fused_stems(model):
         freeze_stem(network)
     return model
+
+
+def _surroundings(parts: BlockParts, layout: BlockPaths) -> tuple[object, ...]:
+    around = wrappers(parts.module, layout)
+    return surroundings(parts, around, strangers(parts, layout, around))
 
 
 def _norms(block: nn.Module) -> Iterable[nn.Module]:

@@ -302,6 +302,16 @@ def test_frozen_block_then_refreshed():
         assert_close(function(x), own_forward(block, x), 1e-12)
 
 
+def test_an_eager_call_makes_no_graph_anew():
+    block, x = freeze(make()), sample(2, 7, 9)
+    graphs, backend = counting()
+    function = compiled(block, backend)
+    with torch.no_grad():
+        for call in (function, block, function):
+            assert_close(call(x), own_forward(block, x), 1e-12)
+    assert len(graphs) == 1
+
+
 def hooked(block):
     block.convs[1].register_forward_hook(lambda module, args, out: 2 * out)
 
