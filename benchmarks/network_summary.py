@@ -91,7 +91,10 @@ def milliseconds(value: float) -> str:
 
 
 def table_lines(runs: Sequence[NetworkRun], model: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Head and cells: by network, device and batch one line for each form of ours; of one `model`, its name left out."""
+    """Head and cells: by network, device and batch one line for each form of ours; of one `model`, its name left out.
+
+    Of a form that several runs of a device timed, the line is that of the last one: of `networks.txt`, which has every peer.
+    """
     peers = [name for name in networks.RUNTIMES if any(name in found.others for run in runs for found in run.ratios)]
     head = ["network"] * (model is None) + ["processor", "batch", "ours, called as", "ours", "over PyTorch"]
     head += [*(f"over {_NAMES[name]}" for name in peers), "over ResNet-50"]
@@ -99,8 +102,12 @@ def table_lines(runs: Sequence[NetworkRun], model: str | None = None) -> tuple[l
     head += [f"ours / {FLOORS[name]}" for name in floors]
     order = [name for run in runs for name in dict.fromkeys(found.model for found in run.ratios)]
     devices = list(dict.fromkeys(run.device for run in runs))
+    latest = {
+        (run.device, found.model, found.batch, found.provider): (run, found)
+        for run in runs for found in run.ratios if model in (None, found.model)
+    }  # fmt: skip
     entries = sorted(
-        ((run, found) for run in runs for found in run.ratios if model in (None, found.model)),
+        latest.values(),
         key=lambda entry: (order.index(entry[1].model), devices.index(entry[0].device), entry[1].batch,
                            list(FORMS).index(entry[1].provider.rstrip("*"))),
     )  # fmt: skip

@@ -101,7 +101,8 @@ PROVIDERS = {
     ),
 }
 PLAIN = "ours_plain"
-OURS = (PLAIN, "ours", "ours_compile", "ours_graph")
+COMPILED = "ours_compile"
+OURS = (PLAIN, "ours", COMPILED, "ours_graph")
 PYTORCH = tuple(name for name in PROVIDERS if name not in (*OURS, *runtimes.RUNTIMES, runtimes.TENSORRT))
 
 

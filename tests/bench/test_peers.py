@@ -339,6 +339,15 @@ def test_ratios():
     assert found.others["resnet50"] == (5.0, "compile_freezing")
 
 
+def test_ratios_of_every_form_that_the_pages_show():
+    rows = [*network_rows(), network_row(provider="ours_plain", median_ms=3.5, batch=8)]
+    found = networks.network_ratios(rows)
+    assert [(form.provider, form.ms) for form in found] == [
+        ("ours_plain", 3.5),
+        ("ours_compile", 4.0),
+    ]
+
+
 def test_ratios_are_taken_within_a_batch():
     rows = [row for row in network_rows() if row["config"] != "resnet50"] + [network_row(config="resnet50", batch=1)]
     (found,) = networks.network_ratios(rows)
