@@ -24,7 +24,7 @@ from ..testing.cases import TORCH_DTYPES, channels_last
 from ..testing.parity import ParityReport, check_network, convolution_precision
 from . import runtimes
 from .floor import FLOORS
-from .providers import COMPILED, OURS, PLAIN, PYTORCH, label
+from .providers import OURS, PYTORCH, label
 from .sample_images import calibrate, sample_images
 from .timed_case import BASELINE, TARGET_CONFIGS, network_name
 
@@ -129,7 +129,7 @@ class NetworkRatios:
 
 
 def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
-    """The ratios of one run's rows, by network: of the plain call and the compiled form, where timed, and of our fastest form.
+    """The ratios of one run's rows, by network: of every form of ours that was timed.
 
     Networks that ours was not timed on are left out, and so is ResNet-50 itself.
     """
@@ -139,7 +139,7 @@ def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
             by_case.setdefault((row["config"], row["batch"]), []).append(row)
     found = []
     for (model, batch), of_case in by_case.items():
-        forms = [form for names in ([PLAIN], OURS, [COMPILED]) if (form := _fastest(of_case, names)) is not None]
+        forms = [form for name in OURS if (form := _fastest(of_case, [name])) is not None]
         if not forms or model == network_name(BASELINE):
             continue
         others = {"pytorch": _fastest(of_case, PYTORCH)}
@@ -147,7 +147,7 @@ def network_ratios(rows: Iterable[Row]) -> list[NetworkRatios]:
         others["resnet50"] = _fastest(by_case.get((network_name(BASELINE), batch), []), PYTORCH)
         timed = {k: v for k, v in others.items() if v is not None}
         floors = {name: row[name] for row in of_case for name in FLOORS if name in row}
-        found += [NetworkRatios(model, batch, name, ms, timed, floors) for ms, name in dict.fromkeys(forms)]
+        found += [NetworkRatios(model, batch, name, ms, timed, floors) for ms, name in forms]
     return found
 
 

@@ -34,7 +34,7 @@ def print_outcome(data: Mapping[str, Any], unavailable: Mapping[str, str]) -> No
         print(error_table(rows))
     ratios = network_ratios(rows)
     if ratios:
-        print("\nNetworks, times of the others over the plain call and our fastest form (above 1x, ours is faster):")
+        print("\nNetworks, times of the others over each form of ours (above 1x, ours is faster):")
         print(ratio_table(ratios))
     tables: dict[str, Sequence[Sequence[str]]] = {}
     for run in environment.get("runs", []):

@@ -101,8 +101,7 @@ PROVIDERS = {
     ),
 }
 PLAIN = "ours_plain"
-COMPILED = "ours_compile"
-OURS = (PLAIN, "ours", COMPILED, "ours_graph")
+OURS = (PLAIN, "ours", "ours_compile", "ours_graph")
 PYTORCH = tuple(name for name in PROVIDERS if name not in (*OURS, *runtimes.RUNTIMES, runtimes.TENSORRT))
 
 

@@ -331,7 +331,7 @@ def network_rows(batch=8):
 
 
 def test_ratios():
-    (found,) = networks.network_ratios(network_rows())
+    _, found = networks.network_ratios(network_rows())
     assert (found.model, found.batch, found.provider, found.ms) == ("res2net50_26w4s", 8, "ours_compile", 4.0)
     assert {name: found.ratio(name) for name in ("pytorch", "onnxruntime", "openvino", "resnet50")} == {
         "pytorch": 1.5, "onnxruntime": 0.75, "openvino": 0.5, "resnet50": 1.25,
@@ -339,7 +339,7 @@ def test_ratios():
     assert found.others["resnet50"] == (5.0, "compile_freezing")
 
 
-def test_ratios_of_every_form_that_the_pages_show():
+def test_ratios_of_every_form():
     rows = [*network_rows(), network_row(provider="ours_plain", median_ms=3.5, batch=8)]
     found = networks.network_ratios(rows)
     assert [(form.provider, form.ms) for form in found] == [
@@ -350,7 +350,7 @@ def test_ratios_of_every_form_that_the_pages_show():
 
 def test_ratios_are_taken_within_a_batch():
     rows = [row for row in network_rows() if row["config"] != "resnet50"] + [network_row(config="resnet50", batch=1)]
-    (found,) = networks.network_ratios(rows)
+    _, found = networks.network_ratios(rows)
     assert found.ratio("resnet50") is None
     line = networks.ratio_table([found]).splitlines()[-1]
     assert line.endswith("not timed") and "1.50x (6 ms compile_freezing)" in line
