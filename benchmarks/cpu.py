@@ -68,8 +68,8 @@ NETWORKS = """Whole networks: Res2Net-50 26w4s and 14w8s against PyTorch, ONNX R
 
 At each batch size all providers of all three networks take turns on photographs of 224x224. Each form of ours is compared
 with PyTorch's fastest mode, with ONNX Runtime and OpenVINO (the extra `peers`), and with ResNet-50 in PyTorch's fastest mode;
-bars are for the fastest form. A ratio above 1 means that ours is faster. Ours is also divided by two floors, least times by rates that the run measures
-(res2net_fused/bench/floor.py): there 1 is the best.
+bars are for the fastest form. A ratio above 1 means that ours is faster. Ours is also divided by two floors, least times by
+rates that the run measures (res2net_fused/bench/floor.py): there 1 is the best.
 
 --isa avx2 holds ours, PyTorch (ATen, oneDNN, MKL) and OpenVINO to AVX2. ONNX Runtime has no switch for it.
 
