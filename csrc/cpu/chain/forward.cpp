@@ -46,7 +46,7 @@ class Run {
   int64_t barriers() const {
     if (plan_.schedule == Schedule::images || plan_.parts == 1) return 0;
     if (all_at_once()) return 1;
-    if (plan_.schedule == Schedule::channels) return needs_copy(0) + 1 + problem_.steps;
+    if (plan_.schedule == Schedule::channels) return needs_copy(0) + problem_.steps;
     int64_t copies = 0;
     for (int64_t i = 0; i < problem_.steps; i++) copies += needs_copy(i);
     return copies + problem_.steps + passes_first() + passes_last();
@@ -85,7 +85,13 @@ class Run {
   void convolve_directly(int64_t first, int64_t last, bool passed, const PaddedImages& sources) const;
   void pass_all() const;
   void pass(int64_t first_image, int64_t first_row, int64_t last_row) const;
-  void winograd_block(const Step& step, Block block, const BlockScratch& scratch) const;
+  void channels_from_weights() const;
+  void winograd_block(const Step& step, Block block, const BlockScratch& scratch) const {
+    winograd_block(step, block, scratch, 0, panel_count(problem_.channels));
+  }
+  void winograd_block(
+      const Step& step, Block block, const BlockScratch& scratch, int64_t first_panel, int64_t last_panel) const;
+  void begin(const PaddedImages& sources) const;
 
   ConstView x_group(int64_t group, int64_t first_image) const {
     return res2net_fused::group_of(data_.x, group, problem_.channels, first_image);
@@ -157,11 +163,11 @@ void Run::pass(int64_t first_image, int64_t first_row, int64_t last_row) const {
       problem_.out_width(), problem_.channels, problem_.stride, problem_.pool, first_row, last_row);
 }
 
-void Run::winograd_block(const Step& step, Block block, const BlockScratch& scratch) const {
+void Run::winograd_block(
+    const Step& step, Block block, const BlockScratch& scratch, int64_t first_panel, int64_t last_panel) const {
   kernels_.winograd_input(
       step, plan_.grid, block, scratch.v, PointLayout::tiles_first(block.count, problem_.channels), 0, problem_.padded());
-  note(kernels_.winograd_output(
-      step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, 0, panel_count(problem_.channels)));
+  note(kernels_.winograd_output(step, plan_.grid, block, scratch.v, scratch.m, scratch.patch, first_panel, last_panel));
 }
 
 void Run::image_group(const PaddedImages& sources, int64_t images, const BlockScratch& scratch) const {
@@ -256,14 +262,43 @@ void Run::convolve_directly(int64_t first, int64_t last, bool passed, const Padd
   });
 }
 
-// Each part transforms, multiplies and writes its own channels. What it writes is what it transforms for the next step, so
-// that one barrier a step is enough; V takes turns between two buffers.
+// Each part multiplies and writes its own channels. All of them need all of V, which has more than twice the cache lines of u;
+// to fetch a line that another core has written takes longer than to compute it: each part transforms all of u for itself.
 void Run::channels() const {
+  if (data_.plain != nullptr) return channels_from_weights();
+  PaddedImages sources(problem_, problem_.batch);
+  const int64_t tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(problem_.channels);
+  const int64_t block_tiles = divide_up(tiles, divide_up(tiles, plan_.block_tiles));
+  const int64_t v = v_floats(block_tiles), m = m_floats(block_tiles);
+  const int64_t each = round_up(v + m + patch_floats(), 1024) + kAlignment;
+  const Scratch scratch(sources.floats() + each * plan_.parts);
+  sources.place(scratch.data());
+  sources.zero_borders();
+  float* const own = scratch.data() + sources.floats();
+  begin(sources);
+  for (int64_t i = 0; i < problem_.steps; i++) {
+    split_.for_each([&](int64_t part) {
+      float* const memory = own + part * each;
+      const int64_t first = split_.share(panels, part), last = split_.share(panels, part + 1);
+      Step step = this->step(i, sources, 0);
+      step.winograd += first * kPanel * problem_.channels;
+      for_each_block(0, tiles, plan_.block_tiles, [&](Block block, int64_t) {
+        winograd_block(step, block, {memory, memory + v, memory + v + m}, first, last);
+      });
+    });
+  }
+  if (passes_last()) pass(0, 0, problem_.batch * problem_.out_height());
+}
+
+// The same with weights that each part packs, a pass of them at a time, so that they stay in cache; it meets all tiles, of which
+// V is kept, shared by all parts. What a part writes is what it transforms for the next step, so that one barrier a step is
+// enough; V takes turns between two buffers.
+void Run::channels_from_weights() const {
   PaddedImages sources(problem_, problem_.batch);
   const int64_t w = problem_.channels, tiles = problem_.batch * plan_.grid.per_image(), panels = panel_count(w);
-  const int64_t blocks = (tiles + plan_.block_tiles - 1) / plan_.block_tiles, block_tiles = (tiles + blocks - 1) / blocks;
+  const int64_t blocks = divide_up(tiles, plan_.block_tiles), block_tiles = divide_up(tiles, blocks);
   const int64_t block_v = v_floats(block_tiles), v = blocks * block_v, m = m_floats(block_tiles), patch = patch_floats();
-  const int64_t packed = data_.plain == nullptr ? 0 : kPoints * w * kernels_.panels_per_pass * kPanel;
+  const int64_t packed = kPoints * w * kernels_.panels_per_pass * kPanel;
   const int64_t each = round_up(m + patch + packed, 1024) + kAlignment;
   const Scratch scratch(sources.floats() + 2 * v + each * plan_.parts);
   sources.place(scratch.data());
@@ -285,36 +320,35 @@ void Run::channels() const {
   const auto multiply = [&](int64_t i, int64_t part, int64_t first, int64_t last) {
     float* const memory = own + part * each;
     Step step = this->step(i, sources, 0);
-    if (data_.plain == nullptr) {
-      step.winograd += first * kPanel * w;
-    } else {
-      step.winograd = memory + m + patch;
-      step.winograd_point = w * (std::min(last * kPanel, problem_.padded()) - first * kPanel);
-      kernels_.pack_winograd(data_.plain[i], w, memory + m + patch, step.winograd_point, first, last);
-    }
+    step.winograd = memory + m + patch;
+    step.winograd_point = w * (std::min(last * kPanel, problem_.padded()) - first * kPanel);
+    kernels_.pack_winograd(data_.plain[i], w, memory + m + patch, step.winograd_point, first, last);
     blockwise([&](Block block, int64_t at) {
       note(kernels_.winograd_output(step, plan_.grid, block, transformed + (i % 2) * v + at, memory, memory + m, first, last));
     });
   };
 
-  const int64_t rows = problem_.batch * problem_.height, out_rows = problem_.batch * problem_.out_height();
-  if (passes_first()) pass(0, 0, out_rows);
-  if (needs_copy(0)) {
-    split_.for_each([&](int64_t part) { copy_source(0, sources, 0, split_.share(rows, part), split_.share(rows, part + 1)); });
-  }
+  begin(sources);
   split_.for_each([&](int64_t part) { transform(0, part); });
   for (int64_t i = 0; i < problem_.steps; i++) {
     split_.for_each([&](int64_t part) {
       const int64_t first = split_.share(panels, part), count = split_.share(panels, part + 1) - first;
-      // Weights that are packed here stay in cache: no more of them than one pass takes.
-      const int64_t passes = data_.plain == nullptr ? 1 : (count + kernels_.panels_per_pass - 1) / kernels_.panels_per_pass;
+      const int64_t passes = divide_up(count, kernels_.panels_per_pass);
       for (int64_t p = 0; p < passes; p++) {
         multiply(i, part, first + count * p / passes, first + count * (p + 1) / passes);
       }
       if (i + 1 < problem_.steps) transform(i + 1, part);
     });
   }
-  if (passes_last()) pass(0, 0, out_rows);
+  if (passes_last()) pass(0, 0, problem_.batch * problem_.out_height());
+}
+
+// What the first convolution waits for, where channels are shared.
+void Run::begin(const PaddedImages& sources) const {
+  const int64_t rows = problem_.batch * problem_.height;
+  if (passes_first()) pass(0, 0, problem_.batch * problem_.out_height());
+  if (!needs_copy(0)) return;
+  split_.for_each([&](int64_t part) { copy_source(0, sources, 0, split_.share(rows, part), split_.share(rows, part + 1)); });
 }
 
 }  // namespace

@@ -285,7 +285,7 @@ def test_plans_name_what_runs(monkeypatch):
 def test_plans_count_barriers(threads):
     """The program of the kernels counts the calls of a thread pool; here is what `explain` shows of it."""
     assert plan_of(Chain(width=26, steps=3), size=56).endswith("tiles over 2 threads, 3 barriers in its chain")
-    assert plan_of(Chain(width=104, steps=3)).endswith("channels over 2 threads, 4 barriers in its chain")
+    assert plan_of(Chain(width=104, steps=3)).endswith("channels over 2 threads, 3 barriers in its chain")
     assert plan_of(CHAINS["stage_stride2"], size=56).endswith("rows over 2 threads, 1 barrier in its chain")
     assert plan_of(Chain(width=26, steps=3), batch=2).endswith("images over 2 threads")
 
