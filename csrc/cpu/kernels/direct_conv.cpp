@@ -29,6 +29,27 @@ R2N_INLINE void finish(const PixelRun& run, const Epilogue& activate, V sum, int
   }
 }
 
+// Asks for the cache lines of a group's pixels, one at each call: what a tap reads for the next row. They come from far away,
+// in short pieces that no prefetcher of the processor's follows.
+class RowAhead {
+ public:
+  RowAhead(const float* from, int64_t pixel, int64_t channels) : pixel_at_(from), pixel_(pixel), channels_(channels) {}
+
+  R2N_INLINE_MEMBER void ask() {
+    __builtin_prefetch(pixel_at_ + channel_, 0, 2);
+    channel_ += kLine;
+    const bool ends = channel_ >= channels_;
+    pixel_at_ += ends ? pixel_ : 0;
+    channel_ = ends ? 0 : channel_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;  // floats
+
+  const float* pixel_at_;
+  int64_t pixel_, channels_, channel_ = 0;
+};
+
 template <int P, int Panels, bool HalfPanel>
 __attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
   Sums<P, Panels, HalfPanel> sums;
@@ -39,9 +60,12 @@ __attribute__((noinline)) void run_pass(const PixelRun& run, int64_t first) {
   for (int ty = 0; ty < 3; ty++) {
     for (int tx = 0; tx < 3; tx++) {
       const int64_t tap = ty * 3 + tx;
+      const int64_t at = ty * run.tap_row + tx * run.tap_column;
+      RowAhead ahead(run.next_row + first * run.source_pixel + at, run.source_pixel, run.depth);
       accumulate(
-          sums, source + ty * run.tap_row + tx * run.tap_column, run.source_pixel, weights + tap * run.depth * kPanel,
-          weights + Panels * panel_pitch + tap * run.depth * kUnit, panel_pitch, run.depth, kAskNothing);
+          sums, source + at, run.source_pixel, weights + tap * run.depth * kPanel,
+          weights + Panels * panel_pitch + tap * run.depth * kUnit, panel_pitch, run.depth,
+          [&](int64_t) R2N_LAMBDA_INLINE { ahead.ask(); });
     }
   }
   const Epilogue activate = Epilogue::of(run.activation);
@@ -77,6 +101,7 @@ void direct_run(const PixelRun& run, PanelPass pass) {
     PixelRun part = run;
     part.count = smaller(run.count - first, kActivatedPixels);
     part.source += first * run.source_pixel;
+    part.next_row += first * run.source_pixel;
     part.out += first * run.out_pixel;
     if (run.addend != nullptr) {
       part.addend += first * run.addend_pixel;
@@ -129,6 +154,7 @@ void direct_rows(const Step& step, int64_t first, int64_t last, int64_t first_pa
       for (int64_t row = first; row < last; row++) {
         const int64_t n = row / step.height, y = row % step.height;
         run.source = step.source.at(n, y * step.stride - step.row_dilation, -step.column_dilation) + group * group_channels;
+        run.next_row = run.source + step.stride * step.source.row;
         run.out = step.out.at(n, y, 0) + channel;
         const bool adds = step.next.data != nullptr;
         run.addend = adds ? step.addend.at(n, y, 0) + channel : nullptr;

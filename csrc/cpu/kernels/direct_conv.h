@@ -10,7 +10,8 @@ namespace res2net_fused::RES2NET_FUSED_ISA {
 
 // Output pixels side by side in one row, for the output channels of one panel pass. Pitches in floats.
 struct PixelRun {
-  const float* source;  // what the upper left tap reads for the first pixel
+  const float* source;    // what the upper left tap reads for the first pixel
+  const float* next_row;  // the same for the next row
   int64_t source_pixel, tap_row, tap_column;
   int64_t depth;         // input channels
   const float* weights;  // the pass's first panel

@@ -182,7 +182,7 @@ __attribute__((noinline, cold)) void repair_tile(const Step& step, const Tile& t
   });
   for (int64_t i = 0; i < tile.rows; i++) {
     PixelRun run = row_of_tile(step, tile, pass, i);
-    run.source = patch + i * (tile.columns + 2) * w;
+    run.source = run.next_row = patch + i * (tile.columns + 2) * w;
     run.source_pixel = run.tap_column = run.depth = w;
     run.tap_row = (tile.columns + 2) * w;
     run.weights = step.direct + pass.first * 9 * w * kPanel;
