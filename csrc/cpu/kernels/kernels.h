@@ -165,12 +165,20 @@ struct NormBackward {
   const float *scale, *offset, *slope;  // of the second pass
 };
 
-// Tiles along a dimension of `length` outputs: `big_count` of `big`, then `small_count` of `small`; big > small. A tile size
-// is 2, 3 or 4 and stands for F(size, 3). Where they are all big, the last one may reach back over the one before it.
+// Tiles along a dimension of `length` outputs: `big_count` of `big` and `small_count` of `small`; big > small. A tile size is 2,
+// 3 or 4 and stands for F(size, 3). The small ones lie in the middle, so that halves take equally long. Where all are big, the
+// last one may reach back over the one before it.
 struct Split {
   int64_t length = 0, big = 0, big_count = 0, small = 0, small_count = 0;
 
   R2N_INLINE_MEMBER int64_t count() const { return big_count + small_count; }
+  R2N_INLINE_MEMBER int64_t before_small() const { return (big_count + 1) / 2; }
+  R2N_INLINE_MEMBER bool is_big(int64_t i) const { return i < before_small() || i >= before_small() + small_count; }
+  R2N_INLINE_MEMBER int64_t start(int64_t i) const {
+    if (small_count == 0) return i * big < length - big ? i * big : length - big;
+    if (!is_big(i)) return before_small() * big + (i - before_small()) * small;
+    return i < before_small() ? i * big : length - (count() - i) * big;
+  }
 };
 
 struct TileGrid {

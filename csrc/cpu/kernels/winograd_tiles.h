@@ -20,11 +20,6 @@ struct SortedTiles {
 
 R2N_INLINE int64_t class_of(bool big_row, bool big_column) { return big_row ? (big_column ? 1 : 0) : (big_column ? 2 : 3); }
 
-R2N_INLINE int64_t tile_start(const Split& split, int64_t i) {
-  if (i >= split.big_count) return split.big_count * split.big + (i - split.big_count) * split.small;
-  return smaller(i * split.big, split.length - split.big);
-}
-
 R2N_INLINE void sort_tiles(const TileGrid& grid, Block block, SortedTiles& sorted) {
   const int64_t columns = grid.columns.count(), per_image = grid.per_image();
   uint8_t classes[kMaxBlockTiles];
@@ -32,9 +27,9 @@ R2N_INLINE void sort_tiles(const TileGrid& grid, Block block, SortedTiles& sorte
   int64_t counts[4] = {};
   int64_t image = block.first / per_image, row = block.first % per_image / columns, column = block.first % columns;
   for (int64_t t = 0; t < block.count; t++) {
-    const bool big_row = row < grid.rows.big_count, big_column = column < grid.columns.big_count;
+    const bool big_row = grid.rows.is_big(row), big_column = grid.columns.is_big(column);
     tiles[t] = {
-        image, tile_start(grid.rows, row), tile_start(grid.columns, column), big_row ? grid.rows.big : grid.rows.small,
+        image, grid.rows.start(row), grid.columns.start(column), big_row ? grid.rows.big : grid.rows.small,
         big_column ? grid.columns.big : grid.columns.small};
     classes[t] = static_cast<uint8_t>(class_of(big_row, big_column));
     counts[classes[t]]++;
