@@ -6,6 +6,7 @@ names the remedy. Once loaded, the operators are under `torch.ops.res2net_fused_
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -235,12 +236,25 @@ def build_information() -> dict[str, Any]:
     """
     record = _installed.record()
     try:
-        # Asked of the record first: beside an editable install the import would find that one's module.
-        part = record["parts"]["python"]
-        if not part["built"] or (PACKAGE / part["file"]).stat().st_size != part["size"]:
-            raise ImportError("the pybind11 module is not built, or not whole")
-        module = importlib.import_module("res2net_fused._build_info")
-        info, source = dict(module.build_info()), "_build_info"
+        info, source = dict(_python_module(record).build_info()), "_build_info"
     except Exception:  # absent or broken: it is a convenience, and build.json says the same
         info, source = record["info"], "build.json" if record["info"] else "none"
     return {**info, "source": source, "parts": record["parts"]}
+
+
+def _python_module(record: dict[str, Any]) -> Any:
+    """The pybind11 module. Raises ImportError where there is none; whatever else may happen while it is loaded."""
+    # Asked of the record first: beside an editable install the import would find that one's module.
+    part = record["parts"]["python"]
+    if not part["built"] or (PACKAGE / part["file"]).stat().st_size != part["size"]:
+        raise ImportError("the pybind11 module is not built, or not whole")
+    return importlib.import_module("res2net_fused._build_info")
+
+
+@functools.cache
+def same_dicts() -> Any:
+    """The class `SameDicts` of csrc/python/same_dicts.h, or None where the pybind11 module is not there or of other sources."""
+    try:
+        return getattr(_python_module(_installed.record()), "SameDicts", None)
+    except Exception:  # absent or broken: Python compares
+        return None

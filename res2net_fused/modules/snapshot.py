@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from .._native import library
 from ..ops.recording import replaced, why_recorded
 from .block_state import STATE, FusedState
-from .switches import MODULE_ATTRIBUTES, Elsewhere, settled
+from .switches import MODULE_ATTRIBUTES, Elsewhere, is_fixed, settled
 from .weight_cache import capturing
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,8 +35,8 @@ class Snapshot:
     """
 
     __slots__ = (
-        "children", "classes", "contents", "copies", "elsewhere", "empty", "modules", "opaque", "own", "own_of", "own_size",
-        "saved", "single_names", "single_places", "singles", "tensors", "watched",
+        "changing", "children", "classes", "contents", "copies", "elsewhere", "empty", "held", "modules", "opaque", "own",
+        "own_of", "own_size", "same", "saved", "single_names", "single_places", "singles", "tensors", "watched",
     )  # fmt: skip
 
     def __init__(self, block: nn.Module, opaque: Collection[nn.Module]) -> None:
@@ -64,25 +65,46 @@ class Snapshot:
         self.single_places, self.single_names = [d for d, _, _ in singles], [name for _, name, _ in singles]
         self.singles = [tensor for _, _, tensor in singles]
         self.elsewhere = Elsewhere(block, self.watched)
+        # The same at half of the time, where all is the very object that it was. It borrows what is held here.
+        dicts = [vars(module) for module in self.watched]
+        self.held = [list(d.items()) for d in dicts]
+        self.changing = [
+            (attributes, name, saved[name])
+            for attributes, saved in zip(dicts, self.saved, strict=True)
+            for name in attributes.keys() - MODULE_ATTRIBUTES
+            if not is_fixed(attributes[name])
+        ]
+        same_dicts = library.same_dicts()
+        self.same = None if same_dicts is None else same_dicts(self.watched, [*self.contents, *self.empty])
 
     def alike(self, block: nn.Module) -> bool:
         """Whether all is as it was. Any doubt is a no, such as a comparison that fails."""
         own = block.__dict__
         try:
-            modules = list(chain.from_iterable(map(dict.values, self.children)))
             return (
                 len(own) == self.own_size
                 and self.own_of(own) == self.own
-                and all(map(is_, modules, self.modules))
-                and list(map(type, modules)) == self.classes
-                and list(map(vars, self.watched)) == self.saved
-                and not any(self.empty)
-                and self.contents == self.copies
-                and all(map(is_, map(getitem, self.single_places, self.single_names), self.singles))
+                and (self._identical() or self._equal())
+                and list(map(type, self.modules)) == self.classes
                 and self.elsewhere.alike(block)
             )
         except Exception:
             return False
+
+    def _identical(self) -> bool:
+        same = self.same
+        return same is not None and same.alike() and all([d[name] == value for d, name, value in self.changing])
+
+    def _equal(self) -> bool:
+        modules = list(chain.from_iterable(map(dict.values, self.children)))
+        return (
+            len(modules) == len(self.modules)
+            and all(map(is_, modules, self.modules))
+            and list(map(vars, self.watched)) == self.saved
+            and not any(self.empty)
+            and self.contents == self.copies
+            and all(map(is_, map(getitem, self.single_places, self.single_names), self.singles))
+        )
 
 
 def take_snapshot(block: nn.Module, opaque: Collection[nn.Module]) -> Snapshot | None:

@@ -279,6 +279,11 @@ def settled(value: Any, depth: int = _DEPTH) -> tuple[object, bool]:
     return value, isinstance(value, (nn.Module, types.ModuleType)) or (callable(value) and not isinstance(value, type))
 
 
+def is_fixed(value: object) -> bool:
+    """Whether nothing in the value can change, so that it is what it was if it is the same object."""
+    return type(value) in _PLAIN or (isinstance(value, tuple) and all(map(is_fixed, value)))
+
+
 class Elsewhere:
     """What modules' classes read besides the modules' dictionaries, as it is now: `alike` tells whether it still is.
 

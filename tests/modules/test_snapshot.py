@@ -30,10 +30,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from res2net_fused import accelerate, freeze, restore
+from res2net_fused._native import library
 from res2net_fused.backends import policy
 from res2net_fused.backends.selection import ENVIRONMENT_VARIABLE
 from res2net_fused.modules import fused_forward, fused_forward1d
 from res2net_fused.modules.block_state import STATE
+from res2net_fused.modules.snapshot import Snapshot
 
 X = torch.randn(2, 16, 5, 6, generator=torch.Generator().manual_seed(3))
 
@@ -64,8 +66,11 @@ def settled(block, x=X):
 PAIRS = {}
 
 
-@pytest.fixture(params=["cached", "frozen"])
-def keep(request):
+@pytest.fixture(params=["cached", "frozen", "compared by Python"])
+def keep(request, monkeypatch):
+    """Whether weights are frozen; compared by Python: as where the pybind11 module, which is faster, is not there."""
+    if request.param == "compared by Python":
+        monkeypatch.setattr(library, "same_dicts", lambda: None)
     return request.param
 
 
@@ -261,6 +266,19 @@ def test_one_element_tensors_are_told_apart_though_they_are_equal():
     settled(block.requires_grad_(False))
     norm.bias = nn.Parameter(norm.bias.detach().clone())
     assert block(X).requires_grad
+
+
+@pytest.mark.skipif(library.same_dicts() is None, reason="the pybind11 module is not built")
+def test_a_block_that_is_as_it_was_is_compared_by_identity_alone(monkeypatch):
+    """And one that merely equals what it was by Python, which finds no change."""
+    block = settled(randomize(published()).eval())
+    with monkeypatch.context() as patch:
+        patch.setattr(Snapshot, "_equal", lambda self: pytest.fail("Python has compared all"))
+        assert not asked(block)
+    asked_python = []
+    monkeypatch.setattr(Snapshot, "_equal", lambda self, own=Snapshot._equal: asked_python.append(1) or own(self))
+    block.conv1.kernel_size = tuple([*block.conv1.kernel_size])  # another object
+    assert not asked(block) and asked_python
 
 
 def test_a_block_is_freed_with_its_last_reference():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,62 @@ def test_build_information_without_the_pybind_module(monkeypatch):
     information = library.build_information()
     assert information["source"] == ("build.json" if RECORD["info"] else "none")
     assert {k: v for k, v in information.items() if k not in ("source", "parts")} == RECORD["info"]
+
+
+class Owner:
+    def __init__(self):
+        self.kind, self.sizes = "a", (3, 1000)
+
+
+DICT_CHANGES = {
+    "an equal value": lambda owner, table: setattr(owner, "sizes", tuple([3, 1000])),
+    "another value": lambda owner, table: setattr(owner, "kind", "b"),
+    "one more": lambda owner, table: setattr(owner, "more", None),
+    "one less": lambda owner, table: delattr(owner, "kind"),
+    "another name": lambda owner, table: vars(owner).update(other=vars(owner).pop("kind")),
+    "another dictionary": lambda owner, table: setattr(owner, "__dict__", {"kind": "b"}),
+    "another class": lambda owner, table: setattr(owner, "__class__", type("Other", (Owner,), {})),
+    "a value of the table": lambda owner, table: table.update(x=[1]),
+    "less in the table": lambda owner, table: table.clear(),
+}
+
+
+@pytest.mark.parametrize("change", [*DICT_CHANGES, "nothing", "another dictionary of the same"])
+def test_dictionaries_are_compared_object_for_object(change):
+    same_dicts = library.same_dicts()
+    if same_dicts is None:
+        built("python")
+    owner, table = Owner(), {"x": [1], "y": None}
+    held, references = dict(table), [sys.getrefcount(o) for o in (owner, table, table["x"])]
+    same = same_dicts([owner], [table, {}])
+    assert references == [sys.getrefcount(o) for o in (owner, table, table["x"])], "references are borrowed"
+    assert same.alike() and same.alike()
+    if change == "another dictionary of the same":
+        owner.__dict__ = dict(vars(owner))
+    elif change != "nothing":
+        DICT_CHANGES[change](owner, table)
+    assert same.alike() is (change not in DICT_CHANGES)
+    del held
+
+
+@pytest.mark.parametrize("owners,dicts", [([1], []), ([], [[]]), ([object()], [])])
+def test_what_has_no_dictionary_is_refused(owners, dicts):
+    same_dicts = library.same_dicts()
+    if same_dicts is None:
+        built("python")
+    with pytest.raises((AttributeError, TypeError)):
+        same_dicts(owners, dicts)
+
+
+@pytest.mark.parametrize("fault", ["absent", "other sources"])
+def test_blocks_do_without_the_module(fault, monkeypatch):
+    library.same_dicts.cache_clear()
+    module = None if fault == "absent" else types.ModuleType("res2net_fused._build_info")
+    monkeypatch.setitem(sys.modules, "res2net_fused._build_info", module)
+    try:
+        assert library.same_dicts() is None
+    finally:
+        library.same_dicts.cache_clear()
 
 
 def test_cuda_library_status_fits_this_torch():
