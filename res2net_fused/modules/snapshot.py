@@ -68,11 +68,12 @@ class Snapshot:
         # The same at half of the time, where all is the very object that it was. It borrows what is held here.
         dicts = [vars(module) for module in self.watched]
         self.held = [list(d.items()) for d in dicts]
+        # Of what may change in place, the copies; all else is what it was if it is the same object.
         self.changing = [
-            (attributes, name, saved[name])
-            for attributes, saved in zip(dicts, self.saved, strict=True)
-            for name in attributes.keys() - MODULE_ATTRIBUTES
-            if not is_fixed(attributes[name])
+            (now, name, value)
+            for now, saved in zip(dicts, self.saved, strict=True)
+            for name, value in saved.items()
+            if now.get(name) is not value and not is_fixed(now.get(name))
         ]
         same_dicts = library.same_dicts()
         self.same = None if same_dicts is None else same_dicts(self.watched, [*self.contents, *self.empty])

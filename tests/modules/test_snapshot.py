@@ -5,6 +5,7 @@ import copy
 import gc
 import weakref
 
+import numpy
 import pytest
 import torch
 from block_changes import (
@@ -279,6 +280,16 @@ def test_a_block_that_is_as_it_was_is_compared_by_identity_alone(monkeypatch):
     monkeypatch.setattr(Snapshot, "_equal", lambda self, own=Snapshot._equal: asked_python.append(1) or own(self))
     block.conv1.kernel_size = tuple([*block.conv1.kernel_size])  # another object
     assert not asked(block) and asked_python
+
+
+def test_attributes_that_have_no_truth_when_compared_are_compared_as_objects(keep):
+    block = randomize(published()).eval()
+    block.conv1.table = numpy.arange(3)
+    if keep == "frozen":
+        freeze(block)
+    settled(block)
+    block.conv1.table = numpy.arange(3)
+    assert asked(block)
 
 
 def test_a_block_is_freed_with_its_last_reference():
